@@ -1,0 +1,61 @@
+"""Constant folding and shape inference, by the libraries that do them best."""
+
+from __future__ import annotations
+
+import logging
+
+import onnx
+import onnx_ir as ir
+from onnxscript.optimizer import fold_constants as _fold
+
+from .graph import name_of
+
+FOLDED_INPUT_BYTES = 1 << 20
+FOLDED_OUTPUT_BYTES = 1 << 20
+
+
+def fold_constants(model: ir.Model) -> ir.Model:
+    """Compute what only constants feed, up to a megabyte; weights stay where they are."""
+    logger = logging.getLogger("onnxscript.optimizer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        _fold(
+            model,
+            input_size_limit=FOLDED_INPUT_BYTES,
+            output_size_limit=FOLDED_OUTPUT_BYTES,
+            onnx_shape_inference=False,
+        )
+    finally:
+        logger.setLevel(level)
+    return model
+
+
+def infer_shapes(model: ir.Model) -> ir.Model:
+    """Fill in shapes and types by ONNX's shape inference; what was known before stays."""
+    bare = model.clone()
+    stored = [v for v in bare.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    for value in stored:  # type and shape are enough, and inference wants everything in one buffer
+        del bare.graph.initializers[name_of(value)]
+        value.const_value = None
+        bare.graph.inputs.append(value)
+    proto = ir.to_proto(bare)
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    known = {info.name: info for info in inferred.graph.value_info}
+    for node in model.graph:
+        for value in node.outputs:
+            info = known.get(name_of(value))
+            if info is None or not info.type.HasField("tensor_type"):
+                continue
+            found = ir.serde.deserialize_value_info_proto(info, None)
+            value.type = value.type or found.type
+            if value.shape is None or not _as_known(value.shape, found.shape):
+                value.shape = found.shape
+    return model
+
+
+def _as_known(have: ir.Shape, found: ir.Shape | None) -> bool:
+    """Whether the known shape has no fewer integers than the inferred one."""
+    if found is None or len(have) != len(found):
+        return True
+    return all(isinstance(h, int) or not isinstance(f, int) for h, f in zip(have, found, strict=True))

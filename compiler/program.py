@@ -1,0 +1,141 @@
+"""Program: all that is known and decided about one denoiser, frozen.
+
+The graph is an `onnx_ir.Model`, which is mutable; the pipeline hands each pass a clone of it, and a pass returns a
+new Program. Everything else (statistics, plan, correction) is typed data beside the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..runtime.correction import Correction
+from ..runtime.schedule import Deployment, Schedule
+from ..runtime.signature import Signature
+from .quant import Array, Format, Integers
+from .stats import Stats
+
+__all__ = ["Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A value of the graph, or one consumer's view of it when `consumer` (a node's name) is given."""
+
+    value: str
+    consumer: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} -> {self.consumer}" if self.consumer else self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """How a site is quantized. `scale` float32 and `zero_point` are scalars, or `[C]` along `axis`."""
+
+    format: Format
+    scale: Array
+    zero_point: Integers
+    by: str
+    axis: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        scales = self.scale.reshape(-1)
+        return {
+            "format": self.format.name,
+            "axis": self.axis,
+            "scale": float(scales[0]) if scales.size == 1 else [float(scales.min()), float(scales.max())],
+            "channels": int(scales.size),
+            "zero_point": sorted({int(z) for z in self.zero_point.reshape(-1)}),
+            "by": self.by,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided: a quantizer for each site, and the nodes kept in float, each with the reason."""
+
+    quantizers: Mapping[Site, Quantizer] = field(default_factory=dict)
+    islands: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, value: str, consumer: str = "") -> Quantizer | None:
+        """The quantizer of a consumer's view of a value, else of the value itself."""
+        return self.quantizers.get(Site(value, consumer)) or self.quantizers.get(Site(value))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a program's history."""
+
+    name: str
+    options: Mapping[str, Any]
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    peak_memory_mb: float
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pass": self.name,
+            "options": dict(self.options),
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+            "note": self.note,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_mb": round(self.peak_memory_mb, 1),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A denoiser on its way through the compiler.
+
+    `shape` is (channels, height, width) of the sample that calibration and checks use; where the graph leaves
+    height or width open, other sizes work too. `frozen` lists the timesteps that the tables in the graph hold, in
+    the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers came in,
+    for passes that compare with it.
+    """
+
+    model: ir.Model
+    signature: Signature
+    schedule: Schedule
+    deployment: Deployment
+    shape: tuple[int, int, int]
+    source: Mapping[str, Any]
+    stats: Stats | None = None
+    plan: Plan | None = None
+    correction: Correction | None = None
+    frozen: tuple[int, ...] | None = None
+    float_model: ir.Model | None = None
+    history: tuple[Record, ...] = ()
+    note: str = ""
+    fx_text: str | None = None
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+    def with_model(self, model: ir.Model, note: str = "") -> Program:
+        """This program with another graph; the note says what the pass did, in one line of the history."""
+        return replace(self, model=model, note=note or self.note)
+
+    def noted(self, note: str) -> Program:
+        return replace(self, note=note)
+
+    def conditions(self) -> dict[str, ir.Value]:
+        """The graph inputs that are neither the sample nor the timestep, by name."""
+        by_name = {v.name: v for v in self.graph.inputs}
+        return {name: by_name[name] for name in self.signature.conditions}
+
+
+def numpy_of(value: ir.Value) -> npt.NDArray[Any]:
+    """The array of an initializer."""
+    if value.const_value is None:
+        raise ValueError(f"{value.name} is not a constant")
+    return np.asarray(value.const_value.numpy())

@@ -1,0 +1,85 @@
+"""Formats and their arithmetic: range to scale, quantize, dequantize.
+
+Affine:     q = clamp(round(x / s) + z, qmin, qmax),   x' = s (q - z)
+Symmetric:  z = 0 and the grid is [-(2^(b-1) - 1), 2^(b-1) - 1], so that -x is as representable as x.
+
+Every range is widened to contain 0, for the scale and the zero point alike: zero padding of a convolution
+must be represented exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Integers = npt.NDArray[Any]
+"""Stored grid points: int8 or uint8."""
+
+# A scale this small would make int32 biases overflow; a tensor that is all zeros gets it.
+SMALLEST_SCALE = np.float32(1e-10)
+
+
+@dataclass(frozen=True)
+class Format:
+    """An integer number format: `Format(8)` is uint8 (asymmetric), `Format(8, signed=True, symmetric=True)` int8."""
+
+    bits: int = 8
+    signed: bool = False
+    symmetric: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'int' if self.signed else 'uint'}{self.bits}"
+
+    @property
+    def qmin(self) -> int:
+        return int(self.symmetric) - (1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.bits - int(self.signed))) - 1
+
+    @property
+    def dtype(self) -> np.dtype[np.int8] | np.dtype[np.uint8]:
+        """The storage type: one byte for every width up to 8 bits."""
+        return np.dtype(np.int8) if self.signed else np.dtype(np.uint8)
+
+
+UINT8 = Format(8)
+INT8 = Format(8, signed=True, symmetric=True)
+
+
+def scale_for_range(low: npt.ArrayLike, high: npt.ArrayLike, fmt: Format) -> tuple[Array, Integers]:
+    """Scale (float32) and zero point (storage type) for values in [low, high], elementwise over arrays."""
+    lo = np.minimum(np.asarray(low, np.float64), 0.0)
+    hi = np.maximum(np.asarray(high, np.float64), 0.0)
+    width = np.maximum(-lo, hi) / fmt.qmax if fmt.symmetric else (hi - lo) / (fmt.qmax - fmt.qmin)
+    scale = np.maximum(width, SMALLEST_SCALE).astype(np.float32)
+    zero = np.zeros_like(scale) if fmt.symmetric else np.clip(np.rint(fmt.qmin - lo / scale), fmt.qmin, fmt.qmax)
+    return scale, zero.astype(fmt.dtype)
+
+
+def along(values: npt.NDArray[Any], axis: int | None, rank: int) -> npt.NDArray[Any]:
+    """Reshape per-channel values `[C]` so that they broadcast along `axis` of a tensor of that rank."""
+    if values.ndim == 0 or axis is None:
+        return values
+    return values.reshape([-1 if d == axis % rank else 1 for d in range(rank)])
+
+
+def quantize(x: Array, scale: Array, zero_point: Integers, fmt: Format, axis: int | None = None) -> Integers:
+    """Round to the nearest grid point (ties to even, as QuantizeLinear does) and clamp. Shape is kept."""
+    s, z = along(scale, axis, x.ndim), along(zero_point, axis, x.ndim)
+    q = np.rint(x / s) + z.astype(np.float32)
+    integers: Integers = np.clip(q, fmt.qmin, fmt.qmax).astype(fmt.dtype)
+    return integers
+
+
+def dequantize(q: Integers, scale: Array, zero_point: Integers, axis: int | None = None) -> Array:
+    """Back to float32. Shape is kept."""
+    s, z = along(scale, axis, q.ndim), along(zero_point, axis, q.ndim)
+    values: Array = ((q.astype(np.float32) - z.astype(np.float32)) * s).astype(np.float32)
+    return values

@@ -1,0 +1,150 @@
+"""A Program as a folder: to run passes again from where they stopped, without importing or calibrating again.
+
+program.json          signature, schedule, deployment, shape, source, history, pending passes, plan
+program.onnx          the graph; float.onnx too when there is a float model to compare with
+weights.data          the stored weights of both
+stats.safetensors     summaries (exact integers and float64)
+plan.safetensors      scales and zero points
+correction.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from safetensors.numpy import load_file, save_file
+
+from ..runtime.correction import Correction
+from ..runtime.schedule import Deployment, Schedule
+from ..runtime.signature import Signature
+from . import store
+from .errors import ModelError
+from .program import Plan, Program, Quantizer, Record, Site
+from .quant import Format
+from .stats import Stats, Summary
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write a program, and the passes it still has before it, to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    home = _home(program.model)
+    if home is not None and home != folder and not (folder / store.WEIGHTS).exists():
+        store.link(home / store.WEIGHTS, folder / store.WEIGHTS)
+    for stem, model in (("program", program.model), ("float", program.float_model)):
+        if model is not None:
+            store.move(store.write(model, home or folder, stem), folder)
+    data: dict[str, Any] = {
+        "signature": program.signature.to_json(),
+        "schedule": dict(program.schedule.config),
+        "deployment": program.deployment.to_json(),
+        "shape": list(program.shape),
+        "source": dict(program.source),
+        "frozen": None if program.frozen is None else list(program.frozen),
+        "history": [r.to_json() for r in program.history],
+        "pending": [dict(p) for p in pending],
+    }
+    if program.stats is not None:
+        data["stats"] = _save_stats(program.stats, folder)
+    if program.plan is not None:
+        data["plan"] = _save_plan(program.plan, folder)
+    if program.correction is not None:
+        program.correction.save(folder / "correction.safetensors")
+    (folder / "program.json").write_text(json.dumps(data, indent=1))
+
+
+def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
+    """The program that `save` wrote, and the passes that were still to run. Raises ModelError."""
+    try:
+        data = json.loads((folder / "program.json").read_text())
+        model = ir.load(folder / "program.onnx")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"this folder holds no saved program: {error}", where=str(folder)) from error
+    float_file, correction_file = folder / "float.onnx", folder / "correction.safetensors"
+    program = Program(
+        model=model,
+        signature=Signature.from_json(data["signature"]),
+        schedule=Schedule.from_config(data["schedule"]),
+        deployment=Deployment.from_json(data["deployment"]),
+        shape=tuple(data["shape"]),
+        source=data["source"],
+        stats=_load_stats(data["stats"], folder) if "stats" in data else None,
+        plan=_load_plan(data["plan"], folder) if "plan" in data else None,
+        correction=Correction.load(correction_file) if correction_file.exists() else None,
+        frozen=None if data["frozen"] is None else tuple(data["frozen"]),
+        float_model=ir.load(float_file) if float_file.exists() else None,
+        history=tuple(
+            Record(
+                r["pass"],
+                r["options"],
+                r["nodes_before"],
+                r["nodes_after"],
+                r["seconds"],
+                r["peak_memory_mb"],
+                r["note"],
+            )
+            for r in data["history"]
+        ),
+    )
+    return program, list(data["pending"])
+
+
+def _home(model: ir.Model) -> Path | None:
+    """The folder whose stored weights a model refers to."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            return Path(value.const_value.base_dir)
+    return None
+
+
+def _save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
+    arrays: Arrays = {}
+    keys = []
+    for i, ((name, group), s) in enumerate(stats.summaries.items()):
+        keys.append([name, group])
+        used = np.flatnonzero(s.histogram)
+        arrays[f"{i}.moments"] = np.array([s.count, s.low, s.high, s.total, s.square], np.float64)
+        arrays[f"{i}.bins"] = used.astype(np.int32)
+        arrays[f"{i}.counts"] = s.histogram[used]
+    save_file(arrays, folder / "stats.safetensors")
+    return {"digest": stats.digest, "groups": stats.groups, "calls": stats.calls, "keys": keys}
+
+
+def _load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
+    arrays = load_file(folder / "stats.safetensors")
+    summaries: dict[tuple[str, int], Summary] = {}
+    for i, (name, group) in enumerate(data["keys"]):
+        count, low, high, total, square = (float(v) for v in arrays[f"{i}.moments"])
+        summary = Summary(int(count), low, high, total, square)
+        summary.histogram[arrays[f"{i}.bins"]] = arrays[f"{i}.counts"]
+        summaries[str(name), int(group)] = summary
+    return Stats(data["digest"], data["groups"], data["calls"], summaries)
+
+
+def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
+    arrays: Arrays = {}
+    entries = []
+    for i, (site, q) in enumerate(plan.quantizers.items()):
+        arrays[f"{i}.scale"], arrays[f"{i}.zero_point"] = np.atleast_1d(q.scale), np.atleast_1d(q.zero_point)
+        f = q.format
+        entries.append([site.value, site.consumer, [f.bits, f.signed, f.symmetric], q.axis, q.by, q.scale.ndim])
+    save_file(arrays, folder / "plan.safetensors")
+    return {"islands": dict(plan.islands), "quantizers": entries}
+
+
+def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
+    arrays = load_file(folder / "plan.safetensors")
+    quantizers = {}
+    for i, (value, consumer, fmt, axis, by, rank) in enumerate(data["quantizers"]):
+        scale, zero = arrays[f"{i}.scale"], arrays[f"{i}.zero_point"]
+        if rank == 0:
+            scale, zero = scale.reshape(()), zero.reshape(())
+        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis)
+    return Plan(quantizers, data["islands"])

@@ -1,0 +1,82 @@
+"""Where the weights lie while a program is compiled.
+
+At import every weight is streamed once into one file of the working folder. From then on a graph, after any pass,
+is a small ONNX file beside it: a model of several gigabytes is never held in memory whole, a clone costs
+milliseconds, and the sessions of all passes read the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import onnx_ir as ir
+
+WEIGHTS = "weights.data"
+INLINE_BYTES = 1024  # smaller constants (shapes, scales) stay in the ONNX file, where shape inference reads them
+
+
+def adopt(model: ir.Model, folder: Path) -> None:
+    """Stream all weights of a freshly imported model into `folder/weights.data` and refer to them there."""
+    _externalize(model, folder, WEIGHTS)
+
+
+def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
+    """Write a graph beside the stored weights as `stem.onnx`, ready for onnxruntime; the model is not changed.
+
+    Constants that are not in the folder yet go to `stem.onnx.data`.
+    """
+    stem = stem or uuid.uuid4().hex
+    clone = model.clone()
+    _externalize(clone, folder, f"{stem}.onnx.data")
+    path = folder / f"{stem}.onnx"
+    ir.save(clone, path)
+    return path
+
+
+def discard(path: Path) -> None:
+    """Remove what `write` wrote."""
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+
+
+def parameter_bytes(model: ir.Model) -> int:
+    """Sum of the bytes of all float initializers."""
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    return sum(t.nbytes for t in tensors if t is not None and t.dtype.is_floating_point())
+
+
+def _externalize(model: ir.Model, folder: Path, name: str) -> None:
+    values = [v for v in model.graph.initializers.values() if _is_elsewhere(v.const_value, folder)]
+    tensors = [v.const_value for v in values if v.const_value is not None]
+    if not tensors:
+        return
+    external = ir.external_data.convert_tensors_to_external(tensors, folder, name)
+    for value, tensor in zip(values, external, strict=True):
+        value.const_value = tensor
+
+
+def _is_elsewhere(tensor: ir.TensorProtocol | None, folder: Path) -> bool:
+    if tensor is None or tensor.nbytes < INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
+        return False
+    return not (isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` without copying its bytes where the file system allows that."""
+    if not source.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def move(path: Path, folder: Path) -> Path:
+    """Move what `write` wrote into another folder; the stored weights are expected beside it there."""
+    for part in (path, path.with_name(path.name + ".data")):
+        if part.exists():
+            shutil.move(part, folder / part.name)
+    return folder / path.name

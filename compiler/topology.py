@@ -1,0 +1,62 @@
+"""networkx views of a graph: what depends on the timestep only, and who reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import networkx as nx
+import onnx_ir as ir
+
+from .graph import is_constant, is_op, name_of
+from .program import Signature
+
+
+@dataclass(frozen=True, eq=False)
+class TimeBranch:
+    """What a denoiser computes from its timestep alone.
+
+    `values` depend on the timestep's values (and perhaps on the batch size) but on no other input's values;
+    `frontier` are those of them that something else reads.
+    """
+
+    values: tuple[ir.Value, ...]
+    frontier: tuple[ir.Value, ...]
+
+
+def digraph(graph: ir.Graph) -> nx.DiGraph:
+    """Values and nodes of a graph as one bipartite networkx graph (keys: `v:name` and `n:index`)."""
+    g = nx.DiGraph()
+    for i, node in enumerate(graph):
+        g.add_node(f"n:{i}", node=node)
+        for value in node.inputs:
+            if value is not None:
+                g.add_edge(f"v:{name_of(value)}", f"n:{i}")
+        for value in node.outputs:
+            g.add_edge(f"n:{i}", f"v:{name_of(value)}")
+    return g
+
+
+def time_branch(graph: ir.Graph, signature: Signature) -> TimeBranch:
+    """Taint analysis over the graph, not over names.
+
+    A value belongs to the branch when the timestep reaches it and no other input's *contents* do; a Shape node
+    passes on sizes and no contents. A node with several inputs belongs only when all of them do.
+    """
+    g = digraph(graph)
+    timestep = f"v:{signature.timestep}"
+    if timestep not in g:
+        return TimeBranch((), ())
+    # A Shape node hands on sizes and no contents: what is behind it counts as neither timely nor foreign.
+    g.remove_nodes_from([key for key, data in g.nodes(data=True) if "node" in data and is_op(data["node"], "Shape")])
+    others = [f"v:{name_of(v)}" for v in graph.inputs if name_of(v) != signature.timestep]
+    foreign = set().union(*(nx.descendants(g, key) for key in others if key in g))
+    timely = nx.descendants(g, timestep) - foreign
+    values = [out for node in graph for out in node.outputs if f"v:{name_of(out)}" in timely]
+    inside = set(values)
+    frontier = [
+        value
+        for value in values
+        if not is_constant(value)
+        and (value.is_graph_output() or any(not inside.issuperset(use.node.outputs) for use in value.uses()))
+    ]
+    return TimeBranch(tuple(values), tuple(frontier))

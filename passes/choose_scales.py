@@ -1,0 +1,127 @@
+"""choose_scales: a quantizer for every site, from measured ranges and from the weights themselves.
+
+Activations (uint8, per tensor) from the summaries of observe:
+
+    minmax      the measured extremes
+    percentile  the values between which `percentile` of the mass lies, symmetric in probability
+    mse         the range [a low, a high], a in 1 .. 0.2, with the least expected squared error
+                E = sum_inside min(s^2 / 12, bin) + sum_outside (distance to the range)^2
+
+Weights (int8, symmetric, per output channel) from the tensor: `minmax`, or `mse`, the same search on |w| per channel
+(the shrink search that Q-Diffusion and PTQD inherit from BRECQ, with p = 2).
+
+Every range contains 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..compiler import graph as graphs
+from ..compiler.errors import StatsError
+from ..compiler.graph import is_constant, name_of
+from ..compiler.ops import Layer, layers
+from ..compiler.pipeline import Context, Pass
+from ..compiler.program import Plan, Program, Quantizer, Site, numpy_of
+from ..compiler.quant import INT8, UINT8, Array, Format, scale_for_range
+from ..compiler.stats import Summary
+
+Method = Literal["minmax", "percentile", "mse"]
+SHRINKS = np.linspace(1.0, 0.2, 81)
+
+
+@dataclass(frozen=True)
+class ChooseScales(Pass):
+    """`activations` and `weights` are the methods; `percentile` is in percent and used by that method only."""
+
+    activations: Method = "percentile"
+    weights: Literal["minmax", "mse"] = "mse"
+    percentile: float = 99.999
+    activation_bits: int = 8
+    weight_bits: int = 8
+
+    needs: ClassVar[frozenset[str]] = frozenset({"stats"})
+    gives: ClassVar[frozenset[str]] = frozenset({"plan"})
+    before: ClassVar[frozenset[str]] = frozenset({"qdq"})
+
+    def run(self, program: Program, context: Context) -> Program:
+        stats = program.stats
+        assert stats is not None  # the order check saw to it
+        if stats.digest != graphs.digest(program.model):
+            raise StatsError(
+                "the statistics were measured on another graph", where=self.name, hint="run observe on this graph first"
+            )
+        activation_format = UINT8 if self.activation_bits == 8 else Format(self.activation_bits)
+        weight_format = INT8 if self.weight_bits == 8 else Format(self.weight_bits, signed=True, symmetric=True)
+        found = list(layers(program.graph))
+        quantizers: dict[Site, Quantizer] = {}
+        for name in dict.fromkeys(
+            name_of(v) for layer in found for v in (*layer.activations, layer.output) if not is_constant(v)
+        ):
+            summary = stats.summary(name)
+            if summary is None:
+                raise StatsError(f"the value {name!r} was not measured", where=self.name, hint="run observe again")
+            low, high = self._range(summary, activation_format)
+            scale, zero = scale_for_range(low, high, activation_format)
+            quantizers[Site(name)] = Quantizer(activation_format, scale, zero, self.name)
+        for i, layer in enumerate(found):
+            if layer.weight is not None and Site(name_of(layer.weight)) not in quantizers:
+                quantizers[Site(name_of(layer.weight))] = self._weight(layer, weight_format)
+            context.progress(self.name, i + 1, len(found))
+        return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
+
+    def _range(self, summary: Summary, fmt: Format) -> tuple[float, float]:
+        if self.activations == "minmax":
+            return summary.low, summary.high
+        if self.activations == "percentile":
+            tail = (1 - self.percentile / 100) / 2
+            return summary.percentile(tail), summary.percentile(1 - tail)
+        return least_error_range(summary, fmt)
+
+    def _weight(self, layer: Layer, fmt: Format) -> Quantizer:
+        assert layer.weight is not None and layer.weight_axis is not None
+        weight = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
+        rows = weight.reshape(len(weight), -1)
+        limit = np.abs(rows).max(axis=1)
+        if self.weights == "mse":
+            limit = limit * _best_shrinks(rows, limit, fmt)
+        scale, zero = scale_for_range(-limit, limit, fmt)
+        return Quantizer(fmt, scale, zero, self.name, axis=layer.weight_axis)
+
+
+def least_error_range(summary: Summary, fmt: Format) -> tuple[float, float]:
+    """The shrunk range with the least expected squared quantization error over a summary."""
+    low, high, counts = summary.bins()
+    centre, width = (low + high) / 2, high - low
+    share = counts / max(summary.count, 1)
+    bottom, top = min(summary.low, 0.0), max(summary.high, 0.0)
+    best, best_error = (bottom, top), np.inf
+    for shrink in SHRINKS:
+        lo, hi = bottom * shrink, top * shrink
+        step = max((hi - lo) / (fmt.qmax - fmt.qmin), 1e-30)
+        # A bin narrower than a step sits somewhere on the grid; a wider one sees the whole sawtooth.
+        inside = np.where(width < step, (centre - step * np.rint(centre / step)) ** 2 + width**2 / 12, step**2 / 12)
+        outside = np.maximum(lo - centre, 0) + np.maximum(centre - hi, 0)
+        error = float(np.sum(share * np.where(outside > 0, outside**2, np.minimum(inside, step**2 / 4))))
+        if error < best_error:
+            best, best_error = (lo, hi), error
+    return best
+
+
+def _best_shrinks(
+    rows: npt.NDArray[np.float32], limit: npt.NDArray[np.float32], fmt: Format
+) -> npt.NDArray[np.float32]:
+    """For each row, the share of its largest magnitude at which rounding and clipping cost least together."""
+    best = np.ones(len(rows), np.float32)
+    error = np.full(len(rows), np.inf)
+    for shrink in np.linspace(1.0, 0.6, 21):
+        scale: Array = np.maximum(limit * shrink / fmt.qmax, 1e-30).astype(np.float32)[:, None]
+        rounded = np.clip(np.rint(rows / scale), fmt.qmin, fmt.qmax) * scale
+        loss = np.einsum("ij,ij->i", rounded - rows, rounded - rows)
+        better = loss < error
+        best[better], error[better] = shrink, loss[better]
+    return best

@@ -1,0 +1,109 @@
+"""clean_qdq: fewer quantizers, the same numbers.
+
+1. Q(move(x)) -> move(Q(x)): a Transpose, Reshape or nearest Resize whose only readers quantize it with one quantizer
+   works on 8-bit data instead, a quarter of the bytes (a per-tensor quantizer does not see where a value lies).
+2. Q(DQ(q)) with the same parameters is q.
+3. DequantizeLinear nodes with equal inputs are one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from ..compiler.graph import Builder, Names, consumers, is_op, name_of, remove_dead, replace_use
+from ..compiler.ops import is_mover
+from ..compiler.pipeline import Context, Pass
+from ..compiler.program import Program
+
+
+@dataclass(frozen=True)
+class CleanQdq(Pass):
+    """See the module's docstring for the cases."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
+
+    def run(self, program: Program, context: Context) -> Program:
+        graph = program.graph
+        names = Names(graph)
+        moved = _hoist_until_still(graph, names)
+        undone = _drop_round_trips(graph)
+        merged = _merge_equal(graph)
+        remove_dead(graph)
+        return program.noted(f"{moved} moved in front of data movers, {undone} round trips gone, {merged} merged")
+
+
+def _hoist_until_still(graph: ir.Graph, names: Names) -> int:
+    total = 0
+    while moved := sum(_hoist(graph, names, node) for node in list(graph) if is_mover(node)):
+        total += moved
+    return total
+
+
+def _same_parameters(a: ir.Node, b: ir.Node) -> bool:
+    """Whether two Q or DQ nodes use the same scale and zero point values (per tensor ones, or the same values)."""
+    return all(x is y or _equal_scalars(x, y) for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True))
+
+
+def _equal_scalars(x: ir.Value | None, y: ir.Value | None) -> bool:
+    tensors = [None if v is None else v.const_value for v in (x, y)]
+    if tensors[0] is None or tensors[1] is None or tensors[0].size != 1 or tensors[1].size != 1:
+        return False
+    return tensors[0].dtype == tensors[1].dtype and bool(tensors[0].numpy() == tensors[1].numpy())
+
+
+def _hoist(graph: ir.Graph, names: Names, mover: ir.Node) -> bool:
+    source, out = mover.inputs[0], mover.outputs[0]
+    readers = consumers(out)
+    if source is None or out.is_graph_output() or not readers:
+        return False
+    first = readers[0]
+    if not all(is_op(r, "QuantizeLinear") and _same_parameters(r, first) for r in readers):
+        return False
+    scale, zero = first.inputs[1], first.inputs[2]
+    if scale is None or zero is None or scale.shape is None or len(scale.shape):
+        return False  # a per-channel quantizer does see where a value lies
+    integer = first.outputs[0].dtype
+    build = Builder(graph, names, mover)
+    early = build.op("QuantizeLinear", [source, scale, zero], f"{name_of(source)}_early", like=source, dtype=integer)
+    mover.replace_input_with(0, early)
+    out.type = ir.TensorType(zero.dtype or ir.DataType.UINT8)
+    for quantize in readers:
+        quantize.outputs[0].replace_all_uses_with(out)
+        graph.remove(quantize, safe=True)
+    return True
+
+
+def _drop_round_trips(graph: ir.Graph) -> int:
+    count = 0
+    for node in list(graph):
+        inner = node.inputs[0].producer() if is_op(node, "QuantizeLinear") and node.inputs[0] is not None else None
+        if is_op(inner, "DequantizeLinear") and inner is not None and _same_parameters(node, inner):
+            integers = inner.inputs[0]
+            if (
+                integers is not None
+                and integers.dtype == node.outputs[0].dtype
+                and not node.outputs[0].is_graph_output()
+            ):
+                node.outputs[0].replace_all_uses_with(integers)
+                graph.remove(node, safe=True)
+                count += 1
+    return count
+
+
+def _merge_equal(graph: ir.Graph) -> int:
+    seen: dict[tuple[str, ir.Value | None, tuple[ir.Value | None, ...]], ir.Node] = {}
+    count = 0
+    for node in list(graph):
+        if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
+            continue
+        key = (node.op_type, node.inputs[0], tuple(node.inputs[1:]))
+        first = seen.setdefault(key, node)
+        if first is not node and not node.outputs[0].is_graph_output():
+            for reader in consumers(node.outputs[0]):
+                replace_use(reader, node.outputs[0], first.outputs[0])
+            graph.remove(node, safe=True)
+            count += 1
+    return count

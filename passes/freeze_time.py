@@ -1,0 +1,158 @@
+"""freeze_time: what depends on the timestep only becomes a table over the deployed timesteps.
+
+TFMQ-DM (arXiv 2311.16503) and its journal version observe that the time embedding and every block's projection of it
+have a finite input set. Here the whole branch is found by taint analysis over the graph, evaluated in float32 once for
+each deployed timestep, and replaced by rows:
+
+    row = nearest[clip(timestep[0], 0, num_train - 1)]       [num_train] integers -> one row index, shape [1]
+    value = table[row]                                       [rows, ...] -> [1, ...], broadcast over the batch
+
+Parts that also depend on a class or a prompt stay. In plain onnxruntime a timestep outside the table takes the
+nearest row; Mezzotint's runtime refuses it. The time layers leave the graph, and with them their quantization error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..compiler.execute import Executor
+from ..compiler.graph import DEFAULT_DOMAINS, Builder, Names, consumers, name_of, remove_dead, replace_use
+from ..compiler.pipeline import Context, GraphPass
+from ..compiler.program import Program
+from ..compiler.topology import time_branch
+from ..runtime.tables import nearest_rows
+
+BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
+
+
+@dataclass(frozen=True)
+class FreezeTime(GraphPass):
+    """Replaces the time branch by tables; a model whose timestep nobody reads is left as it is."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"normal"})
+    gives: ClassVar[frozenset[str]] = frozenset({"frozen"})
+    tolerance: ClassVar[float | None] = 1e-4
+
+    def run(self, program: Program, context: Context) -> Program:
+        branch = time_branch(program.graph, program.signature)
+        frontier = [v for v in branch.frontier if v.dtype is not None and v.dtype.is_floating_point()]
+        if not frontier:
+            return program.noted("nothing depends on the timestep alone")
+        rows = tuple(sorted(set(program.deployment.timesteps)))
+        tables = _evaluate(program, frontier, rows, context)
+        graph = program.graph
+        names = Names(graph)
+        build = Builder(graph, names, graph[0])
+        row = _row_index(build, program, rows)
+        for value in frontier:
+            _replace(build, names, program, value, tables[name_of(value)], row)
+        before = graph.num_nodes()
+        remove_dead(graph)
+        size = sum(t.nbytes for t in tables.values())
+        note = (
+            f"{len(frontier)} tables of {len(rows)} rows ({size / 1e3:.0f} kB), {before - graph.num_nodes()} nodes gone"
+        )
+        return replace(program, frozen=rows, note=note)
+
+
+def _evaluate(
+    program: Program, frontier: list[ir.Value], rows: tuple[int, ...], context: Context
+) -> dict[str, npt.NDArray[Any]]:
+    """The frontier's values at each deployed timestep, `[rows, ...]` without the batch."""
+    branch = ir.convenience.extract(program.graph, list(program.graph.inputs), [name_of(v) for v in frontier])
+    model = ir.Model(branch, ir_version=program.model.ir_version)
+    x = np.zeros((1, *program.shape), np.float32)
+    conditions = {
+        name: np.zeros([1, *(d if isinstance(d, int) else 1 for d in list(value.shape or [])[1:])], value.dtype.numpy())
+        for name, value in program.conditions().items()
+        if value.dtype is not None
+    }
+    found: dict[str, list[npt.NDArray[Any]]] = {name_of(v): [] for v in frontier}
+    with Executor(model, context.folder, threads=context.threads) as executor:
+        for i, t in enumerate(rows):
+            for name, array in executor.call(program.signature, x, t, conditions).items():
+                found[name].append(array)
+            context.progress("freeze_time", i + 1, len(rows))
+    return {name: np.stack(arrays) for name, arrays in found.items()}
+
+
+def _row_index(build: Builder, program: Program, rows: tuple[int, ...]) -> ir.Value:
+    """Nodes that turn the timestep input (a number or a batch of equal ones, of any type) into one row index `[1]`."""
+    count = program.schedule.num_train_timesteps
+    timestep = next(v for v in program.graph.inputs if name_of(v) == program.signature.timestep)
+    int64 = ir.DataType.INT64
+    value = timestep
+    if timestep.dtype is not None and timestep.dtype.is_floating_point():
+        value = build.op("Round", [value], "time_round", like=timestep)
+    if timestep.dtype != int64:
+        value = build.op(
+            "Cast", [value], "time_integer", dtype=int64, shape=timestep.shape, attributes={"to": int(int64)}
+        )
+    value = build.op(
+        "Reshape", [value, build.constant("time_flat_shape", np.array([-1]))], "time_flat", dtype=int64, shape=[None]
+    )
+    value = build.op(
+        "Gather",
+        [value, build.constant("time_first", np.array([0]))],
+        "time_one",
+        dtype=int64,
+        shape=[1],
+        attributes={"axis": 0},
+    )
+    limits = [build.constant("time_lowest", np.array(0)), build.constant("time_highest", np.array(count - 1))]
+    value = build.op("Clip", [value, *limits], "time_clipped", dtype=int64, shape=[1])
+    nearest = build.constant("time_nearest_row", nearest_rows(rows, count))
+    return build.op("Gather", [nearest, value], "time_row", dtype=int64, shape=[1], attributes={"axis": 0})
+
+
+def _replace(
+    build: Builder,
+    names: Names,
+    program: Program,
+    value: ir.Value,
+    table: npt.NDArray[Any],
+    row: ir.Value,
+) -> None:
+    """Let the readers of a frontier value read its row instead."""
+    batched = bool(value.shape) and not isinstance((value.shape or [1])[0], int)
+    stem = name_of(value)
+    # [rows, 1, ...] of a batched value: its own batch of 1 goes, and the gathered row takes its place.
+    data = table[:, 0] if batched else table
+    shape = [1, *data.shape[1:]]
+    gathered = build.op(
+        "Gather",
+        [build.constant(f"{stem}_table", data), row],
+        f"{stem}_row",
+        dtype=value.dtype,
+        shape=shape,
+        attributes={"axis": 0},
+    )
+    if not batched:
+        axes = build.constant(f"{stem}_axes", np.array([0]))
+        gathered = build.op("Squeeze", [gathered, axes], f"{stem}_value", dtype=value.dtype, shape=data.shape[1:])
+    full: ir.Value | None = None
+    inside = {name_of(v) for v in time_branch(program.graph, program.signature).values}
+    for node in consumers(value):
+        if all(name_of(out) in inside for out in node.outputs):
+            continue
+        if not batched or (node.op_type in BROADCASTING and node.domain in DEFAULT_DOMAINS and len(node.inputs) == 2):
+            replace_use(node, value, gathered)
+        else:
+            if full is None:
+                full = _expanded(Builder(program.graph, names, node), program, gathered, value)
+            replace_use(node, value, full)
+
+
+def _expanded(build: Builder, program: Program, gathered: ir.Value, value: ir.Value) -> ir.Value:
+    """The row repeated over the batch, for readers that do not broadcast."""
+    sample = next(v for v in program.graph.inputs if name_of(v) == program.signature.sample)
+    stem, int64 = name_of(value), ir.DataType.INT64
+    batch = build.op("Shape", [sample], f"{stem}_batch", dtype=int64, shape=[1], attributes={"start": 0, "end": 1})
+    rest = build.constant(f"{stem}_rest", np.ones(len(value.shape or ()) - 1, np.int64))
+    shape = build.op("Concat", [batch, rest], f"{stem}_full_shape", dtype=int64, shape=[None], attributes={"axis": 0})
+    return build.op("Expand", [gathered, shape], f"{stem}_full", like=value)

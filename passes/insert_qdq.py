@@ -1,0 +1,172 @@
+"""insert_qdq: the plan becomes QuantizeLinear and DequantizeLinear nodes, once.
+
+Around every layer that is not an island:
+
+    x -> Q -> DQ -> layer(., w -> Q -> DQ, bias)                     linear and attention layers
+    x -> Q -> DQ -> Conv(., w -> Q -> DQ, bias) -> Q -> DQ -> all readers
+
+Output policy: an integer convolution exists only when its output is quantized, with one quantizer, and when nobody
+reads the raw output; so every reader, in float too, reads behind the same DequantizeLinear. Matmuls accumulate in
+int32 and leave in float, so their outputs are not quantized.
+
+Islands are kept in float on purpose and listed: `first` (layers that read the sample: its last bits are the noise
+that the model must predict), `last` (the layer that makes the output), `attention` (matmuls of two activations), or
+patterns of node names. A layer without a plan, and everything that cannot be an integer kernel, is listed too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from ..compiler.errors import RecipeError
+from ..compiler.graph import Builder, Names, consumers, name_of, replace_use
+from ..compiler.ops import Layer, float_reason, is_mover, layers
+from ..compiler.pipeline import Context, Pass
+from ..compiler.program import Plan, Program, Quantizer
+
+
+@dataclass(frozen=True)
+class InsertQdq(Pass):
+    """`islands` are roles or patterns of node names (as in a shell: `*`, `?`) that stay in float."""
+
+    islands: tuple[str, ...] = ("first", "last")
+
+    needs: ClassVar[frozenset[str]] = frozenset({"plan"})
+    before: ClassVar[frozenset[str]] = frozenset({"qdq"})
+    gives: ClassVar[frozenset[str]] = frozenset({"qdq"})
+
+    def run(self, program: Program, context: Context) -> Program:
+        plan = program.plan
+        assert plan is not None  # the order check saw to it
+        found = list(layers(program.graph))
+        reasons = {n.name or "": r for n in program.graph if (r := float_reason(n))}
+        for layer in found:
+            reason = self._island(layer, program)
+            if reason is None and not _planned(layer, plan):
+                reason = "the plan has no quantizer for it"
+            if reason is not None:
+                reasons[layer.name] = reason
+        self._check_patterns(found)
+        float_model = program.model.clone()
+        writer = _Writer(program.graph, plan)
+        chosen = [layer for layer in found if layer.name not in reasons]
+        for layer in chosen:
+            writer.quantize(layer)
+        note = f"{len(chosen)} layers quantized, {len(reasons)} kept in float"
+        return replace(program, plan=Plan(plan.quantizers, reasons), float_model=float_model, note=note)
+
+    def _island(self, layer: Layer, program: Program) -> str | None:
+        if "first" in self.islands and any(_reaches_up(v, program.signature.sample) for v in layer.activations):
+            return "island 'first': it reads the sample"
+        if "last" in self.islands and _reaches_down(layer.output):
+            return "island 'last': it makes the output"
+        if "attention" in self.islands and layer.kind == "attention":
+            return "island 'attention': a matmul of two activations"
+        pattern = next((p for p in self.islands if fnmatchcase(layer.name, p)), None)
+        return None if pattern is None else f"island {pattern!r}"
+
+    def _check_patterns(self, found: list[Layer]) -> None:
+        for pattern in self.islands:
+            if pattern not in ("first", "last", "attention") and not any(
+                fnmatchcase(layer.name, pattern) for layer in found
+            ):
+                raise RecipeError(
+                    f"the island {pattern!r} matches no layer",
+                    where=self.name,
+                    hint=f"layers are called {', '.join(layer.name for layer in found[:4])} ...",
+                )
+
+
+def _planned(layer: Layer, plan: Plan) -> bool:
+    sites = [name_of(v) for v in layer.activations]
+    sites += [name_of(layer.weight)] if layer.weight is not None else []
+    sites += [name_of(layer.output)] if layer.output_quantized else []
+    return all(plan.of(value, layer.name) is not None for value in sites)
+
+
+def _reaches_up(value: ir.Value, name: str) -> bool:
+    """Whether a value is the input of that name, seen through nodes that only move data."""
+    producer = value.producer()
+    if producer is None:
+        return name_of(value) == name
+    first = producer.inputs[0] if producer.inputs else None
+    return is_mover(producer) and first is not None and _reaches_up(first, name)
+
+
+def _reaches_down(value: ir.Value) -> bool:
+    """Whether a value is a graph output, seen through nodes that only move data."""
+    if value.is_graph_output():
+        return True
+    readers = consumers(value)
+    return len(readers) == 1 and is_mover(readers[0]) and _reaches_down(readers[0].outputs[0])
+
+
+class _Writer:
+    """Writes Q/DQ pairs; the pair of a value is shared by everyone who wants the same quantizer."""
+
+    def __init__(self, graph: ir.Graph, plan: Plan) -> None:
+        self.graph, self.plan, self.names = graph, plan, Names(graph)
+        self._pairs: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._outputs: dict[ir.Value, tuple[ir.Value, Quantizer]] = {}
+
+    def quantize(self, layer: Layer) -> None:
+        for value in layer.activations:
+            self._quantize_input(value, layer)
+        if layer.weight is not None:
+            self._quantize_input(layer.weight, layer)
+        if layer.output_quantized:
+            self._quantize_output(layer.output, layer)
+
+    def _quantizer(self, value: ir.Value, layer: Layer) -> Quantizer:
+        quantizer = self.plan.of(name_of(value), layer.name)
+        assert quantizer is not None  # _planned saw to it
+        return quantizer
+
+    def _quantize_input(self, value: ir.Value, layer: Layer) -> None:
+        quantizer = self._quantizer(value, layer)
+        source, held = self._outputs.get(value, (value, None))
+        if held is not quantizer:  # a convolution's output that is wanted as it was quantized there needs nothing more
+            replace_use(layer.node, source, self._pair(source, quantizer, layer.node))
+
+    def _quantize_output(self, value: ir.Value, layer: Layer) -> None:
+        quantizer = self._quantizer(value, layer)
+        readers = consumers(value)
+        graph_output = value.is_graph_output()
+        dequantized = self._pair(value, quantizer, layer.node)
+        for node in readers:
+            replace_use(node, value, dequantized)
+        if graph_output:
+            name = name_of(value)
+            value.name = self.names(f"{name}_raw")
+            self.graph.outputs[list(self.graph.outputs).index(value)] = dequantized
+            dequantized.name = name
+        self._outputs[value] = (dequantized, quantizer)
+
+    def _pair(self, value: ir.Value, quantizer: Quantizer, reader: ir.Node) -> ir.Value:
+        """The dequantized view of a value, right behind its producer (a constant's: in front of its first reader)."""
+        key = (value, id(quantizer))
+        if key not in self._pairs:
+            producer = value.producer()
+            if producer is not None:
+                build = Builder(self.graph, self.names, after=producer)
+            else:
+                first = self.graph[0] if value.is_graph_input() else reader
+                build = Builder(self.graph, self.names, before=first)
+            self._pairs[key] = _write_pair(build, value, quantizer)
+        return self._pairs[key]
+
+
+def _write_pair(build: Builder, value: ir.Value, quantizer: Quantizer) -> ir.Value:
+    stem = name_of(value)
+    scale = build.constant(f"{stem}_scale", quantizer.scale)
+    zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
+    axis = {} if quantizer.axis is None else {"axis": quantizer.axis}
+    dtype = ir.DataType.from_numpy(quantizer.zero_point.dtype)
+    integers = build.op(
+        "QuantizeLinear", [value, scale, zero], f"{stem}_quantized", like=value, dtype=dtype, attributes=axis
+    )
+    return build.op("DequantizeLinear", [integers, scale, zero], f"{stem}_dequantized", like=value, attributes=axis)

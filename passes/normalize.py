@@ -1,0 +1,91 @@
+"""normalize: one graph form, whoever exported it.
+
+1. functions are inlined, Constant nodes become initializers, initializers stop being inputs;
+2. what only constants feed is folded, equal subexpressions and Identity nodes are merged, dead nodes removed;
+3. Dropout (which does nothing at inference) disappears;
+4. open dimensions of the inputs get the field's names, shapes are inferred, nodes are sorted and named.
+
+Notes of the exporter that name files of its machine are dropped; module names are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from ..compiler.folding import fold_constants, infer_shapes
+from ..compiler.graph import is_op, name_of, remove_dead
+from ..compiler.pipeline import Context, GraphPass
+from ..compiler.program import Program
+
+KEPT_METADATA = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
+DIMENSIONS = ("batch", "channels", "height", "width")
+
+
+@dataclass(frozen=True)
+class Normalize(GraphPass):
+    """See the module's docstring for the cases."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"normal"})
+    tolerance: ClassVar[float | None] = 1e-4  # folding computes in numpy what onnxruntime computed in its kernels
+
+    def run(self, program: Program, context: Context) -> Program:
+        model = ir.passes.Sequential(
+            common.InlinePass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.RemoveInitializersFromInputsPass(),
+        )(program.model).model
+        _drop_notes(model)
+        _drop_dropout(model.graph)
+        _name_dimensions(model.graph, program)
+        model = fold_constants(model)
+        model = ir.passes.Sequential(
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.IdentityEliminationPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.TopologicalSortPass(),
+            common.NameFixPass(),
+        )(model).model
+        remove_dead(model.graph)
+        return program.with_model(infer_shapes(model))
+
+
+def _drop_notes(model: ir.Model) -> None:
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    model.doc_string = None
+    for node in model.graph.all_nodes():
+        node.doc_string = None
+        kept = {k: v for k, v in node.metadata_props.items() if k in KEPT_METADATA}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _drop_dropout(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if is_op(node, "Dropout") and node.inputs[0] is not None and not any(v.uses() for v in node.outputs[1:]):
+            identity = ir.node(
+                "Identity", [node.inputs[0]], outputs=[ir.Value(name=f"{name_of(node.outputs[0])}_kept")]
+            )
+            graph.insert_before(node, identity)
+            node.outputs[0].replace_all_uses_with(identity.outputs[0], replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+
+
+def _name_dimensions(graph: ir.Graph, program: Program) -> None:
+    """Give open dimensions of the inputs and outputs names that do not depend on the exporter's run."""
+    batch_like = {program.signature.sample: DIMENSIONS, program.signature.output: DIMENSIONS}
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.shape is None:
+            continue
+        wishes = batch_like.get(name_of(value), ("batch",))
+        value.shape = ir.Shape(
+            dim if isinstance(dim, int) else (wishes[i] if i < len(wishes) else f"{name_of(value)}_{i}")
+            for i, dim in enumerate(value.shape)
+        )

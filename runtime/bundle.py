@@ -1,0 +1,272 @@
+"""A compiled model on disk: opened, checked, and sampled from.
+
+    mezzotint.json                     the manifest: what this is, how it was made, and the hash of every file
+    unet/model.onnx (+ model.onnx.data)
+    scheduler/scheduler_config.json    as it came from the model
+    correction.safetensors             optional
+    passes/, report, README.md         for readers
+
+The manifest's digest covers everything but times: the same compilation twice gives the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .correction import Correction
+from .errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
+from .samplers import Images, StepInfo, initial_noise, sample, seeded_noise
+from .schedule import Deployment, Schedule
+from .session import Denoiser
+from .signature import Signature
+
+FORMAT_VERSION = 1
+MANIFEST = "mezzotint.json"
+MODEL = "unet/model.onnx"
+SCHEDULER = "scheduler/scheduler_config.json"
+CORRECTION = "correction.safetensors"
+TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
+"""Keys that differ between two runs of the same compilation; wherever they stand, the digest leaves them out."""
+
+Progress = Callable[[int, int], None]
+"""`(network calls done, of how many)`."""
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest as canonical JSON, without its own digest and without times."""
+    facts = _without_times({key: value for key, value in manifest.items() if key != "digest"})
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal_bundle(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `mezzotint.json`: `facts`, the format, the hash of every file in the folder, and the digest. Returns it."""
+    folder = Path(folder)
+    found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    names = [name for name in found if name != MANIFEST]
+    files = {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    manifest: dict[str, Any] = {"format": FORMAT_VERSION, **facts, "files": files}
+    manifest["digest"] = manifest_digest(manifest)
+    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+    return manifest
+
+
+def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Open a bundle folder. `verify` reads every file and compares its hash; the manifest is always checked.
+
+    Raises BundleError: no folder, no manifest, unreadable, of another format, a file missing or changed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError("there is no such folder", where=str(folder), hint="give the folder that `compile` wrote")
+    manifest = _read_manifest(folder / MANIFEST)
+    for name, entry in manifest["files"].items():
+        _check_file(folder, name, entry, verify)
+    for name in (MODEL, SCHEDULER):
+        if name not in manifest["files"]:
+            raise BundleError(f"the manifest does not list {name}", where=str(folder / MANIFEST))
+    return Bundle(folder, manifest)
+
+
+class Bundle:
+    """An opened bundle; make it with `open_bundle`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.model_path = path / MODEL
+        self._denoisers: dict[int | None, Denoiser] = {}
+        try:
+            self.signature = Signature.from_json(manifest["signature"])
+            self.deployment = Deployment.from_json(manifest["deployment"])
+            self.schedule = Schedule.load(path / SCHEDULER)
+            channels, height, width = (int(size) for size in manifest["sample_shape"])
+            deployed = manifest["deployed_timesteps"]
+            self.deployed_timesteps = None if deployed is None else tuple(int(t) for t in deployed)
+        except (KeyError, TypeError, ValueError, MezzotintError) as error:
+            what = f"the manifest is incomplete or inconsistent: {type(error).__name__} {error}"
+            raise BundleError(what, where=str(path / MANIFEST), hint="compile the model again") from error
+        self.sample_shape = (channels, height, width)
+
+    @cached_property
+    def correction(self) -> Correction | None:
+        """The tables that undo the quantization noise, or None where none were fitted."""
+        return Correction.load(self.path / CORRECTION) if CORRECTION in self.manifest["files"] else None
+
+    def correction_applies(self, sampler: str, steps: int, eta: float) -> bool:
+        """Whether `sample` corrects by itself: there are tables, and they were fitted for just this."""
+        return self.correction is not None and self.correction.valid_for(sampler, steps, eta)
+
+    def denoiser(self, threads: int | None = None) -> Denoiser:
+        """The network as a callable; opened once for each number of threads."""
+        if threads not in self._denoisers:
+            deployed = self.deployed_timesteps
+            self._denoisers[threads] = Denoiser(self.model_path, self.signature, threads=threads, deployed=deployed)
+        return self._denoisers[threads]
+
+    def sample(
+        self,
+        n: int,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        batch: int = 16,
+        correction: bool | None = None,
+        conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Images:
+        """`n` images, float32 `[n, C, H, W]` in the model's own range.
+
+        Sampler, steps and eta are the deployment's unless given (eta 0 with another sampler). Image i depends on `seed`
+        and i only, however the batches fall. `correction` None corrects where the tables are valid, True insists
+        (InputError where they are not), False leaves it. `conditions` are arrays `[n, ...]`, or `[1, ...]` for all.
+        Raises TimestepNotDeployed before the first call where the steps meet timesteps without a row.
+        """
+        if n < 1 or batch < 1:
+            raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
+        plan = self._plan(sampler, steps, eta)
+        table = self._chosen_correction(plan, correction)
+        denoiser = self.denoiser(threads)
+        given = _checked_conditions(conditions or {}, n)
+        # A graph with its batch written in gets whole batches, and the surplus is cut off.
+        size = denoiser.fixed_batch or min(batch, n)
+        starts = range(0, n, size)
+        done = 0
+
+        def count(info: StepInfo) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, len(starts) * plan.steps)
+
+        parts = []
+        for first in starts:
+            width = size if denoiser.fixed_batch else min(size, n - first)
+            rows = np.minimum(np.arange(first, first + width), n - 1)
+            here = {name: array[rows if len(array) > 1 else np.zeros_like(rows)] for name, array in given.items()}
+
+            def predict(x: Images, t: int, here: dict[str, npt.NDArray[Any]] = here) -> Images:
+                return denoiser(x, t, **here)
+
+            x = initial_noise(seed, (width, *self.sample_shape), first=first)
+            noise = seeded_noise(seed, first=first)
+            x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
+            parts.append(x[: n - first])
+        return np.concatenate(parts)
+
+    def _plan(self, sampler: str | None, steps: int | None, eta: float | None) -> Deployment:
+        own = self.deployment
+        sampler = sampler or own.sampler
+        if eta is None:
+            eta = own.eta if sampler == own.sampler else 0.0
+        plan = Deployment.of(self.schedule, sampler, own.steps if steps is None else steps, eta)
+        deployed = self.deployed_timesteps
+        missing = [] if deployed is None else [t for t in plan.timesteps if t not in deployed]
+        if missing:
+            counts = self.deployed_steps()
+            raise TimestepNotDeployed(
+                f"{plan.steps} steps call timestep {missing[0]}, for which this bundle has no row "
+                f"({len(missing)} of {plan.steps} are missing)",
+                where=str(self.path),
+                hint=f"these numbers of steps work: {', '.join(map(str, counts)) or 'none'}",
+            )
+        return plan
+
+    def deployed_steps(self) -> tuple[int, ...]:
+        """The numbers of steps whose timesteps all have a row: every possible one where the tables are not frozen."""
+        deployed = self.deployed_timesteps
+        most = self.schedule.num_train_timesteps if deployed is None else len(deployed)
+        found = []
+        for steps in range(1, most + 1):
+            try:
+                times = self.schedule.timesteps(steps)
+            except MezzotintError:  # too many for the schedule's offset
+                continue
+            if deployed is None or set(times.tolist()) <= set(deployed):
+                found.append(steps)
+        return tuple(found)
+
+    def _chosen_correction(self, plan: Deployment, wish: bool | None) -> Correction | None:
+        if wish is False:
+            return None
+        if self.correction_applies(plan.sampler, plan.steps, plan.eta):
+            return self.correction
+        if wish is None:
+            return None
+        fitted = f"it was fitted for {self.correction.fitted_for}" if self.correction else "this bundle has none"
+        raise InputError(
+            f"the correction is not valid for {plan.sampler}, {plan.steps} steps, eta {plan.eta:g}: {fitted}",
+            where=str(self.path),
+            hint="sample as it was fitted, leave the choice open (correction=None), or switch it off",
+        )
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_times(part) for key, part in value.items() if key not in TIME_KEYS}
+    if isinstance(value, (list, tuple)):
+        return [_without_times(part) for part in value]
+    return value
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise BundleError(f"there is no {MANIFEST}", where=str(file.parent), hint="this folder is not a bundle")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"the manifest is not readable JSON: {error}", where=str(file)) from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise BundleError("the manifest does not say its format", where=str(file))
+    if manifest["format"] != FORMAT_VERSION:
+        raise BundleError(
+            f"the bundle has format {manifest['format']!r}, this version of Mezzotint reads {FORMAT_VERSION}",
+            where=str(file),
+            hint="compile the model again, or use the version that wrote it",
+        )
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise BundleError("the manifest was changed after it was written", where=str(file), hint="compile again")
+    if not isinstance(manifest.get("files"), dict):
+        raise BundleError("the manifest lists no files", where=str(file))
+    return manifest
+
+
+def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise BundleError(f"the manifest names a file outside the bundle: {name}", where=str(folder / MANIFEST))
+    file = folder / name
+    if not file.is_file():
+        raise BundleError("a file of the bundle is missing", where=str(file), hint="copy the whole folder again")
+    if not isinstance(entry, dict) or not {"sha256", "bytes"} <= set(entry):
+        raise BundleError(f"the manifest has no hash for {name}", where=str(folder / MANIFEST))
+    if file.stat().st_size != entry["bytes"] or (verify and file_sha256(file) != entry["sha256"]):
+        raise BundleError("a file was changed after the bundle was sealed", where=str(file), hint="copy it again")
+
+
+def _checked_conditions(conditions: Mapping[str, npt.NDArray[Any]], n: int) -> dict[str, npt.NDArray[Any]]:
+    for name, array in conditions.items():
+        shape = np.shape(array)
+        if len(shape) == 0 or shape[0] not in (1, n):
+            raise InputError(f"condition {name!r} has shape {list(shape)}", hint=f"give [{n}, ...] or [1, ...]")
+    return {name: np.asarray(array) for name, array in conditions.items()}

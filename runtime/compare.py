@@ -1,0 +1,105 @@
+"""How far two results are apart, in decibels. There are no thresholds here: who compares states the tolerance.
+
+Identical results have an infinite ratio. In Python that is `float("inf")`; JSON has no infinity, so `json_db` and
+`StepSQNR.to_json` write None for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+
+
+def sqnr_db(signal: npt.NDArray[Any], noisy: npt.NDArray[Any]) -> float:
+    """Signal to quantization noise ratio, 10 log10(sum signal^2 / sum (noisy - signal)^2), over all values.
+
+    Infinite for identical arrays, minus infinite for noise on a signal of zeros, NaN where either holds one.
+    """
+    return _ratio_db(*_powers(signal, noisy))
+
+
+def psnr_db(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> npt.NDArray[np.float64]:
+    """Peak signal to noise ratio of each image `[B, ...]`, float64 `[B]`; `peak` is the range (2 for -1..1)."""
+    _same_shape(reference, image)
+    if reference.ndim < 2 or not peak > 0:
+        raise InputError(f"images of shape {list(reference.shape)} with peak {peak}", hint="[batch, ...], peak above 0")
+    difference = image.astype(np.float64) - reference.astype(np.float64)
+    errors = (difference**2).reshape(len(difference), -1).mean(axis=1)
+    return np.array([_ratio_db(peak**2, error) for error in errors.tolist()], dtype=np.float64)
+
+
+def json_db(value: float) -> float | None:
+    """`value` for JSON: None where it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+class StepSQNR:
+    """SQNR for each step of a run, from streaming sums of squares; two of them add up to that of both their data."""
+
+    def __init__(self) -> None:
+        self._powers: dict[int, tuple[float, float]] = {}  # step -> (signal, noise)
+
+    def add(self, step: int, ref: npt.NDArray[Any], got: npt.NDArray[Any]) -> None:
+        """Two results of any one shape, at a step that may be an index or a timestep: the caller's choice, kept."""
+        self._merge(int(step), _powers(ref, got))
+
+    def __add__(self, other: StepSQNR) -> StepSQNR:
+        merged = StepSQNR()
+        for part in (self, other):
+            for step, powers in part._powers.items():
+                merged._merge(step, powers)
+        return merged
+
+    def per_step(self) -> dict[int, float]:
+        """Decibels for each step, in the order in which steps were first added."""
+        return {step: _ratio_db(*powers) for step, powers in self._powers.items()}
+
+    def pooled(self) -> float:
+        """Decibels of all steps together: large outputs weigh more. NaN where nothing was added."""
+        signal, noise = (sum(powers[i] for powers in self._powers.values()) for i in (0, 1))
+        return _ratio_db(signal, noise) if self._powers else math.nan
+
+    def worst(self) -> tuple[int, float]:
+        """The step with the lowest ratio, and its decibels; NaN is worse than any number."""
+        if not self._powers:
+            raise InputError("nothing was compared yet")
+        return min(self.per_step().items(), key=lambda item: -math.inf if math.isnan(item[1]) else item[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"per_step": {step: dB}, "pooled": dB, "worst": [step, dB]}`, with None for what is not finite."""
+        step, db = self.worst()
+        return {
+            "per_step": {str(key): json_db(value) for key, value in self.per_step().items()},
+            "pooled": json_db(self.pooled()),
+            "worst": [step, json_db(db)],
+        }
+
+    def _merge(self, step: int, powers: tuple[float, float]) -> None:
+        signal, noise = self._powers.get(step, (0.0, 0.0))
+        self._powers[step] = (signal + powers[0], noise + powers[1])
+
+
+def _powers(signal: npt.NDArray[Any], noisy: npt.NDArray[Any]) -> tuple[float, float]:
+    _same_shape(signal, noisy)
+    wanted = signal.astype(np.float64).ravel()
+    noise = noisy.astype(np.float64).ravel() - wanted
+    return float(wanted @ wanted), float(noise @ noise)
+
+
+def _ratio_db(signal: float, noise: float) -> float:
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _same_shape(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> None:
+    # Broadcasting would compare every image with one of them and say nothing.
+    if one.shape != other.shape or one.size == 0:
+        raise InputError(f"arrays of shapes {list(one.shape)} and {list(other.shape)} cannot be compared")

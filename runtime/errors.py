@@ -1,0 +1,53 @@
+"""Every error that Mezzotint raises on purpose, drawn as a tree.
+
+The root and what a bundle's user meets live here, at the bottom of the house; `compiler/errors.py` adds
+what can go wrong while compiling. An error says what was wrong, where (node, input, file) and what to do.
+
+    MezzotintError
+    |-- BundleError              a bundle that cannot be trusted or read
+    |-- ScheduleError            a scheduler configuration that is not understood, or does not fit
+    |-- InputError               a denoiser or sampler called with something it refuses
+    |   |-- MixedTimesteps       one call has one timestep
+    |   `-- TimestepNotDeployed  a timestep outside the frozen table
+    `-- CompileError             see compiler/errors.py
+"""
+
+from __future__ import annotations
+
+
+class MezzotintError(Exception):
+    """Root of the tree: `what` went wrong, `where`, and the `hint` that says what to do."""
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"where: {self.where}")
+        if self.hint:
+            lines.append(f"what to do: {self.hint}")
+        return "\n".join(lines)
+
+
+class BundleError(MezzotintError):
+    """The bundle is missing, incomplete, changed on disk, or written by an unknown version."""
+
+
+class ScheduleError(MezzotintError):
+    """A scheduler configuration is unknown, inconsistent, or of another length than the model's."""
+
+
+class InputError(MezzotintError):
+    """A call is refused because of what was handed in."""
+
+
+class MixedTimesteps(InputError):
+    """A batch holds more than one timestep; timestep tables have one row for one call."""
+
+
+class TimestepNotDeployed(InputError):
+    """The timestep has no row in the bundle's tables."""

@@ -1,0 +1,40 @@
+"""What the inputs and the output of a denoiser mean."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from .errors import ScheduleError
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of a denoiser's inputs and output, and what it predicts.
+
+    `sample` is float32 `[batch, channels, height, width]`; `timestep` is an integer or float scalar or `[batch]`;
+    `conditions` are all other inputs, in the order of the graph.
+    """
+
+    sample: str
+    timestep: str
+    output: str
+    conditions: tuple[str, ...] = ()
+    prediction: Prediction = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ScheduleError(
+                f"unknown prediction type {self.prediction!r}",
+                hint=f"use one of {', '.join(PREDICTIONS)}",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "conditions": list(self.conditions)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Signature:
+        return cls(**{**data, "conditions": tuple(data["conditions"])})
