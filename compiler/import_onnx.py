@@ -38,7 +38,7 @@ def import_onnx(
     `inputs`, `output` and `prediction` say what cannot be inferred; `size` is (height, width) where the graph leaves
     them open. Raises ModelError, SignatureError.
     """
-    model = _load(path)
+    model = load_onnx(path)
     signature = infer_signature(
         model.graph,
         inputs=inputs,
@@ -91,7 +91,8 @@ def finish_import(
     )
 
 
-def _load(path: Path) -> ir.Model:
+def load_onnx(path: Path) -> ir.Model:
+    """The graph of an ONNX file, its external weights still on disk. Raises ModelError for what cannot be compiled."""
     if not path.exists():
         raise ModelError("the model file does not exist", where=str(path), hint="check the path")
     try:

@@ -31,10 +31,10 @@ def structure(after: Program, name: str, *, before: Program, folder: Path) -> No
     made = {name_of(v) for v in after.graph.inputs} | set(after.graph.initializers)
     for node in after.graph:
         for value in node.inputs:
-            if value is not None and name_of(value) not in made:
+            if name_of(value) and name_of(value) not in made:
                 raise PassError(f"{name} left a value that nobody makes: {name_of(value)!r}", where=str(node))
         for value in node.outputs:
-            if name_of(value) in made:
+            if name_of(value) and name_of(value) in made:  # absent optional outputs have no name
                 raise PassError(f"{name} left a value that is assigned twice: {name_of(value)!r}", where=str(node))
             made.add(name_of(value))
     for side in ("inputs", "outputs"):
@@ -52,7 +52,9 @@ def structure(after: Program, name: str, *, before: Program, folder: Path) -> No
 
 
 def _interface(program: Program, side: str) -> list[tuple[str, str]]:
-    return [(name_of(v), str(v.dtype)) for v in getattr(program.graph, side)]
+    """Names and types; an input with a default value is a weight in an old spelling, and may become one."""
+    defaults = program.graph.initializers
+    return [(name_of(v), str(v.dtype)) for v in getattr(program.graph, side) if name_of(v) not in defaults]
 
 
 def _shapes_kept(after: Program, name: str, before: Program) -> None:

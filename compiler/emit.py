@@ -1,0 +1,159 @@
+"""Program -> bundle folder. Written beside its target and moved into place, so that nothing is ever half there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import psutil
+
+from ..runtime.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
+from . import lower_qdq
+from .audit import audit
+from .errors import OutputError
+from .graph import counts
+from .ops import layers
+from .program import Program
+
+EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def staged(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Yield (bundle, work): two empty folders beside the target. On success the first becomes the target.
+
+    Raises OutputError when the target exists (unless `force`), or cannot be written. A crash leaves a hidden folder
+    that the next compile to the same place removes; the target is never touched before all is written.
+    """
+    if target.exists() and not force:
+        raise OutputError("the output exists already", where=str(target), hint="choose another folder, or add --force")
+    target = target.absolute()
+    stage = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        shutil.rmtree(stage, ignore_errors=True)
+        bundle, work = stage / "bundle", stage / "work"
+        bundle.mkdir(parents=True)
+        work.mkdir()
+        yield bundle, work
+        _swap(bundle, target, stage / "old")
+    except OSError as error:
+        what = "the disk is full" if error.errno in _FULL else f"cannot write: {error.strerror or error}"
+        raise OutputError(
+            what, where=str(error.filename or target), hint="free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what compiles that were killed left beside the target."""
+    for folder in target.parent.glob(f".{target.name}.partial-*"):
+        pid = folder.name.rpartition("-")[2]
+        if not pid.isdigit() or not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(bundle: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        target.rename(old)
+        try:
+            bundle.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+    else:
+        bundle.rename(target)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """One ONNX file, its weights beside it when there are many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size > EXTERNAL_BYTES:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        clone = model.clone()
+        for value in clone.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+        ir.save(clone, path)
+
+
+def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
+    """Write a bundle: the lowered graph, the scheduler, the correction, the FX text, the manifest with all hashes.
+
+    `facts` is what only the caller knows (recipe, calibration, versions). `bundle` may hold pass dumps already.
+    """
+    islands = program.plan.islands if program.plan else {}
+    quantized = program.float_model is not None
+    lowered = lower_qdq.lower(program.model) if quantized else program.model
+    save_model(lowered, bundle / MODEL)
+    _write(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
+    if program.correction is not None:
+        program.correction.save(bundle / CORRECTION)
+    if program.fx_text is not None:
+        _write(bundle / "passes" / "000_fx.txt", program.fx_text)
+    source_layers = list(layers((program.float_model or program.model).graph))
+    kernels = audit(bundle / MODEL, source_layers, work, threads=threads).to_json(islands if quantized else {})
+    manifest = {
+        **facts,
+        "source": dict(program.source),
+        "signature": program.signature.to_json(),
+        "deployment": program.deployment.to_json(),
+        "deployed_timesteps": None if program.frozen is None else list(program.frozen),
+        "sample_shape": list(program.shape),
+        "history": [record.to_json() for record in program.history],
+        "kernels": kernels,
+        "quantizers": [
+            {"site": str(site), **quantizer.to_json()}
+            for site, quantizer in (program.plan.quantizers.items() if program.plan else ())
+        ],
+        "islands": dict(islands),
+        "nodes": dict(sorted(counts(lowered.graph).items())),
+    }
+    _write(bundle / "README.md", _card(manifest))
+    seal_bundle(bundle, manifest)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _card(manifest: Mapping[str, Any]) -> str:
+    """The bundle's README: what it is, how to run it with and without Mezzotint, and what it does not promise."""
+    signature, deployment, kernels = manifest["signature"], manifest["deployment"], manifest["kernels"]
+    names = ", ".join(f"`{n}`" for n in (signature["sample"], signature["timestep"], *signature["conditions"]))
+    frozen = manifest["deployed_timesteps"]
+    tables = (
+        "Its timestep branch was kept, so every timestep works."
+        if frozen is None
+        else f"It holds tables for {len(frozen)} timesteps; plain onnxruntime takes the nearest row for any other, "
+        "Mezzotint's runtime refuses it."
+    )
+    islands = "\n".join(f"- `{name}`: {why}" for name, why in manifest["islands"].items()) or "- none"
+    return f"""# A Mezzotint bundle
+
+Recipe `{manifest["recipe"]["name"]}`: {manifest["recipe"]["description"]}.
+
+`{MODEL}` is an ordinary ONNX file: inputs {names}, output `{signature["output"]}` ({signature["prediction"]}).
+{kernels["integer"]} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels["float"]} in float.
+It was made for {deployment["sampler"]}, {deployment["steps"]} steps, eta {deployment["eta"]}. {tables}
+
+    mezzotint sample THIS_FOLDER -n 16 -o pictures.png
+    mezzotint inspect THIS_FOLDER
+
+Layers kept in float:
+
+{islands}
+"""

@@ -1,0 +1,203 @@
+"""compile_model, export_model, sample: what the command line does, from Python."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import __version__
+from .compiler import pipeline
+from .compiler.calibrate import random_conditions
+from .compiler.emit import emit, save_model, staged
+from .compiler.errors import ModelError, OutputError
+from .compiler.import_onnx import import_onnx
+from .compiler.pipeline import Context, Progress, Recipe, silent
+from .compiler.program import Program
+from .passes.recipes import DEFAULT, load_recipe, with_options
+from .runtime.bundle import Bundle, open_bundle
+from .runtime.schedule import Deployment, Schedule
+from .settings import load_conditions
+from .sources import Source, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from .runtime.signature import Prediction
+
+    Model = str | Path | torch.nn.Module
+Conditions = Mapping[str, npt.NDArray[Any]]
+VERSIONED = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def compile_model(
+    model: Model,
+    output: str | Path,
+    *,
+    recipe: str | Recipe = DEFAULT,
+    settings: Mapping[str, Any] | None = None,
+    scheduler: str | Path | Schedule | None = None,
+    sampler: str = "ddim",
+    steps: int = 50,
+    eta: float = 0.0,
+    calibration_samples: int = 16,
+    calibration_batch: int = 8,
+    conditions: Conditions | str | Path | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    inputs: Mapping[str, str] | None = None,
+    output_name: str | None = None,
+    prediction: Prediction | None = None,
+    size: tuple[int, int] | None = None,
+    dump_passes: bool = False,
+    export: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Bundle:
+    """Compile a denoiser into a bundle folder and open it.
+
+    `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a `UNet2DModel` /
+    `UNet2DConditionModel` in memory. `settings` maps "pass.option" to a value. `sampler`, `steps` and `eta` are the
+    deployment: tables hold the timesteps it calls. `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or
+    "random". `inputs`, `output_name` and `prediction` say roles of an ONNX file that cannot be inferred; `size` is
+    (height, width) where it leaves them open. `export` also writes the imported float graph there.
+
+    Raises the errors of compiler/errors.py; an existing output is left as it was.
+    """
+    chosen = with_options(load_recipe(recipe) if isinstance(recipe, str) else recipe, dict(settings or {}))
+    source = resolve(model, scheduler)
+    deployment = Deployment.of(source.schedule, sampler, steps, eta)
+    target = Path(output)
+    with staged(target, force=force) as (bundle, work):
+        program = _import(source, work, deployment, inputs, output_name, prediction, size, threads, progress)
+        if export is not None:
+            save_model(program.model, Path(export))
+        rows = _conditions(program, conditions, calibration_samples, seed)
+        context = Context(
+            work,
+            seed=seed,
+            threads=threads,
+            samples=calibration_samples,
+            batch=calibration_batch,
+            conditions=rows,
+            progress=progress,
+        )
+        program = pipeline.run(
+            program,
+            chosen.passes,
+            context,
+            dump=pipeline.Dump(bundle / "passes", models=dump_passes),
+            reproducer=target.absolute().with_name(f"{target.name}.failed"),
+        )
+        facts = {
+            "mezzotint": __version__,
+            "recipe": chosen.to_json(),
+            "calibration": {"seed": seed, "samples": calibration_samples, "batch": calibration_batch},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+        }
+        emit(program, bundle, work, facts, threads=threads)
+    return open_bundle(target, verify=False)  # written a moment ago, and hashed while writing
+
+
+def export_model(
+    model: Model,
+    output: str | Path,
+    *,
+    scheduler: str | Path | Schedule | None = None,
+    size: tuple[int, int] | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write the float ONNX file that a compile starts from: the model as its front end reads it, no pass applied."""
+    target = Path(output)
+    if target.exists() and not force:
+        raise OutputError("the output exists already", where=str(target), hint="choose another file, or add --force")
+    source = resolve(model, scheduler)
+    with TemporaryDirectory() as folder:
+        deployment = Deployment.of(source.schedule, "ddim", 1)
+        program = _import(source, Path(folder), deployment, None, None, None, size, threads, progress)
+        save_model(program.model, target)
+    return target
+
+
+def sample(bundle: Bundle | str | Path, n: int, **options: Any) -> npt.NDArray[np.float32]:
+    """`n` pictures from a bundle, float32 `[n, C, H, W]`; options as in `Bundle.sample`."""
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    return opened.sample(n, **options)
+
+
+def _import(
+    source: Source,
+    work: Path,
+    deployment: Deployment,
+    inputs: Mapping[str, str] | None,
+    output_name: str | None,
+    prediction: Prediction | None,
+    size: tuple[int, int] | None,
+    threads: int | None,
+    progress: Progress,
+) -> Program:
+    progress(f"import {source.name}", 0, 1)
+    with ExitStack() as stack:
+        stack.callback(progress, f"import {source.name}", 1, 1)
+        if source.kind == "onnx":
+            assert source.path is not None
+            return import_onnx(
+                source.path,
+                work,
+                schedule=source.schedule,
+                deployment=deployment,
+                inputs=inputs,
+                output=output_name,
+                prediction=prediction,
+                size=size,
+            )
+        if inputs or output_name or prediction:
+            raise ModelError(
+                "roles of inputs and outputs are for ONNX files", hint="a diffusers model knows its own; leave them out"
+            )
+        torch_front = _torch_front_end()
+        module = source.module
+        if module is None:
+            assert source.path is not None
+            module = torch_front.load_model(source.path)
+        return torch_front.import_torch(  # type: ignore[no-any-return]
+            module,
+            work,
+            schedule=source.schedule,
+            deployment=deployment,
+            size=size,
+            name=source.name,
+            threads=threads,
+        )
+
+
+def _torch_front_end() -> Any:
+    try:
+        from .compiler import import_torch
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"compiling a diffusers model needs {error.name}, which is not installed",
+            hint="install the extra: pip install 'mezzotint[torch]', or compile an .onnx file",
+        ) from error
+    return import_torch
+
+
+def _conditions(
+    program: Program, wish: Conditions | str | Path | None, rows: int, seed: int
+) -> dict[str, npt.NDArray[Any]]:
+    if wish is None:
+        return {}
+    if not isinstance(wish, (str, Path)):
+        return {name: np.asarray(array) for name, array in wish.items()}
+    if str(wish) == "random":
+        return random_conditions(program, rows, seed)
+    return load_conditions(Path(wish))

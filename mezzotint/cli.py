@@ -1,0 +1,268 @@
+"""The command line. Every command imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .runtime.errors import MezzotintError
+
+
+class _Group(TyperGroup):
+    """Prints our errors as answers (exit code 2); `--debug`, anywhere on the line, adds the traceback."""
+
+    def main(self, args: list[str] | None = None, *rest: Any, **extra: Any) -> Any:  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given
+        try:
+            return super().main([a for a in given if a != "--debug"], *rest, **extra)
+        except MezzotintError as error:
+            if debug:
+                traceback.print_exc()
+            from .console import print_error
+
+            print_error(error)
+            sys.exit(2)
+
+
+app = typer.Typer(
+    name="mezzotint",
+    cls=_Group,
+    help="A quantizing graph compiler for diffusion models.",
+    epilog="Add --debug to any command for a traceback. Nothing is ever sent anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model or pipeline folder, or an .onnx file.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("out/demo"),
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force/--no-force", help="Replace an earlier demo.")] = True,
+    json: Json = False,
+) -> None:
+    """Compile the embedded digits model to W8A8 and draw 64 digits twice from the same noise."""
+    from . import console
+    from .demo import rows, run_demo
+
+    with console.progress(quiet=json) as report:
+        summary = run_demo(output, threads=threads, force=force, progress=report)
+    if json:
+        console.print_json(summary)
+        return
+    console.print_pairs("digits, W8A8", rows(summary))
+    console.out.print(f"pictures: {output / 'digits.png'}\nbundle:   {output / 'bundle'}", highlight=False)
+
+
+@app.command("compile")
+def compile_(
+    model: ModelArgument,
+    bundle: Annotated[Path, typer.Option("-o", "--bundle", help="Bundle folder to write.")],
+    recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `mezzotint recipes`.")] = "w8a8",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
+    sampler: Annotated[str, typer.Option(help="The deployed sampler: ddim or ddpm.")] = "ddim",
+    steps: Annotated[int, typer.Option(min=1, help="Network calls of the deployed sampler.")] = 50,
+    eta: Annotated[float, typer.Option(help="DDIM's eta.")] = 0.0,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Pictures to calibrate on.")] = 16,
+    calibration_batch: Annotated[int, typer.Option(min=1, help="Pictures in one calibration call.")] = 8,
+    conditions: Annotated[str | None, typer.Option(help=".npz with the model's conditions, or `random`.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration noise.")] = 0,
+    threads: Threads = None,
+    input_: Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="ONNX: epsilon=NAME, the output that predicts.")
+    ] = None,
+    prediction: Annotated[str | None, typer.Option(help="ONNX: epsilon, v_prediction or sample.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH to calibrate at, where the model leaves it open.")
+    ] = None,
+    dump_passes: Annotated[
+        bool, typer.Option("--dump-passes", help="Also keep the ONNX model after each pass.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Compile a denoiser into a bundle: passes over its graph, an integer ONNX file, and what the sampler needs."""
+    from . import console, settings
+
+    output_name, prediction = settings.parse_output(output, prediction)
+    options: dict[str, Any] = {
+        "recipe": recipe,
+        "settings": settings.parse_settings(set_ or []),
+        "scheduler": scheduler,
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "calibration_samples": calibration_samples,
+        "calibration_batch": calibration_batch,
+        "seed": seed,
+        "inputs": settings.parse_roles(input_ or []),
+        "output_name": output_name,
+        "prediction": prediction,
+        "size": settings.parse_size(size),
+    }
+    if dry_run:
+        from .dry_run import plan_compile
+
+        plan = plan_compile(model, bundle, force=force, **options)
+        console.print_json(plan) if json else console.print_pairs("would compile", plan)
+        return
+    from .api import compile_model
+    from .report import compile_summary
+
+    with console.progress(quiet=json) as report:
+        compiled = compile_model(
+            model,
+            bundle,
+            conditions=conditions,
+            threads=threads,
+            dump_passes=dump_passes,
+            force=force,
+            progress=report,
+            **options,
+        )
+    summary = compile_summary(compiled)
+    console.print_json(summary) if json else console.print_pairs(f"compiled {model}", summary)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help=".onnx file to write.")],
+    scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the model leaves it open.")] = None,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Write the float ONNX model that a compile starts from, to compare with or to give to other tools."""
+    from . import console, settings
+    from .api import export_model
+
+    with console.progress() as report:
+        export_model(
+            model,
+            output,
+            scheduler=scheduler,
+            size=settings.parse_size(size),
+            threads=threads,
+            force=force,
+            progress=report,
+        )
+    console.out.print(f"wrote {output}", highlight=False)
+
+
+@app.command()
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 16,
+    sampler: Annotated[str | None, typer.Option(help="ddpm or ddim; the bundle's own when left out.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Network calls; the bundle's own when left out.")] = None,
+    eta: Annotated[float | None, typer.Option(help="DDIM's eta.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    correction: Annotated[
+        bool | None,
+        typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
+    ] = None,
+    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Draw pictures with a bundle."""
+    from . import console, pictures
+    from .report import sample_summary
+    from .runtime.bundle import open_bundle
+    from .settings import load_conditions
+
+    pictures.check_target(output)
+    opened = open_bundle(bundle)
+    with console.progress(quiet=json) as report:
+        images = opened.sample(
+            n,
+            sampler=sampler,
+            steps=steps,
+            eta=eta,
+            seed=seed,
+            batch=batch,
+            correction=correction,
+            conditions=None if conditions is None else load_conditions(conditions),
+            threads=threads,
+            progress=lambda done, total: report("sample", done, total),
+        )
+    pictures.save(images, output)
+    summary = sample_summary(opened, output, n, sampler, steps, eta, seed, correction)
+    console.print_json(summary) if json else console.print_pairs("sampled", summary)
+
+
+@app.command()
+def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")], json: Json = False) -> None:
+    """What was done to a bundle: passes, quantizers, what runs as integers, and why the rest does not."""
+    from .report import inspection, print_inspection
+    from .runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if json:
+        from .console import print_json
+
+        print_json(inspection(opened))
+    else:
+        print_inspection(opened)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe (printed as YAML) or a pass (its options).")] = None,
+    json: Json = False,
+) -> None:
+    """The named recipes; one of them as YAML; or one pass with its options."""
+    from .report import print_recipes
+
+    print_recipes(name, as_json=json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Versions, CPU features, and what to expect of integer kernels on this machine."""
+    from . import console
+    from .doctor import examine
+
+    found = examine()
+    if json:
+        console.print_json(found)
+        return
+    packages = {name: v or "not installed" for name, v in found.pop("packages").items()}
+    features = found.pop("cpu_features")
+    found["cpu_features"] = "not listed here" if features is None else ", ".join(features) or "none that matter"
+    console.print_pairs("mezzotint doctor", {**found, **packages})
+
+
+def _version(value: bool) -> None:
+    if value:
+        from . import __version__
+
+        typer.echo(f"mezzotint {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,66 @@
+"""mezzotint doctor: versions, CPU features, and what to expect of integer kernels here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors", "torch", "diffusers")
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
+
+
+def examine() -> dict[str, Any]:
+    """Everything as plain data."""
+    found = {name: _version(name) for name in PACKAGES}
+    flags = _cpu_flags()
+    features = None if flags is None else [f for f in FEATURES if f in flags]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": found,
+        "cpu_features": features,
+        "cores": psutil.cpu_count(logical=False),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "can_compile_diffusers": found["torch"] is not None and found["diffusers"] is not None,
+        "expect": _expectation(features),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_flags() -> set[str] | None:
+    """The CPU's flags where the system lists them (Linux); None elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.partition(":")[2].split())
+    return None
+
+
+def _expectation(features: list[str] | None) -> str:
+    if features is None:
+        return "the CPU's features are not listed by this system; run `mezzotint demo` to see the speed"
+    if "amx_int8" in features or "avx512_vnni" in features or "avx_vnni" in features:
+        return "8-bit dot products in hardware: integer kernels are exact and much faster than float32"
+    if "asimddp" in features:
+        return "8-bit dot products in hardware (Arm): integer kernels are exact and faster than float32"
+    if "avx2" in features:
+        return (
+            "no VNNI: pairs of 8-bit products saturate at 16 bits in onnxruntime's kernels. Compile with 7-bit weights "
+            "(--set choose_scales.weight_bits=7) to stay exact; expect little speed"
+        )
+    return "no vector instructions for 8-bit products: expect smaller files, not speed"

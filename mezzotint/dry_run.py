@@ -1,0 +1,58 @@
+"""compile --dry-run: everything that can be checked without running the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .compiler.errors import OutputError
+from .compiler.import_onnx import load_onnx
+from .compiler.roles import infer_signature
+from .passes.recipes import load_recipe, with_options
+from .runtime.schedule import Deployment
+from .runtime.signature import Prediction
+from .sources import resolve
+
+
+def plan_compile(
+    model: str,
+    output: Path,
+    *,
+    recipe: str,
+    settings: Mapping[str, Any],
+    scheduler: str | None,
+    sampler: str,
+    steps: int,
+    eta: float,
+    inputs: Mapping[str, str],
+    output_name: str | None,
+    prediction: Prediction | None,
+    force: bool,
+    **calibration: Any,
+) -> dict[str, Any]:
+    """What a compile would do, as plain data. Raises what the compile would raise before its first pass."""
+    chosen = with_options(load_recipe(recipe), dict(settings))
+    source = resolve(model, scheduler)
+    deployment = Deployment.of(source.schedule, sampler, steps, eta)
+    if output.exists() and not force:
+        raise OutputError("the output exists already", where=str(output), hint="choose another folder, or add --force")
+    plan: dict[str, Any] = {"model": f"{source.kind} {source.path}"}
+    if source.kind == "onnx" and source.path is not None:
+        signature = infer_signature(
+            load_onnx(source.path).graph,
+            inputs=inputs,
+            output=output_name,
+            prediction=prediction or source.schedule.prediction,
+            where=str(source.path),
+        )
+        plan["signature"] = signature.to_json()
+    calls = [int(t) for t in deployment.timesteps]
+    return {
+        **plan,
+        "output": str(output),
+        "recipe": chosen.name,
+        "passes": [{p.name: p.options()} if p.options() else p.name for p in chosen.passes],
+        "deployment": f"{sampler}, {steps} steps, eta {eta}; timesteps {calls[0]} ... {calls[-1]}",
+        "calibration": {k: v for k, v in calibration.items() if v is not None},
+    }

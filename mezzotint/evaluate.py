@@ -1,0 +1,130 @@
+"""Float beside quantized, paired: the same noise, the same latents, the same threads, the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .runtime import samplers
+from .runtime.bundle import Bundle
+from .runtime.compare import StepSQNR, json_db, psnr_db
+from .runtime.samplers import StepInfo
+from .runtime.session import Denoiser
+
+Images = npt.NDArray[np.float32]
+Report = Callable[[str, int, int], None]
+PEAK = 2.0  # pictures lie in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`float_images` and `quantized_images` are `[n, C, H, W]`; decibels as in runtime/compare.py."""
+
+    float_images: Images
+    quantized_images: Images
+    sqnr: StepSQNR
+    psnr: npt.NDArray[np.float64]
+
+    def to_json(self) -> dict[str, Any]:
+        worst_step, worst = self.sqnr.worst()
+        return {
+            "eps_sqnr_db": json_db(self.sqnr.pooled()),
+            "eps_sqnr_db_worst_step": json_db(worst),
+            "worst_step": worst_step,
+            "psnr_db_median": json_db(float(np.median(self.psnr))),
+            "psnr_db_p10": json_db(float(np.percentile(self.psnr, 10))),
+        }
+
+
+def compare(
+    bundle: Bundle,
+    float_model: Path,
+    n: int,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    threads: int | None = None,
+    conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+    progress: Report = lambda stage, done, total: None,
+) -> Comparison:
+    """Sample `n` pictures twice from the same noise with the bundle's deployment.
+
+    The SQNR of the prediction is measured along the float trajectory, each step's latents given to both.
+    """
+    deployment, schedule = bundle.deployment, bundle.schedule
+    exact = Denoiser(float_model, bundle.signature, threads=threads)
+    quantized = bundle.denoiser(threads)
+    sqnr = StepSQNR()
+    float_images = []
+    total = -(-n // batch) * len(deployment.timesteps)
+    calls = 0
+    for first in range(0, n, batch):
+        rows = min(batch, n - first)
+        here = {
+            name: array[first : first + rows] if len(array) > 1 else np.repeat(array, rows, axis=0)
+            for name, array in (conditions or {}).items()
+        }
+
+        def paired(info: StepInfo, here: Mapping[str, npt.NDArray[Any]] = here) -> None:
+            nonlocal calls
+            calls += 1
+            sqnr.add(info.index, info.output, quantized(info.x, info.timestep, **here))
+            progress("float, paired calls", calls, total)
+
+        x = samplers.initial_noise(seed, (rows, *bundle.sample_shape), first=first)
+        noise = samplers.seeded_noise(seed, first=first)
+
+        def predict(x: Images, t: int, here: Mapping[str, npt.NDArray[Any]] = here) -> Images:
+            return exact(x, t, **here)
+
+        float_images.append(samplers.sample(predict, x, schedule, deployment, noise=noise, callback=paired))
+    images = np.concatenate(float_images)
+    mine = bundle.sample(
+        n,
+        seed=seed,
+        batch=batch,
+        threads=threads,
+        conditions=conditions,
+        progress=lambda done, calls: progress("integer", done, calls),
+    )
+    psnr = psnr_db(np.clip(images, -1, 1), np.clip(mine, -1, 1), peak=PEAK)
+    return Comparison(images, mine, sqnr, psnr)
+
+
+def latency_ratio(
+    bundle: Bundle,
+    float_model: Path,
+    batch: int,
+    *,
+    threads: int | None = None,
+    repeats: int = 7,
+    conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> tuple[float, float, float]:
+    """(float seconds, quantized seconds, float / quantized) of one network call, medians.
+
+    The calls alternate, so that a machine that slows down or speeds up does so for both.
+    """
+    x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
+    t = bundle.deployment.timesteps[len(bundle.deployment.timesteps) // 2]
+    rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
+    nets = (Denoiser(float_model, bundle.signature, threads=threads), bundle.denoiser(threads))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(repeats + 1):
+        for net, times in zip(nets, seconds, strict=True):
+            start = time.perf_counter()
+            net(x, t, **rows)
+            if round_:  # the first round warms up
+                times.append(time.perf_counter() - start)
+    before, after = (float(np.median(times)) for times in seconds)
+    return before, after, before / after
+
+
+def folder_bytes(model: Path) -> int:
+    """Bytes of an ONNX file and of the external data beside it."""
+    return sum(f.stat().st_size for f in model.parent.glob(f"{model.name}*") if f.is_file())

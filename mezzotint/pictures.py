@@ -1,0 +1,67 @@
+"""Picture grids: float images in [-1, 1] to a PNG file, and pairs of grids side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from .runtime.errors import InputError
+
+Images = npt.NDArray[np.float32]
+GAP = 2  # pixels between pictures
+PAPER = 255
+
+
+def grid(images: Images, columns: int | None = None) -> Image.Image:
+    """A grid of pictures `[n, 1 or 3, H, W]` in [-1, 1], as square as it gets, `columns` wide when given."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise InputError(
+            f"samples of shape {list(images.shape)} are no pictures",
+            hint="latents have to be decoded first: save them with -o FILE.npy",
+        )
+    n, channels, height, width = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, channels), PAPER, np.uint8)
+    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    for i, picture in enumerate(pixels):
+        top, left = GAP + i // columns * (height + GAP), GAP + i % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = picture
+    return Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
+
+
+def side_by_side(grids: dict[str, Image.Image], scale: int = 1) -> Image.Image:
+    """Grids beside each other, each with its title above, enlarged by a whole factor."""
+    title, margin = 18, 8
+    scaled = {
+        name: g.resize((g.width * scale, g.height * scale), Image.Resampling.NEAREST) for name, g in grids.items()
+    }
+    width = sum(g.width + margin for g in scaled.values()) + margin
+    height = max(g.height for g in scaled.values()) + title + margin
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = margin
+    for name, picture in scaled.items():
+        draw.text((left, 3), name, fill="black")
+        sheet.paste(picture, (left, title))
+        left += picture.width + margin
+    return sheet
+
+
+def check_target(path: Path) -> None:
+    """Refuse an ending that `save` cannot write, before an hour of sampling and not after."""
+    if path.suffix not in (".png", ".npy"):
+        raise InputError(f"cannot write a {path.suffix or 'nameless'} file", where=str(path), hint="use .png or .npy")
+
+
+def save(images: Images, path: Path, columns: int | None = None) -> None:
+    """A PNG grid, or the raw float32 array when the file ends in .npy. Raises InputError for other endings."""
+    check_target(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, images)
+    else:
+        grid(images, columns).save(path)

@@ -1,0 +1,158 @@
+"""What is told about bundles and recipes, as data and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from . import console
+from .passes.recipes import RECIPES, load_recipe, make_pass, pass_names, to_yaml
+from .runtime.bundle import MODEL, Bundle
+
+
+def model_bytes(bundle: Bundle) -> int:
+    """Bytes of the bundle's ONNX file and its external data."""
+    return sum(entry["bytes"] for name, entry in bundle.manifest["files"].items() if name.startswith(MODEL))
+
+
+def compile_summary(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    kernels, source = manifest["kernels"], manifest["source"]
+    return {
+        "bundle": str(bundle.path),
+        "recipe": manifest["recipe"]["name"],
+        "model_bytes": model_bytes(bundle),
+        "parameter_bytes_before": source["parameter_bytes"],
+        "integer_kernels": kernels["integer"],
+        "float_kernels": kernels["float"],
+        "islands": manifest["islands"],
+        "seconds": round(sum(r["seconds"] for r in manifest["history"]), 1),
+        "peak_memory_mb": max((r["peak_memory_mb"] for r in manifest["history"]), default=0.0),
+        "digest": manifest["digest"],
+    }
+
+
+def sample_summary(
+    bundle: Bundle,
+    output: Path,
+    n: int,
+    sampler: str | None,
+    steps: int | None,
+    eta: float | None,
+    seed: int,
+    correction: bool | None,
+) -> dict[str, Any]:
+    """What `sample` really did, defaults filled in."""
+    own = bundle.deployment
+    chosen = sampler or own.sampler
+    plan = (chosen, steps or own.steps, (own.eta if chosen == own.sampler else 0.0) if eta is None else eta)
+    corrected = correction is not False and bundle.correction_applies(*plan)
+    return {
+        "output": str(output),
+        "pictures": n,
+        "sampler": plan[0],
+        "steps": plan[1],
+        "eta": plan[2],
+        "seed": seed,
+        "correction": corrected,
+    }
+
+
+def inspection(bundle: Bundle) -> dict[str, Any]:
+    """The manifest without the hashes, and what follows from it."""
+    hidden = ("files", "format")
+    return {
+        "bundle": str(bundle.path),
+        "model_bytes": model_bytes(bundle),
+        "corrected": bundle.correction is not None,
+        **{k: v for k, v in bundle.manifest.items() if k not in hidden},
+    }
+
+
+def print_inspection(bundle: Bundle) -> None:
+    m = bundle.manifest
+    size = model_bytes(bundle)
+    console.print_pairs(
+        str(bundle.path),
+        {
+            "recipe": f"{m['recipe']['name']}: {m['recipe']['description']}",
+            "source": f"{m['source']['kind']} {m['source']['name']}",
+            "inputs": ", ".join([m["signature"]["sample"], m["signature"]["timestep"], *m["signature"]["conditions"]]),
+            "output": f"{m['signature']['output']} ({m['signature']['prediction']})",
+            "deployment": f"{bundle.deployment.sampler}, {bundle.deployment.steps} steps, eta {bundle.deployment.eta}",
+            "timestep tables": "none"
+            if bundle.deployed_timesteps is None
+            else f"{len(bundle.deployed_timesteps)} rows",
+            "size": f"{size / 1e6:.2f} MB; float parameters were {m['source']['parameter_bytes'] / 1e6:.2f} MB",
+            "kernels": f"{m['kernels']['integer']} integer, {m['kernels']['float']} float",
+            "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
+            "digest": m["digest"],
+        },
+    )
+    console.print_table(
+        "passes",
+        ("pass", "nodes", "what it did", "seconds", "peak MB"),
+        [
+            (
+                r["pass"],
+                f"{r['nodes_before']} -> {r['nodes_after']}",
+                r["note"],
+                f"{r['seconds']:.1f}",
+                f"{r['peak_memory_mb']:.0f}",
+            )
+            for r in m["history"]
+        ],
+    )
+    if m["quantizers"]:
+        rows = [(q["site"], q["format"], _scale(q), _zero(q), q["by"]) for q in m["quantizers"]]
+        console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
+    kernels = [(name, row["kernel"], row.get("why", "")) for name, row in m["kernels"]["layers"].items()]
+    console.print_table("layers", ("layer", "kernel", "why not integer"), kernels)
+
+
+def _scale(quantizer: dict[str, Any]) -> str:
+    scale = quantizer["scale"]
+    if isinstance(scale, list):
+        return f"{scale[0]:.3g} .. {scale[1]:.3g} ({quantizer['channels']} channels)"
+    return f"{scale:.4g}"
+
+
+def _zero(quantizer: dict[str, Any]) -> str:
+    return ", ".join(str(z) for z in quantizer["zero_point"])
+
+
+def print_recipes(name: str | None, *, as_json: bool) -> None:
+    """All recipes; or one recipe as YAML; or one pass with its options and what it says of itself."""
+    if name is None:
+        if as_json:
+            console.print_json([r.to_json() for r in RECIPES.values()])
+            return
+        rows = [(r.name, r.description, " -> ".join(p.name for p in r.passes), r.paper) for r in RECIPES.values()]
+        console.print_table("recipes", ("name", "what it does", "passes", "paper"), rows)
+        console.out.print("mezzotint recipes NAME prints one as YAML, or a pass with its options.", highlight=False)
+    elif name in pass_names():
+        _print_pass(name, as_json)
+    else:
+        recipe = load_recipe(name)
+        if as_json:
+            console.print_json(recipe.to_json())
+        else:
+            console.out.print(to_yaml(recipe), end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_pass(name: str, as_json: bool) -> None:
+    made = make_pass(name)
+    module = importlib.import_module(type(made).__module__)
+    types = {f.name: f.type for f in dataclasses.fields(made)}  # type: ignore[arg-type]
+    options = {option: {"default": value, "type": str(types[option])} for option, value in made.options().items()}
+    description = inspect.getdoc(module) or ""
+    described = {"pass": name, "description": description, "options": options, "exact": made.tolerance is not None}
+    if as_json:
+        console.print_json(described)
+        return
+    console.out.print(description, markup=False, highlight=False)
+    rows = [(o, d["type"], d["default"]) for o, d in options.items()]
+    console.print_table("options", ("option", "type", "default"), rows)

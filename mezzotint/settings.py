@@ -1,0 +1,76 @@
+"""What people write on the command line, as data: --set, --input, --size, condition files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from .compiler.errors import ConditionError, RecipeError, SignatureError
+from .runtime.signature import PREDICTIONS
+
+
+def parse_settings(items: list[str]) -> dict[str, Any]:
+    """`pass.option=value` items; values are YAML, so numbers, true/false and [lists] mean what they look like."""
+    settings: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or "." not in key:
+            raise RecipeError(f"not a setting: {item!r}", where="--set", hint="the form is pass.option=value")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"not a value: {value!r}", where=f"--set {key}", hint="write it as in YAML") from error
+    return settings
+
+
+def parse_roles(items: list[str]) -> dict[str, str]:
+    """`sample=x`, `timestep=t` items."""
+    roles: dict[str, str] = {}
+    for item in items:
+        role, equals, name = item.partition("=")
+        if not equals or not name:
+            raise SignatureError(f"not a role: {item!r}", where="--input", hint="the form is --input timestep=NAME")
+        roles[role] = name
+    return roles
+
+
+def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, str | None]:
+    """`epsilon=NAME` (or `v_prediction=`, `sample=`) as (output name, prediction); --prediction has the last word."""
+    if text is None:
+        return None, prediction
+    role, equals, name = text.partition("=")
+    if not equals or not name or role not in PREDICTIONS:
+        raise SignatureError(
+            f"not an output: {text!r}",
+            where="--output",
+            hint=f"the form is --output epsilon=NAME ({', '.join(PREDICTIONS)}); the bundle's folder is -o FOLDER",
+        )
+    return name, prediction or (role if role != "epsilon" else None)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`HEIGHTxWIDTH`, or one number for a square."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found:
+        raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Arrays by name from an .npz file; pickled objects are refused. Raises ConditionError."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConditionError(
+            f"cannot read the conditions: {error}",
+            where=str(path),
+            hint="write them with numpy.savez(FILE, name=array)",
+        ) from error

@@ -1,0 +1,73 @@
+"""What tests of the compiler and of the passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mezzotint.compiler import pipeline
+from mezzotint.compiler.execute import Executor
+from mezzotint.compiler.folding import infer_shapes
+from mezzotint.compiler.pipeline import Context, Pass
+from mezzotint.compiler.program import Program
+from tests import golden
+from tests.tiny import context_in, program_of, tiny_program
+
+Check = Callable[..., Program]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/passes/golden/*/*.after.txt")
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return context_in(folder)
+
+
+@pytest.fixture
+def tiny() -> Program:
+    """The denoiser of tests/tiny.py, deployed with three DDIM steps."""
+    return tiny_program()
+
+
+@pytest.fixture
+def check_golden(request: pytest.FixtureRequest, context: Context) -> Check:
+    """`check_golden(pass, case)` runs one pass over one golden pair and returns the program after it.
+
+    The pass runs as in a compilation: on a clone, with the structure verified and, if it is exact, the numbers; then
+    onnxruntime runs the result. `prepare` turns the program of the file into what the pass needs (a plan, say);
+    `raw` leaves the types and shapes of inner values unknown, as a model without normalize may have them.
+    """
+
+    def check(
+        step: Pass,
+        case: str,
+        *,
+        prepare: Callable[[Program], Program] | None = None,
+        conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+        shape: tuple[int, int, int] = (2, 4, 4),
+        raw: bool = False,
+    ) -> Program:
+        given = dict(conditions or {})
+        model = golden.before(step.name, case)
+        model = model if raw else infer_shapes(model)
+        program = program_of(model, shape=shape, num_train=6, steps=3, conditions=tuple(given))
+        program = prepare(program) if prepare is not None else program
+        after = pipeline.run(program, [step], replace(context, conditions=given))
+        golden.compare(step.name, case, after.model, update=bool(request.config.getoption("--update-golden")))
+        x = np.zeros((2, *shape), np.float32)
+        with Executor(after.model, context.folder, threads=2) as executor:
+            outputs = executor.call(program.signature, x, 2, {n: rows[:2] for n, rows in given.items()})
+        assert np.isfinite(outputs["epsilon"]).all()
+        return after
+
+    return check

@@ -1,0 +1,14 @@
+"""normalize: golden pairs."""
+
+from __future__ import annotations
+
+import pytest
+
+from mezzotint.passes.normalize import Normalize
+from tests import golden
+from tests.conftest import Check
+
+
+@pytest.mark.parametrize("case", golden.cases("normalize"))
+def test_golden(check_golden: Check, case: str) -> None:
+    check_golden(Normalize(), case, raw=True)
