@@ -12,7 +12,9 @@ from uuid import uuid4
 
 import onnx_ir as ir
 
+from ..runtime.errors import InputError
 from ..runtime.session import open_session
+from .errors import OutputError
 from .ops import Layer
 
 INTEGER_KERNELS = frozenset(
@@ -47,6 +49,8 @@ class Audit:
             if not row["integer"]:
                 row["why"] = islands.get(name, "onnxruntime did not fuse it")
             rows[name] = row
+        for name, why in islands.items():  # what multiplies matrices but is no layer: it could not be quantized at all
+            rows.setdefault(name, {"kernel": "float", "integer": False, "why": why})
         return {
             "integer": self.integer,
             "float": self.floating,
@@ -59,7 +63,7 @@ def audit(model: Path, layers: list[Layer], folder: Path, *, threads: int | None
     """Build a session for a model file, and look at the graph that came out (the files are removed again)."""
     built = folder / f"built-{uuid4().hex}.onnx"
     try:
-        open_session(model, threads=threads, optimized=built)
+        _build(model, built, threads)
         graph = ir.load(built).graph
     finally:
         built.unlink(missing_ok=True)
@@ -78,3 +82,16 @@ def audit(model: Path, layers: list[Layer], folder: Path, *, threads: int | None
         found[layer.name] = kernel if kernel in INTEGER_KERNELS | FLOAT_KERNELS else ""
     operations = Counter(n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}.{n.op_type}" for n in graph)
     return Audit(dict(operations), found)
+
+
+def _build(model: Path, built: Path, threads: int | None) -> None:
+    """onnxruntime writes the graph that it built. Raises InputError for a model that it refuses, else OutputError."""
+    try:
+        open_session(model, threads=threads, optimized=built)
+    except InputError as error:
+        open_session(model, threads=threads)  # raises again if the model is the trouble
+        raise OutputError(
+            "onnxruntime cannot write the graph that it built: the disk is full, or the folder is gone",
+            where=str(built.parent),
+            hint="free some space or choose another folder",
+        ) from error

@@ -21,15 +21,16 @@ CalibrationDenoiser = Callable[[Images, int, Conditions], Images]
 def follow_trajectories(program: Program, context: Context, denoiser: CalibrationDenoiser, stage: str) -> int:
     """Sample `context.samples` images with the deployed sampler from seeded noise; returns the number of calls.
 
+    A graph with its batch written in gets whole batches, a few images more than asked for perhaps.
     The denoiser is called as `(x [B, C, H, W], timestep, conditions of the same rows) -> output`; nothing is kept.
     """
     deployment = program.deployment
     check_conditions(program, context)
-    starts = range(0, context.samples, context.batch)
+    starts = range(0, context.samples, program.fixed_batch or context.batch)
     total = len(starts) * len(deployment.timesteps)
     calls = 0
     for first in starts:
-        rows = min(context.batch, context.samples - first)
+        rows = program.fixed_batch or min(context.batch, context.samples - first)
         conditions = context.condition_rows(first, rows)
 
         def call(x: Images, t: int, conditions: Conditions = conditions) -> Images:
@@ -54,6 +55,12 @@ def check_conditions(program: Program, context: Context) -> None:
                 f"the model has a condition {name!r} ({value.dtype}{value.shape}), and no data to calibrate it on",
                 where=f"input {name}",
                 hint="give --conditions FILE.npz with an array of that name, [rows, ...]; or --conditions random",
+            )
+        if value.dtype is not None and rows.dtype != value.dtype.numpy():
+            raise ConditionError(
+                f"the data for {name!r} is {rows.dtype}; the model wants {value.dtype.numpy()}",
+                where=f"input {name}",
+                hint=f"convert it: array.astype(numpy.{value.dtype.numpy()})",
             )
         fixed = [] if value.shape is None else list(value.shape)[1:]
         fits = rows.ndim == len(fixed) + 1 and all(

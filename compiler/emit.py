@@ -14,13 +14,13 @@ from typing import Any
 import onnx_ir as ir
 import psutil
 
-from ..runtime.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
+from ..runtime.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER, seal_bundle
 from . import lower_qdq
 from .audit import audit
 from .errors import OutputError
 from .graph import counts
 from .ops import layers
-from .program import Program
+from .program import Program, numpy_of
 
 EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -33,19 +33,44 @@ def staged(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
     Raises OutputError when the target exists (unless `force`), or cannot be written. A crash leaves a hidden folder
     that the next compile to the same place removes; the target is never touched before all is written.
     """
-    if target.exists() and not force:
-        raise OutputError("the output exists already", where=str(target), hint="choose another folder, or add --force")
+    check_target(target, force=force)
     target = target.absolute()
+    with _stage(target) as stage:
+        bundle, work = stage / "bundle", stage / "work"
+        bundle.mkdir()
+        work.mkdir()
+        yield bundle, work
+        _swap(bundle, target, stage / "old")
+
+
+@contextlib.contextmanager
+def staged_file(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Yield (file, work): a path to write to, of the target's name, and an empty folder. The same promises as `staged`.
+
+    What is written beside the file (its external data) moves with it.
+    """
+    if target.exists() and not (force and target.is_file()):
+        raise OutputError("the output exists already", where=str(target), hint="choose another file, or add --force")
+    target = target.absolute()
+    with _stage(target) as stage:
+        made, work = stage / "made", stage / "work"
+        made.mkdir()
+        work.mkdir()
+        yield made / target.name, work
+        for file in sorted(made.iterdir(), reverse=True):  # the data before the graph that reads it
+            file.replace(target.parent / file.name)
+
+
+@contextlib.contextmanager
+def _stage(target: Path) -> Iterator[Path]:
+    """An empty hidden folder beside the target; failures to write become OutputError."""
     stage = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
         shutil.rmtree(stage, ignore_errors=True)
-        bundle, work = stage / "bundle", stage / "work"
-        bundle.mkdir(parents=True)
-        work.mkdir()
-        yield bundle, work
-        _swap(bundle, target, stage / "old")
+        stage.mkdir()
+        yield stage
     except OSError as error:
         what = "the disk is full" if error.errno in _FULL else f"cannot write: {error.strerror or error}"
         raise OutputError(
@@ -55,11 +80,34 @@ def staged(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse an output that exists; with `force`, only one that Mezzotint did not write. Raises OutputError."""
+    if not target.exists():
+        return
+    if not force:
+        raise OutputError("the output exists already", where=str(target), hint="choose another folder, or add --force")
+    if not _is_ours(target):
+        raise OutputError(
+            "the output exists, and Mezzotint did not write it",
+            where=str(target),
+            hint="choose another folder; --force replaces bundles and demos only",
+        )
+
+
+def _is_ours(target: Path) -> bool:
+    """A bundle, a folder of the demo, or an empty one: what `force` may replace. Never somebody's documents."""
+    if not target.is_dir():
+        return False
+    return (target / MANIFEST).is_file() or (target / "bundle" / MANIFEST).is_file() or not any(target.iterdir())
+
+
 def _remove_stale(target: Path) -> None:
-    """Remove what compiles that were killed left beside the target."""
+    """Remove what compiles that were killed left beside the target; one killed within `_swap` is undone."""
     for folder in target.parent.glob(f".{target.name}.partial-*"):
         pid = folder.name.rpartition("-")[2]
         if not pid.isdigit() or not psutil.pid_exists(int(pid)):
+            if (folder / "old").exists() and not target.exists():
+                (folder / "old").rename(target)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -85,7 +133,7 @@ def save_model(model: ir.Model, path: Path) -> None:
         clone = model.clone()
         for value in clone.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+                value.const_value = ir.tensor(numpy_of(value), name=value.name)
         ir.save(clone, path)
 
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnxscript.optimizer import fold_constants as _fold
 from onnxscript.version_converter import convert_version
 
+from . import store
 from .graph import is_op, name_of
 
 GROUP_NORM_OPSETS = range(18, 21)
@@ -17,10 +18,16 @@ FOLDED_OUTPUT_BYTES = 1 << 20
 
 
 def upgrade_group_norms(model: ir.Model) -> ir.Model:
-    """Convert to opset 21 where GroupNormalization takes a scale per group: that form is deprecated, hence not valid."""
-    if model.opset_imports.get("", 0) in GROUP_NORM_OPSETS:
-        if any(is_op(node, "GroupNormalization") for node in model.graph):
-            convert_version(model, 21)
+    """Convert to opset 21 where GroupNormalization takes a scale per group: that form is deprecated, not valid."""
+    epsilons = {
+        name_of(n.outputs[0]): n.attributes.get("epsilon") for n in model.graph if is_op(n, "GroupNormalization")
+    }
+    if epsilons and model.opset_imports.get("", 0) in GROUP_NORM_OPSETS:
+        convert_version(model, 21)
+        for node in model.graph:
+            epsilon = epsilons.get(name_of(node.outputs[0])) if is_op(node, "GroupNormalization") else None
+            if epsilon is not None:  # the converter of onnxscript 0.7 forgets it
+                node.attributes.add(epsilon)
     return model
 
 
@@ -43,12 +50,7 @@ def fold_constants(model: ir.Model) -> ir.Model:
 
 def infer_shapes(model: ir.Model) -> ir.Model:
     """Fill in shapes and types by ONNX's shape inference; what was known before stays."""
-    bare = model.clone()
-    stored = [v for v in bare.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
-    for value in stored:  # type and shape are enough, and inference wants everything in one buffer
-        del bare.graph.initializers[name_of(value)]
-        value.const_value = None
-        bare.graph.inputs.append(value)
+    bare = store.bare(model)  # inference wants everything in one buffer
     for node in bare.graph:
         if is_op(node, "GroupNormalization"):  # ONNX infers nothing for it nor behind it; its output is like its input
             node.op_type = "Identity"

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from . import store
+
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
@@ -154,12 +156,15 @@ def diff(before: str, after: str, name: str) -> str:
 
 
 def digest(model: ir.Model) -> str:
-    """SHA-256 over the graph's text and its constants (stored weights by their place, the others by content)."""
+    """SHA-256 over the graph's text and its constants (stored weights by their place, the others by content).
+
+    A program that was saved and loaded again has the same digest, though more of its constants lie in files then.
+    """
     sha = hashlib.sha256(ir.to_onnx_text(model, exclude_initializers=True).encode())
     for name, value in sorted(model.graph.initializers.items()):
         tensor = value.const_value
         sha.update(name.encode())
-        if isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == store.WEIGHTS:
             sha.update(f"{tensor.offset}+{tensor.length}".encode())
         elif tensor is not None:
             sha.update(tensor.tobytes())

@@ -6,6 +6,7 @@ torch at three timesteps.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -66,8 +67,10 @@ def load_model(folder: Path) -> torch.nn.Module:
     config_file = folder / "config.json"
     try:
         name = json.loads(config_file.read_text()).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the model's configuration: {error}", where=str(config_file)) from error
+    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
+        raise ModelError(
+            f"cannot read the model's configuration: {error}", where=str(config_file), hint="download the model again"
+        ) from error
     if name not in _SUPPORTED:
         raise _unsupported(str(name), str(config_file))
     diffusers.logging.set_verbosity_error()
@@ -80,6 +83,12 @@ def load_model(folder: Path) -> torch.nn.Module:
             hint="check that config.json and the weights belong together and are complete",
         ) from error
     return model.eval()  # type: ignore[no-any-return]
+
+
+def import_folder(path: Path, folder: Path, **options: Any) -> Program:
+    """Like `import_torch`, for a diffusers model folder; torch's copy of the weights is gone before onnxruntime's
+    comes, so that only one of them is in memory."""
+    return _finish(_read(load_model(path), options["schedule"], options.get("size"), str(path)), folder, **options)
 
 
 def import_torch(
@@ -97,6 +106,23 @@ def import_torch(
     The inputs keep their diffusers names; the batch stays open, height and width too where the model allows.
     Raises ModelError for other classes, and when the export lost weights or disagrees with torch.
     """
+    reading = _read(model, schedule, size, name)
+    return _finish(reading, folder, schedule=schedule, deployment=deployment, name=name, threads=threads)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A module as its export saw it, and what torch computed with it at three timesteps."""
+
+    model: ir.Model
+    fx_text: str
+    class_name: str
+    example: _Example
+    parity: dict[int, npt.NDArray[np.float32]]
+    parameters: int
+
+
+def _read(model: torch.nn.Module, schedule: Schedule, size: tuple[int, int] | None, name: str) -> _Reading:
     if type(model).__name__ not in _SUPPORTED:
         raise _unsupported(type(model).__name__, name)
     if wrong := next((f"{n} is {p.dtype}" for n, p in model.named_parameters() if p.dtype != torch.float32), None):
@@ -105,28 +131,40 @@ def import_torch(
     model.eval()
     try:
         example = _example(model, size)
-        names = tuple(example.tensors)
         parity = _torch_outputs(model, example, schedule)
-        onnx_model, fx_text = _export(_Denoiser(model, names), example)
-        parameters = _distinct_bytes(model)
+        onnx_model, fx_text = _export(_Denoiser(model, tuple(example.tensors)), example)
+        return _Reading(onnx_model, fx_text, type(model).__name__, example, parity, _distinct_bytes(model))
     finally:
         model.train(training)
-    signature = Signature("sample", "timestep", OUTPUT, names[2:], schedule.prediction)
+
+
+def _finish(
+    reading: _Reading,
+    folder: Path,
+    *,
+    schedule: Schedule,
+    deployment: Deployment,
+    name: str = "module",
+    threads: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Program:
+    tensors = reading.example.tensors
     program = finish_import(
-        onnx_model,
+        reading.model,
         folder,
-        signature=signature,
+        signature=Signature("sample", "timestep", OUTPUT, tuple(tensors)[2:], schedule.prediction),
         schedule=schedule,
         deployment=deployment,
-        size=(int(example.tensors["sample"].shape[2]), int(example.tensors["sample"].shape[3])),
-        source={"kind": "diffusers", "name": name, "class": type(model).__name__},
+        size=size or (int(tensors["sample"].shape[2]), int(tensors["sample"].shape[3])),
+        source={"kind": "diffusers", "name": name, "class": reading.class_name},
         where=name,
-        fx_text=fx_text,
+        fx_text=reading.fx_text,
     )
     held = int(program.source["parameter_bytes"])
-    if held < parameters:
-        raise ModelError(f"the export holds {held} bytes of weights, the module {parameters}", where=name)
-    _check_parity(program, folder, parity, example, threads)
+    if held < reading.parameters:
+        raise ModelError(f"the export holds {held} bytes of weights, the module {reading.parameters}", where=name)
+    gc.collect()  # what the exporter knew of torch's weights is tied in cycles
+    _check_parity(program, folder, reading.parity, reading.example, threads)
     return program
 
 
@@ -157,19 +195,22 @@ def _example(model: torch.nn.Module, size: tuple[int, int] | None) -> _Example:
         return torch.randn(shape, generator=generator)
 
     tensors = {"sample": normal(2, config.in_channels, height, width), "timestep": torch.tensor([7, 7])}
-    if type(model).__name__ == "UNet2DConditionModel":
-        tensors["encoder_hidden_states"] = normal(2, 77, _first(config.cross_attention_dim))
-        kind = config.addition_embed_type
-        if kind == "text_time":
-            width_in = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            tensors |= {"text_embeds": normal(2, width_in), "time_ids": normal(2, 6)}
-        elif kind is not None or config.class_embed_type is not None or config.encoder_hid_dim_type is not None:
+    for key, known in (
+        ("addition_embed_type", "text_time"),
+        ("class_embed_type", None),
+        ("encoder_hid_dim_type", None),
+    ):
+        if (value := config.get(key)) not in (None, known):
             raise ModelError(
-                f"a UNet2DConditionModel with addition_embed_type {kind!r}, class_embed_type "
-                f"{config.class_embed_type!r} or encoder_hid_dim_type cannot be exported yet",
+                f"a {type(model).__name__} with {key} {value!r} cannot be exported yet",
                 hint="export it to ONNX yourself and compile the .onnx file",
             )
-    elif config.num_class_embeds is not None:
+    if type(model).__name__ == "UNet2DConditionModel":
+        tensors["encoder_hidden_states"] = normal(2, 77, _first(config.cross_attention_dim))
+        if config.addition_embed_type == "text_time":
+            width_in = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            tensors |= {"text_embeds": normal(2, width_in), "time_ids": normal(2, 6)}
+    if config.num_class_embeds is not None:
         tensors["class_labels"] = torch.tensor([0, 1 % config.num_class_embeds])
     return _Example(tensors, torch.export.Dim("batch", max=63), 2 ** (len(config.block_out_channels) - 1))
 

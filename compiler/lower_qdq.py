@@ -22,15 +22,15 @@ def lower(model: ir.Model) -> ir.Model:
     lowered = model.clone()
     names = Names(lowered.graph)
     for node in list(lowered.graph):
+        if is_op(node, "QuantizeLinear") and is_constant(node.inputs[0]):
+            _fold_weight(lowered.graph, node)
+    for node in list(lowered.graph):
         if is_op(node, "Conv", "Gemm") and len(node.inputs) > 2:
             _lower_bias(lowered.graph, names, node, node, 2)
         elif is_op(node, "MatMul"):
             for add in consumers(node.outputs[0]):
                 if is_op(add, "Add"):
                     _lower_bias(lowered.graph, names, node, add, 0 if is_constant(add.inputs[0]) else 1)
-    for node in list(lowered.graph):
-        if is_op(node, "QuantizeLinear") and is_constant(node.inputs[0]):
-            _fold_weight(lowered.graph, node)
     remove_dead(lowered.graph)
     return lowered
 
@@ -42,25 +42,30 @@ def _parameters(value: ir.Value | None) -> ir.Node | None:
 
 
 def _fold_weight(graph: ir.Graph, quantize_node: ir.Node) -> None:
-    """Replace QuantizeLinear(constant) by its integers, one row at a time so that memory stays small."""
+    """Replace QuantizeLinear(constant), and the Clip of a narrow format behind it, by integers, row by row."""
     weight, scale, zero = (quantize_node.inputs[i] for i in range(3))
     assert weight is not None and scale is not None and zero is not None
     x, s, z = numpy_of(weight), numpy_of(scale), numpy_of(zero)
     axis = quantize_node.attributes["axis"].as_int() if "axis" in quantize_node.attributes and s.ndim else None
-    info = np.iinfo(z.dtype)
+    readers = consumers(quantize_node.outputs[0])
+    clip = readers[0] if len(readers) == 1 and is_op(readers[0], "Clip") else None
+    lowest, highest = np.iinfo(z.dtype).min, np.iinfo(z.dtype).max
+    if clip is not None:
+        lowest, highest = (int(numpy_of(v)) for v in clip.inputs[1:] if v is not None)
     integers = np.empty(x.shape, z.dtype)
     for i in range(len(x)):
         # A slice keeps its axis of length 1, so that per-channel parameters along axis 0 are cut with it.
         cut = slice(i, i + 1)
         s_i, z_i = (s[cut], z[cut]) if axis == 0 else (s, z)
         q = np.rint(x[cut] / along(s_i, axis, x.ndim)) + along(z_i, axis, x.ndim).astype(np.float32)
-        integers[cut] = np.clip(q, info.min, info.max).astype(z.dtype)
-    out = quantize_node.outputs[0]
-    name = name_of(out)
-    tensor = ir.tensor(integers, name=name)
-    out.name = f"{name}_folded"
-    out.replace_all_uses_with(initializer(graph, name, tensor))
-    graph.remove(quantize_node, safe=True)
+        integers[cut] = np.clip(q, lowest, highest).astype(z.dtype)
+    last = clip or quantize_node
+    name = name_of(last.outputs[0])
+    last.outputs[0].name = f"{name}_folded"
+    last.outputs[0].replace_all_uses_with(initializer(graph, name, ir.tensor(integers, name=name)))
+    graph.remove(last, safe=True)
+    if clip is not None:
+        graph.remove(quantize_node, safe=True)
 
 
 def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, index: int) -> None:
@@ -74,6 +79,8 @@ def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, 
         return
     values = numpy_of(bias)
     scale = (numpy_of(x_scale).astype(np.float32) * numpy_of(w_scale).astype(np.float32)).reshape(-1)
+    if values.ndim != 1 or scale.size not in (1, values.size) or not is_constant(w.inputs[0]):
+        return  # a mask over attention scores, a bias that broadcasts otherwise: no kernel takes it as int32
     scale = np.broadcast_to(scale, values.shape).astype(np.float32)
     integers = np.rint(values.astype(np.float64) / scale)
     if np.abs(integers).max(initial=0.0) > INT32_LIMIT:

@@ -165,9 +165,9 @@ def _run_one(program: Program, step: Pass, context: Context, checker: verify.Exa
     with PeakMemory() as memory:
         clone = replace(program, model=program.model.clone(), note="")
         after = step.run(clone, context)
-        verify.structure(after, step.name, before=program, folder=context.folder)
+        verify.structure(after, step.name, before=program)
         if step.tolerance is not None:
-            conditions = context.condition_rows(0, checker.BATCH)
+            conditions = context.condition_rows(0, program.fixed_batch or checker.BATCH)
             checker.compare(program, after, step.name, tolerance=step.tolerance, conditions=conditions)
     seconds = time.perf_counter() - start
     record = Record(step.name, step.options(), nodes, after.graph.num_nodes(), seconds, memory.peak_mb, note=after.note)
@@ -197,5 +197,5 @@ def _dump(dump: Dump, number: int, name: str, program: Program, text: str, diffe
     if dump.models:
         shared = dump.folder / store.WEIGHTS
         if not shared.exists():
-            store.link(context.folder / store.WEIGHTS, shared)
+            store.copy(context.folder / store.WEIGHTS, shared)
         store.move(store.write(program.model, context.folder, stem), dump.folder)

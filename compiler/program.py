@@ -128,6 +128,13 @@ class Program:
     def noted(self, note: str) -> Program:
         return replace(self, note=note)
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that is written into the graph, or None where any will do."""
+        sample = next(v for v in self.graph.inputs if v.name == self.signature.sample)
+        size = sample.shape[0] if sample.shape else None
+        return size if isinstance(size, int) else None
+
     def conditions(self) -> dict[str, ir.Value]:
         """The graph inputs that are neither the sample nor the timestep, by name."""
         by_name = {v.name: v for v in self.graph.inputs}
@@ -135,7 +142,18 @@ class Program:
 
 
 def numpy_of(value: ir.Value) -> npt.NDArray[Any]:
-    """The array of an initializer."""
-    if value.const_value is None:
+    """The array of an initializer. Stored weights are mapped for as long as the array lives, and no longer."""
+    tensor = value.const_value
+    if tensor is None:
         raise ValueError(f"{value.name} is not a constant")
-    return np.asarray(value.const_value.numpy())
+    if isinstance(tensor, ir.ExternalTensor):  # which would keep its mapping; a throwaway one goes with the array
+        tensor = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=tensor.base_dir,
+        )
+    return np.asarray(tensor.numpy())

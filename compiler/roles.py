@@ -42,6 +42,13 @@ def infer_signature(
     sample = said.get("sample") or _pick(values, "sample", _SAMPLE_NAMES, where, listing)
     rest = {n: v for n, v in values.items() if n != sample}
     timestep = said.get("timestep") or _pick(rest, "timestep", _TIMESTEP_NAMES, where, listing)
+    for role, name, ranks in (("sample", sample, (4,)), ("timestep", timestep, (0, 1))):
+        if _rank(values[name]) not in (*ranks, None):
+            raise SignatureError(
+                f"{name!r} cannot be the {role}: its shape is {values[name].shape}",
+                where=where,
+                hint=f"for {role}, choose from: {listing}",
+            )
     if values[sample].dtype != ir.DataType.FLOAT:
         raise ModelError(
             f"the sample input {sample!r} is {values[sample].dtype}, not float32",

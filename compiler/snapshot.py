@@ -37,7 +37,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
     folder.mkdir(parents=True, exist_ok=True)
     home = _home(program.model)
     if home is not None and home != folder and not (folder / store.WEIGHTS).exists():
-        store.link(home / store.WEIGHTS, folder / store.WEIGHTS)
+        store.copy(home / store.WEIGHTS, folder / store.WEIGHTS)
     for stem, model in (("program", program.model), ("float", program.float_model)):
         if model is not None:
             store.move(store.write(model, home or folder, stem), folder)
@@ -49,6 +49,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         "source": dict(program.source),
         "frozen": None if program.frozen is None else list(program.frozen),
         "history": [r.to_json() for r in program.history],
+        "fx_text": program.fx_text,
         "pending": [dict(p) for p in pending],
     }
     if program.stats is not None:
@@ -80,6 +81,7 @@ def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
         correction=Correction.load(correction_file) if correction_file.exists() else None,
         frozen=None if data["frozen"] is None else tuple(data["frozen"]),
         float_model=ir.load(float_file) if float_file.exists() else None,
+        fx_text=data["fx_text"],
         history=tuple(
             Record(
                 r["pass"],

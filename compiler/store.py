@@ -7,7 +7,6 @@ milliseconds, and the sessions of all passes read the same bytes.
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -34,6 +33,19 @@ def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
     path = folder / f"{stem}.onnx"
     ir.save(clone, path)
     return path
+
+
+def bare(model: ir.Model) -> ir.Model:
+    """A clone whose weights are inputs: all that a checker or shape inference needs, however large the model is."""
+    clone = model.clone()
+    inputs = set(clone.graph.inputs)
+    for name, value in list(clone.graph.initializers.items()):
+        if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES:
+            del clone.graph.initializers[name]
+            value.const_value = None
+            if value not in inputs:
+                clone.graph.inputs.append(value)
+    return clone
 
 
 def discard(path: Path) -> None:
@@ -64,13 +76,9 @@ def _is_elsewhere(tensor: ir.TensorProtocol | None, folder: Path) -> bool:
     return not (isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder)
 
 
-def link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source` without copying its bytes where the file system allows that."""
-    if not source.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
+def copy(source: Path, target: Path) -> None:
+    """Copy a file of stored weights, if there is one. Not a link: onnx and onnx_ir refuse to read a linked file."""
+    if source.exists():
         shutil.copyfile(source, target)
 
 

@@ -19,10 +19,10 @@ from . import graph, store
 from .errors import NotExact, PassError
 from .execute import Executor
 from .graph import name_of
-from .program import Program
+from .program import Program, numpy_of
 
 
-def structure(after: Program, name: str, *, before: Program, folder: Path) -> None:
+def structure(after: Program, name: str, *, before: Program) -> None:
     """Refuse a graph that is not valid ONNX, assigns a value twice, reads a value nobody makes, changed its inputs
     or outputs, or forgot a shape that was known.
 
@@ -42,13 +42,10 @@ def structure(after: Program, name: str, *, before: Program, folder: Path) -> No
         if old != new:
             raise PassError(f"{name} changed the {side} of the graph from {old} to {new}", where=name)
     _shapes_kept(after, name, before)
-    path = store.write(after.model, folder)
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(ir.to_proto(store.bare(after.model)))
     except onnx.checker.ValidationError as error:
         raise PassError(f"{name} left an invalid ONNX model: {error}", where=name) from error
-    finally:
-        store.discard(path)
 
 
 def _interface(program: Program, side: str) -> list[tuple[str, str]]:
@@ -104,7 +101,7 @@ class ExactChecker:
             timesteps = program.deployment.timesteps
             chosen = sorted({timesteps[0], timesteps[len(timesteps) // 2], timesteps[-1]})
             rng = np.random.default_rng([self._seed, 0xE])
-            x = rng.standard_normal((self.BATCH, *program.shape)).astype(np.float32)
+            x = rng.standard_normal((program.fixed_batch or self.BATCH, *program.shape)).astype(np.float32)
             with Executor(program.model, self._folder, threads=self._threads) as executor:
                 outputs = {
                     t: executor.call(program.signature, x, t, conditions)[program.signature.output] for t in chosen
@@ -126,6 +123,6 @@ def weights_finite(model: ir.Model) -> str | None:
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point():
             continue
-        if not np.isfinite(np.sum(tensor.numpy(), dtype=np.float64)):
+        if not np.isfinite(np.sum(numpy_of(value), dtype=np.float64)):
             return name
     return None

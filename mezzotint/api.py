@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +14,9 @@ import numpy.typing as npt
 
 from . import __version__
 from .compiler import pipeline
-from .compiler.calibrate import random_conditions
-from .compiler.emit import emit, save_model, staged
-from .compiler.errors import ModelError, OutputError
+from .compiler.calibrate import check_conditions, random_conditions
+from .compiler.emit import emit, save_model, staged, staged_file
+from .compiler.errors import ModelError
 from .compiler.import_onnx import import_onnx
 from .compiler.pipeline import Context, Progress, Recipe, silent
 from .compiler.program import Program
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     Model = str | Path | torch.nn.Module
 Conditions = Mapping[str, npt.NDArray[Any]]
+RANDOM = "random"
 VERSIONED = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -71,6 +71,8 @@ def compile_model(
 
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
+    if isinstance(conditions, (str, Path)) and str(conditions) != RANDOM:
+        conditions = load_conditions(Path(conditions))
     chosen = with_options(load_recipe(recipe) if isinstance(recipe, str) else recipe, dict(settings or {}))
     source = resolve(model, scheduler)
     deployment = Deployment.of(source.schedule, sampler, steps, eta)
@@ -89,6 +91,7 @@ def compile_model(
             conditions=rows,
             progress=progress,
         )
+        check_conditions(program, context)
         program = pipeline.run(
             program,
             chosen.passes,
@@ -118,13 +121,11 @@ def export_model(
 ) -> Path:
     """Write the float ONNX file that a compile starts from: the model as its front end reads it, no pass applied."""
     target = Path(output)
-    if target.exists() and not force:
-        raise OutputError("the output exists already", where=str(target), hint="choose another file, or add --force")
     source = resolve(model, scheduler)
-    with TemporaryDirectory() as folder:
-        deployment = Deployment.of(source.schedule, "ddim", 1)
-        program = _import(source, Path(folder), deployment, None, None, None, size, threads, progress)
-        save_model(program.model, target)
+    deployment = Deployment.of(source.schedule, "ddim", 1)
+    with staged_file(target, force=force) as (file, work):
+        program = _import(source, work, deployment, None, None, None, size, threads, progress)
+        save_model(program.model, file)
     return target
 
 
@@ -145,9 +146,7 @@ def _import(
     threads: int | None,
     progress: Progress,
 ) -> Program:
-    progress(f"import {source.name}", 0, 1)
-    with ExitStack() as stack:
-        stack.callback(progress, f"import {source.name}", 1, 1)
+    with _stage(progress, f"import {source.name}"):
         if source.kind == "onnx":
             assert source.path is not None
             return import_onnx(
@@ -165,19 +164,19 @@ def _import(
                 "roles of inputs and outputs are for ONNX files", hint="a diffusers model knows its own; leave them out"
             )
         torch_front = _torch_front_end()
-        module = source.module
-        if module is None:
-            assert source.path is not None
-            module = torch_front.load_model(source.path)
-        return torch_front.import_torch(  # type: ignore[no-any-return]
-            module,
-            work,
-            schedule=source.schedule,
-            deployment=deployment,
-            size=size,
-            name=source.name,
-            threads=threads,
-        )
+        options: dict[str, Any] = {
+            "schedule": source.schedule,
+            "deployment": deployment,
+            "size": size,
+            "name": source.name,
+            "threads": threads,
+        }
+        program: Program
+        if source.module is not None:
+            program = torch_front.import_torch(source.module, work, **options)
+        else:
+            program = torch_front.import_folder(source.path, work, **options)
+        return program
 
 
 def _torch_front_end() -> Any:
@@ -194,10 +193,14 @@ def _torch_front_end() -> Any:
 def _conditions(
     program: Program, wish: Conditions | str | Path | None, rows: int, seed: int
 ) -> dict[str, npt.NDArray[Any]]:
-    if wish is None:
-        return {}
-    if not isinstance(wish, (str, Path)):
-        return {name: np.asarray(array) for name, array in wish.items()}
-    if str(wish) == "random":
+    if isinstance(wish, (str, Path)):
         return random_conditions(program, rows, seed)
-    return load_conditions(Path(wish))
+    return {name: np.asarray(array) for name, array in (wish or {}).items()}
+
+
+@contextmanager
+def _stage(progress: Progress, name: str) -> Iterator[None]:
+    """Report a stage of one step that cannot say how far it is; one that fails is not reported as done."""
+    progress(name, 0, 1)
+    yield
+    progress(name, 1, 1)

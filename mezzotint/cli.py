@@ -49,7 +49,7 @@ ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("out/demo"),
-    threads: Threads = None,
+    threads: Threads = 2,
     force: Annotated[bool, typer.Option("--force/--no-force", help="Replace an earlier demo.")] = True,
     json: Json = False,
 ) -> None:
@@ -122,7 +122,7 @@ def compile_(
         console.print_json(plan) if json else console.print_pairs("would compile", plan)
         return
     from .api import compile_model
-    from .report import compile_summary
+    from .report import compile_rows, compile_summary
 
     with console.progress(quiet=json) as report:
         compiled = compile_model(
@@ -136,7 +136,7 @@ def compile_(
             **options,
         )
     summary = compile_summary(compiled)
-    console.print_json(summary) if json else console.print_pairs(f"compiled {model}", summary)
+    console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(summary))
 
 
 @app.command()
@@ -191,6 +191,7 @@ def sample(
 
     pictures.check_target(output)
     opened = open_bundle(bundle)
+    pictures.check_target(output, opened.sample_shape[0])
     with console.progress(quiet=json) as report:
         images = opened.sample(
             n,

@@ -18,7 +18,7 @@ BATCH = 16
 
 
 def run_demo(
-    output: Path, *, threads: int | None = None, force: bool = False, progress: Progress = silent
+    output: Path, *, threads: int | None = 2, force: bool = False, progress: Progress = silent
 ) -> dict[str, Any]:
     """Write one folder (pictures, bundle, float model, summary.json) and return the summary."""
     with staged(output, force=force) as (folder, _work):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .compiler.errors import OutputError
+from .compiler.emit import check_target
 from .compiler.import_onnx import load_onnx
 from .compiler.roles import infer_signature
 from .passes.recipes import load_recipe, with_options
@@ -35,8 +35,7 @@ def plan_compile(
     chosen = with_options(load_recipe(recipe), dict(settings))
     source = resolve(model, scheduler)
     deployment = Deployment.of(source.schedule, sampler, steps, eta)
-    if output.exists() and not force:
-        raise OutputError("the output exists already", where=str(output), hint="choose another folder, or add --force")
+    check_target(output, force=force)
     plan: dict[str, Any] = {"model": f"{source.kind} {source.path}"}
     if source.kind == "onnx" and source.path is not None:
         signature = infer_signature(

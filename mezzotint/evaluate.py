@@ -38,7 +38,8 @@ class Comparison:
             "eps_sqnr_db_worst_step": json_db(worst),
             "worst_step": worst_step,
             "psnr_db_median": json_db(float(np.median(self.psnr))),
-            "psnr_db_p10": json_db(float(np.percentile(self.psnr, 10))),
+            # A picture that exists: between two that are identical (infinite) there is nothing to interpolate.
+            "psnr_db_p10": json_db(float(np.percentile(self.psnr, 10, method="lower"))),
         }
 
 
@@ -108,21 +109,27 @@ def latency_ratio(
 ) -> tuple[float, float, float]:
     """(float seconds, quantized seconds, float / quantized) of one network call, medians.
 
-    The calls alternate, so that a machine that slows down or speeds up does so for both.
+    Measured in blocks, float - quantized - float: the worker threads of one session go on spinning for a while after
+    a call, and would slow down the other one if calls took turns.
     """
     x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
     t = bundle.deployment.timesteps[len(bundle.deployment.timesteps) // 2]
     rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
-    nets = (Denoiser(float_model, bundle.signature, threads=threads), bundle.denoiser(threads))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(repeats + 1):
-        for net, times in zip(nets, seconds, strict=True):
+    exact = Denoiser(float_model, bundle.signature, threads=threads)
+    quantized = bundle.denoiser(threads)
+
+    def block(net: Denoiser) -> list[float]:
+        net(x, t, **rows)
+        times = []
+        for _ in range(repeats):
             start = time.perf_counter()
             net(x, t, **rows)
-            if round_:  # the first round warms up
-                times.append(time.perf_counter() - start)
-    before, after = (float(np.median(times)) for times in seconds)
-    return before, after, before / after
+            times.append(time.perf_counter() - start)
+        return times
+
+    before, after, again = block(exact), block(quantized), block(exact)
+    float_seconds, quantized_seconds = float(np.median([*before, *again])), float(np.median(after))
+    return float_seconds, quantized_seconds, float_seconds / quantized_seconds
 
 
 def folder_bytes(model: Path) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from .compiler.errors import OutputError
 from .runtime.errors import InputError
 
 Images = npt.NDArray[np.float32]
@@ -18,10 +20,7 @@ PAPER = 255
 def grid(images: Images, columns: int | None = None) -> Image.Image:
     """A grid of pictures `[n, 1 or 3, H, W]` in [-1, 1], as square as it gets, `columns` wide when given."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise InputError(
-            f"samples of shape {list(images.shape)} are no pictures",
-            hint="latents have to be decoded first: save them with -o FILE.npy",
-        )
+        raise _no_pictures(f"samples of shape {list(images.shape)}")
     n, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -51,17 +50,41 @@ def side_by_side(grids: dict[str, Image.Image], scale: int = 1) -> Image.Image:
     return sheet
 
 
-def check_target(path: Path) -> None:
-    """Refuse an ending that `save` cannot write, before an hour of sampling and not after."""
+def check_target(path: Path, channels: int | None = None) -> None:
+    """Refuse what `save` cannot write, before an hour of sampling and not after: endings, latents, places."""
     if path.suffix not in (".png", ".npy"):
         raise InputError(f"cannot write a {path.suffix or 'nameless'} file", where=str(path), hint="use .png or .npy")
+    if path.suffix == ".png" and channels not in (1, 3, None):
+        raise _no_pictures(f"samples of {channels} channels", str(path))
+    place = next((p for p in path.absolute().parents if p.exists()), Path())
+    if not place.is_dir() or not os.access(place, os.W_OK) or path.is_dir():
+        raise OutputError("cannot write there", where=str(path), hint="choose another place")
+
+
+def _no_pictures(what: str, where: str | None = None) -> InputError:
+    return InputError(
+        f"{what} are no pictures", where=where, hint="latents have to be decoded first: save them with -o FILE.npy"
+    )
 
 
 def save(images: Images, path: Path, columns: int | None = None) -> None:
-    """A PNG grid, or the raw float32 array when the file ends in .npy. Raises InputError for other endings."""
+    """A PNG grid, or the raw float32 array when the file ends in .npy; a file that exists is replaced when all is well.
+
+    Raises InputError for other endings and for latents, OutputError where it cannot be written.
+    """
     check_target(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, images)
-    else:
-        grid(images, columns).save(path)
+    part = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, images)
+            else:
+                grid(images, columns).save(file, format="PNG")
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write: {error.strerror or error}", where=str(path), hint="free some space or choose another place"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -35,6 +35,20 @@ def compile_summary(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def compile_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """compile_summary for people."""
+    size, before = summary["model_bytes"], summary["parameter_bytes_before"]
+    return {
+        "bundle": summary["bundle"],
+        "recipe": summary["recipe"],
+        "size": f"{size / 1e6:.2f} MB, {size / before:.3f} of the float parameters' {before / 1e6:.2f} MB",
+        "kernels": f"{summary['integer_kernels']} integer, {summary['float_kernels']} float",
+        "kept in float": "\n".join(f"{name}: {why}" for name, why in summary["islands"].items()) or "nothing",
+        "passes": f"{summary['seconds']:.1f} s, peak memory {summary['peak_memory_mb']:.0f} MB",
+        "digest": summary["digest"],
+    }
+
+
 def sample_summary(
     bundle: Bundle,
     output: Path,

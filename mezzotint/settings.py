@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """`HEIGHTxWIDTH`, or one number for a square."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not found:
         raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
     return int(found[1]), int(found[2] or found[1])
@@ -66,9 +67,9 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Arrays by name from an .npz file; pickled objects are refused. Raises ConditionError."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, BadZipFile) as error:  # the last four: no archive
         raise ConditionError(
             f"cannot read the conditions: {error}",
             where=str(path),

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compiler import graph as graphs
-from ..compiler.errors import StatsError
+from ..compiler.errors import RecipeError, StatsError
 from ..compiler.graph import is_constant, name_of
 from ..compiler.ops import Layer, layers
 from ..compiler.pipeline import Context, Pass
@@ -41,12 +41,18 @@ class ChooseScales(Pass):
     activations: Method = "percentile"
     weights: Literal["minmax", "mse"] = "mse"
     percentile: float = 99.999
-    activation_bits: int = 8
-    weight_bits: int = 8
+    activation_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats"})
     gives: ClassVar[frozenset[str]] = frozenset({"plan"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
+
+    def __post_init__(self) -> None:
+        if not 50 < self.percentile <= 100:
+            raise RecipeError(
+                f"choose_scales.percentile is {self.percentile}", hint="choose between 50 and 100, such as 99.999"
+            )
 
     def run(self, program: Program, context: Context) -> Program:
         stats = program.stats
@@ -69,10 +75,19 @@ class ChooseScales(Pass):
             scale, zero = scale_for_range(low, high, activation_format)
             quantizers[Site(name)] = Quantizer(activation_format, scale, zero, self.name)
         for i, layer in enumerate(found):
-            if layer.weight is not None and Site(name_of(layer.weight)) not in quantizers:
-                quantizers[Site(name_of(layer.weight))] = self._weight(layer, weight_format)
+            if layer.weight is not None:
+                self._add_weight(quantizers, layer, weight_format)
             context.progress(self.name, i + 1, len(found))
         return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
+
+    def _add_weight(self, quantizers: dict[Site, Quantizer], layer: Layer, fmt: Format) -> None:
+        """One quantizer for a weight; a layer that shares it along another axis gets its own view."""
+        site = Site(name_of(layer.weight))
+        shared = quantizers.get(site)
+        if shared is None:
+            quantizers[site] = self._weight(layer, fmt)
+        elif shared.axis != layer.weight_axis:
+            quantizers[Site(site.value, layer.name)] = self._weight(layer, fmt)
 
     def _range(self, summary: Summary, fmt: Format) -> tuple[float, float]:
         if self.activations == "minmax":

@@ -93,13 +93,20 @@ def _drop_round_trips(graph: ir.Graph) -> int:
     return count
 
 
+def _identity(value: ir.Value | None) -> object:
+    """What makes two parameters the same: the value itself, or equal scalars stored twice."""
+    tensor = None if value is None else value.const_value
+    return (tensor.dtype, tensor.tobytes()) if tensor is not None and tensor.size == 1 else value
+
+
 def _merge_equal(graph: ir.Graph) -> int:
-    seen: dict[tuple[str, ir.Value | None, tuple[ir.Value | None, ...]], ir.Node] = {}
+    seen: dict[tuple[object, ...], ir.Node] = {}
     count = 0
     for node in list(graph):
         if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
             continue
-        key = (node.op_type, node.inputs[0], tuple(node.inputs[1:]))
+        axis = node.attributes["axis"].value if "axis" in node.attributes else None
+        key = (node.op_type, node.inputs[0], axis, *(_identity(v) for v in node.inputs[1:]))
         first = seen.setdefault(key, node)
         if first is not node and not node.outputs[0].is_graph_output():
             for reader in consumers(node.outputs[0]):

@@ -45,6 +45,8 @@ class FreezeTime(GraphPass):
             return program.noted("nothing depends on the timestep alone")
         rows = tuple(sorted(set(program.deployment.timesteps)))
         tables = _evaluate(program, frontier, rows, context)
+        # An open first dimension that is not the batch (a flattened [batch * k]) is left to the graph.
+        frontier = [v for v in frontier if not _open(v) or tables[name_of(v)].shape[1] == (program.fixed_batch or 1)]
         graph = program.graph
         names = Names(graph)
         build = Builder(graph, names, graph[0])
@@ -53,11 +55,15 @@ class FreezeTime(GraphPass):
             _replace(build, names, program, value, tables[name_of(value)], row)
         before = graph.num_nodes()
         remove_dead(graph)
-        size = sum(t.nbytes for t in tables.values())
+        size = sum(tables[name_of(v)].nbytes for v in frontier)
         note = (
             f"{len(frontier)} tables of {len(rows)} rows ({size / 1e3:.0f} kB), {before - graph.num_nodes()} nodes gone"
         )
         return replace(program, frozen=rows, note=note)
+
+
+def _open(value: ir.Value) -> bool:
+    return bool(value.shape) and not isinstance((value.shape or [1])[0], int)
 
 
 def _evaluate(
@@ -66,9 +72,14 @@ def _evaluate(
     """The frontier's values at each deployed timestep, `[rows, ...]` without the batch."""
     branch = ir.convenience.extract(program.graph, list(program.graph.inputs), [name_of(v) for v in frontier])
     model = ir.Model(branch, ir_version=program.model.ir_version)
-    x = np.zeros((1, *program.shape), np.float32)
+    batch = program.fixed_batch or 1
+    x = np.zeros((batch, *program.shape), np.float32)
+    sizes = {
+        name: [d if isinstance(d, int) else 1 for d in list(value.shape or [])[1:]]
+        for name, value in program.conditions().items()
+    }
     conditions = {
-        name: np.zeros([1, *(d if isinstance(d, int) else 1 for d in list(value.shape or [])[1:])], value.dtype.numpy())
+        name: np.zeros([batch, *sizes[name]], value.dtype.numpy())
         for name, value in program.conditions().items()
         if value.dtype is not None
     }
@@ -119,7 +130,7 @@ def _replace(
     row: ir.Value,
 ) -> None:
     """Let the readers of a frontier value read its row instead."""
-    batched = bool(value.shape) and not isinstance((value.shape or [1])[0], int)
+    batched = _open(value)
     stem = name_of(value)
     # [rows, 1, ...] of a batched value: its own batch of 1 goes, and the gathered row takes its place.
     data = table[:, 0] if batched else table
@@ -152,7 +163,9 @@ def _expanded(build: Builder, program: Program, gathered: ir.Value, value: ir.Va
     """The row repeated over the batch, for readers that do not broadcast."""
     sample = next(v for v in program.graph.inputs if name_of(v) == program.signature.sample)
     stem, int64 = name_of(value), ir.DataType.INT64
-    batch = build.op("Shape", [sample], f"{stem}_batch", dtype=int64, shape=[1], attributes={"start": 0, "end": 1})
+    sizes = build.op("Shape", [sample], f"{stem}_sizes", dtype=int64, shape=[4])  # `start` and `end` are of opset 15
+    first = build.constant(f"{stem}_first", np.array([0]))
+    batch = build.op("Gather", [sizes, first], f"{stem}_batch", dtype=int64, shape=[1], attributes={"axis": 0})
     rest = build.constant(f"{stem}_rest", np.ones(len(value.shape or ()) - 1, np.int64))
     shape = build.op("Concat", [batch, rest], f"{stem}_full_shape", dtype=int64, shape=[None], attributes={"axis": 0})
     return build.op("Expand", [gathered, shape], f"{stem}_full", like=value)

@@ -7,7 +7,8 @@ Around every layer that is not an island:
 
 Output policy: an integer convolution exists only when its output is quantized, with one quantizer, and when nobody
 reads the raw output; so every reader, in float too, reads behind the same DequantizeLinear. Matmuls accumulate in
-int32 and leave in float, so their outputs are not quantized.
+int32 and leave in float, so their outputs are not quantized. A format of fewer than 8 bits is simulated on the same
+kernels: a Clip behind Q keeps its integers inside the narrower grid.
 
 Islands are kept in float on purpose and listed: `first` (layers that read the sample: its last bits are the noise
 that the model must predict), `last` (the layer that makes the output), `attention` (matmuls of two activations), or
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from ..compiler.errors import RecipeError
@@ -27,6 +29,8 @@ from ..compiler.graph import Builder, Names, consumers, name_of, replace_use
 from ..compiler.ops import Layer, float_reason, is_mover, layers
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer
+
+STORED_BITS = 8  # every format is stored in whole bytes
 
 
 @dataclass(frozen=True)
@@ -169,4 +173,10 @@ def _write_pair(build: Builder, value: ir.Value, quantizer: Quantizer) -> ir.Val
     integers = build.op(
         "QuantizeLinear", [value, scale, zero], f"{stem}_quantized", like=value, dtype=dtype, attributes=axis
     )
+    fmt = quantizer.format
+    if fmt.bits < STORED_BITS:
+        # QuantizeLinear saturates where its storage type ends; a narrower format ends earlier.
+        ends = (("qmin", fmt.qmin), ("qmax", fmt.qmax))
+        limits = [build.constant(f"{stem}_{end}", np.array(q, fmt.dtype)) for end, q in ends]
+        integers = build.op("Clip", [integers, *limits], f"{stem}_narrowed", like=integers)
     return build.op("DequantizeLinear", [integers, scale, zero], f"{stem}_dequantized", like=value, attributes=axis)

@@ -1,6 +1,7 @@
 """normalize: one graph form, whoever exported it.
 
-1. functions are inlined, Constant nodes become initializers, initializers stop being inputs;
+1. functions are inlined, Constant nodes become initializers, initializers stop being inputs, GroupNormalization
+   with a scale per group (opset 18 to 20) becomes that of opset 21;
 2. what only constants feed is folded, equal subexpressions and Identity nodes are merged, dead nodes removed;
 3. Dropout (which does nothing at inference) disappears;
 4. open dimensions of the inputs get the field's names, shapes are inferred, nodes are sorted and named.
@@ -16,8 +17,8 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..compiler.folding import fold_constants, infer_shapes
-from ..compiler.graph import is_op, name_of, remove_dead
+from ..compiler.folding import fold_constants, infer_shapes, upgrade_group_norms
+from ..compiler.graph import is_op, name_of, remove_dead, replace_value
 from ..compiler.pipeline import Context, GraphPass
 from ..compiler.program import Program
 
@@ -38,6 +39,7 @@ class Normalize(GraphPass):
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.RemoveInitializersFromInputsPass(),
         )(program.model).model
+        model = upgrade_group_norms(model)
         _drop_notes(model)
         _drop_dropout(model.graph)
         _name_dimensions(model.graph, program)
@@ -50,7 +52,10 @@ class Normalize(GraphPass):
             common.NameFixPass(),
         )(model).model
         remove_dead(model.graph)
-        return program.with_model(infer_shapes(model))
+        known = infer_shapes(model)
+        values = [v for node in known.graph for v in node.outputs]
+        shapes = sum(v.shape is not None for v in values)
+        return program.with_model(known, f"shapes of {shapes} of {len(values)} values known")
 
 
 def _drop_notes(model: ir.Model) -> None:
@@ -70,11 +75,10 @@ def _drop_notes(model: ir.Model) -> None:
 def _drop_dropout(graph: ir.Graph) -> None:
     for node in list(graph):
         if is_op(node, "Dropout") and node.inputs[0] is not None and not any(v.uses() for v in node.outputs[1:]):
-            identity = ir.node(
-                "Identity", [node.inputs[0]], outputs=[ir.Value(name=f"{name_of(node.outputs[0])}_kept")]
-            )
-            graph.insert_before(node, identity)
-            node.outputs[0].replace_all_uses_with(identity.outputs[0], replace_graph_outputs=True)
+            out = node.outputs[0]
+            kept = ir.Value(name=f"{name_of(out)}_kept", type=out.type, shape=out.shape)
+            graph.insert_before(node, ir.node("Identity", [node.inputs[0]], outputs=[kept]))
+            replace_value(out, kept)
             graph.remove(node, safe=True)
 
 

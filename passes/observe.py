@@ -14,7 +14,7 @@ import numpy as np
 
 from ..compiler import graph as graphs
 from ..compiler.calibrate import Conditions, Images, follow_trajectories
-from ..compiler.errors import StatsError
+from ..compiler.errors import RecipeError, StatsError
 from ..compiler.execute import Executor
 from ..compiler.graph import name_of
 from ..compiler.ops import layers
@@ -32,6 +32,10 @@ class Observe(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"normal"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
     gives: ClassVar[frozenset[str]] = frozenset({"stats"})
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise RecipeError(f"observe.groups is {self.groups}", hint="choose at least one group of steps")
 
     def run(self, program: Program, context: Context) -> Program:
         inputs = {name_of(v) for v in program.graph.inputs}
@@ -63,5 +67,5 @@ class Observe(Pass):
 
             calls = follow_trajectories(program, context, denoiser, "observe")
         stats = Stats(graphs.digest(program.model), self.groups, calls, summaries)
-        note = f"{len(values)} values over {calls} calls of {context.batch} samples"
+        note = f"{len(values)} values over {calls} calls, {context.samples} samples at each step"
         return replace(program, stats=stats, note=note)

@@ -87,10 +87,12 @@ def make_pass(name: str, options: dict[str, Any] | None = None, where: str = "re
     return made
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
     """A named recipe, or one from a YAML file. Raises RecipeError."""
     if name in RECIPES:
         return RECIPES[name]
+    if name in extended_by:
+        raise RecipeError("the recipe extends itself", where=" -> ".join([*extended_by, name]))
     path = Path(name)
     if not path.is_file():
         hint = _nearest(name, list(RECIPES)) if path.suffix == "" else "check the path"
@@ -99,10 +101,10 @@ def load_recipe(name: str) -> Recipe:
         data = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe is not valid YAML: {error}", where=name) from error
-    return recipe_from_json(data, where=name)
+    return recipe_from_json(data, where=name, extended_by=extended_by)
 
 
-def recipe_from_json(data: Any, where: str) -> Recipe:
+def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -> Recipe:
     """A recipe from plain data: name, description, paper, extends, passes."""
     keys = ["name", "description", "paper", "extends", "passes"]
     if not isinstance(data, dict):
@@ -110,7 +112,7 @@ def recipe_from_json(data: Any, where: str) -> Recipe:
     for key in data:
         if key not in keys:
             raise RecipeError(f"a recipe has no key {key!r}", where=where, hint=_nearest(str(key), keys))
-    base = load_recipe(str(data["extends"])) if "extends" in data else None
+    base = load_recipe(str(data["extends"]), (*extended_by, where)) if "extends" in data else None
     steps = data.get("passes")
     if (steps is None and base is None) or not isinstance(steps or [], list):
         raise RecipeError("a recipe needs a list `passes`", where=where, hint="or `extends: w8a8`")
@@ -147,7 +149,9 @@ def _step(step: Any, where: str) -> Pass:
     if isinstance(step, str):
         return make_pass(step, where=where)
     if isinstance(step, dict) and isinstance(step.get("pass"), str) and set(step) <= {"pass", "options"}:
-        return make_pass(step["pass"], dict(step.get("options") or {}), where)
+        options = step.get("options") or {}
+        if isinstance(options, dict):
+            return make_pass(step["pass"], options, where)
     raise RecipeError(f"not a pass: {step!r}", where=where, hint="write `- name` or `- {pass: name, options: {...}}`")
 
 

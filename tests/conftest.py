@@ -19,6 +19,7 @@ from mezzotint.compiler.program import Program
 from tests import golden
 from tests.tiny import context_in, program_of, tiny_program
 
+pytest_plugins = ["tests.models"]  # the fixtures of the front ends, the API and the command line
 Check = Callable[..., Program]
 
 

@@ -102,7 +102,7 @@ def _weights(channels: int) -> dict[str, np.ndarray[Any, Any]]:
 
     def normal(*shape: int) -> np.ndarray[Any, Any]:
         fan = int(np.prod(shape[1:])) if len(shape) > 1 else 25
-        return (rng.standard_normal(shape) / np.sqrt(fan)).astype(np.float32)
+        return np.asarray(rng.standard_normal(shape) / np.sqrt(fan), np.float32)
 
     c = WIDTH
     made: dict[str, np.ndarray[Any, Any]] = {
@@ -157,9 +157,10 @@ def tiny_model(channels: int = 1) -> ir.Model:
     return ir.from_proto(proto)
 
 
-def short_schedule(num_train: int = 1000, prediction: str = "epsilon") -> Schedule:
+def short_schedule(num_train: int = 1000) -> Schedule:
+    """Clipped pictures keep the latents of an untrained network within bounds, as a trained one keeps its own."""
     return Schedule.from_config(
-        {"beta_schedule": "linear", "num_train_timesteps": num_train, "prediction_type": prediction, "clip_sample": False}
+        {"beta_schedule": "linear", "num_train_timesteps": num_train, "prediction_type": "epsilon", "clip_sample": True}
     )
 
 

@@ -1,0 +1,139 @@
+"""A program as a folder: what was known before is known after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler import graph, pipeline, snapshot, store
+from mezzotint.compiler.errors import ModelError
+from mezzotint.compiler.execute import Executor
+from mezzotint.compiler.pipeline import Context
+from mezzotint.compiler.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.quant import UINT8
+from mezzotint.passes.recipes import RECIPES
+from tests.tiny import SIGNATURE
+
+
+@pytest.fixture(params=["stored", "inline"])
+def finished(request: pytest.FixtureRequest, tiny: Program, context: Context) -> Program:
+    """After every pass there is, with statistics, plan, float model and correction."""
+    if request.param == "stored":
+        store.adopt(tiny.model, context.folder)
+    program = pipeline.run(tiny, RECIPES["ptqd-w8a8"].passes, context)
+    assert program.plan is not None
+    extra = {Site("start", "b1_conv1"): Quantizer(UINT8, np.array(0.5, np.float32), np.array(3, np.uint8), "test")}
+    return replace(program, plan=Plan({**program.plan.quantizers, **extra}, program.plan.islands))
+
+
+@pytest.fixture
+def loaded(finished: Program, tmp_path: Path) -> Program:
+    snapshot.save(finished, tmp_path / "saved", [{"pass": "clean_qdq", "options": {}}])
+    program, pending = snapshot.load(tmp_path / "saved")
+    assert pending == [{"pass": "clean_qdq", "options": {}}]
+    return program
+
+
+def test_facts(finished: Program, loaded: Program) -> None:
+    for name in ("signature", "deployment", "shape", "source", "frozen"):
+        assert getattr(loaded, name) == getattr(finished, name), name
+    assert loaded.schedule.digest() == finished.schedule.digest()
+    for got, want in zip(loaded.history, finished.history, strict=True):
+        assert got.to_json() == want.to_json()
+
+
+def test_graphs(finished: Program, loaded: Program, context: Context, tmp_path: Path) -> None:
+    assert finished.float_model is not None and loaded.float_model is not None
+    x = np.random.default_rng(0).standard_normal((2, *finished.shape)).astype(np.float32)
+    for want, got in ((finished.model, loaded.model), (finished.float_model, loaded.float_model)):
+        assert graph.text(got) == graph.text(want)
+        assert graph.digest(got) == graph.digest(want)
+        with Executor(want, context.folder, threads=2) as a, Executor(got, tmp_path / "saved", threads=2) as b:
+            outputs = [e.call(SIGNATURE, x, 333)["epsilon"] for e in (a, b)]
+        np.testing.assert_array_equal(outputs[0], outputs[1])
+
+
+def check_stats(want: Program, got: Program) -> None:
+    assert want.stats is not None and got.stats is not None
+    assert (want.stats.digest, want.stats.groups, want.stats.calls) == (
+        got.stats.digest,
+        got.stats.groups,
+        got.stats.calls,
+    )
+    assert want.stats.summaries.keys() == got.stats.summaries.keys()
+    for key, summary in want.stats.summaries.items():
+        other = got.stats.summaries[key]
+        for name in ("count", "low", "high", "total", "square"):
+            assert getattr(summary, name) == getattr(other, name)
+        np.testing.assert_array_equal(summary.histogram, other.histogram)
+
+
+def test_statistics(finished: Program, loaded: Program) -> None:
+    check_stats(finished, loaded)
+    assert loaded.stats is not None
+    key = next(iter(loaded.stats.summaries))
+    off = replace(loaded.stats.summaries[key], total=loaded.stats.summaries[key].total * 1.01)
+    planted = replace(loaded, stats=replace(loaded.stats, summaries={**loaded.stats.summaries, key: off}))
+    with pytest.raises(AssertionError):
+        check_stats(finished, planted)
+
+
+def check_plan(want: Program, got: Program) -> None:
+    assert want.plan is not None and got.plan is not None
+    assert want.plan.islands == got.plan.islands
+    assert list(want.plan.quantizers) == list(got.plan.quantizers)
+    for site, q in want.plan.quantizers.items():
+        other = got.plan.quantizers[site]
+        assert (q.format, q.axis, q.by) == (other.format, other.axis, other.by)
+        for a, b in ((q.scale, other.scale), (q.zero_point, other.zero_point)):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_plan(finished: Program, loaded: Program) -> None:
+    check_plan(finished, loaded)
+    assert loaded.plan is not None
+    site, quantizer = next(iter(loaded.plan.quantizers.items()))
+    off = replace(quantizer, scale=(quantizer.scale * np.float32(1.01)).astype(np.float32))
+    with pytest.raises(AssertionError):
+        check_plan(finished, replace(loaded, plan=Plan({**loaded.plan.quantizers, site: off}, loaded.plan.islands)))
+
+
+def test_the_correction(finished: Program, loaded: Program) -> None:
+    assert finished.correction is not None and loaded.correction is not None
+    for name in ("timesteps", "slope", "bias", "spread"):
+        np.testing.assert_array_equal(getattr(loaded.correction, name), getattr(finished.correction, name))
+    assert loaded.correction.fitted_for == finished.correction.fitted_for
+
+
+def test_a_bare_program(tiny: Program, tmp_path: Path) -> None:
+    snapshot.save(tiny, tmp_path / "saved")
+    program, pending = snapshot.load(tmp_path / "saved")
+    assert pending == []
+    assert (program.stats, program.plan, program.correction, program.frozen, program.float_model) == (None,) * 5
+    assert graph.text(program.model) == graph.text(tiny.model)
+
+
+def test_saving_twice_to_one_folder_keeps_the_last(finished: Program, tmp_path: Path) -> None:
+    snapshot.save(finished, tmp_path / "saved")
+    snapshot.save(replace(finished, frozen=(1, 2)), tmp_path / "saved")
+    assert snapshot.load(tmp_path / "saved")[0].frozen == (1, 2)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "not json", "no graph"])
+def test_folders_that_hold_no_program(tiny: Program, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "saved"
+    if damage != "missing":
+        snapshot.save(tiny, folder)
+    if damage == "empty":
+        (folder / "program.json").unlink()
+    if damage == "not json":
+        (folder / "program.json").write_text("{")
+    if damage == "no graph":
+        (folder / "program.onnx").unlink()
+    with pytest.raises(ModelError, match="no saved program") as caught:
+        snapshot.load(folder)
+    assert caught.value.where == str(folder)

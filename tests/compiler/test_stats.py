@@ -1,0 +1,134 @@
+"""Summaries: the merge is the summary of the union, and what they say is what numpy says of the whole data."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from mezzotint.compiler.stats import BIN_HIGH, BIN_LOW, Stats, Summary
+
+Values = npt.NDArray[np.float32]
+BIN = 1 / 16  # a bin's width relative to its values: four bits of mantissa
+values = arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False))
+
+
+def summary_of(*parts: Values) -> Summary:
+    made = Summary()
+    for part in parts:
+        made.add(part)
+    return made
+
+
+def check_equal(a: Summary, b: Summary) -> None:
+    assert (a.count, a.low, a.high) == (b.count, b.low, b.high)
+    np.testing.assert_array_equal(a.histogram, b.histogram)
+    np.testing.assert_allclose([a.total, a.square], [b.total, b.square], rtol=1e-9, atol=1e-6)
+
+
+@given(a=values, b=values)
+def test_the_merge_is_the_summary_of_the_union(a: Values, b: Values) -> None:
+    together = summary_of(np.concatenate([a, b]))
+    check_equal(summary_of(a) + summary_of(b), together)
+    check_equal(summary_of(a, b), together)
+    check_equal(summary_of(b) + summary_of(a), together)
+
+
+def test_a_merge_with_values_that_are_one_percent_off_is_seen() -> None:
+    a, b = (np.random.default_rng(i).standard_normal(100).astype(np.float32) for i in range(2))
+    with pytest.raises(AssertionError):
+        check_equal(summary_of(a) + summary_of(b * np.float32(1.01)), summary_of(np.concatenate([a, b])))
+
+
+@given(values)
+def test_moments_and_extremes_are_numpys(x: Values) -> None:
+    made = summary_of(x)
+    assert (made.count, made.low, made.high) == (x.size, x.min(), x.max())
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose([made.total, made.square], [wide.sum(), (wide**2).sum()], rtol=1e-6, atol=1e-6)
+    assert made.finite
+
+
+@given(values)
+def test_every_value_falls_into_a_bin_that_holds_it(x: Values) -> None:
+    made = summary_of(x)
+    assert made.histogram.sum() == x.size
+    low, high, counts = made.bins()
+    assert np.all(np.diff(low) >= 0)
+    assert np.all(low <= high)
+    for value in x:
+        assert np.any((low <= value) & (value <= high))
+    np.testing.assert_array_equal(counts, [np.count_nonzero(_bin_of(x) == b) for b in _ordered(x)])
+
+
+def _bin_of(x: Values) -> npt.NDArray[np.int64]:
+    return (x.view(np.uint32) >> np.uint32(19)).astype(np.int64)
+
+
+def _ordered(x: Values) -> list[int]:
+    return sorted(set(_bin_of(x).tolist()), key=lambda b: float(BIN_LOW[b]))
+
+
+def test_bins_of_negative_values_ascend() -> None:
+    x = np.array([-8, -4, -1, -0.5, 0, 0.5, 1, 4], np.float32)
+    low, high, counts = summary_of(x).bins()
+    np.testing.assert_array_equal(counts, np.ones(len(x)))
+    assert np.all((low <= x) & (x <= high))
+    finite = np.isfinite(BIN_LOW) & np.isfinite(BIN_HIGH) & (np.abs(BIN_LOW) > 1e-30)
+    nearest = np.minimum(np.abs(BIN_LOW), np.abs(BIN_HIGH))[finite]
+    assert np.all((BIN_HIGH - BIN_LOW)[finite] <= BIN * nearest)
+
+
+def check_percentile(x: Values, got: float, share: float) -> None:
+    """Within a bin's width of the values that numpy finds around that place."""
+    around = [float(np.quantile(x, share, method=m)) for m in ("lower", "higher")]
+    slack = BIN * max(abs(v) for v in around)
+    assert around[0] - slack <= got <= around[1] + slack
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_percentiles_are_numpys_within_a_bin(share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(5000) * np.exp(rng.standard_normal(5000)) - 1).astype(np.float32)
+    got = summary_of(x).percentile(share)
+    check_percentile(x, got, share)
+    with pytest.raises(AssertionError):
+        check_percentile(x, got + 3 * BIN * max(abs(got), 0.1), share)
+
+
+def test_the_outermost_percentiles_are_the_extremes() -> None:
+    x = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    made = summary_of(x)
+    assert (made.percentile(0.0), made.percentile(1.0)) == (made.low, made.high)
+
+
+def test_what_is_not_finite_is_reported() -> None:
+    assert summary_of(np.ones(3, np.float32)).finite
+    assert not summary_of(np.array([1, np.nan], np.float32)).finite
+    assert not summary_of(np.array([1, np.inf], np.float32)).finite
+
+
+def test_an_empty_array_changes_nothing() -> None:
+    check_equal(summary_of(np.ones(3, np.float32), np.zeros(0, np.float32)), summary_of(np.ones(3, np.float32)))
+
+
+def test_stats_merge_and_sum_over_groups() -> None:
+    a, b = (np.random.default_rng(i).standard_normal(10).astype(np.float32) for i in range(2))
+    first = Stats("d", 2, 1, {("x", 0): summary_of(a)})
+    second = Stats("d", 2, 1, {("x", 0): summary_of(b), ("x", 1): summary_of(a), ("y", 1): summary_of(b)})
+    merged = first + second
+    assert merged.calls == 2
+    assert list(merged.values()) == ["x", "y"]
+    check_equal(merged.summaries["x", 0], summary_of(a, b))
+    whole = merged.summary("x")
+    assert whole is not None
+    check_equal(whole, summary_of(a, b, a))
+    assert merged.summary("z") is None
+    check_equal(first.summaries["x", 0], summary_of(a))
+    for other in (Stats("other", 2, 1, {}), Stats("d", 3, 1, {})):
+        with pytest.raises(ValueError, match="do not add"):
+            first + other

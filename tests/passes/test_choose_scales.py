@@ -1,0 +1,163 @@
+"""choose_scales: the three methods against brute force over the raw values, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mezzotint.compiler import pipeline
+from mezzotint.compiler.errors import StatsError
+from mezzotint.compiler.ops import layers
+from mezzotint.compiler.pipeline import Context
+from mezzotint.compiler.program import Program, Site, numpy_of
+from mezzotint.compiler.quant import INT8, UINT8, Array, dequantize, quantize, scale_for_range
+from mezzotint.compiler.stats import Summary
+from mezzotint.passes.choose_scales import SHRINKS, ChooseScales, Method, least_error_range
+from mezzotint.passes.normalize import Normalize
+from mezzotint.passes.observe import Observe
+
+
+def measured(values: Array) -> Summary:
+    summary = Summary()
+    summary.add(values)
+    return summary
+
+
+def real_error(values: Array, low: float, high: float) -> float:
+    """Mean squared error of really quantizing the values over a range."""
+    scale, zero = scale_for_range(low, high, UINT8)
+    back = dequantize(quantize(values, scale, zero, UINT8), scale, zero)
+    return float(np.mean((back.astype(np.float64) - values) ** 2))
+
+
+def samples(kind: str) -> Array:
+    rng = np.random.default_rng(4)
+    chosen = {
+        "normal": rng.standard_normal(20000),
+        "silu": (y := rng.standard_normal(20000) * 2) / (1 + np.exp(-y)),
+        "outliers": np.concatenate([rng.standard_normal(20000) * 0.1, [-30.0, 40.0]]),
+        "heavy": rng.standard_t(2, 20000),
+        "negative": -np.abs(rng.standard_normal(20000)),
+    }[kind]
+    return np.asarray(chosen, np.float32)
+
+
+def check_is_best(x: Array, low: float, high: float) -> None:
+    """Not more than 5 % above the least error of all shrunk ranges, found by trying them on the values themselves."""
+    bottom, top = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    best = min(real_error(x, bottom * s, top * s) for s in SHRINKS)
+    assert real_error(x, low, high) <= 1.05 * best
+
+
+@pytest.mark.parametrize("kind", ["normal", "silu", "outliers", "heavy", "negative"])
+def test_mse_is_brute_force(kind: str) -> None:
+    x = samples(kind)
+    low, high = least_error_range(measured(x), UINT8)
+    assert low <= 0 <= high
+    check_is_best(x, low, high)
+
+
+def test_a_range_that_is_far_from_the_best_is_seen() -> None:
+    x = samples("heavy")
+    low, high = least_error_range(measured(x), UINT8)
+    with pytest.raises(AssertionError):
+        check_is_best(x, low * 1.5, high * 1.5)
+    with pytest.raises(AssertionError):
+        check_is_best(x, low * 0.6, high * 0.6)
+
+
+@pytest.fixture
+def observed(tiny: Program, context: Context) -> Program:
+    return pipeline.run(tiny, [Normalize(), Observe()], context)
+
+
+def planned(program: Program, context: Context, step: ChooseScales) -> Program:
+    return pipeline.run(program, [step], context)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_activation_ranges_are_those_of_the_method(observed: Program, context: Context, method: Method) -> None:
+    after = planned(observed, context, ChooseScales(activations=method, percentile=99.0))
+    assert after.plan is not None and observed.stats is not None
+    for name in ("b1_a1", "weights", "down"):
+        summary = observed.stats.summary(name)
+        assert summary is not None
+        limits = {
+            "minmax": (summary.low, summary.high),
+            "percentile": (summary.percentile(0.005), summary.percentile(0.995)),
+            "mse": least_error_range(summary, UINT8),
+        }[method]
+        scale, zero = scale_for_range(*limits, UINT8)
+        check_scale(after, Site(name), scale, zero)
+        with pytest.raises(AssertionError):
+            check_scale(after, Site(name), (scale * 1.01).astype(np.float32), zero)
+
+
+def check_scale(program: Program, site: Site, scale: Array, zero: npt.NDArray[np.uint8] | npt.NDArray[np.int8]) -> None:
+    assert program.plan is not None
+    quantizer = program.plan.quantizers[site]
+    np.testing.assert_allclose(quantizer.scale, scale, rtol=1e-6)
+    np.testing.assert_array_equal(quantizer.zero_point, zero)
+    assert quantizer.by == "choose_scales"
+
+
+def test_every_layer_has_its_quantizers(observed: Program, context: Context) -> None:
+    plan = planned(observed, context, ChooseScales()).plan
+    assert plan is not None
+    for layer in layers(observed.graph):
+        for value in layer.activations:
+            assert plan.of(value.name or "", layer.name) is not None
+        if layer.output_quantized:
+            assert plan.of(layer.output.name or "") is not None
+        if layer.weight is not None:
+            quantizer = plan.of(layer.weight.name or "")
+            assert quantizer is not None
+            assert (quantizer.format, quantizer.axis) == (INT8, layer.weight_axis)
+            assert quantizer.scale.shape == (numpy_of(layer.weight).shape[layer.weight_axis or 0],)
+            assert not quantizer.zero_point.any()
+
+
+def weight_error(program: Program, name: str, axis: int) -> npt.NDArray[np.float64]:
+    """Squared error of each output channel."""
+    assert program.plan is not None
+    quantizer = program.plan.quantizers[Site(name)]
+    weight = numpy_of(program.graph.initializers[name])
+    q = quantize(weight, quantizer.scale, quantizer.zero_point, INT8, axis)
+    back = dequantize(q, quantizer.scale, quantizer.zero_point, axis)
+    rows = np.moveaxis((back.astype(np.float64) - weight) ** 2, axis, 0)
+    return np.asarray(rows.reshape(len(rows), -1).sum(axis=1))
+
+
+@pytest.mark.parametrize(("name", "axis"), [("b1_w1", 0), ("q_w", 1), ("b1_tw", 0), ("gate_w", 1)])
+def test_no_shrink_of_the_weights_is_better(observed: Program, context: Context, name: str, axis: int) -> None:
+    after = planned(observed, context, ChooseScales(weights="mse"))
+    assert after.plan is not None
+    chosen = weight_error(after, name, axis)
+    weight = np.moveaxis(numpy_of(after.graph.initializers[name]), axis, 0)
+    limit = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+    for shrink in np.linspace(1.0, 0.6, 21):
+        scale, zero = scale_for_range(-limit * shrink, limit * shrink, INT8)
+        quantizer = replace(after.plan.quantizers[Site(name)], scale=scale, zero_point=zero)
+        other = replace(after, plan=replace(after.plan, quantizers={Site(name): quantizer}))
+        assert np.all(chosen <= weight_error(other, name, axis) * (1 + 1e-5))
+    widest = planned(observed, context, ChooseScales(weights="minmax"))
+    assert widest.plan is not None
+    np.testing.assert_allclose(widest.plan.quantizers[Site(name)].scale, limit / 127, rtol=1e-6)
+
+
+def test_statistics_of_another_graph_are_refused(observed: Program, context: Context) -> None:
+    model = observed.model.clone()
+    model.graph.initializers["quarter"].const_value = model.graph.initializers["out_b"].const_value
+    with pytest.raises(StatsError, match="another graph"):
+        planned(replace(observed, model=model), context, ChooseScales())
+
+
+def test_a_value_that_was_not_measured_is_named(observed: Program, context: Context) -> None:
+    stats = observed.stats
+    assert stats is not None
+    fewer = replace(stats, summaries={k: s for k, s in stats.summaries.items() if k[0] != "b1_a1"})
+    with pytest.raises(StatsError, match="'b1_a1' was not measured"):
+        planned(replace(observed, stats=fewer), context, ChooseScales())

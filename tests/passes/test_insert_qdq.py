@@ -1,0 +1,82 @@
+"""insert_qdq: golden pairs, islands, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.folding import infer_shapes
+from mezzotint.compiler.graph import is_constant, name_of
+from mezzotint.compiler.ops import layers
+from mezzotint.compiler.pipeline import Context
+from mezzotint.compiler.program import Plan, Program, Quantizer, Site, numpy_of
+from mezzotint.compiler.quant import INT8, UINT8, scale_for_range
+from mezzotint.passes.insert_qdq import InsertQdq
+from tests.conftest import Check
+from tests.tiny import tiny_program
+
+
+def activation(scale: float, zero_point: int = 128) -> Quantizer:
+    return Quantizer(UINT8, np.array(scale, np.float32), np.array(zero_point, np.uint8), "test")
+
+
+def planned(program: Program) -> Program:
+    """A plan with a different scale for every activation, and the weights' extremes."""
+    quantizers: dict[Site, Quantizer] = {}
+    for layer in layers(program.graph):
+        for value in (*layer.activations, layer.output):
+            if not is_constant(value):
+                quantizers.setdefault(Site(name_of(value)), activation(0.125 * (len(quantizers) + 1)))
+        if layer.weight is not None and layer.weight_axis is not None:
+            rows = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
+            limit = np.abs(rows).reshape(len(rows), -1).max(axis=1)
+            scale, zero = scale_for_range(-limit, limit, INT8)
+            quantizers[Site(name_of(layer.weight))] = Quantizer(INT8, scale, zero, "test", layer.weight_axis)
+    return replace(program, plan=Plan(quantizers))
+
+
+@pytest.mark.parametrize("case", ["conv_float_reader", "conv_to_conv", "linear_bias", "attention"])
+def test_golden(check_golden: Check, case: str) -> None:
+    check_golden(InsertQdq(islands=()), case, prepare=planned)
+
+
+def test_golden_islands(check_golden: Check) -> None:
+    after = check_golden(InsertQdq(islands=("first", "last", "attention", "mid_l*")), "islands", prepare=planned)
+    assert after.plan is not None
+    assert after.plan.islands == {
+        "conv_in": "island 'first': it reads the sample",
+        "conv_out": "island 'last': it makes the output",
+        "scores": "island 'attention': a matmul of two activations",
+        "mid_linear": "island 'mid_l*'",
+    }
+
+
+def test_golden_consumer_site(check_golden: Check) -> None:
+    """One of three readers wants a grid of its own; the others share that of the value."""
+
+    def prepare(program: Program) -> Program:
+        plan = planned(program).plan
+        assert plan is not None
+        own = {Site("a", "fine"): activation(0.01), Site("start", "other"): activation(0.02)}
+        return replace(program, plan=Plan({**plan.quantizers, **own}))
+
+    check_golden(InsertQdq(islands=()), "consumer_site", prepare=prepare)
+
+
+def test_an_island_that_matches_nothing_is_refused(tiny: Program, context: Context) -> None:
+    with pytest.raises(RecipeError, match="'upper\\*' matches no layer") as caught:
+        InsertQdq(islands=("first", "upper*")).run(planned(tiny), context)
+    assert "time_1" in str(caught.value.hint)
+
+
+def test_a_layer_without_a_plan_stays_in_float_and_is_listed(context: Context) -> None:
+    made = tiny_program()
+    program = planned(replace(made, model=infer_shapes(made.model)))
+    assert program.plan is not None
+    fewer = {site: q for site, q in program.plan.quantizers.items() if site.value != "down"}
+    after = InsertQdq(islands=()).run(replace(program, plan=Plan(fewer)), context)
+    assert after.plan is not None
+    assert after.plan.islands == {"down": "the plan has no quantizer for it"}

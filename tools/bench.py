@@ -1,0 +1,253 @@
+"""Measures what the README claims: speed beside fp32 onnxruntime in the same run, size, memory, loop overhead.
+
+    python tools/bench.py digits              embedded model, batch 16, pictures and sampling loop too
+    python tools/bench.py cifar10             the ddpm-cifar10-32 configuration, random weights, batch 4
+    python tools/bench.py sd15                the Stable Diffusion 1.5 UNet configuration, random weights
+    python tools/bench.py digits --peer       onnxruntime's own quantizer beside it
+
+Threads are pinned (--threads, 2 by default). Every bar is printed with what was measured; the exit code is 1 when one
+was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from mezzotint.api import compile_model
+from mezzotint.compiler.memory import PeakMemory
+from mezzotint.console import progress
+from mezzotint.evaluate import compare, folder_bytes, latency_ratio
+from mezzotint.runtime import samplers
+from mezzotint.runtime.bundle import MODEL, Bundle
+from mezzotint.runtime.session import Denoiser
+
+CIFAR10 = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+SD15 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+class Bars:
+    """Collects rows of (what, measured, bar) and remembers whether one was missed."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, value: float, bar: str, good: bool) -> None:
+        self.rows.append({"what": what, "measured": round(value, 4), "bar": bar, "reached": good})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+    @property
+    def reached(self) -> bool:
+        return all(row["reached"] for row in self.rows)
+
+
+def digits(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
+    """The embedded model: speed, size, pictures, and what the sampling loop costs beside the network."""
+    exported = folder / "float.onnx"
+    with progress() as report:
+        bundle = compile_model("digits", folder / "bundle", threads=args.threads, export=exported, progress=report)
+        found = compare(bundle, exported, args.images, threads=args.threads, progress=report)
+    print(json.dumps(found.to_json()))
+    _speed_and_size(bundle, exported, 16, args.threads, bars, speed=1.45, size=0.28)
+    share = loop_share(bundle, 16, args.threads)
+    bars.add("sampling loop outside the network, batch 16", share, "<= 0.03", share <= 0.03)
+    if args.peer:
+        _peer(bundle, exported, 16, args.threads, folder)
+
+
+def cifar10(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
+    """The ddpm-cifar10-32 configuration with random weights."""
+    model = _random_model("UNet2DModel", CIFAR10)
+    exported = folder / "float.onnx"
+    with progress() as report:
+        bundle = compile_model(
+            model(),
+            folder / "bundle",
+            scheduler="ddpm-linear",
+            steps=5,
+            calibration_samples=4,
+            calibration_batch=4,
+            threads=args.threads,
+            export=exported,
+            progress=report,
+        )
+    _speed_and_size(bundle, exported, 4, args.threads, bars, speed=2.45, size=0.28)
+    if args.peer:
+        _peer(bundle, exported, 4, args.threads, folder)
+
+
+def sd15(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
+    """The Stable Diffusion 1.5 UNet configuration: 859 M random parameters, 32x32 latents, two random prompts."""
+    model = _random_model("UNet2DConditionModel", SD15)
+    source = folder / "source"
+    print("writing the model with random weights", flush=True)
+    model().save_pretrained(source)
+    gc.collect()  # modules hold themselves in cycles; what is left of this one is not the compiler's memory
+    start = time.perf_counter()
+    with PeakMemory() as memory, progress() as report:
+        bundle = compile_model(
+            source,
+            folder / "bundle",
+            scheduler="sd",
+            steps=2,
+            size=(32, 32),
+            calibration_samples=2,
+            calibration_batch=2,
+            conditions="random",
+            threads=args.threads,
+            progress=report,
+        )
+    minutes = (time.perf_counter() - start) / 60
+    bars.add("compile peak memory, GB", memory.peak_mb / 1e3, "<= 12", memory.peak_mb <= 12e3)
+    bars.add("compile wall time, minutes", minutes, "<= 20", minutes <= 20)
+    size = folder_bytes(bundle.path / MODEL) / bundle.manifest["source"]["parameter_bytes"]
+    bars.add("size of fp32 parameters", size, "<= 0.27", size <= 0.27)
+    x = samplers.initial_noise(0, (1, *bundle.sample_shape))
+    rng = np.random.default_rng(0)
+    prompt = rng.standard_normal((1, 77, 768)).astype(np.float32)
+    output = bundle.denoiser(args.threads)(x, bundle.deployment.timesteps[0], encoder_hidden_states=prompt)
+    finite = bool(np.isfinite(output).all())
+    bars.add("one call returns finite values", float(finite), "1", finite)
+    print(json.dumps({k: bundle.manifest["kernels"][k] for k in ("integer", "float")}))
+
+
+def loop_share(bundle: Bundle, batch: int, threads: int | None) -> float:
+    """Share of a sampling run's time that is spent outside the network call."""
+    net = bundle.denoiser(threads)
+    inside = 0.0
+
+    def timed(x: samplers.Images, t: int) -> samplers.Images:
+        nonlocal inside
+        start = time.perf_counter()
+        output = net(x, t)
+        inside += time.perf_counter() - start
+        return output
+
+    x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
+    net(x, bundle.deployment.timesteps[0])
+    start = time.perf_counter()
+    samplers.sample(timed, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(0))
+    total = time.perf_counter() - start
+    return (total - inside) / total
+
+
+def _speed_and_size(
+    bundle: Bundle, exported: Path, batch: int, threads: int | None, bars: Bars, *, speed: float, size: float
+) -> None:
+    before, after, ratio = latency_ratio(bundle, exported, batch, threads=threads, repeats=15)
+    print(json.dumps({"float_call_ms": round(before * 1e3, 1), "integer_call_ms": round(after * 1e3, 1)}))
+    bars.add(f"speed-up of one call, batch {batch}, {threads} threads", ratio, f">= {speed}", ratio >= speed)
+    share = folder_bytes(bundle.path / MODEL) / folder_bytes(exported)
+    bars.add("size of the fp32 file", share, f"<= {size}", share <= size)
+    print(json.dumps({k: bundle.manifest["kernels"][k] for k in ("integer", "float")}))
+
+
+def _peer(bundle: Bundle, exported: Path, batch: int, threads: int | None, folder: Path) -> None:
+    """onnxruntime's quantize_static on the same float file, calibrated on as many calls along the trajectory."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    feeds: list[dict[str, Any]] = []
+    net = Denoiser(exported, bundle.signature, threads=threads)
+
+    def record(x: samplers.Images, t: int) -> samplers.Images:
+        feeds.append({bundle.signature.sample: x, bundle.signature.timestep: np.full(len(x), t, np.int64)})
+        return net(x, t)
+
+    x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
+    samplers.sample(record, x, bundle.schedule, bundle.deployment)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rows = iter(feeds)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self._rows, None)
+
+    path = folder / "peer.onnx"
+    quantize_static(
+        str(exported),
+        str(path),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+    )
+    peer = Denoiser(path, bundle.signature, threads=threads)
+    times: dict[str, list[float]] = {"float": [], "peer": []}
+    for name, candidate in (("float", net), ("peer", peer), ("float", net)):
+        candidate(x, 0)
+        for _ in range(15):
+            start = time.perf_counter()
+            candidate(x, 0)
+            times[name].append(time.perf_counter() - start)
+    ratio = float(np.median(times["float"]) / np.median(times["peer"]))
+    print(json.dumps({"peer": "onnxruntime quantize_static, Conv+Gemm+MatMul", "speedup": round(ratio, 3)}))
+
+
+def _random_model(name: str, config: dict[str, Any]) -> Callable[[], Any]:
+    """A factory for a diffusers model with seeded random weights."""
+    import diffusers
+    import torch
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return getattr(diffusers, name)(**config)
+
+    return build
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("digits", "cifar10", "sd15"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=64, help="pictures to compare (digits)")
+    parser.add_argument("--peer", action="store_true", help="also onnxruntime's own quantizer")
+    parser.add_argument("--keep", type=Path, help="keep the files in this folder")
+    args = parser.parse_args()
+    bars = Bars()
+    run = {"digits": digits, "cifar10": cifar10, "sd15": sd15}[args.what]
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        run(args, args.keep, bars)
+    else:
+        with TemporaryDirectory() as folder:
+            run(args, Path(folder), bars)
+    return 0 if bars.reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
