@@ -16,7 +16,7 @@ from . import __version__
 from .compiler import pipeline
 from .compiler.calibrate import check_conditions, random_conditions
 from .compiler.emit import emit, save_model, staged, staged_file
-from .compiler.errors import ModelError
+from .compiler.errors import ConditionError, ModelError
 from .compiler.import_onnx import import_onnx
 from .compiler.pipeline import Context, Progress, Recipe, silent
 from .compiler.program import Program
@@ -73,6 +73,11 @@ def compile_model(
     """
     if isinstance(conditions, (str, Path)) and str(conditions) != RANDOM:
         conditions = load_conditions(Path(conditions))
+    if calibration_samples < 1 or calibration_batch < 1:
+        raise ConditionError(
+            f"nothing to calibrate on: {calibration_samples} samples in batches of {calibration_batch}",
+            hint="both must be at least 1",
+        )
     chosen = with_options(load_recipe(recipe) if isinstance(recipe, str) else recipe, dict(settings or {}))
     source = resolve(model, scheduler)
     deployment = Deployment.of(source.schedule, sampler, steps, eta)

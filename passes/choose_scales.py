@@ -51,7 +51,9 @@ class ChooseScales(Pass):
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise RecipeError(
-                f"choose_scales.percentile is {self.percentile}", hint="choose between 50 and 100, such as 99.999"
+                f"choose_scales.percentile is {self.percentile}",
+                where="choose_scales",
+                hint="choose between 50 and 100, such as 99.999",
             )
 
     def run(self, program: Program, context: Context) -> Program:

@@ -35,7 +35,9 @@ class Observe(Pass):
 
     def __post_init__(self) -> None:
         if self.groups < 1:
-            raise RecipeError(f"observe.groups is {self.groups}", hint="choose at least one group of steps")
+            raise RecipeError(
+                f"observe.groups is {self.groups}", where="observe", hint="choose at least one group of steps"
+            )
 
     def run(self, program: Program, context: Context) -> Program:
         inputs = {name_of(v) for v in program.graph.inputs}

@@ -533,3 +533,10 @@ def test_the_door_is_what_it_says() -> None:
     assert all(getattr(mezzotint, name) is not None for name in mezzotint.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compile'"):
         _ = mezzotint.compile
+
+
+@pytest.mark.parametrize("budget", [{"calibration_samples": 0}, {"calibration_batch": 0}])
+def test_nothing_to_calibrate_on_is_refused(hand: Compiled, tmp_path: Path, budget: dict[str, int]) -> None:
+    with pytest.raises(ConditionError, match="nothing to calibrate on"):
+        compile_model(hand.exported, tmp_path / "bundle", scheduler="ddpm-linear", **budget)  # type: ignore[arg-type]
+    assert not (tmp_path / "bundle").exists()

@@ -61,7 +61,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: `module` is absolute (`mezzotint.compiler.graph`), `lazy` when inside a function."""
+    """One imported name: `module` is absolute; `lazy` when inside a function, or for type checkers only."""
 
     module: str
     line: int
@@ -114,7 +114,8 @@ def _imports(node: ast.AST, package: list[str], root: Path, *, lazy: bool) -> It
             if called in {"import_module", "__import__"} and isinstance(name, str):
                 level = len(name) - len(name.lstrip("."))
                 yield Import(_absolute(package, level, name[level:]), child.lineno, level > 0, lazy)
-        inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"  # it is never run
+        inside = lazy or typing_only or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from _imports(child, package, root, lazy=inside)
 
 

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from mezzotint import Bundle, compile_model, open_bundle
+from mezzotint import Bundle, open_bundle
 from mezzotint.evaluate import compare
 from mezzotint.sources import DIGITS
 from tests.models import THREADS, Cli
@@ -164,16 +164,3 @@ def test_inspect_tells_people_and_programs(cli: Cli, bundle: Bundle) -> None:
     assert data["kernels"]["integer"] == 57
     assert data["corrected"] is False
     assert {q["format"] for q in data["quantizers"]} == {"uint8", "int8"}
-
-
-def test_the_float_recipe_is_at_hand(float_model: Path, tmp_path: Path) -> None:
-    """The same file, exact passes only: pictures as from the float export, down to rounding."""
-    schedule = DIGITS / "scheduler"
-    bundle = compile_model(
-        float_model, tmp_path / "b", recipe="float", scheduler=schedule, steps=STEPS, size=(32, 32), threads=THREADS
-    )
-
-    psnr, sqnr = quality(bundle, float_model)
-
-    assert psnr > 60
-    assert sqnr > 60

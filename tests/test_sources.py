@@ -78,7 +78,8 @@ def test_another_scheduler_of_the_same_length_is_accepted() -> None:
 
 
 def test_a_module_in_memory_needs_a_scheduler() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     module = torch.nn.Linear(1, 1)
 
     source = resolve(module, "sd")
