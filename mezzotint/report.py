@@ -167,6 +167,6 @@ def _print_pass(name: str, as_json: bool) -> None:
     if as_json:
         console.print_json(described)
         return
-    console.out.print(description, markup=False, highlight=False)
+    console.out.print(description, markup=False, highlight=False, soft_wrap=True)
     rows = [(o, d["type"], d["default"]) for o, d in options.items()]
     console.print_table("options", ("option", "type", "default"), rows)
