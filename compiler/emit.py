@@ -15,10 +15,10 @@ import onnx_ir as ir
 import psutil
 
 from ..runtime.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER, seal_bundle
-from . import lower_qdq
 from .audit import audit
 from .errors import OutputError
 from .graph import counts
+from .lowering import lower
 from .ops import layers
 from .program import Program, numpy_of
 
@@ -144,7 +144,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
     """
     islands = program.plan.islands if program.plan else {}
     quantized = program.float_model is not None
-    lowered = lower_qdq.lower(program.model) if quantized else program.model
+    lowered = lower(program) if quantized else program.model
     save_model(lowered, bundle / MODEL)
     _write(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
     if program.correction is not None:

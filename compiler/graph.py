@@ -88,23 +88,38 @@ class Builder:
         dtype: ir.DataType | None = None,
         shape: ir.Shape | Sequence[Any] | None = None,
         attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
+        name: str | None = None,
     ) -> ir.Value:
-        """One node with one output. `like` gives type and shape where `dtype` and `shape` do not."""
-        name = self.names(wish)
+        """One node with one output, called like it unless `name` is given.
+
+        `like` gives type and shape where `dtype` and `shape` do not.
+        """
         known = shape if shape is not None else (like.shape if like is not None else None)
         element = dtype if dtype is not None else (like.dtype if like is not None else None)
         out = ir.Value(
-            name=name,
+            name=self.names(wish),
             shape=None if known is None else ir.Shape(known),
             type=None if element is None else ir.TensorType(element),
         )
-        node = ir.node(op_type, inputs, attributes or {}, outputs=[out], name=name)
+        self._insert(ir.node(op_type, inputs, attributes or {}, domain=domain, outputs=[out], name=name or out.name))
+        return out
+
+    def split(self, value: ir.Value, sizes: Sequence[int], wish: str) -> list[ir.Value]:
+        """A vector cut into pieces of these sizes."""
+        kind = None if value.dtype is None else ir.TensorType(value.dtype)
+        parts = [ir.Value(name=self.names(wish), shape=ir.Shape([n]), type=kind) for n in sizes]
+        lengths = self.constant(f"{wish}_sizes", np.array(sizes, np.int64))
+        node = ir.node("Split", [value, lengths], {"axis": 0}, outputs=parts, name=self.names(f"{wish}_split"))
+        self._insert(node)
+        return parts
+
+    def _insert(self, node: ir.Node) -> None:
         if self._before is not None:
             self.graph.insert_before(self._before, node)
         elif self._after is not None:
             self.graph.insert_after(self._after, node)
             self._after = node
-        return out
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:

@@ -21,9 +21,7 @@ def lower(model: ir.Model) -> ir.Model:
     """A lowered clone of a model that insert_qdq wrote; the model itself is not changed."""
     lowered = model.clone()
     names = Names(lowered.graph)
-    for node in list(lowered.graph):
-        if is_op(node, "QuantizeLinear") and is_constant(node.inputs[0]):
-            _fold_weight(lowered.graph, node)
+    fold_weights(lowered.graph)
     for node in list(lowered.graph):
         if is_op(node, "Conv", "Gemm") and len(node.inputs) > 2:
             _lower_bias(lowered.graph, names, node, node, 2)
@@ -35,7 +33,14 @@ def lower(model: ir.Model) -> ir.Model:
     return lowered
 
 
-def _parameters(value: ir.Value | None) -> ir.Node | None:
+def fold_weights(graph: ir.Graph) -> None:
+    """Replace every quantized constant by its integers."""
+    for node in list(graph):
+        if is_op(node, "QuantizeLinear") and is_constant(node.inputs[0]):
+            _fold_weight(graph, node)
+
+
+def dequantizer(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear that makes a value."""
     node = None if value is None else value.producer()
     return node if is_op(node, "DequantizeLinear") else None
@@ -71,7 +76,7 @@ def _fold_weight(graph: ir.Graph, quantize_node: ir.Node) -> None:
 def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, index: int) -> None:
     """Write the float bias of an integer layer as int32 with the scale that the kernel accumulates in."""
     bias = holder.inputs[index]
-    x, w = _parameters(layer.inputs[0]), _parameters(layer.inputs[1])
+    x, w = dequantizer(layer.inputs[0]), dequantizer(layer.inputs[1])
     if bias is None or not is_constant(bias) or x is None or w is None:
         return
     x_scale, w_scale = x.inputs[1], w.inputs[1]

@@ -82,10 +82,27 @@ def _is_weight(value: ir.Value | None) -> bool:
     return value is not None and is_constant(value) and value.dtype == ir.DataType.FLOAT
 
 
+def time_table(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """(table `[rows, C]`, row index `[1]`) when a value `[C]` is a row that depends on the timestep only.
+
+    This is the form that fold_time writes: Reshape(Gather(table, row), [-1]).
+    """
+    reshape = value.producer()
+    if reshape is None or not is_op(reshape, "Reshape") or reshape.inputs[0] is None:
+        return None
+    gather = reshape.inputs[0].producer()
+    if gather is None or not is_op(gather, "Gather"):
+        return None
+    table, row = gather.inputs[0], gather.inputs[1]
+    if table is None or row is None or not _is_weight(table) or is_constant(row):
+        return None
+    return table, row
+
+
 def _conv(node: ir.Node) -> Layer | None:
     x, weight = node.inputs[0], node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if x is None or not _is_weight(weight) or (bias is not None and not _is_weight(bias)):
+    if x is None or not _is_weight(weight) or (bias is not None and not _is_weight(bias) and time_table(bias) is None):
         return None
     return Layer(node, "conv", (x,), weight, 0, bias, None, node.outputs[0])
 

@@ -36,13 +36,17 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Quantizer:
-    """How a site is quantized. `scale` float32 and `zero_point` are scalars, or `[C]` along `axis`."""
+    """How a site is quantized. `scale` float32 and `zero_point` are scalars, or `[C]` along `axis`.
+
+    A `table` has one row for each group of timesteps instead: both are `[groups]`, and one call uses one row.
+    """
 
     format: Format
     scale: Array
     zero_point: Integers
     by: str
     axis: int | None = None
+    table: bool = False
 
     def to_json(self) -> dict[str, Any]:
         scales = self.scale.reshape(-1)
@@ -50,7 +54,8 @@ class Quantizer:
             "format": self.format.name,
             "axis": self.axis,
             "scale": float(scales[0]) if scales.size == 1 else [float(scales.min()), float(scales.max())],
-            "channels": int(scales.size),
+            "channels": 1 if self.table else int(scales.size),
+            "rows": int(scales.size) if self.table else 1,
             "zero_point": sorted({int(z) for z in self.zero_point.reshape(-1)}),
             "by": self.by,
         }
@@ -58,10 +63,15 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided: a quantizer for each site, and the nodes kept in float, each with the reason."""
+    """What was decided: a quantizer for each site, and the nodes kept in float, each with the reason.
+
+    `groups` gives the row of the tables for each network call of the deployment, in the order of the calls; it is
+    empty while there are no tables.
+    """
 
     quantizers: Mapping[Site, Quantizer] = field(default_factory=dict)
     islands: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[int, ...] = ()
 
     def of(self, value: str, consumer: str = "") -> Quantizer | None:
         """The quantizer of a consumer's view of a value, else of the value itself."""
@@ -99,7 +109,7 @@ class Program:
     `shape` is (channels, height, width) of the sample that calibration and checks use; where the graph leaves
     height or width open, other sizes work too. `frozen` lists the timesteps that the tables in the graph hold, in
     the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers came in,
-    for passes that compare with it.
+    for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
     """
 
     model: ir.Model
@@ -113,6 +123,7 @@ class Program:
     correction: Correction | None = None
     frozen: tuple[int, ...] | None = None
     float_model: ir.Model | None = None
+    lowering: str = "qdq"
     history: tuple[Record, ...] = ()
     note: str = ""
     fx_text: str | None = None

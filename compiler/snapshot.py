@@ -48,6 +48,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         "shape": list(program.shape),
         "source": dict(program.source),
         "frozen": None if program.frozen is None else list(program.frozen),
+        "lowering": program.lowering,
         "history": [r.to_json() for r in program.history],
         "fx_text": program.fx_text,
         "pending": [dict(p) for p in pending],
@@ -81,6 +82,7 @@ def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
         correction=Correction.load(correction_file) if correction_file.exists() else None,
         frozen=None if data["frozen"] is None else tuple(data["frozen"]),
         float_model=ir.load(float_file) if float_file.exists() else None,
+        lowering=data["lowering"],
         fx_text=data["fx_text"],
         history=tuple(
             Record(
@@ -136,17 +138,18 @@ def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
     for i, (site, q) in enumerate(plan.quantizers.items()):
         arrays[f"{i}.scale"], arrays[f"{i}.zero_point"] = np.atleast_1d(q.scale), np.atleast_1d(q.zero_point)
         f = q.format
-        entries.append([site.value, site.consumer, [f.bits, f.signed, f.symmetric], q.axis, q.by, q.scale.ndim])
+        grid = [f.bits, f.signed, f.symmetric]
+        entries.append([site.value, site.consumer, grid, q.axis, q.by, q.scale.ndim, q.table])
     save_file(arrays, folder / "plan.safetensors")
-    return {"islands": dict(plan.islands), "quantizers": entries}
+    return {"islands": dict(plan.islands), "quantizers": entries, "groups": list(plan.groups)}
 
 
 def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
     arrays = load_file(folder / "plan.safetensors")
     quantizers = {}
-    for i, (value, consumer, fmt, axis, by, rank) in enumerate(data["quantizers"]):
+    for i, (value, consumer, fmt, axis, by, rank, table) in enumerate(data["quantizers"]):
         scale, zero = arrays[f"{i}.scale"], arrays[f"{i}.zero_point"]
         if rank == 0:
             scale, zero = scale.reshape(()), zero.reshape(())
-        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis)
-    return Plan(quantizers, data["islands"])
+        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table)
+    return Plan(quantizers, data["islands"], tuple(data["groups"]))

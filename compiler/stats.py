@@ -1,8 +1,9 @@
 """Mergeable summaries of values, for each value and group of network calls.
 
-A summary never keeps an activation. Its histogram has one bin for every combination of sign, exponent and
-the four highest mantissa bits of a float32, so the bins are the same for everything that was ever measured:
-two histograms merge by addition, whatever ranges they saw, and a bin is at most 1/16 octave wide.
+A summary never keeps an activation. Its histogram has one bin for every combination of sign, exponent and the four
+highest mantissa bits of a float32, so the bins are the same for everything that was ever measured: two histograms merge
+by addition, whatever ranges they saw, and a bin is at most 1/16 octave wide. Magnitudes below 2^-24 share the lowest
+bin, those above 2^17 the highest (the extremes themselves are kept exactly).
 """
 
 from __future__ import annotations
@@ -14,21 +15,32 @@ import numpy as np
 import numpy.typing as npt
 
 _MANTISSA_BITS = 4
-_SHIFT = 23 - _MANTISSA_BITS
-_BINS = 1 << (32 - _SHIFT)
+_SHIFT = np.uint32(23 - _MANTISSA_BITS)
+_LOWEST = np.uint32((127 - 24) << _MANTISSA_BITS)
+_HIGHEST = np.uint32(((127 + 17) << _MANTISSA_BITS) - 1)
+_HALF = int(_HIGHEST - _LOWEST) + 1
+_BINS = 2 * _HALF
 
 Counts = npt.NDArray[np.int64]
 
 
 def _edges() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    bits = np.arange(_BINS, dtype=np.uint64) << np.uint64(_SHIFT)
-    with np.errstate(invalid="ignore"):  # the bins of NaN and infinity; finite values never fall into them
-        first = bits.astype(np.uint32).view(np.float32).astype(np.float64)
-        last = (bits + np.uint64((1 << _SHIFT) - 1)).astype(np.uint32).view(np.float32).astype(np.float64)
-    return np.minimum(first, last), np.maximum(first, last)
+    keys = np.arange(_LOWEST, _HIGHEST + 2, dtype=np.uint32) << _SHIFT
+    values = keys.view(np.float32).astype(np.float64)
+    low, high = values[:-1].copy(), values[1:].copy()
+    low[0], high[-1] = 0.0, np.inf
+    return np.concatenate([low, -high]), np.concatenate([high, -low])
 
 
 BIN_LOW, BIN_HIGH = _edges()
+
+
+def _keys(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
+    """The bin of each value; the negative half follows the positive one."""
+    bits = values.view(np.uint32)
+    keys: npt.NDArray[np.uint32] = np.clip((bits & np.uint32(0x7FFFFFFF)) >> _SHIFT, _LOWEST, _HIGHEST) - _LOWEST
+    keys += (bits >> np.uint32(31)) * np.uint32(_HALF)
+    return keys
 
 
 @dataclass
@@ -52,7 +64,7 @@ class Summary:
         self.high = max(self.high, float(flat.max()))
         self.total += float(flat.sum(dtype=np.float64))
         self.square += float(np.einsum("i,i->", flat, flat, dtype=np.float64, casting="same_kind"))
-        self.histogram += np.bincount(flat.view(np.uint32) >> np.uint32(_SHIFT), minlength=_BINS)
+        self.histogram += np.bincount(_keys(flat), minlength=_BINS)
 
     def __add__(self, other: Summary) -> Summary:
         return Summary(

@@ -100,6 +100,7 @@ def compile_(
     from . import console, settings
 
     output_name, prediction = settings.parse_output(output, prediction)
+    _warn_of_untested_onnxruntime()
     options: dict[str, Any] = {
         "recipe": recipe,
         "settings": settings.parse_settings(set_ or []),
@@ -226,6 +227,28 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")], json
 
 
 @app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one call; 1 unless the graph says.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime.")] = 2,
+    float_: Annotated[
+        Path | None, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote, to compare with.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls in one block of the measurement.")] = 15,
+    json: Json = False,
+) -> None:
+    """How long one call takes, which operations take the time, and how far that is from the integer kernels alone."""
+    from . import console
+    from .bench import measure
+    from .report import print_bench
+    from .runtime.bundle import open_bundle
+
+    _warn_of_untested_onnxruntime()
+    found = measure(open_bundle(bundle), batch=batch, threads=threads, float_model=float_, repeats=repeats)
+    console.print_json(found.to_json()) if json else print_bench(found.to_json())
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe (printed as YAML) or a pass (its options).")] = None,
     json: Json = False,
@@ -243,6 +266,8 @@ def doctor(json: Json = False) -> None:
     from .doctor import examine
 
     found = examine()
+    if found["packages"]["onnxruntime"] is not None:
+        _warn_of_untested_onnxruntime()
     if json:
         console.print_json(found)
         return
@@ -250,6 +275,14 @@ def doctor(json: Json = False) -> None:
     features = found.pop("cpu_features")
     found["cpu_features"] = "not listed here" if features is None else ", ".join(features) or "none that matter"
     console.print_pairs("mezzotint doctor", {**found, **packages})
+
+
+def _warn_of_untested_onnxruntime() -> None:
+    from .console import print_warning
+    from .doctor import untested_onnxruntime
+
+    if warning := untested_onnxruntime():
+        print_warning(warning)
 
 
 def _version(value: bool) -> None:

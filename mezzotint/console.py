@@ -47,6 +47,10 @@ def print_error(error: MezzotintError) -> None:
         err.print(f"  what to do: {escape(error.hint)}", highlight=False, soft_wrap=True)
 
 
+def print_warning(text: str) -> None:
+    err.print(f"[bold yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Reporter]:
     """A reporter of (stage, done, total): bars on a terminal, one line for each finished stage elsewhere."""

@@ -19,10 +19,12 @@ def examine() -> dict[str, Any]:
     found = {name: _version(name) for name in PACKAGES}
     flags = _cpu_flags()
     features = None if flags is None else [f for f in FEATURES if f in flags]
+    tested = found.get("onnxruntime") is not None and untested_onnxruntime() is None
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": found,
+        "onnxruntime_tested": tested,
         "cpu_features": features,
         "cores": psutil.cpu_count(logical=False),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -30,6 +32,19 @@ def examine() -> dict[str, Any]:
         "can_compile_diffusers": found["torch"] is not None and found["diffusers"] is not None,
         "expect": _expectation(features),
     }
+
+
+def untested_onnxruntime() -> str | None:
+    """A warning where the running onnxruntime is none that Mezzotint was tested with, else None."""
+    from .runtime.session import TESTED_ONNXRUNTIME, untested_version
+
+    running = untested_version()
+    if running is None:
+        return None
+    return (
+        f"the fusion rules of onnxruntime {running} were not tested; tested were {', '.join(TESTED_ONNXRUNTIME)}. "
+        "`mezzotint inspect BUNDLE` tells what runs as integers"
+    )
 
 
 def _version(name: str) -> str | None:

@@ -98,6 +98,57 @@ def compare(
     return Comparison(images, mine, sqnr, psnr)
 
 
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one network call, measured one after the other."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def minimum(self) -> float:
+        return min(self.seconds)
+
+
+def latencies(
+    bundle: Bundle,
+    batch: int,
+    *,
+    float_model: Path | None = None,
+    threads: int | None = None,
+    repeats: int = 7,
+    conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> list[Latency]:
+    """[quantized], or with a float model [quantized, float], of one call at the deployment's middle timestep.
+
+    Measured in blocks, float - quantized - float: the worker threads of one session go on spinning for a while after
+    a call, and would slow down the other one if calls took turns. The first call of a block is not counted, and only
+    the first row of each condition is used.
+    """
+    x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
+    t = middle_timestep(bundle)
+    rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
+    quantized = bundle.denoiser(threads)
+
+    def block(net: Denoiser) -> tuple[float, ...]:
+        net(x, t, **rows)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            net(x, t, **rows)
+            times.append(time.perf_counter() - start)
+        return tuple(times)
+
+    if float_model is None:
+        return [Latency(block(quantized))]
+    exact = Denoiser(float_model, bundle.signature, threads=threads)
+    before, after, again = block(exact), block(quantized), block(exact)
+    return [Latency(after), Latency(before + again)]
+
+
 def latency_ratio(
     bundle: Bundle,
     float_model: Path,
@@ -107,29 +158,16 @@ def latency_ratio(
     repeats: int = 7,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> tuple[float, float, float]:
-    """(float seconds, quantized seconds, float / quantized) of one network call, medians.
+    """(float seconds, quantized seconds, float / quantized) of one network call: the medians of `latencies`."""
+    quantized, exact = latencies(
+        bundle, batch, float_model=float_model, threads=threads, repeats=repeats, conditions=conditions
+    )
+    return exact.median, quantized.median, exact.median / quantized.median
 
-    Measured in blocks, float - quantized - float: the worker threads of one session go on spinning for a while after
-    a call, and would slow down the other one if calls took turns.
-    """
-    x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
-    t = bundle.deployment.timesteps[len(bundle.deployment.timesteps) // 2]
-    rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
-    exact = Denoiser(float_model, bundle.signature, threads=threads)
-    quantized = bundle.denoiser(threads)
 
-    def block(net: Denoiser) -> list[float]:
-        net(x, t, **rows)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            net(x, t, **rows)
-            times.append(time.perf_counter() - start)
-        return times
-
-    before, after, again = block(exact), block(quantized), block(exact)
-    float_seconds, quantized_seconds = float(np.median([*before, *again])), float(np.median(after))
-    return float_seconds, quantized_seconds, float_seconds / quantized_seconds
+def middle_timestep(bundle: Bundle) -> int:
+    """The timestep in the middle of the deployment's calls: what one call costs is measured there."""
+    return bundle.deployment.timesteps[len(bundle.deployment.timesteps) // 2]
 
 
 def folder_bytes(model: Path) -> int:

@@ -1,11 +1,7 @@
 """choose_scales: a quantizer for every site, from measured ranges and from the weights themselves.
 
-Activations (uint8, per tensor) from the summaries of observe:
-
-    minmax      the measured extremes
-    percentile  the values between which `percentile` of the mass lies, symmetric in probability
-    mse         the range [a low, a high], a in 1 .. 0.2, with the least expected squared error
-                E = sum_inside min(s^2 / 12, bin) + sum_outside (distance to the range)^2
+Activations (uint8, per tensor) from the summaries of observe, by `minmax`, `percentile` or `mse` (compiler/ranges.py
+has the formulas).
 
 Weights (int8, symmetric, per output channel) from the tensor: `minmax`, or `mse`, the same search on |w| per channel
 (the shrink search that Q-Diffusion and PTQD inherit from BRECQ, with p = 2).
@@ -28,10 +24,7 @@ from ..compiler.ops import Layer, layers
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer, Site, numpy_of
 from ..compiler.quant import INT8, UINT8, Array, Format, scale_for_range
-from ..compiler.stats import Summary
-
-Method = Literal["minmax", "percentile", "mse"]
-SHRINKS = np.linspace(1.0, 0.2, 81)
+from ..compiler.ranges import Method, range_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class ChooseScales(Pass):
             summary = stats.summary(name)
             if summary is None:
                 raise StatsError(f"the value {name!r} was not measured", where=self.name, hint="run observe again")
-            low, high = self._range(summary, activation_format)
+            low, high = range_of(summary, self.activations, self.percentile, activation_format)
             scale, zero = scale_for_range(low, high, activation_format)
             quantizers[Site(name)] = Quantizer(activation_format, scale, zero, self.name)
         for i, layer in enumerate(found):
@@ -91,14 +84,6 @@ class ChooseScales(Pass):
         elif shared.axis != layer.weight_axis:
             quantizers[Site(site.value, layer.name)] = self._weight(layer, fmt)
 
-    def _range(self, summary: Summary, fmt: Format) -> tuple[float, float]:
-        if self.activations == "minmax":
-            return summary.low, summary.high
-        if self.activations == "percentile":
-            tail = (1 - self.percentile / 100) / 2
-            return summary.percentile(tail), summary.percentile(1 - tail)
-        return least_error_range(summary, fmt)
-
     def _weight(self, layer: Layer, fmt: Format) -> Quantizer:
         assert layer.weight is not None and layer.weight_axis is not None
         weight = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
@@ -108,25 +93,6 @@ class ChooseScales(Pass):
             limit = limit * _best_shrinks(rows, limit, fmt)
         scale, zero = scale_for_range(-limit, limit, fmt)
         return Quantizer(fmt, scale, zero, self.name, axis=layer.weight_axis)
-
-
-def least_error_range(summary: Summary, fmt: Format) -> tuple[float, float]:
-    """The shrunk range with the least expected squared quantization error over a summary."""
-    low, high, counts = summary.bins()
-    centre, width = (low + high) / 2, high - low
-    share = counts / max(summary.count, 1)
-    bottom, top = min(summary.low, 0.0), max(summary.high, 0.0)
-    best, best_error = (bottom, top), np.inf
-    for shrink in SHRINKS:
-        lo, hi = bottom * shrink, top * shrink
-        step = max((hi - lo) / (fmt.qmax - fmt.qmin), 1e-30)
-        # A bin narrower than a step sits somewhere on the grid; a wider one sees the whole sawtooth.
-        inside = np.where(width < step, (centre - step * np.rint(centre / step)) ** 2 + width**2 / 12, step**2 / 12)
-        outside = np.maximum(lo - centre, 0) + np.maximum(centre - hi, 0)
-        error = float(np.sum(share * np.where(outside > 0, outside**2, np.minimum(inside, step**2 / 4))))
-        if error < best_error:
-            best, best_error = (lo, hi), error
-    return best
 
 
 def _best_shrinks(

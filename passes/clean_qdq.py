@@ -63,7 +63,7 @@ def _hoist(graph: ir.Graph, names: Names, mover: ir.Node) -> bool:
     if not all(is_op(r, "QuantizeLinear") and _same_parameters(r, first) for r in readers):
         return False
     scale, zero = first.inputs[1], first.inputs[2]
-    if scale is None or zero is None or scale.shape is None or len(scale.shape):
+    if scale is None or zero is None or scale.shape is None or list(scale.shape) not in ([], [1]):
         return False  # a per-channel quantizer does see where a value lies
     integer = first.outputs[0].dtype
     build = Builder(graph, names, mover)

@@ -18,7 +18,7 @@ import numpy as np
 from ..compiler.calibrate import Conditions, Images, follow_trajectories
 from ..compiler.errors import StatsError
 from ..compiler.execute import Executor
-from ..compiler.lower_qdq import lower
+from ..compiler.lowering import lower
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
 from ..runtime.correction import NoiseFit
@@ -40,7 +40,7 @@ class FitNoise(Pass):
         fresh = replace(context, seed=context.seed + 1)
         with (
             Executor(program.float_model, context.folder, threads=context.threads) as exact,
-            Executor(lower(program.model), context.folder, threads=context.threads) as quantized,
+            Executor(lower(program), context.folder, threads=context.threads) as quantized,
         ):
 
             def denoiser(x: Images, t: int, conditions: Conditions) -> Images:

@@ -24,6 +24,7 @@ from ..compiler.execute import Executor
 from ..compiler.graph import DEFAULT_DOMAINS, Builder, Names, consumers, name_of, remove_dead, replace_use
 from ..compiler.pipeline import Context, GraphPass
 from ..compiler.program import Program
+from ..compiler.timetable import step_index
 from ..compiler.topology import time_branch
 from ..runtime.tables import nearest_rows
 
@@ -50,7 +51,7 @@ class FreezeTime(GraphPass):
         graph = program.graph
         names = Names(graph)
         build = Builder(graph, names, graph[0])
-        row = _row_index(build, program, rows)
+        row = step_index(build, program, nearest_rows(rows, program.schedule.num_train_timesteps), "time")
         for value in frontier:
             _replace(build, names, program, value, tables[name_of(value)], row)
         before = graph.num_nodes()
@@ -90,35 +91,6 @@ def _evaluate(
                 found[name].append(array)
             context.progress("freeze_time", i + 1, len(rows))
     return {name: np.stack(arrays) for name, arrays in found.items()}
-
-
-def _row_index(build: Builder, program: Program, rows: tuple[int, ...]) -> ir.Value:
-    """Nodes that turn the timestep input (a number or a batch of equal ones, of any type) into one row index `[1]`."""
-    count = program.schedule.num_train_timesteps
-    timestep = next(v for v in program.graph.inputs if name_of(v) == program.signature.timestep)
-    int64 = ir.DataType.INT64
-    value = timestep
-    if timestep.dtype is not None and timestep.dtype.is_floating_point():
-        value = build.op("Round", [value], "time_round", like=timestep)
-    if timestep.dtype != int64:
-        value = build.op(
-            "Cast", [value], "time_integer", dtype=int64, shape=timestep.shape, attributes={"to": int(int64)}
-        )
-    value = build.op(
-        "Reshape", [value, build.constant("time_flat_shape", np.array([-1]))], "time_flat", dtype=int64, shape=[None]
-    )
-    value = build.op(
-        "Gather",
-        [value, build.constant("time_first", np.array([0]))],
-        "time_one",
-        dtype=int64,
-        shape=[1],
-        attributes={"axis": 0},
-    )
-    limits = [build.constant("time_lowest", np.array(0)), build.constant("time_highest", np.array(count - 1))]
-    value = build.op("Clip", [value, *limits], "time_clipped", dtype=int64, shape=[1])
-    nearest = build.constant("time_nearest_row", nearest_rows(rows, count))
-    return build.op("Gather", [nearest, value], "time_row", dtype=int64, shape=[1], attributes={"axis": 0})
 
 
 def _replace(

@@ -19,25 +19,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from ..compiler.errors import RecipeError
 from ..compiler.graph import Builder, Names, consumers, name_of, replace_use
-from ..compiler.ops import Layer, float_reason, is_mover, layers
+from ..compiler.ops import Layer, float_reason, is_mover, layers, time_table
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer
+from ..compiler.timetable import deployed_rows, group_of_train, lookup, step_index
 
 STORED_BITS = 8  # every format is stored in whole bytes
 
 
 @dataclass(frozen=True)
 class InsertQdq(Pass):
-    """`islands` are roles or patterns of node names (as in a shell: `*`, `?`) that stay in float."""
+    """`islands` are roles or patterns of node names (as in a shell: `*`, `?`) that stay in float.
+
+    `lowering` is the spelling that the target gets: `qdq` (portable, static) or `integer` (onnxruntime's integer
+    operations with gathered scales and biases; tables need it).
+    """
 
     islands: tuple[str, ...] = ("first", "last")
+    lowering: Literal["qdq", "integer"] = "qdq"
 
     needs: ClassVar[frozenset[str]] = frozenset({"plan"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -55,13 +61,22 @@ class InsertQdq(Pass):
             if reason is not None:
                 reasons[layer.name] = reason
         self._check_patterns(found)
+        self._check_lowering(found, plan)
         float_model = program.model.clone()
-        writer = _Writer(program.graph, plan)
         chosen = [layer for layer in found if layer.name not in reasons]
+        writer = _Writer(program, plan)
         for layer in chosen:
             writer.quantize(layer)
         note = f"{len(chosen)} layers quantized, {len(reasons)} kept in float"
-        return replace(program, plan=Plan(plan.quantizers, reasons), float_model=float_model, note=note)
+        frozen = deployed_rows(program) if writer.has_tables else program.frozen
+        return replace(
+            program,
+            plan=Plan(plan.quantizers, reasons, plan.groups),
+            float_model=float_model,
+            frozen=frozen,
+            lowering=self.lowering,
+            note=note,
+        )
 
     def _island(self, layer: Layer, program: Program) -> str | None:
         if "first" in self.islands and any(_reaches_up(v, program.signature.sample) for v in layer.activations):
@@ -72,6 +87,17 @@ class InsertQdq(Pass):
             return "island 'attention': a matmul of two activations"
         pattern = next((p for p in self.islands if fnmatchcase(layer.name, p)), None)
         return None if pattern is None else f"island {pattern!r}"
+
+    def _check_lowering(self, found: list[Layer], plan: Plan) -> None:
+        """The portable spelling has neither: its convolutions would silently stay in float."""
+        timed = any(layer.bias is not None and time_table(layer.bias) is not None for layer in found)
+        if self.lowering == "qdq" and (timed or any(q.table for q in plan.quantizers.values())):
+            what = "biases" if timed else "scales"
+            raise RecipeError(
+                f"{what} that depend on the timestep need the integer lowering",
+                where=self.name,
+                hint="set insert_qdq.lowering to integer, or leave out fold_time and step_scales",
+            )
 
     def _check_patterns(self, found: list[Layer]) -> None:
         for pattern in self.islands:
@@ -112,8 +138,12 @@ def _reaches_down(value: ir.Value) -> bool:
 class _Writer:
     """Writes Q/DQ pairs; the pair of a value is shared by everyone who wants the same quantizer."""
 
-    def __init__(self, graph: ir.Graph, plan: Plan) -> None:
-        self.graph, self.plan, self.names = graph, plan, Names(graph)
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self.graph, self.plan, self.names = program.graph, plan, Names(program.graph)
+        tables = [q for q in plan.quantizers.values() if q.table]
+        self.has_tables = bool(tables)
+        self._start = self.graph[0]  # the lookups come in front of it, what reads graph inputs behind them
+        self._rows = _table_rows(program, self.names, tables) if tables else {}
         self._pairs: dict[tuple[ir.Value, int], ir.Value] = {}
         self._outputs: dict[ir.Value, tuple[ir.Value, Quantizer]] = {}
 
@@ -158,16 +188,33 @@ class _Writer:
             if producer is not None:
                 build = Builder(self.graph, self.names, after=producer)
             else:
-                first = self.graph[0] if value.is_graph_input() else reader
+                first = self._start if value.is_graph_input() else reader
                 build = Builder(self.graph, self.names, before=first)
-            self._pairs[key] = _write_pair(build, value, quantizer)
+            self._pairs[key] = self._write_pair(build, value, quantizer)
         return self._pairs[key]
 
+    def _write_pair(self, build: Builder, value: ir.Value, quantizer: Quantizer) -> ir.Value:
+        stem = name_of(value)
+        if quantizer.table:
+            scale, zero = self._rows[id(quantizer)]
+        else:
+            scale = build.constant(f"{stem}_scale", quantizer.scale)
+            zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
+        return _pair_nodes(build, value, quantizer, scale, zero)
 
-def _write_pair(build: Builder, value: ir.Value, quantizer: Quantizer) -> ir.Value:
+
+def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
+    """(scale `[1]`, zero point `[1]`) of each table quantizer at the call's timestep: one lookup for all of them."""
+    build = Builder(program.graph, names, program.graph[0])
+    row = step_index(build, program, group_of_train(program), "group")
+    ones = [1] * len(tables)
+    scales = lookup(build, np.stack([q.scale for q in tables], axis=1), row, ones, "scales")
+    zeros = lookup(build, np.stack([q.zero_point for q in tables], axis=1), row, ones, "zero_points")
+    return {id(q): pair for q, pair in zip(tables, zip(scales, zeros, strict=True), strict=True)}
+
+
+def _pair_nodes(build: Builder, value: ir.Value, quantizer: Quantizer, scale: ir.Value, zero: ir.Value) -> ir.Value:
     stem = name_of(value)
-    scale = build.constant(f"{stem}_scale", quantizer.scale)
-    zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
     axis = {} if quantizer.axis is None else {"axis": quantizer.axis}
     dtype = ir.DataType.from_numpy(quantizer.zero_point.dtype)
     integers = build.op(

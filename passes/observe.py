@@ -25,7 +25,7 @@ from ..compiler.stats import Stats, Summary
 
 @dataclass(frozen=True)
 class Observe(Pass):
-    """`groups` contiguous groups of network calls get summaries of their own."""
+    """`groups` contiguous groups of network calls get summaries of their own; 0 means every call."""
 
     groups: int = 1
 
@@ -34,9 +34,9 @@ class Observe(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"stats"})
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
+        if self.groups < 0:
             raise RecipeError(
-                f"observe.groups is {self.groups}", where="observe", hint="choose at least one group of steps"
+                f"observe.groups is {self.groups}", where="observe", hint="choose 0 (one group for every call) or more"
             )
 
     def run(self, program: Program, context: Context) -> Program:
@@ -45,6 +45,7 @@ class Observe(Pass):
             dict.fromkeys(name_of(v) for layer in layers(program.graph) for v in (*layer.activations, layer.output))
         )
         position = {t: i for i, t in enumerate(program.deployment.timesteps)}
+        groups = min(self.groups or len(position), len(position))
         summaries: dict[tuple[str, int], Summary] = {}
         signature = program.signature
 
@@ -54,7 +55,7 @@ class Observe(Pass):
 
             def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
                 outputs = executor.call(signature, x, t, conditions)
-                group = position[t] * self.groups // len(position)
+                group = position[t] * groups // len(position)
                 for name in values:
                     array = {signature.sample: x, **conditions, **outputs}[name]
                     summary = summaries.setdefault((name, group), Summary())
@@ -68,6 +69,6 @@ class Observe(Pass):
                 return np.asarray(outputs[signature.output], np.float32)
 
             calls = follow_trajectories(program, context, denoiser, "observe")
-        stats = Stats(graphs.digest(program.model), self.groups, calls, summaries)
+        stats = Stats(graphs.digest(program.model), groups, calls, summaries)
         note = f"{len(values)} values over {calls} calls, {context.samples} samples at each step"
         return replace(program, stats=stats, note=note)

@@ -27,14 +27,29 @@ from ..compiler.pipeline import Pass, Recipe
 from .choose_scales import ChooseScales
 from .clean_qdq import CleanQdq
 from .fit_noise import FitNoise
+from .fold_time import FoldTime
 from .freeze_time import FreezeTime
+from .group_steps import GroupSteps
 from .insert_qdq import InsertQdq
 from .lower_norms import LowerNorms
 from .normalize import Normalize
 from .observe import Observe
+from .step_scales import StepScales
 
 EXACT = (Normalize(), FreezeTime(), LowerNorms())
 W8A8 = (*EXACT, Observe(), ChooseScales(), InsertQdq(), CleanQdq())
+W8A8_STEPS = (
+    Normalize(),
+    FreezeTime(),
+    FoldTime(),
+    LowerNorms(),
+    Observe(groups=0),
+    ChooseScales(),
+    GroupSteps(),
+    StepScales(),
+    InsertQdq(lowering="integer"),
+    CleanQdq(),
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -46,6 +61,12 @@ RECIPES: dict[str, Recipe] = {
             W8A8,
             paper="Q-Diffusion, arXiv 2302.04304 (calibration along the trajectory); TFMQ-DM, arXiv 2311.16503 "
             "(time features from a finite set)",
+        ),
+        Recipe(
+            "w8a8-steps",
+            "w8a8 with activation scales that know the timestep, written as integer operations",
+            W8A8_STEPS,
+            paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
         ),
         Recipe(
             "ptqd-w8a8",

@@ -7,7 +7,7 @@ for a timestep outside a frozen table, with numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from .errors import InputError, MixedTimesteps, TimestepNotDeployed
 from .signature import Signature
+
+TESTED_ONNXRUNTIME = ("1.22.1", "1.23.2", "1.24.4", "1.27.0", "1.31.1")
+"""Which graphs become integer kernels is decided by onnxruntime's fusion rules, and these change with its versions."""
 
 Level = Literal["all", "basic", "none"]
 _LEVELS = {
@@ -55,17 +58,32 @@ _ORT_ERRORS: tuple[type[Exception], ...] = tuple(
 _RUN_ERRORS: tuple[type[Exception], ...] = (*_ORT_ERRORS, RuntimeError)  # a failing binding raises the built-in one
 
 
+def running_version() -> str:
+    """The version of the onnxruntime that is loaded."""
+    return str(ort.__version__)
+
+
+def untested_version() -> str | None:
+    """The running onnxruntime's version where no release of its minor version was tested, else None."""
+    running = running_version()
+    tested = {tuple(version.split(".")[:2]) for version in TESTED_ONNXRUNTIME}
+    return None if tuple(running.split(".")[:2]) in tested else running
+
+
 def open_session(
     model: str | Path | bytes,
     *,
     threads: int | None = None,
     optimized: Path | None = None,
+    profile: Path | None = None,
     level: Level = "all",
 ) -> ort.InferenceSession:
     """A CPU session. `threads` None leaves their number to onnxruntime.
 
     `optimized` names a file for the graph that onnxruntime really built, its large initializers beside it in
-    `<name>.data`; counting integer kernels there needs no private API. Raises InputError where it cannot be opened.
+    `<name>.data`; counting integer kernels there needs no private API. `profile` starts onnxruntime's profiler, which
+    slows every call down; `session.end_profiling()` writes the trace to `<profile>_<time>.json` and returns that name.
+    Raises InputError where the model cannot be opened.
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise InputError(f"{threads!r} threads are not possible", hint="ask for 1 or more, or None")
@@ -83,6 +101,9 @@ def open_session(
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{Path(optimized).name}.data"
         )
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     where = "a model in memory" if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(
@@ -95,7 +116,8 @@ def open_session(
 class Denoiser:
     """A session called as `denoiser(x, timestep, **conditions)`. It keeps no state between calls; threads may share it.
 
-    `deployed` are the timesteps that the graph's tables have rows for; None means every timestep.
+    `deployed` are the timesteps that the graph's tables have rows for; None means every timestep. `profile` is that of
+    `open_session`.
     """
 
     def __init__(
@@ -105,10 +127,11 @@ class Denoiser:
         *,
         threads: int | None = None,
         deployed: Sequence[int] | None = None,
+        profile: Path | None = None,
     ) -> None:
         self.signature = signature
         self.threads = threads
-        self.session = open_session(model, threads=threads)
+        self.session = open_session(model, threads=threads, profile=profile)
         self.deployed = None if deployed is None else frozenset(int(t) for t in deployed)
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {value.name: value for value in self.session.get_outputs()}
@@ -133,6 +156,11 @@ class Denoiser:
     def input_names(self) -> tuple[str, ...]:
         """In the order of the graph."""
         return tuple(self._inputs)
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[np.dtype[Any], tuple[int | str | None, ...]]]:
+        """dtype and declared shape of each input; a dimension that is left open is a name, or None."""
+        return {name: (np.dtype(_DTYPES[value.type]), tuple(value.shape)) for name, value in self._inputs.items()}
 
     @property
     def fixed_batch(self) -> int | None:

@@ -331,7 +331,7 @@ class TestRecipes:
             {"choose_scales.activation_bits": 0},
             {"choose_scales.weight_bits": 9},
             {"choose_scales.percentile": 20},
-            {"observe.groups": 0},
+            {"observe.groups": -1},
             {"observe.groups": "many"},
         ],
     )

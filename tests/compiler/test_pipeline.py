@@ -80,7 +80,7 @@ def test_orders_that_work() -> None:
 def test_names_and_options() -> None:
     step = InsertQdq(islands=("first", "mid*"))
     assert step.name == "insert_qdq"
-    assert step.options() == {"islands": ["first", "mid*"]}
+    assert step.options() == {"islands": ["first", "mid*"], "lowering": "qdq"}
     assert (FreezeTime().name, FreezeTime().options()) == ("freeze_time", {})
 
 

@@ -38,7 +38,7 @@ def loaded(finished: Program, tmp_path: Path) -> Program:
 
 
 def test_facts(finished: Program, loaded: Program) -> None:
-    for name in ("signature", "deployment", "shape", "source", "frozen"):
+    for name in ("signature", "deployment", "shape", "source", "frozen", "lowering"):
         assert getattr(loaded, name) == getattr(finished, name), name
     assert loaded.schedule.digest() == finished.schedule.digest()
     for got, want in zip(loaded.history, finished.history, strict=True):
@@ -84,10 +84,11 @@ def test_statistics(finished: Program, loaded: Program) -> None:
 def check_plan(want: Program, got: Program) -> None:
     assert want.plan is not None and got.plan is not None
     assert want.plan.islands == got.plan.islands
+    assert want.plan.groups == got.plan.groups
     assert list(want.plan.quantizers) == list(got.plan.quantizers)
     for site, q in want.plan.quantizers.items():
         other = got.plan.quantizers[site]
-        assert (q.format, q.axis, q.by) == (other.format, other.axis, other.by)
+        assert (q.format, q.axis, q.by, q.table) == (other.format, other.axis, other.by, other.table)
         for a, b in ((q.scale, other.scale), (q.zero_point, other.zero_point)):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             np.testing.assert_array_equal(a, b)
@@ -100,6 +101,23 @@ def test_the_plan(finished: Program, loaded: Program) -> None:
     off = replace(quantizer, scale=(quantizer.scale * np.float32(1.01)).astype(np.float32))
     with pytest.raises(AssertionError):
         check_plan(finished, replace(loaded, plan=Plan({**loaded.plan.quantizers, site: off}, loaded.plan.islands)))
+
+
+def test_tables_groups_and_lowering(tiny: Program, context: Context, tmp_path: Path) -> None:
+    program = pipeline.run(tiny, RECIPES["w8a8-steps"].passes, context)
+    assert program.plan is not None
+    assert program.lowering == "integer"
+    assert len(program.plan.groups) == len(tiny.deployment.timesteps)
+    assert any(q.table for q in program.plan.quantizers.values())
+    snapshot.save(program, tmp_path / "saved")
+    loaded, _ = snapshot.load(tmp_path / "saved")
+    test_facts(program, loaded)
+    check_plan(program, loaded)
+    assert loaded.plan is not None
+    tables = {site: replace(q, table=False) for site, q in loaded.plan.quantizers.items()}
+    for planted in (replace(loaded.plan, groups=(0, 0, 0)), replace(loaded.plan, quantizers=tables)):
+        with pytest.raises(AssertionError):
+            check_plan(program, replace(loaded, plan=planted))
 
 
 def test_the_correction(finished: Program, loaded: Program) -> None:

@@ -13,6 +13,7 @@ from mezzotint.compiler.stats import BIN_HIGH, BIN_LOW, Stats, Summary
 
 Values = npt.NDArray[np.float32]
 BIN = 1 / 16  # a bin's width relative to its values: four bits of mantissa
+SMALLEST, LARGEST = -24, 17  # magnitudes under 2^SMALLEST and above 2^LARGEST share the end bins
 values = arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False))
 
 
@@ -65,7 +66,11 @@ def test_every_value_falls_into_a_bin_that_holds_it(x: Values) -> None:
 
 
 def _bin_of(x: Values) -> npt.NDArray[np.int64]:
-    return (x.view(np.uint32) >> np.uint32(19)).astype(np.int64)
+    """The place of each value's bin: counted from the sign, the exponent and four bits of mantissa, ends shared."""
+    mantissa, exponent = np.frexp(np.abs(x.astype(np.float64)))  # |x| = mantissa 2^exponent, mantissa in [0.5, 1)
+    key = 16 * (exponent.astype(np.int64) - 1) + ((mantissa * 2 - 1) * 16).astype(np.int64)
+    key = np.clip(np.where(x == 0, -(10**6), key), 16 * SMALLEST, 16 * LARGEST - 1) - 16 * SMALLEST
+    return np.asarray(key + np.where(np.signbit(x), 16 * (LARGEST - SMALLEST), 0), np.int64)
 
 
 def _ordered(x: Values) -> list[int]:
@@ -77,9 +82,39 @@ def test_bins_of_negative_values_ascend() -> None:
     low, high, counts = summary_of(x).bins()
     np.testing.assert_array_equal(counts, np.ones(len(x)))
     assert np.all((low <= x) & (x <= high))
-    finite = np.isfinite(BIN_LOW) & np.isfinite(BIN_HIGH) & (np.abs(BIN_LOW) > 1e-30)
-    nearest = np.minimum(np.abs(BIN_LOW), np.abs(BIN_HIGH))[finite]
-    assert np.all((BIN_HIGH - BIN_LOW)[finite] <= BIN * nearest)
+    nearest = np.minimum(np.abs(BIN_LOW), np.abs(BIN_HIGH))
+    inner = np.isfinite(BIN_LOW) & np.isfinite(BIN_HIGH) & (nearest > 0)
+    assert np.count_nonzero(~inner) == 4, "two end bins for each sign"
+    assert np.all((BIN_HIGH - BIN_LOW)[inner] <= BIN * nearest[inner])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_very_small_or_very_large_shares_a_bin(sign: int) -> None:
+    small = sign * np.array([0.0, 1e-38, 1e-20, 2.0**-24], np.float32)
+    large = sign * np.array([2.0**17 - 1, 2.0**17, 1e20, 3e38], np.float32)
+    for x in (small, large):
+        made = summary_of(x)
+        low, high, counts = made.bins()
+        np.testing.assert_array_equal(counts, [4])
+        assert (low[0], high[0]) == (made.low, made.high) == (x.min(), x.max())
+    low, high, counts = summary_of(small, large).bins()
+    np.testing.assert_array_equal(counts, [4, 4])
+    assert np.all(low <= high)
+    apart = summary_of(sign * np.array([2.0**-24, 1.07 * 2.0**-24], np.float32))
+    assert len(apart.bins()[2]) == 2
+
+
+@given(values, st.floats(0, 1))
+def test_percentiles_stay_between_the_extremes(x: Values, share: float) -> None:
+    made = summary_of(x)
+    assert made.low <= made.percentile(share) <= made.high
+
+
+@given(values, st.floats(0, 1), st.floats(0, 1))
+def test_percentiles_ascend(x: Values, a: float, b: float) -> None:
+    made = summary_of(x)
+    slack = 1e-9 * max(abs(made.low), abs(made.high))
+    assert made.percentile(min(a, b)) <= made.percentile(max(a, b)) + slack
 
 
 def check_percentile(x: Values, got: float, share: float) -> None:

@@ -1,0 +1,232 @@
+"""Lowering `integer`: onnxruntime's integer operations written directly, with gathered scales and biases.
+
+A QDQ convolution whose bias depends on the timestep would stay in float, and a QDQ matmul adds its bias in a pass of
+its own. So the groups become
+
+    DQ(q) -> Conv(., w, b) -> Q          QLinearConv(q, ..., w_int8, ..., b_int32)
+    DQ(q) -> MatMul(., w) [-> Add b]     com.microsoft MatMulIntegerToFloat(q, w_int8, ..., b)
+    DQ(q) -> Gemm(., w, b)               the same, w turned over where transB says so
+
+An int32 bias is round(b / (x_scale w_scale)); where x_scale comes from a table, or b from the timestep, it is a table
+too, `[rows, C]`, and all of a graph's bias tables are read by one Gather. MatMuls of two activations stay as they are:
+their QDQ form becomes an integer kernel with gathered scales as well (measured).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from . import lower_qdq
+from .graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
+from .ops import time_table
+from .program import Program, numpy_of
+from .timetable import deployed_rows, lookup
+
+CONTRIB = "com.microsoft"
+Values = npt.NDArray[np.float32]
+
+
+def lower(program: Program) -> ir.Model:
+    """A lowered clone of a program's graph that insert_qdq wrote; the program is not changed."""
+    model = program.model.clone()
+    lower_qdq.fold_weights(model.graph)
+    writer = _Writer(program, model.graph)
+    for node in list(model.graph):
+        layer = _quantized_layer(node)
+        if layer is not None:
+            writer.lower(layer)
+    writer.write_biases()
+    writer.write_scalars()
+    remove_dead(model.graph)
+    model.graph.opset_imports.setdefault(CONTRIB, 1)
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """A layer between its DequantizeLinear nodes."""
+
+    node: ir.Node
+    x: ir.Node
+    w: ir.Node
+    bias: ir.Value | None
+    bias_add: ir.Node | None
+
+
+def _quantized_layer(node: ir.Node) -> _Group | None:
+    """The group around a Conv, Gemm or MatMul whose input and constant weight are dequantized."""
+    if not is_op(node, "Conv", "Gemm", "MatMul"):
+        return None
+    x, w = (lower_qdq.dequantizer(v) for v in node.inputs[:2])
+    if x is None or w is None or not is_constant(w.inputs[0]):
+        return None
+    if not is_op(node, "MatMul"):
+        return _Group(node, x, w, node.inputs[2] if len(node.inputs) > 2 else None, None)
+    readers = consumers(node.outputs[0])
+    if len(readers) == 1 and is_op(readers[0], "Add") and not node.outputs[0].is_graph_output():
+        bias = next((v for v in readers[0].inputs if v is not node.outputs[0]), None)
+        width = w.inputs[0].shape[-1] if w.inputs[0] is not None and w.inputs[0].shape is not None else None
+        if bias is not None and is_constant(bias) and bias.shape is not None and list(bias.shape) == [width]:
+            return _Group(node, x, w, bias, readers[0])
+    return _Group(node, x, w, None, None)
+
+
+def _scale_rows(scale: ir.Value) -> tuple[Values, ir.Value | None]:
+    """A scale as rows `[groups]` with the index of the row, or `[1]` without one when it is constant.
+
+    Follows the lookup of compiler/timetable.py backwards: Split(Gather(table, Reshape(row))), without the Split when
+    the table has one column.
+    """
+    if is_constant(scale):
+        return numpy_of(scale).reshape(1), None
+    part = scale.producer()
+    assert part is not None
+    column = list(part.outputs).index(scale) if is_op(part, "Split") else 0
+    gather = part.inputs[0].producer() if is_op(part, "Split") and part.inputs[0] is not None else part
+    assert gather is not None and gather.inputs[0] is not None and gather.inputs[1] is not None
+    index = gather.inputs[1].producer()
+    assert index is not None
+    rows: Values = numpy_of(gather.inputs[0])[:, column]
+    return rows, index.inputs[0]
+
+
+class _Writer:
+    """Writes integer nodes; bias rows are collected, and looked up together in the end."""
+
+    def __init__(self, program: Program, graph: ir.Graph) -> None:
+        self.program, self.graph, self.names = program, graph, Names(graph)
+        self._waiting: dict[str, list[tuple[ir.Node, npt.NDArray[np.int32]]]] = {}
+        self._rows: dict[str, ir.Value] = {}
+
+    def lower(self, group: _Group) -> None:
+        if is_op(group.node, "Conv"):
+            self._conv(group)
+        else:
+            self._matmul(group)
+
+    def _conv(self, group: _Group) -> None:
+        out = group.node.outputs[0]
+        readers = consumers(out)
+        if len(readers) != 1 or not is_op(readers[0], "QuantizeLinear") or out.is_graph_output():
+            return
+        quantize = readers[0]
+        bias = self._int32_bias(group)
+        if bias is None and group.bias is not None:
+            return  # the bias does not fit into int32 at this scale: the layer stays in float
+        build = Builder(self.graph, self.names, group.node)
+        inputs = [*group.x.inputs[:3], *group.w.inputs[:3], *quantize.inputs[1:3]]
+        attributes = {name: a.value for name, a in group.node.attributes.items()}
+        name = group.node.name
+        group.node.name = self.names(f"{name}_float")
+        made = build.op(
+            "QLinearConv", inputs, f"{name_of(out)}_integer", like=quantize.outputs[0], attributes=attributes, name=name
+        )
+        if bias is not None:
+            conv = made.producer()
+            assert conv is not None
+            self._attach(conv, *bias)
+        replace_value(quantize.outputs[0], made)
+        self.graph.remove(quantize, safe=True)
+        self.graph.remove(group.node, safe=True)
+
+    def _attach(self, conv: ir.Node, rows: npt.NDArray[np.int32], row: ir.Value | None) -> None:
+        """Give a QLinearConv its bias: a constant now, or a row of a table later."""
+        conv.resize_inputs(9)
+        if row is None:
+            build = Builder(self.graph, self.names, conv)
+            conv.replace_input_with(8, build.constant(f"{conv.name}_bias_int32", rows[0]))
+        else:
+            self._rows[name_of(row)] = row
+            self._waiting.setdefault(name_of(row), []).append((conv, rows))
+
+    def _int32_bias(self, group: _Group) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
+        """(rows `[n, C]`, row index) of a bias in the scale that the kernel accumulates in; no index when n is 1."""
+        if group.bias is None:
+            return None
+        timed = time_table(group.bias)
+        w_scale, x_scale = group.w.inputs[1], group.x.inputs[1]
+        assert w_scale is not None and x_scale is not None
+        table = numpy_of(timed[0]) if timed else numpy_of(group.bias)[None]
+        row = timed[1] if timed else None
+        scales, group_row = _scale_rows(x_scale)
+        if len(scales) > 1 and timed:
+            scales = scales[self._group_of_row()]
+        elif len(scales) > 1:
+            row = group_row
+        rows = np.rint(table.astype(np.float64) / (scales[:, None].astype(np.float64) * numpy_of(w_scale)))
+        if np.abs(rows).max(initial=0.0) > lower_qdq.INT32_LIMIT:
+            return None
+        return rows.astype(np.int32), row
+
+    def _group_of_row(self) -> npt.NDArray[np.int64]:
+        """The group of each row of the timestep tables."""
+        assert self.program.plan is not None
+        group = dict(zip(self.program.deployment.timesteps, self.program.plan.groups, strict=True))
+        return np.array([group[t] for t in deployed_rows(self.program)], np.int64)
+
+    def _matmul(self, group: _Group) -> None:
+        weight = group.w.inputs[0]
+        w_scale, w_zero = group.w.inputs[1], group.w.inputs[2]
+        assert weight is not None and w_scale is not None and w_zero is not None
+        build = Builder(self.graph, self.names, group.node)
+        attributes = group.node.attributes
+        if "transB" in attributes and attributes["transB"].as_int():
+            turned = np.ascontiguousarray(numpy_of(weight).T)
+            weight = build.constant(f"{name_of(weight)}_turned", turned)
+        width = None if weight.shape is None else weight.shape[-1]
+        if group.bias is not None and (group.bias.shape is None or list(group.bias.shape) != [width]):
+            return  # the kernel takes no other bias than `[out]`
+        last = group.bias_add or group.node
+        x, x_scale, x_zero = group.x.inputs[:3]
+        out = last.outputs[0]
+        name = group.node.name
+        group.node.name = self.names(f"{name}_float")
+        build = Builder(self.graph, self.names, last)
+        made = build.op(
+            "MatMulIntegerToFloat",
+            [x, weight, x_scale, w_scale, x_zero, w_zero, group.bias],
+            f"{name_of(out)}_integer",
+            like=out,
+            domain=CONTRIB,
+            name=name,
+        )
+        replace_value(out, made)
+        self.graph.remove(last, safe=True)
+        if last is not group.node:
+            self.graph.remove(group.node, safe=True)
+
+    def write_scalars(self) -> None:
+        """Turn `[1]` rows into scalars around elementwise groups (DQ -> Add -> Q): QLinearAdd refuses `[1]`."""
+        squeezed: dict[ir.Value, ir.Value] = {}
+        for node in list(self.graph):
+            readers = consumers(node.outputs[0])
+            around = [*(lower_qdq.dequantizer(v) for v in node.inputs), *readers]
+            if len(readers) != 1 or not is_op(readers[0], "QuantizeLinear") or None in around:
+                continue
+            for pair in around:
+                for index in (1, 2):
+                    value = pair.inputs[index] if pair is not None else None
+                    if pair is None or value is None or is_constant(value) or list(value.shape or ()) != [1]:
+                        continue
+                    if value not in squeezed:
+                        producer = value.producer()
+                        assert producer is not None
+                        build = Builder(self.graph, self.names, after=producer)
+                        squeezed[value] = build.op("Squeeze", [value], f"{name_of(value)}_scalar", like=value, shape=[])
+                    pair.replace_input_with(index, squeezed[value])
+
+    def write_biases(self) -> None:
+        """One lookup for all bias tables that share a row index."""
+        for key, waiting in self._waiting.items():
+            row = self._rows[key]
+            producer = row.producer()
+            assert producer is not None
+            table = np.concatenate([rows for _, rows in waiting], axis=1)
+            sizes = [rows.shape[1] for _, rows in waiting]
+            parts = lookup(Builder(self.graph, self.names, after=producer), table, row, sizes, f"{key}_bias")
+            for (conv, _), part in zip(waiting, parts, strict=True):
+                conv.replace_input_with(8, part)

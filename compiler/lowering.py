@@ -1,0 +1,15 @@
+"""The spellings that a quantized program can be lowered to, one file each."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from . import lower_integer, lower_qdq
+from .program import Program
+
+
+def lower(program: Program) -> ir.Model:
+    """What the target gets of a program that insert_qdq quantized, in the spelling that it asked for."""
+    if program.lowering == "integer":
+        return lower_integer.lower(program)
+    return lower_qdq.lower(program.model)

@@ -1,0 +1,67 @@
+"""Tables over the timestep: how a graph finds the row that belongs to the call at hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..runtime.tables import nearest_rows
+from .graph import Builder, name_of
+from .program import Program
+
+
+def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], stem: str) -> ir.Value:
+    """Nodes that turn the timestep input (a number or a batch of equal ones, of any type) into one row index `[1]`.
+
+    `row_of` gives the row of each training timestep; a timestep outside of the training schedule takes the nearest.
+    """
+    timestep = next(v for v in program.graph.inputs if name_of(v) == program.signature.timestep)
+    int64 = ir.DataType.INT64
+    value = timestep
+    if timestep.dtype is not None and timestep.dtype.is_floating_point():
+        value = build.op("Round", [value], f"{stem}_round", like=timestep)
+    if timestep.dtype != int64:
+        value = build.op(
+            "Cast", [value], f"{stem}_integer", dtype=int64, shape=timestep.shape, attributes={"to": int(int64)}
+        )
+    flat = build.constant(f"{stem}_flat_shape", np.array([-1]))
+    value = build.op("Reshape", [value, flat], f"{stem}_flat", dtype=int64, shape=[None])
+    first = build.constant(f"{stem}_first", np.array([0]))
+    value = build.op("Gather", [value, first], f"{stem}_one", dtype=int64, shape=[1], attributes={"axis": 0})
+    last = len(row_of) - 1
+    limits = [build.constant(f"{stem}_lowest", np.array(0)), build.constant(f"{stem}_highest", np.array(last))]
+    value = build.op("Clip", [value, *limits], f"{stem}_clipped", dtype=int64, shape=[1])
+    nearest = build.constant(f"{stem}_nearest_row", row_of)
+    return build.op("Gather", [nearest, value], f"{stem}_row", dtype=int64, shape=[1], attributes={"axis": 0})
+
+
+def group_of_train(program: Program) -> npt.NDArray[np.int64]:
+    """The table row of each training timestep: that of the nearest timestep which the deployed sampler calls."""
+    assert program.plan is not None
+    deployed = deployed_rows(program)
+    group = dict(zip(program.deployment.timesteps, program.plan.groups, strict=True))
+    nearest = nearest_rows(deployed, program.schedule.num_train_timesteps)
+    return np.array([group[t] for t in deployed], np.int64)[nearest]
+
+
+def deployed_rows(program: Program) -> tuple[int, ...]:
+    """The timesteps that tables hold, in the order of the rows."""
+    return tuple(sorted(set(program.deployment.timesteps)))
+
+
+def lookup(
+    build: Builder, table: npt.NDArray[np.generic], row: ir.Value, sizes: list[int], stem: str
+) -> list[ir.Value]:
+    """One row of a table `[rows, sum(sizes)]`, cut into parts `[sizes[i]]`: one Gather and one Split for them all."""
+    scalar = build.op(
+        "Reshape", [row, build.constant(f"{stem}_scalar", np.array([], np.int64))], f"{stem}_index", like=row, shape=[]
+    )
+    rows = build.constant(f"{stem}_table", table)
+    dtype = rows.dtype
+    gathered = build.op(
+        "Gather", [rows, scalar], f"{stem}_row", dtype=dtype, shape=[sum(sizes)], attributes={"axis": 0}
+    )
+    if len(sizes) == 1:
+        return [gathered]
+    return build.split(gathered, sizes, f"{stem}_part")

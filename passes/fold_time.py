@@ -1,0 +1,72 @@
+"""fold_time: what is added after a convolution and depends on the timestep only moves into its bias.
+
+    Conv(x, w, b) + table[row]  ->  Conv(x, w, (b + table)[row])
+
+The time embedding of a ResBlock is such a table once freeze_time ran. An integer convolution gathers its int32 bias row
+anyway, so the addition, a pass over the whole feature map, disappears from the graph (DilateQuant and TFMQ-DM keep it).
+Needs the `integer` lowering: a QDQ convolution whose bias is not constant would stay in float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ..compiler.graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
+from ..compiler.pipeline import Context, GraphPass
+from ..compiler.program import Program, numpy_of
+from ..compiler.topology import time_branch
+
+
+@dataclass(frozen=True)
+class FoldTime(GraphPass):
+    """Rewrites Conv -> Add(row of a table) where nobody else reads the convolution."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"frozen"})
+    tolerance: ClassVar[float | None] = 1e-4  # the bias is added in another order
+
+    def run(self, program: Program, context: Context) -> Program:
+        graph = program.graph
+        names = Names(graph)
+        timely = set(time_branch(graph, program.signature).values)
+        folded = sum(_fold(graph, names, node, timely) for node in list(graph) if is_op(node, "Conv"))
+        remove_dead(graph)
+        return program.noted(f"{folded} additions moved into convolutions")
+
+
+def _fold(graph: ir.Graph, names: Names, conv: ir.Node, timely: set[ir.Value]) -> bool:
+    out = conv.outputs[0]
+    readers = consumers(out)
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    if out.is_graph_output() or len(readers) != 1 or not is_op(readers[0], "Add") or not is_constant(bias):
+        return False
+    add = readers[0]
+    other = add.inputs[1] if add.inputs[0] is out else add.inputs[0]
+    gather = None if other is None else other.producer()
+    if other is None or gather is None or not is_op(gather, "Gather") or not is_constant(gather.inputs[0]):
+        return False
+    if gather.inputs[1] not in timely:
+        return False  # rows of a class or a prompt differ within a batch, a bias does not
+    assert bias is not None and gather.inputs[0] is not None
+    values, table = numpy_of(bias), numpy_of(gather.inputs[0])
+    if table.ndim != len(out.shape or ()) or table[0].size != len(values) or table.shape[1] != len(values):
+        return False  # the table does not lie along the channels
+    build = Builder(graph, names, conv)
+    stem = name_of(out)
+    rows = build.constant(f"{stem}_bias_table", (table.reshape(len(table), -1) + values).astype(np.float32))
+    row = build.op(
+        "Gather",
+        [rows, gather.inputs[1]],
+        f"{stem}_bias_rows",
+        dtype=bias.dtype,
+        shape=[1, len(values)],
+        attributes={"axis": 0},
+    )
+    flat = build.constant(f"{stem}_bias_shape", np.array([-1]))
+    conv.replace_input_with(2, build.op("Reshape", [row, flat], f"{stem}_bias", dtype=bias.dtype, shape=[len(values)]))
+    replace_value(add.outputs[0], out)
+    graph.remove(add, safe=True)
+    return True

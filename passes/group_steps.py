@@ -1,0 +1,109 @@
+"""group_steps: which network calls share one row of the scale tables.
+
+Contiguous groups of calls, chosen by dynamic programming on the expected quantization error. For a value v and a call k
+with range R_vk and mean square P_vk, quantizing call k with the range of a group costs (R_vg / n)^2 / 12 where
+R_vg = max over the group, relative to P_vk; a group costs
+
+    C(i, j) = sum_v sum_{k in i..j} (max_{l in i..j} R_vl)^2 / P_vk
+
+and the cheapest way to cut T calls into G groups is found exactly in O(T^2 G). (TDQ, arXiv 2306.02316, has one
+interval for each step; few groups are as good and smaller.) `even` cuts into equal groups, `each` gives every call its
+own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..compiler.errors import RecipeError, StatsError
+from ..compiler.pipeline import Context, Pass
+from ..compiler.program import Plan, Program
+from ..compiler.quant import UINT8
+from ..compiler.ranges import range_of
+from ..compiler.stats import Stats
+
+
+@dataclass(frozen=True)
+class GroupSteps(Pass):
+    """`groups` rows at most; needs statistics of every call (observe.groups = 0)."""
+
+    method: Literal["dp", "even", "each"] = "dp"
+    groups: int = 10
+    percentile: float = 99.999
+
+    needs: ClassVar[frozenset[str]] = frozenset({"plan", "stats"})
+    before: ClassVar[frozenset[str]] = frozenset({"qdq"})
+    gives: ClassVar[frozenset[str]] = frozenset({"groups"})
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise RecipeError(f"group_steps.groups is {self.groups}", where="group_steps", hint="choose 1 or more")
+        if not 50 < self.percentile <= 100:
+            raise RecipeError(
+                f"group_steps.percentile is {self.percentile}",
+                where="group_steps",
+                hint="choose between 50 and 100, such as 99.999",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        calls = len(program.deployment.timesteps)
+        stats = program.stats
+        assert stats is not None and program.plan is not None  # the order check saw to it
+        if stats.groups != calls:
+            raise StatsError(
+                f"statistics of {stats.groups} groups for {calls} network calls",
+                where=self.name,
+                hint="measure every call on its own: --set observe.groups=0",
+            )
+        groups = self._cut(stats, calls)
+        plan = Plan(program.plan.quantizers, program.plan.islands, groups)
+        sizes = np.bincount(groups)
+        return replace(program, plan=plan, note=f"{calls} calls in {len(sizes)} groups of {', '.join(map(str, sizes))}")
+
+    def _cut(self, stats: Stats, calls: int) -> tuple[int, ...]:
+        count = min(self.groups, calls)
+        if self.method == "each":
+            return tuple(range(calls))
+        if self.method == "even":
+            return tuple(k * count // calls for k in range(calls))
+        return cheapest_cut(*self._ranges_and_powers(stats, calls), count)
+
+    def _ranges_and_powers(self, stats: Stats, calls: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Widths of the ranges and mean squares, both `[values, calls]`."""
+        names = list(stats.values())
+        widths, powers = np.ones((len(names), calls)), np.ones((len(names), calls))
+        for v, name in enumerate(names):
+            for k in range(calls):
+                summary = stats.summaries[name, k]
+                low, high = range_of(summary, "percentile", self.percentile, UINT8)
+                widths[v, k] = max(high, 0.0) - min(low, 0.0)
+                powers[v, k] = max(summary.square / max(summary.count, 1), 1e-20)
+        return widths, powers
+
+
+def cheapest_cut(widths: npt.NDArray[np.float64], powers: npt.NDArray[np.float64], groups: int) -> tuple[int, ...]:
+    """The group of each call, `groups` of them, contiguous, with the least total cost (see the module's docstring)."""
+    calls = widths.shape[1]
+    cost = np.full((calls, calls), np.inf)
+    for first in range(calls):
+        widest = np.maximum.accumulate(widths[:, first:], axis=1) ** 2
+        inverse = np.cumsum(1.0 / powers[:, first:], axis=1)
+        cost[first, first:] = (widest * inverse).sum(axis=0)
+    best = np.full((groups + 1, calls + 1), np.inf)
+    best[0, 0] = 0.0
+    cut = np.zeros((groups + 1, calls + 1), np.int64)
+    for g in range(1, groups + 1):
+        for end in range(1, calls + 1):
+            totals = best[g - 1, :end] + cost[:end, end - 1]
+            cut[g, end] = int(np.argmin(totals))
+            best[g, end] = totals[cut[g, end]]
+    row, end = np.empty(calls, np.int64), calls
+    for g in range(groups, 0, -1):
+        start = int(cut[g, end])
+        row[start:end] = g - 1
+        end = start
+    return tuple(int(r) for r in row)

@@ -1,0 +1,134 @@
+"""step_scales: tables for what moves with the timestep, and for nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.pipeline import Context, Recipe
+from mezzotint.compiler.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.quant import INT8, UINT8, scale_for_range
+from mezzotint.compiler.stats import Stats, Summary
+from mezzotint.passes.choose_scales import ChooseScales
+from mezzotint.passes.freeze_time import FreezeTime
+from mezzotint.passes.group_steps import GroupSteps
+from mezzotint.passes.normalize import Normalize
+from mezzotint.passes.observe import Observe
+from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.step_scales import StepScales
+from tests.tiny import tiny_program
+
+DRIFT = (10.0, 9.0, 2.0, 1.0)
+GROUPS = (0, 0, 1, 1)
+WEIGHT = Site("w")
+
+
+def summary_of(scale: float, seed: int) -> Summary:
+    made = Summary()
+    made.add((np.random.default_rng(seed).uniform(-1.0, 2.0, 4000) * scale).astype(np.float32))
+    return made
+
+
+@pytest.fixture
+def planned() -> Program:
+    """Two activations, one of which shrinks along the trajectory, and a weight; static quantizers for all."""
+    calls = len(DRIFT)
+    summaries = {("moves", k): summary_of(DRIFT[k], k) for k in range(calls)}
+    summaries |= {("stays", k): summary_of(3.0, k) for k in range(calls)}
+    stats = Stats("d", calls, calls, summaries)
+    quantizers: dict[Site, Quantizer] = {}
+    for name in ("moves", "stays"):
+        whole = stats.summary(name)
+        assert whole is not None
+        quantizers[Site(name)] = Quantizer(UINT8, *scale_for_range(whole.low, whole.high, UINT8), "choose_scales")
+    quantizers[WEIGHT] = Quantizer(INT8, *scale_for_range([-1.0, -2.0], [1.0, 2.0], INT8), "choose_scales", axis=0)
+    return replace(tiny_program(steps=calls), stats=stats, plan=Plan(quantizers, {"a": "b"}, GROUPS), frozen=(0,))
+
+
+def after(step: StepScales, program: Program, context: Context) -> Plan:
+    plan = step.run(program, context).plan
+    assert plan is not None
+    return plan
+
+
+def check_covers(program: Program, quantizer: Quantizer, factor: float = 1.0) -> None:
+    """Each row reaches as far as what its calls saw, within half a step, and not further than one step."""
+    assert program.stats is not None
+    for row in range(max(GROUPS) + 1):
+        seen = [program.stats.summaries["moves", k] for k, g in enumerate(GROUPS) if g == row]
+        step, zero = float(quantizer.scale[row]) * factor, int(quantizer.zero_point[row])
+        low, high = (UINT8.qmin - zero) * step, (UINT8.qmax - zero) * step
+        assert abs(low - min(s.low for s in seen)) <= 0.51 * step
+        assert abs(high - max(s.high for s in seen)) <= 0.51 * step
+
+
+def test_what_moves_gets_a_row_for_each_group(planned: Program, context: Context) -> None:
+    quantizer = after(StepScales(activations="minmax"), planned, context).quantizers[Site("moves")]
+    assert quantizer.table
+    assert quantizer.by == "step_scales"
+    assert (quantizer.scale.shape, quantizer.zero_point.shape) == ((2,), (2,))
+    assert quantizer.scale.dtype == np.float32
+    assert quantizer.zero_point.dtype == np.uint8
+    check_covers(planned, quantizer)
+    with pytest.raises(AssertionError):
+        check_covers(planned, quantizer, factor=1.01)
+
+
+def test_a_table_is_reported_by_its_rows(planned: Program, context: Context) -> None:
+    data = after(StepScales(), planned, context).quantizers[Site("moves")].to_json()
+    assert (data["rows"], data["channels"]) == (2, 1)
+    data = after(StepScales(), planned, context).quantizers[WEIGHT].to_json()
+    assert (data["rows"], data["channels"]) == (1, 2)
+
+
+def test_what_does_not_move_stays_as_it_was(planned: Program, context: Context) -> None:
+    assert planned.plan is not None
+    plan = after(StepScales(), planned, context)
+    for site in (Site("stays"), WEIGHT):
+        assert plan.quantizers[site] is planned.plan.quantizers[site]
+    assert (plan.groups, plan.islands) == (GROUPS, {"a": "b"})
+    assert list(plan.quantizers) == list(planned.plan.quantizers)
+    assert StepScales().run(planned, context).note == "1 of 2 activations move with the timestep; 2 rows"
+
+
+@pytest.mark.parametrize(("gain", "tables"), [(-100.0, {"moves", "stays"}), (0.2, {"moves"}), (100.0, set[str]())])
+def test_gain_is_the_threshold(planned: Program, context: Context, gain: float, tables: set[str]) -> None:
+    plan = after(StepScales(gain=gain), planned, context)
+    assert {site.value for site, q in plan.quantizers.items() if q.table} == tables
+
+
+def test_one_group_gains_nothing(planned: Program, context: Context) -> None:
+    assert planned.plan is not None
+    whole = replace(planned, plan=replace(planned.plan, groups=(0,) * len(DRIFT)))
+    assert not any(q.table for q in after(StepScales(activations="minmax"), whole, context).quantizers.values())
+
+
+def test_a_view_of_one_reader_gets_a_table_too(planned: Program, context: Context) -> None:
+    assert planned.plan is not None
+    own = Site("moves", "reader")
+    quantizers = {**planned.plan.quantizers, own: planned.plan.quantizers[Site("moves")]}
+    plan = after(StepScales(), replace(planned, plan=replace(planned.plan, quantizers=quantizers)), context)
+    assert plan.quantizers[own].table
+
+
+@pytest.mark.parametrize("percentile", [20.0, 50.0, 101.0])
+def test_percentiles_that_are_refused(percentile: float) -> None:
+    with pytest.raises(RecipeError, match="percentile is"):
+        StepScales(percentile=percentile)
+
+
+@pytest.mark.parametrize("missing", ["freeze_time", "observe", "choose_scales", "group_steps"])
+def test_orders_that_are_refused(missing: str) -> None:
+    passes = (Normalize(), FreezeTime(), Observe(groups=0), ChooseScales(), GroupSteps(), StepScales())
+    Recipe("complete", "", passes)
+    with pytest.raises(RecipeError):
+        Recipe("short", "", tuple(p for p in passes if p.name != missing))
+
+
+def test_tables_come_before_the_quantizers() -> None:
+    passes = [p for p in RECIPES["w8a8-steps"].passes if p.name != "step_scales"]
+    with pytest.raises(RecipeError, match="step_scales"):
+        Recipe("late", "", (*passes, StepScales()))
