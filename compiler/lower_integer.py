@@ -24,7 +24,7 @@ from . import lower_qdq
 from .graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
 from .ops import time_table
 from .program import Program, numpy_of
-from .timetable import deployed_rows, lookup
+from .timetable import group_of_row, lookup
 
 CONTRIB = "com.microsoft"
 Values = npt.NDArray[np.float32]
@@ -154,19 +154,13 @@ class _Writer:
         row = timed[1] if timed else None
         scales, group_row = _scale_rows(x_scale)
         if len(scales) > 1 and timed:
-            scales = scales[self._group_of_row()]
+            scales = scales[group_of_row(self.program)]
         elif len(scales) > 1:
             row = group_row
         rows = np.rint(table.astype(np.float64) / (scales[:, None].astype(np.float64) * numpy_of(w_scale)))
         if np.abs(rows).max(initial=0.0) > lower_qdq.INT32_LIMIT:
             return None
         return rows.astype(np.int32), row
-
-    def _group_of_row(self) -> npt.NDArray[np.int64]:
-        """The group of each row of the timestep tables."""
-        assert self.program.plan is not None
-        group = dict(zip(self.program.deployment.timesteps, self.program.plan.groups, strict=True))
-        return np.array([group[t] for t in deployed_rows(self.program)], np.int64)
 
     def _matmul(self, group: _Group) -> None:
         weight = group.w.inputs[0]

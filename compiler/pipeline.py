@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,9 +69,10 @@ class Pass(ABC):
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     def options(self) -> dict[str, Any]:
-        """The options as plain data, in the order of the fields."""
-        assert dataclasses.is_dataclass(self)
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """The options as plain data, in the order of the fields; a class without fields has none."""
+        plain: Any = self
+        names = [f.name for f in fields(plain)] if is_dataclass(plain) else []
+        values = {name: getattr(self, name) for name in names}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

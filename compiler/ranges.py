@@ -12,11 +12,20 @@ from typing import Literal
 
 import numpy as np
 
+from .errors import RecipeError
 from .quant import Format
 from .stats import Summary
 
 Method = Literal["minmax", "percentile", "mse"]
 SHRINKS = np.linspace(1.0, 0.2, 81)
+
+
+def check_percentile(percentile: float, where: str) -> None:
+    """Refuse a percentile option that keeps less than half of the values, or more than all. Raises RecipeError."""
+    if not 50 < percentile <= 100:
+        raise RecipeError(
+            f"{where}.percentile is {percentile}", where=where, hint="choose between 50 and 100, such as 99.999"
+        )
 
 
 def range_of(summary: Summary, method: Method, percentile: float, fmt: Format) -> tuple[float, float]:

@@ -38,11 +38,15 @@ def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], 
 
 def group_of_train(program: Program) -> npt.NDArray[np.int64]:
     """The table row of each training timestep: that of the nearest timestep which the deployed sampler calls."""
+    nearest = nearest_rows(deployed_rows(program), program.schedule.num_train_timesteps)
+    return group_of_row(program)[nearest]
+
+
+def group_of_row(program: Program) -> npt.NDArray[np.int64]:
+    """The row of the scale tables for each row of the timestep tables, which are finer."""
     assert program.plan is not None
-    deployed = deployed_rows(program)
     group = dict(zip(program.deployment.timesteps, program.plan.groups, strict=True))
-    nearest = nearest_rows(deployed, program.schedule.num_train_timesteps)
-    return np.array([group[t] for t in deployed], np.int64)[nearest]
+    return np.array([group[t] for t in deployed_rows(program)], np.int64)
 
 
 def deployed_rows(program: Program) -> tuple[int, ...]:

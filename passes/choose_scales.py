@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compiler import graph as graphs
-from ..compiler.errors import RecipeError, StatsError
+from ..compiler.errors import StatsError
 from ..compiler.graph import is_constant, name_of
 from ..compiler.ops import Layer, layers
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer, Site, numpy_of
 from ..compiler.quant import INT8, UINT8, Array, Format, scale_for_range
-from ..compiler.ranges import Method, range_of
+from ..compiler.ranges import Method, check_percentile, range_of
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,7 @@ class ChooseScales(Pass):
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
 
     def __post_init__(self) -> None:
-        if not 50 < self.percentile <= 100:
-            raise RecipeError(
-                f"choose_scales.percentile is {self.percentile}",
-                where="choose_scales",
-                hint="choose between 50 and 100, such as 99.999",
-            )
+        check_percentile(self.percentile, self.name)
 
     def run(self, program: Program, context: Context) -> Program:
         stats = program.stats

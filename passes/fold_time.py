@@ -3,7 +3,7 @@
     Conv(x, w, b) + table[row]  ->  Conv(x, w, (b + table)[row])
 
 The time embedding of a ResBlock is such a table once freeze_time ran. An integer convolution gathers its int32 bias row
-anyway, so the addition, a pass over the whole feature map, disappears from the graph (DilateQuant and TFMQ-DM keep it).
+anyway once its scales are tables, so the addition, a pass over the whole feature map, disappears from the graph.
 Needs the `integer` lowering: a QDQ convolution whose bias is not constant would stay in float.
 """
 

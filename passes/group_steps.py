@@ -23,7 +23,7 @@ from ..compiler.errors import RecipeError, StatsError
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program
 from ..compiler.quant import UINT8
-from ..compiler.ranges import range_of
+from ..compiler.ranges import check_percentile, range_of
 from ..compiler.stats import Stats
 
 
@@ -42,12 +42,7 @@ class GroupSteps(Pass):
     def __post_init__(self) -> None:
         if self.groups < 1:
             raise RecipeError(f"group_steps.groups is {self.groups}", where="group_steps", hint="choose 1 or more")
-        if not 50 < self.percentile <= 100:
-            raise RecipeError(
-                f"group_steps.percentile is {self.percentile}",
-                where="group_steps",
-                hint="choose between 50 and 100, such as 99.999",
-            )
+        check_percentile(self.percentile, self.name)
 
     def run(self, program: Program, context: Context) -> Program:
         calls = len(program.deployment.timesteps)

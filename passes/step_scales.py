@@ -6,8 +6,7 @@ over all calls falls by `gain` or more in dB; one whose range does not move stay
 moved. (TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503; measured directly instead of learned.)
 
 Zero points are in the table too: around one constant zero point the digits lose what the tables gain (31.9 dB of
-epsilon instead of 33.0), and the convolutions are no faster, since a bias that is a row keeps them off
-onnxruntime's fastest path anyway.
+epsilon instead of 33.0), and the convolutions were no faster: what slows them is the bias that is a row.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..compiler.errors import RecipeError
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer, Site
 from ..compiler.quant import Format, scale_for_range
-from ..compiler.ranges import Method, expected_error, range_of
+from ..compiler.ranges import Method, check_percentile, expected_error, range_of
 from ..compiler.stats import Summary
 
 
@@ -38,12 +36,7 @@ class StepScales(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"tables"})
 
     def __post_init__(self) -> None:
-        if not 50 < self.percentile <= 100:
-            raise RecipeError(
-                f"step_scales.percentile is {self.percentile}",
-                where="step_scales",
-                hint="choose between 50 and 100, such as 99.999",
-            )
+        check_percentile(self.percentile, self.name)
 
     def run(self, program: Program, context: Context) -> Program:
         stats, plan = program.stats, program.plan

@@ -1,0 +1,72 @@
+"""tools/replay.py runs what a failed compile still had before it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mezzotint.compiler import pipeline, snapshot
+from mezzotint.compiler.errors import PassError
+from mezzotint.compiler.pipeline import Context, Pass
+from mezzotint.compiler.program import Program
+from mezzotint.passes.recipes import RECIPES
+
+TOOL = Path(__file__).parents[2] / "tools" / "replay.py"
+
+
+class Breaks(Pass):
+    """A pass that fails, in front of those that would have come."""
+
+    def run(self, program: Program, context: Context) -> Program:
+        raise ZeroDivisionError("planted")
+
+
+@pytest.fixture(scope="module")
+def replay() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("replay", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def failed(tiny: Program, context: Context, tmp_path: Path) -> Path:
+    """What a compile leaves when a pass breaks after calibration; the broken pass is then taken off the list."""
+    passes = RECIPES["w8a8"].passes
+    folder = tmp_path / "out.failed"
+    with pytest.raises(PassError, match="planted"):
+        pipeline.run(tiny, [*passes[:4], Breaks(), *passes[4:]], context, reproducer=folder)
+    program, pending = snapshot.load(folder)
+    assert [p["pass"] for p in pending] == ["breaks", *(p.name for p in passes[4:])]
+    mended = tmp_path / "mended.failed"
+    snapshot.save(program, mended, pending=pending[1:])
+    return mended
+
+
+def test_the_pending_passes_run(replay: ModuleType, failed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dump = failed.parent / "dump"
+    assert replay.main([str(failed), "--dump", str(dump)]) == 0
+    assert "replayed 3 passes" in capsys.readouterr().out
+    assert [f.name for f in sorted(dump.glob("*.onnx"))] == [
+        "004_imported.onnx",
+        "005_choose_scales.onnx",
+        "006_insert_qdq.onnx",
+        "007_clean_qdq.onnx",
+    ]
+
+
+def test_only_some_of_them_run(replay: ModuleType, failed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert replay.main([str(failed), "--only", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "choose_scales" in out and "insert_qdq" not in out
+
+
+def test_a_folder_without_a_program_is_refused(
+    replay: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert replay.main([str(tmp_path)]) == 2
+    assert "holds no saved program" in capsys.readouterr().err
