@@ -10,6 +10,9 @@ its own. So the groups become
 An int32 bias is round(b / (x_scale w_scale)); where x_scale comes from a table, or b from the timestep, it is a table
 too, `[rows, C]`, and all of a graph's bias tables are read by one Gather. MatMuls of two activations stay as they are:
 their QDQ form becomes an integer kernel with gathered scales as well (measured).
+
+Up to 1.27 onnxruntime silently forgets a convolution's bias that is not constant where the zero point of the input is
+(measured: 1.23.2, 1.24.4, 1.27.0; 1.31.1 adds it). So a gathered bias comes with a gathered zero point.
 """
 
 from __future__ import annotations
@@ -24,10 +27,9 @@ from . import lower_qdq
 from .graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
 from .ops import time_table
 from .program import Program, numpy_of
-from .timetable import group_of_row, lookup
+from .timetable import group_of_row, lookup, rows_of
 
 CONTRIB = "com.microsoft"
-Values = npt.NDArray[np.float32]
 
 
 def lower(program: Program) -> ir.Model:
@@ -73,25 +75,6 @@ def _quantized_layer(node: ir.Node) -> _Group | None:
         if bias is not None and is_constant(bias) and bias.shape is not None and list(bias.shape) == [width]:
             return _Group(node, x, w, bias, readers[0])
     return _Group(node, x, w, None, None)
-
-
-def _scale_rows(scale: ir.Value) -> tuple[Values, ir.Value | None]:
-    """A scale as rows `[groups]` with the index of the row, or `[1]` without one when it is constant.
-
-    Follows the lookup of compiler/timetable.py backwards: Split(Gather(table, Reshape(row))), without the Split when
-    the table has one column.
-    """
-    if is_constant(scale):
-        return numpy_of(scale).reshape(1), None
-    part = scale.producer()
-    assert part is not None
-    column = list(part.outputs).index(scale) if is_op(part, "Split") else 0
-    gather = part.inputs[0].producer() if is_op(part, "Split") and part.inputs[0] is not None else part
-    assert gather is not None and gather.inputs[0] is not None and gather.inputs[1] is not None
-    index = gather.inputs[1].producer()
-    assert index is not None
-    rows: Values = numpy_of(gather.inputs[0])[:, column]
-    return rows, index.inputs[0]
 
 
 class _Writer:
@@ -152,7 +135,7 @@ class _Writer:
         assert w_scale is not None and x_scale is not None
         table = numpy_of(timed[0]) if timed else numpy_of(group.bias)[None]
         row = timed[1] if timed else None
-        scales, group_row = _scale_rows(x_scale)
+        scales, group_row = rows_of(x_scale)
         if len(scales) > 1 and timed:
             scales = scales[group_of_row(self.program)]
         elif len(scales) > 1:
@@ -219,8 +202,20 @@ class _Writer:
             row = self._rows[key]
             producer = row.producer()
             assert producer is not None
+            build = Builder(self.graph, self.names, after=producer)
             table = np.concatenate([rows for _, rows in waiting], axis=1)
             sizes = [rows.shape[1] for _, rows in waiting]
-            parts = lookup(Builder(self.graph, self.names, after=producer), table, row, sizes, f"{key}_bias")
+            parts = lookup(build, table, row, sizes, f"{key}_bias")
             for (conv, _), part in zip(waiting, parts, strict=True):
                 conv.replace_input_with(8, part)
+            constant = [conv for conv, _ in waiting if is_constant(conv.inputs[2])]
+            self._gather_zero_points(build, constant, row, len(table))
+
+    def _gather_zero_points(self, build: Builder, convs: list[ir.Node], row: ir.Value, rows: int) -> None:
+        """Read the inputs' constant zero points from a table of equal rows (see the module's docstring)."""
+        zeros = [numpy_of(value) for conv in convs if (value := conv.inputs[2]) is not None]
+        if zeros:
+            table = np.tile(np.array(zeros), (rows, 1))
+            parts = lookup(build, table, row, [1] * len(zeros), f"{name_of(row)}_zero_points")
+            for conv, part in zip(convs, parts, strict=True):
+                conv.replace_input_with(2, part)

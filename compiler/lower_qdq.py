@@ -46,17 +46,31 @@ def dequantizer(value: ir.Value | None) -> ir.Node | None:
     return node if is_op(node, "DequantizeLinear") else None
 
 
+def clip_behind(quantize_node: ir.Node) -> ir.Node | None:
+    """The Clip that keeps the integers of a format of fewer than 8 bits inside its grid."""
+    readers = consumers(quantize_node.outputs[0])
+    return readers[0] if len(readers) == 1 and is_op(readers[0], "Clip") else None
+
+
+def grid_ends(quantize_node: ir.Node) -> tuple[int, int]:
+    """The lowest and the highest integer that a QuantizeLinear, with the Clip behind it, can make."""
+    clip, zero = clip_behind(quantize_node), quantize_node.inputs[2]
+    assert zero is not None and zero.dtype is not None
+    if clip is None:
+        limits = np.iinfo(zero.dtype.numpy())
+        return int(limits.min), int(limits.max)
+    lowest, highest = (int(numpy_of(v)) for v in clip.inputs[1:] if v is not None)
+    return lowest, highest
+
+
 def _fold_weight(graph: ir.Graph, quantize_node: ir.Node) -> None:
     """Replace QuantizeLinear(constant), and the Clip of a narrow format behind it, by integers, row by row."""
     weight, scale, zero = (quantize_node.inputs[i] for i in range(3))
     assert weight is not None and scale is not None and zero is not None
     x, s, z = numpy_of(weight), numpy_of(scale), numpy_of(zero)
     axis = quantize_node.attributes["axis"].as_int() if "axis" in quantize_node.attributes and s.ndim else None
-    readers = consumers(quantize_node.outputs[0])
-    clip = readers[0] if len(readers) == 1 and is_op(readers[0], "Clip") else None
-    lowest, highest = np.iinfo(z.dtype).min, np.iinfo(z.dtype).max
-    if clip is not None:
-        lowest, highest = (int(numpy_of(v)) for v in clip.inputs[1:] if v is not None)
+    clip = clip_behind(quantize_node)
+    lowest, highest = grid_ends(quantize_node)
     integers = np.empty(x.shape, z.dtype)
     for i in range(len(x)):
         # A slice keeps its axis of length 1, so that per-channel parameters along axis 0 are cut with it.

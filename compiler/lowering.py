@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from . import lower_integer, lower_qdq
+from . import lower_integer, lower_premul, lower_qdq
 from .program import Program
 
 
@@ -12,4 +12,6 @@ def lower(program: Program) -> ir.Model:
     """What the target gets of a program that insert_qdq quantized, in the spelling that it asked for."""
     if program.lowering == "integer":
         return lower_integer.lower(program)
+    if program.lowering == "premul":
+        return lower_premul.lower(program)
     return lower_qdq.lower(program.model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from ..runtime.tables import nearest_rows
-from .graph import Builder, name_of
-from .program import Program
+from .graph import Builder, is_constant, is_op, name_of
+from .program import Program, numpy_of
 
 
 def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], stem: str) -> ir.Value:
@@ -69,3 +71,20 @@ def lookup(
     if len(sizes) == 1:
         return [gathered]
     return build.split(gathered, sizes, f"{stem}_part")
+
+
+def rows_of(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
+    """A scale or zero point as rows `[groups]` with the index of the row, or `[1]` without one when it is constant.
+
+    Follows `lookup` backwards: Split(Gather(table, Reshape(row))), without the Split when the table has one column.
+    """
+    if is_constant(parameter):
+        return numpy_of(parameter).reshape(1), None
+    part = parameter.producer()
+    assert part is not None
+    column = list(part.outputs).index(parameter) if is_op(part, "Split") else 0
+    gather = part.inputs[0].producer() if is_op(part, "Split") and part.inputs[0] is not None else part
+    assert gather is not None and gather.inputs[0] is not None and gather.inputs[1] is not None
+    index = gather.inputs[1].producer()
+    assert index is not None
+    return numpy_of(gather.inputs[0])[:, column], index.inputs[0]

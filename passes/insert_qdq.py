@@ -38,12 +38,13 @@ STORED_BITS = 8  # every format is stored in whole bytes
 class InsertQdq(Pass):
     """`islands` are roles or patterns of node names (as in a shell: `*`, `?`) that stay in float.
 
-    `lowering` is the spelling that the target gets: `qdq` (portable, static) or `integer` (onnxruntime's integer
-    operations with gathered scales and biases; tables need it).
+    `lowering` is the spelling that the target gets: `qdq` (portable, static), `integer` (onnxruntime's integer
+    operations with gathered scales and biases) or `premul` (tables, too, for providers that demand constant scales and
+    zero points: the timestep is in float Muls around them).
     """
 
     islands: tuple[str, ...] = ("first", "last")
-    lowering: Literal["qdq", "integer"] = "qdq"
+    lowering: Literal["qdq", "integer", "premul"] = "qdq"
 
     needs: ClassVar[frozenset[str]] = frozenset({"plan"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -89,14 +90,21 @@ class InsertQdq(Pass):
         return None if pattern is None else f"island {pattern!r}"
 
     def _check_lowering(self, found: list[Layer], plan: Plan) -> None:
-        """The portable spelling has neither: its convolutions would silently stay in float."""
+        """`qdq` has nothing that depends on the timestep: its convolutions would silently stay in float."""
         timed = any(layer.bias is not None and time_table(layer.bias) is not None for layer in found)
-        if self.lowering == "qdq" and (timed or any(q.table for q in plan.quantizers.values())):
+        tables = [q for q in plan.quantizers.values() if q.table]
+        if self.lowering == "qdq" and (timed or tables):
             what = "biases" if timed else "scales"
             raise RecipeError(
-                f"{what} that depend on the timestep need the integer lowering",
+                f"{what} that depend on the timestep need the integer or the premul lowering",
                 where=self.name,
                 hint="set insert_qdq.lowering to integer, or leave out fold_time and step_scales",
+            )
+        if self.lowering == "premul" and any(np.ptp(q.zero_point) for q in tables):
+            raise RecipeError(
+                "zero points that depend on the timestep need the integer lowering: premul has constant ones",
+                where=self.name,
+                hint="--set step_scales.zero_point=constant",
             )
 
     def _check_patterns(self, found: list[Layer]) -> None:

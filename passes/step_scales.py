@@ -7,29 +7,42 @@ moved. (TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503; measured directly inst
 
 Zero points are in the table too: around one constant zero point the digits lose what the tables gain (31.9 dB of
 epsilon instead of 33.0), and the convolutions were no faster: what slows them is the bias that is a row.
+
+The lowering `premul` has no other than constant ones, though. `zero_point: constant` gives all rows of a table one zero
+point z, with a scale for each row so wide that the grid reaches both ends of its range within half a step, which is
+what rounding a zero point of its own costs a row as well:
+
+    s = max(-low / (z - qmin + 1/2), high / (qmax - z + 1/2))
+
+z is the one with the least expected error over all rows: the static quantizer's, or one of a few between the lowest and
+the highest that a row would choose for itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer, Site
-from ..compiler.quant import Format, scale_for_range
+from ..compiler.quant import SMALLEST_SCALE, Array, Format, Integers, scale_for_range
 from ..compiler.ranges import Method, check_percentile, expected_error, range_of
 from ..compiler.stats import Summary
+
+CANDIDATES = 17  # shared zero points that are tried between the extremes
 
 
 @dataclass(frozen=True)
 class StepScales(Pass):
-    """`activations` and `percentile` as in choose_scales; `gain` in dB."""
+    """`activations` and `percentile` as in choose_scales; `gain` in dB; `zero_point`: one for each row, or for all."""
 
     activations: Method = "percentile"
     percentile: float = 99.999
     gain: float = 0.2
+    zero_point: Literal["table", "constant"] = "table"
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan", "groups", "frozen"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -61,14 +74,44 @@ class StepScales(Pass):
     def _table(self, site: Site, quantizer: Quantizer, groups: list[Summary]) -> Quantizer | None:
         fmt = quantizer.format
         ranges = [range_of(s, self.activations, self.percentile, fmt) for s in groups]
-        static = _static_range(quantizer, fmt)
-        power = [max(s.square / max(s.count, 1), 1e-20) for s in groups]
-        before = sum(expected_error(s, *static, fmt) / p for s, p in zip(groups, power, strict=True))
-        after = sum(expected_error(s, *r, fmt) / p for s, r, p in zip(groups, ranges, power, strict=True))
+        static = [_static_range(quantizer, fmt)] * len(groups)
+        scale, zero = scale_for_range([r[0] for r in ranges], [r[1] for r in ranges], fmt)
+        if self.zero_point == "constant":
+            scale, zero = _around_one_zero_point(groups, ranges, np.append(zero, quantizer.zero_point), fmt)
+            ranges = _grids(scale, zero, fmt)
+        before, after = (_relative_error(groups, rows, fmt) for rows in (static, ranges))
         if 10 * np.log10(max(before, 1e-30) / max(after, 1e-30)) < self.gain:
             return None
-        scale, zero = scale_for_range([r[0] for r in ranges], [r[1] for r in ranges], fmt)
         return Quantizer(fmt, scale, zero, self.name, table=True)
+
+
+def _around_one_zero_point(
+    groups: list[Summary], ranges: list[tuple[float, float]], wishes: Integers, fmt: Format
+) -> tuple[Array, Integers]:
+    """Scales and equal zero points `[groups]` of the least expected error; `wishes` has the static zero point last."""
+    low, high = (np.array(ends, np.float64) for ends in zip(*ranges, strict=True))
+    between = np.unique(np.rint(np.linspace(int(wishes.min()), int(wishes.max()), CANDIDATES)).astype(wishes.dtype))
+    rows = [_scales_around(int(z), low, high, fmt) for z in (wishes[-1], *between)]
+    return min(rows, key=lambda row: _relative_error(groups, _grids(row[0], row[1], fmt), fmt))
+
+
+def _scales_around(
+    zero: int, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], fmt: Format
+) -> tuple[Array, Integers]:
+    """The smallest scales with which a grid around `zero` reaches from `low` to `high`, within half a step."""
+    width = np.maximum(-low / (zero - fmt.qmin + 0.5), high / (fmt.qmax - zero + 0.5))
+    return np.maximum(width, SMALLEST_SCALE).astype(np.float32), np.full(len(low), zero, fmt.dtype)
+
+
+def _grids(scale: Array, zero: Integers, fmt: Format) -> list[tuple[float, float]]:
+    """The ends of each row's grid."""
+    return [((fmt.qmin - int(z)) * float(s), (fmt.qmax - int(z)) * float(s)) for s, z in zip(scale, zero, strict=True)]
+
+
+def _relative_error(groups: list[Summary], ranges: list[tuple[float, float]], fmt: Format) -> float:
+    """The expected squared error of every group, relative to its mean square, summed."""
+    power = [max(s.square / max(s.count, 1), 1e-20) for s in groups]
+    return sum(expected_error(s, *r, fmt) / p for s, r, p in zip(groups, ranges, power, strict=True))
 
 
 def _merged(summaries: list[Summary]) -> Summary:
@@ -76,5 +119,4 @@ def _merged(summaries: list[Summary]) -> Summary:
 
 
 def _static_range(quantizer: Quantizer, fmt: Format) -> tuple[float, float]:
-    scale, zero = float(quantizer.scale), int(quantizer.zero_point)
-    return (fmt.qmin - zero) * scale, (fmt.qmax - zero) * scale
+    return _grids(quantizer.scale.reshape(1), quantizer.zero_point.reshape(1), fmt)[0]

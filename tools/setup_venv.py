@@ -3,10 +3,14 @@
 It needs Python alone, and it parses under any Python from 3.6 on, so that an unsuitable one gets a sentence and no
 traceback. torch goes first and by its exact version: a bare "torch" would pull the newest one and gigabytes of CUDA
 libraries. PyTorch's own index has the CPU builds; where it does not answer, pip's configured sources serve as they are.
+
+A second onnxruntime, the oldest that pyproject.toml allows, goes into a folder of its own, which nothing imports unless
+it is asked to: tests count the integer kernels that both versions build.
 """
 
 import http.client
 import importlib.util
+import os
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +18,8 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+OLDEST_ONNXRUNTIME = "1.23.2"  # the last release of the lower bound in pyproject.toml; a test compares the two
+OLDEST_FOLDER = "oldest"  # within the environment
 OLDEST, NEWEST = (3, 10), (3, 13)
 PROBE_SECONDS = 5
 RUNS = f"import sys; sys.exit(not {OLDEST} <= sys.version_info[:2] <= {NEWEST})"
@@ -78,12 +84,33 @@ def install(python: Path) -> None:
     subprocess.check_call([*pip, "--editable", f"{root}[torch,dev]"])
 
 
+def has_oldest(python: Path, folder: Path) -> bool:
+    """Whether the oldest supported onnxruntime lies there and can be imported."""
+    code = f"import onnxruntime, sys; sys.exit(onnxruntime.__version__ != '{OLDEST_ONNXRUNTIME}')"
+    environment = dict(os.environ, PYTHONPATH=str(folder))
+    return subprocess.call([str(python), "-c", code], env=environment, stderr=subprocess.DEVNULL) == 0
+
+
+def install_oldest(python: Path, folder: Path) -> None:
+    """Put the oldest supported onnxruntime beside the installed one, unless it is there already."""
+    if has_oldest(python, folder):
+        return
+    print(f"setup: installing onnxruntime {OLDEST_ONNXRUNTIME} into {folder}, for the tests", flush=True)
+    # What it needs is installed already, for the newer one; --upgrade replaces what an interrupted run left.
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps", "--upgrade"]
+    subprocess.check_call([*command, "--target", str(folder), f"onnxruntime=={OLDEST_ONNXRUNTIME}"])
+    if not has_oldest(python, folder):
+        stop(f"onnxruntime {OLDEST_ONNXRUNTIME} in {folder} cannot be imported")
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         stop("usage: python tools/setup_venv.py FOLDER")
     check_python()
     try:
-        install(make_environment(Path(sys.argv[1])))
+        python = make_environment(Path(sys.argv[1]))
+        install(python)
+        install_oldest(python, Path(sys.argv[1]) / OLDEST_FOLDER)
     except subprocess.CalledProcessError as error:
         stop(f"this command failed (exit code {error.returncode}): {' '.join(map(str, error.cmd))}")
 

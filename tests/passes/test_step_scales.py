@@ -77,6 +77,53 @@ def test_what_moves_gets_a_row_for_each_group(planned: Program, context: Context
         check_covers(planned, quantizer, factor=1.01)
 
 
+def test_a_shared_zero_point_reaches_as_far(planned: Program, context: Context) -> None:
+    """Both groups reach from -1 to 2 times their scale, so that one zero point serves both as well as two."""
+    step = StepScales(activations="minmax", zero_point="constant")
+    quantizer = after(step, planned, context).quantizers[Site("moves")]
+    assert quantizer.table
+    assert quantizer.zero_point.dtype == np.uint8
+    assert np.ptp(quantizer.zero_point) == 0
+    check_covers(planned, quantizer)
+    with pytest.raises(AssertionError):
+        check_covers(planned, quantizer, factor=1.01)
+
+
+def two_sides(first: tuple[float, float], second: tuple[float, float], static: int) -> Program:
+    """Two groups with these ranges around a static quantizer with this zero point."""
+    rng = np.random.default_rng(0)
+    summaries = {}
+    for k, (low, high) in enumerate((first, second)):
+        made = Summary()
+        made.add(rng.uniform(low, high, 4000).astype(np.float32))
+        summaries["moves", k] = made
+    quantizer = Quantizer(UINT8, np.array(0.1, np.float32), np.array(static, np.uint8), "choose_scales")
+    plan = Plan({Site("moves"): quantizer}, groups=(0, 1))
+    return replace(tiny_program(steps=2), stats=Stats("d", 2, 2, summaries), plan=plan, frozen=(0,))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "static"),
+    [((0.0, 10.0), (-3.0, 1.0), 0), ((-9.0, 0.0), (-1.0, 0.5), 255), ((0.0, 5.0), (-5.0, 0.0), 128)],
+)
+def test_a_zero_point_at_the_end_of_the_grid_gives_way(
+    first: tuple[float, float], second: tuple[float, float], static: int, context: Context
+) -> None:
+    """One row reaches to the side on which the static grid, or another row's own, has nothing."""
+    program = two_sides(first, second, static)
+    step = StepScales(activations="minmax", zero_point="constant", gain=-100.0)
+    quantizer = after(step, program, context).quantizers[Site("moves")]
+    (zero,) = set(quantizer.zero_point.tolist())
+    assert 0 < zero < 255
+    assert program.stats is not None
+    for call, scale in enumerate(quantizer.scale):
+        seen = program.stats.summaries["moves", call]
+        low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+        assert (0 - zero - 0.51) * scale <= low and high <= (255 - zero + 0.51) * scale
+        reach = max(-low / (zero + 0.5), high / (255 - zero + 0.5))
+        assert scale == pytest.approx(reach), "wider than its range needs"
+
+
 def test_a_table_is_reported_by_its_rows(planned: Program, context: Context) -> None:
     data = after(StepScales(), planned, context).quantizers[Site("moves")].to_json()
     assert (data["rows"], data["channels"]) == (2, 1)
