@@ -110,6 +110,11 @@ class Recipe:
             have = (have - step.spoils) | step.gives
             done.append(step.name)
 
+    @property
+    def islands(self) -> tuple[str, ...]:
+        """What the recipe keeps in float on purpose: the `islands` of its passes (roles, patterns of node names)."""
+        return tuple(island for p in self.passes for island in p.options().get("islands", ()))
+
     def to_json(self) -> dict[str, Any]:
         steps = [{"pass": p.name, **({"options": p.options()} if p.options() else {})} for p in self.passes]
         return {"name": self.name, "description": self.description, "paper": self.paper, "passes": steps}

@@ -38,18 +38,11 @@ from .step_scales import StepScales
 
 EXACT = (Normalize(), FreezeTime(), LowerNorms())
 W8A8 = (*EXACT, Observe(), ChooseScales(), InsertQdq(), CleanQdq())
-W8A8_STEPS = (
-    Normalize(),
-    FreezeTime(),
-    FoldTime(),
-    LowerNorms(),
-    Observe(groups=0),
-    ChooseScales(),
-    GroupSteps(),
-    StepScales(),
-    InsertQdq(lowering="integer"),
-    CleanQdq(),
-)
+TIMED = (Normalize(), FreezeTime(), FoldTime(), LowerNorms(), Observe(groups=0), ChooseScales())
+INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
+W8A8_STEPS = (*TIMED, GroupSteps(), StepScales(), *INTEGER)
+TDQ = (*TIMED, GroupSteps(method="each"), StepScales(source="learned"), *INTEGER)
+TFMQ = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER)  # no gain is too small: all get tables
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -67,6 +60,18 @@ RECIPES: dict[str, Recipe] = {
             "w8a8 with activation scales that know the timestep, written as integer operations",
             W8A8_STEPS,
             paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
+        ),
+        Recipe(
+            "tdq",
+            "a learned function of the timestep gives each activation that moves its range; one row for every call",
+            TDQ,
+            paper="TDQ, arXiv 2306.02316 (the network is fitted to measured histograms, not through the model)",
+        ),
+        Recipe(
+            "tfmq",
+            "time features cached as tables, and finite set calibration: every activation has a row for every call",
+            TFMQ,
+            paper="TFMQ-DM, arXiv 2311.16503 (without its reconstruction of the weights)",
         ),
         Recipe(
             "ptqd-w8a8",

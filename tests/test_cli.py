@@ -432,7 +432,10 @@ class TestReports:
 
     def test_recipes(self, cli: Cli) -> None:
         assert all(name in cli("recipes").out for name in RECIPES)
-        assert [r["name"] for r in json.loads(cli("recipes", "--json").out)] == list(RECIPES)
+        told = json.loads(cli("recipes", "--json").out)
+        assert [r["name"] for r in told] == list(RECIPES)
+        assert {r["name"]: r["islands"] for r in told} == {n: list(r.islands) for n, r in RECIPES.items()}
+        assert "first, last" in cli("recipes").out
 
     @pytest.mark.parametrize("name", list(RECIPES))
     def test_a_recipe_is_printed_as_yaml_that_reads_back(self, cli: Cli, tmp_path: Path, name: str) -> None:

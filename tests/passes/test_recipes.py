@@ -130,6 +130,13 @@ def test_with_options() -> None:
     assert ChooseScales(activations="mse", weights="minmax") in two.passes
 
 
+def test_islands_are_those_of_the_passes() -> None:
+    assert {name: recipe.islands for name, recipe in RECIPES.items() if recipe.islands != ("first", "last")} == {
+        "float": ()
+    }
+    assert with_options(RECIPES["tdq"], {"insert_qdq.islands": ["mid*"]}).islands == ("mid*",)
+
+
 @pytest.mark.parametrize(
     ("setting", "message", "hint"),
     [

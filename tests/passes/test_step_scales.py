@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mezzotint.compiler import pipeline
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.pipeline import Context, Recipe
 from mezzotint.compiler.program import Plan, Program, Quantizer, Site
@@ -159,6 +160,80 @@ def test_a_view_of_one_reader_gets_a_table_too(planned: Program, context: Contex
     quantizers = {**planned.plan.quantizers, own: planned.plan.quantizers[Site("moves")]}
     plan = after(StepScales(), replace(planned, plan=replace(planned.plan, quantizers=quantizers)), context)
     assert plan.quantizers[own].table
+
+
+def learned(program: Program, context: Context, groups: tuple[int, ...], clip_weight: float = 4.0) -> Quantizer:
+    """The learned table of what moves, with other rows."""
+    assert program.plan is not None
+    program = replace(program, plan=replace(program.plan, groups=groups))
+    return after(StepScales(source="learned", clip_weight=clip_weight), program, context).quantizers[Site("moves")]
+
+
+def test_only_what_moves_is_learned(planned: Program, context: Context) -> None:
+    assert planned.plan is not None
+    told: list[tuple[str, int, int]] = []
+    loud = replace(context, progress=lambda stage, done, total: told.append((stage, done, total)))
+    plan = after(StepScales(source="learned"), planned, loud)
+    for site in (Site("stays"), WEIGHT):
+        assert plan.quantizers[site] is planned.plan.quantizers[site]
+    table = plan.quantizers[Site("moves")]
+    assert (table.table, table.by, table.scale.shape) == (True, "step_scales", (2,))
+    assert table.scale.dtype == np.float32
+    assert table.zero_point.dtype == np.uint8
+    stages = [stage for stage, _, _ in told]
+    assert stages[-1] == "step_scales (learning)"
+    assert told[-1][1] == told[-1][2] > 0
+
+
+def check_near_the_measured(program: Program, context: Context, factor: float = 1.0) -> None:
+    """When clipping costs a thousand times as much, nothing is clipped, and nothing is wider than that takes."""
+    each = tuple(range(len(DRIFT)))
+    scale = learned(program, context, each, clip_weight=1000.0).scale * factor
+    measured = np.array(DRIFT) * 3 / 255
+    np.testing.assert_allclose(scale, measured, rtol=0.008)
+
+
+def test_what_is_learned_is_near_what_was_measured(planned: Program, context: Context) -> None:
+    check_near_the_measured(planned, context)
+    for wrong in (1.01, 0.99):
+        with pytest.raises(AssertionError):
+            check_near_the_measured(planned, context, factor=wrong)
+
+
+def test_calls_that_share_a_row_get_the_widest_range_of_them(planned: Program, context: Context) -> None:
+    each = learned(planned, context, tuple(range(len(DRIFT))))
+    rows = learned(planned, context, GROUPS)
+    low, high = ((q - each.zero_point.astype(int)) * each.scale for q in (UINT8.qmin, UINT8.qmax))
+    for row in range(2):
+        members = [k for k, g in enumerate(GROUPS) if g == row]
+        width = max(high[members]) - min(low[members])
+        assert float(rows.scale[row]) * 255 == pytest.approx(width, rel=0.01)
+
+
+def test_the_seed_and_the_weight_decide_what_is_learned(planned: Program, context: Context) -> None:
+    first = learned(planned, context, GROUPS).scale.tobytes()
+    assert learned(planned, context, GROUPS).scale.tobytes() == first
+    assert learned(planned, replace(context, seed=1), GROUPS).scale.tobytes() != first
+    assert learned(planned, context, GROUPS, clip_weight=1.0).scale.tobytes() != first
+
+
+@pytest.mark.parametrize("clip_weight", [0.5, -1.0, float("nan"), float("inf")])
+def test_weights_of_clipping_that_are_refused(clip_weight: float) -> None:
+    with pytest.raises(RecipeError, match="clip_weight is"):
+        StepScales(clip_weight=clip_weight)
+
+
+@pytest.mark.parametrize("name", ["tdq", "tfmq"])
+def test_recipes_with_a_row_for_every_call(name: str, tiny: Program, context: Context) -> None:
+    done = pipeline.run(tiny, RECIPES[name].passes, context)
+    assert done.plan is not None
+    assert done.plan.groups == (0, 1, 2)
+    tables = {site for site, q in done.plan.quantizers.items() if q.table}
+    activations = {site for site, q in done.plan.quantizers.items() if q.axis is None}
+    assert tables
+    assert tables <= activations
+    if name == "tfmq":
+        assert tables == activations
 
 
 @pytest.mark.parametrize("percentile", [20.0, 50.0, 101.0])
