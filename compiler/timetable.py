@@ -74,17 +74,23 @@ def lookup(
 
 
 def rows_of(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
-    """A scale or zero point as rows `[groups]` with the index of the row, or `[1]` without one when it is constant.
+    """A scale or zero point as rows `[groups]`, or `[groups, C]` of a per-channel one, with the index of the row.
 
-    Follows `lookup` backwards: Split(Gather(table, Reshape(row))), without the Split when the table has one column.
+    A constant one is one row, `[1]` or `[1, C]`, without an index. Follows `lookup` backwards:
+    Split(Gather(table, Reshape(row))), without the Split when the table has one part.
     """
     if is_constant(parameter):
-        return numpy_of(parameter).reshape(1), None
+        constant = numpy_of(parameter)
+        return constant[None] if constant.size > 1 else constant.reshape(1), None
     part = parameter.producer()
     assert part is not None
-    column = list(part.outputs).index(parameter) if is_op(part, "Split") else 0
+    columns = slice(None)
+    if is_op(part, "Split") and part.inputs[1] is not None:
+        index, sizes = list(part.outputs).index(parameter), numpy_of(part.inputs[1])
+        columns = slice(int(sizes[:index].sum()), int(sizes[: index + 1].sum()))
     gather = part.inputs[0].producer() if is_op(part, "Split") and part.inputs[0] is not None else part
     assert gather is not None and gather.inputs[0] is not None and gather.inputs[1] is not None
-    index = gather.inputs[1].producer()
-    assert index is not None
-    return numpy_of(gather.inputs[0])[:, column], index.inputs[0]
+    scalar = gather.inputs[1].producer()
+    assert scalar is not None
+    rows = numpy_of(gather.inputs[0])[:, columns]
+    return rows[:, 0] if rows.shape[1] == 1 else rows, scalar.inputs[0]

@@ -4,6 +4,8 @@
    works on 8-bit data instead, a quarter of the bytes (a per-tensor quantizer does not see where a value lies).
 2. Q(DQ(q)) with the same parameters is q.
 3. DequantizeLinear nodes with equal inputs are one.
+4. Shape(DQ(q)) is Shape(q): onnxruntime gives every reader of a DQ one of its own, and would compute a whole feature
+   map for its size.
 """
 
 from __future__ import annotations
@@ -31,8 +33,12 @@ class CleanQdq(Pass):
         moved = _hoist_until_still(graph, names)
         undone = _drop_round_trips(graph)
         merged = _merge_equal(graph)
+        measured = _measure_integers(graph)
         remove_dead(graph)
-        return program.noted(f"{moved} moved in front of data movers, {undone} round trips gone, {merged} merged")
+        return program.noted(
+            f"{moved} moved in front of data movers, {undone} round trips gone, {merged} merged, "
+            f"{measured} shapes taken from integers"
+        )
 
 
 def _hoist_until_still(graph: ir.Graph, names: Names) -> int:
@@ -90,6 +96,16 @@ def _drop_round_trips(graph: ir.Graph) -> int:
                 node.outputs[0].replace_all_uses_with(integers)
                 graph.remove(node, safe=True)
                 count += 1
+    return count
+
+
+def _measure_integers(graph: ir.Graph) -> int:
+    count = 0
+    for node in graph:
+        pair = node.inputs[0].producer() if is_op(node, "Shape") and node.inputs[0] is not None else None
+        if is_op(pair, "DequantizeLinear") and pair is not None:
+            node.replace_input_with(0, pair.inputs[0])
+            count += 1
     return count
 
 

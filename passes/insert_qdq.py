@@ -10,15 +10,13 @@ reads the raw output; so every reader, in float too, reads behind the same Dequa
 int32 and leave in float, so their outputs are not quantized. A format of fewer than 8 bits is simulated on the same
 kernels: a Clip behind Q keeps its integers inside the narrower grid.
 
-Islands are kept in float on purpose and listed: `first` (layers that read the sample: its last bits are the noise
-that the model must predict), `last` (the layer that makes the output), `attention` (matmuls of two activations), or
-patterns of node names. A layer without a plan, and everything that cannot be an integer kernel, is listed too.
+Islands are kept in float on purpose and listed; compiler/islands.py has the roles. A layer without a plan, and
+everything that cannot be an integer kernel, is listed too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,7 +24,8 @@ import onnx_ir as ir
 
 from ..compiler.errors import RecipeError
 from ..compiler.graph import Builder, Names, consumers, name_of, replace_use
-from ..compiler.ops import Layer, float_reason, is_mover, layers, time_table
+from ..compiler.islands import Islands
+from ..compiler.ops import Layer, float_reason, layers, time_table
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer
 from ..compiler.timetable import deployed_rows, group_of_train, lookup, step_index
@@ -54,14 +53,14 @@ class InsertQdq(Pass):
         plan = program.plan
         assert plan is not None  # the order check saw to it
         found = list(layers(program.graph))
+        islands = Islands(program, found, self.islands, self.name)
         reasons = {n.name or "": r for n in program.graph if (r := float_reason(n))}
         for layer in found:
-            reason = self._island(layer, program)
+            reason = islands.reason(layer)
             if reason is None and not _planned(layer, plan):
                 reason = "the plan has no quantizer for it"
             if reason is not None:
                 reasons[layer.name] = reason
-        self._check_patterns(found)
         self._check_lowering(found, plan)
         float_model = program.model.clone()
         chosen = [layer for layer in found if layer.name not in reasons]
@@ -78,16 +77,6 @@ class InsertQdq(Pass):
             lowering=self.lowering,
             note=note,
         )
-
-    def _island(self, layer: Layer, program: Program) -> str | None:
-        if "first" in self.islands and any(_reaches_up(v, program.signature.sample) for v in layer.activations):
-            return "island 'first': it reads the sample"
-        if "last" in self.islands and _reaches_down(layer.output):
-            return "island 'last': it makes the output"
-        if "attention" in self.islands and layer.kind == "attention":
-            return "island 'attention': a matmul of two activations"
-        pattern = next((p for p in self.islands if fnmatchcase(layer.name, p)), None)
-        return None if pattern is None else f"island {pattern!r}"
 
     def _check_lowering(self, found: list[Layer], plan: Plan) -> None:
         """`qdq` has nothing that depends on the timestep: its convolutions would silently stay in float."""
@@ -107,40 +96,12 @@ class InsertQdq(Pass):
                 hint="--set step_scales.zero_point=constant",
             )
 
-    def _check_patterns(self, found: list[Layer]) -> None:
-        for pattern in self.islands:
-            if pattern not in ("first", "last", "attention") and not any(
-                fnmatchcase(layer.name, pattern) for layer in found
-            ):
-                raise RecipeError(
-                    f"the island {pattern!r} matches no layer",
-                    where=self.name,
-                    hint=f"layers are called {', '.join(layer.name for layer in found[:4])} ...",
-                )
-
 
 def _planned(layer: Layer, plan: Plan) -> bool:
     sites = [name_of(v) for v in layer.activations]
     sites += [name_of(layer.weight)] if layer.weight is not None else []
     sites += [name_of(layer.output)] if layer.output_quantized else []
     return all(plan.of(value, layer.name) is not None for value in sites)
-
-
-def _reaches_up(value: ir.Value, name: str) -> bool:
-    """Whether a value is the input of that name, seen through nodes that only move data."""
-    producer = value.producer()
-    if producer is None:
-        return name_of(value) == name
-    first = producer.inputs[0] if producer.inputs else None
-    return is_mover(producer) and first is not None and _reaches_up(first, name)
-
-
-def _reaches_down(value: ir.Value) -> bool:
-    """Whether a value is a graph output, seen through nodes that only move data."""
-    if value.is_graph_output():
-        return True
-    readers = consumers(value)
-    return len(readers) == 1 and is_mover(readers[0]) and _reaches_down(readers[0].outputs[0])
 
 
 class _Writer:
@@ -212,12 +173,13 @@ class _Writer:
 
 
 def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
-    """(scale `[1]`, zero point `[1]`) of each table quantizer at the call's timestep: one lookup for all of them."""
+    """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep: one lookup for all of them."""
     build = Builder(program.graph, names, program.graph[0])
     row = step_index(build, program, group_of_train(program), "group")
-    ones = [1] * len(tables)
-    scales = lookup(build, np.stack([q.scale for q in tables], axis=1), row, ones, "scales")
-    zeros = lookup(build, np.stack([q.zero_point for q in tables], axis=1), row, ones, "zero_points")
+    columns = [(q.scale.reshape(len(q.scale), -1), q.zero_point.reshape(len(q.scale), -1)) for q in tables]
+    sizes = [scale.shape[1] for scale, _ in columns]
+    scales = lookup(build, np.concatenate([scale for scale, _ in columns], axis=1), row, sizes, "scales")
+    zeros = lookup(build, np.concatenate([zero for _, zero in columns], axis=1), row, sizes, "zero_points")
     return {id(q): pair for q, pair in zip(tables, zip(scales, zeros, strict=True), strict=True)}
 
 
