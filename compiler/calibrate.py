@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,10 @@ def follow_trajectories(program: Program, context: Context, denoiser: Calibratio
     """
     deployment = program.deployment
     check_conditions(program, context)
-    starts = range(0, context.samples, program.fixed_batch or context.batch)
-    total = len(starts) * len(deployment.timesteps)
+    spans = batch_spans(program, context)
+    total = len(spans) * len(deployment.timesteps)
     calls = 0
-    for first in starts:
-        rows = program.fixed_batch or min(context.batch, context.samples - first)
+    for first, rows in spans:
         conditions = context.condition_rows(first, rows)
 
         def call(x: Images, t: int, conditions: Conditions = conditions) -> Images:
@@ -44,6 +43,47 @@ def follow_trajectories(program: Program, context: Context, denoiser: Calibratio
         noise = samplers.seeded_noise(context.seed, first=first)
         samplers.sample(call, x, program.schedule, deployment, noise=noise)
     return calls
+
+
+def batch_spans(program: Program, context: Context) -> list[tuple[int, int]]:
+    """(first sample, number of samples) of each calibration batch; a batch that is written into the graph is whole."""
+    size = program.fixed_batch or context.batch
+    starts = range(0, context.samples, size)
+    return [(first, program.fixed_batch or min(size, context.samples - first)) for first in starts]
+
+
+class LockStep:
+    """The latents of all calibration samples, which take each step of the sampler together.
+
+    The noise is that of `follow_trajectories`, and so is every picture when both advance with the same denoiser.
+    Latents are all that is kept: memory grows with the samples by those alone.
+    """
+
+    def __init__(self, program: Program, context: Context) -> None:
+        check_conditions(program, context)
+        self._context = context
+        self._stepper = samplers.stepper(program.schedule, program.deployment)
+        self._spans = batch_spans(program, context)
+        shape = program.shape
+        self._latents = [samplers.initial_noise(context.seed, (n, *shape), first=first) for first, n in self._spans]
+        self._index = 0
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._spans)
+
+    def batches(self) -> Iterator[tuple[Images, Conditions]]:
+        """(latents `[B, C, H, W]`, conditions of the same rows) of each batch, where they stand now."""
+        for (first, rows), x in zip(self._spans, self._latents, strict=True):
+            yield x, self._context.condition_rows(first, rows)
+
+    def advance(self, denoiser: CalibrationDenoiser) -> None:
+        """Take one step of the sampler with every batch."""
+        timestep = self._stepper.steps[self._index].timestep
+        for i, (x, conditions) in enumerate(self.batches()):
+            noise = samplers.seeded_noise(self._context.seed, first=self._spans[i][0])
+            self._latents[i] = self._stepper.advance(self._index, x, denoiser(x, timestep, conditions), noise)
+        self._index += 1
 
 
 def check_conditions(program: Program, context: Context) -> None:

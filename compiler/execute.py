@@ -24,6 +24,7 @@ class Executor:
 
     `taps` are names of values to return beside the graph's outputs. `level` is onnxruntime's optimization level;
     taps make onnxruntime keep the tapped values, so a tapped quantized graph may fuse less than the untapped one.
+    `spinning` is that of `open_session`: without it the cores are free for a Collector.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Executor:
         taps: Sequence[str] = (),
         threads: int | None = None,
         level: Level = "all",
+        spinning: bool = True,
     ) -> None:
         self._taps = tuple(taps)
         self._path = store.write(_tapped(model, self._taps), folder)
         self.outputs = [name_of(v) for v in model.graph.outputs]
         self.inputs = {name_of(v): v for v in model.graph.inputs}
-        self._session = open_session(self._path, threads=threads, level=level)
+        self._session = open_session(self._path, threads=threads, level=level, spinning=spinning)
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """All outputs and taps of one call, by name."""

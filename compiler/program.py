@@ -110,6 +110,8 @@ class Program:
     height or width open, other sizes work too. `frozen` lists the timesteps that the tables in the graph hold, in
     the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers came in,
     for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
+    `allocation` is the number of calibration samples that count at each network call of the deployment, in the order
+    of the calls; empty: all of them, everywhere.
     """
 
     model: ir.Model
@@ -124,6 +126,7 @@ class Program:
     frozen: tuple[int, ...] | None = None
     float_model: ir.Model | None = None
     lowering: str = "qdq"
+    allocation: tuple[int, ...] = ()
     history: tuple[Record, ...] = ()
     note: str = ""
     fx_text: str | None = None

@@ -49,6 +49,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         "source": dict(program.source),
         "frozen": None if program.frozen is None else list(program.frozen),
         "lowering": program.lowering,
+        "allocation": list(program.allocation),
         "history": [r.to_json() for r in program.history],
         "fx_text": program.fx_text,
         "pending": [dict(p) for p in pending],
@@ -83,6 +84,7 @@ def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
         frozen=None if data["frozen"] is None else tuple(data["frozen"]),
         float_model=ir.load(float_file) if float_file.exists() else None,
         lowering=data["lowering"],
+        allocation=tuple(data["allocation"]),
         fx_text=data["fx_text"],
         history=tuple(
             Record(
@@ -118,7 +120,8 @@ def _save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
         arrays[f"{i}.bins"] = used.astype(np.int32)
         arrays[f"{i}.counts"] = s.histogram[used]
     save_file(arrays, folder / "stats.safetensors")
-    return {"digest": stats.digest, "groups": stats.groups, "calls": stats.calls, "keys": keys}
+    facts = {"digest": stats.digest, "groups": stats.groups, "calls": stats.calls}
+    return {**facts, "timesteps": list(stats.timesteps), "keys": keys}
 
 
 def _load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
@@ -129,7 +132,7 @@ def _load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
         summary = Summary(int(count), low, high, total, square)
         summary.histogram[arrays[f"{i}.bins"]] = arrays[f"{i}.counts"]
         summaries[str(name), int(group)] = summary
-    return Stats(data["digest"], data["groups"], data["calls"], summaries)
+    return Stats(data["digest"], data["groups"], data["calls"], summaries, tuple(data["timesteps"]))
 
 
 def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:

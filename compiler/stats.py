@@ -8,11 +8,13 @@ bin, those above 2^17 the highest (the extremes themselves are kept exactly).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from .errors import StatsError
 
 _MANTISSA_BITS = 4
 _SHIFT = np.uint32(23 - _MANTISSA_BITS)
@@ -20,6 +22,9 @@ _LOWEST = np.uint32((127 - 24) << _MANTISSA_BITS)
 _HIGHEST = np.uint32(((127 + 17) << _MANTISSA_BITS) - 1)
 _HALF = int(_HIGHEST - _LOWEST) + 1
 _BINS = 2 * _HALF
+_KEYS = 2 << (8 + _MANTISSA_BITS)  # of a whole float32: sign, exponent and the highest mantissa bits
+_NAMED = 5  # timesteps that an error lists
+_BLOCK = 1 << 16  # values folded at once: everything made of them stays in the cache of one core
 
 Counts = npt.NDArray[np.int64]
 
@@ -33,14 +38,6 @@ def _edges() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
 
 
 BIN_LOW, BIN_HIGH = _edges()
-
-
-def _keys(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
-    """The bin of each value; the negative half follows the positive one."""
-    bits = values.view(np.uint32)
-    keys: npt.NDArray[np.uint32] = np.clip((bits & np.uint32(0x7FFFFFFF)) >> _SHIFT, _LOWEST, _HIGHEST) - _LOWEST
-    keys += (bits >> np.uint32(31)) * np.uint32(_HALF)
-    return keys
 
 
 @dataclass
@@ -59,12 +56,32 @@ class Summary:
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if not flat.size:
             return
+        bits = flat.view(np.uint32)
+        counts = np.zeros(_KEYS, np.int64)
+        wide = np.empty(min(_BLOCK, flat.size), np.float64)
+        short, keys = np.empty(wide.size, np.uint32), np.empty(wide.size, np.int64)
+        for first in range(0, flat.size, _BLOCK):
+            part = flat[first : first + _BLOCK]
+            size = part.size
+            self.low = min(self.low, float(part.min()))
+            self.high = max(self.high, float(part.max()))
+            np.copyto(wide[:size], part)
+            self.total += float(wide[:size].sum())
+            # Not `dot`: BLAS would share it out among threads, and the last bits would depend on their number.
+            self.square += float(np.einsum("i,i->", wide[:size], wide[:size]))
+            np.right_shift(bits[first : first + _BLOCK], _SHIFT, out=short[:size])
+            np.copyto(keys[:size], short[:size])  # the type that bincount would convert to by itself, slower
+            counts += np.bincount(keys[:size], minlength=_KEYS)
         self.count += flat.size
-        self.low = min(self.low, float(flat.min()))
-        self.high = max(self.high, float(flat.max()))
-        self.total += float(flat.sum(dtype=np.float64))
-        self.square += float(np.einsum("i,i->", flat, flat, dtype=np.float64, casting="same_kind"))
-        self.histogram += np.bincount(_keys(flat), minlength=_BINS)
+        self._fold(counts)
+
+    def _fold(self, counts: Counts) -> None:
+        """Add the counts of whole float32 keys `[_KEYS]`; magnitudes beyond the bins go to those at the ends."""
+        for sign, half in enumerate(counts.reshape(2, -1)):
+            bins = self.histogram[sign * _HALF : (sign + 1) * _HALF]
+            bins += half[_LOWEST : _HIGHEST + 1]
+            bins[0] += half[:_LOWEST].sum()
+            bins[-1] += half[_HIGHEST + 1 :].sum()
 
     def __add__(self, other: Summary) -> Summary:
         return Summary(
@@ -102,12 +119,15 @@ class Stats:
     """Summaries keyed by (value name, group of calls), and what they were measured on.
 
     `digest` is that of the graph, so that statistics of another graph are refused; `calls` counts network calls.
+    `timesteps` are those of the calls of one trajectory, in their order, which the groups divide; empty where whoever
+    measured did not say.
     """
 
     digest: str
     groups: int
     calls: int
     summaries: dict[tuple[str, int], Summary]
+    timesteps: tuple[int, ...] = ()
 
     def values(self) -> Iterable[str]:
         return dict.fromkeys(name for name, _ in self.summaries)
@@ -118,9 +138,47 @@ class Stats:
         return sum(parts[1:], parts[0]) if parts else None
 
     def __add__(self, other: Stats) -> Stats:
-        if (self.digest, self.groups) != (other.digest, other.groups):
+        if (self.digest, self.groups, self.timesteps) != (other.digest, other.groups, other.timesteps):
             raise ValueError("statistics of different graphs or groupings do not add")
         merged = dict(self.summaries)
         for key, summary in other.summaries.items():
             merged[key] = merged[key] + summary if key in merged else summary
-        return Stats(self.digest, self.groups, self.calls + other.calls, merged)
+        return Stats(self.digest, self.groups, self.calls + other.calls, merged, self.timesteps)
+
+    def check_every_call(self, timesteps: Sequence[int], where: str) -> None:
+        """Refuse, for a pass that needs each of these network calls by itself, statistics that do not have them all.
+
+        Raises StatsError: it names the timesteps that were never calibrated, each with the nearest one that was.
+        """
+        known = self.timesteps or tuple(timesteps)
+        if self.groups != len(known):
+            raise StatsError(
+                f"statistics of {self.groups} groups for {len(known)} network calls",
+                where=where,
+                hint="measure every call on its own: --set observe.groups=0",
+            )
+        groups = {group for _, group in self.summaries}
+        measured = [t for k, t in enumerate(known) if k in groups]
+        missing = [t for t in timesteps if t not in measured]
+        if not missing and tuple(timesteps) == known:
+            return
+        if not missing:
+            raise StatsError(
+                f"statistics of {len(known)} network calls for a deployment that makes {len(timesteps)} of them",
+                where=where,
+                hint="run observe with the deployment that the tables are for",
+            )
+        named = ", ".join(_with_nearest(t, measured) for t in missing[:_NAMED])
+        more = f", and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise StatsError(
+            f"{len(missing)} of {len(timesteps)} timesteps were never calibrated: {named}{more}",
+            where=where,
+            hint="give every call a sample (a larger allocate_steps.share, or the method uniform), and run observe "
+            "with the deployment that the tables are for",
+        )
+
+
+def _with_nearest(timestep: int, measured: Sequence[int]) -> str:
+    if not measured:
+        return str(timestep)
+    return f"{timestep} (nearest calibrated: {min(measured, key=lambda t: (abs(t - timestep), t))})"

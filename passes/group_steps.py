@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.errors import RecipeError, StatsError
+from ..compiler.errors import RecipeError
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program
 from ..compiler.quant import UINT8
@@ -48,12 +48,7 @@ class GroupSteps(Pass):
         calls = len(program.deployment.timesteps)
         stats = program.stats
         assert stats is not None and program.plan is not None  # the order check saw to it
-        if stats.groups != calls:
-            raise StatsError(
-                f"statistics of {stats.groups} groups for {calls} network calls",
-                where=self.name,
-                hint="measure every call on its own: --set observe.groups=0",
-            )
+        stats.check_every_call(program.deployment.timesteps, self.name)
         groups = self._cut(stats, calls)
         plan = Plan(program.plan.quantizers, program.plan.islands, groups)
         sizes = np.bincount(groups)

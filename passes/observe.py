@@ -2,11 +2,14 @@
 
 Calibration follows the deployed sampler from noise to picture, so that every timestep is seen with the latents that
 really occur there (Q-Diffusion, arXiv 2302.04304, samples calibration data along the trajectory for the same reason).
-Each call's activations go into mergeable summaries and are dropped.
+Each call's activations go into mergeable summaries and are dropped. Where allocate_steps ran, only the first so many
+samples of each call enter them; the others are sampled all the same, so that the trajectories do not depend on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,13 +17,14 @@ import numpy as np
 
 from ..compiler import graph as graphs
 from ..compiler.calibrate import Conditions, Images, follow_trajectories
-from ..compiler.errors import RecipeError, StatsError
+from ..compiler.collect import Collector
+from ..compiler.errors import RecipeError
 from ..compiler.execute import Executor
 from ..compiler.graph import name_of
 from ..compiler.ops import layers
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
-from ..compiler.stats import Stats, Summary
+from ..compiler.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -44,31 +48,72 @@ class Observe(Pass):
         values = list(
             dict.fromkeys(name_of(v) for layer in layers(program.graph) for v in (*layer.activations, layer.output))
         )
-        position = {t: i for i, t in enumerate(program.deployment.timesteps)}
-        groups = min(self.groups or len(position), len(position))
-        summaries: dict[tuple[str, int], Summary] = {}
-        signature = program.signature
-
-        with Executor(
-            program.model, context.folder, taps=[v for v in values if v not in inputs], threads=context.threads
-        ) as executor:
-
-            def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
-                outputs = executor.call(signature, x, t, conditions)
-                group = position[t] * groups // len(position)
-                for name in values:
-                    array = {signature.sample: x, **conditions, **outputs}[name]
-                    summary = summaries.setdefault((name, group), Summary())
-                    summary.add(np.asarray(array, np.float32))
-                    if not summary.finite:
-                        raise StatsError(
-                            f"the float model computes NaN or infinite values at timestep {t}",
-                            where=f"value {name}",
-                            hint="check the model in float32 before quantizing it",
-                        )
-                return np.asarray(outputs[signature.output], np.float32)
-
-            calls = follow_trajectories(program, context, denoiser, "observe")
-        stats = Stats(graphs.digest(program.model), groups, calls, summaries)
-        note = f"{len(values)} values over {calls} calls, {context.samples} samples at each step"
+        timesteps = program.deployment.timesteps
+        groups = min(self.groups or len(timesteps), len(timesteps))
+        taps = [v for v in values if v not in inputs]
+        with Collector() as collector, ExitStack() as sessions:
+            tapped = sessions.enter_context(
+                Executor(program.model, context.folder, taps=taps, threads=context.threads, spinning=False)
+            )
+            untapped = tapped
+            if program.allocation:
+                untapped = sessions.enter_context(
+                    Executor(program.model, context.folder, threads=context.threads, spinning=False)
+                )
+            observer = _Observer(program, collector, values, groups, tapped, untapped)
+            calls = follow_trajectories(program, context, observer, "observe")
+            collector.settle()
+        stats = Stats(graphs.digest(program.model), groups, calls, collector.summaries, timesteps)
+        each = program.allocation or (context.samples,)
+        samples = f"{min(each)} to {max(each)}" if min(each) < max(each) else f"{each[0]}"
+        note = f"{len(values)} values over {calls} calls, {samples} samples at each step"
         return replace(program, stats=stats, note=note)
+
+
+class _Observer:
+    """A denoiser that collects statistics of the first samples of each call, as many as the allocation says.
+
+    All samples follow their trajectories to the end. Those that do not count run through a session without taps, which
+    is faster; rows are never cut out of activations, whose first dimension need not be the batch.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        collector: Collector,
+        values: Sequence[str],
+        groups: int,
+        tapped: Executor,
+        untapped: Executor,
+    ) -> None:
+        self._signature, self._fixed = program.signature, program.fixed_batch is not None
+        self._collector, self._values, self._groups = collector, values, groups
+        self._tapped, self._untapped = tapped, untapped
+        self._position = {t: i for i, t in enumerate(program.deployment.timesteps)}
+        self._left: dict[int, int] = dict(enumerate(program.allocation))
+
+    def __call__(self, x: Images, t: int, conditions: Conditions) -> Images:
+        call = self._position[t]
+        left = self._left.get(call, len(x))
+        if call in self._left:
+            self._left[call] = max(left - len(x), 0)
+        if left >= len(x):
+            return self._observe(x, t, conditions)
+        if left == 0:
+            return self._skip(x, t, conditions)
+        if self._fixed:  # whole batches only: the samples that count, again and again
+            rows = np.arange(len(x)) % left
+            self._observe(x[rows], t, {n: a[rows] for n, a in conditions.items()})
+            return self._skip(x, t, conditions)
+        first = self._observe(x[:left], t, {n: a[:left] for n, a in conditions.items()})
+        return np.concatenate([first, self._skip(x[left:], t, {n: a[left:] for n, a in conditions.items()})])
+
+    def _observe(self, x: Images, t: int, conditions: Conditions) -> Images:
+        outputs = self._tapped.call(self._signature, x, t, conditions)
+        seen = {self._signature.sample: x, **conditions, **outputs}
+        group = self._position[t] * self._groups // len(self._position)
+        self._collector.add(group, t, {name: seen[name] for name in self._values})
+        return np.asarray(outputs[self._signature.output], np.float32)
+
+    def _skip(self, x: Images, t: int, conditions: Conditions) -> Images:
+        return np.asarray(self._untapped.call(self._signature, x, t, conditions)[self._signature.output], np.float32)

@@ -34,6 +34,7 @@ from .insert_qdq import InsertQdq
 from .lower_norms import LowerNorms
 from .normalize import Normalize
 from .observe import Observe
+from .settle_scales import SettleScales
 from .step_scales import StepScales
 
 EXACT = (Normalize(), FreezeTime(), LowerNorms())
@@ -43,6 +44,7 @@ INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
 W8A8_STEPS = (*TIMED, GroupSteps(), StepScales(), *INTEGER)
 TDQ = (*TIMED, GroupSteps(method="each"), StepScales(source="learned"), *INTEGER)
 TFMQ = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER)  # no gain is too small: all get tables
+PCR = (*TIMED, GroupSteps(method="each"), StepScales(), *INTEGER, SettleScales())
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -72,6 +74,13 @@ RECIPES: dict[str, Recipe] = {
             "time features cached as tables, and finite set calibration: every activation has a row for every call",
             TFMQ,
             paper="TFMQ-DM, arXiv 2311.16503 (without its reconstruction of the weights)",
+        ),
+        Recipe(
+            "pcr",
+            "w8a8-steps with a row for every call, each measured behind the quantized calls before it",
+            PCR,
+            paper="PCR: progressive calibration (Progressive Calibration and Activation Relaxing, arXiv 2311.06322), "
+            "without its 10-bit calls",
         ),
         Recipe(
             "ptqd-w8a8",

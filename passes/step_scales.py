@@ -72,6 +72,7 @@ class StepScales(Pass):
     def run(self, program: Program, context: Context) -> Program:
         stats, plan = program.stats, program.plan
         assert stats is not None and plan is not None  # the order check saw to it
+        stats.check_every_call(program.deployment.timesteps, self.name)
         members = [[k for k, g in enumerate(plan.groups) if g == row] for row in range(max(plan.groups) + 1)]
         quantizers = dict(plan.quantizers)
         moving: dict[Site, list[Summary]] = {}

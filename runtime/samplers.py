@@ -55,11 +55,16 @@ def sample(
     callback: Callback | None = None,
 ) -> Images:
     """Denoise `x` `[B, C, H, W]` as `deployment` says: `ddim` or `ddpm` below, whose `noise` it needs."""
+    return _run(denoiser, x, stepper(schedule, deployment, correction=correction), noise, callback)
+
+
+def stepper(schedule: Schedule, deployment: Deployment, *, correction: Correction | None = None) -> Stepper:
+    """The steps of a deployment, for a caller that loops over them itself."""
     if deployment.sampler == "ddpm":
         steps = ddpm_coefficients(schedule, deployment.timesteps, correction=correction)
     else:
         steps = ddim_coefficients(schedule, deployment.timesteps, eta=deployment.eta, correction=correction)
-    return _run(denoiser, x, schedule, steps, noise, correction, callback)
+    return Stepper(schedule, steps, correction)
 
 
 def ddim(
@@ -75,7 +80,7 @@ def ddim(
 ) -> Images:
     """Denoise `x` `[B, C, H, W]` by DDIM; eta 0 is deterministic, more needs `noise`. Returns float32, a new array."""
     steps = ddim_coefficients(schedule, timesteps, eta=eta, correction=correction)
-    return _run(denoiser, x, schedule, steps, noise, correction, callback)
+    return _run(denoiser, x, Stepper(schedule, steps, correction), noise, callback)
 
 
 def ddpm(
@@ -90,7 +95,7 @@ def ddpm(
 ) -> Images:
     """Denoise `x` `[B, C, H, W]` by ancestral sampling, which needs `noise`. Returns float32, a new array."""
     steps = ddpm_coefficients(schedule, timesteps, correction=correction)
-    return _run(denoiser, x, schedule, steps, noise, correction, callback)
+    return _run(denoiser, x, Stepper(schedule, steps, correction), noise, callback)
 
 
 def initial_noise(seed: int, shape: Sequence[int], *, first: int = 0) -> Images:
@@ -114,37 +119,59 @@ def _normal(seed: int, draw: int, shape: tuple[int, ...], first: int) -> Images:
     return out
 
 
-def _run(
-    denoiser: Denoiser,
-    x: Images,
-    schedule: Schedule,
-    steps: tuple[Coefficients, ...],
-    noise: Noise | None,
-    correction: Correction | None,
-    callback: Callback | None,
-) -> Images:
-    if x.dtype != np.float32 or x.ndim != 4:
-        raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, channels, height, width]")
-    if noise is None and any(step.sigma > 0 for step in steps):
-        raise InputError("ddpm, and ddim with eta above 0, need noise", hint="pass noise=seeded_noise(seed)")
-    limit = schedule.clip_sample_range if schedule.clip_sample else None
-    scratch = np.empty_like(x, order="C")
-    for index, step in enumerate(steps):
-        output = denoiser(x, step.timestep)
+@dataclass(frozen=True)
+class Stepper:
+    """What happens between two network calls. It holds no latents: any number of batches can be advanced side by side.
+
+    `advance` is the body of the sampling loop; `sample` is that loop over one batch.
+    """
+
+    schedule: Schedule
+    steps: tuple[Coefficients, ...]
+    correction: Correction | None = None
+
+    def advance(
+        self, index: int, x: Images, output: Images, noise: Noise | None = None, *, scratch: Images | None = None
+    ) -> Images:
+        """The state `[B, C, H, W]` behind step `index`, a new array, from the state before it and the model's output.
+
+        `noise` as in `sample`; `scratch`, a C-ordered array like `x`, saves an allocation. Raises InputError.
+        """
+        step = self.steps[index]
         if output.shape != x.shape or output.dtype != np.float32:
             where = f"timestep {step.timestep}"
             raise InputError(f"the denoiser returned {_kind(output)} for x {_kind(x)}", where=where)
-        fixed = output if correction is None else correction.apply(output, step.timestep)
-        x_next = _advance(step, x, fixed, limit, scratch)
+        if noise is None and step.sigma > 0:
+            raise InputError(
+                "ddpm, and ddim with eta above 0, need noise",
+                where=f"timestep {step.timestep}",
+                hint="pass noise=seeded_noise(seed)",
+            )
+        limit = self.schedule.clip_sample_range if self.schedule.clip_sample else None
+        spare = np.empty_like(x, order="C") if scratch is None else scratch
+        fixed = output if self.correction is None else self.correction.apply(output, step.timestep)
+        x_next = _linear(step, x, fixed, limit, spare)
         if noise is not None and step.noise > 0:
-            x_next += np.multiply(noise(index, x.shape), step.noise, out=scratch)
+            x_next += np.multiply(noise(index, x.shape), step.noise, out=spare)
+        return x_next
+
+
+def _run(denoiser: Denoiser, x: Images, stepper: Stepper, noise: Noise | None, callback: Callback | None) -> Images:
+    if x.dtype != np.float32 or x.ndim != 4:
+        raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, channels, height, width]")
+    if noise is None and any(step.sigma > 0 for step in stepper.steps):
+        raise InputError("ddpm, and ddim with eta above 0, need noise", hint="pass noise=seeded_noise(seed)")
+    scratch = np.empty_like(x, order="C")
+    for index, step in enumerate(stepper.steps):
+        output = denoiser(x, step.timestep)
+        x_next = stepper.advance(index, x, output, noise, scratch=scratch)
         if callback is not None:
             callback(StepInfo(index, step.timestep, x, output, x_next))
         x = x_next
     return x
 
 
-def _advance(step: Coefficients, x: Images, output: Images, limit: float | None, scratch: Images) -> Images:
+def _linear(step: Coefficients, x: Images, output: Images, limit: float | None, scratch: Images) -> Images:
     """The deterministic part of a step, as a new array; terms whose coefficient is 0 cost nothing."""
     if limit is None:
         x_next = x * np.float32(step.from_image * step.image_x + step.from_x)

@@ -77,13 +77,15 @@ def open_session(
     optimized: Path | None = None,
     profile: Path | None = None,
     level: Level = "all",
+    spinning: bool = True,
 ) -> ort.InferenceSession:
     """A CPU session. `threads` None leaves their number to onnxruntime.
 
     `optimized` names a file for the graph that onnxruntime really built, its large initializers beside it in
     `<name>.data`; counting integer kernels there needs no private API. `profile` starts onnxruntime's profiler, which
     slows every call down; `session.end_profiling()` writes the trace to `<profile>_<time>.json` and returns that name.
-    Raises InputError where the model cannot be opened.
+    Without `spinning` waiting threads sleep: better where other work wants the cores. Raises InputError where the
+    model cannot be opened.
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise InputError(f"{threads!r} threads are not possible", hint="ask for 1 or more, or None")
@@ -96,6 +98,8 @@ def open_session(
     # The default, 4, silently rounds the activations of 4-bit MatMuls to int8 (0.8 % error on a random layer).
     # 0 computes what the graph says: whether activations are quantized is for the compiler to decide.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

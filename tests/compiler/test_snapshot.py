@@ -26,7 +26,7 @@ def finished(request: pytest.FixtureRequest, tiny: Program, context: Context) ->
     program = pipeline.run(tiny, RECIPES["ptqd-w8a8"].passes, context)
     assert program.plan is not None
     extra = {Site("start", "b1_conv1"): Quantizer(UINT8, np.array(0.5, np.float32), np.array(3, np.uint8), "test")}
-    return replace(program, plan=Plan({**program.plan.quantizers, **extra}, program.plan.islands))
+    return replace(program, plan=Plan({**program.plan.quantizers, **extra}, program.plan.islands), allocation=(4, 0, 2))
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def loaded(finished: Program, tmp_path: Path) -> Program:
 
 
 def test_facts(finished: Program, loaded: Program) -> None:
-    for name in ("signature", "deployment", "shape", "source", "frozen", "lowering"):
+    for name in ("signature", "deployment", "shape", "source", "frozen", "lowering", "allocation"):
         assert getattr(loaded, name) == getattr(finished, name), name
     assert loaded.schedule.digest() == finished.schedule.digest()
     for got, want in zip(loaded.history, finished.history, strict=True):
@@ -63,6 +63,7 @@ def check_stats(want: Program, got: Program) -> None:
         got.stats.groups,
         got.stats.calls,
     )
+    assert want.stats.timesteps == got.stats.timesteps
     assert want.stats.summaries.keys() == got.stats.summaries.keys()
     for key, summary in want.stats.summaries.items():
         other = got.stats.summaries[key]

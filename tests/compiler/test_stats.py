@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.stats import BIN_HIGH, BIN_LOW, Stats, Summary
 
 Values = npt.NDArray[np.float32]
@@ -164,6 +165,61 @@ def test_stats_merge_and_sum_over_groups() -> None:
     check_equal(whole, summary_of(a, b, a))
     assert merged.summary("z") is None
     check_equal(first.summaries["x", 0], summary_of(a))
-    for other in (Stats("other", 2, 1, {}), Stats("d", 3, 1, {})):
+    for other in (Stats("other", 2, 1, {}), Stats("d", 3, 1, {}), Stats("d", 2, 1, {}, (9, 0))):
         with pytest.raises(ValueError, match="do not add"):
             first + other
+
+
+def check_blocks(x: Values, factor: float = 1.0) -> None:
+    """An array of several blocks is summarized like its pieces, and like numpy does."""
+    whole = summary_of(x)
+    check_equal(whole, summary_of(*np.array_split(x * np.float32(factor), 7)))
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose([whole.total, whole.square], [wide.sum(), (wide**2).sum()], rtol=1e-9)
+    np.testing.assert_array_equal(whole.histogram, np.bincount(_bin_of(x), minlength=len(BIN_LOW)))
+
+
+@pytest.mark.parametrize("size", [65535, 65536, 65537, 200_001])
+def test_arrays_larger_than_a_block(size: int) -> None:
+    x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    check_blocks(x)
+    with pytest.raises(AssertionError):
+        check_blocks(x, factor=1.01)
+
+
+def test_the_same_values_always_give_the_same_bits() -> None:
+    x = np.random.default_rng(1).standard_normal(300_000).astype(np.float32)
+    first, again = summary_of(x), summary_of(x.reshape(3, 100, 1000))
+    assert (first.total, first.square) == (again.total, again.square)
+
+
+TIMES = (900, 700, 500, 300, 100)
+
+
+def measured(groups: tuple[int, ...], timesteps: tuple[int, ...] = TIMES) -> Stats:
+    return Stats("d", len(timesteps), 9, {("x", g): summary_of(np.ones(3, np.float32)) for g in groups}, timesteps)
+
+
+def test_statistics_of_every_call_pass() -> None:
+    measured((0, 1, 2, 3, 4)).check_every_call(TIMES, "here")
+    Stats("d", 5, 9, measured((0, 1, 2, 3, 4)).summaries).check_every_call(TIMES, "here")
+
+
+@pytest.mark.parametrize(
+    ("stats", "wanted", "message"),
+    [
+        (measured((0, 1, 3, 4)), TIMES, r"1 of 5 timesteps were never calibrated: 500 \(nearest calibrated: 300\)"),
+        (measured((0,)), TIMES, r"4 of 5 .*: 700 \(nearest calibrated: 900\), 500 \(.*900\), 300 .*, 100 "),
+        (measured((0, 1, 2, 3, 4)), (900, 710, 500, 300, 100), r"1 of 5 .*: 710 \(nearest calibrated: 700\)"),
+        (measured((0, 1, 2, 3, 4)), tuple(range(80, 0, -10)), r"8 of 8 .*: 80 \(.*: 100\), 70 .*, 40 .*, and 3 more"),
+        (measured((0, 1, 2, 3, 4)), TIMES[::2], "statistics of 5 network calls for a deployment that makes 3"),
+        (measured(()), TIMES, "5 of 5 timesteps were never calibrated: 900, 700, 500, 300, 100"),
+        (Stats("d", 2, 9, {}, TIMES), TIMES, "statistics of 2 groups for 5 network calls"),
+        (Stats("d", 2, 9, {}), TIMES, "statistics of 2 groups for 5 network calls"),
+    ],
+)
+def test_calls_that_were_never_calibrated_are_named(stats: Stats, wanted: tuple[int, ...], message: str) -> None:
+    with pytest.raises(StatsError, match=message) as caught:
+        stats.check_every_call(wanted, "group_steps")
+    assert caught.value.where == "group_steps"
+    assert "observe" in str(caught.value.hint)

@@ -135,6 +135,19 @@ def test_statistics_that_are_not_of_every_call_are_refused(context: Context) -> 
     assert "observe.groups=0" in str(caught.value.hint)
 
 
+def test_calls_without_a_sample_are_refused(context: Context) -> None:
+    program = observed([1.0] * CALLS)
+    assert program.stats is not None
+    left = {key: summary for key, summary in program.stats.summaries.items() if key[1] not in (1, 2)}
+    holed = replace(program, stats=replace(program.stats, summaries=left))
+    a, b, c, d = program.deployment.timesteps[:4]
+    for method in ("dp", "even", "each"):
+        with pytest.raises(StatsError, match=f"2 of {CALLS} timesteps were never calibrated") as caught:
+            make_pass("group_steps", {"method": method}).run(holed, context)
+        assert f"{b} (nearest calibrated: {a}), {c} (nearest calibrated: {d})" in caught.value.what
+        assert "allocate_steps.share" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

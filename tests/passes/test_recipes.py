@@ -66,7 +66,7 @@ def test_settings_from_the_command_line_may_be_words() -> None:
     ("name", "options", "message", "hint"),
     [
         ("normalise", {}, "no pass called 'normalise'", "'normalize'"),
-        ("fuse_everything", {}, "no pass called", "choose from: choose_scales"),
+        ("fuse_everything", {}, "no pass called", "choose from: allocate_steps"),
         ("choose_scales", {"percentil": 99}, "no option 'percentil'", "'percentile'"),
         ("normalize", {"level": 1}, "no option 'level'", ""),
         ("choose_scales", {"percentile": "high"}, "choose_scales.percentile", "mezzotint recipes choose_scales"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mezzotint.compiler import pipeline
-from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.pipeline import Context, Recipe
 from mezzotint.compiler.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.quant import INT8, UINT8, scale_for_range
@@ -146,6 +146,14 @@ def test_what_does_not_move_stays_as_it_was(planned: Program, context: Context) 
 def test_gain_is_the_threshold(planned: Program, context: Context, gain: float, tables: set[str]) -> None:
     plan = after(StepScales(gain=gain), planned, context)
     assert {site.value for site, q in plan.quantizers.items() if q.table} == tables
+
+
+def test_a_call_without_a_sample_is_refused(planned: Program, context: Context) -> None:
+    """It is no weight, which has no statistics either: without them its table would silently stay static."""
+    assert planned.stats is not None
+    left = {key: summary for key, summary in planned.stats.summaries.items() if key[1] != 3}
+    with pytest.raises(StatsError, match="1 of 4 timesteps were never calibrated"):
+        StepScales().run(replace(planned, stats=replace(planned.stats, summaries=left)), context)
 
 
 def test_one_group_gains_nothing(planned: Program, context: Context) -> None:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from mezzotint.runtime.correction import Correction
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
-from mezzotint.runtime.samplers import Images, StepInfo, ddim, ddpm, initial_noise, sample, seeded_noise
+from mezzotint.runtime.samplers import Images, StepInfo, ddim, ddpm, initial_noise, sample, seeded_noise, stepper
 from mezzotint.runtime.schedule import Deployment, Schedule
 
 SHAPE = (3, 2, 8, 8)
@@ -258,3 +258,43 @@ def test_the_loop_costs_little_beside_the_network() -> None:
         ddpm(lambda x, t: x, x, schedule, schedule.timesteps(20), noise=seeded_noise(1))
         best = min(best, (time.perf_counter() - begin) / 20)
     assert best < 1.8e-3
+
+
+def walk_outside(deployment: Deployment, correction: Correction | None, factor: float = 1.0) -> list[Images]:
+    """Two batches of the images 0, 1, 2 advanced side by side, the loop on the caller's side."""
+    schedule = Schedule.named("ddpm-linear")
+    steps = stepper(schedule, deployment, correction=correction)
+    spans = ((0, 2), (2, 1))
+    states = [initial_noise(3, (n, 2, 8, 8), first=first) for first, n in spans]
+    for index, step in enumerate(steps.steps):
+        for i, (first, _) in enumerate(spans):
+            output = denoise(states[i], step.timestep) * np.float32(factor)
+            states[i] = steps.advance(index, states[i], output, seeded_noise(3, first=first))
+    return states
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.6), ("ddpm", 0.0)])
+def test_stepping_from_outside_is_sampling_to_the_last_bit(sampler: str, eta: float, corrected: bool) -> None:
+    schedule = Schedule.named("ddpm-linear")
+    deployment, correction = planted(schedule, sampler, eta, spread=0.1)
+    table = correction if corrected else None
+    start = initial_noise(3, SHAPE)
+    whole = sample(denoise, start, schedule, deployment, noise=seeded_noise(3), correction=table)
+    np.testing.assert_array_equal(np.concatenate(walk_outside(deployment, table)), whole)
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(np.concatenate(walk_outside(deployment, table, factor=1.01)), whole)
+
+
+def test_a_step_refuses_what_the_loop_refuses() -> None:
+    schedule = Schedule.named("ddpm-linear")
+    steps = stepper(schedule, Deployment.of(schedule, "ddpm", 5))
+    x = initial_noise(1, SHAPE)
+    with pytest.raises(InputError, match="need noise"):
+        steps.advance(0, x, x)
+    with pytest.raises(InputError, match="the denoiser returned"):
+        steps.advance(0, x, x[:1], seeded_noise(1))
+    scratch = np.empty_like(x)
+    with_scratch = steps.advance(0, x, x, seeded_noise(1), scratch=scratch)
+    np.testing.assert_array_equal(with_scratch, steps.advance(0, x, x, seeded_noise(1)))
+    assert not np.shares_memory(with_scratch, scratch)

@@ -1,0 +1,67 @@
+"""Folds the activations of network calls into summaries beside the calls themselves.
+
+Summarizing what a call computed takes about half as long as the call, and needs nothing of the next one. So one thread
+folds while the caller runs on: numpy and onnxruntime both work outside of the interpreter's lock most of the time.
+There is one such thread and it takes the calls in their order, so the sums are to the last bit those of a plain loop.
+One call may wait, no more: memory is that of two calls' values, however many samples there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import StatsError
+from .stats import Summary
+
+Values = Mapping[str, npt.NDArray[Any]]
+
+
+class Collector:
+    """Summaries by (name of a value, group of calls). A context manager: it has a thread.
+
+    `summaries` may be read after `settle`, and until the next `add`.
+    """
+
+    def __init__(self) -> None:
+        self.summaries: dict[tuple[str, int], Summary] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
+        self._waiting: Future[None] | None = None
+
+    def add(self, group: int, timestep: int, values: Values) -> None:
+        """Fold one call's values, of any shape and number type, into a group. The arrays must not change afterwards.
+
+        Raises StatsError when the call before it had computed NaN or infinity.
+        """
+        self.settle()
+        self._waiting = self._thread.submit(self._fold, group, timestep, dict(values))
+
+    def settle(self) -> None:
+        """Wait until everything is folded in. Raises StatsError for values that are not finite."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.result()
+
+    def _fold(self, group: int, timestep: int, values: Values) -> None:
+        for name, array in values.items():
+            summary = self.summaries.setdefault((name, group), Summary())
+            summary.add(np.asarray(array, np.float32))
+            if not summary.finite:
+                raise StatsError(
+                    f"the float model computes NaN or infinite values at timestep {timestep}",
+                    where=f"value {name}",
+                    hint="check the model in float32 before quantizing it",
+                )
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()

@@ -1,0 +1,247 @@
+"""allocate_steps: how many of the calibration samples count at each network call.
+
+A static scale must serve every call, and the statistics behind it weigh the calls by how many samples each of them
+contributes. Three ways to spend a budget of B = share * samples * calls:
+
+uniform   the same number at every call, B / T
+skewed    as if timesteps were drawn from a normal distribution that leans to the clean end, and clamped (PTQ4DM,
+          arXiv 2211.15736): t ~ N(mean * T, (deviation * T)^2), both shares of the training timesteps. The expected
+          number of draws is what a call gets; nothing is drawn, so a second compile agrees with the first.
+density   EDA-DM's allocation (arXiv 2401.04585): with f_t a feature of the middle block, on the first batch,
+
+              D_t = #{u != t: MSE(f_t, f_u) <= r}       how many calls look like this one
+              V_t = sum_u (1 - cos(f_t, f_u))           how much it differs from the others
+              w_t = norm(D_t) + diversity * norm(V_t)   norm: from 0, the least, to 1, the most
+
+          and call t gets B w_t / sum(w). The paper sets r for each model (3.0, 0.3); here r = radius * the mean
+          squared distance of two calls, which needs no such knowledge.
+
+No call gets more samples than there are; what is left over goes to the others in proportion. The trajectories are the
+same ones in every case: only which activations enter the statistics is decided here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..compiler.calibrate import Conditions, Images, batch_spans, follow_trajectories
+from ..compiler.errors import RecipeError
+from ..compiler.execute import Executor
+from ..compiler.graph import consumers, is_op, name_of
+from ..compiler.ops import layers
+from ..compiler.pipeline import Context, Pass
+from ..compiler.program import Program
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class AllocateSteps(Pass):
+    """`share` (above 0, to 1) is the budget as a share of all samples at all calls.
+
+    `mean` and `deviation` belong to skewed; `radius`, `diversity` and `feature`, the name of a value to take in place
+    of the middle block's, to density.
+    """
+
+    method: Literal["uniform", "skewed", "density"] = "uniform"
+    share: float = 0.5
+    mean: float = 0.4
+    deviation: float = 0.4
+    radius: float = 0.5
+    diversity: float = 1.2
+    feature: str = ""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"normal"})
+    before: ClassVar[frozenset[str]] = frozenset({"stats", "qdq"})
+    gives: ClassVar[frozenset[str]] = frozenset({"allocation"})
+
+    def __post_init__(self) -> None:
+        self._check("share", 0 < self.share <= 1, "choose above 0, and 1 at most")
+        self._check("mean", 0 <= self.mean <= 1, "0 is the clean end of the trajectory, 1 the noisy one")
+        self._check("deviation", self.deviation > 0, "choose above 0, such as 0.4")
+        self._check("radius", self.radius > 0, "choose above 0, such as 0.5")
+        self._check("diversity", self.diversity >= 0, "choose 0 (density alone) or more")
+
+    def _check(self, option: str, fine: bool, hint: str) -> None:
+        if not (fine and math.isfinite(getattr(self, option))):
+            raise RecipeError(f"{self.name}.{option} is {getattr(self, option)}", where=self.name, hint=hint)
+
+    def run(self, program: Program, context: Context) -> Program:
+        timesteps = program.deployment.timesteps
+        samples = sum(rows for _, rows in batch_spans(program, context))
+        budget = max(1, round(self.share * samples * len(timesteps)))
+        about = ""
+        if self.method == "uniform":
+            counts = even(len(timesteps), budget)
+        elif self.method == "skewed":
+            train = program.schedule.num_train_timesteps
+            counts = apportion(normal_mass(timesteps, self.mean * train, self.deviation * train), budget, samples)
+        else:
+            name = self._feature(program, context)
+            features = _features(program, context, name)
+            counts = apportion(density_weights(features, self.radius, self.diversity), budget, samples)
+            about = f"; the feature is {name}, {features[0, 0].size} numbers"
+        silent = f", none at {counts.count(0)}" if 0 in counts else ""
+        note = f"{budget} of {samples * len(timesteps)} samples count, {min(counts)} to {max(counts)} at a call{silent}"
+        return replace(program, allocation=counts, note=note + about)
+
+    def _feature(self, program: Program, context: Context) -> str:
+        if not self.feature:
+            return middle_feature(program, context)
+        known = [name_of(out) for node in program.graph for out in node.outputs]
+        if self.feature not in known:
+            close = get_close_matches(self.feature, known, n=1, cutoff=0.0)
+            raise RecipeError(
+                f"the graph computes no value {self.feature!r}",
+                where=f"{self.name}.feature",
+                hint=f"did you mean {close[0]!r}?" if close else "the graph has no nodes",
+            )
+        return self.feature
+
+
+def even(calls: int, budget: int) -> tuple[int, ...]:
+    """`budget` cut into `calls` parts that differ by 1 at most, the larger ones spread over all."""
+    return tuple((k + 1) * budget // calls - k * budget // calls for k in range(calls))
+
+
+def apportion(weights: Numbers, budget: int, most: int) -> tuple[int, ...]:
+    """`budget` cut in proportion to weights `[calls]` (not negative), no part above `most`; they add up to `budget`.
+
+    What a full call cannot take goes to the others, evenly where all of those have the weight 0. Rounding is by
+    largest remainders, the earlier call first.
+    """
+    parts, free, left = np.zeros(len(weights)), np.ones(len(weights), bool), float(budget)
+    while free.any():
+        wish = np.where(free, weights, 0.0)
+        wish = np.where(free, 1.0, 0.0) if wish.sum() <= 0 else wish
+        wish = wish * (left / wish.sum())
+        full = free & (wish >= most)
+        if not full.any():
+            parts[free] = wish[free]
+            break
+        parts[full], left = most, left - most * int(full.sum())
+        free &= ~full
+    counts = np.floor(parts + 1e-9).astype(np.int64)
+    by_remainder = np.argsort(counts - parts, kind="stable")
+    counts[by_remainder[: budget - int(counts.sum())]] += 1
+    return tuple(int(c) for c in counts)
+
+
+def normal_mass(timesteps: tuple[int, ...], mean: float, deviation: float) -> Numbers:
+    """How likely a normal draw is to be nearest to each timestep, in their order; beyond the ends counts as the end."""
+    order = np.argsort(timesteps)
+    rising = np.asarray(timesteps, np.float64)[order]
+    borders = (rising[:-1] + rising[1:]) / 2
+    below = [0.5 * (1 + math.erf((b - mean) / (deviation * math.sqrt(2)))) for b in borders]
+    mass = np.empty(len(rising))
+    mass[order] = np.diff([0.0, *below, 1.0])
+    return mass
+
+
+def density_weights(features: Numbers, radius: float, diversity: float) -> Numbers:
+    """EDA-DM's weight of each call from features `[calls, batch, n]`; see the module's docstring."""
+    calls = len(features)
+    distance, turned = np.zeros((calls, calls)), np.zeros((calls, calls))
+    length = np.maximum(np.sqrt(np.einsum("tbn,tbn->tb", features, features)), 1e-12)
+    for t in range(calls):
+        for u in range(t):
+            distance[t, u] = distance[u, t] = np.mean((features[t] - features[u]) ** 2)
+            cosine = np.einsum("bn,bn->b", features[t], features[u]) / (length[t] * length[u])
+            turned[t, u] = turned[u, t] = np.sum(1 - cosine)
+    pairs = max(calls * (calls - 1), 1)
+    near = distance <= radius * distance.sum() / pairs
+    return _norm(near.sum(axis=1) - 1.0) + diversity * _norm(turned.sum(axis=1))
+
+
+def _norm(values: Numbers) -> Numbers:
+    """From 0 to 1; all 0 where all are the same."""
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span > 0 else np.zeros_like(values)
+
+
+def middle_feature(program: Program, context: Context) -> str:
+    """The activation in the middle of a denoiser: of the layer inputs at the smallest resolution, one in the middle.
+
+    The resolution of `[B, C, H, W]` is H W, that of `[B, tokens, C]` the tokens, as one call shows them. Where a
+    U-Net turns, the most shortcuts wait for their concatenation; among the inputs with as many, it is the one halfway.
+    Only inputs of convolutions and linear layers that depend on the sample count. Raises RecipeError without any.
+    """
+    inside = _reached(program.graph, program.signature.sample)
+    found = {
+        name_of(layer.activations[0]): layer
+        for layer in layers(program.graph)
+        if layer.kind != "attention" and layer.activations[0] in inside
+    }
+    shapes = _shapes(program, context, list(found))
+    sizes = {
+        name: int(np.prod(shapes[name][2:] if layer.kind == "conv" else shapes[name][1:-1]))
+        for name, layer in found.items()
+        if len(shapes[name]) > 2
+    }
+    waiting = _waiting_shortcuts(program.graph, inside)
+    depths = {n: waiting[found[n].node] for n, size in sizes.items() if size == min(sizes.values())}
+    deepest = [name for name, depth in depths.items() if depth == max(depths.values())]
+    if not deepest:
+        raise RecipeError(
+            "no layer of this model reads a feature map",
+            where="allocate_steps",
+            hint="name a value: --set allocate_steps.feature=NAME, or choose the method uniform or skewed",
+        )
+    return deepest[len(deepest) // 2]
+
+
+def _reached(graph: ir.Graph, sample: str) -> set[ir.Value]:
+    """The values that nodes compute from the contents of the sample."""
+    known = {v for v in graph.inputs if name_of(v) == sample}
+    for node in graph:
+        if not is_op(node, "Shape") and any(v in known for v in node.inputs):
+            known.update(node.outputs)
+    return known - set(graph.inputs)
+
+
+def _waiting_shortcuts(graph: ir.Graph, inside: set[ir.Value]) -> dict[ir.Node, int]:
+    """For each node, how many of these values are there already and will be concatenated behind it."""
+    position = {node: i for i, node in enumerate(graph)}
+    change = np.zeros(len(position) + 1, np.int64)
+    for value in inside:
+        last = max((position[user] for user in consumers(value) if is_op(user, "Concat")), default=None)
+        producer = value.producer()
+        if last is not None and producer is not None:
+            change[position[producer] + 1] += 1
+            change[last] -= 1
+    return dict(zip(position, np.cumsum(change).tolist(), strict=False))
+
+
+def _one_batch(context: Context) -> Context:
+    return replace(context, samples=min(context.samples, context.batch))
+
+
+def _shapes(program: Program, context: Context, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of values at one call; a graph with open sizes does not say them."""
+    rows = program.fixed_batch or 1
+    with Executor(program.model, context.folder, taps=names, threads=context.threads) as executor:
+        x = np.zeros((rows, *program.shape), np.float32)
+        conditions = context.condition_rows(0, rows)
+        outputs = executor.call(program.signature, x, program.deployment.timesteps[0], conditions)
+    return {name: outputs[name].shape for name in names}
+
+
+def _features(program: Program, context: Context, name: str) -> Numbers:
+    """A value at every call of the first batch's trajectory, `[calls, batch, n]`."""
+    found: list[Numbers] = []
+    with Executor(program.model, context.folder, taps=[name], threads=context.threads) as executor:
+
+        def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+            outputs = executor.call(program.signature, x, t, conditions)
+            found.append(np.asarray(outputs[name], np.float64).reshape(len(x), -1))
+            return np.asarray(outputs[program.signature.output], np.float32)
+
+        follow_trajectories(program, _one_batch(context), denoiser, "allocate_steps")
+    return np.stack(found)

@@ -1,0 +1,117 @@
+"""settle_scales: each call's scales are measured on the latents that the quantized calls before it produce.
+
+Calibrating call i on the float trajectory assumes inputs that never occur: in production the calls before i are
+quantized, and their errors have moved the latents. PCR (Progressive Calibration and Activation Relaxing, arXiv
+2311.06322) calibrates call by call behind a quantized prefix: started from the noise for each call, T (T + 1) / 2
+network calls for each sample. Here all samples go in lock-step, which needs 2 T calls:
+
+    for i in 0 .. T - 1:
+        s_i, z_i  = range of every activation of the float network on the latents x_i of all samples
+        x_(i + 1) = one step of the sampler from x_i with the network quantized by s_i, z_i
+
+Only latents are kept between the calls. The quantized network is one session, whose rows of scales and zero points are
+inputs (compiler/row_inputs.py); it computes the quantizers exactly and convolutions in float, as QDQ graphs do without
+their integer kernels.
+
+Calls that share a row (group_steps): while the trajectory runs, the row is that of the group's calls so far; in the end
+it is that of all of them. The method for a range is an option as in step_scales. What is static stays static, and so
+do the weights; every sample counts at every call, whatever allocate_steps said. The paper's second part, 10-bit
+activations at a few calls, is left out: no integer kernel has 10 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from ..compiler.calibrate import Conditions, Images, LockStep
+from ..compiler.collect import Collector
+from ..compiler.errors import StatsError
+from ..compiler.execute import Executor
+from ..compiler.graph import name_of
+from ..compiler.pipeline import Context, Pass
+from ..compiler.program import Plan, Program, Quantizer, Site
+from ..compiler.quant import Array, Integers, scale_for_range
+from ..compiler.ranges import Method, check_percentile, range_of
+from ..compiler.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
+
+
+@dataclass(frozen=True)
+class SettleScales(Pass):
+    """`activations` and `percentile` as in step_scales, whose tables get new rows."""
+
+    activations: Method = "percentile"
+    percentile: float = 99.999
+
+    needs: ClassVar[frozenset[str]] = frozenset({"qdq", "tables"})
+
+    def __post_init__(self) -> None:
+        check_percentile(self.percentile, self.name)
+
+    def run(self, program: Program, context: Context) -> Program:
+        plan = program.plan
+        assert plan is not None  # the order check saw to it
+        if program.float_model is None:
+            raise StatsError("the float graph to measure is gone", where=self.name, hint="run insert_qdq first")
+        moving = table_quantizers(program)
+        if not moving:
+            return program.noted("no scale moves with the timestep: nothing to settle")
+        tables = find_tables(program, self.name)
+        scales, zeros = (table.copy() for table in stacked(program))
+        names = list(dict.fromkeys(site.value for site in moving))
+        inputs = {name_of(v) for v in program.float_model.graph.inputs}
+        taps = [name for name in names if name not in inputs]
+        signature, threads = program.signature, context.threads
+        walk = LockStep(program, context)
+        total, done = 2 * len(walk) * len(plan.groups), 0
+        with (
+            Collector() as collector,
+            Executor(program.float_model, context.folder, taps=taps, threads=threads, spinning=False) as exact,
+            Executor(with_row_inputs(program.model, tables), context.folder, threads=threads) as quantized,
+        ):
+            for call, (timestep, group) in enumerate(zip(program.deployment.timesteps, plan.groups, strict=True)):
+                for x, conditions in walk.batches():
+                    seen = {signature.sample: x, **conditions, **exact.call(signature, x, timestep, conditions)}
+                    collector.add(group, timestep, {name: seen[name] for name in names})
+                    done += 1
+                    context.progress(self.name, done, total)
+                collector.settle()
+                scales[group], zeros[group] = self._row(moving, collector, group)
+                row = {tables.scales_row: scales[group], tables.zeros_row: zeros[group]}
+
+                def denoiser(x: Images, t: int, conditions: Conditions, row: Conditions = row) -> Images:
+                    nonlocal done
+                    outputs = quantized.call(signature, x, t, {**conditions, **row})
+                    done += 1
+                    context.progress(self.name, done, total)
+                    return np.asarray(outputs[signature.output], np.float32)
+
+                walk.advance(denoiser)
+                if group not in plan.groups[call + 1 :]:
+                    _forget(collector, names, group)
+        replace_tables(program.graph, tables, scales, zeros)
+        settled = {
+            site: replace(q, scale=scales[:, i].copy(), zero_point=zeros[:, i].copy(), by=self.name)
+            for i, (site, q) in enumerate(moving.items())
+        }
+        change = np.abs(np.log2(scales / stacked(program)[0]))
+        note = f"{len(moving)} tables of {len(scales)} rows; scales moved by {2 ** np.median(change) - 1:.2%} (median)"
+        return replace(program, plan=Plan({**plan.quantizers, **settled}, plan.islands, plan.groups), note=note)
+
+    def _row(self, moving: dict[Site, Quantizer], collector: Collector, group: int) -> tuple[Array, Integers]:
+        """(scales, zero points) `[n]` from what a group's calls have shown so far."""
+        pairs = []
+        for site, quantizer in moving.items():
+            summary = collector.summaries[site.value, group]
+            low, high = range_of(summary, self.activations, self.percentile, quantizer.format)
+            pairs.append(scale_for_range(low, high, quantizer.format))
+        return np.stack([scale for scale, _ in pairs]), np.stack([zero for _, zero in pairs])
+
+
+def _forget(collector: Collector, names: Iterable[str], group: int) -> None:
+    """Drop the summaries of a group that has had its last call."""
+    for name in names:
+        del collector.summaries[name, group]

@@ -1,0 +1,79 @@
+"""The collector: what a plain loop over the values would have summed, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mezzotint.compiler.collect import Collector
+from mezzotint.compiler.errors import StatsError
+from mezzotint.compiler.stats import Summary
+
+Values = dict[str, npt.NDArray[np.float32]]
+CALLS = 9
+GROUPS = 3
+
+
+def call(k: int, factor: float = 1.0) -> Values:
+    rng = np.random.default_rng(k)
+    sizes = {"wide": (4, 30_000), "small": (4, 3)}
+    return {name: (rng.standard_normal(shape) * factor).astype(np.float32) for name, shape in sizes.items()}
+
+
+def collected(factor: float = 1.0) -> dict[tuple[str, int], Summary]:
+    with Collector() as collector:
+        for k in range(CALLS):
+            collector.add(k % GROUPS, k, call(k, factor))
+        collector.settle()
+        return collector.summaries
+
+
+def check_plain_loop(summaries: dict[tuple[str, int], Summary]) -> None:
+    plain: dict[tuple[str, int], Summary] = {}
+    for k in range(CALLS):
+        for name, array in call(k).items():
+            plain.setdefault((name, k % GROUPS), Summary()).add(array)
+    assert list(summaries) == list(plain)
+    for key, want in plain.items():
+        got = summaries[key]
+        for field in ("count", "low", "high", "total", "square"):
+            assert getattr(got, field) == getattr(want, field)
+        np.testing.assert_array_equal(got.histogram, want.histogram)
+
+
+def test_summaries_are_those_of_a_plain_loop() -> None:
+    check_plain_loop(collected())
+    with pytest.raises(AssertionError):
+        check_plain_loop(collected(factor=1.01))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(bad: float) -> None:
+    broken = np.ones((2, 3), np.float32)
+    broken[1, 1] = bad
+    with Collector() as collector:
+        collector.add(0, 77, {"fine": np.ones(3, np.float32), "broken": broken})
+        with pytest.raises(StatsError, match="timestep 77") as caught:
+            collector.settle()
+        assert caught.value.where == "value broken"
+    with Collector() as collector:
+        collector.add(0, 77, {"broken": broken})
+        with pytest.raises(StatsError):  # at the latest when the next call comes
+            collector.add(0, 66, call(0))
+
+
+def test_other_number_types_are_summarized_as_float() -> None:
+    with Collector() as collector:
+        collector.add(0, 1, {"x": np.arange(5, dtype=np.float16), "y": np.arange(3)})
+        collector.settle()
+        assert (collector.summaries["x", 0].high, collector.summaries["y", 0].total) == (4.0, 3.0)
+
+
+def test_an_error_of_the_caller_leaves_no_thread_behind() -> None:
+    collector = Collector()
+    with pytest.raises(KeyError), collector:
+        collector.add(0, 1, call(0))
+        raise KeyError
+    with pytest.raises(RuntimeError):
+        collector.add(0, 1, call(0))

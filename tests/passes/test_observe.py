@@ -1,0 +1,107 @@
+"""observe: what enters the statistics, with and without an allocation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mezzotint.compiler import pipeline
+from mezzotint.compiler.pipeline import Context
+from mezzotint.compiler.program import Program
+from mezzotint.compiler.stats import Stats
+from mezzotint.passes.normalize import Normalize
+from mezzotint.passes.observe import Observe
+from tests.tiny import context_in, tiny_program
+
+ALLOCATION = (4, 3, 0)
+
+
+@pytest.fixture
+def program(context: Context) -> Program:
+    return pipeline.run(tiny_program(), [Normalize()], context)
+
+
+def observed(program: Program, folder: Path, samples: int = 4, **options: int) -> Stats:
+    context = context_in(folder, samples=samples, threads=1)
+    stats = Observe(**({"groups": 0} | options)).run(program, context).stats
+    assert stats is not None
+    return stats
+
+
+def check_call(got: Stats, want: Stats, call: int, factor: float = 1.0) -> None:
+    """The same summaries of every value at a call, to the last bit."""
+    for name in want.values():
+        a, b = got.summaries[name, call], want.summaries[name, call]
+        assert (a.count, a.low, a.high) == (b.count, b.low * factor, b.high * factor)
+        assert (a.total, a.square) == (b.total, b.square)
+        np.testing.assert_array_equal(a.histogram, b.histogram)
+
+
+def test_the_first_samples_count_as_many_as_are_allotted(program: Program, context: Context) -> None:
+    got = observed(replace(program, allocation=ALLOCATION), context.folder)
+    for call in (0, 1):
+        want = observed(program, context.folder, samples=ALLOCATION[call])
+        check_call(got, want, call)
+        with pytest.raises(AssertionError):
+            check_call(got, want, call, factor=1.01)
+        with pytest.raises(AssertionError):
+            check_call(got, observed(program, context.folder, samples=2), call)
+    assert not [key for key in got.summaries if key[1] == 2]
+
+
+def test_all_samples_go_to_the_end(program: Program, context: Context) -> None:
+    """The last call's statistics do not depend on how many samples count at the calls before it."""
+    got = observed(replace(program, allocation=(0, 1, 4)), context.folder)
+    want = observed(program, context.folder)
+    for name in want.values():
+        a, b = got.summaries[name, 2], want.summaries[name, 2]
+        assert a.count == b.count
+        np.testing.assert_allclose([a.low, a.high, a.square], [b.low, b.high, b.square], rtol=1e-5)
+    assert got.calls >= want.calls
+
+
+def test_a_full_allocation_changes_nothing(program: Program, context: Context) -> None:
+    got, want = observed(replace(program, allocation=(4, 4, 4)), context.folder), observed(program, context.folder)
+    assert got.summaries.keys() == want.summaries.keys()
+    for call in range(3):
+        check_call(got, want, call)
+
+
+def test_a_batch_that_is_written_in_repeats_the_samples_that_count(program: Program, context: Context) -> None:
+    fixed = replace(program, model=program.model.clone())
+    for value in fixed.graph.inputs:
+        value.shape = ir.Shape([2, *list(value.shape or ())[1:]])
+    got = observed(replace(fixed, allocation=ALLOCATION), context.folder)
+    want = observed(program, context.folder, samples=3)
+    for name in want.values():
+        a, b = got.summaries[name, 1], want.summaries[name, 1]
+        np.testing.assert_allclose([a.low, a.high], [b.low, b.high], rtol=1e-5)
+    assert got.summaries["start", 1].count == observed(program, context.folder).summaries["start", 1].count
+
+
+def test_groups_of_calls_share_a_summary(program: Program, context: Context) -> None:
+    each, whole = observed(program, context.folder), observed(program, context.folder, groups=1)
+    assert (each.groups, whole.groups) == (3, 1)
+    assert each.timesteps == whole.timesteps == program.deployment.timesteps
+    for name in whole.values():
+        merged = each.summary(name)
+        assert merged is not None
+        got = whole.summaries[name, 0]
+        assert (got.count, got.low, got.high) == (merged.count, merged.low, merged.high)
+        np.testing.assert_array_equal(got.histogram, merged.histogram)
+
+
+def test_notes(program: Program, context: Context) -> None:
+    assert Observe().run(program, context).note.endswith("over 6 calls, 4 samples at each step")
+    note = Observe().run(replace(program, allocation=ALLOCATION), context).note
+    assert note.endswith("0 to 4 samples at each step")
+
+
+def test_a_second_run_gives_the_same_bits(program: Program, context: Context) -> None:
+    first, again = observed(program, context.folder), observed(program, context.folder)
+    for call in range(3):
+        check_call(first, again, call)
