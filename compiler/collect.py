@@ -8,7 +8,7 @@ One call may wait, no more: memory is that of two calls' values, however many sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -25,11 +25,14 @@ Values = Mapping[str, npt.NDArray[Any]]
 class Collector:
     """Summaries by (name of a value, group of calls). A context manager: it has a thread.
 
-    `summaries` may be read after `settle`, and until the next `add`.
+    `summaries`, and `channels` with the extremes `[2, C]` along axis 1 of the values that are named there, may be read
+    after `settle`, and until the next `add`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: Collection[str] = ()) -> None:
         self.summaries: dict[tuple[str, int], Summary] = {}
+        self.channels: dict[tuple[str, int], npt.NDArray[np.float32]] = {}
+        self._by_channel = frozenset(channels)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._waiting: Future[None] | None = None
 
@@ -57,6 +60,16 @@ class Collector:
                     where=f"value {name}",
                     hint="check the model in float32 before quantizing it",
                 )
+
+            if name in self._by_channel:
+                self._fold_channels((name, group), np.asarray(array, np.float32))
+
+    def _fold_channels(self, key: tuple[str, int], array: npt.NDArray[np.float32]) -> None:
+        rows = array.reshape(*array.shape[:2], -1)
+        low, high = rows.min(axis=2).min(axis=0), rows.max(axis=2).max(axis=0)
+        seen = self.channels.setdefault(key, np.stack([low, high]))
+        np.minimum(seen[0], low, out=seen[0])
+        np.maximum(seen[1], high, out=seen[1])
 
     def __enter__(self) -> Collector:
         return self

@@ -15,12 +15,6 @@ A convolution whose output is quantized per channel is written for the same kern
 cost: with w_scale / y_scale[c] in place of w_scale, 1 as its output scale and the zero points' differences in the bias,
 it rounds channel c to the grid of y_scale[c] and zero_point[c], and the DequantizeLinear behind it knows them.
 
-onnxruntime turns every integer convolution into a channels-last one between Transposes and then moves those through the
-graph, where some end up around float tensors with a second QuantizeLinear and DequantizeLinear, or upstream of a
-Resize; the kernel turns each image around by itself otherwise, while it is in the cache. It leaves a convolution alone
-whose input's rank it does not know, so a Reshape to the same shape, which it cannot see through, stands in front of
-each (digits, batch 16: 60.5 ms a call instead of 64.5).
-
 Up to 1.27 onnxruntime silently forgets a convolution's bias that is not constant where the zero point of the input is
 (measured: 1.23.2, 1.24.4, 1.27.0; 1.31.1 adds it). So a gathered bias comes with a gathered zero point.
 """
@@ -36,6 +30,7 @@ import onnx_ir as ir
 
 from . import lower_qdq
 from .graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
+from .layout import hide_ranks
 from .ops import time_table
 from .program import Program, numpy_of
 from .timetable import group_of_row, lookup, rows_of
@@ -54,7 +49,7 @@ def lower(program: Program) -> ir.Model:
             writer.lower(layer)
     writer.write_biases()
     writer.write_scalars()
-    writer.hide_ranks()
+    hide_ranks(model.graph, [node for node in model.graph if is_op(node, "QLinearConv")])
     remove_dead(model.graph)
     model.graph.opset_imports.setdefault(CONTRIB, 1)
     return model
@@ -90,7 +85,7 @@ def _quantized_layer(node: ir.Node) -> _Group | None:
 
 
 def _middle(zero: ir.Value) -> npt.NDArray[Any]:
-    """The zero point that the kernel gets in place of one for each channel: any would do that leaves room on both sides."""
+    """The zero point that the kernel gets in place of one for each channel; the bias makes up for it."""
     dtype = zero.dtype.numpy() if zero.dtype is not None else np.dtype(np.uint8)
     limits = np.iinfo(dtype)
     return np.array((int(limits.min) + int(limits.max) + 1) // 2, dtype)
@@ -110,7 +105,6 @@ class _Writer:
         self.program, self.graph, self.names = program, graph, Names(graph)
         self._waiting: dict[str, list[tuple[ir.Node, npt.NDArray[np.int32]]]] = {}
         self._rows: dict[str, ir.Value] = {}
-        self._convs: list[ir.Node] = []
 
     def lower(self, group: _Group) -> None:
         if is_op(group.node, "Conv"):
@@ -147,7 +141,6 @@ class _Writer:
         )
         conv = made.producer()
         assert conv is not None
-        self._convs.append(conv)
         if bias is not None:
             self._attach(conv, *bias)
         replace_value(quantize.outputs[0], made)
@@ -183,8 +176,7 @@ class _Writer:
         scales, index = rows_of(x_scale)
         parts = [(scales[:, None].astype(np.float64), index), shift or (np.zeros((1, 1)), None)]
         if timed:
-            groups = group_of_row(self.program)
-            parts = [(rows if index is None else rows[groups], None) for rows, index in parts]
+            parts = [(r if index is None else r[group_of_row(self.program)], None) for r, index in parts]
         else:
             row = next((index for _, index in parts if index is not None), None)
         rows = np.rint((table + parts[1][0]) / (parts[0][0] * numpy_of(w_scale)))
@@ -266,36 +258,3 @@ class _Writer:
             parts = lookup(build, table, row, [1] * len(zeros), f"{name_of(row)}_zero_points")
             for conv, part in zip(convs, parts, strict=True):
                 conv.replace_input_with(2, part)
-
-    def hide_ranks(self) -> None:
-        """A Reshape in front of each convolution to the shape that it has, but found at run time."""
-        row = next(iter(self._rows.values()), None) or _any_row(self.graph)
-        if row is None or not self._convs:
-            return  # nothing depends on the timestep: there is no number that onnxruntime could not compute in advance
-        producer = row.producer()
-        assert producer is not None
-        build = Builder(self.graph, self.names, after=producer)
-        int64 = ir.DataType.INT64
-        copied = {}
-        for rank in sorted({len(conv.inputs[0].shape) for conv in self._convs if conv.inputs[0] and conv.inputs[0].shape}):
-            # A row is 0 or more, so this takes all the zeros, and 0 means: as it is.
-            end = build.op("Add", [row, build.constant(f"rank_{rank}", np.array([rank]))], f"rank_{rank}_end", like=row)
-            zeros, start = build.constant(f"rank_{rank}_zeros", np.zeros(rank, np.int64)), np.array([0])
-            inputs = [zeros, build.constant(f"rank_{rank}_start", start), end]
-            copied[rank] = build.op("Slice", inputs, f"rank_{rank}_shape", dtype=int64, shape=[None])
-        for conv in self._convs:
-            x = conv.inputs[0]
-            if x is None or x.shape is None:
-                continue
-            build = Builder(self.graph, self.names, conv)
-            hidden = build.op("Reshape", [x, copied[len(x.shape)]], f"{conv.name}_input", dtype=x.dtype)
-            conv.replace_input_with(0, hidden)
-
-
-def _any_row(graph: ir.Graph) -> ir.Value | None:
-    """The row index of a table, from the node that turns it into the scalar that Gather wants."""
-    for node in graph:
-        gather = next((n for n in consumers(node.outputs[0]) if is_op(n, "Gather")), None)
-        if is_op(node, "Reshape") and gather is not None and gather.inputs[1] is node.outputs[0]:
-            return node.inputs[0]
-    return None

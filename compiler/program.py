@@ -38,7 +38,8 @@ class Site:
 class Quantizer:
     """How a site is quantized. `scale` float32 and `zero_point` are scalars, or `[C]` along `axis`.
 
-    A `table` has one row for each group of timesteps instead: both are `[groups]`, and one call uses one row.
+    A `table` has one row for each group of timesteps: both are `[groups]`, or `[groups, C]` along `axis`, and one call
+    uses one row.
     """
 
     format: Format
@@ -50,12 +51,13 @@ class Quantizer:
 
     def to_json(self) -> dict[str, Any]:
         scales = self.scale.reshape(-1)
+        rows = len(self.scale) if self.table else 1
         return {
             "format": self.format.name,
             "axis": self.axis,
             "scale": float(scales[0]) if scales.size == 1 else [float(scales.min()), float(scales.max())],
-            "channels": 1 if self.table else int(scales.size),
-            "rows": int(scales.size) if self.table else 1,
+            "channels": int(scales.size) // rows,
+            "rows": rows,
             "zero_point": sorted({int(z) for z in self.zero_point.reshape(-1)}),
             "by": self.by,
         }

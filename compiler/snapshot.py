@@ -119,9 +119,11 @@ def _save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
         arrays[f"{i}.moments"] = np.array([s.count, s.low, s.high, s.total, s.square], np.float64)
         arrays[f"{i}.bins"] = used.astype(np.int32)
         arrays[f"{i}.counts"] = s.histogram[used]
+    for i, extremes in enumerate(stats.channels.values()):
+        arrays[f"channels.{i}"] = extremes
     save_file(arrays, folder / "stats.safetensors")
     facts = {"digest": stats.digest, "groups": stats.groups, "calls": stats.calls}
-    return {**facts, "timesteps": list(stats.timesteps), "keys": keys}
+    return {**facts, "timesteps": list(stats.timesteps), "keys": keys, "channels": [list(k) for k in stats.channels]}
 
 
 def _load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
@@ -132,7 +134,8 @@ def _load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
         summary = Summary(int(count), low, high, total, square)
         summary.histogram[arrays[f"{i}.bins"]] = arrays[f"{i}.counts"]
         summaries[str(name), int(group)] = summary
-    return Stats(data["digest"], data["groups"], data["calls"], summaries, tuple(data["timesteps"]))
+    channels = {(str(name), int(group)): arrays[f"channels.{i}"] for i, (name, group) in enumerate(data["channels"])}
+    return Stats(data["digest"], data["groups"], data["calls"], summaries, tuple(data["timesteps"]), channels)
 
 
 def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:

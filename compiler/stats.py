@@ -8,7 +8,7 @@ bin, those above 2^17 the highest (the extremes themselves are kept exactly).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,7 +120,7 @@ class Stats:
 
     `digest` is that of the graph, so that statistics of another graph are refused; `calls` counts network calls.
     `timesteps` are those of the calls of one trajectory, in their order, which the groups divide; empty where whoever
-    measured did not say.
+    measured did not say. `channels` has the extremes `[2, C]` of each channel of the values that were measured so.
     """
 
     digest: str
@@ -128,6 +128,7 @@ class Stats:
     calls: int
     summaries: dict[tuple[str, int], Summary]
     timesteps: tuple[int, ...] = ()
+    channels: Mapping[tuple[str, int], npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def values(self) -> Iterable[str]:
         return dict.fromkeys(name for name, _ in self.summaries)
@@ -143,7 +144,11 @@ class Stats:
         merged = dict(self.summaries)
         for key, summary in other.summaries.items():
             merged[key] = merged[key] + summary if key in merged else summary
-        return Stats(self.digest, self.groups, self.calls + other.calls, merged, self.timesteps)
+        channels = dict(self.channels)
+        for key, extremes in other.channels.items():
+            known = channels.get(key, extremes)
+            channels[key] = np.stack([np.minimum(known[0], extremes[0]), np.maximum(known[1], extremes[1])])
+        return Stats(self.digest, self.groups, self.calls + other.calls, merged, self.timesteps, channels)
 
     def check_every_call(self, timesteps: Sequence[int], where: str) -> None:
         """Refuse, for a pass that needs each of these network calls by itself, statistics that do not have them all.

@@ -173,7 +173,7 @@ class _Writer:
 
 
 def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
-    """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep: one lookup for all of them."""
+    """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep: one lookup for them all."""
     build = Builder(program.graph, names, program.graph[0])
     row = step_index(build, program, group_of_train(program), "group")
     columns = [(q.scale.reshape(len(q.scale), -1), q.zero_point.reshape(len(q.scale), -1)) for q in tables]

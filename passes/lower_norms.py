@@ -23,7 +23,6 @@ from ..compiler.graph import Builder, Names, is_constant, is_op, known_ints, nam
 from ..compiler.pipeline import Context, GraphPass
 from ..compiler.program import Program, numpy_of
 
-
 LAYER_NORMALIZATION = 17  # the opset that brought it
 
 
@@ -86,7 +85,9 @@ def _normalized(build: Builder, flat: ir.Value, epsilon: float, stem: str) -> ir
         size = build.op("Shape", [flat], f"{stem}_rest", dtype=int64, shape=[1], attributes={"start": 2, "end": 3})
     # A node, though it may be constant: the ones are as many as a feature map has pixels, and would fill the file.
     one = {"value": ir.tensor(np.ones(1, np.float32))}
-    ones = build.op("ConstantOfShape", [size], f"{stem}_ones", dtype=flat.dtype, shape=[rest and rest[0]], attributes=one)
+    ones = build.op(
+        "ConstantOfShape", [size], f"{stem}_ones", dtype=flat.dtype, shape=[rest and rest[0]], attributes=one
+    )
     return build.op(
         "LayerNormalization", [flat, ones], f"{stem}_normal", like=flat, attributes={"axis": -1, "epsilon": epsilon}
     )

@@ -29,9 +29,13 @@ from ..compiler.stats import Stats
 
 @dataclass(frozen=True)
 class Observe(Pass):
-    """`groups` contiguous groups of network calls get summaries of their own; 0 means every call."""
+    """`groups` contiguous groups of network calls get summaries of their own; 0 means every call.
+
+    With `channels` the extremes of each channel of what convolutions compute are measured as well.
+    """
 
     groups: int = 1
+    channels: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"normal"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -51,7 +55,8 @@ class Observe(Pass):
         timesteps = program.deployment.timesteps
         groups = min(self.groups or len(timesteps), len(timesteps))
         taps = [v for v in values if v not in inputs]
-        with Collector() as collector, ExitStack() as sessions:
+        outputs = [name_of(layer.output) for layer in layers(program.graph) if layer.output_quantized]
+        with Collector(outputs if self.channels else ()) as collector, ExitStack() as sessions:
             tapped = sessions.enter_context(
                 Executor(program.model, context.folder, taps=taps, threads=context.threads, spinning=False)
             )
@@ -63,7 +68,7 @@ class Observe(Pass):
             observer = _Observer(program, collector, values, groups, tapped, untapped)
             calls = follow_trajectories(program, context, observer, "observe")
             collector.settle()
-        stats = Stats(graphs.digest(program.model), groups, calls, collector.summaries, timesteps)
+        stats = Stats(graphs.digest(program.model), groups, calls, collector.summaries, timesteps, collector.channels)
         each = program.allocation or (context.samples,)
         samples = f"{min(each)} to {max(each)}" if min(each) < max(each) else f"{each[0]}"
         note = f"{len(values)} values over {calls} calls, {samples} samples at each step"

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..compiler.errors import RecipeError
 from ..compiler.pipeline import Pass, Recipe
+from .channel_scales import ChannelScales
 from .choose_scales import ChooseScales
 from .clean_qdq import CleanQdq
 from .fit_noise import FitNoise
@@ -41,7 +42,20 @@ EXACT = (Normalize(), FreezeTime(), LowerNorms())
 W8A8 = (*EXACT, Observe(), ChooseScales(), InsertQdq(), CleanQdq())
 TIMED = (Normalize(), FreezeTime(), FoldTime(), LowerNorms(), Observe(groups=0), ChooseScales())
 INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
-W8A8_STEPS = (*TIMED, GroupSteps(), StepScales(), *INTEGER)
+SENSITIVE = InsertQdq(islands=("first", "second", "shortcuts", "last"), lowering="integer")
+W8A8_STEPS = (
+    Normalize(),
+    FreezeTime(),
+    FoldTime(),
+    LowerNorms(),
+    Observe(groups=0, channels=True),
+    ChooseScales(),
+    GroupSteps(),
+    StepScales(),
+    ChannelScales(),
+    SENSITIVE,
+    CleanQdq(),
+)
 TDQ = (*TIMED, GroupSteps(method="each"), StepScales(source="learned"), *INTEGER)
 TFMQ = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER)  # no gain is too small: all get tables
 PCR = (*TIMED, GroupSteps(method="each"), StepScales(), *INTEGER, SettleScales())

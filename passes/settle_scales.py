@@ -29,7 +29,7 @@ import numpy as np
 
 from ..compiler.calibrate import Conditions, Images, LockStep
 from ..compiler.collect import Collector
-from ..compiler.errors import StatsError
+from ..compiler.errors import RecipeError, StatsError
 from ..compiler.execute import Executor
 from ..compiler.graph import name_of
 from ..compiler.pipeline import Context, Pass
@@ -59,6 +59,13 @@ class SettleScales(Pass):
         moving = table_quantizers(program)
         if not moving:
             return program.noted("no scale moves with the timestep: nothing to settle")
+        per_channel = any(q.axis is not None for q in moving.values())
+        if per_channel or not any(np.ptp(q.zero_point) for q in moving.values()):
+            raise RecipeError(
+                "tables per channel, or around one zero point, would be replaced by tables of another kind",
+                where=self.name,
+                hint="leave out channel_scales, and step_scales.zero_point=constant",
+            )
         tables = find_tables(program, self.name)
         scales, zeros = (table.copy() for table in stacked(program))
         names = list(dict.fromkeys(site.value for site in moving))
