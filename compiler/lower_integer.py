@@ -12,8 +12,8 @@ too, `[rows, C]`, and all of a graph's bias tables are read by one Gather. MatMu
 their QDQ form becomes an integer kernel with gathered scales as well (measured).
 
 A convolution whose output is quantized per channel is written for the same kernel, which has one output scale, at no
-cost: with w_scale / y_scale[c] in place of w_scale, 1 as its output scale and the zero points' differences in the bias,
-it rounds channel c to the grid of y_scale[c] and zero_point[c], and the DequantizeLinear behind it knows them.
+cost: with w_scale[c] / y_scale[c] in place of w_scale[c], 1 as its output scale, and the zero points' differences in
+the bias, it rounds channel c to the grid of y_scale[c] and zero_point[c]; the DequantizeLinear behind it knows them.
 
 Up to 1.27 onnxruntime silently forgets a convolution's bias that is not constant where the zero point of the input is
 (measured: 1.23.2, 1.24.4, 1.27.0; 1.31.1 adds it). So a gathered bias comes with a gathered zero point.
@@ -30,7 +30,7 @@ import onnx_ir as ir
 
 from . import lower_qdq
 from .graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
-from .layout import hide_ranks
+from .layout import hide_ranks, split_biases
 from .ops import time_table
 from .program import Program, numpy_of
 from .timetable import group_of_row, lookup, rows_of
@@ -47,8 +47,10 @@ def lower(program: Program) -> ir.Model:
         layer = _quantized_layer(node)
         if layer is not None:
             writer.lower(layer)
+    writer.write_channel_scales()
     writer.write_biases()
     writer.write_scalars()
+    split_biases(model.graph)
     hide_ranks(model.graph, [node for node in model.graph if is_op(node, "QLinearConv")])
     remove_dead(model.graph)
     model.graph.opset_imports.setdefault(CONTRIB, 1)
@@ -105,6 +107,7 @@ class _Writer:
         self.program, self.graph, self.names = program, graph, Names(graph)
         self._waiting: dict[str, list[tuple[ir.Node, npt.NDArray[np.int32]]]] = {}
         self._rows: dict[str, ir.Value] = {}
+        self._divided: dict[ir.Node, list[tuple[ir.Node, int]]] = {}
 
     def lower(self, group: _Group) -> None:
         if is_op(group.node, "Conv"):
@@ -126,13 +129,12 @@ class _Writer:
         if bias is None and (group.bias is not None or per_channel):
             return  # the bias does not fit into int32 at this scale: the layer stays in float
         build = Builder(self.graph, self.names, group.node)
-        w_scale = group.w.inputs[1]
-        out_scale: list[ir.Value | None] = [y_scale, y_zero]
+        w_scale, out_scale = group.w.inputs[1], [y_scale, y_zero]
+        assert w_scale is not None
         if per_channel:
-            w_scale = build.op("Div", [w_scale, y_scale], f"{name_of(out)}_channel_scale", like=y_scale)
             one, middle = np.array(1, np.float32), np.array(_middle(y_zero))
             out_scale = [build.constant(f"{name_of(out)}_{n}", v) for n, v in (("one", one), ("middle", middle))]
-        inputs = [*group.x.inputs[:3], group.w.inputs[0], w_scale, group.w.inputs[2], *out_scale]
+        inputs = [*group.x.inputs[:3], *group.w.inputs[:3], *out_scale]
         attributes = {name: a.value for name, a in group.node.attributes.items()}
         name = group.node.name
         group.node.name = self.names(f"{name}_float")
@@ -143,6 +145,13 @@ class _Writer:
         assert conv is not None
         if bias is not None:
             self._attach(conv, *bias)
+        if per_channel:
+            split = y_scale.producer()
+            if split is None:  # the same at every timestep
+                scale = numpy_of(w_scale) / numpy_of(y_scale)
+                conv.replace_input_with(4, build.constant(f"{name_of(out)}_factors", scale))
+            else:
+                self._divided.setdefault(split, []).append((conv, list(split.outputs).index(y_scale)))
         replace_value(quantize.outputs[0], made)
         self.graph.remove(quantize, safe=True)
         self.graph.remove(group.node, safe=True)
@@ -234,6 +243,25 @@ class _Writer:
                         build = Builder(self.graph, self.names, after=producer)
                         squeezed[value] = build.op("Squeeze", [value], f"{name_of(value)}_scalar", like=value, shape=[])
                     pair.replace_input_with(index, squeezed[value])
+
+    def write_channel_scales(self) -> None:
+        """w_scale / y_scale of the convolutions whose scales come out of one lookup: one Div for them all."""
+        for lookup_end, waiting in self._divided.items():
+            parts = list(lookup_end.outputs) if is_op(lookup_end, "Split") else [lookup_end.outputs[0]]
+            sizes = [int(n) for part in parts for n in (part.shape or []) if isinstance(n, int)]
+            row = lookup_end.inputs[0] if len(parts) > 1 else parts[0]
+            numerators = np.ones(sum(sizes), np.float32)
+            for conv, index in waiting:
+                first = sum(sizes[:index])
+                w_scale = conv.inputs[4]
+                assert w_scale is not None
+                numerators[first : first + sizes[index]] = numpy_of(w_scale)
+            build = Builder(self.graph, self.names, after=lookup_end)
+            stem = f"{name_of(row)}_factors"
+            factors = build.op("Div", [build.constant(f"{stem}_weights", numerators), row], stem, like=row)
+            divided = build.split(factors, sizes, f"{stem}_part") if len(parts) > 1 else [factors]
+            for conv, index in waiting:
+                conv.replace_input_with(4, divided[index])
 
     def write_biases(self) -> None:
         """One lookup for all bias tables that share a row index."""

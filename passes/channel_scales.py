@@ -65,11 +65,11 @@ class ChannelScales(Pass):
         stats, plan = program.stats, program.plan
         assert stats is not None and plan is not None  # the order check saw to it
         stats.check_every_call(program.deployment.timesteps, self.name)
-        if not stats.channels:
+        found = [layer for layer in layers(program.graph) if layer.output_quantized]
+        if found and not stats.channels:
             raise StatsError(
                 "no channel was measured by itself", where=self.name, hint="measure them: --set observe.channels=true"
             )
-        found = [layer for layer in layers(program.graph) if layer.output_quantized]
         nodes = {layer.node for layer in layers(program.graph)}
         quantizers = dict(plan.quantizers)
         chosen = 0

@@ -173,14 +173,20 @@ class _Writer:
 
 
 def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
-    """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep: one lookup for them all."""
+    """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep."""
     build = Builder(program.graph, names, program.graph[0])
     row = step_index(build, program, group_of_train(program), "group")
-    columns = [(q.scale.reshape(len(q.scale), -1), q.zero_point.reshape(len(q.scale), -1)) for q in tables]
-    sizes = [scale.shape[1] for scale, _ in columns]
-    scales = lookup(build, np.concatenate([scale for scale, _ in columns], axis=1), row, sizes, "scales")
-    zeros = lookup(build, np.concatenate([zero for _, zero in columns], axis=1), row, sizes, "zero_points")
-    return {id(q): pair for q, pair in zip(tables, zip(scales, zeros, strict=True), strict=True)}
+    found: dict[int, tuple[ir.Value, ir.Value]] = {}
+    for stem, axis_free in (("", True), ("channel_", False)):
+        chosen = [q for q in tables if (q.axis is None) == axis_free]
+        if not chosen:
+            continue
+        columns = [(q.scale.reshape(len(q.scale), -1), q.zero_point.reshape(len(q.scale), -1)) for q in chosen]
+        sizes = [scale.shape[1] for scale, _ in columns]
+        scales = lookup(build, np.concatenate([scale for scale, _ in columns], axis=1), row, sizes, f"{stem}scales")
+        zeros = lookup(build, np.concatenate([zero for _, zero in columns], axis=1), row, sizes, f"{stem}zero_points")
+        found |= {id(q): pair for q, pair in zip(chosen, zip(scales, zeros, strict=True), strict=True)}
+    return found
 
 
 def _pair_nodes(build: Builder, value: ir.Value, quantizer: Quantizer, scale: ir.Value, zero: ir.Value) -> ir.Value:

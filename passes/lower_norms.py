@@ -25,6 +25,9 @@ from ..compiler.program import Program, numpy_of
 
 LAYER_NORMALIZATION = 17  # the opset that brought it
 
+Sizes = dict[tuple[str, ...], ir.Value]
+"""What norms over feature maps of equal dimensions share: their shape, and the ones of a LayerNormalization."""
+
 
 @dataclass(frozen=True)
 class LowerNorms(GraphPass):
@@ -35,16 +38,18 @@ class LowerNorms(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         graph = program.graph
         names = Names(graph)
-        found = [n for n in graph if is_op(n, "GroupNormalization") and is_constant(n.inputs[1])]
-        lowered = sum(_lower(graph, names, node) for node in found)
-        if graph.opset_imports.get("", 0) >= LAYER_NORMALIZATION:
-            plain = [n for n in graph if is_op(n, "InstanceNormalization") and _is_plain(n)]
-            lowered += sum(_lower_plain(graph, names, node) for node in plain)
+        sizes: Sizes = {}
+        lowered, modern = 0, graph.opset_imports.get("", 0) >= LAYER_NORMALIZATION
+        for node in list(graph):
+            if is_op(node, "GroupNormalization") and is_constant(node.inputs[1]):
+                lowered += _lower(graph, names, node, sizes)
+            elif modern and is_op(node, "InstanceNormalization") and _is_plain(node):
+                lowered += _lower_plain(graph, names, node, sizes)
         remove_dead(graph)
         return program.noted(f"{lowered} group normalizations lowered")
 
 
-def _lower(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
+def _lower(graph: ir.Graph, names: Names, node: ir.Node, sizes: Sizes) -> bool:
     x, gamma, beta = node.inputs[0], node.inputs[1], node.inputs[2]
     out = node.outputs[0]
     if x is None or gamma is None or beta is None or x.shape is None or not is_constant(beta):
@@ -57,8 +62,8 @@ def _lower(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
     build = Builder(graph, names, node)
     stem = name_of(out)
 
-    sizes = known_ints(x.shape, range(1, rank))
-    rest = None if sizes is None else int(np.prod(sizes)) // groups
+    known = known_ints(x.shape, range(1, rank))
+    rest = None if known is None else int(np.prod(known)) // groups
     flat = build.op(
         "Reshape",
         [x, build.constant(f"{stem}_groups", np.array([0, groups, -1], np.int64))],
@@ -66,8 +71,11 @@ def _lower(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
         dtype=x.dtype,
         shape=[x.shape[0], groups, rest],
     )
-    normal = _normalized(build, flat, _epsilon(node), stem)
-    back = build.op("Reshape", [normal, _shape_of(build, x, stem)], f"{stem}_shaped", like=x)
+    dims = _dims(x)
+    normal = _normalized(build, flat, _epsilon(node), stem, sizes, (*dims, str(groups)))
+    if dims not in sizes:
+        sizes[dims] = _shape_of(build, x, stem)
+    back = build.op("Reshape", [normal, sizes[dims]], f"{stem}_shaped", like=x)
     scaled = build.op("Mul", [back, _per_channel(build, gamma, channels[0], rank)], f"{stem}_scaled", like=x)
     shifted = build.op("Add", [scaled, _per_channel(build, beta, channels[0], rank)], f"{stem}_shifted", like=x)
     replace_value(out, shifted)
@@ -75,21 +83,35 @@ def _lower(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
     return True
 
 
-def _normalized(build: Builder, flat: ir.Value, epsilon: float, stem: str) -> ir.Value:
-    """x `[batch, groups, rest]` with mean 0 and variance 1 over `rest`."""
+def _dims(x: ir.Value) -> tuple[str, ...]:
+    """The dimensions by which a shape can be shared; one that has no name is like no other."""
+    assert x.shape is not None
+    dims = [str(d) if isinstance(d, int) or d.value is not None else f"? of {name_of(x)}" for d in x.shape]
+    return tuple(dims)
+
+
+def _normalized(
+    build: Builder, flat: ir.Value, epsilon: float, stem: str, sizes: Sizes, key: tuple[str, ...]
+) -> ir.Value:
+    """x `[batch, groups, rest]` with mean 0 and variance 1 over `rest`; norms of one `key` share their ones."""
     rest = known_ints(flat.shape, [2])
     int64 = ir.DataType.INT64
-    if rest is not None:
-        size = build.constant(f"{stem}_rest", np.array(rest))
-    else:
-        size = build.op("Shape", [flat], f"{stem}_rest", dtype=int64, shape=[1], attributes={"start": 2, "end": 3})
-    # A node, though it may be constant: the ones are as many as a feature map has pixels, and would fill the file.
-    one = {"value": ir.tensor(np.ones(1, np.float32))}
-    ones = build.op(
-        "ConstantOfShape", [size], f"{stem}_ones", dtype=flat.dtype, shape=[rest and rest[0]], attributes=one
-    )
+    key = key if rest is None else ("ones", str(rest[0]))
+    if key not in sizes:
+        if rest is not None:
+            size = build.constant(f"{stem}_rest", np.array(rest))
+        else:
+            size = build.op("Shape", [flat], f"{stem}_rest", dtype=int64, shape=[1], attributes={"start": 2, "end": 3})
+        # A node, though it may be constant: the ones are as many as a feature map has pixels, and would fill the file.
+        one = {"value": ir.tensor(np.ones(1, np.float32))}
+        shape = [None] if rest is None else rest
+        sizes[key] = build.op("ConstantOfShape", [size], f"{stem}_ones", dtype=flat.dtype, shape=shape, attributes=one)
     return build.op(
-        "LayerNormalization", [flat, ones], f"{stem}_normal", like=flat, attributes={"axis": -1, "epsilon": epsilon}
+        "LayerNormalization",
+        [flat, sizes[key]],
+        f"{stem}_normal",
+        like=flat,
+        attributes={"axis": -1, "epsilon": epsilon},
     )
 
 
@@ -102,11 +124,11 @@ def _is_plain(node: ir.Node) -> bool:
     return bool((numpy_of(scale) == 1).all() and (numpy_of(shift) == 0).all())
 
 
-def _lower_plain(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
+def _lower_plain(graph: ir.Graph, names: Names, node: ir.Node, sizes: Sizes) -> bool:
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None  # _is_plain saw to it
     build = Builder(graph, names, node)
-    replace_value(out, _normalized(build, x, _epsilon(node), name_of(out)))
+    replace_value(out, _normalized(build, x, _epsilon(node), name_of(out), sizes, (*_dims(x), "plain")))
     graph.remove(node, safe=True)
     return True
 

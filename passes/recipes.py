@@ -28,6 +28,7 @@ from .channel_scales import ChannelScales
 from .choose_scales import ChooseScales
 from .clean_qdq import CleanQdq
 from .fit_noise import FitNoise
+from .fold_scales import FoldScales
 from .fold_time import FoldTime
 from .freeze_time import FreezeTime
 from .group_steps import GroupSteps
@@ -38,16 +39,14 @@ from .observe import Observe
 from .settle_scales import SettleScales
 from .step_scales import StepScales
 
-EXACT = (Normalize(), FreezeTime(), LowerNorms())
+EXACT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
 W8A8 = (*EXACT, Observe(), ChooseScales(), InsertQdq(), CleanQdq())
-TIMED = (Normalize(), FreezeTime(), FoldTime(), LowerNorms(), Observe(groups=0), ChooseScales())
+FAST = (Normalize(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
+TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
-SENSITIVE = InsertQdq(islands=("first", "second", "shortcuts", "last"), lowering="integer")
+SENSITIVE = InsertQdq(islands=("first", "second", "penultimate", "last"), lowering="integer")
 W8A8_STEPS = (
-    Normalize(),
-    FreezeTime(),
-    FoldTime(),
-    LowerNorms(),
+    *FAST,
     Observe(groups=0, channels=True),
     ChooseScales(),
     GroupSteps(),
@@ -104,7 +103,7 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
-DEFAULT = "w8a8"
+DEFAULT = "w8a8-steps"
 
 
 def pass_names() -> list[str]:

@@ -60,7 +60,8 @@ class SettleScales(Pass):
         if not moving:
             return program.noted("no scale moves with the timestep: nothing to settle")
         per_channel = any(q.axis is not None for q in moving.values())
-        if per_channel or not any(np.ptp(q.zero_point) for q in moving.values()):
+        several = any(len(q.zero_point) > 1 for q in moving.values())  # one row has one zero point either way
+        if per_channel or (several and not any(np.ptp(q.zero_point) for q in moving.values())):
             raise RecipeError(
                 "tables per channel, or around one zero point, would be replaced by tables of another kind",
                 where=self.name,

@@ -1,0 +1,93 @@
+"""fold_scales: a number that multiplies what a layer computed moves into its weights.
+
+    Mul(move(layer(x, w, b)), c)  ->  move(layer(x, c w, c b))
+
+Exported attention multiplies queries and keys by the fourth root of 1 / width each, behind the Transposes that sort
+them into heads. Folded, two passes over the activations are gone, and what is left between layer and matmul only moves
+data, so that clean_qdq can let it move 8-bit values.
+
+    Transpose(x) -> Reshape(x)  where only dimensions of size 1 change their places
+
+(attention with one head): a Transpose copies, a Reshape does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ..compiler.graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
+from ..compiler.ops import Layer, is_mover, layers
+from ..compiler.pipeline import Context, GraphPass
+from ..compiler.program import Program, numpy_of
+
+
+@dataclass(frozen=True)
+class FoldScales(GraphPass):
+    """See the module's docstring for the cases."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"normal"})
+    tolerance: ClassVar[float | None] = 1e-4  # products are rounded in another order
+
+    def run(self, program: Program, context: Context) -> Program:
+        graph = program.graph
+        names = Names(graph)
+        by_output = {layer.output: layer for layer in layers(graph) if layer.weight is not None}
+        folded = sum(_fold(graph, names, node, by_output) for node in list(graph) if is_op(node, "Mul"))
+        turned = sum(_reshape(graph, names, node) for node in list(graph) if is_op(node, "Transpose"))
+        remove_dead(graph)
+        return program.noted(f"{folded} factors moved into weights, {turned} Transposes became Reshapes")
+
+
+def _fold(graph: ir.Graph, names: Names, mul: ir.Node, by_output: dict[ir.Value, Layer]) -> bool:
+    factor = next((v for v in mul.inputs if v is not None and is_constant(v) and v.const_value is not None), None)
+    x = next((v for v in mul.inputs if v is not factor), None)
+    if factor is None or x is None or factor.const_value is None or factor.const_value.size != 1:
+        return False
+    if mul.outputs[0].shape is None or x.shape is None or len(mul.outputs[0].shape) != len(x.shape):
+        return False  # a factor [1, 1, ...] of higher rank also adds dimensions
+    layer = _layer_behind(x, by_output)
+    if layer is None or (layer.bias is not None and not is_constant(layer.bias)):
+        return False
+    number = numpy_of(factor).reshape(())
+    build = Builder(graph, names, layer.node)
+    for node, value in ((layer.node, layer.weight), (layer.bias_add or layer.node, layer.bias)):
+        if value is not None:
+            scaled = build.constant(f"{name_of(value)}_scaled", (numpy_of(value) * number).astype(np.float32))
+            node.replace_input_with(list(node.inputs).index(value), scaled)
+    replace_value(mul.outputs[0], x)
+    graph.remove(mul, safe=True)
+    return True
+
+
+def _layer_behind(value: ir.Value, by_output: dict[ir.Value, Layer]) -> Layer | None:
+    """The layer whose output a value is, seen through data movers, when nobody else reads anything on the way."""
+    if len(consumers(value)) != 1 or value.is_graph_output():
+        return None
+    if value in by_output:
+        return by_output[value]
+    producer = value.producer()
+    if producer is None or not is_mover(producer) or producer.inputs[0] is None:
+        return None
+    return _layer_behind(producer.inputs[0], by_output)
+
+
+def _reshape(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
+    x, out = node.inputs[0], node.outputs[0]
+    if x is None or x.shape is None or "perm" not in node.attributes:
+        return False
+    order = list(node.attributes["perm"].as_ints())
+    if [d for d in order if x.shape[d] != 1] != sorted(d for d in order if x.shape[d] != 1):
+        return False
+    # 0 copies the size at the same place; of the sizes that are unknown and move, one can be left to -1.
+    sizes = [0 if d == place else (n if isinstance(n := x.shape[d], int) else -1) for place, d in enumerate(order)]
+    if sizes.count(-1) > 1:
+        return False
+    build = Builder(graph, names, node)
+    shape = build.constant(f"{name_of(out)}_shape", np.array(sizes))
+    replace_value(out, build.op("Reshape", [x, shape], f"{name_of(out)}_reshaped", like=out))
+    graph.remove(node, safe=True)
+    return True
