@@ -14,7 +14,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 WEIGHTS = "weights.data"
-INLINE_BYTES = 1024  # smaller constants (shapes, scales) stay in the ONNX file, where shape inference reads them
+# Smaller constants (scales, the sizes of a Split) stay in the ONNX file, where shape inference reads them.
+INLINE_BYTES = 1 << 14
 
 
 def adopt(model: ir.Model, folder: Path) -> None:

@@ -47,7 +47,7 @@ def compile_model(
     sampler: str = "ddim",
     steps: int = 50,
     eta: float = 0.0,
-    calibration_samples: int = 16,
+    calibration_samples: int = 32,
     calibration_batch: int = 8,
     conditions: Conditions | str | Path | None = None,
     seed: int = 0,

@@ -11,6 +11,7 @@ For group g and channel c with the extremes l and h, and L and H those of the wh
 
     low = -margin |l|^trust |L|^(1 - trust)          high = margin h^trust H^(1 - trust)
 
+and at least a 32nd of the tensor's, which costs nothing and lets a channel speak that was silent in calibration.
 Extremes of one channel rest on far fewer values than a tensor's percentile, and a channel that was quiet on the
 calibration pictures may be loud on another. Measured on the digits with min-max alone (margin 1, trust 1): epsilon is
 better by 0.7 dB, and single pictures are ruined by clipping.
@@ -37,6 +38,7 @@ from ..compiler.program import Plan, Program, Quantizer, Site
 from ..compiler.quant import scale_for_range
 
 Extremes = npt.NDArray[np.float64]
+SMALLEST_SHARE = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class ChannelScales(Pass):
         """The magnitude of one end of the ranges `[groups, C]`, between the channel's own and the tensor's."""
         tensor = ends.max(axis=1, keepdims=True)
         mixed: Extremes = self.margin * ends**self.trust * tensor ** (1 - self.trust)
-        return mixed
+        return np.maximum(mixed, SMALLEST_SHARE * tensor)
 
 
 def _only_computed_with(layer: Layer, nodes: set[ir.Node]) -> bool:

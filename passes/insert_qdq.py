@@ -89,6 +89,12 @@ class InsertQdq(Pass):
                 where=self.name,
                 hint="set insert_qdq.lowering to integer, or leave out fold_time and step_scales",
             )
+        if self.lowering != "integer" and any(q.axis is not None for q in tables):
+            raise RecipeError(
+                f"scales for each channel of an activation need the integer lowering, {self.lowering} has none",
+                where=self.name,
+                hint="leave out channel_scales, as the recipe w8a8-premul does",
+            )
         if self.lowering == "premul" and any(np.ptp(q.zero_point) for q in tables):
             raise RecipeError(
                 "zero points that depend on the timestep need the integer lowering: premul has constant ones",

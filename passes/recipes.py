@@ -44,7 +44,6 @@ W8A8 = (*EXACT, Observe(), ChooseScales(), InsertQdq(), CleanQdq())
 FAST = (Normalize(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
-SENSITIVE = InsertQdq(islands=("first", "second", "penultimate", "last"), lowering="integer")
 W8A8_STEPS = (
     *FAST,
     Observe(groups=0, channels=True),
@@ -52,11 +51,20 @@ W8A8_STEPS = (
     GroupSteps(),
     StepScales(),
     ChannelScales(),
-    SENSITIVE,
+    InsertQdq(islands=("first", "second", "penultimate", "last"), lowering="integer"),
     CleanQdq(),
 )
 TDQ = (*TIMED, GroupSteps(method="each"), StepScales(source="learned"), *INTEGER)
 TFMQ = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER)  # no gain is too small: all get tables
+PREMUL = (
+    *EXACT,
+    Observe(groups=0),
+    ChooseScales(),
+    GroupSteps(),
+    StepScales(zero_point="constant"),
+    InsertQdq(lowering="premul"),
+    CleanQdq(),
+)
 PCR = (*TIMED, GroupSteps(method="each"), StepScales(), *INTEGER, SettleScales())
 
 RECIPES: dict[str, Recipe] = {
@@ -72,8 +80,15 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "w8a8-steps",
-            "w8a8 with activation scales that know the timestep, written as integer operations",
+            "w8a8 with activation scales that know the timestep, those of what convolutions compute the channel too; "
+            "integer operations written directly",
             W8A8_STEPS,
+            paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
+        ),
+        Recipe(
+            "w8a8-premul",
+            "scales that know the timestep around constant ones, for providers that accept no others",
+            PREMUL,
             paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
         ),
         Recipe(

@@ -28,8 +28,11 @@ THREADS = 2
 SCHEDULER = "ddpm-linear"
 SMALL: dict[str, Any] = {"scheduler": SCHEDULER, "steps": 4, "calibration_samples": 2, "threads": THREADS}
 """Options of compile_model for a compilation that takes about a second."""
-FAST = ("--scheduler", SCHEDULER, "--steps", "4", "--calibration-samples", "2", "--threads", str(THREADS))
-"""The same for the command line."""
+FAST = (
+    *("--scheduler", SCHEDULER, "--steps", "4", "--recipe", "w8a8"),
+    *("--calibration-samples", "2", "--threads", str(THREADS)),
+)
+"""The same for the command line, and the recipe of the bundles below; what comes later counts."""
 
 CHANNELS = 16
 CONVS = 4  # the first and the last are islands
@@ -196,26 +199,27 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """The hand-written ONNX file, compiled by `w8a8`; `module` is None."""
     folder = tmp_path_factory.mktemp("hand")
     source = write(hand_written(), folder / "hand.onnx")
-    return Compiled(None, source, compile_model(source, folder / "bundle", **SMALL))
+    return Compiled(None, source, compile_model(source, folder / "bundle", recipe="w8a8", **SMALL))
 
 
 @pytest.fixture(scope="session")
 def unet(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """A small UNet2DModel, compiled from memory; it was in training mode."""
+    """A small UNet2DModel, compiled from memory by `w8a8`; it was in training mode."""
     folder = tmp_path_factory.mktemp("unet")
     module = small_unet().train()
     exported = folder / "float.onnx"
-    return Compiled(module, exported, compile_model(module, folder / "bundle", export=exported, **SMALL))
+    bundle = compile_model(module, folder / "bundle", recipe="w8a8", export=exported, **SMALL)
+    return Compiled(module, exported, bundle)
 
 
 @pytest.fixture(scope="session")
 def conditional(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """A small UNet2DConditionModel, compiled from memory."""
+    """A small UNet2DConditionModel, compiled from memory by `w8a8`."""
     folder = tmp_path_factory.mktemp("conditional")
     module = small_conditional_unet().eval()
     exported = folder / "float.onnx"
     given = {"encoder_hidden_states": prompts(2)}
-    bundle = compile_model(module, folder / "bundle", conditions=given, export=exported, **SMALL)
+    bundle = compile_model(module, folder / "bundle", recipe="w8a8", conditions=given, export=exported, **SMALL)
     return Compiled(module, exported, bundle)
 
 

@@ -150,7 +150,7 @@ class TestEndToEnd:
 
         bundle = compile_model(source, tmp_path / "bundle", recipe="ptqd-w8a8", **SMALL)
 
-        free = compile_model(write(hand_written(), tmp_path / "free.onnx"), tmp_path / "other", **SMALL)
+        free = compile_model(write(hand_written(), tmp_path / "free.onnx"), tmp_path / "other", recipe="w8a8", **SMALL)
         assert bundle.manifest["kernels"]["integer"] == INTEGER
         images, expected = (b.sample(4, threads=THREADS, correction=False) for b in (bundle, free))
         assert float(np.median(psnr_db(expected, images, peak=2.0))) > 30
@@ -250,13 +250,13 @@ class TestReproducible:
     """The same compilation gives the same bytes."""
 
     def test_twice_in_one_process(self, hand: Compiled, tmp_path: Path) -> None:
-        again = compile_model(hand.exported, tmp_path / "elsewhere", dump_passes=False, **SMALL)
+        again = compile_model(hand.exported, tmp_path / "elsewhere", recipe="w8a8", dump_passes=False, **SMALL)
 
         same(files(hand.bundle.path), files(again.path))
         assert again.manifest["digest"] == hand.bundle.manifest["digest"]
 
     def test_another_seed_is_another_bundle(self, hand: Compiled, tmp_path: Path) -> None:
-        other = compile_model(hand.exported, tmp_path / "b", seed=1, **SMALL)
+        other = compile_model(hand.exported, tmp_path / "b", recipe="w8a8", seed=1, **SMALL)
 
         assert other.manifest["digest"] != hand.bundle.manifest["digest"]
         assert files(other.path)["unet/model.onnx"] != files(hand.bundle.path)["unet/model.onnx"]
@@ -265,7 +265,7 @@ class TestReproducible:
         seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # not the one of this process
         code = (
             "import sys; from mezzotint import compile_model; from tests.models import SMALL, small_unet\n"
-            "compile_model(small_unet(), sys.argv[1], **SMALL)\n"
+            "compile_model(small_unet(), sys.argv[1], recipe='w8a8', **SMALL)\n"
             "compile_model(sys.argv[2], sys.argv[3], recipe='ptqd-w8a8', **{**SMALL, 'eta': 0.5})\n"
         )
         arguments = [str(tmp_path / "unet"), str(hand.exported), str(tmp_path / "hand")]
@@ -318,7 +318,7 @@ class TestRecipes:
 
     def test_settings_reach_the_pass(self, hand: Compiled, tmp_path: Path) -> None:
         settings = {"choose_scales.activation_bits": 4, "choose_scales.activations": "minmax"}
-        coarse = compile_model(hand.exported, tmp_path / "b", settings=settings, **SMALL)
+        coarse = compile_model(hand.exported, tmp_path / "b", recipe="w8a8", settings=settings, **SMALL)
 
         want = pictures(hand.exported, coarse)
         good, bad = (float(np.median(psnr_db(want, b.sample(4), peak=2.0))) for b in (hand.bundle, coarse))
@@ -432,7 +432,7 @@ class TestOutput:
         first = compile_model(hand.exported, tmp_path / "b", recipe="float", **SMALL)
         (first.path / "note.txt").write_text("from before")
 
-        second = compile_model(hand.exported, tmp_path / "b", force=True, **SMALL)
+        second = compile_model(hand.exported, tmp_path / "b", recipe="w8a8", force=True, **SMALL)
 
         same(files(second.path), files(hand.bundle.path))
         assert hidden(tmp_path) == []

@@ -60,9 +60,9 @@ def quality(bundle: Bundle, float_model: Path) -> tuple[float, float]:
 
 
 def test_compile_says_what_came_out(said: dict[str, Any], bundle: Bundle) -> None:
-    assert said["recipe"] == "w8a8"
-    assert (said["integer_kernels"], said["float_kernels"]) == (57, 2)
-    assert len(said["islands"]) == 2
+    assert said["recipe"] == "w8a8-steps"
+    assert (said["integer_kernels"], said["float_kernels"]) == (54, 5)
+    assert len(said["islands"]) == 5
     assert said["model_bytes"] < 0.28 * said["parameter_bytes_before"]
     assert said["digest"] == bundle.manifest["digest"]
     assert len(bundle.deployed_timesteps or ()) == STEPS
@@ -158,9 +158,16 @@ def test_inspect_tells_people_and_programs(cli: Cli, bundle: Bundle) -> None:
     data = json.loads(cli("inspect", bundle.path, "--json").out)
 
     assert text.code == 0
-    for word in ("w8a8", "57 integer, 2 float", "freeze_time", "choose_scales", "why not integer", "ddim, 10 steps"):
+    for word in (
+        "w8a8-steps",
+        "54 integer, 5 float",
+        "freeze_time",
+        "choose_scales",
+        "why not integer",
+        "ddim, 10 steps",
+    ):
         assert word in text.out, word
     assert data["digest"] == bundle.manifest["digest"]
-    assert data["kernels"]["integer"] == 57
+    assert data["kernels"]["integer"] == 54
     assert data["corrected"] is False
     assert {q["format"] for q in data["quantizers"]} == {"uint8", "int8"}

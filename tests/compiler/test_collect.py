@@ -77,3 +77,36 @@ def test_an_error_of_the_caller_leaves_no_thread_behind() -> None:
         raise KeyError
     with pytest.raises(RuntimeError):
         collector.add(0, 1, call(0))
+
+
+def image(k: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(k).standard_normal((2, 5, 3, 4)).astype(np.float32)
+
+
+def check_channels(found: dict[tuple[str, int], npt.NDArray[np.float32]], factor: float = 1.0) -> None:
+    assert set(found) == {("image", group) for group in range(GROUPS)}
+    for (_, group), got in found.items():
+        seen = np.concatenate([image(k) for k in range(CALLS) if k % GROUPS == group])
+        want = np.stack([seen.min(axis=(0, 2, 3)), seen.max(axis=(0, 2, 3))])
+        np.testing.assert_array_equal(got, want * np.float32(factor))
+
+
+def test_extremes_of_channels_are_numpys() -> None:
+    with Collector(["image"]) as collector:
+        for k in range(CALLS):
+            collector.add(k % GROUPS, k, {"image": image(k), **call(k)})
+        collector.settle()
+        check_channels(collector.channels)
+        with pytest.raises(AssertionError):
+            check_channels(collector.channels, factor=1.01)
+        assert ("wide", 0) in collector.summaries
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5)])
+def test_channels_are_the_second_axis_of_any_rank(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    with Collector(["x"]) as collector:
+        collector.add(0, 1, {"x": values})
+        collector.settle()
+        rows = np.moveaxis(values, 1, 0).reshape(shape[1], -1)
+        np.testing.assert_array_equal(collector.channels["x", 0], np.stack([rows.min(axis=1), rows.max(axis=1)]))

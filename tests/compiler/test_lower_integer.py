@@ -23,6 +23,7 @@ from mezzotint.compiler.lower_integer import lower
 from mezzotint.compiler.lowering import lower as lower_as_asked
 from mezzotint.compiler.pipeline import Context, Pass
 from mezzotint.compiler.program import Plan, Program
+from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.lower_norms import LowerNorms
 from mezzotint.passes.recipes import RECIPES
@@ -65,13 +66,13 @@ def test_there_is_a_golden_pair_for_each_form() -> None:
     assert set(golden.cases(GOLDEN)) == convs | others | {"gemm_trans_b", "gemm_one_bias"}
 
 
-def passes(islands: tuple[str, ...] = ("first", "last"), gain: float = 0.2) -> list[Pass]:
-    """Recipe w8a8-steps; at a `gain` of -1000 dB everything gets a table, at 1000 nothing."""
+def passes(islands: tuple[str, ...] = ("first", "last"), gain: float | None = None) -> list[Pass]:
+    """Recipe w8a8-steps, with its own gains or another: at -1000 dB everything gets a table, at 1000 nothing."""
     steps: list[Pass] = []
     for step in STEPS:
         if isinstance(step, InsertQdq):
             steps.append(replace(step, islands=islands))
-        elif isinstance(step, StepScales):
+        elif isinstance(step, StepScales | ChannelScales) and gain is not None:
             steps.append(replace(step, gain=gain))
         else:
             steps.append(step)
@@ -85,14 +86,20 @@ def quantized_layer(body: str, context: Context, tables: bool) -> Program:
     return program
 
 
-def largest_step(program: Program) -> float:
-    """One step of the grid that the output lies on, the coarsest of its rows; else of the grid of the accumulator."""
+def largest_step(program: Program) -> Images:
+    """One step of the grid that the output lies on, the coarsest of its rows; else of the grid of the accumulator.
+
+    A number, or `[C, 1, 1]` where each channel has a grid.
+    """
     assert program.plan is not None
     producer = program.graph.outputs[0].producer()
-    scales = {site.value: q.scale.max() for site, q in program.plan.quantizers.items()}
+    scales = {site.value: q.scale.max(axis=0) if q.table else q.scale for site, q in program.plan.quantizers.items()}
     if producer is not None and producer.op_type == "DequantizeLinear":
-        return float(scales.get("epsilon", scales.get("mixed", 0.0)))
-    return float(np.prod([s for name, s in scales.items() if name in ("sample", "flat", "square")]))
+        step = scales.get("epsilon", scales.get("mixed"))
+        assert step is not None
+        return step[:, None, None] if step.ndim else step
+    found = [float(s.max()) for name, s in scales.items() if name in ("sample", "flat", "square")]
+    return np.asarray(np.prod(found), np.float32)
 
 
 def check_same(program: Program, lowered: ir.Model, context: Context) -> None:
@@ -105,8 +112,9 @@ def check_same(program: Program, lowered: ir.Model, context: Context) -> None:
             with Executor(model, context.folder, threads=2, level="basic") as executor:
                 results.append(executor.call(SIGNATURE, x, t)["epsilon"])
         want, got = results
-        np.testing.assert_allclose(got, want, rtol=0, atol=1.01 * step)
-        assert np.mean(np.abs(got - want) > 0.1 * step) < 0.01
+        off = np.abs(got - want) / step
+        assert off.max() <= 1.01
+        assert np.mean(off > 0.1) < 0.01
 
 
 @pytest.mark.parametrize("tables", [False, True])
@@ -116,7 +124,8 @@ def test_lowering_keeps_the_numbers(context: Context, body: str, tables: bool) -
     lowered = lower(program)
     assert not set(counts(lowered.graph)) & {"Conv", "Gemm", "MatMul"}
     check_same(program, lowered, context)
-    plant(lowered, "conv_w_scale" if "Conv" in body else "square_scale")
+    weights = "_factors_weights" if tables else "conv_w_scale"  # over the output's scales, or as they are
+    plant(lowered, weights if "Conv" in body else "square_scale")
     with pytest.raises(AssertionError):
         check_same(program, lowered, context)
 
@@ -207,7 +216,7 @@ def test_the_network_computes_what_its_quantized_graph_computes(context: Context
         for model in (program.float_model, program.model)
         if model is not None
     )
-    limit = 0.4 * relative_error(exact, quantized)
+    limit = 0.33 * relative_error(exact, quantized)
 
     def check(lowered: ir.Model) -> None:
         got = outputs(lowered, context, (4, 1, 8, 8), program.deployment.timesteps)
@@ -236,11 +245,20 @@ def test_norms_stay_whole_where_the_recipe_leaves_them(context: Context) -> None
 
 # The bundle
 
+# Four convolutions: but for the settings the recipe would leave all of them in float. Extremes of channels want more
+# than two samples, as the inputs below are no trajectory.
+BUNDLE: dict[str, Any] = {
+    **SMALL,
+    "recipe": "w8a8-steps",
+    "settings": {"insert_qdq.islands": ["first", "last"]},
+    "calibration_samples": 8,
+}
+
 
 @pytest.fixture(scope="module")
 def steps_bundle(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("steps")
-    return compile_model(hand.exported, folder / "bundle", recipe="w8a8-steps", **SMALL)
+    return compile_model(hand.exported, folder / "bundle", **BUNDLE)
 
 
 def plain(bundle: Bundle, t: int) -> Images:
@@ -285,7 +303,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def test_the_same_compile_twice_gives_the_same_bytes(steps_bundle: Bundle, hand: Compiled, tmp_path: Path) -> None:
-    again = compile_model(hand.exported, tmp_path / "again", recipe="w8a8-steps", **SMALL)
+    again = compile_model(hand.exported, tmp_path / "again", **BUNDLE)
     assert contents(again.path) == contents(steps_bundle.path)
     assert again.manifest["digest"] == steps_bundle.manifest["digest"] != hand.bundle.manifest["digest"]
 

@@ -95,7 +95,7 @@ def test_history_and_notes(tiny: Program, context: Context) -> None:
     assert after.history[-1].nodes_after == after.graph.num_nodes()
     assert all(r.seconds > 0 and r.peak_memory_mb > 10 for r in after.history)
     notes = {r.name: r.note for r in after.history}
-    assert notes["lower_norms"].startswith("5 GroupNormalization")
+    assert notes["lower_norms"] == "5 group normalizations lowered"
     assert notes["freeze_time"].startswith("2 tables of 3 rows")
     assert notes["insert_qdq"] == "14 layers quantized, 2 kept in float"
     assert after.note == ""
@@ -121,9 +121,9 @@ def test_dumps_can_be_read_and_run(tiny: Program, context: Context, tmp_path: Pa
     assert sorted({f.name.split(".")[0] for f in folder.glob("0*")}) == stems
     assert (folder / "000_imported.diff").read_text() == ""
     assert (folder / f"{stems[-1]}.txt").read_text() == graph.text(after.model)
-    difference = (folder / "003_lower_norms.diff").read_text()
+    difference = next(folder.glob("*_lower_norms.diff")).read_text()
     assert "-   b1_n1 = GroupNormalization" in difference.replace("[node_10] ", "")
-    assert any(line.startswith("+") and "InstanceNormalization" in line for line in difference.splitlines())
+    assert any(line.startswith("+") and "LayerNormalization" in line for line in difference.splitlines())
     x = np.random.default_rng(0).standard_normal((2, *tiny.shape)).astype(np.float32)
     for stem in stems:
         session = open_session(folder / f"{stem}.onnx", threads=2)
@@ -176,7 +176,7 @@ def test_statistics_of_a_saved_program_are_still_those_of_its_graph(
 ) -> None:
     """choose_scales compares digests: loading must not change the graph's, whatever moved to other files."""
     store.adopt(tiny.model, context.folder)
-    program = pipeline.run(tiny, W8A8[:4], context)
+    program = pipeline.run(tiny, W8A8[: [p.name for p in W8A8].index("observe") + 1], context)
     snapshot.save(program, tmp_path / "saved")
     loaded, _ = snapshot.load(tmp_path / "saved")
     assert graph.digest(loaded.model) == graph.digest(program.model)

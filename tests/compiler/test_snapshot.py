@@ -104,16 +104,31 @@ def test_the_plan(finished: Program, loaded: Program) -> None:
         check_plan(finished, replace(loaded, plan=Plan({**loaded.plan.quantizers, site: off}, loaded.plan.islands)))
 
 
+def check_channels(want: Program, got: Program) -> None:
+    assert want.stats is not None and got.stats is not None and want.stats.channels
+    assert list(got.stats.channels) == list(want.stats.channels)
+    for key, extremes in want.stats.channels.items():
+        assert got.stats.channels[key].dtype == extremes.dtype
+        np.testing.assert_array_equal(got.stats.channels[key], extremes)
+
+
 def test_tables_groups_and_lowering(tiny: Program, context: Context, tmp_path: Path) -> None:
     program = pipeline.run(tiny, RECIPES["w8a8-steps"].passes, context)
     assert program.plan is not None
     assert program.lowering == "integer"
     assert len(program.plan.groups) == len(tiny.deployment.timesteps)
     assert any(q.table for q in program.plan.quantizers.values())
+    assert any(q.table and q.axis == 1 and q.scale.ndim == 2 for q in program.plan.quantizers.values())
     snapshot.save(program, tmp_path / "saved")
     loaded, _ = snapshot.load(tmp_path / "saved")
     test_facts(program, loaded)
     check_plan(program, loaded)
+    check_channels(program, loaded)
+    assert loaded.stats is not None
+    key, extremes = next(iter(loaded.stats.channels.items()))
+    off = {**loaded.stats.channels, key: extremes * np.float32(1.01)}
+    with pytest.raises(AssertionError):
+        check_channels(program, replace(loaded, stats=replace(loaded.stats, channels=off)))
     assert loaded.plan is not None
     tables = {site: replace(q, table=False) for site, q in loaded.plan.quantizers.items()}
     for planted in (replace(loaded.plan, groups=(0, 0, 0)), replace(loaded.plan, quantizers=tables)):

@@ -223,3 +223,17 @@ def test_calls_that_were_never_calibrated_are_named(stats: Stats, wanted: tuple[
         stats.check_every_call(wanted, "group_steps")
     assert caught.value.where == "group_steps"
     assert "observe" in str(caught.value.hint)
+
+
+@given(st.lists(arrays.arrays(np.float32, (6, 3), elements=st.floats(-9, 9, width=32)), min_size=2, max_size=2))
+def test_extremes_of_channels_merge(parts: list[Values]) -> None:
+    def stats(seen: Values, *others: str) -> Stats:
+        extremes = np.stack([seen.min(axis=0), seen.max(axis=0)])
+        return Stats("d", 1, 1, {}, (), {(name, 0): extremes for name in ("both", *others)})
+
+    merged = stats(parts[0], "left") + stats(parts[1], "right")
+    together = np.concatenate(parts)
+    want = np.stack([together.min(axis=0), together.max(axis=0)])
+    np.testing.assert_array_equal(merged.channels["both", 0], want)
+    np.testing.assert_array_equal(merged.channels["left", 0], stats(parts[0]).channels["both", 0])
+    np.testing.assert_array_equal(merged.channels["right", 0], stats(parts[1]).channels["both", 0])

@@ -13,7 +13,7 @@ from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.graph import Builder, Names, name_of
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Plan, Program
-from mezzotint.compiler.timetable import deployed_rows, group_of_train, lookup, step_index
+from mezzotint.compiler.timetable import deployed_rows, group_of_train, lookup, rows_of, step_index
 from tests.tiny import program_of
 
 DEPLOYED = (666, 333, 0)  # in the order of the calls
@@ -137,3 +137,35 @@ def test_a_timestep_that_is_called_twice_has_one_row() -> None:
     assert deployed_rows(twice) == (333, 666)
     assert deployed_rows(program) == (0, 333, 666)
     np.testing.assert_array_equal(group_of_train(twice)[[0, 499, 500, 999]], [1, 1, 0, 0])
+
+
+def check_found(part: ir.Value, want: npt.NDArray[np.generic], row: ir.Value | None) -> None:
+    found, index = rows_of(part)
+    np.testing.assert_array_equal(found, want)
+    assert found.dtype == want.dtype
+    assert index is row
+
+
+def test_rows_are_found_behind_a_lookup() -> None:
+    """A part of one column is `[rows]`, a wider one, of a scale for each channel, `[rows, C]`."""
+    program = program_with("int64[batch]")
+    build = Builder(program.graph, Names(program.graph), program.graph[0])
+    row = step_index(build, program, group_of_train(program), "group")
+    one, two = lookup(build, TABLE, row, [1, 2], "table")
+    check_found(one, TABLE[:, 0], row)
+    check_found(two, TABLE[:, 1:], row)
+    with pytest.raises(AssertionError):
+        check_found(two, TABLE[:, 1:] * np.float32(1.01), row)
+    with pytest.raises(AssertionError):
+        check_found(two, TABLE[:, :2], row)
+    (alone,) = lookup(build, TABLE, row, [3], "alone")
+    check_found(alone, TABLE, row)
+    (narrow,) = lookup(build, TABLE[:, :1].astype(np.uint8), row, [1], "narrow")
+    check_found(narrow, TABLE[:, 0].astype(np.uint8), row)
+
+
+@pytest.mark.parametrize(("constant", "rows"), [(3, [3]), ([3], [3]), ([3, 4], [[3, 4]])])
+def test_a_constant_is_one_row(constant: npt.ArrayLike, rows: npt.ArrayLike) -> None:
+    program = program_with("int64[batch]")
+    build = Builder(program.graph, Names(program.graph), program.graph[0])
+    check_found(build.constant("scale", np.asarray(constant, np.float32)), np.asarray(rows, np.float32), None)

@@ -29,12 +29,18 @@ from tests.models import SMALL, Compiled
 from tests.tiny import ATTENTIONS, CONVS, LINEARS, tiny_model
 
 ROOT = Path(__file__).parents[2]
+ENDS = {"insert_qdq.islands": ["first", "last"]}
 SPELLINGS: dict[str, dict[str, Any]] = {
     "qdq": {"recipe": "w8a8"},
-    "integer": {"recipe": "w8a8-steps"},
+    "integer": {"recipe": "w8a8-steps", "settings": ENDS},
     "premul": {
         "recipe": "w8a8-steps",
-        "settings": {"insert_qdq.lowering": "premul", "step_scales.zero_point": "constant"},
+        "settings": {
+            **ENDS,
+            "insert_qdq.lowering": "premul",
+            "step_scales.zero_point": "constant",
+            "channel_scales.gain": 1000.0,
+        },
     },
 }
 ISLANDS = 2  # the first and the last convolution

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mezzotint.compiler.errors import PassError
+from mezzotint.compiler.program import numpy_of
 from mezzotint.passes import fold_scales
 from mezzotint.passes.fold_scales import FoldScales
 from tests import golden
@@ -21,7 +22,7 @@ def test_golden(check_golden: Check, case: str) -> None:
 
 def test_a_factor_that_is_one_percent_off_is_refused(check_golden: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline compares the graphs before and after: the tolerance is not wide enough for this."""
-    true = fold_scales.numpy_of
+    true = numpy_of
     monkeypatch.setattr(fold_scales, "numpy_of", lambda value: np.asarray(true(value) * 1.01, np.float32))
     with pytest.raises(PassError):
         check_golden(FoldScales(), "attention", shape=SHAPES["attention"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler import pipeline
+from mezzotint.compiler.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.execute import Executor
+from mezzotint.compiler.ops import layers
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Program
 from mezzotint.compiler.stats import Stats
@@ -25,9 +29,9 @@ def program(context: Context) -> Program:
     return pipeline.run(tiny_program(), [Normalize()], context)
 
 
-def observed(program: Program, folder: Path, samples: int = 4, **options: int) -> Stats:
+def observed(program: Program, folder: Path, samples: int = 4, groups: int = 0) -> Stats:
     context = context_in(folder, samples=samples, threads=1)
-    stats = Observe(**({"groups": 0} | options)).run(program, context).stats
+    stats = Observe(groups=groups).run(program, context).stats
     assert stats is not None
     return stats
 
@@ -93,6 +97,43 @@ def test_groups_of_calls_share_a_summary(program: Program, context: Context) -> 
         got = whole.summaries[name, 0]
         assert (got.count, got.low, got.high) == (merged.count, merged.low, merged.high)
         np.testing.assert_array_equal(got.histogram, merged.histogram)
+
+
+def check_channels(program: Program, stats: Stats, context: Context, factor: float = 1.0) -> None:
+    """Against a trajectory of our own, each call tapped; batches are cut as observe cuts them, hence equal bits."""
+    outputs = [layer.output.name or "" for layer in layers(program.graph) if layer.kind == "conv"]
+    assert {name for name, _ in stats.channels} == set(outputs)
+    seen: dict[tuple[str, int], list[np.ndarray[Any, np.dtype[np.float32]]]] = {}
+    with Executor(program.model, context.folder, taps=outputs, threads=1) as executor:
+
+        def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+            found = executor.call(program.signature, x, t, conditions)
+            for name in outputs:
+                seen.setdefault((name, program.deployment.timesteps.index(t)), []).append(found[name])
+            return np.asarray(found["epsilon"], np.float32)
+
+        follow_trajectories(program, context, denoiser, "test")
+    assert set(seen) == set(stats.channels)
+    for key, parts in seen.items():
+        values = np.concatenate(parts)
+        want = np.stack([values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3))])
+        np.testing.assert_allclose(stats.channels[key] * np.float32(factor), want, rtol=1e-5, atol=1e-6)
+
+
+def test_extremes_of_channels(program: Program, context: Context) -> None:
+    few = context_in(context.folder, samples=4, threads=1)
+    stats = Observe(groups=0, channels=True).run(program, few).stats
+    assert stats is not None
+    check_channels(program, stats, few)
+    with pytest.raises(AssertionError):
+        check_channels(program, stats, few, factor=1.01)
+    for (name, call), extremes in stats.channels.items():
+        summary = stats.summaries[name, call]
+        assert (extremes[0].min(), extremes[1].max()) == (summary.low, summary.high)
+
+
+def test_channels_are_measured_only_where_asked(program: Program, context: Context) -> None:
+    assert observed(program, context.folder).channels == {}
 
 
 def test_notes(program: Program, context: Context) -> None:

@@ -132,7 +132,8 @@ def test_with_options() -> None:
 
 def test_islands_are_those_of_the_passes() -> None:
     assert {name: recipe.islands for name, recipe in RECIPES.items() if recipe.islands != ("first", "last")} == {
-        "float": ()
+        "float": (),
+        "w8a8-steps": ("first", "second", "penultimate", "last"),
     }
     assert with_options(RECIPES["tdq"], {"insert_qdq.islands": ["mid*"]}).islands == ("mid*",)
 

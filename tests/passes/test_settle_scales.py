@@ -212,6 +212,33 @@ def test_a_program_that_does_not_fit_is_refused(program: Program, context: Conte
         MINMAX.run(replace(program, plan=Plan(other, program.plan.islands, program.plan.groups)), context)
 
 
+def test_tables_of_another_kind_are_refused(program: Program, context: Context) -> None:
+    """New rows would be per tensor, each with its own zero point."""
+    assert program.plan is not None
+    for axis, zeros in ((1, None), (None, 7)):
+        tables = {
+            site: replace(q, axis=axis, zero_point=q.zero_point if zeros is None else np.full_like(q.zero_point, zeros))
+            for site, q in program.plan.quantizers.items()
+            if q.table
+        }
+        plan = Plan({**program.plan.quantizers, **tables}, program.plan.islands, program.plan.groups)
+        with pytest.raises(RecipeError, match="tables of another kind") as caught:
+            MINMAX.run(replace(program, plan=plan), context)
+        assert "channel_scales" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [("w8a8-steps", {"channel_scales.gain": -1000.0}), ("pcr", {"step_scales.zero_point": "constant"})],
+)
+def test_recipes_with_tables_of_another_kind(context: Context, recipe: str, settings: dict[str, Any]) -> None:
+    settings = {"step_scales.gain": -1000.0, **settings}
+    steps = [p for p in with_options(RECIPES[recipe], settings).passes if p.name != "settle_scales"]
+    made = pipeline.run(tiny_program(steps=STEPS), steps, context)
+    with pytest.raises(RecipeError, match="tables of another kind"):
+        MINMAX.run(made, context)
+
+
 @pytest.mark.parametrize("missing", ["step_scales", "insert_qdq"])
 def test_orders_that_are_refused(missing: str) -> None:
     with pytest.raises(RecipeError):
