@@ -26,6 +26,7 @@ from mezzotint.compiler.timetable import rows_of
 from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
+from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.step_scales import StepScales
 from tests import golden
@@ -268,3 +269,16 @@ def test_zero_points_that_move_are_refused(tiny: Program, context: Context) -> N
     with pytest.raises(RecipeError, match="premul has constant ones") as caught:
         pipeline.run(tiny, steps, context)
     assert caught.value.hint == "--set step_scales.zero_point=constant"
+
+
+def test_the_recipe_runs_and_refuses_channels(context: Context) -> None:
+    """w8a8-premul as it is; with scales per channel in front of insert_qdq it says what to leave out."""
+    steps = RECIPES["w8a8-premul"].passes
+    program = pipeline.run(tiny_program(), steps, context)
+    assert program.lowering == "premul" and program.plan is not None
+    assert any(q.table for q in program.plan.quantizers.values())
+    at = next(i for i, step in enumerate(steps) if isinstance(step, InsertQdq))
+    wider = [replace(step, channels=True) if isinstance(step, Observe) else step for step in steps[:at]]
+    with pytest.raises(RecipeError, match="need the integer lowering, premul has none") as caught:
+        pipeline.run(tiny_program(), [*wider, ChannelScales(gain=-1000.0), *steps[at:]], context)
+    assert "w8a8-premul" in str(caught.value.hint)
