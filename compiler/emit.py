@@ -129,7 +129,7 @@ def save_model(model: ir.Model, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if size > EXTERNAL_BYTES:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=store.INLINE_BYTES)
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=store.SIZES_BYTES)
     else:
         clone = model.clone()
         for value in clone.graph.initializers.values():

@@ -14,8 +14,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 WEIGHTS = "weights.data"
-# Smaller constants (scales, the sizes of a Split) stay in the ONNX file, where shape inference reads them.
-INLINE_BYTES = 1 << 14
+INLINE_BYTES = 1024  # smaller constants (shapes, scales) stay in the ONNX file, where shape inference reads them
+SIZES_BYTES = 1 << 14  # the same for integers: a Split of all rows of tables has as many sizes as the graph has tables
 
 
 def adopt(model: ir.Model, folder: Path) -> None:
@@ -41,7 +41,7 @@ def bare(model: ir.Model) -> ir.Model:
     clone = model.clone()
     inputs = set(clone.graph.inputs)
     for name, value in list(clone.graph.initializers.items()):
-        if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES:
+        if value.const_value is not None and _is_large(value.const_value):
             del clone.graph.initializers[name]
             value.const_value = None
             if value not in inputs:
@@ -71,8 +71,12 @@ def _externalize(model: ir.Model, folder: Path, name: str) -> None:
         value.const_value = tensor
 
 
+def _is_large(tensor: ir.TensorProtocol) -> bool:
+    return tensor.nbytes >= (SIZES_BYTES if tensor.dtype == ir.DataType.INT64 else INLINE_BYTES)
+
+
 def _is_elsewhere(tensor: ir.TensorProtocol | None, folder: Path) -> bool:
-    if tensor is None or tensor.nbytes < INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
+    if tensor is None or not _is_large(tensor) or tensor.dtype == ir.DataType.STRING:
         return False
     return not (isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder)
 

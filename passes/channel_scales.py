@@ -104,8 +104,9 @@ class ChannelScales(Pass):
     def _widened(self, ends: Extremes) -> Extremes:
         """The magnitude of one end of the ranges `[groups, C]`, between the channel's own and the tensor's."""
         tensor = ends.max(axis=1, keepdims=True)
-        mixed: Extremes = self.margin * ends**self.trust * tensor ** (1 - self.trust)
-        return np.maximum(mixed, SMALLEST_SHARE * tensor)
+        mixed = self.margin * ends**self.trust * tensor ** (1 - self.trust)
+        widened: Extremes = np.maximum(mixed, SMALLEST_SHARE * tensor)
+        return widened
 
 
 def _only_computed_with(layer: Layer, nodes: set[ir.Node]) -> bool:

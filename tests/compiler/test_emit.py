@@ -17,12 +17,12 @@ from tests.models import SMALL, Compiled
 
 def compiled(unet: Compiled, folder: Path, monkeypatch: pytest.MonkeyPatch, inline: int) -> Bundle:
     monkeypatch.setattr(emit, "EXTERNAL_BYTES", 0)
-    monkeypatch.setattr(store, "INLINE_BYTES", inline)
+    monkeypatch.setattr(store, "SIZES_BYTES", inline)
     return compile_model(unet.exported, folder / "b", recipe="w8a8-steps", size=unet.bundle.sample_shape[1:], **SMALL)
 
 
 def test_weights_lie_beside_the_graph(unet: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = compiled(unet, tmp_path, monkeypatch, store.INLINE_BYTES)
+    bundle = compiled(unet, tmp_path, monkeypatch, store.SIZES_BYTES)
     model = onnx.load(bundle.path / MODEL, load_external_data=False)
     outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     assert outside and not any(t.data_type == onnx.TensorProto.INT64 for t in outside)
