@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.compiler import verify
+from mezzotint.compiler.folding import infer_shapes
 from mezzotint.compiler.graph import name_of
-from mezzotint.compiler.program import Program, numpy_of
+from mezzotint.compiler.program import Plan, Program, numpy_of
+from tests import golden
 from tests.tiny import program_of
 
 Images = npt.NDArray[np.float32]
@@ -56,3 +62,18 @@ def plant(model: ir.Model, ending: str) -> None:
     array = numpy_of(value)
     larger = np.rint(array * 1.01) if array.dtype == np.int32 else array * np.float32(1.01)
     value.const_value = ir.tensor(larger.astype(array.dtype), name=value.name)
+
+
+def lowered_golden(
+    folder: str, case: str, lower: Callable[[Program], ir.Model], update: bool
+) -> tuple[Program, Program]:
+    """(the program of a golden pair, what a lowering makes of it), compared with the pair; three calls, two groups."""
+    before = infer_shapes(golden.before(folder, case))
+    text = golden.to_text(before)
+    program = replace(program_of(before, num_train=6), plan=Plan(groups=(0, 1, 1)))
+    assert program.deployment.timesteps == (4, 2, 0)
+    after = replace(program, model=lower(program))
+    assert golden.to_text(before) == text, "the model that came in was changed"
+    verify.structure(after, folder, before=program)
+    golden.compare(folder, case, after.model, update=update)
+    return program, after

@@ -14,15 +14,14 @@ import onnxruntime as ort
 import pytest
 
 from mezzotint import Bundle, compile_model
-from mezzotint.compiler import pipeline, store, verify
+from mezzotint.compiler import pipeline, store
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
 from mezzotint.compiler.graph import counts, is_constant, name_of
 from mezzotint.compiler.lower_integer import lower
 from mezzotint.compiler.lowering import lower as lower_as_asked
 from mezzotint.compiler.pipeline import Context, Pass
-from mezzotint.compiler.program import Plan, Program
+from mezzotint.compiler.program import Program
 from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.lower_norms import LowerNorms
@@ -31,9 +30,9 @@ from mezzotint.passes.step_scales import StepScales
 from mezzotint.runtime.errors import TimestepNotDeployed
 from mezzotint.runtime.session import open_session
 from tests import golden
-from tests.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, Images, filling, layer_program, plant
+from tests.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, Images, filling, layer_program, lowered_golden, plant
 from tests.models import INTEGER, SMALL, Compiled
-from tests.tiny import ATTENTIONS, CONVS, LINEARS, SIGNATURE, program_of, tiny_program
+from tests.tiny import ATTENTIONS, CONVS, LINEARS, SIGNATURE, tiny_program
 
 GOLDEN = "lower_integer"
 STEPS = RECIPES["w8a8-steps"].passes
@@ -47,15 +46,9 @@ def outputs(model: ir.Model, context: Context, shape: tuple[int, ...], timesteps
 
 @pytest.mark.parametrize("case", golden.cases(GOLDEN))
 def test_golden(request: pytest.FixtureRequest, context: Context, case: str) -> None:
-    before = infer_shapes(golden.before(GOLDEN, case))
-    text = golden.to_text(before)
-    program = replace(program_of(before, num_train=6), plan=Plan(groups=(0, 1, 1)))
-    assert program.deployment.timesteps == (4, 2, 0)
-    after = replace(program, model=lower(program))
-    assert golden.to_text(before) == text, "the model that came in was changed"
-    verify.structure(after, GOLDEN, before=program)
-    golden.compare(GOLDEN, case, after.model, update=bool(request.config.getoption("--update-golden")))
-    want, got = (outputs(m, context, (2, 2, 4, 4), (4, 2, 0)) for m in (before, after.model))
+    update = bool(request.config.getoption("--update-golden"))
+    program, after = lowered_golden(GOLDEN, case, lower, update)
+    want, got = (outputs(m, context, (2, 2, 4, 4), (4, 2, 0)) for m in (program.model, after.model))
     # The biases are multiples of the accumulator's step, so that not even they are rounded.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 

@@ -13,15 +13,14 @@ import onnxruntime as ort
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.compiler import pipeline, verify
+from mezzotint.compiler import pipeline
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
 from mezzotint.compiler.graph import counts, is_constant, name_of
 from mezzotint.compiler.lower_premul import lower
 from mezzotint.compiler.lower_qdq import lower as lower_static
 from mezzotint.compiler.pipeline import Context, Pass
-from mezzotint.compiler.program import Plan, Program, numpy_of
+from mezzotint.compiler.program import Program, numpy_of
 from mezzotint.compiler.timetable import rows_of
 from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.choose_scales import ChooseScales
@@ -30,9 +29,9 @@ from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.step_scales import StepScales
 from tests import golden
-from tests.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, Images, filling, layer_program, plant
+from tests.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, Images, filling, layer_program, lowered_golden, plant
 from tests.models import INTEGER, SMALL, Compiled
-from tests.tiny import SIGNATURE, program_of, tiny_program
+from tests.tiny import SIGNATURE, tiny_program
 
 GOLDEN = "lower_premul"
 SETTINGS = {
@@ -91,20 +90,16 @@ def output_step(model: ir.Model) -> float:
 
 @pytest.mark.parametrize("case", golden.cases(GOLDEN))
 def test_golden(request: pytest.FixtureRequest, context: Context, case: str) -> None:
-    before = infer_shapes(golden.before(GOLDEN, case))
-    text = golden.to_text(before)
-    program = replace(program_of(before, num_train=6), plan=Plan(groups=(0, 1, 1)))
-    assert program.deployment.timesteps == (4, 2, 0)
-    after = replace(program, model=lower(program))
-    assert golden.to_text(before) == text, "the model that came in was changed"
-    verify.structure(after, GOLDEN, before=program)
-    golden.compare(GOLDEN, case, after.model, update=bool(request.config.getoption("--update-golden")))
+    update = bool(request.config.getoption("--update-golden"))
+    program, after = lowered_golden(GOLDEN, case, lower, update)
     check_constant(after.model)
     x = np.random.default_rng(3).standard_normal((2, 2, 4, 4)).astype(np.float32)
     # A convolution is rounded by half a step in either spelling; what reads two of them sees both.
-    atol = 1e-4 + 1.01 * (output_step(before) + output_step(after.model)) / 2 * (3 if case == "conv_two_readers" else 1)
+    atol = 1e-4 + 1.01 * (output_step(program.model) + output_step(after.model)) / 2 * (
+        3 if case == "conv_two_readers" else 1
+    )
     for t in (4, 2, 0):
-        want, got = (run(m, context, x, t) for m in (before, after.model))
+        want, got = (run(m, context, x, t) for m in (program.model, after.model))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol)
 
 
