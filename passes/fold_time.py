@@ -4,7 +4,8 @@
 
 The time embedding of a ResBlock is such a table once freeze_time ran. An integer convolution gathers its int32 bias row
 anyway once its scales are tables, so the addition, a pass over the whole feature map, disappears from the graph.
-Needs the `integer` lowering: a QDQ convolution whose bias is not constant would stay in float.
+Needs the `integer` or the `premul` lowering: a QDQ convolution whose bias is not constant would stay in float. A
+convolution that is an island gets its addition back in the end (compiler/layout.py).
 """
 
 from __future__ import annotations

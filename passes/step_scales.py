@@ -9,10 +9,9 @@ With `source: learned` what moves gets its ranges from a small network over the 
 kept (TDQ, arXiv 2306.02316; compiler/tdq.py has the formulas). It is asked at the timestep of every call; calls that
 share a row get the widest range of them, so `group_steps.method: each` is what TDQ means.
 
-Zero points are in the table too: around one constant zero point the digits lose what the tables gain (31.9 dB of
-epsilon instead of 33.0), and the convolutions were no faster: what slows them is the bias that is a row.
+Zero points are in the table too. On the digits one shared zero point, chosen as below, costs 0.01 dB of epsilon.
 
-The lowering `premul` has no other than constant ones, though. `zero_point: constant` gives all rows of a table one zero
+The lowering `premul` has constant ones only. `zero_point: constant` gives all rows of a table one zero
 point z, with a scale for each row so wide that the grid reaches both ends of its range within half a step, which is
 what rounding a zero point of its own costs a row as well:
 
