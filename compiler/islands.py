@@ -38,14 +38,20 @@ class Islands:
     """The chosen islands of one program. Raises RecipeError for a pattern that matches no layer."""
 
     def __init__(self, program: Program, layers: list[Layer], chosen: tuple[str, ...], where: str) -> None:
-        sample = program.signature.sample
         self._chosen = chosen
-        self._first = {layer.name for layer in layers if any(_reaches_up(v, sample) for v in layer.activations)}
-        made = _made_of([layer.output for layer in layers if layer.name in self._first], layers)
-        self._second = {layer.name for layer in layers if any(v in made for v in layer.activations)}
-        self._last = {layer.name for layer in layers if _reaches_down(layer.output)}
-        read = _read_by([v for layer in layers if layer.name in self._last for v in layer.activations], layers)
-        self._penultimate = {layer.name for layer in layers if layer.output in read}
+        sample = program.signature.sample
+        first = [layer for layer in layers if any(_reaches_up(v, sample) for v in layer.activations)]
+        last = [layer for layer in layers if _reaches_down(layer.output)]
+        made = _made_of([layer.output for layer in first], layers)
+        read = _read_by([v for layer in last for v in layer.activations], layers)
+        members = {
+            "first": first,
+            "second": [layer for layer in layers if any(v in made for v in layer.activations)],
+            "penultimate": [layer for layer in layers if layer.output in read],
+            "last": last,
+            "attention": [layer for layer in layers if layer.kind == "attention"],
+        }
+        self._names = {role: {layer.name for layer in found} for role, found in members.items()}
         for pattern in chosen:
             if pattern not in ROLES and not any(fnmatchcase(layer.name, pattern) for layer in layers):
                 raise RecipeError(
@@ -58,22 +64,11 @@ class Islands:
     def reason(self, layer: Layer) -> str | None:
         """Why a layer stays in float, or None for one that is quantized."""
         for wish in self._chosen:
-            if wish in ROLES and self._plays(layer, wish):
+            if layer.name in self._names.get(wish, ()):
                 return f"island {wish!r}: {ROLES[wish]}"
             if wish not in ROLES and fnmatchcase(layer.name, wish):
                 return f"island {wish!r}"
         return None
-
-    def _plays(self, layer: Layer, role: str) -> bool:
-        if role == "first":
-            return layer.name in self._first
-        if role == "second":
-            return layer.name in self._second
-        if role == "penultimate":
-            return layer.name in self._penultimate
-        if role == "last":
-            return layer.name in self._last
-        return layer.kind == "attention"
 
 
 def _made_of(sources: list[ir.Value], layers: list[Layer]) -> set[ir.Value]:

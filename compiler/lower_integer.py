@@ -49,7 +49,6 @@ def lower(program: Program) -> ir.Model:
             writer.lower(layer)
     writer.write_channel_scales()
     writer.write_biases()
-    writer.write_scalars()
     split_biases(model.graph)
     hide_ranks(model.graph, [node for node in model.graph if is_op(node, "QLinearConv")])
     remove_dead(model.graph)
@@ -123,8 +122,7 @@ class _Writer:
         quantize = readers[0]
         y_scale, y_zero = quantize.inputs[1:3]
         assert y_scale is not None and y_zero is not None
-        per_channel = "axis" in quantize.attributes and y_scale.shape is not None and len(y_scale.shape) == 1
-        per_channel = per_channel and list(y_scale.shape or ()) != [1]
+        per_channel = list(y_scale.shape or ()) not in ([], [1])
         bias = self._int32_bias(group, _shift(y_scale, y_zero) if per_channel else None)
         if bias is None and (group.bias is not None or per_channel):
             return  # the bias does not fit into int32 at this scale: the layer stays in float
@@ -223,26 +221,6 @@ class _Writer:
         self.graph.remove(last, safe=True)
         if last is not group.node:
             self.graph.remove(group.node, safe=True)
-
-    def write_scalars(self) -> None:
-        """Turn `[1]` rows into scalars around elementwise groups (DQ -> Add -> Q): QLinearAdd refuses `[1]`."""
-        squeezed: dict[ir.Value, ir.Value] = {}
-        for node in list(self.graph):
-            readers = consumers(node.outputs[0])
-            around = [*(lower_qdq.dequantizer(v) for v in node.inputs), *readers]
-            if len(readers) != 1 or not is_op(readers[0], "QuantizeLinear") or None in around:
-                continue
-            for pair in around:
-                for index in (1, 2):
-                    value = pair.inputs[index] if pair is not None else None
-                    if pair is None or value is None or is_constant(value) or list(value.shape or ()) != [1]:
-                        continue
-                    if value not in squeezed:
-                        producer = value.producer()
-                        assert producer is not None
-                        build = Builder(self.graph, self.names, after=producer)
-                        squeezed[value] = build.op("Squeeze", [value], f"{name_of(value)}_scalar", like=value, shape=[])
-                    pair.replace_input_with(index, squeezed[value])
 
     def write_channel_scales(self) -> None:
         """w_scale / y_scale of the convolutions whose scales come out of one lookup: one Div for them all."""

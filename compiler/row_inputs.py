@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .errors import PassError
-from .graph import Builder, Names, is_constant, is_op, name_of, remove_dead
+from .graph import is_constant, is_op, name_of, remove_dead
 from .program import Program, Quantizer, Site, numpy_of
 from .quant import Array, Integers
 
@@ -68,24 +68,8 @@ def with_row_inputs(model: ir.Model, tables: ScaleTables) -> ir.Model:
         gathered.name = f"{name}_gathered"
         gathered.replace_all_uses_with(row)
         clone.graph.inputs.append(row)
-    _make_scalar(clone.graph)
     remove_dead(clone.graph)
     return clone
-
-
-def _make_scalar(graph: ir.Graph) -> None:
-    """Turn scales and zero points `[1]` into scalars: onnxruntime fuses them into kernels that refuse `[1]`."""
-    names, scalars = Names(graph), dict[ir.Value, ir.Value]()
-    for node in list(graph):
-        if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
-            continue
-        for index, value in enumerate(node.inputs[1:], start=1):
-            if value is None or is_constant(value):
-                continue
-            if value not in scalars:
-                build = Builder(graph, names, node)
-                scalars[value] = build.op("Squeeze", [value], f"{name_of(value)}_scalar", like=value, shape=[])
-            node.replace_input_with(index, scalars[value])
 
 
 def replace_tables(graph: ir.Graph, tables: ScaleTables, scales: Array, zeros: Integers) -> None:

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 WEIGHTS = "weights.data"
@@ -62,6 +63,9 @@ def parameter_bytes(model: ir.Model) -> int:
 
 
 def _externalize(model: ir.Model, folder: Path, name: str) -> None:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and not _is_large(value.const_value):
+            value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name)
     values = [v for v in model.graph.initializers.values() if _is_elsewhere(v.const_value, folder)]
     tensors = [v.const_value for v in values if v.const_value is not None]
     if not tensors:

@@ -83,6 +83,9 @@ def rows_of(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
         constant = numpy_of(parameter)
         return constant[None] if constant.size > 1 else constant.reshape(1), None
     part = parameter.producer()
+    if part is not None and is_op(part, "Squeeze") and part.inputs[0] is not None:  # compiler/elementwise.py
+        parameter = part.inputs[0]
+        part = parameter.producer()
     assert part is not None
     columns = slice(None)
     if is_op(part, "Split") and part.inputs[1] is not None:

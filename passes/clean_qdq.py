@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from ..compiler.elementwise import make_scalars
 from ..compiler.graph import Builder, Names, consumers, is_op, name_of, remove_dead, replace_use
 from ..compiler.ops import is_mover
 from ..compiler.pipeline import Context, Pass
@@ -34,6 +35,7 @@ class CleanQdq(Pass):
         undone = _drop_round_trips(graph)
         merged = _merge_equal(graph)
         measured = _measure_integers(graph)
+        make_scalars(graph)
         remove_dead(graph)
         return program.noted(
             f"{moved} moved in front of data movers, {undone} round trips gone, {merged} merged, "

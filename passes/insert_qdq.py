@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from ..compiler.elementwise import make_scalars
 from ..compiler.errors import RecipeError
 from ..compiler.graph import Builder, Names, consumers, name_of, replace_use
 from ..compiler.islands import Islands
@@ -67,6 +68,7 @@ class InsertQdq(Pass):
         writer = _Writer(program, plan)
         for layer in chosen:
             writer.quantize(layer)
+        make_scalars(program.graph)
         note = f"{len(chosen)} layers quantized, {len(reasons)} kept in float"
         frozen = deployed_rows(program) if writer.has_tables else program.frozen
         return replace(

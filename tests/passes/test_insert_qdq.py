@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mezzotint.compiler import pipeline
 from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.folding import infer_shapes
 from mezzotint.compiler.graph import is_constant, name_of
 from mezzotint.compiler.ops import layers
@@ -15,6 +17,7 @@ from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Plan, Program, Quantizer, Site, numpy_of
 from mezzotint.compiler.quant import INT8, UINT8, scale_for_range
 from mezzotint.passes.insert_qdq import InsertQdq
+from mezzotint.passes.recipes import RECIPES, with_options
 from tests.conftest import Check
 from tests.tiny import tiny_program
 
@@ -80,3 +83,14 @@ def test_a_layer_without_a_plan_stays_in_float_and_is_listed(context: Context) -
     after = InsertQdq(islands=()).run(replace(program, plan=Plan(fewer)), context)
     assert after.plan is not None
     assert after.plan.islands == {"down": "the plan has no quantizer for it"}
+
+
+def test_the_graph_behind_every_pass_runs(tiny: Program, context: Context) -> None:
+    """Optimized as users run it: a scale that a fused kernel refuses shows there and nowhere else."""
+    x = np.zeros((1, *tiny.shape), np.float32)
+    program = tiny
+    for step in with_options(RECIPES["w8a8-steps"], {"insert_qdq.islands": ["first", "last"]}).passes:
+        program = pipeline.run(program, [step], context)
+        with Executor(program.model, context.folder, threads=2) as executor:
+            for t in program.deployment.timesteps:
+                assert np.isfinite(executor.call(program.signature, x, t)["epsilon"]).all(), step.name
