@@ -30,7 +30,8 @@ def silent(stage: str, done: int, total: int) -> None:
 class Context:
     """What a pass may use besides the program: where to work, what to calibrate on, how many threads.
 
-    `conditions` maps each condition to an array `[rows, ...]`; calibration goes through the rows in turn.
+    `conditions` maps each condition to an array `[rows, ...]`; calibration goes through the rows in turn. `cache` is a
+    folder where statistics are kept for other compilations (compiler/stats_cache.py).
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Context:
     batch: int = 8
     conditions: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     progress: Progress = silent
+    cache: Path | None = None
 
     def condition_rows(self, first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
         """`rows` rows of each condition, starting at `first` and beginning again at the end."""
@@ -85,12 +87,18 @@ class GraphPass(Pass):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named list of passes. An order that cannot work is refused here, not after an hour of calibration."""
+    """A named list of passes. An order that cannot work is refused here, not after an hour of calibration.
+
+    `baseline` names the recipe that is this one without its method, and `claim` the width ("w4a8") for which the paper
+    says that the method beats it; tools/leaderboard.py measures both.
+    """
 
     name: str
     description: str
     passes: tuple[Pass, ...]
     paper: str = ""
+    baseline: str = ""
+    claim: str = ""
 
     def __post_init__(self) -> None:
         have: set[str] = set()

@@ -35,7 +35,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write a program, and the passes it still has before it, to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    home = _home(program.model)
+    home = home_of(program.model)
     if home is not None and home != folder and not (folder / store.WEIGHTS).exists():
         store.copy(home / store.WEIGHTS, folder / store.WEIGHTS)
     for stem, model in (("program", program.model), ("float", program.float_model)):
@@ -55,7 +55,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         "pending": [dict(p) for p in pending],
     }
     if program.stats is not None:
-        data["stats"] = _save_stats(program.stats, folder)
+        data["stats"] = save_stats(program.stats, folder)
     if program.plan is not None:
         data["plan"] = _save_plan(program.plan, folder)
     if program.correction is not None:
@@ -78,7 +78,7 @@ def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
         deployment=Deployment.from_json(data["deployment"]),
         shape=tuple(data["shape"]),
         source=data["source"],
-        stats=_load_stats(data["stats"], folder) if "stats" in data else None,
+        stats=load_stats(data["stats"], folder) if "stats" in data else None,
         plan=_load_plan(data["plan"], folder) if "plan" in data else None,
         correction=Correction.load(correction_file) if correction_file.exists() else None,
         frozen=None if data["frozen"] is None else tuple(data["frozen"]),
@@ -102,7 +102,7 @@ def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
     return program, list(data["pending"])
 
 
-def _home(model: ir.Model) -> Path | None:
+def home_of(model: ir.Model) -> Path | None:
     """The folder whose stored weights a model refers to."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -110,7 +110,8 @@ def _home(model: ir.Model) -> Path | None:
     return None
 
 
-def _save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
+def save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
+    """Write the arrays of statistics to a folder; returns the rest as plain data, for `load_stats`."""
     arrays: Arrays = {}
     keys = []
     for i, ((name, group), s) in enumerate(stats.summaries.items()):
@@ -126,7 +127,8 @@ def _save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
     return {**facts, "timesteps": list(stats.timesteps), "keys": keys, "channels": [list(k) for k in stats.channels]}
 
 
-def _load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
+def load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
+    """The statistics that `save_stats` wrote."""
     arrays = load_file(folder / "stats.safetensors")
     summaries: dict[tuple[str, int], Summary] = {}
     for i, (name, group) in enumerate(data["keys"]):

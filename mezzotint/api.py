@@ -58,6 +58,7 @@ def compile_model(
     size: tuple[int, int] | None = None,
     dump_passes: bool = False,
     export: str | Path | None = None,
+    cache: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -67,7 +68,8 @@ def compile_model(
     `UNet2DConditionModel` in memory. `settings` maps "pass.option" to a value. `sampler`, `steps` and `eta` are the
     deployment: tables hold the timesteps it calls. `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or
     "random". `inputs`, `output_name` and `prediction` say roles of an ONNX file that cannot be inferred; `size` is
-    (height, width) where it leaves them open. `export` also writes the imported float graph there.
+    (height, width) where it leaves them open. `export` also writes the imported float graph there. `cache` is a folder
+    where statistics are kept: compilations that calibrate on the same graph in the same way measure once.
 
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
@@ -95,6 +97,7 @@ def compile_model(
             batch=calibration_batch,
             conditions=rows,
             progress=progress,
+            cache=None if cache is None else Path(cache).absolute(),
         )
         check_conditions(program, context)
         program = pipeline.run(

@@ -92,6 +92,7 @@ def compile_(
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also keep the ONNX model after each pass.")
     ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps calibration statistics for next time.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     force: Force = False,
     json: Json = False,
@@ -132,6 +133,7 @@ def compile_(
             conditions=conditions,
             threads=threads,
             dump_passes=dump_passes,
+            cache=cache,
             force=force,
             progress=report,
             **options,

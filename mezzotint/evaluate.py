@@ -18,6 +18,7 @@ from .runtime.samplers import StepInfo
 from .runtime.session import Denoiser
 
 Images = npt.NDArray[np.float32]
+Predict = Callable[[Images, int], Images]
 Report = Callable[[str, int, int], None]
 PEAK = 2.0  # pictures lie in [-1, 1]
 
@@ -58,12 +59,46 @@ def compare(
 
     The SQNR of the prediction is measured along the float trajectory, each step's latents given to both.
     """
-    deployment, schedule = bundle.deployment, bundle.schedule
-    exact = Denoiser(float_model, bundle.signature, threads=threads)
-    quantized = bundle.denoiser(threads)
+    images, sqnr = paired_run(
+        Denoiser(float_model, bundle.signature, threads=threads),
+        bundle.denoiser(threads),
+        bundle,
+        n,
+        seed=seed,
+        batch=batch,
+        conditions=conditions,
+        progress=progress,
+    )
+    mine = bundle.sample(
+        n,
+        seed=seed,
+        batch=batch,
+        threads=threads,
+        conditions=conditions,
+        progress=lambda done, calls: progress("integer", done, calls),
+    )
+    psnr = psnr_db(np.clip(images, -1, 1), np.clip(mine, -1, 1), peak=PEAK)
+    return Comparison(images, mine, sqnr, psnr)
+
+
+def paired_run(
+    exact: Callable[..., Images],
+    quantized: Callable[..., Images],
+    bundle: Bundle,
+    n: int,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+    progress: Report = lambda stage, done, total: None,
+) -> tuple[Images, StepSQNR]:
+    """(pictures `[n, C, H, W]` of the float denoiser, how near the other one is on the same latents at each step).
+
+    Both are called as `net(x, t, **conditions)`; the bundle says the sampler, the schedule and the sizes.
+    """
     sqnr = StepSQNR()
     float_images = []
-    total = -(-n // batch) * len(deployment.timesteps)
+    total = -(-n // batch) * len(bundle.deployment.timesteps)
     calls = 0
     for first in range(0, n, batch):
         rows = min(batch, n - first)
@@ -78,24 +113,15 @@ def compare(
             sqnr.add(info.index, info.output, quantized(info.x, info.timestep, **here))
             progress("float, paired calls", calls, total)
 
-        x = samplers.initial_noise(seed, (rows, *bundle.sample_shape), first=first)
-        noise = samplers.seeded_noise(seed, first=first)
-
         def predict(x: Images, t: int, here: Mapping[str, npt.NDArray[Any]] = here) -> Images:
             return exact(x, t, **here)
 
-        float_images.append(samplers.sample(predict, x, schedule, deployment, noise=noise, callback=paired))
-    images = np.concatenate(float_images)
-    mine = bundle.sample(
-        n,
-        seed=seed,
-        batch=batch,
-        threads=threads,
-        conditions=conditions,
-        progress=lambda done, calls: progress("integer", done, calls),
-    )
-    psnr = psnr_db(np.clip(images, -1, 1), np.clip(mine, -1, 1), peak=PEAK)
-    return Comparison(images, mine, sqnr, psnr)
+        x = samplers.initial_noise(seed, (rows, *bundle.sample_shape), first=first)
+        noise = samplers.seeded_noise(seed, first=first)
+        float_images.append(
+            samplers.sample(predict, x, bundle.schedule, bundle.deployment, noise=noise, callback=paired)
+        )
+    return np.concatenate(float_images), sqnr
 
 
 @dataclass(frozen=True)
@@ -131,22 +157,38 @@ def latencies(
     x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
     t = middle_timestep(bundle)
     rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
-    quantized = bundle.denoiser(threads)
 
-    def block(net: Denoiser) -> tuple[float, ...]:
-        net(x, t, **rows)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            net(x, t, **rows)
-            times.append(time.perf_counter() - start)
-        return tuple(times)
+    def on_rows(net: Denoiser) -> Predict:
+        return lambda x, t: net(x, t, **rows)
 
+    quantized = on_rows(bundle.denoiser(threads))
     if float_model is None:
-        return [Latency(block(quantized))]
-    exact = Denoiser(float_model, bundle.signature, threads=threads)
-    before, after, again = block(exact), block(quantized), block(exact)
-    return [Latency(after), Latency(before + again)]
+        return [Latency(_block(quantized, x, t, repeats))]
+    exact = on_rows(Denoiser(float_model, bundle.signature, threads=threads))
+    return list(_beside(exact, quantized, x, t, repeats))
+
+
+def call_ratio(
+    exact: Predict, quantized: Predict, x: Images, t: int, *, repeats: int = 7
+) -> tuple[float, float, float]:
+    """(float seconds, quantized seconds, float / quantized) of one call of two denoisers: medians, in blocks."""
+    mine, before = _beside(exact, quantized, x, t, repeats)
+    return before.median, mine.median, before.median / mine.median
+
+
+def _beside(exact: Predict, quantized: Predict, x: Images, t: int, repeats: int) -> tuple[Latency, Latency]:
+    before, mine, after = (_block(net, x, t, repeats) for net in (exact, quantized, exact))
+    return Latency(mine), Latency(before + after)
+
+
+def _block(net: Predict, x: Images, t: int, repeats: int) -> tuple[float, ...]:
+    net(x, t)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        net(x, t)
+        times.append(time.perf_counter() - start)
+    return tuple(times)
 
 
 def latency_ratio(

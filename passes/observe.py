@@ -25,6 +25,7 @@ from ..compiler.ops import layers
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
 from ..compiler.stats import Stats
+from ..compiler.stats_cache import measured_once
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Observe(Pass):
             )
 
     def run(self, program: Program, context: Context) -> Program:
+        stats, known = measured_once(program, context, self.options(), lambda: self._measure(program, context))
+        values = len({value for value, _ in stats.summaries})
+        each = program.allocation or (context.samples,)
+        samples = f"{min(each)} to {max(each)}" if min(each) < max(each) else f"{each[0]}"
+        cached = "; from the cache" if known else ""
+        note = f"{values} values over {stats.calls} calls, {samples} samples at each step{cached}"
+        return replace(program, stats=stats, note=note)
+
+    def _measure(self, program: Program, context: Context) -> Stats:
         inputs = {name_of(v) for v in program.graph.inputs}
         values = list(
             dict.fromkeys(name_of(v) for layer in layers(program.graph) for v in (*layer.activations, layer.output))
@@ -68,11 +78,7 @@ class Observe(Pass):
             observer = _Observer(program, collector, values, groups, tapped, untapped)
             calls = follow_trajectories(program, context, observer, "observe")
             collector.settle()
-        stats = Stats(graphs.digest(program.model), groups, calls, collector.summaries, timesteps, collector.channels)
-        each = program.allocation or (context.samples,)
-        samples = f"{min(each)} to {max(each)}" if min(each) < max(each) else f"{each[0]}"
-        note = f"{len(values)} values over {calls} calls, {samples} samples at each step"
-        return replace(program, stats=stats, note=note)
+        return Stats(graphs.digest(program.model), groups, calls, collector.summaries, timesteps, collector.channels)
 
 
 class _Observer:

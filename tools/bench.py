@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from mezzotint import peers
 from mezzotint.api import compile_model
 from mezzotint.compiler.memory import PeakMemory
 from mezzotint.console import progress
-from mezzotint.evaluate import compare, folder_bytes, latency_ratio
+from mezzotint.evaluate import call_ratio, compare, folder_bytes, latency_ratio
 from mezzotint.runtime import samplers
 from mezzotint.runtime.bundle import MODEL, Bundle
 from mezzotint.runtime.session import Denoiser
@@ -191,45 +192,17 @@ def _speed_and_size(
 
 def _peer(bundle: Bundle, exported: Path, batch: int, threads: int | None, folder: Path) -> None:
     """onnxruntime's quantize_static on the same float file, calibrated on as many calls along the trajectory."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    feeds: list[dict[str, Any]] = []
+    calls: list[peers.Call] = []
     net = Denoiser(exported, bundle.signature, threads=threads)
 
     def record(x: samplers.Images, t: int) -> samplers.Images:
-        feeds.append({bundle.signature.sample: x, bundle.signature.timestep: np.full(len(x), t, np.int64)})
+        calls.append((x, t))
         return net(x, t)
 
     x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
     samplers.sample(record, x, bundle.schedule, bundle.deployment)
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._rows = iter(feeds)
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self._rows, None)
-
-    path = folder / "peer.onnx"
-    quantize_static(
-        str(exported),
-        str(path),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-    )
-    peer = Denoiser(path, bundle.signature, threads=threads)
-    times: dict[str, list[float]] = {"float": [], "peer": []}
-    for name, candidate in (("float", net), ("peer", peer), ("float", net)):
-        candidate(x, 0)
-        for _ in range(15):
-            start = time.perf_counter()
-            candidate(x, 0)
-            times[name].append(time.perf_counter() - start)
-    ratio = float(np.median(times["float"]) / np.median(times["peer"]))
+    peer, _ = peers.quantize(peers.ONNXRUNTIME, exported, bundle.signature, calls, folder, threads)
+    _, _, ratio = call_ratio(net, peer, x, bundle.deployment.timesteps[-1], repeats=15)
     print(json.dumps({"peer": "onnxruntime quantize_static, Conv+Gemm+MatMul", "speedup": round(ratio, 3)}))
 
 

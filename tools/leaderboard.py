@@ -1,0 +1,321 @@
+"""Compiles the embedded digits with every recipe at several widths, and writes docs/leaderboard.md.
+
+    python tools/leaderboard.py                              all recipes at W8A8, W6A6 and W4A8, 64 pictures
+    python tools/leaderboard.py --recipe gptq --width w4a8   one row
+    python tools/leaderboard.py --write-only                 the page again, from the rows that are there
+
+Each row is a file in the working folder (out/leaderboard), written when it is done: a run that was stopped goes on
+where it stopped. A row counts as done when it was measured with the same recipe, width and numbers of pictures; --again
+measures it anew after a change of the code. Calibration is measured once for all recipes that share it.
+
+Everything is paired: the same noise for float and quantized pictures, the prediction compared on the latents of the
+float trajectory, speed against fp32 onnxruntime in the same minute, threads pinned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from mezzotint import peers
+from mezzotint.api import compile_model, export_model
+from mezzotint.compiler.pipeline import Recipe
+from mezzotint.console import progress
+from mezzotint.evaluate import PEAK, call_ratio, compare, folder_bytes, middle_timestep, paired_run
+from mezzotint.passes.recipes import RECIPES, with_options
+from mezzotint.runtime import samplers
+from mezzotint.runtime.bundle import MODEL, Bundle
+from mezzotint.runtime.compare import json_db, psnr_db
+from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.session import Denoiser, running_version
+from mezzotint.sources import DIGITS
+
+WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8)}
+OWN_WIDTH = frozenset({"float"})  # recipes without a width to set
+BATCH, SIZE = 16, (32, 32)
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "leaderboard.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the page. Decibels are None where nothing differs; `refused` says why there are no figures."""
+
+    recipe: str
+    width: str
+    key: str
+    sqnr: float | None = None
+    worst: float | None = None
+    psnr: float | None = None
+    psnr_p10: float | None = None
+    speed: float | None = None
+    size: float | None = None
+    seconds: float | None = None
+    kernels: str = ""
+    islands: int | None = None
+    refused: str = ""
+
+    @staticmethod
+    def load(file: Path) -> Row | None:
+        """A row that was measured before; None where there is none, or one of another shape."""
+        if not file.is_file():
+            return None
+        data = json.loads(file.read_text())
+        return Row(**data) if set(data) == {f.name for f in fields(Row)} else None
+
+    def save(self, file: Path) -> None:
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        partial.replace(file)
+
+
+def at_width(recipe: Recipe, width: str) -> Recipe:
+    """The recipe with these bits in every pass that has an option for them."""
+    weight, activation = WIDTHS[width]
+    wanted = {"weight_bits": weight, "activation_bits": activation}
+    settings = {f"{p.name}.{o}": bits for p in recipe.passes for o, bits in wanted.items() if o in p.options()}
+    return with_options(recipe, settings)
+
+
+class Board:
+    """The working folder: rows, the float model, and what measuring them needs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.folder = args, Path(args.folder)
+        self.rows = self.folder / "rows"
+        self.rows.mkdir(parents=True, exist_ok=True)
+        self.exported = self.folder / "float.onnx"
+        if not self.exported.exists() and not args.write_only:
+            export_model("digits", self.exported)
+
+    def key(self, recipe: Any) -> str:
+        """What makes two measurements of a row the same."""
+        numbers = {n: getattr(self.args, n) for n in ("images", "calibration", "steps", "threads")}
+        return json.dumps({"recipe": recipe, **numbers, "onnxruntime": running_version()}, sort_keys=True)
+
+    def measure(self, name: str, width: str) -> Row:
+        recipe = at_width(RECIPES[name], width)
+        key = self.key(recipe.to_json())
+        start = time.perf_counter()
+        try:
+            with TemporaryDirectory(dir=self.folder) as folder, progress() as report:
+                bundle = compile_model(
+                    self.exported,
+                    Path(folder) / "bundle",
+                    recipe=recipe,
+                    scheduler=DIGITS,
+                    size=SIZE,
+                    steps=self.args.steps,
+                    calibration_samples=self.args.calibration,
+                    threads=self.args.threads,
+                    cache=self.folder / "cache",
+                    progress=report,
+                )
+                seconds = sum(float(record["seconds"]) for record in bundle.manifest["history"])
+                found = compare(bundle, self.exported, self.args.images, threads=self.args.threads, progress=report)
+                speed = self.speed(bundle, bundle.denoiser(self.args.threads))
+                kernels = bundle.manifest["kernels"]
+                data = found.to_json()
+                return Row(
+                    name,
+                    width,
+                    key,
+                    data["eps_sqnr_db"],
+                    data["eps_sqnr_db_worst_step"],
+                    data["psnr_db_median"],
+                    data["psnr_db_p10"],
+                    speed,
+                    folder_bytes(bundle.path / MODEL) / folder_bytes(self.exported),
+                    seconds,
+                    f"{kernels['integer']}/{kernels['float']}",
+                    len(bundle.manifest["islands"]),
+                )
+        except MezzotintError as error:
+            print(f"{name} {width}: refused after {time.perf_counter() - start:.0f} s: {error}", flush=True)
+            return Row(name, width, key, refused=error.what)
+
+    def measure_peer(self, peer: str) -> Row:
+        """A peer at 8 bits, calibrated on one batch of the float trajectory."""
+        threads = self.args.threads
+        with TemporaryDirectory(dir=self.folder) as folder, progress() as report:
+            bundle = self._reference(Path(folder) / "bundle")
+            exact = Denoiser(self.exported, bundle.signature, threads=threads)
+            calls: list[peers.Call] = []
+
+            def record(x: samplers.Images, t: int) -> samplers.Images:
+                calls.append((x, t))
+                return exact(x, t)
+
+            # Another seed than that of the pictures, like our own calibration beside `compare`.
+            x = samplers.initial_noise(1, (BATCH, *bundle.sample_shape))
+            samplers.sample(record, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(1))
+            start = time.perf_counter()
+            net, file = peers.quantize(peer, self.exported, bundle.signature, calls, Path(folder), threads)
+            seconds = time.perf_counter() - start
+            n = -(-self.args.images // BATCH) * BATCH  # whole batches: a peer may have its batch written in
+            images, sqnr = paired_run(exact, net, bundle, n, batch=BATCH, progress=report)
+            mine = []
+            for first in range(0, n, BATCH):
+                x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape), first=first)
+                noise = samplers.seeded_noise(0, first=first)
+                mine.append(samplers.sample(net, x, bundle.schedule, bundle.deployment, noise=noise))
+            psnr = psnr_db(np.clip(images, -1, 1), np.clip(np.concatenate(mine), -1, 1), peak=PEAK)
+            return Row(
+                peer,
+                "w8a8",
+                self.key(peer),
+                json_db(sqnr.pooled()),
+                json_db(sqnr.worst()[1]),
+                json_db(float(np.median(psnr))),
+                json_db(float(np.percentile(psnr, 10, method="lower"))),
+                self.speed(bundle, net),
+                file.stat().st_size / folder_bytes(self.exported),
+                seconds,
+            )
+
+    def speed(self, bundle: Bundle, net: Callable[..., samplers.Images]) -> float:
+        exact = Denoiser(self.exported, bundle.signature, threads=self.args.threads)
+        x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
+        return call_ratio(exact, net, x, middle_timestep(bundle), repeats=15)[2]
+
+    def _reference(self, path: Path) -> Bundle:
+        """A float bundle: it knows the schedule, the deployment and the sizes."""
+        args = self.args
+        return compile_model(
+            self.exported,
+            path,
+            recipe="float",
+            scheduler=DIGITS,
+            size=SIZE,
+            steps=args.steps,
+            threads=args.threads,
+        )
+
+    def work(self) -> Iterator[tuple[Path, Callable[[], Row], str]]:
+        """(file, how to measure it, its key) of every row that was asked for."""
+        args = self.args
+        for width in args.width:
+            for name in args.recipe:
+                key = self.key(at_width(RECIPES[name], width).to_json())
+                yield self.rows / f"{name}-{width}.json", lambda n=name, w=width: self.measure(n, w), key  # type: ignore[misc]
+        for peer in peers.available() if args.peers else []:
+            yield self.rows / f"{peer}-w8a8.json", lambda p=peer: self.measure_peer(p), self.key(peer)  # type: ignore[misc]
+
+
+def page(rows: list[Row], args: argparse.Namespace) -> str:
+    """The page in Markdown: one table for each width, best pictures first, and what each method gained."""
+    lines = [
+        "# Leaderboard",
+        "",
+        "Written by `tools/leaderboard.py`; do not edit. The embedded digits, "
+        f"DDIM with {args.steps} steps, {args.images} pictures from the same noise, {args.calibration} others for "
+        f"calibration, onnxruntime {running_version()}, {args.threads} threads, batch {BATCH}.",
+        "",
+        "SQNR of epsilon on the latents of the float trajectory, all steps and the worst one; PSNR of the final "
+        "pictures, median and 10th percentile (all in dB); speed against fp32 onnxruntime; the file's share of the "
+        "fp32 file; seconds that the passes took; integer and float kernels; layers kept in float. PSNR depends on "
+        "chance: two calibrations of one recipe differ by 3 dB and more, its SQNR by 0.1 dB.",
+    ]
+    known = {(row.recipe, row.width): row for row in rows}
+    for width in WIDTHS:
+        here = [row for row in rows if row.width == width]
+        if not here:
+            continue
+        lines += ["", f"## {width.upper()}", ""]
+        lines.append("| recipe | SQNR | worst | PSNR | p10 | speed | size | seconds | kernels | islands | beside |")
+        lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+        lines += [_line(row, known) for row in sorted(here, key=lambda row: -(row.psnr or -1.0))]
+    return "\n".join([*lines, "", *_claims(known)]) + "\n"
+
+
+def _line(row: Row, known: dict[tuple[str, str], Row]) -> str:
+    if row.refused:
+        return f"| `{row.recipe}` | {row.refused} " + "| " * 9 + "|"
+    numbers = [_number(v, d) for v, d in ((row.sqnr, 1), (row.worst, 1), (row.psnr, 1), (row.psnr_p10, 1))]
+    numbers += [_number(row.speed, 2), _number(row.size, 3), _number(row.seconds, 0), row.kernels]
+    islands = "" if row.islands is None else str(row.islands)
+    return f"| `{row.recipe}` | " + " | ".join([*numbers, islands, _beside(row, known)]) + " |"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _baseline(row: Row, known: dict[tuple[str, str], Row]) -> Row | None:
+    """The row of the recipe that is this one without its method."""
+    recipe = RECIPES.get(row.recipe)
+    return known.get((recipe.baseline, row.width)) if recipe is not None and recipe.baseline else None
+
+
+def _beside(row: Row, known: dict[tuple[str, str], Row]) -> str:
+    """What the method gained over its baseline: SQNR and PSNR."""
+    base = _baseline(row, known)
+    if base is None or None in (row.sqnr, row.psnr, base.sqnr, base.psnr):
+        return ""
+    assert row.sqnr is not None and row.psnr is not None and base.sqnr is not None and base.psnr is not None
+    return f"{row.sqnr - base.sqnr:+.1f} / {row.psnr - base.psnr:+.1f} `{base.recipe}`"
+
+
+def _claims(known: dict[tuple[str, str], Row]) -> list[str]:
+    """Whether each method beats its baseline at the width for which its paper claims that."""
+    lines = ["## Where the papers claim it", ""]
+    for recipe in RECIPES.values():
+        row = known.get((recipe.name, recipe.claim))
+        base = None if row is None else _baseline(row, known)
+        if row is None or base is None or row.sqnr is None or base.sqnr is None:
+            continue
+        verdict = "better" if row.sqnr > base.sqnr else "NOT better"
+        lines.append(
+            f"- `{recipe.name}` at {recipe.claim.upper()}: {verdict} than `{base.recipe}` in the prediction "
+            f"({row.sqnr:.2f} against {base.sqnr:.2f} dB; pictures {_number(row.psnr, 1)} against "
+            f"{_number(base.psnr, 1)} dB)"
+        )
+    return lines if len(lines) > 2 else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name in RECIPES if name not in OWN_WIDTH]
+    parser.add_argument("--recipe", action="append", choices=names, help="only this one (may be repeated)")
+    parser.add_argument("--width", action="append", choices=list(WIDTHS), help="only this one (may be repeated)")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--calibration", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    parser.add_argument("--write-only", action="store_true", help="measure nothing")
+    parser.add_argument("--folder", default=str(ROOT / "out" / "leaderboard"))
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args(argv)
+    args.recipe, args.width = args.recipe or names, args.width or list(WIDTHS)
+    board = Board(args)
+    waiting = []
+    for file, measure, key in board.work():
+        row = None if args.again else Row.load(file)
+        if row is None or row.key != key:
+            waiting.append((file, measure))
+    for i, (file, measure) in enumerate([] if args.write_only else waiting):
+        print(f"[{i + 1}/{len(waiting)}] {file.stem}", flush=True)
+        measure().save(file)
+    rows = [row for file in sorted(board.rows.glob("*.json")) if (row := Row.load(file)) is not None]
+    text = page(rows, args)
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.page.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(args.page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
