@@ -22,6 +22,7 @@ from .graph import counts
 from .lowering import lower
 from .ops import layers
 from .program import Program, numpy_of
+from .storage import storage
 
 EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -127,15 +128,18 @@ def _swap(bundle: Path, target: Path, old: Path) -> None:
 def save_model(model: ir.Model, path: Path) -> None:
     """One ONNX file, its weights beside it when there are many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size > EXTERNAL_BYTES:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=store.SIZES_BYTES)
-    else:
-        clone = model.clone()
-        for value in clone.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.tensor(numpy_of(value), name=value.name)
-        ir.save(clone, path)
+    clone = model.clone()
+    tensors = {value: value.const_value for value in clone.graph.initializers.values() if value.const_value is not None}
+    for value in tensors:  # a tensor says its own type and shape: the file need not do so twice
+        if not value.is_graph_input() and not value.metadata_props:
+            value.type = value.shape = None
+    if sum(tensor.nbytes for tensor in tensors.values()) > EXTERNAL_BYTES:
+        ir.save(clone, path, external_data=f"{path.name}.data", size_threshold_bytes=store.SIZES_BYTES)
+        return
+    for value, tensor in tensors.items():
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.tensor(numpy_of(value), name=value.name)
+    ir.save(clone, path)
 
 
 def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
@@ -147,6 +151,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
     quantized = program.float_model is not None
     lowered = lower(program) if quantized else program.model
     save_model(lowered, bundle / MODEL)
+    files = sorted((bundle / MODEL).parent.glob(f"{Path(MODEL).name}*"))
     _write(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
     if program.correction is not None:
         program.correction.save(bundle / CORRECTION)
@@ -163,6 +168,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
         "sample_shape": list(program.shape),
         "history": [record.to_json() for record in program.history],
         "kernels": kernels,
+        "storage": storage(program, lowered, files),
         "quantizers": [
             {"site": str(site), **quantizer.to_json()}
             for site, quantizer in (program.plan.quantizers.items() if program.plan else ())
@@ -177,6 +183,13 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _size(found: Mapping[str, Any]) -> str:
+    """One line about the size of the file."""
+    kinds = ", ".join(f"{row['bytes'] / 1e6:.2f} MB {kind}" for kind, row in found["types"].items())
+    share = "" if found["ratio"] is None else f", {found['ratio']:.3f} of the float parameters"
+    return f"The file has {found['model_bytes'] / 1e6:.2f} MB{share}: {kinds}, the rest is the graph."
 
 
 def _card(manifest: Mapping[str, Any]) -> str:
@@ -197,6 +210,7 @@ Recipe `{manifest["recipe"]["name"]}`: {manifest["recipe"]["description"]}.
 
 `{MODEL}` is an ordinary ONNX file: inputs {names}, output `{signature["output"]}` ({signature["prediction"]}).
 {kernels["integer"]} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels["float"]} in float.
+{_size(manifest["storage"])}
 It was made for {deployment["sampler"]}, {deployment["steps"]} steps, eta {deployment["eta"]}. {tables}
 
     mezzotint sample THIS_FOLDER -n 16 -o pictures.png

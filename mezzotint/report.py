@@ -101,6 +101,7 @@ def print_inspection(bundle: Bundle) -> None:
             if bundle.deployed_timesteps is None
             else f"{len(bundle.deployed_timesteps)} rows",
             "size": f"{size / 1e6:.2f} MB; float parameters were {m['source']['parameter_bytes'] / 1e6:.2f} MB",
+            "storage": _storage(m["storage"]) if "storage" in m else "not told: compiled before it was counted",
             "kernels": f"{m['kernels']['integer']} integer, {m['kernels']['float']} float",
             "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
             "digest": m["digest"],
@@ -125,6 +126,17 @@ def print_inspection(bundle: Bundle) -> None:
         console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
     kernels = [(name, row["kernel"], row.get("why", "")) for name, row in m["kernels"]["layers"].items()]
     console.print_table("layers", ("layer", "kernel", "why not integer"), kernels)
+
+
+def _storage(found: dict[str, Any]) -> str:
+    """Bytes and values by storage type, one a line, and what the file could not store as narrow as it is."""
+    rows = [
+        f"{kind}: {row['bytes'] / 1e6:.2f} MB, {row['values']} values in {row['constants']} constants"
+        for kind, row in found["types"].items()
+    ]
+    rest = found["model_bytes"] - found["constant_bytes"]
+    ratio = [] if found["ratio"] is None else [f"{found['ratio']:.3f} of the float parameters"]
+    return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *found["notes"]])
 
 
 def _scale(quantizer: dict[str, Any]) -> str:

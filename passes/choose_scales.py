@@ -29,7 +29,10 @@ from ..compiler.ranges import Method, check_percentile, range_of
 
 @dataclass(frozen=True)
 class ChooseScales(Pass):
-    """`activations` and `weights` are the methods; `percentile` is in percent and used by that method only."""
+    """`activations` and `weights` are the methods; `percentile` is in percent and used by that method only.
+
+    `weight_bits`: 2 and 4 are what the file spends on them, too; 3 are stored in 4, and 5 to 7 in 8.
+    """
 
     activations: Method = "percentile"
     weights: Literal["minmax", "mse"] = "mse"

@@ -15,7 +15,7 @@ from mezzotint.compiler import pipeline
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.graph import is_constant, text
-from mezzotint.compiler.lowering import lower
+from mezzotint.compiler.lower_integer import lower
 from mezzotint.compiler.ops import layers
 from mezzotint.compiler.pipeline import Context, Recipe
 from mezzotint.compiler.program import Plan, Program, Site, numpy_of
