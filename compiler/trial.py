@@ -1,0 +1,91 @@
+"""Trials: how good a quantized program is, measured where production runs and on noise that nobody calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..runtime import samplers
+from ..runtime.compare import StepSQNR, sqnr_db
+from .calibrate import Conditions, Images, batch_spans
+from .execute import Executor
+from .lowering import lower
+from .pipeline import Context
+from .program import Program
+
+HELD_OUT_SEED = 2  # calibration has the context's own seed, the noise fit the next one
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`prediction`: pooled SQNR of single calls on float latents, dB; `pictures`: of the pictures that the program
+    draws by itself from the same noise, the mean of their dB."""
+
+    prediction: float
+    pictures: float
+
+
+def compare_programs(programs: Sequence[Program], context: Context, samples: int, stage: str) -> list[Trial]:
+    """A trial of each lowered program beside their float graph, on `samples` held-out pictures.
+
+    The programs are variants of one: they share its float graph, deployment and inputs.
+    """
+    fresh = replace(context, seed=context.seed + HELD_OUT_SEED, samples=samples)
+    first = programs[0]
+    assert first.float_model is not None
+    errors = [StepSQNR() for _ in programs]
+    pictures: list[list[float]] = [[] for _ in programs]
+    spans = batch_spans(first, fresh)
+    total, done = len(spans) * len(first.deployment.timesteps) * (1 + len(programs)), 0
+    with ExitStack() as stack:
+        models = [first.float_model, *(lower(program) for program in programs)]
+        exact, *trials = [stack.enter_context(Executor(m, context.folder, threads=context.threads)) for m in models]
+
+        def predictor(executor: Executor, conditions: Conditions) -> Callable[[Images, int], Images]:
+            def predict(x: Images, t: int) -> Images:
+                nonlocal done
+                done += 1
+                context.progress(stage, done, total)
+                return _output(executor, first, x, t, conditions)
+
+            return predict
+
+        for start, rows in spans:
+            conditions = fresh.condition_rows(start, rows)
+            x = samplers.initial_noise(fresh.seed, (rows, *first.shape), first=start)
+            noise = samplers.seeded_noise(fresh.seed, first=start)
+
+            def paired(info: samplers.StepInfo, conditions: Conditions = conditions) -> None:
+                for error, trial in zip(errors, trials, strict=True):
+                    error.add(info.index, info.output, _output(trial, first, info.x, info.timestep, conditions))
+
+            want, *got = (
+                samplers.sample(
+                    predictor(executor, conditions),
+                    x,
+                    first.schedule,
+                    first.deployment,
+                    noise=noise,
+                    callback=paired if executor is exact else None,
+                )
+                for executor in (exact, *trials)
+            )
+            for found, images in zip(pictures, got, strict=True):
+                found += [sqnr_db(a, b) for a, b in zip(want, images, strict=True)]
+    return [Trial(e.pooled(), float(np.mean(p))) for e, p in zip(errors, pictures, strict=True)]
+
+
+def verdict(before: Trial, after: Trial, *, kept: bool) -> str:
+    """What a change did to held-out pictures, for the history."""
+    return (
+        f"{'kept' if kept else 'thrown away'}: on held-out noise pictures {before.pictures:.2f} -> "
+        f"{after.pictures:.2f} dB, epsilon {before.prediction:.2f} -> {after.prediction:.2f} dB"
+    )
+
+
+def _output(executor: Executor, program: Program, x: Images, t: int, conditions: Conditions) -> Images:
+    signature = program.signature
+    return np.asarray(executor.call(signature, x, t, conditions)[signature.output], np.float32)
