@@ -125,7 +125,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         steps = [{"pass": p.name, **({"options": p.options()} if p.options() else {})} for p in self.passes]
-        return {"name": self.name, "description": self.description, "paper": self.paper, "passes": steps}
+        claims = {key: value for key in ("baseline", "claim") if (value := getattr(self, key))}
+        return {"name": self.name, "description": self.description, "paper": self.paper, **claims, "passes": steps}
 
 
 def _words(facts: frozenset[str] | set[str]) -> str:

@@ -20,7 +20,8 @@ from .compiler.errors import ConditionError, ModelError
 from .compiler.import_onnx import import_onnx
 from .compiler.pipeline import Context, Progress, Recipe, silent
 from .compiler.program import Program
-from .passes.recipes import DEFAULT, load_recipe, with_options
+from .passes.recipe_files import load_recipe, with_options
+from .passes.recipes import DEFAULT
 from .runtime.bundle import Bundle, open_bundle
 from .runtime.schedule import Deployment, Schedule
 from .settings import load_conditions

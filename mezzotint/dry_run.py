@@ -9,7 +9,7 @@ from typing import Any
 from .compiler.emit import check_target
 from .compiler.import_onnx import load_onnx
 from .compiler.roles import infer_signature
-from .passes.recipes import load_recipe, with_options
+from .passes.recipe_files import load_recipe, with_options
 from .runtime.schedule import Deployment
 from .runtime.signature import Prediction
 from .sources import resolve

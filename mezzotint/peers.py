@@ -22,7 +22,7 @@ from .runtime.signature import Signature
 Images = npt.NDArray[np.float32]
 Predict = Callable[[Images, int], Images]
 Call = tuple[Images, int]  # (x [B, C, H, W], timestep)
-ONNXRUNTIME, NNCF = "onnxruntime", "openvino-nncf"
+PEERS = ONNXRUNTIME, NNCF = "onnxruntime", "openvino-nncf"
 
 
 def available() -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import console
-from .passes.recipes import RECIPES, load_recipe, make_pass, pass_names, to_yaml
+from .passes.recipe_files import load_recipe, make_pass, pass_names, to_yaml
+from .passes.recipes import RECIPES
 from .runtime.bundle import MODEL, Bundle
 
 

@@ -21,7 +21,8 @@ from onnx import numpy_helper
 from mezzotint import __version__, open_bundle
 from mezzotint.compiler.audit import audit
 from mezzotint.compiler.errors import CompileError, OutputError
-from mezzotint.passes.recipes import DEFAULT, RECIPES, load_recipe, pass_names
+from mezzotint.passes.recipe_files import load_recipe, pass_names
+from mezzotint.passes.recipes import DEFAULT, RECIPES
 from mezzotint.runtime.errors import InputError
 from mezzotint.settings import parse_output, parse_roles, parse_settings, parse_size
 from tests.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_written, write

@@ -52,6 +52,7 @@ def test_expectations_follow_from_the_features(
 
 
 def test_the_advice_can_be_followed() -> None:
-    from mezzotint.passes.recipes import RECIPES, with_options
+    from mezzotint.passes.recipe_files import with_options
+    from mezzotint.passes.recipes import RECIPES
 
     with_options(RECIPES["w8a8"], {"choose_scales.weight_bits": 7})

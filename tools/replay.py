@@ -17,7 +17,7 @@ from pathlib import Path
 from mezzotint.compiler import pipeline, snapshot
 from mezzotint.compiler.calibrate import random_conditions
 from mezzotint.console import print_error, print_table, progress
-from mezzotint.passes.recipes import make_pass
+from mezzotint.passes.recipe_files import make_pass
 from mezzotint.runtime.errors import MezzotintError
 
 

@@ -24,7 +24,8 @@ from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.lower_norms import LowerNorms
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import RECIPES, make_pass
+from mezzotint.passes.recipe_files import make_pass
+from mezzotint.passes.recipes import RECIPES
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.session import open_session
 from tests.tiny import SIGNATURE, tiny_model

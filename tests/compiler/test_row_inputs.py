@@ -16,7 +16,8 @@ from mezzotint.compiler.pipeline import Context, Pass
 from mezzotint.compiler.program import Plan, Program, Site
 from mezzotint.compiler.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
 from mezzotint.passes.channel_scales import ChannelScales
-from mezzotint.passes.recipes import RECIPES, with_options
+from mezzotint.passes.recipe_files import with_options
+from mezzotint.passes.recipes import RECIPES
 from tests.tiny import SIGNATURE, tiny_program
 
 STEPS = 4

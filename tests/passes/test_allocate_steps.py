@@ -31,7 +31,8 @@ from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.group_steps import GroupSteps
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import RECIPES, make_pass
+from mezzotint.passes.recipe_files import make_pass
+from mezzotint.passes.recipes import RECIPES
 from mezzotint.runtime.schedule import Deployment, Schedule
 from tests.models import Compiled
 from tests.tiny import program_of, short_schedule, tiny_program

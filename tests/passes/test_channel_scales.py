@@ -20,7 +20,8 @@ from mezzotint.compiler.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.quant import UINT8, Format, scale_for_range
 from mezzotint.compiler.stats import Stats, Summary
 from mezzotint.passes.channel_scales import ChannelScales
-from mezzotint.passes.recipes import RECIPES, make_pass, with_options
+from mezzotint.passes.recipe_files import make_pass, with_options
+from mezzotint.passes.recipes import RECIPES
 from tests.tiny import context_in, program_of, tiny_program
 
 GROUPS = (0, 0, 1, 2)

@@ -20,7 +20,8 @@ from mezzotint.compiler.graph import name_of, text
 from mezzotint.compiler.pipeline import Context, Recipe
 from mezzotint.compiler.program import Program, numpy_of
 from mezzotint.passes.correct_bias import CorrectBias
-from mezzotint.passes.recipes import RECIPES, make_pass, with_options
+from mezzotint.passes.recipe_files import make_pass, with_options
+from mezzotint.passes.recipes import RECIPES
 from tests.conftest import Check
 from tests.tiny import CONVS, LINEARS, SIGNATURE, tiny_program
 

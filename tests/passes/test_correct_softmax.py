@@ -26,7 +26,8 @@ from mezzotint.compiler.pipeline import Context, Pass
 from mezzotint.compiler.program import Program
 from mezzotint.passes.correct_bias import CorrectBias
 from mezzotint.passes.correct_softmax import CorrectSoftmax
-from mezzotint.passes.recipes import RECIPES, make_pass, with_options
+from mezzotint.passes.recipe_files import make_pass, with_options
+from mezzotint.passes.recipes import RECIPES
 from tests.conftest import Check
 from tests.tiny import ATTENTIONS, CONVS, LINEARS, SIGNATURE, tiny_program
 

@@ -18,7 +18,7 @@ from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Plan, Program
 from mezzotint.compiler.stats import Stats, Summary
 from mezzotint.passes.group_steps import GroupSteps, cheapest_cut
-from mezzotint.passes.recipes import make_pass
+from mezzotint.passes.recipe_files import make_pass
 from tests.tiny import tiny_program
 
 Numbers = npt.NDArray[np.float64]

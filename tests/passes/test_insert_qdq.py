@@ -17,7 +17,8 @@ from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Plan, Program, Quantizer, Site, numpy_of
 from mezzotint.compiler.quant import INT8, UINT8, scale_for_range
 from mezzotint.passes.insert_qdq import InsertQdq
-from mezzotint.passes.recipes import RECIPES, with_options
+from mezzotint.passes.recipe_files import with_options
+from mezzotint.passes.recipes import RECIPES
 from tests.conftest import Check
 from tests.tiny import tiny_program
 

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.passes import recipes
+from mezzotint.passes import recipe_files
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
-from mezzotint.passes.recipes import RECIPES, load_recipe, make_pass, recipe_from_json, to_yaml, with_options
+from mezzotint.passes.recipe_files import load_recipe, make_pass, recipe_from_json, to_yaml, with_options
+from mezzotint.passes.recipes import RECIPES
 
 
 def test_every_file_of_the_folder_is_a_pass() -> None:
-    folder = Path(recipes.__file__).parent
-    files = {f.stem for f in folder.glob("*.py")} - {"__init__", "recipes"}
-    assert set(recipes.pass_names()) == files
+    folder = Path(recipe_files.__file__).parent
+    files = {f.stem for f in folder.glob("*.py")} - {"__init__", "recipes", "recipe_files"}
+    assert set(recipe_files.pass_names()) == files
     for name in files:
         assert make_pass(name).name == name
 

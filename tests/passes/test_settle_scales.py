@@ -21,7 +21,8 @@ from mezzotint.compiler.pipeline import Context, Recipe
 from mezzotint.compiler.program import Plan, Program, Site, numpy_of
 from mezzotint.compiler.quant import UINT8, scale_for_range
 from mezzotint.compiler.row_inputs import find_tables, stacked, table_quantizers, with_row_inputs
-from mezzotint.passes.recipes import RECIPES, make_pass, with_options
+from mezzotint.passes.recipe_files import make_pass, with_options
+from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.settle_scales import SettleScales
 from mezzotint.runtime import samplers
 from tests.models import SMALL, Compiled

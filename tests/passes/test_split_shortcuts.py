@@ -37,7 +37,8 @@ from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import EXACT, RECIPES, make_pass
+from mezzotint.passes.recipe_files import make_pass
+from mezzotint.passes.recipes import EXACT, RECIPES
 from mezzotint.passes.split_shortcuts import SplitShortcuts
 from mezzotint.runtime.samplers import initial_noise
 from mezzotint.runtime.schedule import Deployment, Schedule

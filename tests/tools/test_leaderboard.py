@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mezzotint import peers
+from mezzotint.leaderboard import Row, page
 from mezzotint.passes.recipes import RECIPES
 
 TOOL = Path(__file__).parents[2] / "tools" / "leaderboard.py"
@@ -63,21 +64,20 @@ def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: 
     assert columns[0] == columns[1]
 
 
-def a_row(board: ModuleType, recipe: str, **numbers: Any) -> Any:
-    return replace(board.Row(recipe, "w4a8", "key", 20.0, 10.0, 30.0, 25.0, 2.0, 0.15, 60.0, "54/5", 2), **numbers)
+def a_row(recipe: str, **numbers: Any) -> Row:
+    return replace(Row(recipe, "w4a8", "key", 20.0, 10.0, 30.0, 25.0, 2.0, 0.15, 60.0, "54/5", 2), **numbers)
 
 
-def test_the_page_says_who_beats_its_baseline(board: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_says_who_beats_its_baseline() -> None:
     method = replace(RECIPES["w8a8"], name="method", baseline="w8a8", claim="w4a8")
-    monkeypatch.setitem(board.RECIPES, "method", method)
-    rows = {name: a_row(board, name, sqnr=db, psnr=2 * db) for name, db in (("w8a8", 20.0), ("method", 21.5))}
-    args = board.argparse.Namespace(images=2, calibration=2, steps=3, threads=2)
-    page = board.page(list(rows.values()), args)
-    assert "+1.5 / +3.0 `w8a8`" in page
-    assert "`method` at W4A8: better than `w8a8` in the prediction (21.50 against 20.00 dB" in page
-    worse = board.page([rows["w8a8"], replace(rows["method"], sqnr=19.0)], args)
+    recipes = {"w8a8": RECIPES["w8a8"], "method": method}
+    rows = {name: a_row(name, sqnr=db, psnr=2 * db) for name, db in (("w8a8", 20.0), ("method", 21.5))}
+    text = page(list(rows.values()), "two pictures", recipes)
+    assert "+1.5 / +3.0 `w8a8`" in text and "two pictures" in text
+    assert "`method` at W4A8: better than `w8a8` in the prediction (21.50 against 20.00 dB" in text
+    worse = page([rows["w8a8"], replace(rows["method"], sqnr=19.0)], "", recipes)
     assert "`method` at W4A8: NOT better than" in worse
-    refused = board.page([a_row(board, "method", refused="nothing to split", sqnr=None, psnr=None)], args)
+    refused = page([a_row("method", refused="nothing to split", sqnr=None, psnr=None)], "", recipes)
     assert "| `method` | nothing to split |" in refused
 
 
