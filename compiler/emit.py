@@ -174,6 +174,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
             for site, quantizer in (program.plan.quantizers.items() if program.plan else ())
         ],
         "islands": dict(islands),
+        "refused": dict(program.refused),
         "nodes": dict(sorted(counts(lowered.graph).items())),
     }
     _write(bundle / "README.md", _card(manifest))

@@ -113,7 +113,8 @@ class Program:
     the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers came in,
     for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
     `allocation` is the number of calibration samples that count at each network call of the deployment, in the order
-    of the calls; empty: all of them, everywhere.
+    of the calls; empty: all of them, everywhere. `refused` maps a value, or a node, to the reason why a pass that
+    moves factors left it alone.
     """
 
     model: ir.Model
@@ -129,6 +130,7 @@ class Program:
     float_model: ir.Model | None = None
     lowering: str = "qdq"
     allocation: tuple[int, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     history: tuple[Record, ...] = ()
     note: str = ""
     fx_text: str | None = None

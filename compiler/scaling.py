@@ -61,6 +61,43 @@ def multiply_weight(graph: ir.Graph, names: Names, layer: Layer, factors: npt.ND
     layer.node.replace_input_with(1, scaled)
 
 
+def column_ranges(layer: Layer, rows: npt.NDArray[np.floating] | None = None) -> npt.NDArray[np.float64]:
+    """The largest magnitude `[C]` of the weights that read each input channel, output channels multiplied by `rows`."""
+    matrix = _magnitudes(layer)
+    if rows is not None:
+        matrix = matrix * rows.reshape(*matrix.shape[:2], 1)
+    columns: npt.NDArray[np.float64] = matrix.max(axis=1).reshape(-1).astype(np.float64)
+    return columns
+
+
+def row_ranges(layer: Layer, columns: npt.NDArray[np.floating] | None = None) -> npt.NDArray[np.float64]:
+    """The largest magnitude `[out]` of each output channel's weights, input channels multiplied by `columns`."""
+    matrix = _magnitudes(layer)
+    if columns is not None:
+        matrix = matrix * columns.reshape(matrix.shape[0], 1, -1)
+    rows: npt.NDArray[np.float64] = matrix.max(axis=2).reshape(-1).astype(np.float64)
+    return rows
+
+
+def row_lengths(layer: Layer) -> npt.NDArray[np.float64]:
+    """The Euclidean length `[out]` of each output channel's weights."""
+    weight = _weight(layer)
+    out = _weight_axis(layer)
+    squares = np.square(weight, dtype=np.float64).sum(axis=tuple(d for d in range(weight.ndim) if d != out))
+    lengths: npt.NDArray[np.float64] = np.sqrt(squares)
+    return lengths
+
+
+def _magnitudes(layer: Layer) -> Array:
+    """|W| as `[groups, out of a group, in of a group]`, the largest of each kernel."""
+    weight = np.abs(_weight(layer))
+    if layer.kind == "conv":
+        weight = weight.reshape(*weight.shape[:2], -1).max(axis=2)
+        found: Array = weight.reshape(_groups(layer), -1, weight.shape[1])
+        return found
+    return weight[None] if _weight_axis(layer) == 0 else weight.T[None]
+
+
 def divide_value(
     graph: ir.Graph,
     names: Names,

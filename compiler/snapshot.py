@@ -50,6 +50,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         "frozen": None if program.frozen is None else list(program.frozen),
         "lowering": program.lowering,
         "allocation": list(program.allocation),
+        "refused": dict(program.refused),
         "history": [r.to_json() for r in program.history],
         "fx_text": program.fx_text,
         "pending": [dict(p) for p in pending],
@@ -85,6 +86,7 @@ def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
         float_model=ir.load(float_file) if float_file.exists() else None,
         lowering=data["lowering"],
         allocation=tuple(data["allocation"]),
+        refused=data["refused"],
         fx_text=data["fx_text"],
         history=tuple(
             Record(

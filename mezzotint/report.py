@@ -127,6 +127,8 @@ def print_inspection(bundle: Bundle) -> None:
         console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
     kernels = [(name, row["kernel"], row.get("why", "")) for name, row in m["kernels"]["layers"].items()]
     console.print_table("layers", ("layer", "kernel", "why not integer"), kernels)
+    if refused := m.get("refused"):  # bundles written before there was such a thing have none
+        console.print_table("factors that found no place", ("value", "why"), list(refused.items()))
 
 
 def _storage(found: dict[str, Any]) -> str:

@@ -13,7 +13,16 @@ from mezzotint.compiler.graph import Names, name_of
 from mezzotint.compiler.ops import layers
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import numpy_of
-from mezzotint.compiler.scaling import channel_axis, divide_value, input_channels, multiply_weight
+from mezzotint.compiler.scaling import (
+    channel_axis,
+    column_ranges,
+    divide_value,
+    input_channels,
+    multiplied_weight,
+    multiply_weight,
+    row_lengths,
+    row_ranges,
+)
 
 CASES = {
     "conv": ("y = Conv <pads = [1, 1, 1, 1]> (x, w)", (1, 6, 5, 5), (4, 6, 3, 3), 6),
@@ -70,3 +79,24 @@ def test_the_old_weight_is_left_alone_for_others() -> None:
     assert np.array_equal(numpy_of(layer.weight), before)
     with pytest.raises(ValueError, match="has 6 input channels"):
         multiply_weight(model.graph, Names(model.graph), layer, np.ones(5))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranges_are_those_of_the_weight_with_its_factors(case: str) -> None:
+    """Input channels as `multiply_weight` counts them, output channels as the product has them."""
+    (layer,) = layers(model_of(case).graph)
+    rng = np.random.default_rng(4)
+    columns = rng.uniform(0.1, 10, input_channels(layer))
+    weight = numpy_of(layer.weight) if layer.weight is not None else np.zeros(0)
+    axis = layer.weight_axis or 0
+    rows = rng.uniform(0.1, 10, [weight.shape[axis]])
+    along = rows.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
+    others = tuple(d for d in range(weight.ndim) if d != axis)
+    np.testing.assert_allclose(
+        row_ranges(layer, columns), np.abs(multiplied_weight(layer, columns)).max(axis=others), rtol=1e-5
+    )
+    np.testing.assert_allclose(row_lengths(layer) ** 2, (weight.astype(np.float64) ** 2).sum(axis=others), rtol=1e-5)
+    for channel, largest in enumerate(column_ranges(layer, rows)):
+        only = np.zeros(input_channels(layer))
+        only[channel] = 1
+        np.testing.assert_allclose(largest, np.abs(multiplied_weight(layer, only) * along).max(), rtol=1e-5)

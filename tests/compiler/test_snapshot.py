@@ -26,7 +26,8 @@ def finished(request: pytest.FixtureRequest, tiny: Program, context: Context) ->
     program = pipeline.run(tiny, RECIPES["ptqd-w8a8"].passes, context)
     assert program.plan is not None
     extra = {Site("start", "b1_conv1"): Quantizer(UINT8, np.array(0.5, np.float32), np.array(3, np.uint8), "test")}
-    return replace(program, plan=Plan({**program.plan.quantizers, **extra}, program.plan.islands), allocation=(4, 0, 2))
+    plan = Plan({**program.plan.quantizers, **extra}, program.plan.islands)
+    return replace(program, plan=plan, allocation=(4, 0, 2), refused={"start": "an Add reads it, too"})
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def loaded(finished: Program, tmp_path: Path) -> Program:
 
 
 def test_facts(finished: Program, loaded: Program) -> None:
-    for name in ("signature", "deployment", "shape", "source", "frozen", "lowering", "allocation"):
+    for name in ("signature", "deployment", "shape", "source", "frozen", "lowering", "allocation", "refused"):
         assert getattr(loaded, name) == getattr(finished, name), name
     assert loaded.schedule.digest() == finished.schedule.digest()
     for got, want in zip(loaded.history, finished.history, strict=True):

@@ -1,0 +1,111 @@
+"""reparameterize_norms: a scale and a zero point for each channel of what a norm makes, turned into one for all.
+
+RepQ-ViT (arXiv 2212.08254). The channels behind a LayerNorm differ much in range, and one quantizer for them all wastes
+its grid on the loudest. With D and z the scale and the zero point that each channel would have alone,
+
+    D_c = (max_c - min_c) / n     z_c = -min_c / D_c     D, z their means over the channels
+    r_c = D_c / D                 o_c = min_c / r_c + z D
+
+    gain / r      shift / r - o      W r      b + (W r) o        so that x' = x / r - o lies in [-z D, (n - z) D]
+
+for every channel. The norm's constants and the readers' weights hold all of it: nothing is computed at run time, except
+that a reader without a bias gets one. Adaptive norms take it in the layer, or the table, of their scale and shift.
+
+A reader that pads with zeros (a 3x3 convolution) takes no shift, for 0 is not o. Then only the factors are used, with
+max(|min_c|, |max_c|) for D_c, since the range of such a value grows around 0. Norms that an activation function, or the
+residual stream, reads are refused; what was refused is listed.
+
+Extremes are those of all calls together, of the values that the readers read (observe measures them by channel). The
+graph changes, so observe has to run again behind this pass. Deviations: r is kept within `limit` of 1, since channels
+that never speak would get none; the paper's quantizer of attention weights, powers of the square root of 2, is not
+built: no integer kernel computes with it.
+
+Measured (SQNR of epsilon in dB, 4 calls; norm gains of a few channels multiplied by 10 to 30): a small DiT goes from
+14.7 to 39.9 at W8A8 with 32 calibration samples; with 4 only to 32.5, which without planted outliers (40.1 plain) is a
+loss: every channel then ends where calibration saw it end, so unseen inputs are clipped in many. At W4A8, from 9.8 to
+23.1. A small conditional UNet goes from 18.5 to 24.9 and from 11.4 to 14.2 with 4 samples. Digits: 0.4 worse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from ..compiler import graph as graphs
+from ..compiler.errors import RecipeError, StatsError
+from ..compiler.folds import Fold, apply_fold, find_folds
+from ..compiler.folds_edits import Factors
+from ..compiler.graph import Names, remove_dead
+from ..compiler.pipeline import Context, GraphPass
+from ..compiler.program import Program
+from ..compiler.stats import Stats
+
+
+@dataclass(frozen=True)
+class ReparameterizeNorms(GraphPass):
+    """`shifts` false moves factors only; no factor is beyond `limit` or its inverse."""
+
+    shifts: bool = True
+    limit: float = 100.0
+
+    needs: ClassVar[frozenset[str]] = frozenset({"normal", "stats"})
+    tolerance: ClassVar[float | None] = 1e-4  # products are rounded in another order
+
+    def __post_init__(self) -> None:
+        if not 1 < self.limit < np.inf:
+            raise RecipeError(f"{self.name}.limit is {self.limit}", where=self.name, hint="choose more than 1")
+
+    def run(self, program: Program, context: Context) -> Program:
+        graph, stats = program.graph, program.stats
+        assert stats is not None  # the order check saw to it
+        if stats.digest != graphs.digest(program.model):
+            raise StatsError(
+                "the statistics were measured on another graph", where=self.name, hint="run observe on this graph first"
+            )
+        names, folds = Names(graph), find_folds(graph)
+        refused = {fold.name: fold.reason for fold in folds if fold.reason}
+        chosen = [fold for fold in folds if fold.kind in ("norm", "adaln")]
+        shifted = 0
+        for i, fold in enumerate(chosen):
+            low, high = _extremes(stats, fold, self.name)
+            if self.shifts and not fold.shift_reason:
+                apply_fold(graph, names, fold, *self._shifted(low, high))
+                shifted += 1
+            else:
+                apply_fold(graph, names, fold, self._ratios(np.maximum(np.abs(low), np.abs(high))))
+            context.progress(self.name, i + 1, len(chosen))
+        remove_dead(graph)
+        note = f"{len(chosen)} norms, {shifted} of them shifted; {len(refused)} values refused"
+        return replace(program, refused={**program.refused, **refused}, note=note)
+
+    def _ratios(self, ranges: Factors) -> Factors:
+        """r: the ranges over their mean, within the limit; 1 where nothing was ever seen."""
+        mean = ranges.mean()
+        if mean <= 0:
+            return np.ones_like(ranges)
+        ratios: Factors = np.clip(ranges / mean, 1 / self.limit, self.limit)
+        return ratios
+
+    def _shifted(self, low: Factors, high: Factors) -> tuple[Factors, Factors]:
+        """r and o."""
+        widths = high - low
+        r = self._ratios(widths)
+        safe = np.maximum(widths, widths.mean() / self.limit) if widths.any() else np.ones_like(widths)
+        least = (low / safe).mean() * widths.mean()  # -z D
+        return r, low / r - least
+
+
+def _extremes(stats: Stats, fold: Fold, where: str) -> tuple[Factors, Factors]:
+    """The extremes `[C]` of a fold's channels over all calls, from whichever of its readers was measured."""
+    for name in (*fold.inputs, fold.name):
+        found = [stats.channels[name, k] for k in range(stats.groups) if (name, k) in stats.channels]
+        if found and found[0].shape == (2, fold.channels):
+            each = np.stack(found).astype(np.float64)
+            return each[:, 0].min(axis=0), each[:, 1].max(axis=0)
+    raise StatsError(
+        f"the channels of {fold.inputs[0]!r} were not measured by themselves",
+        where=where,
+        hint="measure those of what layers read: --set observe.channels=inputs",
+    )
