@@ -124,9 +124,19 @@ def save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
         arrays[f"{i}.counts"] = s.histogram[used]
     for i, extremes in enumerate(stats.channels.values()):
         arrays[f"channels.{i}"] = extremes
+    for i, sums in enumerate(stats.squares.values()):
+        arrays[f"squares.{i}"] = sums
     save_file(arrays, folder / "stats.safetensors")
-    facts = {"digest": stats.digest, "groups": stats.groups, "calls": stats.calls}
-    return {**facts, "timesteps": list(stats.timesteps), "keys": keys, "channels": [list(k) for k in stats.channels]}
+    return {
+        "digest": stats.digest,
+        "groups": stats.groups,
+        "calls": stats.calls,
+        "timesteps": list(stats.timesteps),
+        "keys": keys,
+        "channels": [list(k) for k in stats.channels],
+        "squares": [list(k) for k in stats.squares],
+        "axes": dict(stats.axes),
+    }
 
 
 def load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
@@ -138,8 +148,12 @@ def load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
         summary = Summary(int(count), low, high, total, square)
         summary.histogram[arrays[f"{i}.bins"]] = arrays[f"{i}.counts"]
         summaries[str(name), int(group)] = summary
-    channels = {(str(name), int(group)): arrays[f"channels.{i}"] for i, (name, group) in enumerate(data["channels"])}
-    return Stats(data["digest"], data["groups"], data["calls"], summaries, tuple(data["timesteps"]), channels)
+    channels, squares = (
+        {(str(name), int(group)): arrays[f"{part}.{i}"] for i, (name, group) in enumerate(data[part])}
+        for part in ("channels", "squares")
+    )
+    facts = data["digest"], data["groups"], data["calls"]
+    return Stats(*facts, summaries, tuple(data["timesteps"]), channels, squares, data["axes"])
 
 
 def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class Stats:
 
     `digest` is that of the graph, so that statistics of another graph are refused; `calls` counts network calls.
     `timesteps` are those of the calls of one trajectory, in their order, which the groups divide; empty where whoever
-    measured did not say. `channels` has the extremes `[2, C]` of each channel of the values that were measured so.
+    measured did not say. `channels` has the extremes `[2, C]` of each channel of the values that were measured so,
+    `squares` the sums of their squares `[C]` where those were asked for, too, and `axes` which axis counts channels.
     """
 
     digest: str
@@ -129,6 +130,8 @@ class Stats:
     summaries: dict[tuple[str, int], Summary]
     timesteps: tuple[int, ...] = ()
     channels: Mapping[tuple[str, int], npt.NDArray[np.float32]] = field(default_factory=dict)
+    squares: Mapping[tuple[str, int], npt.NDArray[np.float64]] = field(default_factory=dict)
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def values(self) -> Iterable[str]:
         return dict.fromkeys(name for name, _ in self.summaries)
@@ -138,9 +141,32 @@ class Stats:
         parts = [self.summaries[value, g] for g in range(self.groups) if (value, g) in self.summaries]
         return sum(parts[1:], parts[0]) if parts else None
 
+    def extremes(self, value: str, axis: int) -> npt.NDArray[np.float64] | None:
+        """The extremes `[groups, 2, C]` of each channel along that axis, or None when they were not measured.
+
+        Groups without a sample are left out.
+        """
+        if self.axes.get(value) != axis:
+            return None
+        found = [self.channels[value, g] for g in range(self.groups) if (value, g) in self.channels]
+        return np.stack(found).astype(np.float64) if found else None
+
+    def mean_squares(self, value: str, axis: int) -> npt.NDArray[np.float64] | None:
+        """The mean square `[C]` of each channel along that axis over all calls, or None when it was not measured."""
+        if self.axes.get(value) != axis:
+            return None
+        keys = [(value, g) for g in range(self.groups) if (value, g) in self.squares]
+        if not keys:
+            return None
+        total = np.sum([self.squares[key] for key in keys], axis=0)
+        mean: npt.NDArray[np.float64] = total * len(total) / sum(self.summaries[key].count for key in keys)
+        return mean
+
     def __add__(self, other: Stats) -> Stats:
         if (self.digest, self.groups, self.timesteps) != (other.digest, other.groups, other.timesteps):
             raise ValueError("statistics of different graphs or groupings do not add")
+        if any(other.axes.get(value, axis) != axis for value, axis in self.axes.items()):
+            raise ValueError("statistics of channels along different axes do not add")
         merged = dict(self.summaries)
         for key, summary in other.summaries.items():
             merged[key] = merged[key] + summary if key in merged else summary
@@ -148,7 +174,12 @@ class Stats:
         for key, extremes in other.channels.items():
             known = channels.get(key, extremes)
             channels[key] = np.stack([np.minimum(known[0], extremes[0]), np.maximum(known[1], extremes[1])])
-        return Stats(self.digest, self.groups, self.calls + other.calls, merged, self.timesteps, channels)
+        squares = dict(self.squares)
+        for key, sums in other.squares.items():
+            squares[key] = squares[key] + sums if key in squares else sums
+        axes = {**self.axes, **other.axes}
+        calls = self.calls + other.calls
+        return Stats(self.digest, self.groups, calls, merged, self.timesteps, channels, squares, axes)
 
     def check_every_call(self, timesteps: Sequence[int], where: str) -> None:
         """Refuse, for a pass that needs each of these network calls by itself, statistics that do not have them all.

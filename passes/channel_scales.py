@@ -68,9 +68,11 @@ class ChannelScales(Pass):
         assert stats is not None and plan is not None  # the order check saw to it
         stats.check_every_call(program.deployment.timesteps, self.name)
         found = [layer for layer in layers(program.graph) if layer.output_quantized]
-        if found and not stats.channels:
+        if any((name_of(layer.output), 0) not in stats.channels for layer in found):
             raise StatsError(
-                "no channel was measured by itself", where=self.name, hint="measure them: --set observe.channels=true"
+                "no channel was measured by itself",
+                where=self.name,
+                hint="measure them: --set observe.channels=outputs",
             )
         nodes = {layer.node for layer in layers(program.graph)}
         quantizers = dict(plan.quantizers)

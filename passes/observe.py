@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ..compiler.graph import name_of
 from ..compiler.ops import layers
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
+from ..compiler.scaling import channel_axis
 from ..compiler.stats import Stats
 from ..compiler.stats_cache import measured_once
 
@@ -32,11 +33,13 @@ from ..compiler.stats_cache import measured_once
 class Observe(Pass):
     """`groups` contiguous groups of network calls get summaries of their own; 0 means every call.
 
-    With `channels` the extremes of each channel of what convolutions compute are measured as well.
+    `channels` says for what each channel is measured by itself as well: extremes of what convolutions compute
+    (`outputs`), extremes and mean squares of what layers with weights read (`inputs`), or both (`all`). True is
+    `outputs`, as older recipes have it.
     """
 
     groups: int = 1
-    channels: bool = False
+    channels: bool | Literal["none", "outputs", "inputs", "all"] = "none"
 
     needs: ClassVar[frozenset[str]] = frozenset({"normal"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -47,6 +50,23 @@ class Observe(Pass):
             raise RecipeError(
                 f"observe.groups is {self.groups}", where="observe", hint="choose 0 (one group for every call) or more"
             )
+
+    def axes(self, program: Program) -> tuple[dict[str, int], list[str]]:
+        """Which values are measured by channel, along which axis; and the names of those that layers read.
+
+        A value that a convolution and a matmul read has two such axes: that of the first reader counts.
+        """
+        wish = "outputs" if self.channels is True else self.channels
+        found = list(layers(program.graph))
+        read: dict[str, int] = {}
+        axes: dict[str, int] = {}
+        if wish in ("outputs", "all"):
+            axes = {name_of(layer.output): 1 for layer in found if layer.output_quantized}
+        if wish in ("inputs", "all"):
+            for layer in found:
+                if layer.weight is not None:
+                    read.setdefault(name_of(layer.activations[0]), channel_axis(layer))
+        return {**read, **axes}, list(read)
 
     def run(self, program: Program, context: Context) -> Program:
         stats, known = measured_once(program, context, self.options(), lambda: self._measure(program, context))
@@ -65,8 +85,8 @@ class Observe(Pass):
         timesteps = program.deployment.timesteps
         groups = min(self.groups or len(timesteps), len(timesteps))
         taps = [v for v in values if v not in inputs]
-        outputs = [name_of(layer.output) for layer in layers(program.graph) if layer.output_quantized]
-        with Collector(outputs if self.channels else ()) as collector, ExitStack() as sessions:
+        axes, squared = self.axes(program)
+        with Collector(axes, squared) as collector, ExitStack() as sessions:
             tapped = sessions.enter_context(
                 Executor(program.model, context.folder, taps=taps, threads=context.threads, spinning=False)
             )
@@ -78,7 +98,8 @@ class Observe(Pass):
             observer = _Observer(program, collector, values, groups, tapped, untapped)
             calls = follow_trajectories(program, context, observer, "observe")
             collector.settle()
-        return Stats(graphs.digest(program.model), groups, calls, collector.summaries, timesteps, collector.channels)
+        measured = collector.summaries, timesteps, collector.channels, collector.squares, axes
+        return Stats(graphs.digest(program.model), groups, calls, *measured)
 
 
 class _Observer:

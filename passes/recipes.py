@@ -25,7 +25,7 @@ TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
 W8A8_STEPS = (
     *FAST,
-    Observe(groups=0, channels=True),
+    Observe(groups=0, channels="outputs"),
     ChooseScales(),
     GroupSteps(),
     StepScales(),

@@ -129,7 +129,7 @@ class TestCompile:
         assert bundle.sample_shape == (1, 8, 16)
         options = {step["pass"]: step.get("options", {}) for step in bundle.manifest["recipe"]["passes"]}
         assert options["choose_scales"]["activations"] == "minmax"
-        assert options["observe"] == {"groups": 2, "channels": False}
+        assert options["observe"] == {"groups": 2, "channels": "none"}
 
     def test_a_recipe_from_a_file(self, cli: Cli, hand: Compiled, tmp_path: Path) -> None:
         printed = cli("recipes", "w8a8").out

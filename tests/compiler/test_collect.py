@@ -83,30 +83,55 @@ def image(k: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(k).standard_normal((2, 5, 3, 4)).astype(np.float32)
 
 
-def check_channels(found: dict[tuple[str, int], npt.NDArray[np.float32]], factor: float = 1.0) -> None:
-    assert set(found) == {("image", group) for group in range(GROUPS)}
-    for (_, group), got in found.items():
-        seen = np.concatenate([image(k) for k in range(CALLS) if k % GROUPS == group])
-        want = np.stack([seen.min(axis=(0, 2, 3)), seen.max(axis=(0, 2, 3))])
-        np.testing.assert_array_equal(got, want * np.float32(factor))
+AXES = {"image": 1, "tokens": -1}
 
 
-def test_extremes_of_channels_are_numpys() -> None:
-    with Collector(["image"]) as collector:
+def tokens(k: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(100 + k).standard_normal((2, 3, 7)).astype(np.float32)
+
+
+def check_channels(collector: Collector, factor: float = 1.0) -> None:
+    """Extremes to the last bit, sums of squares as numpy has them in float64."""
+    assert set(collector.channels) == {(name, group) for name in AXES for group in range(GROUPS)}
+    assert set(collector.squares) == {("tokens", group) for group in range(GROUPS)}
+    for (name, group), got in collector.channels.items():
+        made = image if name == "image" else tokens
+        seen = np.concatenate([made(k) for k in range(CALLS) if k % GROUPS == group])
+        rows = np.moveaxis(seen, AXES[name], 0).reshape(seen.shape[AXES[name]], -1)
+        np.testing.assert_array_equal(got, np.stack([rows.min(axis=1), rows.max(axis=1)]) * np.float32(factor))
+        if name == "tokens":
+            want = (rows.astype(np.float64) ** 2).sum(axis=1)
+            np.testing.assert_allclose(collector.squares[name, group] * factor, want, rtol=1e-12)
+
+
+def test_channels_are_numpys() -> None:
+    with Collector(AXES, squared=["tokens"]) as collector:
         for k in range(CALLS):
-            collector.add(k % GROUPS, k, {"image": image(k), **call(k)})
+            collector.add(k % GROUPS, k, {"image": image(k), "tokens": tokens(k), **call(k)})
         collector.settle()
-        check_channels(collector.channels)
+        check_channels(collector)
         with pytest.raises(AssertionError):
-            check_channels(collector.channels, factor=1.01)
+            check_channels(collector, factor=1.01)
         assert ("wide", 0) in collector.summaries
+        key = ("tokens", 1)
+        collector.squares[key] = collector.squares[key] * 1.01
+        with pytest.raises(AssertionError):
+            check_channels(collector)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5)])
-def test_channels_are_the_second_axis_of_any_rank(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "axis"), [((3, 4), 1), ((3, 4, 5), 1), ((3, 4), -1), ((2, 3, 4, 5), -1)])
+def test_channels_of_any_rank(shape: tuple[int, ...], axis: int) -> None:
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    with Collector(["x"]) as collector:
+    with Collector({"x": axis}, squared=["x"]) as collector:
         collector.add(0, 1, {"x": values})
         collector.settle()
-        rows = np.moveaxis(values, 1, 0).reshape(shape[1], -1)
+        rows = np.moveaxis(values, axis, 0).reshape(shape[axis], -1)
         np.testing.assert_array_equal(collector.channels["x", 0], np.stack([rows.min(axis=1), rows.max(axis=1)]))
+        np.testing.assert_allclose(collector.squares["x", 0], np.square(rows, dtype=np.float64).sum(axis=1))
+
+
+def test_squares_beyond_the_range_of_float32() -> None:
+    with Collector({"x": 1}, squared=["x"]) as collector:
+        collector.add(0, 1, {"x": np.full((1, 2), 1e30, np.float32)})
+        collector.settle()
+        np.testing.assert_allclose(collector.squares["x", 0], 1e60, rtol=1e-6)

@@ -14,6 +14,8 @@ from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.quant import UINT8
+from mezzotint.passes.normalize import Normalize
+from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes import RECIPES
 from tests.tiny import SIGNATURE
 
@@ -111,6 +113,27 @@ def check_channels(want: Program, got: Program) -> None:
     for key, extremes in want.stats.channels.items():
         assert got.stats.channels[key].dtype == extremes.dtype
         np.testing.assert_array_equal(got.stats.channels[key], extremes)
+
+
+def check_squares(want: Program, got: Program) -> None:
+    assert want.stats is not None and got.stats is not None and want.stats.squares
+    assert (got.stats.axes, list(got.stats.squares)) == (want.stats.axes, list(want.stats.squares))
+    for key, sums in want.stats.squares.items():
+        assert got.stats.squares[key].dtype == sums.dtype
+        np.testing.assert_array_equal(got.stats.squares[key], sums)
+
+
+def test_squares_of_channels(tiny: Program, context: Context, tmp_path: Path) -> None:
+    program = pipeline.run(tiny, [Normalize(), Observe(channels="all")], context)
+    snapshot.save(program, tmp_path / "saved")
+    loaded, _ = snapshot.load(tmp_path / "saved")
+    check_channels(program, loaded)
+    check_squares(program, loaded)
+    assert loaded.stats is not None
+    key, sums = next(iter(loaded.stats.squares.items()))
+    planted = replace(loaded.stats, squares={**loaded.stats.squares, key: sums * 1.01})
+    with pytest.raises(AssertionError):
+        check_squares(program, replace(loaded, stats=planted))
 
 
 def test_tables_groups_and_lowering(tiny: Program, context: Context, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mezzotint.compiler.collect import Collector
 from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.stats import BIN_HIGH, BIN_LOW, Stats, Summary
 
@@ -237,3 +238,62 @@ def test_extremes_of_channels_merge(parts: list[Values]) -> None:
     np.testing.assert_array_equal(merged.channels["both", 0], want)
     np.testing.assert_array_equal(merged.channels["left", 0], stats(parts[0]).channels["both", 0])
     np.testing.assert_array_equal(merged.channels["right", 0], stats(parts[1]).channels["both", 0])
+
+
+images = st.integers(1, 3).flatmap(
+    lambda n: arrays.arrays(np.float32, (n, 3, 2), elements=st.floats(-100, 100, width=32, allow_subnormal=False))
+)
+
+
+def channel_stats(*parts: Values, axis: int = 1, group: int = 0) -> Stats:
+    """What is known of a value `x` after these arrays `[n, 3, 2]`, each channel by itself."""
+    with Collector({"x": axis}, squared=["x"]) as collector:
+        for part in parts:
+            collector.add(group, 1, {"x": part})
+        collector.settle()
+        measured = collector.summaries, (9, 5), collector.channels, collector.squares, {"x": axis}
+        return Stats("graph", 2, len(parts), *measured)
+
+
+def check_same_channels(a: Stats, b: Stats) -> None:
+    one, other = a.extremes("x", 1), b.extremes("x", 1)
+    assert one is not None and other is not None
+    np.testing.assert_array_equal(one, other)
+    squares = a.mean_squares("x", 1), b.mean_squares("x", 1)
+    assert squares[0] is not None and squares[1] is not None
+    np.testing.assert_allclose(squares[0], squares[1], rtol=1e-12)
+
+
+@given(a=images, b=images)
+def test_the_merge_of_channels_is_that_of_the_union(a: Values, b: Values) -> None:
+    together = channel_stats(np.concatenate([a, b]))
+    check_same_channels(channel_stats(a) + channel_stats(b), together)
+    check_same_channels(channel_stats(b) + channel_stats(a), together)
+    mean = together.mean_squares("x", 1)
+    assert mean is not None
+    both = np.concatenate([a, b]).astype(np.float64)
+    np.testing.assert_allclose(mean, (both**2).mean(axis=(0, 2)), rtol=1e-12, atol=1e-300)
+
+
+def test_a_merge_of_channels_that_is_one_percent_off_is_seen() -> None:
+    a, b = (np.random.default_rng(i).standard_normal((2, 3, 2)).astype(np.float32) for i in range(2))
+    with pytest.raises(AssertionError):
+        check_same_channels(channel_stats(a) + channel_stats(b), channel_stats(a, b * np.float32(1.01)))
+
+
+def test_groups_of_channels_are_weighted_by_their_counts() -> None:
+    few, many = np.full((1, 3, 2), 2, np.float32), np.full((3, 3, 2), 1, np.float32)
+    stats = channel_stats(few) + channel_stats(many, group=1)
+    extremes = stats.extremes("x", 1)
+    assert extremes is not None and extremes.shape == (2, 2, 3)
+    np.testing.assert_array_equal(extremes[:, 0, 0], [2, 1])
+    np.testing.assert_array_equal(stats.mean_squares("x", 1), np.full(3, (4 + 3 * 1) / 4))
+
+
+def test_channels_along_another_axis_are_not_known() -> None:
+    x = np.ones((2, 3, 2), np.float32)
+    stats = channel_stats(x)
+    assert stats.extremes("x", -1) is None and stats.mean_squares("x", -1) is None
+    assert stats.extremes("y", 1) is None and stats.mean_squares("y", 1) is None
+    with pytest.raises(ValueError, match="different axes"):
+        stats + channel_stats(x, axis=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,14 +13,18 @@ import pytest
 from mezzotint.compiler import pipeline
 from mezzotint.compiler.calibrate import Conditions, Images, follow_trajectories
 from mezzotint.compiler.execute import Executor
+from mezzotint.compiler.folding import infer_shapes
+from mezzotint.compiler.graph import name_of
 from mezzotint.compiler.ops import layers
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Program
 from mezzotint.compiler.stats import Stats
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from tests.tiny import context_in, tiny_program
+from mezzotint.passes.recipes import make_pass
+from tests.tiny import context_in, program_of, tiny_program
 
+Channels = Literal["none", "outputs", "inputs", "all"]
 ALLOCATION = (4, 3, 0)
 
 
@@ -99,37 +103,62 @@ def test_groups_of_calls_share_a_summary(program: Program, context: Context) -> 
         np.testing.assert_array_equal(got.histogram, merged.histogram)
 
 
-def check_channels(program: Program, stats: Stats, context: Context, factor: float = 1.0) -> None:
+def wanted(program: Program, channels: Channels) -> dict[str, int]:
+    """The axis of each value that is measured by channel."""
+    found = list(layers(program.graph))
+    outputs = {name_of(layer.output): 1 for layer in found if layer.kind == "conv"}
+    read = {name_of(r.activations[0]): 1 if r.kind == "conv" else -1 for r in found if r.weight is not None}
+    return {**(read if channels in ("inputs", "all") else {}), **(outputs if channels != "inputs" else {})}
+
+
+def check_channels(program: Program, stats: Stats, context: Context, channels: Channels, factor: float = 1.0) -> None:
     """Against a trajectory of our own, each call tapped; batches are cut as observe cuts them, hence equal bits."""
-    outputs = [layer.output.name or "" for layer in layers(program.graph) if layer.kind == "conv"]
-    assert {name for name, _ in stats.channels} == set(outputs)
+    axes = wanted(program, channels)
+    inputs = {name_of(v) for v in program.graph.inputs}
+    taps = [name for name in axes if name not in inputs]
     seen: dict[tuple[str, int], list[np.ndarray[Any, np.dtype[np.float32]]]] = {}
-    with Executor(program.model, context.folder, taps=outputs, threads=1) as executor:
+    with Executor(program.model, context.folder, taps=taps, threads=1) as executor:
 
         def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
-            found = executor.call(program.signature, x, t, conditions)
-            for name in outputs:
+            found = {"sample": x, **executor.call(program.signature, x, t, conditions)}
+            for name in axes:
                 seen.setdefault((name, program.deployment.timesteps.index(t)), []).append(found[name])
             return np.asarray(found["epsilon"], np.float32)
 
         follow_trajectories(program, context, denoiser, "test")
-    assert set(seen) == set(stats.channels)
-    for key, parts in seen.items():
-        values = np.concatenate(parts)
-        want = np.stack([values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3))])
-        np.testing.assert_allclose(stats.channels[key] * np.float32(factor), want, rtol=1e-5, atol=1e-6)
+    assert set(seen) == set(stats.channels) and stats.axes == axes
+    read = wanted(program, "inputs") if channels in ("inputs", "all") else {}
+    assert {name for name, _ in stats.squares} == set(read)
+    for (name, call), parts in seen.items():
+        rows = np.moveaxis(np.concatenate(parts), axes[name], 0)
+        rows = rows.reshape(len(rows), -1)
+        want = np.stack([rows.min(axis=1), rows.max(axis=1)])
+        np.testing.assert_allclose(stats.channels[name, call] * np.float32(factor), want, rtol=1e-5, atol=1e-6)
+        if name in read:
+            squares = np.square(rows, dtype=np.float64).sum(axis=1)
+            np.testing.assert_allclose(stats.squares[name, call] * factor, squares, rtol=1e-5)
 
 
-def test_extremes_of_channels(program: Program, context: Context) -> None:
+@pytest.mark.parametrize("channels", ["outputs", "inputs", "all"])
+def test_statistics_of_channels(program: Program, context: Context, channels: Channels) -> None:
     few = context_in(context.folder, samples=4, threads=1)
-    stats = Observe(groups=0, channels=True).run(program, few).stats
+    stats = Observe(groups=0, channels=channels).run(program, few).stats
     assert stats is not None
-    check_channels(program, stats, few)
+    check_channels(program, stats, few, channels)
     with pytest.raises(AssertionError):
-        check_channels(program, stats, few, factor=1.01)
+        check_channels(program, stats, few, channels, factor=1.01)
     for (name, call), extremes in stats.channels.items():
         summary = stats.summaries[name, call]
         assert (extremes[0].min(), extremes[1].max()) == (summary.low, summary.high)
+        if (name, call) in stats.squares:
+            np.testing.assert_allclose(stats.squares[name, call].sum(), summary.square, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "outputs"), (False, "none")])
+def test_the_switch_of_older_recipes(program: Program, context: Context, old: bool, new: Channels) -> None:
+    made = make_pass("observe", {"channels": old})
+    assert isinstance(made, Observe)
+    assert made.axes(program) == Observe(channels=new).axes(program)
 
 
 def test_channels_are_measured_only_where_asked(program: Program, context: Context) -> None:
@@ -146,3 +175,13 @@ def test_a_second_run_gives_the_same_bits(program: Program, context: Context) ->
     first, again = observed(program, context.folder), observed(program, context.folder)
     for call in range(3):
         check_call(first, again, call)
+
+
+def test_a_value_with_two_channel_axes_is_measured_along_that_of_its_first_reader() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[batch,2,4,2] sample, int64[batch] timestep) => (float[batch,2,4,2] epsilon)
+    <float[2,2,1,1] conv_w = {1, 0, 0, 1}, float[2,2] w = {1, 0, 0, 1}>
+    { a = Conv (sample, conv_w) b = MatMul (sample, w) epsilon = Add (a, b) }""")
+    program = program_of(infer_shapes(model), shape=(2, 4, 2))
+    assert Observe(channels="inputs").axes(program) == ({"sample": 1}, ["sample"])
+    assert Observe(channels="all").axes(program) == ({"sample": 1, "a": 1}, ["sample"])
