@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ..runtime.session import Level, open_session
 from ..runtime.signature import Signature
 from . import store
-from .graph import name_of
+from .graph import name_of, remove_dead
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -24,7 +24,9 @@ class Executor:
 
     `taps` are names of values to return beside the graph's outputs. `level` is onnxruntime's optimization level;
     taps make onnxruntime keep the tapped values, so a tapped quantized graph may fuse less than the untapped one.
-    `spinning` is that of `open_session`: without it the cores are free for a Collector.
+    `spinning` is that of `open_session`: without it the cores are free for a Collector. With `only_taps` the outputs,
+    and all that nobody needs for the taps, are left out: the prefix of a graph up to them. A quantized one must not be
+    fused then (level "basic"): what has lost a reader may match a kernel that does not know its scales.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class Executor:
         threads: int | None = None,
         level: Level = "all",
         spinning: bool = True,
+        only_taps: bool = False,
     ) -> None:
         self._taps = tuple(taps)
-        self._path = store.write(_tapped(model, self._taps), folder)
-        self.outputs = [name_of(v) for v in model.graph.outputs]
+        self._path = store.write(_prefix(model, self._taps) if only_taps else _tapped(model, self._taps), folder)
+        self.outputs = [] if only_taps else [name_of(v) for v in model.graph.outputs]
         self.inputs = {name_of(v): v for v in model.graph.inputs}
         self._session = open_session(self._path, threads=threads, level=level, spinning=spinning)
 
@@ -90,4 +93,14 @@ def _tapped(model: ir.Model, taps: Sequence[str]) -> ir.Model:
     have = {name_of(v) for v in clone.graph.outputs}
     by_name = {name_of(out): out for node in clone.graph for out in node.outputs}
     clone.graph.outputs.extend(by_name[name] for name in taps if name not in have)
+    return clone
+
+
+def _prefix(model: ir.Model, taps: Sequence[str]) -> ir.Model:
+    """A clone that computes the taps and nothing else; the inputs stay, whether they are read or not."""
+    clone = _tapped(model, taps)
+    clone = model.clone() if clone is model else clone
+    by_name = {name_of(v): v for v in clone.graph.outputs}
+    clone.graph.outputs[:] = [by_name[name] for name in taps]
+    remove_dead(clone.graph)
     return clone

@@ -10,12 +10,15 @@ from __future__ import annotations
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 WEIGHTS = "weights.data"
 INLINE_BYTES = 1024  # smaller constants (shapes, scales) stay in the ONNX file, where shape inference reads them
+ALIGNMENT = 4096  # of what is appended to the stored weights: onnxruntime maps whole pages
 SIZES_BYTES = 1 << 14  # the same for integers: a Split of all rows of tables has as many sizes as the graph has tables
 
 
@@ -35,6 +38,20 @@ def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
     path = folder / f"{stem}.onnx"
     ir.save(clone, path)
     return path
+
+
+def kept(array: npt.NDArray[Any], name: str, folder: Path) -> ir.TensorProtocol:
+    """A new constant, stored behind the weights of the folder where it is large, so that nobody has to hold it."""
+    tensor = ir.tensor(array, name=name)
+    if not _is_large(tensor):
+        return tensor
+    with (folder / WEIGHTS).open("ab") as file:
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        offset = file.tell()
+        array.tofile(file)
+    return ir.ExternalTensor(
+        WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name, base_dir=folder
+    )
 
 
 def bare(model: ir.Model) -> ir.Model:

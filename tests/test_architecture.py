@@ -50,6 +50,8 @@ RULES = {
             "import_torch.py": TORCH,
             "reference.py": TORCH,
             "topology.py": frozenset({"networkx"}),
+            "gram.py": frozenset({"scipy"}),
+            "rounding.py": frozenset({"scipy"}),
         },
     ),
     "passes": Rule(
