@@ -55,7 +55,7 @@ from ..compiler.program import Program
 from ..compiler.quant import Array, Format
 from ..compiler.quantized_weights import QuantizedWeight, find_weights, layer_name, replace_weight, with_scales
 from ..compiler.rounding_exact import obq
-from ..compiler.weight_scales import refit, search
+from ..compiler.rounding_scales import refit, search
 
 Method = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
 

@@ -24,7 +24,7 @@ from mezzotint.compiler.rounding import (
     shifted_target,
 )
 from mezzotint.compiler.rounding_exact import obq
-from mezzotint.compiler.weight_scales import refit, search
+from mezzotint.compiler.rounding_scales import refit, search
 
 Wide = npt.NDArray[np.float64]
 INT4 = Format(4, signed=True, symmetric=True)

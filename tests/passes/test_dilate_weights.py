@@ -16,7 +16,8 @@ from mezzotint.compiler.program import numpy_of
 from mezzotint.compiler.smoothing import Factors
 from mezzotint.passes.dilate_weights import DilateWeights
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import FAST, make_pass
+from mezzotint.passes.recipe_files import make_pass
+from mezzotint.passes.recipes import FAST
 from tests.channels import with_channels
 from tests.conftest import Check
 from tests.tiny import tiny_program

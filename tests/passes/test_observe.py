@@ -21,7 +21,7 @@ from mezzotint.compiler.program import Program
 from mezzotint.compiler.stats import Stats
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import make_pass
+from mezzotint.passes.recipe_files import make_pass
 from tests.tiny import context_in, program_of, tiny_program
 
 Channels = Literal["none", "outputs", "inputs", "all"]

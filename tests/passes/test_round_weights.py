@@ -25,7 +25,8 @@ from mezzotint.compiler.quant import Format, scale_for_range
 from mezzotint.compiler.quantized_weights import find_weights, layer_name
 from mezzotint.passes.clean_qdq import CleanQdq
 from mezzotint.passes.insert_qdq import InsertQdq
-from mezzotint.passes.recipes import RECIPES, make_pass, with_options
+from mezzotint.passes.recipe_files import make_pass, with_options
+from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.round_weights import RoundWeights
 from tests.tiny import program_of, tiny_program
 

@@ -24,7 +24,8 @@ from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import FAST, RECIPES, make_pass, with_options
+from mezzotint.passes.recipe_files import make_pass, with_options
+from mezzotint.passes.recipes import FAST, RECIPES
 from mezzotint.passes.smooth_scales import SmoothScales
 from mezzotint.runtime.schedule import Deployment
 from tests import golden
