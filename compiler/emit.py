@@ -175,6 +175,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
         ],
         "islands": dict(islands),
         "refused": dict(program.refused),
+        **({"bits": dict(program.plan.report)} if program.plan and program.plan.report else {}),
         "nodes": dict(sorted(counts(lowered.graph).items())),
     }
     _write(bundle / "README.md", _card(manifest))

@@ -68,12 +68,13 @@ class Plan:
     """What was decided: a quantizer for each site, and the nodes kept in float, each with the reason.
 
     `groups` gives the row of the tables for each network call of the deployment, in the order of the calls; it is
-    empty while there are no tables.
+    empty while there are no tables. `report` is what assign_bits measured and weighed, as plain data for readers.
     """
 
     quantizers: Mapping[Site, Quantizer] = field(default_factory=dict)
     islands: Mapping[str, str] = field(default_factory=dict)
     groups: tuple[int, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, value: str, consumer: str = "") -> Quantizer | None:
         """The quantizer of a consumer's view of a value, else of the value itself."""

@@ -165,7 +165,12 @@ def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
         grid = [f.bits, f.signed, f.symmetric]
         entries.append([site.value, site.consumer, grid, q.axis, q.by, q.scale.ndim, q.table])
     save_file(arrays, folder / "plan.safetensors")
-    return {"islands": dict(plan.islands), "quantizers": entries, "groups": list(plan.groups)}
+    return {
+        "islands": dict(plan.islands),
+        "quantizers": entries,
+        "groups": list(plan.groups),
+        "report": dict(plan.report),
+    }
 
 
 def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
@@ -176,4 +181,4 @@ def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
         if rank == 0:
             scale, zero = scale.reshape(()), zero.reshape(())
         quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table)
-    return Plan(quantizers, data["islands"], tuple(data["groups"]))
+    return Plan(quantizers, data["islands"], tuple(data["groups"]), data["report"])

@@ -122,6 +122,8 @@ def print_inspection(bundle: Bundle) -> None:
             for r in m["history"]
         ],
     )
+    if "bits" in m:
+        _print_bits(m["bits"])
     if m["quantizers"]:
         rows = [(q["site"], q["format"], _scale(q), _zero(q), q["by"]) for q in m["quantizers"]]
         console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
@@ -140,6 +142,25 @@ def _storage(found: dict[str, Any]) -> str:
     rest = found["model_bytes"] - found["constant_bytes"]
     ratio = [] if found["ratio"] is None else [f"{found['ratio']:.3f} of the float parameters"]
     return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *found["notes"]])
+
+
+def _print_bits(bits: dict[str, Any]) -> None:
+    """The Pareto curve of assign_bits, with what was chosen in it."""
+    points = [("", p) for p in bits["pareto"]] + [("chosen", bits["chosen"])]
+    rows = [
+        (mark, f"{p['takes']:.4g}", f"{p['mean_bits']:.2f}", _layers(p["layers"]), _db(p["sqnr_db"]))
+        for mark, p in sorted(points, key=lambda pair: float(pair[1]["takes"]))
+    ]
+    kind = bits["budget"]["kind"]
+    console.print_table("bits", ("", kind, "bits a weight", "layers by bits", "predicted SQNR, dB"), rows)
+
+
+def _layers(counted: dict[str, int]) -> str:
+    return ", ".join(f"{n} at {label}" if label != "float" else f"{n} in float" for label, n in counted.items())
+
+
+def _db(value: float | None) -> str:
+    return "no error" if value is None else f"{value:.1f}"
 
 
 def _scale(quantizer: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from ..compiler.errors import RecipeError, StatsError
 from ..compiler.graph import consumers, is_op, name_of
 from ..compiler.ops import Layer, is_mover, layers
 from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program, Quantizer, Site
+from ..compiler.program import Program, Quantizer, Site
 from ..compiler.quant import scale_for_range
 
 Extremes = npt.NDArray[np.float64]
@@ -87,7 +87,7 @@ class ChannelScales(Pass):
                 quantizers[Site(name_of(layer.output), layer.name)] = table
                 chosen += 1
         note = f"{chosen} of {len(found)} convolutions have a scale for each channel; {max(plan.groups) + 1} rows"
-        return replace(program, plan=Plan(quantizers, plan.islands, plan.groups), note=note)
+        return replace(program, plan=replace(plan, quantizers=quantizers), note=note)
 
     def _table(self, extremes: Extremes, whole: Quantizer, groups: tuple[int, ...]) -> Quantizer | None:
         """Rows from extremes `[calls, 2, C]`, or None where they do not pay."""

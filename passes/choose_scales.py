@@ -4,7 +4,7 @@ Activations (uint8, per tensor) from the summaries of observe, by `minmax`, `per
 has the formulas).
 
 Weights (int8, symmetric, per output channel) from the tensor: `minmax`, or `mse`, the same search on |w| per channel
-(the shrink search that Q-Diffusion and PTQD inherit from BRECQ, with p = 2).
+(compiler/weight_scales.py).
 
 Every range contains 0.
 """
@@ -14,17 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from ..compiler import graph as graphs
 from ..compiler.errors import StatsError
 from ..compiler.graph import is_constant, name_of
 from ..compiler.ops import Layer, layers
 from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program, Quantizer, Site, numpy_of
-from ..compiler.quant import INT8, UINT8, Array, Format, scale_for_range
+from ..compiler.program import Plan, Program, Quantizer, Site
+from ..compiler.quant import UINT8, Format, scale_for_range
 from ..compiler.ranges import Method, check_percentile, range_of
+from ..compiler.weight_scales import WeightMethod, weight_format, weight_quantizer
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class ChooseScales(Pass):
     """
 
     activations: Method = "percentile"
-    weights: Literal["minmax", "mse"] = "mse"
+    weights: WeightMethod = "mse"
     percentile: float = 99.999
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
@@ -55,7 +53,7 @@ class ChooseScales(Pass):
                 "the statistics were measured on another graph", where=self.name, hint="run observe on this graph first"
             )
         activation_format = UINT8 if self.activation_bits == 8 else Format(self.activation_bits)
-        weight_format = INT8 if self.weight_bits == 8 else Format(self.weight_bits, signed=True, symmetric=True)
+        of_weights = weight_format(self.weight_bits)
         found = list(layers(program.graph))
         quantizers: dict[Site, Quantizer] = {}
         for name in dict.fromkeys(
@@ -69,7 +67,7 @@ class ChooseScales(Pass):
             quantizers[Site(name)] = Quantizer(activation_format, scale, zero, self.name)
         for i, layer in enumerate(found):
             if layer.weight is not None:
-                self._add_weight(quantizers, layer, weight_format)
+                self._add_weight(quantizers, layer, of_weights)
             context.progress(self.name, i + 1, len(found))
         return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
 
@@ -78,31 +76,6 @@ class ChooseScales(Pass):
         site = Site(name_of(layer.weight))
         shared = quantizers.get(site)
         if shared is None:
-            quantizers[site] = self._weight(layer, fmt)
+            quantizers[site] = weight_quantizer(layer, fmt, self.weights, self.name)
         elif shared.axis != layer.weight_axis:
-            quantizers[Site(site.value, layer.name)] = self._weight(layer, fmt)
-
-    def _weight(self, layer: Layer, fmt: Format) -> Quantizer:
-        assert layer.weight is not None and layer.weight_axis is not None
-        weight = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
-        rows = weight.reshape(len(weight), -1)
-        limit = np.abs(rows).max(axis=1)
-        if self.weights == "mse":
-            limit = limit * _best_shrinks(rows, limit, fmt)
-        scale, zero = scale_for_range(-limit, limit, fmt)
-        return Quantizer(fmt, scale, zero, self.name, axis=layer.weight_axis)
-
-
-def _best_shrinks(
-    rows: npt.NDArray[np.float32], limit: npt.NDArray[np.float32], fmt: Format
-) -> npt.NDArray[np.float32]:
-    """For each row, the share of its largest magnitude at which rounding and clipping cost least together."""
-    best = np.ones(len(rows), np.float32)
-    error = np.full(len(rows), np.inf)
-    for shrink in np.linspace(1.0, 0.6, 21):
-        scale: Array = np.maximum(limit * shrink / fmt.qmax, 1e-30).astype(np.float32)[:, None]
-        rounded = np.clip(np.rint(rows / scale), fmt.qmin, fmt.qmax) * scale
-        loss = np.einsum("ij,ij->i", rounded - rows, rounded - rows)
-        better = loss < error
-        best[better], error[better] = shrink, loss[better]
-    return best
+            quantizers[Site(site.value, layer.name)] = weight_quantizer(layer, fmt, self.weights, self.name)

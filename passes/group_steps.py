@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ..compiler.errors import RecipeError
 from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program
+from ..compiler.program import Program
 from ..compiler.quant import UINT8
 from ..compiler.ranges import check_percentile, range_of
 from ..compiler.stats import Stats
@@ -50,7 +50,7 @@ class GroupSteps(Pass):
         assert stats is not None and program.plan is not None  # the order check saw to it
         stats.check_every_call(program.deployment.timesteps, self.name)
         groups = self._cut(stats, calls)
-        plan = Plan(program.plan.quantizers, program.plan.islands, groups)
+        plan = replace(program.plan, groups=groups)
         sizes = np.bincount(groups)
         return replace(program, plan=plan, note=f"{calls} calls in {len(sizes)} groups of {', '.join(map(str, sizes))}")
 

@@ -10,8 +10,8 @@ reads the raw output; so every reader, in float too, reads behind the same Dequa
 int32 and leave in float, so their outputs are not quantized. A format of fewer than 8 bits is simulated on the same
 kernels: a Clip behind Q keeps its integers inside the narrower grid.
 
-Islands are kept in float on purpose and listed; compiler/islands.py has the roles. A layer without a plan, and
-everything that cannot be an integer kernel, is listed too.
+Islands are kept in float on purpose and listed; compiler/islands.py has the roles, and the plan may hold some with
+their reasons (assign_bits). A layer without a plan, and everything that cannot be an integer kernel, is listed too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class InsertQdq(Pass):
         islands = Islands(program, found, self.islands, self.name)
         reasons = {n.name or "": r for n in program.graph if (r := float_reason(n))}
         for layer in found:
-            reason = islands.reason(layer)
+            reason = islands.reason(layer) or plan.islands.get(layer.name)
             if reason is None and not _planned(layer, plan):
                 reason = "the plan has no quantizer for it"
             if reason is not None:
@@ -73,7 +73,7 @@ class InsertQdq(Pass):
         frozen = deployed_rows(program) if writer.has_tables else program.frozen
         return replace(
             program,
-            plan=Plan(plan.quantizers, reasons, plan.groups),
+            plan=replace(plan, islands=reasons),
             float_model=float_model,
             frozen=frozen,
             lowering=self.lowering,

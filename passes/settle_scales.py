@@ -33,7 +33,7 @@ from ..compiler.errors import RecipeError, StatsError
 from ..compiler.execute import Executor
 from ..compiler.graph import name_of
 from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program, Quantizer, Site
+from ..compiler.program import Program, Quantizer, Site
 from ..compiler.quant import Array, Integers, scale_for_range
 from ..compiler.ranges import Method, check_percentile, range_of
 from ..compiler.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
@@ -107,7 +107,7 @@ class SettleScales(Pass):
         }
         change = np.abs(np.log2(scales / stacked(program)[0]))
         note = f"{len(moving)} tables of {len(scales)} rows; scales moved by {2 ** np.median(change) - 1:.2%} (median)"
-        return replace(program, plan=Plan({**plan.quantizers, **settled}, plan.islands, plan.groups), note=note)
+        return replace(program, plan=replace(plan, quantizers={**plan.quantizers, **settled}), note=note)
 
     def _row(self, moving: dict[Site, Quantizer], collector: Collector, group: int) -> tuple[Array, Integers]:
         """(scales, zero points) `[n]` from what a group's calls have shown so far."""

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from ..compiler.errors import RecipeError
 from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program, Quantizer, Site
+from ..compiler.program import Program, Quantizer, Site
 from ..compiler.quant import SMALLEST_SCALE, Array, Format, Integers, scale_for_range
 from ..compiler.ranges import Method, check_percentile, expected_error, range_of
 from ..compiler.stats import Summary
@@ -90,7 +90,7 @@ class StepScales(Pass):
         if self.source == "learned":
             quantizers |= self._learned(program, moving, members, context)
         note = f"{len(moving)} of {measured} activations move with the timestep; {len(members)} rows"
-        return replace(program, plan=Plan(quantizers, plan.islands, plan.groups), note=note)
+        return replace(program, plan=replace(plan, quantizers=quantizers), note=note)
 
     def _table(self, site: Site, quantizer: Quantizer, groups: list[Summary]) -> Quantizer | None:
         fmt = quantizer.format

@@ -33,6 +33,30 @@ def psnr_db(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -
     return np.array([_ratio_db(peak**2, error) for error in errors.tolist()], dtype=np.float64)
 
 
+def ssim(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> npt.NDArray[np.float64]:
+    """Structural similarity of each image `[B, C, H, W]`, float64 `[B]`: 1 for identical ones.
+
+    The mean over channels and all windows of 7x7 pixels (smaller where the image is), evenly weighted, with the usual
+    constants (0.01 peak)^2 and (0.03 peak)^2. Values go from 0 to `peak`: means around 0 have no brightness to compare.
+    """
+    _same_shape(reference, image)
+    if reference.ndim != 4 or not peak > 0:
+        raise InputError(f"images of shape {list(reference.shape)} with peak {peak}", hint="[B, C, H, W], peak above 0")
+    x, y = reference.astype(np.float64), image.astype(np.float64)
+    size = tuple(min(7, n) for n in x.shape[2:])
+
+    def mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        windows = np.lib.stride_tricks.sliding_window_view(values, size, axis=(2, 3))
+        averaged: npt.NDArray[np.float64] = windows.mean(axis=(-2, -1))
+        return averaged
+
+    at_x, at_y = mean(x), mean(y)
+    var_x, var_y, both = mean(x * x) - at_x**2, mean(y * y) - at_y**2, mean(x * y) - at_x * at_y
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    alike = (2 * at_x * at_y + c1) * (2 * both + c2) / ((at_x**2 + at_y**2 + c1) * (var_x + var_y + c2))
+    return np.asarray(alike.reshape(len(alike), -1).mean(axis=1), np.float64)
+
+
 def json_db(value: float) -> float | None:
     """`value` for JSON: None where it is not finite."""
     return value if math.isfinite(value) else None

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.runtime.compare import StepSQNR, json_db, psnr_db, sqnr_db
+from mezzotint.runtime.compare import StepSQNR, json_db, psnr_db, sqnr_db, ssim
 from mezzotint.runtime.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -104,3 +104,22 @@ def test_nothing_to_compare() -> None:
     assert math.isnan(StepSQNR().pooled())
     with pytest.raises(InputError, match="nothing was compared"):
         StepSQNR().worst()
+
+
+def test_structural_similarity() -> None:
+    """1 for the same picture, less the more of it is gone; a change of brightness alone matters little."""
+    rng = np.random.default_rng(5)
+    picture = rng.uniform(0, 2, (3, 1, 16, 12)).astype(np.float32)
+    noise = rng.standard_normal(picture.shape).astype(np.float32)
+    assert ssim(picture, picture, peak=2.0) == pytest.approx(np.ones(3))
+    little, much = (ssim(picture, picture + np.float32(a) * noise, peak=2.0) for a in (0.1, 0.5))
+    assert (much < little).all() and (little < 0.99).all() and (much > 0).all()
+    assert (ssim(picture, picture + np.float32(0.05), peak=2.0) > little).all()
+    tiny = ssim(picture[..., :3, :3], 2 - picture[..., :3, :3], peak=2.0)
+    assert (tiny < 0).all()
+
+
+@pytest.mark.parametrize(("shape", "peak"), [((4, 4), 2.0), ((1, 1, 4, 4), 0.0)])
+def test_structural_similarity_refuses(shape: tuple[int, ...], peak: float) -> None:
+    with pytest.raises(InputError, match="peak"):
+        ssim(np.zeros(shape, np.float32), np.zeros(shape, np.float32), peak=peak)

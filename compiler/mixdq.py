@@ -1,0 +1,100 @@
+"""MixDQ's metric-decoupled search (arXiv 2405.17873): content and quality are scored, and budgeted, apart.
+
+What is in a picture is decided by attention and feed-forward layers, how well it is drawn by convolutions, and a
+squared error of epsilon sees the second alone. So units of matmuls (content) are scored by 1 - SSIM of the pictures
+that a short trajectory ends with, convolutions (quality) by their squared error. The two do not add up; the budget is
+split between them in several ways, each group is solved by itself, and of the whole allocations the one whose pictures
+are most like the float network's is kept: measured, not predicted.
+
+Network calls, each for all samples: those of the profile (units * widths * calls), content units * widths * `length`,
+and splits * `length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..runtime.compare import ssim
+from ..runtime.samplers import ddim, initial_noise
+from .allocation import Allocation, allocate, smallest
+from .calibrate import Conditions, Images, batch_spans
+from .pipeline import Context
+from .program import Program
+from .simulate import Feeds, Simulator
+
+Fed = Callable[[int], Feeds]
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures of short trajectories from seeded noise: `length` of the deployment's timesteps, by DDIM."""
+
+    program: Program
+    context: Context
+    samples: int
+    length: int
+
+    def draw(self, simulator: Simulator, fed: Fed | None = None) -> Images:
+        """All samples; `fed` gives what is fed at each network call of the deployment beside the plain inputs."""
+        timesteps = self.program.deployment.timesteps
+        chosen = np.unique(np.linspace(0, len(timesteps) - 1, self.length).round().astype(int))
+        calls = {timesteps[k]: int(k) for k in chosen}
+        few = replace(self.context, samples=self.samples)
+        drawn = []
+        for first, rows in batch_spans(self.program, few):
+            conditions = few.condition_rows(first, rows)
+
+            def call(x: Images, t: int, conditions: Conditions = conditions) -> Images:
+                return simulator.output(x, t, conditions, fed(calls[t]) if fed else None)
+
+            x = initial_noise(few.seed, (rows, *self.program.shape), first=first)
+            drawn.append(ddim(call, x, self.program.schedule, list(calls)))
+        return np.concatenate(drawn)
+
+
+def unlike(reference: Images, pictures: Images) -> float:
+    """1 - SSIM, the mean over the pictures, which are moved to begin at 0 where the reference's do."""
+    low, peak = reference.min(), max(float(np.ptp(reference)), 1e-12)
+    return 1.0 - float(np.mean(ssim(reference - low, pictures - low, peak=peak)))
+
+
+def split_budget(
+    errors: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[int]],
+    content: Sequence[bool],
+    budget: int,
+    splits: int,
+    measured: Callable[[tuple[int, ...]], float],
+) -> tuple[Allocation, list[float]]:
+    """(the allocation whose `measured` error is least, the measured errors of all splits).
+
+    The budget must suffice. Splits that come to the same allocation are measured once.
+    """
+    groups = [[k for k, c in enumerate(content) if c == side] for side in (True, False)]
+    spans = [(smallest([costs[k] for k in g]), sum(max(costs[k]) for k in g)) for g in groups]
+    (least, most), (other_least, other_most) = spans
+    low, high = max(least, budget - other_most), min(most, budget - other_least)
+    found: dict[tuple[int, ...], tuple[float, Allocation]] = {}
+    for share in np.linspace(0.0, 1.0, splits if high > low else 1):
+        allowed = round(low + float(share) * (high - low)) if high > low else min(most, budget - other_least)
+        one = _part(errors, costs, groups[0], allowed)
+        two = _part(errors, costs, groups[1], budget - one.cost)
+        chosen = [0] * len(errors)
+        for group, part in zip(groups, (one, two), strict=True):
+            for k, c in zip(group, part.chosen, strict=True):
+                chosen[k] = c
+        whole = Allocation(tuple(chosen), one.error + two.error, one.cost + two.cost, max(one.gap, two.gap))
+        if whole.chosen not in found:
+            found[whole.chosen] = (measured(whole.chosen), whole)
+    return min(found.values(), key=lambda pair: pair[0])[1], [error for error, _ in found.values()]
+
+
+def _part(
+    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], group: Sequence[int], budget: int
+) -> Allocation:
+    part = allocate([errors[k] for k in group], [costs[k] for k in group], budget)
+    assert part is not None  # the split leaves each group what it needs
+    return part

@@ -1,0 +1,291 @@
+"""assign_bits: which layers are worth 8 bits, which do with 4, and which should stay in float.
+
+Each layer is quantized by itself, at each width, and what that does to epsilon is measured at a few calls of the float
+trajectory (compiler/profile.py). Errors of different layers are close to independent, so that the squared error of a
+whole allocation is the sum of theirs, and the best one under a budget is an integer program (HAWQ-V3, arXiv
+2011.10680; compiler/allocation.py solves it exactly):
+
+    minimise sum_l e[l, c(l)]    subject to    sum_l cost[l, c(l)] <= budget         e: mean over the calls, relative
+
+Budgets, of which one must be given:
+
+mean_bits  bits for each weight of the layers that are not islands; one in float has 32
+size       of the file, as a share of all parameters in fp32; islands, norms, biases and tables are in it
+latency    of the layers, relative to all of them on integer kernels. Widths change nothing here, all run on 8-bit
+           kernels; layers in float do, for `float_cost` times the time of integer multiplications
+bops       multiplications times bits of weights times bits of activations, relative to W8A8
+
+Scores:
+
+sqnr       as above
+hawq       noise from the trace of the Gauss-Newton matrix, by probes that need no gradient
+mixdq      convolutions by that squared error, matmuls by the SSIM of pictures (arXiv 2405.17873; compiler/mixdq.py)
+
+`scope` layer measures the noise in each layer's own output: a few runs for all layers, where the network is too large
+for one run for each of them and each width.
+
+Measured on the digits (46 weights, 2 samples, 3 calls; error of the weights alone): all at 8 bits 45.8 dB, all at 4
+20.1 dB, and at 5.0 bits a weight 44.2 dB, predicted 42.9. The noise sits in the outermost convolutions at the last
+calls; the deep layers, which hold most of the weights, do with 4 bits. The sum is 0.3 to 1.7 dB too pessimistic.
+
+With `floats` a layer may stay in float, and what its activations do is measured, too, with the scales of this plan:
+best behind every pass that makes scales. `activation_widths` lets activations have fewer bits as well (simulated on
+8-bit kernels, which gain nothing by it), under a budget of bops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+
+from ..compiler.allocation import Allocation, allocate
+from ..compiler.bit_report import BitReport
+from ..compiler.budget import Budget, Kind
+from ..compiler.errors import RecipeError
+from ..compiler.graph import name_of
+from ..compiler.islands import Islands
+from ..compiler.mixdq import Pictures, split_budget, unlike
+from ..compiler.ops import Layer, float_reason, layers
+from ..compiler.pipeline import Context, Pass
+from ..compiler.profile import Profiler, Weighting
+from ..compiler.program import Program
+from ..compiler.simulate import Feeds, Simulator
+from ..compiler.units import (
+    FLOAT,
+    Choice,
+    Unit,
+    WeightQuantizers,
+    quantized_model,
+    units_of,
+    with_choices,
+    with_macs,
+)
+from ..compiler.weight_scales import WeightMethod
+
+
+@dataclass(frozen=True)
+class AssignBits(Pass):
+    """One of `mean_bits`, `size`, `latency` and `bops` is the budget; `islands` are those of insert_qdq, kept in float.
+
+    The profile rests on `samples` pictures at `calls` calls of the deployment, evenly spaced; `weighting` relative
+    counts every call alike, absolute by the power of epsilon there. `weights` is the method of choose_scales. `splits`
+    and `length` (network calls of a picture) belong to mixdq.
+    """
+
+    mean_bits: float | None = None
+    size: float | None = None
+    latency: float | None = None
+    bops: float | None = None
+    widths: tuple[int, ...] = (4, 8)
+    activation_widths: tuple[int, ...] = (8,)
+    floats: bool = False
+    score: Literal["sqnr", "hawq", "mixdq"] = "sqnr"
+    scope: Literal["output", "layer"] = "output"
+    weighting: Weighting = "relative"
+    calls: int = 5
+    samples: int = 4
+    weights: WeightMethod = "mse"
+    islands: tuple[str, ...] = ("first", "last")
+    float_cost: float = 4.0
+    splits: int = 7
+    length: int = 8
+
+    needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan"})
+    before: ClassVar[frozenset[str]] = frozenset({"qdq"})
+
+    def __post_init__(self) -> None:
+        given = self._budgets()
+        if len(given) > 1:
+            raise RecipeError(
+                f"assign_bits has {len(given)} budgets: {', '.join(given)}",
+                where=self.name,
+                hint=f"keep one: --set assign_bits.{given[0]}=null",
+            )
+        for kind in given:
+            self._check(kind, getattr(self, kind) > 0, "choose above 0")
+        for option in ("widths", "activation_widths"):
+            values = getattr(self, option)
+            fine = bool(values) and len(set(values)) == len(values) and all(2 <= b <= 8 for b in values)
+            self._check(option, fine, "choose different widths from 2 to 8")
+        for option in ("calls", "samples", "splits", "length"):
+            self._check(option, getattr(self, option) >= 1, "choose 1 or more")
+        self._check("float_cost", 1 <= self.float_cost < np.inf, "integers are faster: choose 1 or more")
+        if self.scope == "layer" and self.score != "sqnr":
+            raise RecipeError(f"the scope layer has no score {self.score}", where=self.name, hint="it has sqnr")
+        if self.latency is not None and not self.floats:
+            raise RecipeError(
+                "widths do not change the latency, only layers in float do",
+                where=f"{self.name}.latency",
+                hint="set assign_bits.floats to true, or choose another budget",
+            )
+        if self.activation_widths != (8,) and given != ["bops"] and given:
+            raise RecipeError(
+                f"narrower activations save nothing of {given[0]}",
+                where=f"{self.name}.activation_widths",
+                hint="choose a budget of bops",
+            )
+
+    def _check(self, option: str, fine: bool, hint: str) -> None:
+        if not fine:
+            raise RecipeError(f"{self.name}.{option} is {getattr(self, option)}", where=self.name, hint=hint)
+
+    def _budgets(self) -> list[Kind]:
+        return [kind for kind in get_args(Kind) if getattr(self, kind) is not None]
+
+    def run(self, program: Program, context: Context) -> Program:
+        plan = program.plan
+        assert plan is not None  # the order check saw to it
+        kinds = self._budgets()
+        if not kinds:
+            raise RecipeError(
+                "assign_bits has no budget",
+                where=self.name,
+                hint=f"give one of {', '.join(get_args(Kind))}, such as --set assign_bits.mean_bits=5",
+            )
+        free, kept = self._layers(program, with_attention=kinds[0] in ("latency", "bops"))
+        units = units_of(free)
+        if not units:
+            return replace(program, note="no layer to choose for")
+        if kinds[0] in ("latency", "bops"):
+            units = with_macs(units, program, context)
+        choices = [self._choices(unit) for unit in units]
+        budget = Budget.of(kinds[0], getattr(self, kinds[0]), units, choices, program, self.float_cost)
+        budget.check(self.name)
+        quantizers = WeightQuantizers(plan, self.weights, self.name)
+        search = _Search(self, program, context, units, choices, budget, quantizers)
+        chosen, report, note = search.run()
+        changed = with_choices(units, chosen, quantizers)
+        islands = {**kept, **changed.islands}
+        return replace(program, plan=replace(changed, islands=islands, report=report), note=note)
+
+    def _layers(self, program: Program, with_attention: bool) -> tuple[list[Layer], dict[str, str]]:
+        """(the layers to choose for, why others stay in float)."""
+        plan = program.plan
+        assert plan is not None
+        found = list(layers(program.graph))
+        islands = Islands(program, found, self.islands, self.name)
+        kept = {layer.name: reason for layer in found if (reason := islands.reason(layer)) is not None}
+        free = [
+            layer
+            for layer in found
+            if layer.name not in kept
+            and layer.name not in plan.islands
+            and float_reason(layer.node) is None
+            and (layer.weight is not None or with_attention)
+            and all(plan.of(name_of(v), layer.name) is not None for v in _quantized(layer))
+        ]
+        return free, kept
+
+    def _choices(self, unit: Unit) -> list[Choice]:
+        widths = self.widths if unit.weight is not None else (8,)
+        made = [Choice(b, a) for b in sorted(widths) for a in sorted(self.activation_widths)]
+        return [*made, FLOAT] if self.floats else made
+
+
+def _quantized(layer: Layer) -> list[Any]:
+    values = list(layer.activations)
+    values += [layer.weight] if layer.weight is not None else []
+    return values + ([layer.output] if layer.output_quantized else [])
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """One run: what is measured, chosen and told."""
+
+    options: AssignBits
+    program: Program
+    context: Context
+    units: Sequence[Unit]
+    choices: Sequence[Sequence[Choice]]
+    budget: Budget
+    quantizers: WeightQuantizers
+
+    def run(self) -> tuple[list[Choice], dict[str, Any], str]:
+        """(the choice of each unit, the plan's report, the note)."""
+        o = self.options
+        with_activations = o.floats or o.activation_widths != (8,)
+        profiler = Profiler(
+            self.program,
+            self.context,
+            self.quantizers,
+            self.units,
+            tuple(sorted(o.widths)),
+            tuple(sorted(o.activation_widths)) if with_activations else (),
+        )
+        last = len(self.program.deployment.timesteps) - 1
+        calls = sorted({round(float(c)) for c in np.linspace(0, last, o.calls)})
+        measure = {"sqnr": profiler.outputs, "hawq": profiler.hawq, "mixdq": profiler.outputs}[o.score]
+        measure = profiler.own_outputs if o.scope == "layer" else measure
+        with profiler.simulator() as simulator:
+            scenes = simulator.follow(self.context, calls, o.samples, f"{o.name}: float trajectory")
+            profile = measure(simulator, scenes)
+            errors = [
+                [profile.error(unit.name, choice, o.weighting) for choice in row]
+                for unit, row in zip(self.units, self.choices, strict=True)
+            ]
+            found, splits = self._solve(profiler, simulator, errors)
+
+        def measured(chosen: Sequence[Choice]) -> float:
+            with self._allocated(profiler, chosen) as (whole, fed):
+                return profile.share(whole.noise(scenes, fed), o.weighting)
+
+        told = BitReport(self.units, self.choices, errors, self.budget, measured)
+        report = told.to_json(found, profile, scenes)
+        report |= {"score": o.score, "scope": o.scope, "weighting": o.weighting, "splits": splits}
+        return told.picked(found), report, told.note(report)
+
+    def _solve(
+        self, profiler: Profiler, simulator: Simulator, errors: list[list[float]]
+    ) -> tuple[Allocation, list[float]]:
+        if self.options.score == "mixdq":
+            return self._split(profiler, simulator, errors)
+        found = allocate(errors, self.budget.costs, self.budget.limit)
+        assert found is not None  # Budget.check saw to it
+        return found, []
+
+    def _split(
+        self, profiler: Profiler, simulator: Simulator, errors: list[list[float]]
+    ) -> tuple[Allocation, list[float]]:
+        """The search of mixdq; see compiler/mixdq.py."""
+        pictures = Pictures(self.program, self.context, self.options.samples, self.options.length)
+        reference = pictures.draw(simulator)
+        scores = [list(row) for row in errors]
+        content = [unit.content for unit in self.units]
+        for k, (unit, row) in enumerate(zip(self.units, self.choices, strict=True)):
+            self.context.progress(f"{self.options.name}: pictures", k + 1, len(self.units))
+            for c, choice in enumerate(row if unit.content else ()):
+
+                def fed(call: int, unit: Unit = unit, choice: Choice = choice) -> Feeds:
+                    return profiler.quantized(simulator, unit, choice, call)
+
+                scores[k][c] = unlike(reference, pictures.draw(simulator, fed)) if choice != FLOAT else 0.0
+
+        def measured(chosen: tuple[int, ...]) -> float:
+            taken = [row[c] for row, c in zip(self.choices, chosen, strict=True)]
+            with self._allocated(profiler, taken) as (whole, fed):
+                return unlike(reference, pictures.draw(whole, fed))
+
+        return split_budget(scores, self.budget.costs, content, self.budget.limit, self.options.splits, measured)
+
+    @contextmanager
+    def _allocated(
+        self, profiler: Profiler, chosen: Sequence[Choice]
+    ) -> Iterator[tuple[Simulator, Callable[[int], Feeds]]]:
+        """A simulator of a whole allocation, and what it is fed at each call."""
+        plan = with_choices(self.units, chosen, self.quantizers)
+        taken = [(unit, choice) for unit, choice in zip(self.units, chosen, strict=True) if choice != FLOAT]
+        on = [layer for unit, _ in taken for layer in unit.layers] if profiler.activation_widths else []
+        model = quantized_model(self.program, self.units, plan)
+        with Simulator(self.program, self.context, layers=on, plan=self.quantizers.plan, model=model) as simulator:
+
+            def fed(call: int) -> Feeds:
+                given: Feeds = {}
+                for unit, choice in taken:
+                    given |= profiler.switched(simulator, unit, choice.activation, call) if on else {}
+                return given
+
+            yield simulator, fed
