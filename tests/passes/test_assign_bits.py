@@ -26,7 +26,7 @@ from mezzotint.passes.group_steps import GroupSteps
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import make_pass
+from mezzotint.passes.recipe_files import make_pass
 from mezzotint.passes.step_scales import StepScales
 from mezzotint.report import print_inspection
 from tests.tiny import context_in, tiny_program
