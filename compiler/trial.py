@@ -16,7 +16,6 @@ from .lowering import lower
 from .pipeline import Context
 from .program import Program
 
-HELD_OUT_SEED = 2  # calibration has the context's own seed, the noise fit the next one
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
 
     The programs are variants of one: they share its float graph, deployment and inputs.
     """
-    fresh = replace(context, seed=context.seed + HELD_OUT_SEED, samples=samples)
+    fresh = replace(context, seed=context.seed + samplers.HELD_OUT, samples=samples)
     first = programs[0]
     assert first.float_model is not None
     errors = [StepSQNR() for _ in programs]

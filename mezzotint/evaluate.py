@@ -49,7 +49,7 @@ def compare(
     float_model: Path,
     n: int,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     batch: int = 16,
     threads: int | None = None,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
@@ -58,7 +58,9 @@ def compare(
     """Sample `n` pictures twice from the same noise with the bundle's deployment.
 
     The SQNR of the prediction is measured along the float trajectory, each step's latents given to both.
+    The noise is one that no pass has seen, unless a seed is given.
     """
+    seed = unseen_seed(bundle) if seed is None else seed
     images, sqnr = paired_run(
         Denoiser(float_model, bundle.signature, threads=threads),
         bundle.denoiser(threads),
@@ -87,7 +89,7 @@ def paired_run(
     bundle: Bundle,
     n: int,
     *,
-    seed: int = 0,
+    seed: int,
     batch: int = 16,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
     progress: Report = lambda stage, done, total: None,
@@ -205,6 +207,11 @@ def latency_ratio(
         bundle, batch, float_model=float_model, threads=threads, repeats=repeats, conditions=conditions
     )
     return exact.median, quantized.median, exact.median / quantized.median
+
+
+def unseen_seed(bundle: Bundle) -> int:
+    """A seed from which neither the calibration nor any pass drew."""
+    return int(bundle.manifest["calibration"]["seed"]) + samplers.EVALUATION
 
 
 def middle_timestep(bundle: Bundle) -> int:

@@ -22,6 +22,7 @@ from ..compiler.lowering import lower
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
 from ..runtime.correction import NoiseFit
+from ..runtime.samplers import NOISE_FIT
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FitNoise(Pass):
         signature = program.signature
         fit = NoiseFit()
         # Calibration saw other noise: the fit must not be made on the very pictures that the ranges were chosen for.
-        fresh = replace(context, seed=context.seed + 1)
+        fresh = replace(context, seed=context.seed + NOISE_FIT)
         with (
             Executor(program.float_model, context.folder, threads=context.threads) as exact,
             Executor(lower(program), context.folder, threads=context.threads) as quantized,

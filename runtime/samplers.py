@@ -98,6 +98,11 @@ def ddpm(
     return _run(denoiser, x, Stepper(schedule, steps, correction), noise, callback)
 
 
+# What is measured on noise that something was fitted to looks better than it is. Everyone adds a number of their own to
+# the seed of the calibration.
+NOISE_FIT, HELD_OUT, EVALUATION = 1, 2, 3
+
+
 def initial_noise(seed: int, shape: Sequence[int], *, first: int = 0) -> Images:
     """The state that sampling begins with, float32 `[B, C, H, W]`; its image i is image `first + i` of `seed`."""
     return _normal(seed, 0, tuple(shape), first)

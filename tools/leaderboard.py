@@ -30,7 +30,7 @@ from mezzotint import peers
 from mezzotint.api import compile_model, export_model
 from mezzotint.compiler.pipeline import Recipe
 from mezzotint.console import progress
-from mezzotint.evaluate import PEAK, call_ratio, compare, folder_bytes, middle_timestep, paired_run
+from mezzotint.evaluate import PEAK, call_ratio, compare, folder_bytes, middle_timestep, paired_run, unseen_seed
 from mezzotint.leaderboard import WIDTHS, Row, page
 from mezzotint.passes.recipe_files import with_options
 from mezzotint.passes.recipes import RECIPES
@@ -124,18 +124,18 @@ class Board:
                 calls.append((x, t))
                 return exact(x, t)
 
-            # Another seed than that of the pictures, like our own calibration beside `compare`.
-            x = samplers.initial_noise(1, (BATCH, *bundle.sample_shape))
-            samplers.sample(record, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(1))
+            x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
+            samplers.sample(record, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(0))
             start = time.perf_counter()
             net, file = peers.quantize(peer, self.exported, bundle.signature, calls, Path(folder), threads)
             seconds = time.perf_counter() - start
+            seed = unseen_seed(bundle)
             n = -(-self.args.images // BATCH) * BATCH  # whole batches: a peer may have its batch written in
-            images, sqnr = paired_run(exact, net, bundle, n, batch=BATCH, progress=report)
+            images, sqnr = paired_run(exact, net, bundle, n, seed=seed, batch=BATCH, progress=report)
             mine = []
             for first in range(0, n, BATCH):
-                x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape), first=first)
-                noise = samplers.seeded_noise(0, first=first)
+                x = samplers.initial_noise(seed, (BATCH, *bundle.sample_shape), first=first)
+                noise = samplers.seeded_noise(seed, first=first)
                 mine.append(samplers.sample(net, x, bundle.schedule, bundle.deployment, noise=noise))
             psnr = psnr_db(np.clip(images, -1, 1), np.clip(np.concatenate(mine), -1, 1), peak=PEAK)
             return Row(
