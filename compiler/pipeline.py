@@ -117,11 +117,25 @@ class Recipe:
                 )
             have = (have - step.spoils) | step.gives
             done.append(step.name)
+        self._check_islands()
+
+    def _check_islands(self) -> None:
+        """Passes that keep different layers in float would each work for another model."""
+        chosen = {p.name: p.options()["islands"] for p in self.passes if "islands" in p.options()}
+        for name, islands in chosen.items():
+            first = next(iter(chosen))
+            if islands != chosen[first]:
+                raise RecipeError(
+                    f"{first} keeps {_words(set(chosen[first])) or 'nothing'} in float, "
+                    f"and {name} {_words(set(islands)) or 'nothing'}",
+                    where=f"recipe {self.name!r}",
+                    hint="set the same islands for: " + ", ".join(chosen),
+                )
 
     @property
     def islands(self) -> tuple[str, ...]:
         """What the recipe keeps in float on purpose: the `islands` of its passes (roles, patterns of node names)."""
-        return tuple(island for p in self.passes for island in p.options().get("islands", ()))
+        return tuple(dict.fromkeys(island for p in self.passes for island in p.options().get("islands", ())))
 
     def to_json(self) -> dict[str, Any]:
         steps = [{"pass": p.name, **({"options": p.options()} if p.options() else {})} for p in self.passes]

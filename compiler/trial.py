@@ -17,7 +17,6 @@ from .pipeline import Context
 from .program import Program
 
 
-
 @dataclass(frozen=True)
 class Trial:
     """`prediction`: pooled SQNR of single calls on float latents, dB; `pictures`: of the pictures that the program

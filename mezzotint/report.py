@@ -207,16 +207,13 @@ def _call(latency: dict[str, float], calls: int) -> str:
 
 
 def print_recipes(name: str | None, *, as_json: bool) -> None:
-    """All recipes; or one recipe as YAML; or one pass with its options and what it says of itself."""
+    """All recipes; or one recipe as YAML, with its passes; or one pass with its options and what it says of itself."""
     if name is None:
         if as_json:
             console.print_json([{**r.to_json(), "islands": list(r.islands)} for r in RECIPES.values()])
             return
-        rows = [
-            (r.name, r.description, " -> ".join(p.name for p in r.passes), ", ".join(r.islands) or "-", r.paper)
-            for r in RECIPES.values()
-        ]
-        console.print_table("recipes", ("name", "what it does", "passes", "kept in float", "paper"), rows)
+        rows = [(r.name, r.description, ", ".join(r.islands) or "-", r.paper) for r in RECIPES.values()]
+        console.print_table("recipes", ("name", "what it does", "kept in float", "paper"), rows)
         console.out.print("mezzotint recipes NAME prints one as YAML, or a pass with its options.", highlight=False)
     elif name in pass_names():
         _print_pass(name, as_json)

@@ -26,7 +26,7 @@ from ..compiler.errors import RecipeError
 from ..compiler.pipeline import Pass, Recipe
 from .recipes import RECIPES
 
-NO_PASSES = ("recipes", "recipe_files")  # files of this folder that hold none
+NO_PASSES = ("recipes", "recipe_files", "recipe_papers", "recipe_parts")  # files of this folder that hold none
 
 
 def pass_names() -> list[str]:

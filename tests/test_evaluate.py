@@ -18,7 +18,9 @@ def test_the_same_noise_gives_nearly_the_same_pictures(hand: Compiled) -> None:
     found = compare(hand.bundle, hand.exported, 3, batch=2, threads=THREADS, progress=lambda *a: seen.append(a))
 
     assert found.float_images.shape == found.quantized_images.shape == (3, 1, 8, 8)
-    np.testing.assert_array_equal(found.quantized_images, hand.bundle.sample(3, seed=unseen_seed(hand.bundle), threads=THREADS))
+    np.testing.assert_array_equal(
+        found.quantized_images, hand.bundle.sample(3, seed=unseen_seed(hand.bundle), threads=THREADS)
+    )
     assert 0 < np.abs(found.float_images - found.quantized_images).max() < 0.5
     assert found.psnr.shape == (3,)
     assert seen[-1][1] == seen[-1][2]

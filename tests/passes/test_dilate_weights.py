@@ -17,7 +17,7 @@ from mezzotint.compiler.smoothing import Factors
 from mezzotint.passes.dilate_weights import DilateWeights
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipe_files import make_pass
-from mezzotint.passes.recipes import FAST
+from mezzotint.passes.recipe_parts import FAST
 from tests.channels import with_channels
 from tests.conftest import Check
 from tests.tiny import tiny_program

@@ -17,7 +17,7 @@ from mezzotint.passes.recipes import RECIPES
 
 def test_every_file_of_the_folder_is_a_pass() -> None:
     folder = Path(recipe_files.__file__).parent
-    files = {f.stem for f in folder.glob("*.py")} - {"__init__", "recipes", "recipe_files"}
+    files = {f.stem for f in folder.glob("*.py")} - {"__init__", *recipe_files.NO_PASSES}
     assert set(recipe_files.pass_names()) == files
     for name in files:
         assert make_pass(name).name == name
@@ -132,11 +132,29 @@ def test_with_options() -> None:
 
 
 def test_islands_are_those_of_the_passes() -> None:
+    four = ("first", "second", "penultimate", "last")
     assert {name: recipe.islands for name, recipe in RECIPES.items() if recipe.islands != ("first", "last")} == {
         "float": (),
-        "w8a8-steps": ("first", "second", "penultimate", "last"),
+        "w8a8-steps": four,
+        "w8a8-best": four,
+        "w4a8": four,
     }
     assert with_options(RECIPES["tdq"], {"insert_qdq.islands": ["mid*"]}).islands == ("mid*",)
+
+
+def test_all_passes_keep_the_same_islands() -> None:
+    with pytest.raises(RecipeError, match="keeps 'first', 'last' in float, and insert_qdq nothing") as caught:
+        with_options(RECIPES["q-diffusion"], {"insert_qdq.islands": []})
+    assert caught.value.hint == "set the same islands for: split_shortcuts, insert_qdq"
+    both = {"split_shortcuts.islands": ["first"], "insert_qdq.islands": ["first"]}
+    assert with_options(RECIPES["q-diffusion"], both).islands == ("first",)
+
+
+def test_what_a_recipe_is_beside_exists() -> None:
+    for recipe in RECIPES.values():
+        assert bool(recipe.baseline) == bool(recipe.claim)
+        assert not recipe.baseline or recipe.baseline in RECIPES
+        assert recipe.paper or recipe.name == "float"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipes import FAST, RECIPES
+from mezzotint.passes.recipe_parts import FAST
+from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.smooth_scales import SmoothScales
 from mezzotint.runtime.schedule import Deployment
 from tests import golden

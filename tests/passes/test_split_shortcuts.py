@@ -38,7 +38,8 @@ from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipe_files import make_pass
-from mezzotint.passes.recipes import EXACT, RECIPES
+from mezzotint.passes.recipe_parts import EXACT
+from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.split_shortcuts import SplitShortcuts
 from mezzotint.runtime.samplers import initial_noise
 from mezzotint.runtime.schedule import Deployment, Schedule
