@@ -6,6 +6,7 @@ torch takes some seconds, so each is compiled once in a session.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,7 @@ def small_conditional_unet(**changes: Any) -> torch.nn.Module:
 
 
 PROMPT = 77  # tokens
+WIDTH, CLASSES = 32, 10  # of the transformer
 
 
 def prompts(rows: int) -> npt.NDArray[np.float32]:
@@ -221,6 +223,44 @@ def conditional(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     given = {"encoder_hidden_states": prompts(2)}
     bundle = compile_model(module, folder / "bundle", recipe="w8a8", conditions=given, export=exported, **SMALL)
     return Compiled(module, exported, bundle)
+
+
+@pytest.fixture(scope="session")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DiT of two blocks for 4x8x8 latents, conditioned on a class, as torch's exporter writes it."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    class Denoiser(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+            given = {"timestep": timestep, "class_labels": class_labels}
+            return self.model(sample, **given, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": WIDTH // 4, "num_layers": 2, "sample_size": 8}
+    model = DiTTransformer2DModel(in_channels=4, out_channels=4, num_embeds_ada_norm=CLASSES, patch_size=2, **sizes)
+    example = (torch.randn(3, 4, 8, 8), torch.tensor([5, 5, 5]), torch.tensor([1, 2, 3]))
+    names = ["sample", "timestep", "class_labels"]
+    batch = {0: torch.export.Dim("batch", max=63)}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    exported = torch.onnx.export(
+        Denoiser(model).eval(),
+        example,
+        dynamo=True,
+        opset_version=21,
+        input_names=names,
+        output_names=["epsilon"],
+        dynamic_shapes=dict.fromkeys(names, batch),
+        verbose=False,
+    )
+    file = tmp_path_factory.mktemp("dit") / "dit.onnx"
+    assert exported is not None
+    exported.save(file)
+    return file
 
 
 @dataclass(frozen=True)

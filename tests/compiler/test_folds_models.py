@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -33,45 +32,6 @@ SCHEDULE = Schedule.named("ddpm-linear")
 DEPLOYED: dict[str, Any] = {"schedule": SCHEDULE, "deployment": Deployment.of(SCHEDULE, "ddim", 3)}
 HIGH: tuple[Pass, ...] = (Normalize(), FreezeTime(), FoldScales())  # norms as they were exported
 Conditions = dict[str, npt.NDArray[Any]]
-WIDTH, CLASSES = 32, 10
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DiT of two blocks for 4x8x8 latents, conditioned on a class, as torch's exporter writes it."""
-    import torch
-    from diffusers import DiTTransformer2DModel
-
-    class Denoiser(torch.nn.Module):
-        def __init__(self, model: torch.nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-            given = {"timestep": timestep, "class_labels": class_labels}
-            return self.model(sample, **given, return_dict=False)[0]  # type: ignore[no-any-return]
-
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 4, "attention_head_dim": WIDTH // 4, "num_layers": 2, "sample_size": 8}
-    model = DiTTransformer2DModel(in_channels=4, out_channels=4, num_embeds_ada_norm=CLASSES, patch_size=2, **sizes)
-    example = (torch.randn(3, 4, 8, 8), torch.tensor([5, 5, 5]), torch.tensor([1, 2, 3]))
-    names = ["sample", "timestep", "class_labels"]
-    batch = {0: torch.export.Dim("batch", max=63)}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    exported = torch.onnx.export(
-        Denoiser(model).eval(),
-        example,
-        dynamo=True,
-        opset_version=21,
-        input_names=names,
-        output_names=["epsilon"],
-        dynamic_shapes=dict.fromkeys(names, batch),
-        verbose=False,
-    )
-    file = tmp_path_factory.mktemp("dit") / "dit.onnx"
-    assert exported is not None
-    exported.save(file)
-    return file
 
 
 def outputs(program: Program, folder: Path, conditions: Conditions) -> npt.NDArray[np.float32]:
