@@ -40,7 +40,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         store.copy(home / store.WEIGHTS, folder / store.WEIGHTS)
     for stem, model in (("program", program.model), ("float", program.float_model)):
         if model is not None:
-            store.move(store.write(model, home or folder, stem), folder)
+            store.write(store.rehomed(model, folder), folder, stem)
     data: dict[str, Any] = {
         "signature": program.signature.to_json(),
         "schedule": dict(program.schedule.config),

@@ -67,6 +67,24 @@ def bare(model: ir.Model) -> ir.Model:
     return clone
 
 
+def rehomed(model: ir.Model, folder: Path) -> ir.Model:
+    """A clone that refers to a copy of the stored weights in `folder`; what lies in other files is read into memory.
+
+    Such a file belongs to a graph that was written before, and may be about to be written again.
+    """
+    clone = model.clone()
+    for value in clone.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if tensor.location == WEIGHTS:
+            place = (WEIGHTS, tensor.offset, tensor.length, tensor.dtype)
+            value.const_value = ir.ExternalTensor(*place, shape=tensor.shape, name=tensor.name, base_dir=folder)
+        else:
+            value.const_value = ir.tensor(np.array(tensor.numpy()), name=value.name)
+    return clone
+
+
 def discard(path: Path) -> None:
     """Remove what `write` wrote."""
     path.unlink(missing_ok=True)

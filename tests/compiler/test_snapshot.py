@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler import graph, pipeline, snapshot, store
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.program import Plan, Program, Quantizer, Site, numpy_of
 from mezzotint.compiler.quant import UINT8
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
@@ -57,6 +59,29 @@ def test_graphs(finished: Program, loaded: Program, context: Context, tmp_path: 
         with Executor(want, context.folder, threads=2) as a, Executor(got, tmp_path / "saved", threads=2) as b:
             outputs = [e.call(SIGNATURE, x, 333)["epsilon"] for e in (a, b)]
         np.testing.assert_array_equal(outputs[0], outputs[1])
+
+
+def test_saving_what_was_loaded_leaves_the_first_folder_alone(loaded: Program, tmp_path: Path) -> None:
+    before = {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()}
+    snapshot.save(loaded, tmp_path / "second", [{"pass": "clean_qdq", "options": {}}])
+    assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()} == before
+    shutil.rmtree(tmp_path / "saved")
+    again, _ = snapshot.load(tmp_path / "second")
+    x = np.zeros((1, *again.shape), np.float32)
+    with Executor(again.model, tmp_path / "second", threads=2) as executor:
+        assert np.isfinite(executor.call(SIGNATURE, x, 333)["epsilon"]).all()
+
+
+def test_saving_a_program_where_it_came_from(loaded: Program, tmp_path: Path) -> None:
+    want = graph.digest(loaded.model)
+    added = np.arange(1024, dtype=np.float32)
+    value = ir.Value(name="added", const_value=ir.tensor(added, name="added"))
+    loaded.graph.register_initializer(value)
+    snapshot.save(loaded, tmp_path / "saved")
+    again, _ = snapshot.load(tmp_path / "saved")
+    np.testing.assert_array_equal(numpy_of(again.graph.initializers["added"]), added)
+    del again.graph.initializers["added"]
+    assert graph.digest(again.model) == want
 
 
 def check_stats(want: Program, got: Program) -> None:
