@@ -5,8 +5,9 @@
     python tools/leaderboard.py --write-only                 the page again, from the rows that are there
 
 Each row is a file in the working folder (out/leaderboard), written when it is done: a run that was stopped goes on
-where it stopped. A row counts as done when it was measured with the same recipe, width and numbers of pictures; --again
-measures it anew after a change of the code. Calibration is measured once for all recipes that share it.
+where it stopped. A row counts as done when it was measured with the same passes, width and numbers of pictures; --again
+measures it anew after a change of the code. Calibration is measured once for all recipes that share it. Speeds come
+last, from the bundles that are kept beside the rows: --no-speed leaves them to a run on a machine that is quiet.
 
 Everything is paired: the same noise for float and quantized pictures, the prediction compared on the latents of the
 float trajectory, speed against fp32 onnxruntime in the same minute, threads pinned.
@@ -21,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +48,7 @@ from mezzotint.leaderboard import WIDTHS, Row, page
 from mezzotint.passes.recipe_files import with_options
 from mezzotint.passes.recipes import RECIPES
 from mezzotint.runtime import samplers
-from mezzotint.runtime.bundle import MODEL, Bundle
+from mezzotint.runtime.bundle import MODEL, Bundle, open_bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.session import Denoiser, running_version
@@ -91,13 +93,13 @@ class Board:
 
     def measure(self, name: str, width: str) -> Row:
         recipe = at_width(RECIPES[name], width)
-        key = self.key(recipe.to_json())
+        key = self.key(recipe.to_json()["passes"])
         start = time.perf_counter()
         try:
-            with TemporaryDirectory(dir=self.folder) as folder, progress() as report:
+            with progress() as report:
                 bundle = compile_model(
                     self.exported,
-                    Path(folder) / "bundle",
+                    self.bundle(name, width),
                     recipe=recipe,
                     scheduler=DIGITS,
                     size=SIZE,
@@ -106,6 +108,7 @@ class Board:
                     threads=self.args.threads,
                     cache=self.folder / "cache",
                     progress=report,
+                    force=True,
                 )
                 seconds = sum(float(record["seconds"]) for record in bundle.manifest["history"])
                 mine = bundle.denoiser(self.args.threads)
@@ -121,7 +124,7 @@ class Board:
                     data["eps_sqnr_db_worst_step"],
                     data["psnr_db_median"],
                     data["psnr_db_p10"],
-                    self.speed(bundle, mine),
+                    None,
                     folder_bytes(bundle.path / MODEL) / folder_bytes(self.exported),
                     seconds,
                     f"{kernels['integer']}/{kernels['float']}",
@@ -130,6 +133,18 @@ class Board:
         except MezzotintError as error:
             print(f"{name} {width}: refused after {time.perf_counter() - start:.0f} s: {error}", flush=True)
             return Row(name, width, key, refused=error.what)
+
+    def bundle(self, name: str, width: str) -> Path:
+        return self.folder / "bundles" / f"{name}-{width}"
+
+    def add_speeds(self) -> None:
+        """The speeds of all rows that have none, one after the other, as nothing else is measured in between."""
+        for file in sorted(self.rows.glob("*.json")):
+            row = Row.load(file)
+            if row is not None and row.speed is None and not row.refused:
+                bundle = open_bundle(self.bundle(row.recipe, row.width))
+                replace(row, speed=self.speed(bundle, bundle.denoiser(self.args.threads))).save(file)
+                print(f"speed of {file.stem}", flush=True)
 
     def measure_peer(self, peer: str) -> Row:
         """A peer at 8 bits, calibrated on one batch of the float trajectory."""
@@ -218,7 +233,7 @@ class Board:
         args = self.args
         for width in args.width:
             for name in args.recipe:
-                key = self.key(at_width(RECIPES[name], width).to_json())
+                key = self.key(at_width(RECIPES[name], width).to_json()["passes"])
                 yield self.rows / f"{name}-{width}.json", lambda n=name, w=width: self.measure(n, w), key  # type: ignore[misc]
         for peer in peers.available() if args.peers else []:
             yield self.rows / f"{peer}-w8a8.json", lambda p=peer: self.measure_peer(p), self.key(peer)  # type: ignore[misc]
@@ -234,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--no-speed", dest="speed", action="store_false", help="leave that for another run")
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
     parser.add_argument("--write-only", action="store_true", help="measure nothing")
     parser.add_argument("--folder", default=str(ROOT / "out" / "leaderboard"))
@@ -249,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     for i, (file, measure) in enumerate([] if args.write_only else waiting):
         print(f"[{i + 1}/{len(waiting)}] {file.stem}", flush=True)
         measure().save(file)
+    if args.speed and not args.write_only:
+        board.add_speeds()
     rows = [row for file in sorted(board.rows.glob("*.json")) if (row := Row.load(file)) is not None]
     known = [row for row in rows if row.recipe in RECIPES or row.recipe in peers.PEERS]
     about = f"DDIM with {args.steps} steps, {args.images} pictures from the same noise, {args.calibration} others for "
