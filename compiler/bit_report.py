@@ -14,14 +14,15 @@ from .allocation import Allocation, allocate, smallest
 from .budget import Budget, mean_bits
 from .profile import Profile
 from .simulate import Scene
-from .units import FLOAT, Choice, Unit
+from .units import FLOAT, Choice, Unit, joined
 
 CURVE = 10  # budgets of the Pareto curve
+MIXED = "mixed"  # what a layer is called whose channels have several widths
 
 
 @dataclass(frozen=True, eq=False)
 class BitReport:
-    """`errors` are those of each choice of each unit; `measured` is the error of a whole allocation."""
+    """`errors` are those of each choice of each unit, or part of one; `measured` is the error of a whole allocation."""
 
     units: Sequence[Unit]
     choices: Sequence[Sequence[Choice]]
@@ -50,22 +51,31 @@ class BitReport:
             "chosen": {**self._point(found), "measured_sqnr_db": json_db(_db(self.measured(chosen)))},
             "uniform": [self._uniform(choice) for choice in self._common()],
             "pareto": [self._point(point) for point in self._curve()],
-            "units": {unit.name: choice.label for unit, choice in zip(self.units, chosen, strict=True)},
+            "units": self._labels(chosen),
             "profile": table,
         }
+
+    def channels(self, found: Allocation) -> dict[str, dict[str, int]]:
+        """The number of output channels by bits, of the layers where they differ."""
+        rows = [(unit.name, bits) for unit, _, bits in joined(self.units, self.picked(found)) if bits is not None]
+        return {name: {str(b): int((bits == b).sum()) for b in np.unique(bits)} for name, bits in rows}
 
     def note(self, report: Mapping[str, Any]) -> str:
         """`report` in one line of the history."""
         point = report["chosen"]
-        layers = [
-            f"{n} in float" if label == "float" else f"{n} at {label} bits" for label, n in point["layers"].items()
-        ]
+        words = {"float": "in float", MIXED: "mixed by channel"}
+        layers = [f"{n} {words.get(label, f'at {label} bits')}" for label, n in point["layers"].items()]
         sides = ", ".join(f"all at {u['label']}: {_words(u['measured_sqnr_db'])}" for u in report["uniform"])
         gap = f"; optimum not proven, gap {point['gap']:.1%}" if point["gap"] > 1e-3 else ""
         return (
-            f"{len(self.units)} layers: {', '.join(layers)}; {point['mean_bits']:.2f} bits a weight; "
+            f"{len(report['units'])} layers: {', '.join(layers)}; {point['mean_bits']:.2f} bits a weight; "
             f"predicted SQNR {_words(point['sqnr_db'])} dB, measured {_words(point['measured_sqnr_db'])} ({sides}){gap}"
         )
+
+    def _labels(self, chosen: Sequence[Choice]) -> dict[str, str]:
+        """What each layer got."""
+        found = joined(self.units, chosen)
+        return {unit.name: choice.label if bits is None else MIXED for unit, choice, bits in found}
 
     def _common(self) -> list[Choice]:
         """The choices that every unit with weights has."""
@@ -90,8 +100,8 @@ class BitReport:
 
     def _point(self, allocation: Allocation) -> dict[str, Any]:
         chosen = self.picked(allocation)
-        counted = Counter(choice.label for choice in chosen)
-        layers = {label: counted[label] for label in sorted(counted, key=lambda x: (x == "float", x))}
+        counted = Counter(self._labels(chosen).values())
+        layers = {label: counted[label] for label in sorted(counted, key=lambda x: (x in ("float", MIXED), x))}
         return {
             "takes": self.budget.takes(allocation.cost),
             "mean_bits": mean_bits(self.units, chosen),

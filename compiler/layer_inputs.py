@@ -25,7 +25,7 @@ from .ops import Layer
 from .pipeline import Context
 from .program import Program
 from .quant import Array
-from .quantized_weights import QuantizedWeight, find_weights, layer_name
+from .quantized_weights import QuantizedWeight, find_weights, layer_name, rows_of
 
 Key = tuple[tuple[str, Unfold], ...]
 
@@ -45,10 +45,12 @@ class Latents:
 class Inputs:
     """A weight with what its layers read: `taps` in the quantized graph, `float_taps` in the float one.
 
-    `key` says whose H is whose: layers that read the same value in the same way share it.
+    `key` says whose H is whose: layers that read the same value in the same way share it. `floats` is the weight in the
+    float graph: in the quantized one it may be cut off where the grid of a narrow row ends.
     """
 
     weight: QuantizedWeight
+    floats: ir.Value
     taps: tuple[str, ...]
     float_taps: tuple[str, ...]
     float_weights: tuple[str, ...]
@@ -72,14 +74,22 @@ class Inputs:
         unfolds = tuple(Unfold.of(node, shape) for node in weight.readers)
         if len({unfold.groups for unfold in unfolds}) > 1:
             raise PassError("one weight is read by convolutions of different groups", where=weight.name)
+        floats = known[0].weight
+        if floats is None or floats.shape is None or floats.shape.numpy() != shape:
+            raise PassError("the weight of a layer has another shape in the float graph", where=weight.name)
         return Inputs(
             weight,
+            floats,
             tuple(name_of(node.inputs[0]) for node in weight.readers),
             tuple(name_of(layer.activations[0]) for layer in known),
             tuple(name_of(layer.weight) for layer in known),
             unfolds,
             int(inputs),
         )
+
+    def rows(self) -> Array:
+        """The weights that are to be rounded, `[outputs, inputs of an output]`."""
+        return rows_of(self.floats, self.weight.axis)
 
     @property
     def key(self) -> Key:
@@ -107,7 +117,7 @@ class Gathered:
             self._grams[inputs.key] = Gram(inputs.groups, inputs.inputs)
         self._users[inputs.key] = self._users.get(inputs.key, 0) + 1
         if shifts:
-            self._shifts[id(inputs)] = np.zeros(inputs.weight.rows().shape, np.float32)
+            self._shifts[id(inputs)] = np.zeros(inputs.rows().shape, np.float32)
 
     def add(self, key: Key, columns: Array) -> None:
         self._grams[key].add(columns)
@@ -232,7 +242,7 @@ def _add_batch(
     for inputs in stage:
         if inputs.key in added and not wanted:
             continue
-        rows = inputs.weight.rows() if wanted else None
+        rows = inputs.rows() if wanted else None
         for tap, float_tap, unfold in zip(inputs.taps, inputs.float_taps, inputs.unfolds, strict=True):
             x = seen[tap]
             rng = np.random.default_rng([*seed, zlib.crc32(tap.encode())])

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..runtime.correction import Correction
 from ..runtime.schedule import Deployment, Schedule
 from ..runtime.signature import Signature
-from .quant import Array, Format, Integers
+from .quant import Array, Format, Grid, Integers, RowFormats
 from .stats import Stats
 
 __all__ = ["Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
@@ -39,7 +39,8 @@ class Quantizer:
     """How a site is quantized. `scale` float32 and `zero_point` are scalars, or `[C]` along `axis`.
 
     A `table` has one row for each group of timesteps: both are `[groups]`, or `[groups, C]` along `axis`, and one call
-    uses one row.
+    uses one row. `row_bits` `[C]` are the widths of a weight's output channels where they differ; `format` is then the
+    widest one's.
     """
 
     format: Format
@@ -48,6 +49,20 @@ class Quantizer:
     by: str
     axis: int | None = None
     table: bool = False
+    row_bits: npt.NDArray[np.int8] | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """What values are rounded to."""
+        return self.format if self.row_bits is None else RowFormats(self.row_bits)
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """The number of output channels by bits where they differ, else empty."""
+        if self.row_bits is None:
+            return {}
+        widths, counts = np.unique(self.row_bits, return_counts=True)
+        return {int(b): int(n) for b, n in zip(widths, counts, strict=True)}
 
     def to_json(self) -> dict[str, Any]:
         scales = self.scale.reshape(-1)
@@ -60,6 +75,7 @@ class Quantizer:
             "rows": rows,
             "zero_point": sorted({int(z) for z in self.zero_point.reshape(-1)}),
             "by": self.by,
+            **({"row_bits": {str(b): n for b, n in self.widths.items()}} if self.widths else {}),
         }
 
 

@@ -49,6 +49,43 @@ class Format:
         return np.dtype(np.int8) if self.signed else np.dtype(np.uint8)
 
 
+@dataclass(frozen=True, eq=False)
+class RowFormats:
+    """Signed symmetric formats, one for each output channel of a weight: `bits` int8 `[rows]`."""
+
+    bits: npt.NDArray[np.int8]
+
+    @property
+    def qmin(self) -> Array:
+        return -self.qmax
+
+    @property
+    def qmax(self) -> Array:
+        return np.asarray((1 << (self.bits.astype(np.int64) - 1)) - 1, np.float32)
+
+    @property
+    def dtype(self) -> np.dtype[np.int8]:
+        return np.dtype(np.int8)
+
+    def __getitem__(self, rows: slice) -> RowFormats:
+        return RowFormats(self.bits[rows])
+
+
+Grid = Format | RowFormats
+"""One format for all of a tensor, or one for each of its rows."""
+
+
+def ends(grid: Grid, axis: int | None, rank: int) -> tuple[Array, Array]:
+    """The lowest and the highest integer, so that they broadcast along `axis` of a tensor of that rank."""
+    low, high = np.asarray(grid.qmin, np.float32), np.asarray(grid.qmax, np.float32)
+    return along(low, axis, rank), along(high, axis, rank)
+
+
+def of_rows(grid: Grid, rows: slice) -> Grid:
+    """The grid of some rows."""
+    return grid if isinstance(grid, Format) else grid[rows]
+
+
 UINT8 = Format(8)
 INT8 = Format(8, signed=True, symmetric=True)
 
@@ -70,11 +107,11 @@ def along(values: npt.NDArray[Any], axis: int | None, rank: int) -> npt.NDArray[
     return values.reshape([-1 if d == axis % rank else 1 for d in range(rank)])
 
 
-def quantize(x: Array, scale: Array, zero_point: Integers, fmt: Format, axis: int | None = None) -> Integers:
+def quantize(x: Array, scale: Array, zero_point: Integers, grid: Grid, axis: int | None = None) -> Integers:
     """Round to the nearest grid point (ties to even, as QuantizeLinear does) and clamp. Shape is kept."""
     s, z = along(scale, axis, x.ndim), along(zero_point, axis, x.ndim)
     q = np.rint(x / s) + z.astype(np.float32)
-    integers: Integers = np.clip(q, fmt.qmin, fmt.qmax).astype(fmt.dtype)
+    integers: Integers = np.clip(q, *ends(grid, axis, x.ndim)).astype(grid.dtype)
     return integers
 
 

@@ -42,8 +42,7 @@ class QuantizedWeight:
         return layer_name(self.readers[0])
 
     def rows(self) -> Array:
-        turned: Array = np.moveaxis(numpy_of(self.value), self.axis, 0).astype(np.float32)
-        return np.ascontiguousarray(turned.reshape(len(turned), -1))
+        return rows_of(self.value, self.axis)
 
     def scale(self) -> Array:
         """One for each row `[rows]`."""
@@ -63,6 +62,12 @@ class QuantizedWeight:
 def layer_name(node: ir.Node) -> str:
     """As `Layer.name` of compiler/ops.py."""
     return node.name or name_of(node.outputs[0])
+
+
+def rows_of(value: ir.Value, axis: int) -> Array:
+    """A constant as `[outputs, inputs of an output]`, float32; `axis` is that of the outputs."""
+    turned: Array = np.moveaxis(numpy_of(value), axis, 0).astype(np.float32)
+    return np.ascontiguousarray(turned.reshape(len(turned), -1))
 
 
 def find_weights(graph: ir.Graph) -> list[QuantizedWeight]:
@@ -150,4 +155,4 @@ def with_scales(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Ar
         if site not in quantizers:
             raise PassError(f"the plan has no quantizer for the weight {value!r}", where=weight.name)
         quantizers[site] = replace(quantizers[site], scale=scale.reshape(quantizers[site].scale.shape), by=by)
-    return Plan(quantizers, plan.islands, plan.groups)
+    return replace(plan, quantizers=quantizers)

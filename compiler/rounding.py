@@ -1,6 +1,6 @@
 """Rounding one weight matrix against its inputs: integers q for W `[rows, d]`, H = X X^T and a scale for each row.
 
-All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is clamped to the format's grid.
+All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is clamped to its row's grid.
 
 nearest   rint(w / s): the optimum where H is diagonal.
 gptq      (arXiv 2210.17323) column after column; the error of each is made up for by those that follow. With
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from scipy.linalg.lapack import get_lapack_funcs
 
 from .errors import PassError
-from .quant import Array, Format
+from .quant import Array, Grid, ends
 
 Matrix = npt.NDArray[np.floating]
 Order = npt.NDArray[np.int64]
@@ -94,24 +94,24 @@ def inverse_root(gram: Matrix, order: Order, damp: float, where: str) -> Root:
             )
 
 
-def nearest(weight: Matrix, scale: Array, fmt: Format) -> Array:
+def nearest(weight: Matrix, scale: Array, grid: Grid) -> Array:
     """Integers `[rows, d]`, as float32."""
-    rounded: Array = np.clip(np.rint(weight / scale[:, None]), fmt.qmin, fmt.qmax).astype(np.float32)
+    rounded: Array = np.clip(np.rint(weight / scale[:, None]), *ends(grid, 0, 2)).astype(np.float32)
     return rounded
 
 
-def gptq(weight: Matrix, root: Root, scale: Array, fmt: Format, *, block: int) -> Array:
+def gptq(weight: Matrix, root: Root, scale: Array, grid: Grid, *, block: int) -> Array:
     """Integers `[rows, d]`, as float32."""
     turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)  # a column of weights lies together
     integers = np.empty(turned.shape, np.float32)
-    step = scale.astype(turned.dtype)
+    step, (low, high) = scale.astype(turned.dtype), ends(grid, 0, 1)
     for start in range(0, len(turned), block):
         stop = min(start + block, len(turned))
         rows = np.ascontiguousarray(root.upper[start:stop, start:])
         errors = np.empty((stop - start, turned.shape[1]), turned.dtype)
         for i in range(stop - start):
             column = turned[start + i]
-            rounded = np.clip(np.rint(column / step), fmt.qmin, fmt.qmax)
+            rounded = np.clip(np.rint(column / step), low, high)
             integers[start + i] = rounded
             errors[i] = (column - step * rounded) / rows[i, i]
             turned[start + i + 1 : stop] -= rows[i, i + 1 : stop - start, None] * errors[i]
@@ -129,12 +129,12 @@ def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> M
     return target
 
 
-def comq(weight: Matrix, gram: Matrix, scale: Array, fmt: Format, *, sweeps: int, block: int) -> Array:
+def comq(weight: Matrix, gram: Matrix, scale: Array, grid: Grid, *, sweeps: int, block: int) -> Array:
     """Integers `[rows, d]`, as float32. From the second sweep on no row gets worse."""
     diagonal = np.diagonal(gram)
     order = np.argsort(-np.sqrt(diagonal) * np.abs(weight).mean(axis=0), kind="stable")
     wanted = np.ascontiguousarray(weight.T[order], dtype=gram.dtype)
-    step = scale.astype(gram.dtype)
+    step, (low, high) = scale.astype(gram.dtype), ends(grid, 0, 1)
     now = wanted.copy()
     integers = np.empty(wanted.shape, np.float32)
     residual = np.zeros_like(wanted)  # H (W - s q)^T, in that order
@@ -146,7 +146,7 @@ def comq(weight: Matrix, gram: Matrix, scale: Array, fmt: Format, *, sweeps: int
             for i in range(part.stop - start):
                 j = start + i
                 optimum = now[j] + residual[j] / columns[i, j]
-                integers[j] = np.clip(np.rint(optimum / step), fmt.qmin, fmt.qmax)
+                integers[j] = np.clip(np.rint(optimum / step), low, high)
                 value = step * integers[j].astype(gram.dtype)
                 moved[i] = value - now[j]
                 now[j] = value

@@ -15,26 +15,27 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .quant import Array, Format
+from .quant import Array, Grid, ends, of_rows
 from .rounding import Matrix, Root
 
 ROOM = 1 << 26  # bytes of inverses that are worked on at once
 SHRINKS = 8  # how often the columns that are done are taken out
 
 
-def obq(weight: Matrix, root: Root, scale: Array, fmt: Format) -> Array:
+def obq(weight: Matrix, root: Root, scale: Array, grid: Grid) -> Array:
     """Integers `[rows, d]`, as float32."""
     upper = root.upper.astype(np.float64)
     inverse = np.empty_like(upper)
     inverse[np.ix_(root.order, root.order)] = upper.T @ upper
     at_once = max(ROOM // inverse.nbytes, 1)
-    parts = range(0, len(weight), at_once)
-    found = [_rows(weight[i : i + at_once], inverse, scale[i : i + at_once], fmt) for i in parts]
+    parts = [slice(i, i + at_once) for i in range(0, len(weight), at_once)]
+    found = [_rows(weight[part], inverse, scale[part], of_rows(grid, part)) for part in parts]
     return np.concatenate(found)
 
 
-def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Array, fmt: Format) -> Array:
+def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Array, grid: Grid) -> Array:
     count, inputs = weight.shape
+    low, high = ends(grid, 0, 2)
     values, step = weight.astype(np.float64), scale.astype(np.float64)[:, None]
     inverses = np.repeat(inverse[None], count, axis=0)
     columns = np.tile(np.arange(inputs), (count, 1))  # which column of the weight each one is
@@ -48,7 +49,7 @@ def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Array, fmt: F
             inverses = inverses[rows[:, None, None], kept[:, :, None], kept[:, None, :]]
             values, columns = np.take_along_axis(values, kept, 1), np.take_along_axis(columns, kept, 1)
             free = np.ones(kept.shape, bool)
-        rounded = np.clip(np.rint(values / step), fmt.qmin, fmt.qmax)
+        rounded = np.clip(np.rint(values / step), low, high)
         error = values - step * rounded
         diagonal = np.where(free, np.einsum("rii->ri", inverses), 1.0)
         beyond = np.where(free & (np.abs(error) > 0.5001 * step), np.abs(error), 0.0)

@@ -161,6 +161,8 @@ def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
     entries = []
     for i, (site, q) in enumerate(plan.quantizers.items()):
         arrays[f"{i}.scale"], arrays[f"{i}.zero_point"] = np.atleast_1d(q.scale), np.atleast_1d(q.zero_point)
+        if q.row_bits is not None:
+            arrays[f"{i}.row_bits"] = q.row_bits
         f = q.format
         grid = [f.bits, f.signed, f.symmetric]
         entries.append([site.value, site.consumer, grid, q.axis, q.by, q.scale.ndim, q.table])
@@ -180,5 +182,6 @@ def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
         scale, zero = arrays[f"{i}.scale"], arrays[f"{i}.zero_point"]
         if rank == 0:
             scale, zero = scale.reshape(()), zero.reshape(())
-        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table)
+        row_bits = arrays.get(f"{i}.row_bits")
+        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table, row_bits)
     return Plan(quantizers, data["islands"], tuple(data["groups"]), data["report"])

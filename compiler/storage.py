@@ -65,6 +65,7 @@ def _notes(program: Program) -> list[str]:
     if program.plan is None or program.float_model is None:
         return []
     weights = program.float_model.graph.initializers
-    bits = {q.format.bits for site, q in program.plan.quantizers.items() if site.value in weights}
+    chosen = [q for site, q in program.plan.quantizers.items() if site.value in weights]
+    bits = {b for q in chosen for b in q.widths or (q.format.bits,)}
     wider = [(b, _STORED.get(b, 8)) for b in sorted(bits) if _STORED.get(b, 8) != b]
     return [f"weights of {b} bits are stored in {stored}: the file has no type between" for b, stored in wider]

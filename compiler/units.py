@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from .execute import Executor
 from .graph import Builder, Names, name_of
-from .ops import Layer
+from .ops import Layer, float_reason
 from .pipeline import Context
 from .program import Plan, Program, Quantizer, Site, numpy_of
 from .quant import Format
 from .weight_scales import WeightMethod, rounded, weight_format, weight_quantizer
 
 FLOAT_BITS = 32
+RowBits = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, order=True)
@@ -40,10 +42,14 @@ FLOAT = Choice(FLOAT_BITS, FLOAT_BITS)
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A weight with all layers that read it, or a matmul of two activations, which has none; `macs` for one sample."""
+    """A weight with all layers that read it, or a matmul of two activations, which has none; `macs` for one sample.
+
+    `rows` are the output channels that are meant, where that is not all of them (compiler/parts.py).
+    """
 
     layers: tuple[Layer, ...]
     macs: int = 0
+    rows: npt.NDArray[np.int64] | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +62,16 @@ class Unit:
     @property
     def size(self) -> int:
         """The number of weights."""
-        return 0 if self.weight is None or self.weight.shape is None else int(prod(self.weight.shape.numpy()))
+        whole = 0 if self.weight is None or self.weight.shape is None else int(prod(self.weight.shape.numpy()))
+        return whole if self.rows is None else whole // self.channels * len(self.rows)
+
+    @property
+    def channels(self) -> int:
+        """The output channels of the whole weight."""
+        axis = self.layers[0].weight_axis
+        if self.weight is None or self.weight.shape is None or axis is None:
+            return 0
+        return int(self.weight.shape.numpy()[axis])
 
     @property
     def content(self) -> bool:
@@ -71,6 +86,24 @@ def units_of(found: Sequence[Layer]) -> list[Unit]:
         key = f"weight {name_of(layer.weight)}" if layer.weight is not None else f"layer {layer.name}"
         members.setdefault(key, []).append(layer)
     return [Unit(tuple(group)) for group in members.values()]
+
+
+def free_layers(found: Sequence[Layer], kept: Collection[str], plan: Plan, *, with_attention: bool) -> list[Layer]:
+    """The layers to choose for: none in `kept` nor an island of the plan, and what the plan has all quantizers of."""
+
+    def quantized(layer: Layer) -> list[ir.Value]:
+        weight = [layer.weight] if layer.weight is not None else []
+        return [*layer.activations, *weight, *([layer.output] if layer.output_quantized else [])]
+
+    return [
+        layer
+        for layer in found
+        if layer.name not in kept
+        and layer.name not in plan.islands
+        and float_reason(layer.node) is None
+        and (layer.weight is not None or with_attention)
+        and all(plan.of(name_of(v), layer.name) is not None for v in quantized(layer))
+    ]
 
 
 def with_macs(units: Sequence[Unit], program: Program, context: Context) -> list[Unit]:
@@ -114,12 +147,39 @@ class WeightQuantizers:
 
     def __call__(self, layer: Layer, bits: int) -> Quantizer:
         own = self.plan.of(name_of(layer.weight), layer.name)
-        if own is not None and own.format == weight_format(bits) and own.axis == layer.weight_axis:
+        if own is not None and _has_width(own, bits) and own.axis == layer.weight_axis:
             return own
         if (layer.name, bits) not in self._made:
             made = weight_quantizer(layer, weight_format(bits), self.method, self.by)
             self._made[layer.name, bits] = made
         return self._made[layer.name, bits]
+
+    def by_row(self, layer: Layer, bits: RowBits) -> Quantizer:
+        """That of a weight whose output channels have these widths `[channels]`, each with its scale at its own."""
+        widest = self(layer, int(bits.max()))
+        scale = widest.scale.copy()
+        for width in np.unique(bits):
+            scale[bits == width] = self(layer, int(width)).scale[bits == width]
+        return replace(widest, scale=scale, by=self.by, row_bits=bits)
+
+
+def _has_width(quantizer: Quantizer, bits: int) -> bool:
+    return quantizer.format == weight_format(bits) and quantizer.row_bits is None
+
+
+def joined(units: Sequence[Unit], chosen: Sequence[Choice]) -> list[tuple[Unit, Choice, RowBits | None]]:
+    """Every whole unit with its choice. Where parts differ, the widest's, and the bits of all channels `[channels]`."""
+    members: dict[str, list[tuple[Unit, Choice]]] = {}
+    for unit, choice in zip(units, chosen, strict=True):
+        members.setdefault(unit.name, []).append((unit, choice))
+    found: list[tuple[Unit, Choice, RowBits | None]] = []
+    for parts in members.values():
+        unit, choices = replace(parts[0][0], rows=None), {choice for _, choice in parts}
+        bits = np.zeros(unit.channels, np.int8)
+        for part, choice in parts:
+            bits[part.rows] = choice.weight
+        found.append((unit, max(choices), bits if len(choices) > 1 else None))
+    return found
 
 
 def narrowed(quantizer: Quantizer, bits: int, by: str) -> Quantizer:
@@ -143,7 +203,7 @@ def with_choices(units: Sequence[Unit], chosen: Sequence[Choice], quantizers: We
     """The plan with the chosen widths; what stays in float is an island of it."""
     plan, by = quantizers.plan, quantizers.by
     held, islands = dict(plan.quantizers), dict(plan.islands)
-    for unit, choice in zip(units, chosen, strict=True):
+    for unit, choice, bits in joined(units, chosen):
         if choice == FLOAT:
             islands |= {layer.name: f"{by}: worth more in float" for layer in unit.layers}
             continue
@@ -154,7 +214,11 @@ def with_choices(units: Sequence[Unit], chosen: Sequence[Choice], quantizers: We
                     held[Site(name_of(value), layer.name)] = narrowed(whole, choice.activation, by)
             for site in (Site(name_of(layer.weight)), Site(name_of(layer.weight), layer.name)):
                 own = plan.quantizers.get(site)
-                if own is not None and own.axis == layer.weight_axis and own.format != weight_format(choice.weight):
+                if own is None or own.axis != layer.weight_axis:
+                    continue
+                if bits is not None:
+                    held[site] = quantizers.by_row(layer, bits)
+                elif not _has_width(own, choice.weight):
                     held[site] = quantizers(layer, choice.weight)
     return replace(plan, quantizers=held, islands=islands)
 

@@ -37,7 +37,7 @@ def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -
 
 def rounded(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Array:
     """A weight as its quantizer leaves it: rounded to the nearest grid point, in float."""
-    q = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.format, quantizer.axis)
+    q = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.grid, quantizer.axis)
     return dequantize(q, quantizer.scale, quantizer.zero_point, quantizer.axis)
 
 

@@ -125,7 +125,7 @@ def print_inspection(bundle: Bundle) -> None:
     if "bits" in m:
         _print_bits(m["bits"])
     if m["quantizers"]:
-        rows = [(q["site"], q["format"], _scale(q), _zero(q), q["by"]) for q in m["quantizers"]]
+        rows = [(q["site"], _format(q), _scale(q), _zero(q), q["by"]) for q in m["quantizers"]]
         console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
     kernels = [(name, row["kernel"], row.get("why", "")) for name, row in m["kernels"]["layers"].items()]
     console.print_table("layers", ("layer", "kernel", "why not integer"), kernels)
@@ -156,11 +156,18 @@ def _print_bits(bits: dict[str, Any]) -> None:
 
 
 def _layers(counted: dict[str, int]) -> str:
-    return ", ".join(f"{n} at {label}" if label != "float" else f"{n} in float" for label, n in counted.items())
+    words = {"float": "in float", "mixed": "mixed by channel"}
+    return ", ".join(f"{n} {words.get(label, f'at {label}')}" for label, n in counted.items())
 
 
 def _db(value: float | None) -> str:
     return "no error" if value is None else f"{value:.1f}"
+
+
+def _format(quantizer: dict[str, Any]) -> str:
+    """`int8`; with the number of channels where they have widths of their own: `int8 (4 bits: 115, 8 bits: 13)`."""
+    widths = ", ".join(f"{bits} bits: {n}" for bits, n in quantizer.get("row_bits", {}).items())
+    return f"{quantizer['format']} ({widths})" if widths else str(quantizer["format"])
 
 
 def _scale(quantizer: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ Around every layer that is not an island:
 Output policy: an integer convolution exists only when its output is quantized, with one quantizer, and when nobody
 reads the raw output; so every reader, in float too, reads behind the same DequantizeLinear. Matmuls accumulate in
 int32 and leave in float, so their outputs are not quantized. A format of fewer than 8 bits is simulated on the same
-kernels: a Clip behind Q keeps its integers inside the narrower grid.
+kernels: a Clip behind Q keeps its integers inside the narrower grid. A Clip ends all rows of a weight alike, so where
+assign_bits gave rows widths of their own, Q reads a copy of the weight that is cut off at each row's ends.
 
 Islands are kept in float on purpose and listed; compiler/islands.py has the roles, and the plan may hold some with
 their reasons (assign_bits). A layer without a plan, and everything that cannot be an integer kernel, is listed too.
@@ -17,18 +18,21 @@ their reasons (assign_bits). A layer without a plan, and everything that cannot 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from ..compiler import store
 from ..compiler.elementwise import make_scalars
-from ..compiler.errors import RecipeError
-from ..compiler.graph import Builder, Names, consumers, name_of, replace_use
+from ..compiler.errors import PassError, RecipeError
+from ..compiler.graph import Builder, Names, consumers, initializer, is_constant, name_of, replace_use
 from ..compiler.islands import Islands
 from ..compiler.ops import Layer, float_reason, layers, time_table
 from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program, Quantizer
+from ..compiler.program import Plan, Program, Quantizer, numpy_of
+from ..compiler.quant import along, ends
 from ..compiler.timetable import deployed_rows, group_of_train, lookup, step_index
 
 STORED_BITS = 8  # every format is stored in whole bytes
@@ -65,9 +69,10 @@ class InsertQdq(Pass):
         self._check_lowering(found, plan)
         float_model = program.model.clone()
         chosen = [layer for layer in found if layer.name not in reasons]
-        writer = _Writer(program, plan)
+        writer = _Writer(program, plan, context.folder)
         for layer in chosen:
             writer.quantize(layer)
+        writer.drop_unread()
         make_scalars(program.graph)
         note = f"{len(chosen)} layers quantized, {len(reasons)} kept in float"
         frozen = deployed_rows(program) if writer.has_tables else program.frozen
@@ -115,8 +120,9 @@ def _planned(layer: Layer, plan: Plan) -> bool:
 class _Writer:
     """Writes Q/DQ pairs; the pair of a value is shared by everyone who wants the same quantizer."""
 
-    def __init__(self, program: Program, plan: Plan) -> None:
-        self.graph, self.plan, self.names = program.graph, plan, Names(program.graph)
+    def __init__(self, program: Program, plan: Plan, folder: Path) -> None:
+        self.graph, self.plan, self.names, self.folder = program.graph, plan, Names(program.graph), folder
+        self._cut: list[ir.Value] = []
         tables = [q for q in plan.quantizers.values() if q.table]
         self.has_tables = bool(tables)
         self._start = self.graph[0]  # the lookups come in front of it, what reads graph inputs behind them
@@ -177,7 +183,30 @@ class _Writer:
         else:
             scale = build.constant(f"{stem}_scale", quantizer.scale)
             zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
+        if quantizer.row_bits is not None:
+            value = self._cut_off(value, quantizer)
         return _pair_nodes(build, value, quantizer, scale, zero)
+
+    def _cut_off(self, value: ir.Value, quantizer: Quantizer) -> ir.Value:
+        """A weight whose rows end where their grids do; a large one is appended to the stored weights."""
+        if not is_constant(value) or quantizer.axis is None:
+            raise PassError(
+                "only the output channels of a weight have widths of their own",
+                where=name_of(value),
+                hint="leave row_bits out of the quantizers of activations",
+            )
+        array = numpy_of(value)
+        scale = along(quantizer.scale, quantizer.axis, array.ndim)
+        low, high = ends(quantizer.grid, quantizer.axis, array.ndim)
+        name = self.names(f"{name_of(value)}_rows")
+        self._cut.append(value)
+        return initializer(self.graph, name, store.kept(np.clip(array, low * scale, high * scale), name, self.folder))
+
+    def drop_unread(self) -> None:
+        """Remove the weights that only stand beside copies of them now."""
+        for value in self._cut:
+            if not value.uses() and not value.is_graph_output():
+                self.graph.initializers.pop(name_of(value), None)
 
 
 def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:

@@ -13,6 +13,7 @@ Methods (compiler/rounding.py has formulas and sources): `nearest`, `gptq`, `gpt
 most `exact_inputs` inputs, gptq for the others. `scales`: `keep` those of the plan; `mse` searches each row's again by
 mean square; `output` searches by the diagonal of H and, when q is known, takes the scale that is best for it. Whatever
 the method, a row of weights that it does not make better than nearest with the plan's scales is rounded to nearest.
+Rows may have widths of their own (assign_bits); each stays inside its grid.
 
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, every sample at each
 (whatever allocate_steps said); `columns` positions for each layer, shared by calls and samples alike. Each call's share
@@ -51,8 +52,8 @@ from ..compiler.graph import name_of
 from ..compiler.layer_inputs import Gathered, Inputs, chosen_latents, gather
 from ..compiler.ops import layers
 from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
-from ..compiler.quant import Array, Format
+from ..compiler.program import Plan, Program
+from ..compiler.quant import Array, Grid, of_rows
 from ..compiler.quantized_weights import QuantizedWeight, find_weights, layer_name, replace_weight, with_scales
 from ..compiler.rounding_exact import obq
 from ..compiler.rounding_scales import refit, search
@@ -130,7 +131,7 @@ class RoundWeights(Pass):
             )
             for inputs in stage:
                 weight = inputs.weight
-                rows, scale = self._round(inputs, gathered, report)
+                rows, scale = self._round(inputs, _grid_of(inputs, program.plan), gathered, report)
                 for node, name in zip(weight.readers, inputs.float_weights, strict=True):
                     if not np.array_equal(scale, weight.scale()):
                         changed[layer_name(node)] = (weight, name, scale)
@@ -170,7 +171,7 @@ class RoundWeights(Pass):
             size += new
         yield stage
 
-    def _round(self, inputs: Inputs, gathered: Gathered, report: _Report) -> tuple[Array, Array]:
+    def _round(self, inputs: Inputs, grid: Grid, gathered: Gathered, report: _Report) -> tuple[Array, Array]:
         """Grid points and scales of one weight, group by group of its convolution."""
         weight = inputs.weight
         if self.scales != "keep" and not weight.per_row:
@@ -179,7 +180,7 @@ class RoundWeights(Pass):
                 where=weight.name,
                 hint="set round_weights.scales to keep",
             )
-        floats, scale = weight.rows(), weight.scale().copy()
+        floats, scale = inputs.rows(), weight.scale().copy()
         grams, shift = gathered.gram(inputs), gathered.shift(inputs)
         values = np.empty_like(floats)
         each = len(floats) // len(grams)
@@ -188,23 +189,23 @@ class RoundWeights(Pass):
             rounding.check_gram(gram, weight.name)
             moved = None if shift is None else shift[part]
             values[part], scale[part] = self._part(
-                floats[part], scale[part], gram, moved, weight.format, weight.name, report
+                floats[part], scale[part], gram, moved, of_rows(grid, part), weight.name, report
             )
         report.layer(values, weight, grams.shape[2], self)
         return values, scale
 
     def _part(
-        self, floats: Array, kept: Array, gram: Array, shift: Array | None, fmt: Format, where: str, report: _Report
+        self, floats: Array, kept: Array, gram: Array, shift: Array | None, grid: Grid, where: str, report: _Report
     ) -> tuple[Array, Array]:
         target: npt.NDArray[np.floating] = floats
         scale = kept
         if self.scales != "keep":
             importance = np.diagonal(gram) if self.scales == "output" else np.ones(gram.shape[1], np.float32)
-            scale = search(floats, kept, fmt, importance)
+            scale = search(floats, kept, grid, importance)
         if self.method == "nearest":
-            integers = rounding.nearest(floats, scale, fmt)
+            integers = rounding.nearest(floats, scale, grid)
         elif self.method == "comq":
-            integers = rounding.comq(floats, gram, scale, fmt, sweeps=self.sweeps, block=self.block)
+            integers = rounding.comq(floats, gram, scale, grid, sweeps=self.sweeps, block=self.block)
         else:
             order = rounding.input_order(gram, self.act_order)
             root = rounding.inverse_root(gram, order, self.damp, where)
@@ -212,14 +213,14 @@ class RoundWeights(Pass):
             if shift is not None:
                 target = rounding.shifted_target(floats, shift, root, self.alpha).astype(np.float32)
             if self.exact(gram.shape[1]):
-                integers = obq(target, root, scale, fmt)
+                integers = obq(target, root, scale, grid)
             else:
-                integers = rounding.gptq(target, root, scale, fmt, block=self.block)
+                integers = rounding.gptq(target, root, scale, grid, block=self.block)
             del root
         if self.scales == "output":
             scale = refit(target, integers, gram, scale)
         values = scale[:, None] * integers
-        plain = kept[:, None] * rounding.nearest(floats, kept, fmt)
+        plain = kept[:, None] * rounding.nearest(floats, kept, grid)
         error = rounding.row_errors(values - target, gram)
         simple = rounding.row_errors(plain - target, gram)
         better = error < simple
@@ -229,6 +230,12 @@ class RoundWeights(Pass):
     def exact(self, inputs: int) -> bool:
         """Whether a layer of so many inputs is rounded by obq."""
         return self.method == "obq" and inputs <= self.exact_inputs
+
+
+def _grid_of(inputs: Inputs, plan: Plan) -> Grid:
+    """The grid of a weight: the graph knows the widest row's, the plan those of the others."""
+    planned = plan.of(inputs.float_weights[0], inputs.weight.name)
+    return inputs.weight.format if planned is None or planned.row_bits is None else planned.grid
 
 
 @dataclass

@@ -15,7 +15,7 @@ from mezzotint.compiler.graph import is_constant, name_of
 from mezzotint.compiler.ops import layers
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Plan, Program, Quantizer, Site, numpy_of
-from mezzotint.compiler.quant import INT8, UINT8, scale_for_range
+from mezzotint.compiler.quant import INT8, UINT8, Format, scale_for_range
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.recipe_files import with_options
 from mezzotint.passes.recipes import RECIPES
@@ -68,6 +68,29 @@ def test_golden_consumer_site(check_golden: Check) -> None:
         return replace(program, plan=Plan({**plan.quantizers, **own}))
 
     check_golden(InsertQdq(islands=()), "consumer_site", prepare=prepare)
+
+
+def test_golden_row_widths(check_golden: Check) -> None:
+    """Weights are cut off at the ends of their rows; one that an Add reads, too, stays beside its copy."""
+
+    def prepare(program: Program) -> Program:
+        """Of 2 and 8 bits, which needs no Clip, and of 2 and 4; steps of 0.5."""
+        plan = planned(program).plan
+        assert plan is not None
+        quantizers = dict(plan.quantizers)
+        for name, bits in (("kernel", [2, 8]), ("weight", [4, 2, 2, 4])):
+            widest = Format(max(bits), signed=True, symmetric=True)
+            scale = np.full(len(bits), 0.5, np.float32)
+            quantizers[Site(name)] = replace(
+                plan.quantizers[Site(name)], format=widest, scale=scale, row_bits=np.array(bits, np.int8)
+            )
+        return replace(program, plan=Plan(quantizers))
+
+    after = check_golden(InsertQdq(islands=()), "row_widths", prepare=prepare)
+    assert "kernel" not in after.graph.initializers
+    kernel, weight = (numpy_of(after.graph.initializers[f"{name}_rows"]) for name in ("kernel", "weight"))
+    assert kernel.reshape(-1).tolist() == [0.5, 0.5, -3, 4]
+    assert weight[1].tolist() == [0, 0.5, 0.5, 0] and weight[3].tolist() == [-3.5, 0, 0, 1]
 
 
 def test_an_island_that_matches_nothing_is_refused(tiny: Program, context: Context) -> None:
