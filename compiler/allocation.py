@@ -14,7 +14,10 @@ the answer where the solver finds none that is better.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -111,17 +114,35 @@ def _solved(errors: Errors, costs: Costs, budget: float, scale: float, time_limi
     owner = np.repeat(np.arange(len(sizes)), sizes)
     members = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(sizes), len(flat)))
     room = max(float(weights.max()), 1.0)
-    found = milp(
-        np.minimum(flat / scale, 10.0) * 1e3,  # what errs ten times as much as a whole answer is in no better one
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(members, 1, 1),
-            LinearConstraint(csr_array(weights[None, :] / room), -np.inf, budget / room),
-        ],
-        options={"time_limit": time_limit, "mip_rel_gap": GAP},
-    )
+    with _stdout_to_stderr():
+        found = milp(
+            np.minimum(flat / scale, 10.0) * 1e3,  # what errs ten times as much as a whole answer is in no better one
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(members, 1, 1),
+                LinearConstraint(csr_array(weights[None, :] / room), -np.inf, budget / room),
+            ],
+            options={"time_limit": time_limit, "mip_rel_gap": GAP},
+        )
     if found.x is None:
         return None
     chosen = [int(np.argmax(found.x[a:b])) for a, b in pairwise(ends)]
     return _of(errors, costs, chosen, float(found.mip_gap or 0.0))
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints a line when it mends a solution, whatever it was told; stdout belongs to what a command answers."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # a process without one
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -185,6 +185,14 @@ BITS = (
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="mixdq"),)),
     ),
     _beside_w8a8(
+        "mpq-dm",
+        "w4a8",
+        "MPQ-DM, arXiv 2412.11549 (channels by kurtosis; widths by an integer program, not one bit more or less; no "
+        "smoothing, no distillation)",
+        "2, 4 or 8 bits for each tenth of a layer's output channels, 4 on average",
+        static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), parts=10, order="kurtosis"),)),
+    ),
+    _beside_w8a8(
         "hawq",
         "w4a8",
         "HAWQ-V2 and HAWQ-V3, arXiv 1911.03852 and 2011.10680 (Gauss-Newton traces of epsilon's error; probes without "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,3 +78,22 @@ def test_without_a_solver_there_is_the_relaxation(monkeypatch: pytest.MonkeyPatc
     assert found is not None and found.cost <= 7
     wanted = best([list(zip(e, k, strict=True)) for e, k in zip(errors, costs, strict=True)], 7)
     assert wanted is not None and found.error * (1 - found.gap) <= wanted + 1e-9
+
+
+def test_what_the_solver_prints_is_no_answer_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """HiGHS writes to the process's stdout past Python; a command's JSON goes there."""
+    solve = allocation.milp
+
+    def loud(*arguments: Any, **options: Any) -> Any:
+        os.write(1, b"mending\n")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(allocation, "milp", loud)
+    print("before")
+    found = allocate([[1.0, 0.5, 0.1], [1.0, 0.2, 0.1]], [[1, 2, 6], [1, 2, 6]], 7)
+    print("after")
+    assert found is not None
+    said = capfd.readouterr()
+    assert said.out == "before\nafter\n" and "mending" in said.err
