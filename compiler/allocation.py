@@ -114,7 +114,7 @@ def _solved(errors: Errors, costs: Costs, budget: float, scale: float, time_limi
     owner = np.repeat(np.arange(len(sizes)), sizes)
     members = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(sizes), len(flat)))
     room = max(float(weights.max()), 1.0)
-    with _stdout_to_stderr():
+    with _silent():
         found = milp(
             np.minimum(flat / scale, 10.0) * 1e3,  # what errs ten times as much as a whole answer is in no better one
             integrality=np.ones(len(flat)),
@@ -132,8 +132,9 @@ def _solved(errors: Errors, costs: Costs, budget: float, scale: float, time_limi
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """HiGHS prints a line when it mends a solution, whatever it was told; stdout belongs to what a command answers."""
+def _silent() -> Iterator[None]:
+    """HiGHS prints the name of a function of its own when it mends a solution, whatever it was told, past Python's
+    streams. Standard output belongs to what a command answers."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)
@@ -141,7 +142,9 @@ def _stdout_to_stderr() -> Iterator[None]:
         yield
         return
     try:
-        os.dup2(2, 1)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
         yield
     finally:
         os.dup2(kept, 1)

@@ -61,14 +61,15 @@ OURS = (
     ),
     Recipe(
         "w4a8",
-        "w8a8-steps with weights of 4 bits in half a byte each, 8 for the few layers that need them, rounded against "
+        "w8a8-steps with weights of 4 bits in half a byte each, 8 for the few channels that need them, rounded against "
         "their inputs",
         stepwise(
             weight_bits=4,
-            plan=(AssignBits(mean_bits=4.2, islands=ISLANDS),),
+            plan=(AssignBits(mean_bits=4.15, parts=10, islands=ISLANDS),),
             behind=(RoundWeights(), StoreHalf(scales=True)),
         ),
-        paper="GPTQ, arXiv 2210.17323; HAWQ-V3, arXiv 2011.10680 (integer program); TDQ, arXiv 2306.02316",
+        paper="GPTQ, arXiv 2210.17323; HAWQ-V3, arXiv 2011.10680 (integer program); MPQ-DM, arXiv 2412.11549 (widths of "
+        "channels); TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",
         claim="w4a8",
     ),

@@ -1,6 +1,6 @@
 """Compiles the embedded digits with every recipe at several widths, and writes docs/leaderboard.md.
 
-    python tools/leaderboard.py                              all recipes at W8A8, W6A6 and W4A8, 64 pictures
+    python tools/leaderboard.py                              all recipes at W8A8, W6A6 and W4A8, 32 pictures
     python tools/leaderboard.py --recipe gptq --width w4a8   one row
     python tools/leaderboard.py --write-only                 the page again, from the rows that are there
 
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name in RECIPES if name not in OWN_WIDTH]
     parser.add_argument("--recipe", action="append", choices=names, help="only this one (may be repeated)")
     parser.add_argument("--width", action="append", choices=list(WIDTHS), help="only this one (may be repeated)")
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
