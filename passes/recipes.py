@@ -68,8 +68,8 @@ OURS = (
             plan=(AssignBits(mean_bits=4.15, parts=10, islands=ISLANDS),),
             behind=(RoundWeights(), StoreHalf(scales=True)),
         ),
-        paper="GPTQ, arXiv 2210.17323; HAWQ-V3, arXiv 2011.10680 (integer program); MPQ-DM, arXiv 2412.11549 (widths by "
-        "channel); TDQ, arXiv 2306.02316",
+        paper="GPTQ, arXiv 2210.17323; HAWQ-V3, arXiv 2011.10680 (integer program); MPQ-DM, arXiv 2412.11549 (widths "
+        "by channel); TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",
         claim="w4a8",
     ),
