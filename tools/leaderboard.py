@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", action="append", choices=list(WIDTHS), help="only this one (may be repeated)")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--calibration", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="leave that for another run")
