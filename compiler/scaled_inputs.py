@@ -65,10 +65,7 @@ class ScaledInputs(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         stats = program.stats
         assert stats is not None  # the order check saw to it
-        if stats.digest != graphs.digest(program.model):
-            raise StatsError(
-                "the statistics were measured on another graph", where=self.name, hint="run observe on this graph first"
-            )
+        stats.check_graph(graphs.digest(program.model), self.name)
         if not stats.squares:
             raise StatsError(
                 "no channel that a layer reads was measured by itself",

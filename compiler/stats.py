@@ -133,6 +133,13 @@ class Stats:
     squares: Mapping[tuple[str, int], npt.NDArray[np.float64]] = field(default_factory=dict)
     axes: Mapping[str, int] = field(default_factory=dict)
 
+    def check_graph(self, digest: str, where: str) -> None:
+        """Raise StatsError unless they were measured on the graph with this digest."""
+        if self.digest != digest:
+            raise StatsError(
+                "the statistics were measured on another graph", where=where, hint="run observe on this graph first"
+            )
+
     def values(self) -> Iterable[str]:
         return dict.fromkeys(name for name, _ in self.summaries)
 

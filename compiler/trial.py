@@ -76,7 +76,19 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
     return [Trial(e.pooled(), float(np.mean(p))) for e, p in zip(errors, pictures, strict=True)]
 
 
-def verdict(before: Trial, after: Trial, *, kept: bool) -> str:
+def judged(before: Program, after: Program, context: Context, samples: int, note: str, by: str) -> Program:
+    """The changed program, unless pictures of noise that it was not fitted to are worse for it; the note says which.
+
+    Without `samples` the change is kept unseen.
+    """
+    if not samples:
+        return after.noted(f"{note}; not judged")
+    trials = compare_programs((before, after), context, samples, f"{by}, held out")
+    kept = trials[1].pictures >= trials[0].pictures
+    return (after if kept else before).noted(f"{note}; {_verdict(*trials, kept=kept)}")
+
+
+def _verdict(before: Trial, after: Trial, *, kept: bool) -> str:
     """What a change did to held-out pictures, for the history."""
     return (
         f"{'kept' if kept else 'thrown away'}: on held-out noise pictures {before.pictures:.2f} -> "

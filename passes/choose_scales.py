@@ -48,10 +48,7 @@ class ChooseScales(Pass):
     def run(self, program: Program, context: Context) -> Program:
         stats = program.stats
         assert stats is not None  # the order check saw to it
-        if stats.digest != graphs.digest(program.model):
-            raise StatsError(
-                "the statistics were measured on another graph", where=self.name, hint="run observe on this graph first"
-            )
+        stats.check_graph(graphs.digest(program.model), self.name)
         activation_format = UINT8 if self.activation_bits == 8 else Format(self.activation_bits)
         of_weights = weight_format(self.weight_bits)
         found = list(layers(program.graph))

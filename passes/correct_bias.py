@@ -47,7 +47,7 @@ from ..compiler.execute import Executor
 from ..compiler.graph import Names, name_of, remove_dead
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
-from ..compiler.trial import compare_programs, verdict
+from ..compiler.trial import judged
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class CorrectBias(Pass):
         note = f"{len(sizes)} biases corrected ({tables} tables), by {_median(sizes)} of the output's rms"
         if len(sizes) < len(found):
             note += f"; {len(found) - len(sizes)} would not fit into 32 bits and stay"
-        return self._judged(before, program, context, note)
+        return judged(before, program, context, self.held_out, note, self.name)
 
     def _measure(
         self, program: Program, context: Context, stage: Sequence[QuantizedLayer], label: str
@@ -127,14 +127,6 @@ class CorrectBias(Pass):
 
             follow_trajectories(program, context, denoiser, label)
         return means
-
-    def _judged(self, before: Program, after: Program, context: Context, note: str) -> Program:
-        """The corrected program, unless its prediction is worse on latents that it was not measured on."""
-        if not self.held_out:
-            return after.noted(f"{note}; not judged")
-        trials = compare_programs((before, after), context, self.held_out, f"{self.name}, held out")
-        kept = trials[1].pictures >= trials[0].pictures
-        return (after if kept else before).noted(f"{note}; {verdict(*trials, kept=kept)}")
 
 
 def _size(program: Program, layer: QuantizedLayer, shift: Numbers) -> float:

@@ -38,7 +38,7 @@ from ..compiler.lower_qdq import dequantizer
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
 from ..compiler.timetable import deployed_rows, lookup, step_index
-from ..compiler.trial import compare_programs, verdict
+from ..compiler.trial import judged
 from ..runtime.tables import nearest_rows
 
 SMALLEST_RANK = 3  # onnxruntime makes a float Gemm of a MatMul of two matrices and the Add behind it
@@ -78,7 +78,7 @@ class CorrectSoftmax(Pass):
         for attention, beta, row in zip(found, betas, rows, strict=True):
             _correct(program.graph, names, attention, beta, row)
         note = f"{len(found)} softmaxes corrected, whose rows lacked {np.mean(lost):.3%} on average{about}"
-        return self._judged(before, program, context, note)
+        return judged(before, program, context, self.held_out, note, self.name)
 
     def _measure(
         self, program: Program, context: Context, found: Sequence[_Attention], timed: bool
@@ -109,14 +109,6 @@ class CorrectSoftmax(Pass):
             follow_trajectories(program, context, denoiser, self.name)
         betas = [mean.by_row() if timed else mean.overall() for mean in means]
         return betas, [float(1 - rounded / whole) for rounded, whole in sums]
-
-    def _judged(self, before: Program, after: Program, context: Context, note: str) -> Program:
-        """The corrected program, unless the pictures of another seed are worse for it."""
-        if not self.held_out:
-            return after.noted(f"{note}; not judged")
-        trials = compare_programs((before, after), context, self.held_out, f"{self.name}, held out")
-        kept = trials[1].pictures >= trials[0].pictures
-        return (after if kept else before).noted(f"{note}; {verdict(*trials, kept=kept)}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,10 +60,7 @@ class ReparameterizeNorms(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         graph, stats = program.graph, program.stats
         assert stats is not None  # the order check saw to it
-        if stats.digest != graphs.digest(program.model):
-            raise StatsError(
-                "the statistics were measured on another graph", where=self.name, hint="run observe on this graph first"
-            )
+        stats.check_graph(graphs.digest(program.model), self.name)
         names, folds = Names(graph), find_folds(graph)
         refused = {fold.name: fold.reason for fold in folds if fold.reason}
         chosen = [fold for fold in folds if fold.kind in ("norm", "adaln")]

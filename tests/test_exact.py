@@ -37,7 +37,7 @@ from tests.tiny import context_in
 Images = npt.NDArray[np.float32]
 TOLERANCE = 1e-4  # relative to the largest value of the prediction, as in the passes
 BY_CHANNEL = Observe(groups=0, channels="inputs")
-EVERYWHERE = {"run_time": True, "run_time_gain": -100.0, "gain": -100.0, "islands": ()}
+EVERYWHERE: dict[str, Any] = {"run_time": True, "run_time_gain": -100.0, "gain": -100.0, "islands": ()}
 PASSES: dict[str, tuple[Pass, ...]] = {
     "fold_time": (FoldTime(),),
     "split_shortcuts": (SplitShortcuts(islands=()),),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,7 +85,7 @@ def test_what_the_solver_prints_is_no_answer_of_ours(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """HiGHS writes to the process's stdout past Python; a command's JSON goes there."""
-    solve = allocation.milp
+    solve = scipy.optimize.milp
 
     def loud(*arguments: Any, **options: Any) -> Any:
         os.write(1, b"mending\n")
