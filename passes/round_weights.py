@@ -32,8 +32,11 @@ Measured on the digits with weights of 4 bits (w8a8-steps, 8 calibration samples
     nearest, output 25.0 (38.9, 14.6)     gptq, output 28.3 (49.4, 17.6)  comq, output 27.4 (48.2, 16.7)
 
 where gptaq was run with `output` too. The layers' own error falls to 14 % of nearest's, with comq to 21 %; scales that
-fit one layer's calibration inputs better do not help behind gptq. One layer of 11,520 inputs and 1280 outputs takes 43
-seconds of one core and 1.6 GB behind its statistics, which take 1.3 seconds for 1024 columns.
+fit one layer's calibration inputs better do not help behind gptq. With 32 calibration samples, at 50 steps, pictures of
+w8a8-steps with 4-bit weights go from 30.9 to 40.9 dB, epsilon from 29.6 to 34.2. One layer of 11,520 inputs and 1280
+outputs takes 43 seconds of one core and 1.6 GB behind its statistics, which take 1.3 seconds for 1024 columns; the
+Stable Diffusion 1.5 configuration (256 weights, up to 23,040 inputs) 35 minutes of two cores for four samples at four
+calls, with a peak of 11.9 GB in the whole compilation.
 """
 
 from __future__ import annotations
