@@ -192,7 +192,7 @@ class Board:
     def speed(self, bundle: Bundle, net: Predict) -> float:
         exact = Denoiser(self.exported, bundle.signature, threads=self.args.threads)
         x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
-        return call_ratio(exact, net, x, middle_timestep(bundle), repeats=15)[2]
+        return call_ratio(exact, net, x, middle_timestep(bundle), repeats=9)[2]
 
     @property
     def images(self) -> int:
