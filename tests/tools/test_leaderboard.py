@@ -77,6 +77,8 @@ def test_the_page_says_who_beats_its_baseline() -> None:
     assert "`method` at W4A8: better than `w8a8` in the prediction (21.50 against 20.00 dB" in text
     worse = page([rows["w8a8"], replace(rows["method"], sqnr=19.0)], "", recipes)
     assert "`method` at W4A8: NOT better than" in worse
+    hardly = page([rows["w8a8"], replace(rows["method"], sqnr=20.05)], "", recipes)
+    assert "`method` at W4A8: NOT better than" in hardly, "calibrations differ by as much"
     refused = page([a_row("method", refused="nothing to split", sqnr=None, psnr=None)], "", recipes)
     assert "| `method` | nothing to split |" in refused
 
