@@ -291,8 +291,8 @@ def test_a_whole_recipe(context: Context) -> None:
     """Observed, scaled, observed again, and through to integer kernels with tables."""
     islands = ("first", "last")
     scaled = SmoothScales(weight_bits=4, gain=0.0, run_time=True, run_time_gain=0.0, islands=islands)
-    recipe = Recipe("r", "", (*FAST, INPUTS, scaled, *RECIPES["w8a8-steps"].passes[len(FAST) :]))
-    recipe = with_options(recipe, {"choose_scales.weight_bits": 4, "insert_qdq.islands": islands})
+    steps = with_options(RECIPES["w8a8-steps"], {"choose_scales.weight_bits": 4, "insert_qdq.islands": islands})
+    recipe = Recipe("r", "", (*FAST, INPUTS, scaled, *steps.passes[len(FAST) :]))
     program = pipeline.run(tiny_program(), recipe.passes, context)
     assert any("run_time" in record.note for record in program.history if record.name == "smooth_scales")
     x = np.random.default_rng(0).standard_normal((4, *program.shape)).astype(np.float32)

@@ -267,8 +267,7 @@ def test_the_halves_run_on_integer_kernels(tmp_path: Path, oldest: bool) -> None
     recipes = {"qdq": Recipe("a", "", split(RECIPES["w8a8"])), "integer": Recipe("b", "", split(RECIPES["w8a8-steps"]))}
     files = []
     for spelling, recipe in recipes.items():
-        settings = {"insert_qdq.islands": ["first", "last"]}
-        bundle = compile_model(source, tmp_path / spelling, recipe=recipe, settings=settings, **SMALL, size=(8, 8))
+        bundle = compile_model(source, tmp_path / spelling, recipe=recipe, **SMALL, size=(8, 8))
         files.append(str(bundle.model_path.rename(tmp_path / f"{spelling}.onnx")))
     root = Path(__file__).parents[2]
     first = [Path(sys.prefix) / "oldest"] if oldest else []
@@ -284,9 +283,10 @@ def test_the_halves_run_on_integer_kernels(tmp_path: Path, oldest: bool) -> None
 
 
 def split(recipe: Recipe) -> tuple[Pass, ...]:
-    """A recipe's passes with this one in front of observe."""
-    at = [p.name for p in recipe.passes].index("observe")
-    return (*recipe.passes[:at], SplitShortcuts(), *recipe.passes[at:])
+    """A recipe's passes with this one in front of observe, and its islands."""
+    passes = with_options(recipe, {"insert_qdq.islands": ["first", "last"]}).passes
+    at = [p.name for p in passes].index("observe")
+    return (*passes[:at], SplitShortcuts(), *passes[at:])
 
 
 def test_options_are_checked() -> None:
