@@ -37,7 +37,7 @@ from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass
+from mezzotint.passes.recipe_files import make_pass, with_options
 from mezzotint.passes.recipe_parts import EXACT
 from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.split_shortcuts import SplitShortcuts
