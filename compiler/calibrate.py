@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime import samplers
+from ..runtime.guidance import combine, doubled, doubled_conditions
+from ..runtime.steps import State, Timestep
 from .errors import ConditionError
 from .pipeline import Context
 from .program import Program
 
 Images = npt.NDArray[np.float32]
 Conditions = dict[str, npt.NDArray[Any]]
-CalibrationDenoiser = Callable[[Images, int, Conditions], Images]
+CalibrationDenoiser = Callable[[Images, Timestep, Conditions], Images]
 
 
 def follow_trajectories(program: Program, context: Context, denoiser: CalibrationDenoiser, stage: str) -> int:
@@ -23,21 +25,22 @@ def follow_trajectories(program: Program, context: Context, denoiser: Calibratio
 
     A graph with its batch written in gets whole batches, a few images more than asked for perhaps.
     The denoiser is called as `(x [B, C, H, W], timestep, conditions of the same rows) -> output`; nothing is kept.
+    Under guidance B is both halves, and what comes back is combined for the sampler.
     """
     deployment = program.deployment
     check_conditions(program, context)
     spans = batch_spans(program, context)
-    total = len(spans) * len(deployment.timesteps)
+    total = len(spans) * len(deployment.calls)
     calls = 0
     for first, rows in spans:
-        conditions = context.condition_rows(first, rows)
+        conditions = batch_conditions(program, context, first, rows)
 
-        def call(x: Images, t: int, conditions: Conditions = conditions) -> Images:
+        def call(x: Images, t: Timestep, conditions: Conditions = conditions) -> Images:
             nonlocal calls
-            output = denoiser(x, t, conditions)
+            output = denoiser(both_halves(program, x), t, conditions)
             calls += 1
             context.progress(stage, calls, total)
-            return output
+            return guided_output(program, output)
 
         x = samplers.initial_noise(context.seed, (rows, *program.shape), first=first)
         noise = samplers.seeded_noise(context.seed, first=first)
@@ -47,9 +50,33 @@ def follow_trajectories(program: Program, context: Context, denoiser: Calibratio
 
 def batch_spans(program: Program, context: Context) -> list[tuple[int, int]]:
     """(first sample, number of samples) of each calibration batch; a batch that is written into the graph is whole."""
-    size = program.fixed_batch or context.batch
-    starts = range(0, context.samples, size)
-    return [(first, program.fixed_batch or min(size, context.samples - first)) for first in starts]
+    fixed = program.fixed_batch
+    if fixed and program.deployment.guided:
+        if fixed % 2:
+            raise ConditionError(
+                f"the model's batch of {fixed} cannot hold both halves of guidance",
+                where=f"input {program.signature.sample}",
+                hint="export it with an open batch, or an even one",
+            )
+        fixed //= 2
+    size = fixed or context.batch
+    return [(first, fixed or min(size, context.samples - first)) for first in range(0, context.samples, size)]
+
+
+def batch_conditions(program: Program, context: Context, first: int, rows: int) -> Conditions:
+    """The conditions of one call: of these samples, and under guidance the unconditional ones before them."""
+    conditions = context.condition_rows(first, rows)
+    return doubled_conditions(conditions, context.unconditional) if program.deployment.guided else conditions
+
+
+def both_halves(program: Program, x: Images) -> Images:
+    """What the network sees of x: twice the batch under guidance."""
+    return doubled(x) if program.deployment.guided else x
+
+
+def guided_output(program: Program, output: Images) -> Images:
+    """The prediction that the sampler gets: both halves combined under guidance."""
+    return combine(output, program.deployment.guidance) if program.deployment.guided else output
 
 
 class LockStep:
@@ -61,11 +88,12 @@ class LockStep:
 
     def __init__(self, program: Program, context: Context) -> None:
         check_conditions(program, context)
-        self._context = context
-        self._stepper = samplers.stepper(program.schedule, program.deployment)
+        self._program, self._context = program, context
+        self._stepper = samplers.Stepper(program.deployment.solver(program.schedule))
         self._spans = batch_spans(program, context)
         shape = program.shape
-        self._latents = [samplers.initial_noise(context.seed, (n, *shape), first=first) for first, n in self._spans]
+        noises = [samplers.initial_noise(context.seed, (n, *shape), first=first) for first, n in self._spans]
+        self._states: list[State] = [self._stepper.begin(noise) for noise in noises]
         self._index = 0
 
     def __len__(self) -> int:
@@ -73,16 +101,17 @@ class LockStep:
         return len(self._spans)
 
     def batches(self) -> Iterator[tuple[Images, Conditions]]:
-        """(latents `[B, C, H, W]`, conditions of the same rows) of each batch, where they stand now."""
-        for (first, rows), x in zip(self._spans, self._latents, strict=True):
-            yield x, self._context.condition_rows(first, rows)
+        """(what the network sees `[B, C, H, W]`, conditions of the same rows) of each batch, where they stand now."""
+        for (first, rows), state in zip(self._spans, self._states, strict=True):
+            yield both_halves(self._program, state["x"]), batch_conditions(self._program, self._context, first, rows)
 
     def advance(self, denoiser: CalibrationDenoiser) -> None:
-        """Take one step of the sampler with every batch."""
-        timestep = self._stepper.steps[self._index].timestep
+        """Make the next network call of the sampler with every batch."""
+        timestep = self._stepper.solver.steps[self._index].timestep
         for i, (x, conditions) in enumerate(self.batches()):
             noise = samplers.seeded_noise(self._context.seed, first=self._spans[i][0])
-            self._latents[i] = self._stepper.advance(self._index, x, denoiser(x, timestep, conditions), noise)
+            output = guided_output(self._program, denoiser(x, timestep, conditions))
+            self._states[i] = self._stepper.advance(self._index, self._states[i], output, noise)
         self._index += 1
 
 
@@ -112,6 +141,15 @@ def check_conditions(program: Program, context: Context) -> None:
                 where=f"input {name}",
                 hint="the first dimension counts rows, the others must be the model's",
             )
+    if program.deployment.guided and not program.conditions():
+        raise ConditionError("guidance is for models with a condition", hint="leave out --guidance")
+    if program.deployment.guided and not context.unconditional:
+        raise ConditionError(
+            f"guidance {program.deployment.guidance:g} needs unconditional rows (the empty prompt, the null class)",
+            hint="give --unconditional FILE.npz with one row for each condition that differs",
+        )
+    if extra := set(context.unconditional) - set(program.conditions()):
+        raise ConditionError(f"the model has no condition {sorted(extra)[0]!r}", where="--unconditional")
     if extra := set(context.conditions) - set(program.conditions()):
         raise ConditionError(
             f"the model has no condition {sorted(extra)[0]!r}",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.steps import Timestep
 from .errors import StatsError
 from .stats import Summary
 
@@ -38,7 +39,7 @@ class Collector:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._waiting: Future[None] | None = None
 
-    def add(self, group: int, timestep: int, values: Values) -> None:
+    def add(self, group: int, timestep: Timestep, values: Values) -> None:
         """Fold one call's values, of any shape and number type, into a group. The arrays must not change afterwards.
 
         Raises StatsError when the call before it had computed NaN or infinity.
@@ -52,7 +53,7 @@ class Collector:
         if waiting is not None:
             waiting.result()
 
-    def _fold(self, group: int, timestep: int, values: Values) -> None:
+    def _fold(self, group: int, timestep: Timestep, values: Values) -> None:
         for name, array in values.items():
             summary = self.summaries.setdefault((name, group), Summary())
             summary.add(np.asarray(array, np.float32))

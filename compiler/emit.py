@@ -175,6 +175,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
         ],
         "islands": dict(islands),
         "refused": dict(program.refused),
+        **({"noise": dict(program.noise_report)} if program.noise_report else {}),
         **({"bits": dict(program.plan.report)} if program.plan and program.plan.report else {}),
         "nodes": dict(sorted(counts(lowered.graph).items())),
     }

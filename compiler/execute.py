@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ..runtime.session import Level, open_session
 from ..runtime.signature import Signature
+from ..runtime.steps import Timestep
 from . import store
 from .graph import name_of, remove_dead
 
@@ -52,7 +53,7 @@ class Executor:
         return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
 
     def call(
-        self, signature: Signature, x: npt.NDArray[np.float32], t: int, conditions: Feeds | None = None
+        self, signature: Signature, x: npt.NDArray[np.float32], t: Timestep, conditions: Feeds | None = None
     ) -> dict[str, npt.NDArray[Any]]:
         """One network call: `x` float32 `[batch, C, H, W]` at timestep `t` for the whole batch."""
         return self.run(feeds(self.inputs, signature, x, t, conditions))
@@ -75,7 +76,7 @@ def feeds(
     inputs: Mapping[str, ir.Value],
     signature: Signature,
     x: npt.NDArray[np.float32],
-    t: int,
+    t: Timestep,
     conditions: Feeds | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Inputs of one call, the timestep in the shape and type that the graph asks for."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..runtime.schedule import Deployment, Schedule
+from ..runtime.deployment import Deployment
+from ..runtime.schedule import Schedule
 from ..runtime.signature import Prediction, Signature
 from . import store
-from .errors import ModelError
+from .errors import ModelError, SignatureError
 from .graph import name_of
 from .program import Program
 from .roles import infer_signature
@@ -72,6 +73,7 @@ def finish_import(
 ) -> Program:
     """What both front ends do last: store the weights, check that they are finite, settle the sample's shape."""
     shape = _sample_shape(model.graph, signature, size, where)
+    _check_timestep(model.graph, signature, deployment)
     try:
         store.adopt(model, folder)
     except FileNotFoundError as error:
@@ -89,6 +91,17 @@ def finish_import(
         source={**source, "parameter_bytes": store.parameter_bytes(model), "weights_sha256": _weights_sha(folder)},
         fx_text=fx_text,
     )
+
+
+def _check_timestep(graph: ir.Graph, signature: Signature, deployment: Deployment) -> None:
+    value = next(v for v in graph.inputs if v.name == signature.timestep)
+    between = next((t for t in deployment.calls if not isinstance(t, int)), None)
+    if between is not None and value.dtype is not None and not value.dtype.is_floating_point():
+        raise SignatureError(
+            f"{deployment.sampler} calls timestep {between:g}, and the model's timestep input is {value.dtype}",
+            where=f"input {signature.timestep}",
+            hint="set the scheduler's timestep_spacing to leading or trailing, or export it with a float timestep",
+        )
 
 
 def load_onnx(path: Path) -> ir.Model:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from ..runtime.schedule import Deployment, Schedule
+from ..runtime.deployment import Deployment
+from ..runtime.schedule import Schedule
 from ..runtime.signature import Signature
 from .errors import ModelError
 from .execute import Executor
@@ -88,7 +89,8 @@ def load_model(folder: Path) -> torch.nn.Module:
 def import_folder(path: Path, folder: Path, **options: Any) -> Program:
     """Like `import_torch`, for a diffusers model folder; torch's copy of the weights is gone before onnxruntime's
     comes, so that only one of them is in memory."""
-    return _finish(_read(load_model(path), options["schedule"], options.get("size"), str(path)), folder, **options)
+    reading = _read(load_model(path), options["schedule"], options["deployment"], options.get("size"), str(path))
+    return _finish(reading, folder, **options)
 
 
 def import_torch(
@@ -106,7 +108,7 @@ def import_torch(
     The inputs keep their diffusers names; the batch stays open, height and width too where the model allows.
     Raises ModelError for other classes, and when the export lost weights or disagrees with torch.
     """
-    reading = _read(model, schedule, size, name)
+    reading = _read(model, schedule, deployment, size, name)
     return _finish(reading, folder, schedule=schedule, deployment=deployment, name=name, threads=threads)
 
 
@@ -122,7 +124,9 @@ class _Reading:
     parameters: int
 
 
-def _read(model: torch.nn.Module, schedule: Schedule, size: tuple[int, int] | None, name: str) -> _Reading:
+def _read(
+    model: torch.nn.Module, schedule: Schedule, deployment: Deployment, size: tuple[int, int] | None, name: str
+) -> _Reading:
     if type(model).__name__ not in _SUPPORTED:
         raise _unsupported(type(model).__name__, name)
     if wrong := next((f"{n} is {p.dtype}" for n, p in model.named_parameters() if p.dtype != torch.float32), None):
@@ -130,7 +134,8 @@ def _read(model: torch.nn.Module, schedule: Schedule, size: tuple[int, int] | No
     training = model.training
     model.eval()
     try:
-        example = _example(model, size)
+        # A sampler of interpolated timesteps needs an input that can say them.
+        example = _example(model, size, torch.int64 if deployment.whole else torch.float32)
         parity = _torch_outputs(model, example, schedule)
         onnx_model, fx_text = _export(_Denoiser(model, tuple(example.tensors)), example)
         return _Reading(onnx_model, fx_text, type(model).__name__, example, parity, _distinct_bytes(model))
@@ -185,7 +190,7 @@ def _unsupported(name: str, where: str) -> ModelError:
     )
 
 
-def _example(model: torch.nn.Module, size: tuple[int, int] | None) -> _Example:
+def _example(model: torch.nn.Module, size: tuple[int, int] | None, timestep: torch.dtype) -> _Example:
     config: Any = model.config
     side = config.sample_size or 32
     height, width = size or ((side, side) if isinstance(side, int) else tuple(side))
@@ -194,7 +199,7 @@ def _example(model: torch.nn.Module, size: tuple[int, int] | None) -> _Example:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    tensors = {"sample": normal(2, config.in_channels, height, width), "timestep": torch.tensor([7, 7])}
+    tensors = {"sample": normal(2, config.in_channels, height, width), "timestep": torch.tensor([7, 7], dtype=timestep)}
     for key, known in (
         ("addition_embed_type", "text_time"),
         ("class_embed_type", None),
@@ -225,7 +230,8 @@ def _torch_outputs(model: torch.nn.Module, example: _Example, schedule: Schedule
     outputs = {}
     with torch.no_grad():
         for t in sorted({0, last // 2, last}):
-            tensors = {**example.tensors, "timestep": torch.full((2,), t)}
+            timestep = torch.full((2,), t, dtype=example.tensors["timestep"].dtype)
+            tensors = {**example.tensors, "timestep": timestep}
             outputs[t] = denoiser(*tensors.values()).numpy()
     return outputs
 

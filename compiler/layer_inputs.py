@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..runtime.session import Level
+from ..runtime.steps import Timestep
 from .calibrate import Conditions, Images, follow_trajectories
 from .errors import PassError
 from .execute import Executor
@@ -35,7 +36,7 @@ class Latents:
     """What one network call reads for one batch of samples."""
 
     call: int
-    timestep: int
+    timestep: Timestep
     batch: int
     x: Images
     conditions: Conditions
@@ -146,15 +147,15 @@ class Gathered:
 def chosen_latents(program: Program, context: Context, calls: int) -> list[Latents]:
     """The float trajectory's latents at so many network calls, spread evenly, in the order of the calls."""
     assert program.float_model is not None
-    timesteps = program.deployment.timesteps
-    wanted = set(np.rint(np.linspace(0, len(timesteps) - 1, min(calls, len(timesteps)))).astype(int).tolist())
+    all_calls = program.deployment.calls
+    wanted = set(np.rint(np.linspace(0, len(all_calls) - 1, min(calls, len(all_calls)))).astype(int).tolist())
     found: list[Latents] = []
     seen = 0
     with Executor(program.float_model, context.folder, threads=context.threads) as executor:
 
-        def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+        def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
             nonlocal seen
-            batch, call = divmod(seen, len(timesteps))
+            batch, call = divmod(seen, len(all_calls))
             seen += 1
             if call in wanted:
                 found.append(Latents(call, t, batch, np.array(x), conditions))

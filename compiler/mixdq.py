@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..runtime.compare import ssim
-from ..runtime.samplers import ddim, initial_noise
+from ..runtime.samplers import initial_noise, run
+from ..runtime.solvers import ddim
+from ..runtime.steps import Timestep
 from .allocation import Allocation, allocate, smallest
-from .calibrate import Conditions, Images, batch_spans
+from .calibrate import Conditions, Images, batch_conditions, batch_spans, both_halves, guided_output
 from .pipeline import Context
 from .program import Program
 from .simulate import Feeds, Simulator
@@ -45,13 +47,15 @@ class Pictures:
         few = replace(self.context, samples=self.samples)
         drawn = []
         for first, rows in batch_spans(self.program, few):
-            conditions = few.condition_rows(first, rows)
+            conditions = batch_conditions(self.program, few, first, rows)
 
-            def call(x: Images, t: int, conditions: Conditions = conditions) -> Images:
-                return simulator.output(x, t, conditions, fed(calls[t]) if fed else None)
+            def call(x: Images, t: Timestep, conditions: Conditions = conditions) -> Images:
+                seen = both_halves(self.program, x)
+                output = simulator.output(seen, t, conditions, fed(calls[t]) if fed else None)
+                return guided_output(self.program, output)
 
             x = initial_noise(few.seed, (rows, *self.program.shape), first=first)
-            drawn.append(ddim(call, x, self.program.schedule, list(calls)))
+            drawn.append(run(call, x, ddim(self.program.schedule, [int(t) for t in calls])))
         return np.concatenate(drawn)
 
 

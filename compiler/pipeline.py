@@ -30,8 +30,9 @@ def silent(stage: str, done: int, total: int) -> None:
 class Context:
     """What a pass may use besides the program: where to work, what to calibrate on, how many threads.
 
-    `conditions` maps each condition to an array `[rows, ...]`; calibration goes through the rows in turn. `cache` is a
-    folder where statistics are kept for other compilations (compiler/stats_cache.py).
+    `conditions` maps each condition to an array `[rows, ...]`; calibration goes through the rows in turn.
+    `unconditional` has the rows of the other half of a guided call, `[1, ...]`. `cache` is a folder where statistics
+    are kept for other compilations (compiler/stats_cache.py).
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Context:
     samples: int = 16
     batch: int = 8
     conditions: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    unconditional: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     progress: Progress = silent
     cache: Path | None = None
 

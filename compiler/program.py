@@ -15,8 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..runtime.correction import Correction
-from ..runtime.schedule import Deployment, Schedule
+from ..runtime.deployment import Deployment
+from ..runtime.schedule import Schedule
 from ..runtime.signature import Signature
+from ..runtime.steps import Timestep
 from .quant import Array, Format, Grid, Integers, RowFormats
 from .stats import Stats
 
@@ -131,7 +133,7 @@ class Program:
     for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
     `allocation` is the number of calibration samples that count at each network call of the deployment, in the order
     of the calls; empty: all of them, everywhere. `refused` maps a value, or a node, to the reason why a pass that
-    moves factors left it alone.
+    moves factors left it alone. `noise_report` is what fit_noise measured, as plain data for readers.
     """
 
     model: ir.Model
@@ -143,7 +145,8 @@ class Program:
     stats: Stats | None = None
     plan: Plan | None = None
     correction: Correction | None = None
-    frozen: tuple[int, ...] | None = None
+    noise_report: Mapping[str, Any] = field(default_factory=dict)
+    frozen: tuple[Timestep, ...] | None = None
     float_model: ir.Model | None = None
     lowering: str = "qdq"
     allocation: tuple[int, ...] = ()

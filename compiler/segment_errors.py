@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..runtime.steps import Timestep
 from .calibrate import Conditions, Images, follow_trajectories
 from .collect import Collector
 from .execute import Executor
@@ -59,7 +60,7 @@ def measure(program: Program, context: Context, wanted: Sequence[str], samples: 
     taps = list(dict.fromkeys(v for v in values if v not in inputs))
     with Collector() as collector, Executor(model, context.folder, taps=taps, threads=context.threads) as executor:
 
-        def observe(x: Images, t: int, conditions: Conditions) -> Images:
+        def observe(x: Images, t: Timestep, conditions: Conditions) -> Images:
             outputs = executor.call(signature, x, t, conditions)
             seen = {signature.sample: x, **conditions, **outputs}
             collector.add(calls[t], t, {name: seen[name] for name in dict.fromkeys(values)})

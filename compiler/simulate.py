@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..runtime.steps import Timestep
 from .calibrate import Conditions, Images, follow_trajectories
 from .execute import Executor, feeds
 from .graph import Builder, Names, consumers, name_of, replace_use
@@ -33,7 +34,7 @@ class Scene:
     """One batch at one network call of the float trajectory: `call` is its index, `output` what the network said."""
 
     call: int
-    timestep: int
+    timestep: Timestep
     x: Images
     conditions: Conditions
     output: Images
@@ -77,7 +78,7 @@ class Simulator:
         self._executor = Executor(clone, context.folder, threads=context.threads)
         self._inputs = self._executor.inputs
 
-    def output(self, x: Images, t: int, conditions: Conditions, changes: Feeds | None = None) -> Images:
+    def output(self, x: Images, t: Timestep, conditions: Conditions, changes: Feeds | None = None) -> Images:
         """The network's output of one call, with what `weight` and `activations` made fed in place of the float."""
         given = feeds(self._inputs, self._program.signature, x, t, conditions)
         outputs = self._executor.run({**given, **(changes or {})})
@@ -102,7 +103,7 @@ class Simulator:
         found: list[Scene] = []
         timesteps = self._program.deployment.timesteps
 
-        def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+        def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
             output = self.output(x, t, conditions)
             if (call := timesteps.index(t)) in calls:
                 found.append(Scene(call, t, x.copy(), conditions, output.copy()))

@@ -21,7 +21,8 @@ import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
 from ..runtime.correction import Correction
-from ..runtime.schedule import Deployment, Schedule
+from ..runtime.deployment import Deployment
+from ..runtime.schedule import Schedule
 from ..runtime.signature import Signature
 from . import store
 from .errors import ModelError

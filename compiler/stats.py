@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.steps import Timestep
 from .errors import StatsError
 
 _MANTISSA_BITS = 4
@@ -128,7 +129,7 @@ class Stats:
     groups: int
     calls: int
     summaries: dict[tuple[str, int], Summary]
-    timesteps: tuple[int, ...] = ()
+    timesteps: tuple[Timestep, ...] = ()
     channels: Mapping[tuple[str, int], npt.NDArray[np.float32]] = field(default_factory=dict)
     squares: Mapping[tuple[str, int], npt.NDArray[np.float64]] = field(default_factory=dict)
     axes: Mapping[str, int] = field(default_factory=dict)
@@ -188,7 +189,7 @@ class Stats:
         calls = self.calls + other.calls
         return Stats(self.digest, self.groups, calls, merged, self.timesteps, channels, squares, axes)
 
-    def check_every_call(self, timesteps: Sequence[int], where: str) -> None:
+    def check_every_call(self, timesteps: Sequence[Timestep], where: str) -> None:
         """Refuse, for a pass that needs each of these network calls by itself, statistics that do not have them all.
 
         Raises StatsError: it names the timesteps that were never calibrated, each with the nearest one that was.
@@ -221,7 +222,7 @@ class Stats:
         )
 
 
-def _with_nearest(timestep: int, measured: Sequence[int]) -> str:
+def _with_nearest(timestep: Timestep, measured: Sequence[Timestep]) -> str:
     if not measured:
         return str(timestep)
     return f"{timestep} (nearest calibrated: {min(measured, key=lambda t: (abs(t - timestep), t))})"

@@ -78,7 +78,8 @@ def _key(program: Program, context: Context, options: Mapping[str, Any]) -> str:
         "onnxruntime": running_version(),
     }
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, rows in sorted(context.conditions.items()):
-        sha.update(f"{name}{rows.dtype}{rows.shape}".encode())
-        sha.update(np.ascontiguousarray(rows).tobytes())
+    for part in (context.conditions, context.unconditional):
+        for name, rows in sorted(part.items()):
+            sha.update(f"{name}{rows.dtype}{rows.shape}".encode())
+            sha.update(np.ascontiguousarray(rows).tobytes())
     return sha.hexdigest()[:32]

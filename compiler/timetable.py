@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..runtime.steps import Timestep
 from ..runtime.tables import nearest_rows
 from .graph import Builder, is_constant, is_op, name_of
 from .program import Program, numpy_of
@@ -40,8 +41,7 @@ def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], 
 
 def group_of_train(program: Program) -> npt.NDArray[np.int64]:
     """The table row of each training timestep: that of the nearest timestep which the deployed sampler calls."""
-    nearest = nearest_rows(deployed_rows(program), program.schedule.num_train_timesteps)
-    return group_of_row(program)[nearest]
+    return group_of_row(program)[nearest_row_of_timestep(program)]
 
 
 def group_of_row(program: Program) -> npt.NDArray[np.int64]:
@@ -51,9 +51,15 @@ def group_of_row(program: Program) -> npt.NDArray[np.int64]:
     return np.array([group[t] for t in deployed_rows(program)], np.int64)
 
 
-def deployed_rows(program: Program) -> tuple[int, ...]:
+def deployed_rows(program: Program) -> tuple[Timestep, ...]:
     """The timesteps that tables hold, in the order of the rows."""
-    return tuple(sorted(set(program.deployment.timesteps)))
+    return tuple(sorted(program.deployment.timesteps))
+
+
+def nearest_row_of_timestep(program: Program) -> npt.NDArray[np.int64]:
+    """For each whole timestep the nearest row; one between two training timesteps is looked up where it rounds to."""
+    rounded = np.rint(deployed_rows(program)).astype(np.int64)
+    return nearest_rows(rounded.tolist(), program.schedule.last_timestep + 1)
 
 
 def lookup(

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..runtime import samplers
 from ..runtime.compare import StepSQNR, sqnr_db
-from .calibrate import Conditions, Images, batch_spans
+from ..runtime.steps import Timestep
+from .calibrate import Conditions, Images, batch_conditions, batch_spans, both_halves, guided_output
 from .execute import Executor
 from .lowering import lower
 from .pipeline import Context
@@ -37,13 +38,13 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
     errors = [StepSQNR() for _ in programs]
     pictures: list[list[float]] = [[] for _ in programs]
     spans = batch_spans(first, fresh)
-    total, done = len(spans) * len(first.deployment.timesteps) * (1 + len(programs)), 0
+    total, done = len(spans) * len(first.deployment.calls) * (1 + len(programs)), 0
     with ExitStack() as stack:
         models = [first.float_model, *(lower(program) for program in programs)]
         exact, *trials = [stack.enter_context(Executor(m, context.folder, threads=context.threads)) for m in models]
 
-        def predictor(executor: Executor, conditions: Conditions) -> Callable[[Images, int], Images]:
-            def predict(x: Images, t: int) -> Images:
+        def predictor(executor: Executor, conditions: Conditions) -> Callable[[Images, Timestep], Images]:
+            def predict(x: Images, t: Timestep) -> Images:
                 nonlocal done
                 done += 1
                 context.progress(stage, done, total)
@@ -52,7 +53,7 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
             return predict
 
         for start, rows in spans:
-            conditions = fresh.condition_rows(start, rows)
+            conditions = batch_conditions(first, fresh, start, rows)
             x = samplers.initial_noise(fresh.seed, (rows, *first.shape), first=start)
             noise = samplers.seeded_noise(fresh.seed, first=start)
 
@@ -96,6 +97,7 @@ def _verdict(before: Trial, after: Trial, *, kept: bool) -> str:
     )
 
 
-def _output(executor: Executor, program: Program, x: Images, t: int, conditions: Conditions) -> Images:
+def _output(executor: Executor, program: Program, x: Images, t: Timestep, conditions: Conditions) -> Images:
     signature = program.signature
-    return np.asarray(executor.call(signature, x, t, conditions)[signature.output], np.float32)
+    output = executor.call(signature, both_halves(program, x), t, conditions)[signature.output]
+    return guided_output(program, np.asarray(output, np.float32))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from ..runtime.steps import Timestep
 from . import graph, store
 from .errors import NotExact, PassError
 from .execute import Executor
@@ -70,7 +71,7 @@ class ExactChecker:
 
     def __init__(self, folder: Path, *, threads: int | None = None, seed: int = 0) -> None:
         self._folder, self._threads, self._seed = folder, threads, seed
-        self._last: tuple[str, dict[int, npt.NDArray[np.float32]]] | None = None
+        self._last: tuple[str, dict[Timestep, npt.NDArray[np.float32]]] | None = None
 
     def compare(
         self,
@@ -95,7 +96,7 @@ class ExactChecker:
 
     def _outputs(
         self, program: Program, conditions: Mapping[str, npt.NDArray[Any]]
-    ) -> dict[int, npt.NDArray[np.float32]]:
+    ) -> dict[Timestep, npt.NDArray[np.float32]]:
         digest = graph.digest(program.model)
         if self._last is None or self._last[0] != digest:
             timesteps = program.deployment.timesteps

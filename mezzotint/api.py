@@ -23,7 +23,8 @@ from .compiler.program import Program
 from .passes.recipe_files import load_recipe, with_options
 from .passes.recipes import DEFAULT
 from .runtime.bundle import Bundle, open_bundle
-from .runtime.schedule import Deployment, Schedule
+from .runtime.deployment import UNGUIDED, Deployment, usual_sampler
+from .runtime.schedule import Schedule
 from .settings import load_conditions
 from .sources import Source, resolve
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Model = str | Path | torch.nn.Module
 Conditions = Mapping[str, npt.NDArray[Any]]
 RANDOM = "random"
+UNCONDITIONAL = 1000  # random unconditional rows must be others than the conditional ones of any usual seed
 VERSIONED = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -45,12 +47,14 @@ def compile_model(
     recipe: str | Recipe = DEFAULT,
     settings: Mapping[str, Any] | None = None,
     scheduler: str | Path | Schedule | None = None,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     steps: int = 50,
     eta: float = 0.0,
+    guidance: float = UNGUIDED,
     calibration_samples: int = 32,
     calibration_batch: int = 8,
     conditions: Conditions | str | Path | None = None,
+    unconditional: Conditions | str | Path | None = None,
     seed: int = 0,
     threads: int | None = None,
     inputs: Mapping[str, str] | None = None,
@@ -66,16 +70,20 @@ def compile_model(
     """Compile a denoiser into a bundle folder and open it.
 
     `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a `UNet2DModel` /
-    `UNet2DConditionModel` in memory. `settings` maps "pass.option" to a value. `sampler`, `steps` and `eta` are the
-    deployment: tables hold the timesteps it calls. `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or
-    "random". `inputs`, `output_name` and `prediction` say roles of an ONNX file that cannot be inferred; `size` is
-    (height, width) where it leaves them open. `export` also writes the imported float graph there. `cache` is a folder
-    where statistics are kept: compilations that calibrate on the same graph in the same way measure once.
+    `UNet2DConditionModel` in memory. `settings` maps "pass.option" to a value. `sampler` (ddim, or flow-euler for flow
+    matching, when left out), `steps`, `eta` and `guidance` are the deployment: tables hold the timesteps it calls.
+    `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
+    the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` say roles of
+    an ONNX file that cannot be inferred; `size` is (height, width) where it leaves them open. `export` also writes the
+    imported float graph there. `cache` is a folder where statistics are kept: compilations that calibrate on the same
+    graph in the same way measure once.
 
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
     if isinstance(conditions, (str, Path)) and str(conditions) != RANDOM:
         conditions = load_conditions(Path(conditions))
+    if isinstance(unconditional, (str, Path)) and str(unconditional) != RANDOM:
+        unconditional = load_conditions(Path(unconditional))
     if calibration_samples < 1 or calibration_batch < 1:
         raise ConditionError(
             f"nothing to calibrate on: {calibration_samples} samples in batches of {calibration_batch}",
@@ -83,7 +91,7 @@ def compile_model(
         )
     chosen = with_options(load_recipe(recipe) if isinstance(recipe, str) else recipe, dict(settings or {}))
     source = resolve(model, scheduler)
-    deployment = Deployment.of(source.schedule, sampler, steps, eta)
+    deployment = Deployment.of(source.schedule, sampler or usual_sampler(source.schedule), steps, eta, guidance)
     target = Path(output)
     with staged(target, force=force) as (bundle, work):
         program = _import(source, work, deployment, inputs, output_name, prediction, size, threads, progress)
@@ -97,6 +105,7 @@ def compile_model(
             samples=calibration_samples,
             batch=calibration_batch,
             conditions=rows,
+            unconditional=_conditions(program, unconditional, 1, seed + UNCONDITIONAL),
             progress=progress,
             cache=None if cache is None else Path(cache).absolute(),
         )
@@ -131,7 +140,7 @@ def export_model(
     """Write the float ONNX file that a compile starts from: the model as its front end reads it, no pass applied."""
     target = Path(output)
     source = resolve(model, scheduler)
-    deployment = Deployment.of(source.schedule, "ddim", 1)
+    deployment = Deployment.of(source.schedule, usual_sampler(source.schedule), 1)
     with staged_file(target, force=force) as (file, work):
         program = _import(source, work, deployment, None, None, None, size, threads, progress)
         save_model(program.model, file)

@@ -30,6 +30,9 @@ class _Group(TyperGroup):
             sys.exit(2)
 
 
+# Spelled out, so that --help need not load numpy.
+SAMPLERS = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
+
 app = typer.Typer(
     name="mezzotint",
     cls=_Group,
@@ -73,12 +76,14 @@ def compile_(
     recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `mezzotint recipes`.")] = "w8a8-steps",
     set_: Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
-    sampler: Annotated[str, typer.Option(help="The deployed sampler: ddim or ddpm.")] = "ddim",
-    steps: Annotated[int, typer.Option(min=1, help="Network calls of the deployed sampler.")] = 50,
+    sampler: Annotated[str | None, typer.Option(help=f"The deployed sampler: {SAMPLERS}.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the deployed sampler.")] = 50,
     eta: Annotated[float, typer.Option(help="DDIM's eta.")] = 0.0,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 1.0,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Pictures to calibrate on.")] = 32,
     calibration_batch: Annotated[int, typer.Option(min=1, help="Pictures in one calibration call.")] = 8,
     conditions: Annotated[str | None, typer.Option(help=".npz with the model's conditions, or `random`.")] = None,
+    unconditional: Annotated[str | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration noise.")] = 0,
     threads: Threads = None,
     input_: Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")] = None,
@@ -109,6 +114,7 @@ def compile_(
         "sampler": sampler,
         "steps": steps,
         "eta": eta,
+        "guidance": guidance,
         "calibration_samples": calibration_samples,
         "calibration_batch": calibration_batch,
         "seed": seed,
@@ -131,6 +137,7 @@ def compile_(
             model,
             bundle,
             conditions=conditions,
+            unconditional=unconditional,
             threads=threads,
             dump_passes=dump_passes,
             cache=cache,
@@ -173,9 +180,10 @@ def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
     n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 16,
-    sampler: Annotated[str | None, typer.Option(help="ddpm or ddim; the bundle's own when left out.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Another sampler than the bundle's own.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Network calls; the bundle's own when left out.")] = None,
     eta: Annotated[float | None, typer.Option(help="DDIM's eta.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
     correction: Annotated[
@@ -183,6 +191,7 @@ def sample(
         typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
     ] = None,
     conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
+    unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -201,15 +210,17 @@ def sample(
             sampler=sampler,
             steps=steps,
             eta=eta,
+            guidance=guidance,
             seed=seed,
             batch=batch,
             correction=correction,
             conditions=None if conditions is None else load_conditions(conditions),
+            unconditional=None if unconditional is None else load_conditions(unconditional),
             threads=threads,
             progress=lambda done, total: report("sample", done, total),
         )
     pictures.save(images, output)
-    summary = sample_summary(opened, output, n, sampler, steps, eta, seed, correction)
+    summary = sample_summary(opened, output, n, sampler, steps, eta, guidance, seed, correction)
     console.print_json(summary) if json else console.print_pairs("sampled", summary)
 
 

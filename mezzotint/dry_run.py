@@ -10,7 +10,7 @@ from .compiler.emit import check_target
 from .compiler.import_onnx import load_onnx
 from .compiler.roles import infer_signature
 from .passes.recipe_files import load_recipe, with_options
-from .runtime.schedule import Deployment
+from .runtime.deployment import Deployment, usual_sampler
 from .runtime.signature import Prediction
 from .sources import resolve
 
@@ -22,9 +22,10 @@ def plan_compile(
     recipe: str,
     settings: Mapping[str, Any],
     scheduler: str | None,
-    sampler: str,
+    sampler: str | None,
     steps: int,
     eta: float,
+    guidance: float,
     inputs: Mapping[str, str],
     output_name: str | None,
     prediction: Prediction | None,
@@ -34,7 +35,7 @@ def plan_compile(
     """What a compile would do, as plain data. Raises what the compile would raise before its first pass."""
     chosen = with_options(load_recipe(recipe), dict(settings))
     source = resolve(model, scheduler)
-    deployment = Deployment.of(source.schedule, sampler, steps, eta)
+    deployment = Deployment.of(source.schedule, sampler or usual_sampler(source.schedule), steps, eta, guidance)
     check_target(output, force=force)
     plan: dict[str, Any] = {"model": f"{source.kind} {source.path}"}
     if source.kind == "onnx" and source.path is not None:
@@ -46,12 +47,12 @@ def plan_compile(
             where=str(source.path),
         )
         plan["signature"] = signature.to_json()
-    calls = [int(t) for t in deployment.timesteps]
+    calls = deployment.calls
     return {
         **plan,
         "output": str(output),
         "recipe": chosen.name,
         "passes": [{p.name: p.options()} if p.options() else p.name for p in chosen.passes],
-        "deployment": f"{sampler}, {steps} steps, eta {eta}; timesteps {calls[0]} ... {calls[-1]}",
+        "deployment": f"{deployment}; {len(calls)} calls, timesteps {calls[0]:g} ... {calls[-1]:g}",
         "calibration": {k: v for k, v in calibration.items() if v is not None},
     }

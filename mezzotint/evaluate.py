@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .runtime import samplers
-from .runtime.bundle import Bundle
+from .runtime.bundle import Bundle, predictor
 from .runtime.compare import StepSQNR, json_db, psnr_db
 from .runtime.samplers import StepInfo
 from .runtime.session import Denoiser
+from .runtime.steps import Timestep
 
 Images = npt.NDArray[np.float32]
-Predict = Callable[[Images, int], Images]
+Predict = Callable[[Images, Timestep], Images]
 Report = Callable[[str, int, int], None]
 PEAK = 2.0  # pictures lie in [-1, 1]
 
@@ -53,6 +54,7 @@ def compare(
     batch: int = 16,
     threads: int | None = None,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+    unconditional: Mapping[str, npt.NDArray[Any]] | None = None,
     progress: Report = lambda stage, done, total: None,
 ) -> Comparison:
     """Sample `n` pictures twice from the same noise with the bundle's deployment.
@@ -69,6 +71,7 @@ def compare(
         seed=seed,
         batch=batch,
         conditions=conditions,
+        unconditional=unconditional,
         progress=progress,
     )
     mine = bundle.sample(
@@ -77,6 +80,7 @@ def compare(
         batch=batch,
         threads=threads,
         conditions=conditions,
+        unconditional=unconditional,
         progress=lambda done, calls: progress("integer", done, calls),
     )
     psnr = psnr_db(np.clip(images, -1, 1), np.clip(mine, -1, 1), peak=PEAK)
@@ -92,31 +96,34 @@ def paired_run(
     seed: int,
     batch: int = 16,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+    unconditional: Mapping[str, npt.NDArray[Any]] | None = None,
     progress: Report = lambda stage, done, total: None,
 ) -> tuple[Images, StepSQNR]:
     """(pictures `[n, C, H, W]` of the float denoiser, how near the other one is on the same latents at each step).
 
-    Both are called as `net(x, t, **conditions)`; the bundle says the sampler, the schedule and the sizes.
+    Both are called as `net(x, t, **conditions)`; the bundle says the sampler, the schedule and the sizes. With guidance
+    the guided predictions are compared. No correction has a part in it.
     """
     sqnr = StepSQNR()
     float_images = []
-    total = -(-n // batch) * len(bundle.deployment.timesteps)
+    total = -(-n // batch) * len(bundle.deployment.calls)
     calls = 0
     for first in range(0, n, batch):
         rows = min(batch, n - first)
-        here = {
-            name: array[first : first + rows] if len(array) > 1 else np.repeat(array, rows, axis=0)
-            for name, array in (conditions or {}).items()
-        }
+        here, other = (
+            {
+                name: array[first : first + rows] if len(array) > 1 else np.repeat(array, rows, axis=0)
+                for name, array in (given or {}).items()
+            }
+            for given in (conditions, unconditional)
+        )
+        predict, beside = (predictor(net, bundle.deployment, here, other) for net in (exact, quantized))
 
-        def paired(info: StepInfo, here: Mapping[str, npt.NDArray[Any]] = here) -> None:
+        def paired(info: StepInfo, beside: Predict = beside) -> None:
             nonlocal calls
             calls += 1
-            sqnr.add(info.index, info.output, quantized(info.x, info.timestep, **here))
+            sqnr.add(info.index, info.output, beside(info.x, info.timestep))
             progress("float, paired calls", calls, total)
-
-        def predict(x: Images, t: int, here: Mapping[str, npt.NDArray[Any]] = here) -> Images:
-            return exact(x, t, **here)
 
         x = samplers.initial_noise(seed, (rows, *bundle.sample_shape), first=first)
         noise = samplers.seeded_noise(seed, first=first)
@@ -171,19 +178,19 @@ def latencies(
 
 
 def call_ratio(
-    exact: Predict, quantized: Predict, x: Images, t: int, *, repeats: int = 7
+    exact: Predict, quantized: Predict, x: Images, t: Timestep, *, repeats: int = 7
 ) -> tuple[float, float, float]:
     """(float seconds, quantized seconds, float / quantized) of one call of two denoisers: medians, in blocks."""
     mine, before = _beside(exact, quantized, x, t, repeats)
     return before.median, mine.median, before.median / mine.median
 
 
-def _beside(exact: Predict, quantized: Predict, x: Images, t: int, repeats: int) -> tuple[Latency, Latency]:
+def _beside(exact: Predict, quantized: Predict, x: Images, t: Timestep, repeats: int) -> tuple[Latency, Latency]:
     before, mine, after = (_block(net, x, t, repeats) for net in (exact, quantized, exact))
     return Latency(mine), Latency(before + after)
 
 
-def _block(net: Predict, x: Images, t: int, repeats: int) -> tuple[float, ...]:
+def _block(net: Predict, x: Images, t: Timestep, repeats: int) -> tuple[float, ...]:
     net(x, t)
     times = []
     for _ in range(repeats):
@@ -214,9 +221,9 @@ def unseen_seed(bundle: Bundle) -> int:
     return int(bundle.manifest["calibration"]["seed"]) + samplers.EVALUATION
 
 
-def middle_timestep(bundle: Bundle) -> int:
+def middle_timestep(bundle: Bundle) -> Timestep:
     """The timestep in the middle of the deployment's calls: what one call costs is measured there."""
-    return bundle.deployment.timesteps[len(bundle.deployment.timesteps) // 2]
+    return bundle.deployment.calls[len(bundle.deployment.calls) // 2]
 
 
 def folder_bytes(model: Path) -> int:

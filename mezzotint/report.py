@@ -57,20 +57,21 @@ def sample_summary(
     sampler: str | None,
     steps: int | None,
     eta: float | None,
+    guidance: float | None,
     seed: int,
     correction: bool | None,
 ) -> dict[str, Any]:
     """What `sample` really did, defaults filled in."""
-    own = bundle.deployment
-    chosen = sampler or own.sampler
-    plan = (chosen, steps or own.steps, (own.eta if chosen == own.sampler else 0.0) if eta is None else eta)
-    corrected = correction is not False and bundle.correction_applies(*plan)
+    plan = bundle.plan(sampler, steps, eta, guidance)
+    table = bundle.correction
+    corrected = correction is not False and table is not None and table.refusal(plan) is None
     return {
         "output": str(output),
         "pictures": n,
-        "sampler": plan[0],
-        "steps": plan[1],
-        "eta": plan[2],
+        "sampler": plan.sampler,
+        "steps": plan.steps,
+        "eta": plan.eta,
+        "guidance": plan.guidance,
         "seed": seed,
         "correction": corrected,
     }
@@ -97,7 +98,7 @@ def print_inspection(bundle: Bundle) -> None:
             "source": f"{m['source']['kind']} {m['source']['name']}",
             "inputs": ", ".join([m["signature"]["sample"], m["signature"]["timestep"], *m["signature"]["conditions"]]),
             "output": f"{m['signature']['output']} ({m['signature']['prediction']})",
-            "deployment": f"{bundle.deployment.sampler}, {bundle.deployment.steps} steps, eta {bundle.deployment.eta}",
+            "deployment": str(bundle.deployment),
             "timestep tables": "none"
             if bundle.deployed_timesteps is None
             else f"{len(bundle.deployed_timesteps)} rows",

@@ -38,6 +38,7 @@ from ..compiler.graph import consumers, is_op, name_of
 from ..compiler.ops import layers
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
+from ..runtime.steps import Timestep
 
 Numbers = npt.NDArray[np.float64]
 
@@ -74,6 +75,12 @@ class AllocateSteps(Pass):
             raise RecipeError(f"{self.name}.{option} is {getattr(self, option)}", where=self.name, hint=hint)
 
     def run(self, program: Program, context: Context) -> Program:
+        if program.deployment.guided:
+            raise RecipeError(
+                "samples of a guided deployment cannot be counted one by one: a call has two rows for each",
+                where=self.name,
+                hint="leave out allocate_steps, or calibrate without guidance",
+            )
         timesteps = program.deployment.timesteps
         samples = sum(rows for _, rows in batch_spans(program, context))
         budget = max(1, round(self.share * samples * len(timesteps)))
@@ -134,7 +141,7 @@ def apportion(weights: Numbers, budget: int, most: int) -> tuple[int, ...]:
     return tuple(int(c) for c in counts)
 
 
-def normal_mass(timesteps: tuple[int, ...], mean: float, deviation: float) -> Numbers:
+def normal_mass(timesteps: tuple[Timestep, ...], mean: float, deviation: float) -> Numbers:
     """How likely a normal draw is to be nearest to each timestep, in their order; beyond the ends counts as the end."""
     order = np.argsort(timesteps)
     rising = np.asarray(timesteps, np.float64)[order]
@@ -238,7 +245,7 @@ def _features(program: Program, context: Context, name: str) -> Numbers:
     found: list[Numbers] = []
     with Executor(program.model, context.folder, taps=[name], threads=context.threads) as executor:
 
-        def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+        def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
             outputs = executor.call(program.signature, x, t, conditions)
             found.append(np.asarray(outputs[name], np.float64).reshape(len(x), -1))
             return np.asarray(outputs[program.signature.output], np.float32)

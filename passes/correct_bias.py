@@ -48,6 +48,7 @@ from ..compiler.graph import Names, name_of, remove_dead
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
 from ..compiler.trial import judged
+from ..runtime.steps import Timestep
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class CorrectBias(Pass):
             Executor(logical, context.folder, threads=threads, level="none") as quantized,
         ):
 
-            def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+            def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
                 outer = exact.call(signature, x, t, conditions)
                 inner = quantized.call(signature, x, t, conditions)
                 source = outer if self.against == "network" else inner

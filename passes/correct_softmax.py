@@ -37,9 +37,9 @@ from ..compiler.graph import Builder, Names, is_op, name_of
 from ..compiler.lower_qdq import dequantizer
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
-from ..compiler.timetable import deployed_rows, lookup, step_index
+from ..compiler.timetable import deployed_rows, lookup, nearest_row_of_timestep, step_index
 from ..compiler.trial import judged
-from ..runtime.tables import nearest_rows
+from ..runtime.steps import Timestep
 
 SMALLEST_RANK = 3  # onnxruntime makes a float Gemm of a MatMul of two matrices and the Add behind it
 
@@ -97,7 +97,7 @@ class CorrectSoftmax(Pass):
             Executor(logical, context.folder, threads=threads, level="none") as quantized,
         ):
 
-            def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+            def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
                 inner = quantized.call(signature, x, t, conditions)
                 for i, (mean, n) in enumerate(zip(means, heads, strict=True)):
                     pair = [inner[name].astype(np.float64) for name in outputs[2 * i : 2 * i + 2]]
@@ -149,7 +149,7 @@ def _attentions(program: Program) -> list[_Attention]:
 def _look_up(program: Program, names: Names, betas: Sequence[Numbers]) -> list[ir.Value]:
     """The betas `[heads]` of the call at hand: one lookup for all of them."""
     build = Builder(program.graph, names, program.graph[0])
-    row_of = nearest_rows(deployed_rows(program), program.schedule.num_train_timesteps)
+    row_of = nearest_row_of_timestep(program)
     row = step_index(build, program, row_of, "softmax")
     table = np.concatenate(betas, axis=1).astype(np.float32)
     return lookup(build, table, row, [beta.shape[1] for beta in betas], "softmax_betas")

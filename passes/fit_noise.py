@@ -1,11 +1,13 @@
-"""fit_noise: what quantization adds to the prediction at each step, for the sampling loop to undo (PTQD, 2305.10657).
+"""fit_noise: what quantization adds to the prediction at each network call, for the sampling loop to undo.
 
-The float and the quantized denoiser are called on the same latents, those of the float trajectory. At each timestep the
-difference D of the outputs is split into a part proportional to the float output, a bias per channel and a rest:
+The float and the quantized denoiser are called on the same latents, those of the float trajectory; under guidance the
+combined outputs are compared. From sums alone (runtime/noise_fit.py) come a scale, a shift for each channel, and what
+the error does to the variance of the next state: D2-DPM's regression on the quantized output (form `regression`), or
+PTQD's (arXiv 2305.10657) in the paper's form or in that of its released code.
 
-    D = k eps + r,   k = Cov(D, eps) / Var(eps),   bias_c = E[r_c] / (1 + k),   spread = std(r - E[r_c]) / (1 + k)
-
-Only sums are kept. The tables hold for exactly this sampler, number of steps and eta.
+A second set of trajectories, of noise that the fit did not see, judges each call: what does not help there is switched
+off (`gate`), and random subsets of the remaining error are tested for what the methods assume of it: that it is
+Gaussian (D'Agostino-Pearson) and independent of the signal. The tables hold for exactly this sampler, eta and guidance.
 """
 
 from __future__ import annotations
@@ -15,43 +17,73 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..compiler.calibrate import Conditions, Images, follow_trajectories
-from ..compiler.errors import StatsError
+from ..compiler.calibrate import Conditions, Images, follow_trajectories, guided_output
+from ..compiler.errors import RecipeError, StatsError
 from ..compiler.execute import Executor
 from ..compiler.lowering import lower
+from ..compiler.noise_report import Residuals, noise_report
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
-from ..runtime.correction import NoiseFit
-from ..runtime.samplers import NOISE_FIT
+from ..runtime.correction import FORMS
+from ..runtime.noise_fit import NoiseFit
+from ..runtime.samplers import HELD_OUT, NOISE_FIT
+from ..runtime.steps import Timestep
 
 
 @dataclass(frozen=True)
 class FitNoise(Pass):
-    """Runs the float graph (as it was before insert_qdq) beside the lowered quantized one."""
+    """Runs the float graph (as it was before insert_qdq) beside the lowered quantized one.
+
+    `form` is regression, ptqd or ptqd-released. Without `gate` everything is kept, as the papers do.
+    """
+
+    form: str = "regression"
+    gate: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
     gives: ClassVar[frozenset[str]] = frozenset({"correction"})
 
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise RecipeError(
+                f"{self.name}.form is {self.form!r}", where=self.name, hint=f"choose one of {', '.join(FORMS)}"
+            )
+
     def run(self, program: Program, context: Context) -> Program:
         if program.float_model is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
-        signature = program.signature
-        fit = NoiseFit()
+        steps = program.deployment.solver(program.schedule).steps
         # Calibration saw other noise: the fit must not be made on the very pictures that the ranges were chosen for.
-        fresh = replace(context, seed=context.seed + NOISE_FIT)
+        fit, _ = self._measure(program, replace(context, seed=context.seed + NOISE_FIT), None, self.name)
+        correction = fit.correction(program.deployment, steps, program.signature.prediction, self.form)
+        fresh = replace(context, seed=context.seed + HELD_OUT)
+        residuals = Residuals(correction, context.seed)
+        held_out, _ = self._measure(program, fresh, residuals, f"{self.name}, held out")
+        gated, rows = fit.gated(correction, steps, held_out)
+        correction = gated if self.gate else correction
+        report = noise_report(correction, steps, rows, residuals, gate=self.gate)
+        return replace(program, correction=correction, noise_report=report, note=report["summary"])
+
+    @staticmethod
+    def _measure(program: Program, context: Context, residuals: Residuals | None, stage: str) -> tuple[NoiseFit, int]:
+        """(the sums of paired calls along float trajectories, how many there were)."""
+        assert program.float_model is not None
+        fit, signature, calls = NoiseFit(), program.signature, len(program.deployment.calls)
+        seen = 0
         with (
             Executor(program.float_model, context.folder, threads=context.threads) as exact,
             Executor(lower(program), context.folder, threads=context.threads) as quantized,
         ):
 
-            def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+            def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
+                nonlocal seen
                 want = np.asarray(exact.call(signature, x, t, conditions)[signature.output], np.float32)
-                got = quantized.call(signature, x, t, conditions)[signature.output]
-                fit.add(t, want, got)
+                got = np.asarray(quantized.call(signature, x, t, conditions)[signature.output], np.float32)
+                pair = guided_output(program, want), guided_output(program, got)
+                fit.add(seen % calls, x[: len(pair[0])], *pair)
+                if residuals is not None:
+                    residuals.add(seen % calls, *pair)
+                seen += 1
                 return want
 
-            calls = follow_trajectories(program, fresh, denoiser, self.name)
-        correction = fit.correction(program.deployment)
-        slopes = np.abs(correction.slope)
-        note = f"{calls} paired calls, |slope| up to {slopes.max():.4f}, spread up to {correction.spread.max():.4f}"
-        return replace(program, correction=correction, note=note)
+            return fit, follow_trajectories(program, context, denoiser, stage)

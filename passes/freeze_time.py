@@ -24,9 +24,9 @@ from ..compiler.execute import Executor
 from ..compiler.graph import DEFAULT_DOMAINS, Builder, Names, consumers, name_of, remove_dead, replace_use
 from ..compiler.pipeline import Context, GraphPass
 from ..compiler.program import Program
-from ..compiler.timetable import step_index
+from ..compiler.timetable import deployed_rows, nearest_row_of_timestep, step_index
 from ..compiler.topology import time_branch
-from ..runtime.tables import nearest_rows
+from ..runtime.steps import Timestep
 
 BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
 
@@ -44,14 +44,14 @@ class FreezeTime(GraphPass):
         frontier = [v for v in branch.frontier if v.dtype is not None and v.dtype.is_floating_point()]
         if not frontier:
             return program.noted("nothing depends on the timestep alone")
-        rows = tuple(sorted(set(program.deployment.timesteps)))
+        rows = deployed_rows(program)
         tables = _evaluate(program, frontier, rows, context)
         # An open first dimension that is not the batch (a flattened [batch * k]) is left to the graph.
         frontier = [v for v in frontier if not _open(v) or tables[name_of(v)].shape[1] == (program.fixed_batch or 1)]
         graph = program.graph
         names = Names(graph)
         build = Builder(graph, names, graph[0])
-        row = step_index(build, program, nearest_rows(rows, program.schedule.num_train_timesteps), "time")
+        row = step_index(build, program, nearest_row_of_timestep(program), "time")
         for value in frontier:
             _replace(build, names, program, value, tables[name_of(value)], row)
         before = graph.num_nodes()
@@ -68,7 +68,7 @@ def _open(value: ir.Value) -> bool:
 
 
 def _evaluate(
-    program: Program, frontier: list[ir.Value], rows: tuple[int, ...], context: Context
+    program: Program, frontier: list[ir.Value], rows: tuple[Timestep, ...], context: Context
 ) -> dict[str, npt.NDArray[Any]]:
     """The frontier's values at each deployed timestep, `[rows, ...]` without the batch."""
     branch = ir.convenience.extract(program.graph, list(program.graph.inputs), [name_of(v) for v in frontier])

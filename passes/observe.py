@@ -27,6 +27,7 @@ from ..compiler.program import Program
 from ..compiler.scaling import channel_axis
 from ..compiler.stats import Stats
 from ..compiler.stats_cache import measured_once
+from ..runtime.steps import Timestep
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class _Observer:
         self._position = {t: i for i, t in enumerate(program.deployment.timesteps)}
         self._left: dict[int, int] = dict(enumerate(program.allocation))
 
-    def __call__(self, x: Images, t: int, conditions: Conditions) -> Images:
+    def __call__(self, x: Images, t: Timestep, conditions: Conditions) -> Images:
         call = self._position[t]
         left = self._left.get(call, len(x))
         if call in self._left:
@@ -140,12 +141,12 @@ class _Observer:
         first = self._observe(x[:left], t, {n: a[:left] for n, a in conditions.items()})
         return np.concatenate([first, self._skip(x[left:], t, {n: a[left:] for n, a in conditions.items()})])
 
-    def _observe(self, x: Images, t: int, conditions: Conditions) -> Images:
+    def _observe(self, x: Images, t: Timestep, conditions: Conditions) -> Images:
         outputs = self._tapped.call(self._signature, x, t, conditions)
         seen = {self._signature.sample: x, **conditions, **outputs}
         group = self._position[t] * self._groups // len(self._position)
         self._collector.add(group, t, {name: seen[name] for name in self._values})
         return np.asarray(outputs[self._signature.output], np.float32)
 
-    def _skip(self, x: Images, t: int, conditions: Conditions) -> Images:
+    def _skip(self, x: Images, t: Timestep, conditions: Conditions) -> Images:
         return np.asarray(self._untapped.call(self._signature, x, t, conditions)[self._signature.output], np.float32)

@@ -37,6 +37,7 @@ from ..compiler.program import Program, Quantizer, Site
 from ..compiler.quant import Array, Integers, scale_for_range
 from ..compiler.ranges import Method, check_percentile, range_of
 from ..compiler.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
+from ..runtime.steps import Timestep
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ class SettleScales(Pass):
         taps = [name for name in names if name not in inputs]
         signature, threads = program.signature, context.threads
         walk = LockStep(program, context)
-        total, done = 2 * len(walk) * len(plan.groups), 0
+        calls = program.deployment.calls
+        group_of = dict(zip(program.deployment.timesteps, plan.groups, strict=True))
+        total, done = 2 * len(walk) * len(calls), 0
         with (
             Collector() as collector,
             Executor(program.float_model, context.folder, taps=taps, threads=threads, spinning=False) as exact,
             Executor(with_row_inputs(program.model, tables), context.folder, threads=threads) as quantized,
         ):
-            for call, (timestep, group) in enumerate(zip(program.deployment.timesteps, plan.groups, strict=True)):
+            for call, timestep in enumerate(calls):
+                group = group_of[timestep]
                 for x, conditions in walk.batches():
                     seen = {signature.sample: x, **conditions, **exact.call(signature, x, timestep, conditions)}
                     collector.add(group, timestep, {name: seen[name] for name in names})
@@ -90,7 +94,7 @@ class SettleScales(Pass):
                 scales[group], zeros[group] = self._row(moving, collector, group)
                 row = {tables.scales_row: scales[group], tables.zeros_row: zeros[group]}
 
-                def denoiser(x: Images, t: int, conditions: Conditions, row: Conditions = row) -> Images:
+                def denoiser(x: Images, t: Timestep, conditions: Conditions, row: Conditions = row) -> Images:
                     nonlocal done
                     outputs = quantized.call(signature, x, t, {**conditions, **row})
                     done += 1
@@ -98,7 +102,7 @@ class SettleScales(Pass):
                     return np.asarray(outputs[signature.output], np.float32)
 
                 walk.advance(denoiser)
-                if group not in plan.groups[call + 1 :]:
+                if all(group_of[t] != group for t in calls[call + 1 :]):
                     _forget(collector, names, group)
         replace_tables(program.graph, tables, scales, zeros)
         settled = {

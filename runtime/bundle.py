@@ -22,13 +22,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .correction import Correction
+from .deployment import Deployment
 from .errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
-from .samplers import Images, StepInfo, initial_noise, sample, seeded_noise
-from .schedule import Deployment, Schedule
+from .guidance import doubled_conditions, guided
+from .samplers import StepInfo, initial_noise, sample, seeded_noise
+from .schedule import Schedule
 from .session import Denoiser
 from .signature import Signature
+from .steps import Images, Timestep, whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "mezzotint.json"
 MODEL = "unet/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -36,6 +39,7 @@ CORRECTION = "correction.safetensors"
 TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
 """Keys that differ between two runs of the same compilation; wherever they stand, the digest leaves them out."""
 
+Conditions = Mapping[str, npt.NDArray[Any]]
 Progress = Callable[[int, int], None]
 """`(network calls done, of how many)`."""
 
@@ -100,7 +104,7 @@ class Bundle:
             self.schedule = Schedule.load(path / SCHEDULER)
             channels, height, width = (int(size) for size in manifest["sample_shape"])
             deployed = manifest["deployed_timesteps"]
-            self.deployed_timesteps = None if deployed is None else tuple(int(t) for t in deployed)
+            self.deployed_timesteps = None if deployed is None else tuple(whole(deployed))
         except (KeyError, TypeError, ValueError, MezzotintError) as error:
             what = f"the manifest is incomplete or inconsistent: {type(error).__name__} {error}"
             raise BundleError(what, where=str(path / MANIFEST), hint="compile the model again") from error
@@ -111,9 +115,12 @@ class Bundle:
         """The tables that undo the quantization noise, or None where none were fitted."""
         return Correction.load(self.path / CORRECTION) if CORRECTION in self.manifest["files"] else None
 
-    def correction_applies(self, sampler: str, steps: int, eta: float) -> bool:
-        """Whether `sample` corrects by itself: there are tables, and they were fitted for just this."""
-        return self.correction is not None and self.correction.valid_for(sampler, steps, eta)
+    def correction_for(self, deployment: Deployment) -> Correction | None:
+        """The tables for a way of sampling, interpolated where only the steps differ; None where they do not fit."""
+        table = self.correction
+        if table is None or table.refusal(deployment):
+            return None
+        return table.for_deployment(deployment, deployment.solver(self.schedule).steps)
 
     def denoiser(self, threads: int | None = None) -> Denoiser:
         """The network as a callable; opened once for each number of threads."""
@@ -129,28 +136,32 @@ class Bundle:
         sampler: str | None = None,
         steps: int | None = None,
         eta: float | None = None,
+        guidance: float | None = None,
         seed: int = 0,
         batch: int = 16,
         correction: bool | None = None,
-        conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+        conditions: Conditions | None = None,
+        unconditional: Conditions | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> Images:
         """`n` images, float32 `[n, C, H, W]` in the model's own range.
 
-        Sampler, steps and eta are the deployment's unless given (eta 0 with another sampler). Image i depends on `seed`
-        and i only, however the batches fall. `correction` None corrects where the tables are valid, True insists
-        (InputError where they are not), False leaves it. `conditions` are arrays `[n, ...]`, or `[1, ...]` for all.
-        Raises TimestepNotDeployed before the first call where the steps meet timesteps without a row.
+        Sampler, steps, eta and guidance are the deployment's unless given (eta 0 with another sampler). Image i depends
+        on `seed` and i only, however the batches fall. `correction` None corrects where the tables are valid, True
+        insists (InputError where they are not), False leaves it. `conditions` are arrays `[n, ...]`, or `[1, ...]` for
+        all, and so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the first call where the
+        steps meet timesteps without a row.
         """
         if n < 1 or batch < 1:
             raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
-        plan = self._plan(sampler, steps, eta)
+        plan = self.plan(sampler, steps, eta, guidance)
         table = self._chosen_correction(plan, correction)
         denoiser = self.denoiser(threads)
-        given = _checked_conditions(conditions or {}, n)
+        given, other = _checked_conditions(conditions or {}, n), _checked_conditions(unconditional or {}, n)
         # A graph with its batch written in gets whole batches, and the surplus is cut off.
-        size = denoiser.fixed_batch or min(batch, n)
+        fixed = denoiser.fixed_batch and denoiser.fixed_batch // (2 if plan.guided else 1)
+        size = fixed or min(batch, n)
         starts = range(0, n, size)
         done = 0
 
@@ -158,68 +169,79 @@ class Bundle:
             nonlocal done
             done += 1
             if progress is not None:
-                progress(done, len(starts) * plan.steps)
+                progress(done, len(starts) * len(plan.calls))
 
         parts = []
         for first in starts:
-            width = size if denoiser.fixed_batch else min(size, n - first)
+            width = size if fixed else min(size, n - first)
             rows = np.minimum(np.arange(first, first + width), n - 1)
-            here = {name: array[rows if len(array) > 1 else np.zeros_like(rows)] for name, array in given.items()}
-
-            def predict(x: Images, t: int, here: dict[str, npt.NDArray[Any]] = here) -> Images:
-                return denoiser(x, t, **here)
-
+            predict = predictor(denoiser, plan, _rows(given, rows), _rows(other, rows))
             x = initial_noise(seed, (width, *self.sample_shape), first=first)
             noise = seeded_noise(seed, first=first)
             x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
             parts.append(x[: n - first])
         return np.concatenate(parts)
 
-    def _plan(self, sampler: str | None, steps: int | None, eta: float | None) -> Deployment:
+    def plan(
+        self,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance: float | None = None,
+    ) -> Deployment:
+        """The deployment with these choices in place of its own. Raises TimestepNotDeployed, ScheduleError."""
         own = self.deployment
         sampler = sampler or own.sampler
         if eta is None:
             eta = own.eta if sampler == own.sampler else 0.0
-        plan = Deployment.of(self.schedule, sampler, own.steps if steps is None else steps, eta)
+        scale = own.guidance if guidance is None else guidance
+        plan = Deployment.of(self.schedule, sampler, own.steps if steps is None else steps, eta, scale)
         deployed = self.deployed_timesteps
         missing = [] if deployed is None else [t for t in plan.timesteps if t not in deployed]
         if missing:
-            counts = self.deployed_steps()
+            counts = self.deployed_steps(sampler)
             raise TimestepNotDeployed(
-                f"{plan.steps} steps call timestep {missing[0]}, for which this bundle has no row "
-                f"({len(missing)} of {plan.steps} are missing)",
+                f"{plan.steps} steps of {sampler} call timestep {missing[0]:g}, for which this bundle has no row "
+                f"({len(missing)} of {len(plan.timesteps)} are missing)",
                 where=str(self.path),
                 hint=f"these numbers of steps work: {', '.join(map(str, counts)) or 'none'}",
             )
         return plan
 
-    def deployed_steps(self) -> tuple[int, ...]:
+    def deployed_steps(self, sampler: str | None = None) -> tuple[int, ...]:
         """The numbers of steps whose timesteps all have a row: every possible one where the tables are not frozen."""
         deployed = self.deployed_timesteps
         most = self.schedule.num_train_timesteps if deployed is None else len(deployed)
         found = []
         for steps in range(1, most + 1):
             try:
-                times = self.schedule.timesteps(steps)
-            except MezzotintError:  # too many for the schedule's offset
+                times = Deployment.of(self.schedule, sampler or self.deployment.sampler, steps).timesteps
+            except MezzotintError:  # too many for the schedule's offset, or too few for the sampler
                 continue
-            if deployed is None or set(times.tolist()) <= set(deployed):
+            if deployed is None or set(times) <= set(deployed):
                 found.append(steps)
         return tuple(found)
 
     def _chosen_correction(self, plan: Deployment, wish: bool | None) -> Correction | None:
         if wish is False:
             return None
-        if self.correction_applies(plan.sampler, plan.steps, plan.eta):
-            return self.correction
-        if wish is None:
-            return None
-        fitted = f"it was fitted for {self.correction.fitted_for}" if self.correction else "this bundle has none"
+        if wish is None or (self.correction and not self.correction.refusal(plan)):
+            return self.correction_for(plan)
+        reason = self.correction.refusal(plan) if self.correction else "this bundle has none"
         raise InputError(
-            f"the correction is not valid for {plan.sampler}, {plan.steps} steps, eta {plan.eta:g}: {fitted}",
+            f"the correction is not valid for {plan}: {reason}",
             where=str(self.path),
             hint="sample as it was fitted, leave the choice open (correction=None), or switch it off",
         )
+
+
+def predictor(
+    network: Callable[..., Images], plan: Deployment, conditions: Conditions, unconditional: Conditions
+) -> Callable[[Images, Timestep], Images]:
+    """What the sampling loop calls: the network with these conditions, guided where the deployment is."""
+    if plan.guided:
+        return guided(network, doubled_conditions(conditions, unconditional), plan.guidance)
+    return lambda x, t: network(x, t, **conditions)
 
 
 def _without_times(value: Any) -> Any:
@@ -264,7 +286,11 @@ def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
         raise BundleError("a file was changed after the bundle was sealed", where=str(file), hint="copy it again")
 
 
-def _checked_conditions(conditions: Mapping[str, npt.NDArray[Any]], n: int) -> dict[str, npt.NDArray[Any]]:
+def _rows(arrays: Conditions, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    return {name: array[rows if len(array) > 1 else np.zeros_like(rows)] for name, array in arrays.items()}
+
+
+def _checked_conditions(conditions: Conditions, n: int) -> dict[str, npt.NDArray[Any]]:
     for name, array in conditions.items():
         shape = np.shape(array)
         if len(shape) == 0 or shape[0] not in (1, n):

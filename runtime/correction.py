@@ -1,23 +1,31 @@
-"""Quantization noise, measured and undone (PTQD, arXiv 2305.10657).
+"""Quantization noise, undone while sampling (PTQD, arXiv 2305.10657; D2-DPM).
 
-For each network call the error of the quantized output, D = got - wanted, is split into a part proportional to the
-wanted output, a bias for each channel, and a rest:
+At each network call the quantized output q stands for the float output w. What was measured of their difference
+(noise_fit.py) is undone in two places.
 
-    D = k * wanted + r,    k = Cov(D, wanted) / Var(wanted)    (least squares slope over all images, channels and
-                                                                pixels; the intercept is dropped)
-    corrected = got / (1 + k) - E[r_c] / (1 + k)               (the paper's order: divide, then subtract)
+The output, before the solver sees it: `corrected = scale * q - shift_c`, one scale a call, one shift a channel. That is
+the form of both methods: PTQD divides by 1 + k and subtracts a bias, D2-DPM regresses w on q. It concerns the raw
+output of the network, whatever it predicts; with guidance, the combined output.
 
-What remains is treated as Gaussian with standard deviation `spread` and taken out of the sampler's own noise, see
-steps.py. `NoiseFit` measures, `Correction` is the result. Everything concerns the raw output of the network,
-whatever it predicts; with guidance, the combined output. Rows are keyed by the raw timestep, never by a position: a
-table that is read in the wrong direction gives plausible images.
+The sampler's own noise. Between two calls every solver here has x' = A x + B w + (what it remembers) + sigma z. With
+the corrected output in place of w the variance of x' is another, by
+
+    B^2 excess + 2 A B cross,    excess = Var(corrected) - Var(w),    cross = Cov(x, corrected - w)
+
+and sigma^2 is lessened by that much, or raised: a regression leaves less variance than there was, D2-DPM adds a draw of
+its own for it. PTQD takes the error for independent of everything, then excess is its variance and cross is 0. Nothing
+is ever added to a step without noise (sigma 0: DDIM with eta 0, Euler, Heun ...), and sigma^2 ends at 0 (`clamped`).
+
+Rows belong to network calls by their position, and say the timestep, so that no table is read in a wrong direction.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,82 +34,139 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .errors import BundleError, InputError, TimestepNotDeployed
-from .schedule import Deployment
+from .deployment import Deployment
+from .errors import BundleError, InputError, InterpolatedCorrection, ScheduleError, TimestepNotDeployed
+from .steps import Solver, Step
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+FORMS = ("regression", "ptqd", "ptqd-released")
 _METADATA_KEY = "mezzotint"
+_TABLES = ("scale", "shift", "excess", "cross", "spread")
 
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """One row for each call of one deployment; valid for exactly that sampler, its steps and eta.
+    """One row for each call of one deployment; valid for exactly that sampler, eta, guidance and prediction.
 
-    timesteps int64 `[T]`; slope k float64 `[T]`; bias float64 `[T, C]`, what is subtracted after dividing by 1 + k;
-    spread float64 `[T]`, the standard deviation of what then remains.
+    scale, excess, cross, spread float64 `[T]`, shift float64 `[T, C]`, stages int64 `[T]` (steps.py). `spread` is the
+    standard deviation of what remains in the corrected output; readers want it, the loop does not.
     """
 
-    timesteps: npt.NDArray[np.int64]
-    slope: Doubles
-    bias: Doubles
+    deployment: Deployment
+    prediction: str
+    form: str
+    stages: npt.NDArray[np.int64]
+    scale: Doubles
+    shift: Doubles
+    excess: Doubles
+    cross: Doubles
     spread: Doubles
-    sampler: str
-    steps: int
-    eta: float
-    rows: Mapping[int, int] = field(init=False, repr=False)  # timestep -> row
-    _scale: Floats = field(init=False, repr=False)
+    _scale: list[np.float32] = field(init=False, repr=False)
     _shift: Floats = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        count = len(self.timesteps)
-        shapes = self.slope.shape, self.bias.shape[:1], self.spread.shape
-        if self.bias.ndim != 2 or any(shape != (count,) for shape in shapes):
-            raise InputError(f"correction tables of different lengths: {count} timesteps, {shapes}")
-        numbers = (self.slope, self.bias, self.spread)
-        if not all(np.all(np.isfinite(table)) for table in numbers) or np.any(self.spread < 0):
+        count = len(self.deployment.calls)
+        tables = {name: getattr(self, name) for name in (*_TABLES, "stages")}
+        wrong = [name for name, table in tables.items() if table.ndim != (2 if name == "shift" else 1)]
+        wrong += [name for name, table in tables.items() if len(table) != count]
+        if wrong or self.form not in FORMS:
+            raise InputError(f"correction tables of {count} calls, form {self.form!r}: {', '.join(wrong)} do not fit")
+        if not all(np.all(np.isfinite(table)) for table in tables.values()) or np.any(self.spread < 0):
             raise InputError("correction tables hold values that are not finite, or a negative spread")
-        if np.any(self.slope <= -1):
-            # 1 + k is what is left of the signal; at 0 there is nothing to divide by.
+        if np.any(self.scale <= 0):
+            t = self.deployment.calls[int(self.scale.argmin())]
             raise InputError(
-                f"the quantized output does not follow the float one at timestep {self.timesteps[self.slope.argmin()]}",
+                f"the quantized output does not follow the float one at timestep {t:g}",
                 hint="quantize less, or with better scales; no correction can repair this",
             )
-        rows = {int(t): row for row, t in enumerate(self.timesteps)}
-        if len(rows) != count:
-            raise InputError("a correction has two rows for one timestep")
-        object.__setattr__(self, "rows", rows)
-        object.__setattr__(self, "_scale", (1 / (1 + self.slope)).astype(np.float32))
-        object.__setattr__(self, "_shift", self.bias.astype(np.float32)[:, :, None, None])
+        object.__setattr__(self, "_scale", list(self.scale.astype(np.float32)))
+        object.__setattr__(self, "_shift", self.shift.astype(np.float32)[:, :, None, None])
 
     @property
     def fitted_for(self) -> str:
         """For messages: the one way of sampling that these tables are valid for."""
-        return f"{self.sampler}, {self.steps} steps, eta {self.eta:g}"
+        return str(self.deployment)
 
-    def valid_for(self, sampler: str, steps: int, eta: float) -> bool:
-        """Whether the tables were fitted for this way of sampling."""
-        return (self.sampler, self.steps, self.eta) == (sampler, steps, eta)
+    def refusal(self, deployment: Deployment) -> str | None:
+        """Why these tables cannot correct that way of sampling, or None where they can, interpolated perhaps."""
+        mine = self.deployment
+        if (mine.sampler, mine.eta) != (deployment.sampler, deployment.eta):
+            return f"it was fitted for {self.fitted_for}, not for {deployment}"
+        if mine.guidance != deployment.guidance:
+            return (
+                f"it was fitted at guidance {mine.guidance:g}, not {deployment.guidance:g}: "
+                "guidance multiplies the error of the network"
+            )
+        return None
 
-    def apply(self, output: Floats, t: int) -> Floats:
-        """The raw output `[B, C, H, W]` of timestep `t`, corrected: a new float32 array."""
-        row = self._row(t)
-        if output.ndim != 4 or output.shape[1] != self.bias.shape[1]:
-            raise InputError(f"output of shape {list(output.shape)}, the correction has {self.bias.shape[1]} channels")
-        fixed: Floats = output * self._scale[row]
-        fixed -= self._shift[row]
+    def for_deployment(self, deployment: Deployment, schedule_steps: Sequence[Step]) -> Correction:
+        """These tables for the calls of `deployment`, between the fitted ones by interpolation over the timestep.
+
+        Warns (InterpolatedCorrection) where the calls are others. Raises InputError with the reason where they cannot
+        be used at all.
+        """
+        if reason := self.refusal(deployment):
+            raise InputError(f"the correction is not valid here: {reason}", hint="sample as it was fitted, or without")
+        if deployment.calls == self.deployment.calls:
+            return self
+        stages = np.array([step.stage for step in schedule_steps], np.int64)
+        if missing := set(stages.tolist()) - set(self.stages.tolist()):
+            raise InputError(f"the correction knows no call of stage {min(missing)} of a step")
+        warnings.warn(
+            f"noise tables of {self.deployment.steps} steps are interpolated for {deployment.steps}",
+            InterpolatedCorrection,
+            stacklevel=2,
+        )
+        known, asked = np.array(self.deployment.calls, float), np.array(deployment.calls, float)
+
+        def interpolated(table: Doubles) -> Doubles:
+            out = np.empty((len(asked), *table.shape[1:]))
+            for stage in set(stages.tolist()):
+                there, here = self.stages == stage, stages == stage
+                order = np.argsort(known[there], kind="stable")
+                columns = table[there][order].reshape(int(there.sum()), -1)
+                found = [np.interp(asked[here], known[there][order], column) for column in columns.T]
+                out[here] = np.stack(found, axis=-1).reshape(int(here.sum()), *table.shape[1:])
+            return out
+
+        tables = {name: interpolated(getattr(self, name)) for name in _TABLES}
+        return Correction(deployment, self.prediction, self.form, stages, **tables)
+
+    def apply(self, output: Floats, call: int) -> Floats:
+        """The raw output `[B, C, H, W]` of network call `call`, corrected: a new float32 array."""
+        if output.ndim != 4 or output.shape[1] != self.shift.shape[1]:
+            raise InputError(f"output of shape {list(output.shape)}, the correction has {self.shift.shape[1]} channels")
+        fixed: Floats = output * self._scale[call]
+        fixed -= self._shift[call]
         return fixed
 
-    def spread_at(self, t: int) -> float:
-        """Standard deviation of the error that is left in the corrected output of timestep `t`."""
-        return float(self.spread[self._row(t)])
+    def noise(self, steps: Sequence[Step]) -> tuple[float, ...]:
+        """The standard deviation of the noise to add at each call, 0 where the error outweighs the sampler's own."""
+        return tuple(math.sqrt(max(0.0, left)) for left in self._variances(steps))
+
+    def clamped(self, steps: Sequence[Step]) -> tuple[bool, ...]:
+        """At which calls the sampler's noise does not suffice to make up for the variance of the error."""
+        return tuple(left < 0 for left in self._variances(steps))
+
+    def redirected(self, solver: Solver) -> Solver:
+        """PTQD's released code computes the direction of DDIM with the lessened sigma; every other form keeps it."""
+        if self.form != "ptqd-released" or self.deployment.sampler != "ddim":
+            return solver
+        if self.prediction != "epsilon":
+            raise InputError(f"the released form of PTQD knows epsilon, not {self.prediction}", hint="use form ptqd")
+        found = []
+        for step, noise in zip(solver.steps, self.noise(solver.steps), strict=True):
+            direction = math.sqrt(max(0.0, step.next["out"] ** 2 + step.sigma**2 - noise**2))
+            found.append(replace(step, next={**step.next, "out": direction}))
+        return replace(solver, steps=tuple(found))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same tables give the same bytes."""
-        tables = {"timesteps": self.timesteps, "slope": self.slope, "bias": self.bias, "spread": self.spread}
-        facts = {"sampler": self.sampler, "steps": self.steps, "eta": self.eta}
+        tables = {name: np.ascontiguousarray(getattr(self, name)) for name in (*_TABLES, "stages")}
+        facts = {"deployment": self.deployment.to_json(), "prediction": self.prediction, "form": self.form}
         # One metadata entry only: safetensors writes several in a random order.
-        save_file({k: np.ascontiguousarray(v) for k, v in tables.items()}, path, {_METADATA_KEY: json.dumps(facts)})
+        save_file(tables, path, {_METADATA_KEY: json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> Correction:
@@ -109,126 +174,24 @@ class Correction:
         try:
             with safe_open(path, framework="numpy") as file:
                 facts: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])
-                tables = {name: file.get_tensor(name) for name in ("timesteps", "slope", "bias", "spread")}
-            return cls(**tables, sampler=str(facts["sampler"]), steps=int(facts["steps"]), eta=float(facts["eta"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
+                tables = {name: file.get_tensor(name) for name in (*_TABLES, "stages")}
+            deployment = Deployment.from_json(facts["deployment"])
+            return cls(deployment, str(facts["prediction"]), str(facts["form"]), **tables)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, InputError, ScheduleError) as error:
             raise BundleError(f"not a table of corrections: {error}", where=str(path)) from error
 
-    def _row(self, t: int) -> int:
-        row = self.rows.get(int(t))
-        if row is None:
+    def _variances(self, steps: Sequence[Step]) -> list[float]:
+        if tuple(step.timestep for step in steps) != self.deployment.calls:
             raise TimestepNotDeployed(
-                f"the correction has no row for timestep {t}", hint=f"it was fitted for {self.fitted_for}"
+                f"the correction has rows for other network calls than these {len(steps)}",
+                hint=f"it was fitted for {self.fitted_for}: sample so, or without a correction",
             )
-        return row
+        return [
+            step.sigma**2 - added_variance(step, float(excess), float(cross)) if step.sigma > 0 else 0.0
+            for step, excess, cross in zip(steps, self.excess, self.cross, strict=True)
+        ]
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Sums over images and pixels of one timestep, for each channel, of the wanted output w and the error d."""
-
-    count: float
-    table: Doubles  # [5, C]: w, d, w*w, w*d, d*d
-
-    def __add__(self, other: _Sums) -> _Sums:
-        if self.table.shape != other.table.shape:
-            raise InputError(f"{self.table.shape[1]} and {other.table.shape[1]} channels cannot be merged")
-        return _Sums(self.count + other.count, self.table + other.table)
-
-    @classmethod
-    def of(cls, wanted: Floats, got: Floats) -> _Sums:
-        w = wanted.astype(np.float64)
-        d = got.astype(np.float64) - w
-        products = [np.einsum("bchw,bchw->c", a, b) for a, b in ((w, w), (w, d), (d, d))]
-        return cls(w.size / w.shape[1], np.stack([w.sum((0, 2, 3)), d.sum((0, 2, 3)), *products]))
-
-    def slope(self) -> float:
-        """Cov(D, wanted) / Var(wanted), all channels pooled; 0 where the wanted output is constant."""
-        w, d, ww, wd, _ = self.table.mean(axis=1) / self.count
-        variance = ww - w * w
-        return float((wd - w * d) / variance) if variance > 1e-12 * ww else 0.0
-
-    def residual(self, slope: float) -> tuple[Doubles, float]:
-        """Mean `[C]` of the error beyond the proportional part, and the pooled standard deviation around that mean."""
-        w, d, ww, wd, dd = self.table / self.count
-        mean = d - slope * w
-        square = dd - 2 * slope * wd + slope**2 * ww
-        return mean, float(np.sqrt(np.maximum(square - mean**2, 0).mean()))
-
-
-class NoiseFit:
-    """Streaming sums of float beside quantized outputs, for each timestep; nothing raw is kept.
-
-    Two fits add up to the fit of both their data, so that fitting can be spread over machines, stop and resume.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[int, _Sums] = {}
-
-    @property
-    def timesteps(self) -> tuple[int, ...]:
-        """What has been measured, rising."""
-        return tuple(sorted(self._sums))
-
-    def add(self, t: int, float_output: Floats, quantized_output: Floats) -> None:
-        """Both outputs `[B, C, H, W]`, for the same state x at timestep `t`."""
-        if float_output.shape != quantized_output.shape or float_output.ndim != 4 or float_output.size == 0:
-            raise InputError(
-                f"outputs of shapes {list(float_output.shape)} and {list(quantized_output.shape)} at timestep {t}",
-                hint="both must be [batch, channels, height, width], of the same inputs",
-            )
-        self._merge(int(t), _Sums.of(float_output, quantized_output))
-
-    def __add__(self, other: NoiseFit) -> NoiseFit:
-        merged = NoiseFit()
-        for fit in (self, other):
-            for t, sums in fit._sums.items():
-                merged._merge(t, sums)
-        return merged
-
-    def stages(self, t: int) -> dict[str, float]:
-        """Mean square of the error at `t` as it comes (`error`), and with the slope, then also the bias, taken away.
-
-        `wanted` is the mean square of the float output, to which the others compare.
-        """
-        sums = self._of(t)
-        mean, spread = sums.residual(sums.slope())
-        rest = spread**2
-        wanted, error = (sums.table[[2, 4]] / sums.count).mean(axis=1)
-        return {
-            "wanted": float(wanted),
-            "error": float(error),
-            "without_slope": rest + float((mean**2).mean()),
-            "without_slope_and_bias": rest,
-        }
-
-    def correction(self, deployment: Deployment) -> Correction:
-        """The tables for `deployment`, one row for each of its calls. Raises InputError where one was not measured."""
-        missing = [t for t in deployment.timesteps if t not in self._sums]
-        if missing:
-            raise InputError(
-                f"no error was measured at timesteps {missing[:4]} ({len(missing)} of {deployment.steps} are missing)",
-                hint="fit the noise with the deployed sampler and its steps",
-            )
-        found = [self._of(t) for t in deployment.timesteps]
-        slopes = np.array([sums.slope() for sums in found])
-        residuals = [sums.residual(slope) for sums, slope in zip(found, slopes.tolist(), strict=True)]
-        if len({mean.shape for mean, _ in residuals}) > 1:
-            raise InputError("the network has different numbers of channels at different timesteps")
-        return Correction(
-            timesteps=np.array(deployment.timesteps, dtype=np.int64),
-            slope=slopes,
-            bias=np.stack([mean for mean, _ in residuals]) / (1 + slopes)[:, None],
-            spread=np.array([spread for _, spread in residuals]) / np.abs(1 + slopes),
-            sampler=deployment.sampler,
-            steps=deployment.steps,
-            eta=deployment.eta,
-        )
-
-    def _of(self, t: int) -> _Sums:
-        if t not in self._sums:
-            raise InputError(f"no error was measured at timestep {t}")
-        return self._sums[t]
-
-    def _merge(self, t: int, sums: _Sums) -> None:
-        self._sums[t] = self._sums[t] + sums if t in self._sums else sums
+def added_variance(step: Step, excess: float, cross: float) -> float:
+    """By how much the variance of x' exceeds that of the float network, see the module's formula."""
+    return step.gain**2 * excess + 2 * step.carry * step.gain * cross

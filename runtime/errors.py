@@ -51,3 +51,7 @@ class MixedTimesteps(InputError):
 
 class TimestepNotDeployed(InputError):
     """The timestep has no row in the bundle's tables."""
+
+
+class InterpolatedCorrection(UserWarning):
+    """The noise tables were fitted for another number of steps, and interpolated between its timesteps."""

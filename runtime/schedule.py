@@ -1,12 +1,10 @@
-"""The training schedule as data, and which network calls a sampler makes of it.
+"""The training schedule as data: what a diffusers `scheduler_config.json` says, reduced to numbers.
 
-A `Schedule` is what a diffusers `scheduler_config.json` says, reduced to numbers: one `alphas_cumprod` (abar below) for
-each training timestep, what the network predicts, whether the predicted image is clipped, and how timesteps are spaced.
-A `Deployment` is a choice on top of it: this sampler, this many steps, this eta, hence exactly these calls. Neither
-holds state; `samplers.py` turns both into images.
+A schedule of betas has one `alphas_cumprod` (abar below) for each training timestep: x_t = sqrt(abar) x0 +
+sqrt(1 - abar) noise. A schedule of flow matching (`shift`) has x_t = (1 - sigma) x0 + sigma noise, and its timestep is
+num_train_timesteps * sigma. `deployment.py` has the choice on top of it: sampler, steps, eta, hence the network calls.
 
-Rounding follows diffusers (betas, alphas and abar as float32, the running product in float64): a trained network has
-seen those values, and the numbers here and there are then the same.
+What only some samplers read stays in `config`; `solvers.py` and its neighbours take it from there.
 """
 
 from __future__ import annotations
@@ -14,23 +12,37 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from .betas import alphas_cumprod_of
+from .config import ConfigReader
 from .errors import ScheduleError
 from .signature import PREDICTIONS, Prediction
 
-Sampler = Literal["ddim", "ddpm"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
 SPACINGS = ("leading", "trailing", "linspace")
 # "learned" variances need a network with twice the channels, which the samplers here do not read.
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+# What one sampler or the other reads from the configuration beside the fields of a Schedule, with diffusers' defaults.
+SAMPLER_OPTIONS: dict[str, Any] = {
+    "use_karras_sigmas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "final_sigmas_type": "zero",
+    "solver_order": 2,
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "lambda_min_clipped": -math.inf,
+    "skip_prk_steps": False,
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+    "stochastic_sampling": False,
+}
 NAMED: dict[str, dict[str, Any]] = {
     "ddpm-linear": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "sd": {
@@ -48,8 +60,10 @@ NAMED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """`alphas_cumprod` is float64 `[train timesteps]`, falling; `config` is the JSON it came from, kept unchanged."""
+    """`alphas_cumprod` is float64 `[train timesteps]`, falling, and empty for flow matching, which has a `shift`:
+    sigma -> shift sigma / (1 + (shift - 1) sigma). `config` is the JSON it came from, kept unchanged."""
 
+    num_train_timesteps: int
     alphas_cumprod: npt.NDArray[np.float64]
     prediction: Prediction
     clip_sample: bool
@@ -58,11 +72,37 @@ class Schedule:
     steps_offset: int
     final_alpha_cumprod: float  # abar behind the last DDIM step: 1, or abar[0] where set_alpha_to_one is false
     variance_type: str  # of the DDPM sampler
+    shift: float | None
     config: dict[str, Any]
 
     @property
-    def num_train_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+    def flow(self) -> bool:
+        """Whether this is flow matching."""
+        return self.shift is not None
+
+    @property
+    def last_timestep(self) -> int:
+        """The noisiest timestep there is. Flow matching begins at pure noise, timestep num_train_timesteps."""
+        return self.num_train_timesteps - (0 if self.flow else 1)
+
+    @property
+    def reader(self) -> ConfigReader:
+        """For what a sampler reads from the configuration by itself."""
+        return ConfigReader(self.config, "the scheduler configuration")
+
+    def option(self, key: str) -> Any:
+        """One of SAMPLER_OPTIONS."""
+        return self.reader.get(key, SAMPLER_OPTIONS[key])
+
+    def levels(self, timestep: float) -> tuple[float, float]:
+        """(share of the image, share of the noise) in x at a timestep; between two training timesteps as diffusers
+        has it, by interpolating the ratio of the two."""
+        if self.flow:
+            sigma = timestep / self.num_train_timesteps
+            return 1 - sigma, sigma
+        ratios = np.sqrt((1 - self.alphas_cumprod) / np.maximum(self.alphas_cumprod, 2.0**-24))
+        ratio = float(np.interp(timestep, np.arange(len(ratios)), ratios))
+        return 1 / float(np.hypot(1, ratio)), ratio / float(np.hypot(1, ratio))
 
     @classmethod
     def named(cls, name: str) -> Schedule:
@@ -98,18 +138,20 @@ class Schedule:
 
         Raises ScheduleError for whatever the samplers here would compute wrongly.
         """
-        read = _Reader(config, where)
-        if str(config.get("_class_name", "")).startswith("FlowMatch") or not {"beta_schedule", "trained_betas"} & set(
-            config
-        ):
+        read = ConfigReader(config, where)
+        if str(config.get("_class_name", "")).startswith("FlowMatch"):
+            return cls._of_flow(read)
+        if not {"beta_schedule", "trained_betas"} & set(config):
             raise read.refuse(
-                "this is not a schedule of betas (neither beta_schedule nor trained_betas)",
-                "flow matching and other schedules without betas cannot be sampled by ddim or ddpm",
+                "this is neither a schedule of betas (beta_schedule or trained_betas) nor one of flow matching",
+                "give the scheduler_config.json of a diffusers scheduler",
             )
         prediction = read.choice("prediction_type", "epsilon", PREDICTIONS)
         if read.flag("thresholding", False):
             raise read.refuse("dynamic thresholding is not supported", "set thresholding to false")
-        alphas_cumprod = _alphas_cumprod(read)
+        if prediction == "flow_prediction":
+            raise read.refuse("flow_prediction needs a schedule of flow matching", "use flow matching's scheduler")
+        alphas_cumprod = alphas_cumprod_of(read)
         if alphas_cumprod[-1] == 0.0 and prediction == "epsilon":
             raise read.refuse(
                 "the last timestep has no signal, from which a network that predicts epsilon cannot recover the image",
@@ -117,6 +159,7 @@ class Schedule:
             )
         alphas_cumprod.flags.writeable = False
         return cls(
+            num_train_timesteps=len(alphas_cumprod),
             alphas_cumprod=alphas_cumprod,
             prediction=cast(Prediction, prediction),
             clip_sample=read.flag("clip_sample", True),
@@ -125,7 +168,28 @@ class Schedule:
             steps_offset=read.integer("steps_offset", 0, smallest=0),
             final_alpha_cumprod=1.0 if read.flag("set_alpha_to_one", True) else float(alphas_cumprod[0]),
             variance_type=read.choice("variance_type", "fixed_small", VARIANCES),
+            shift=None,
             config=dict(config),
+        )
+
+    @classmethod
+    def _of_flow(cls, read: ConfigReader) -> Schedule:
+        for key in ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas"):
+            read.must_be(key, False, False, "flow matching")
+        read.must_be("use_beta_sigmas", False, False, "flow matching")
+        read.must_be("shift_terminal", None, None, "flow matching")
+        return cls(
+            num_train_timesteps=read.integer("num_train_timesteps", 1000, smallest=1),
+            alphas_cumprod=np.zeros(0),
+            prediction="flow_prediction",
+            clip_sample=False,
+            clip_sample_range=1.0,
+            timestep_spacing="linspace",
+            steps_offset=0,
+            final_alpha_cumprod=1.0,
+            variance_type="fixed_small",
+            shift=read.number("shift", 1.0),
+            config=dict(read.config),
         )
 
     def timesteps(self, steps: int) -> npt.NDArray[np.int64]:
@@ -161,6 +225,8 @@ class Schedule:
             self.steps_offset,
             self.final_alpha_cumprod,
             self.variance_type,
+            *((self.num_train_timesteps, self.shift) if self.flow else ()),
+            *((key, repr(self.option(key))) for key, usual in SAMPLER_OPTIONS.items() if self.option(key) != usual),
         ]
         numbers = self.alphas_cumprod.astype("<f8").tobytes()
         return hashlib.sha256(json.dumps(facts).encode() + numbers).hexdigest()
@@ -170,114 +236,3 @@ class Schedule:
 
     def __hash__(self) -> int:
         return hash(self.digest())
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """What runs in production: the sampler, its steps and eta, and the timestep of each network call, in order."""
-
-    sampler: Sampler
-    steps: int
-    eta: float
-    timesteps: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ScheduleError(f"unknown sampler {self.sampler!r}", hint=f"use one of {', '.join(SAMPLERS)}")
-        if not 0.0 <= self.eta <= 1.0:
-            raise ScheduleError(f"eta is {self.eta}", hint="choose between 0, deterministic, and 1, as noisy as DDPM")
-        if self.sampler == "ddpm" and self.eta != 0.0:
-            raise ScheduleError("ddpm has no eta", hint="leave eta at 0, or use ddim")
-        if not self.timesteps or self.steps != len(self.timesteps):
-            raise ScheduleError(f"{self.steps} steps do not match {len(self.timesteps)} timesteps")
-
-    @classmethod
-    def of(cls, schedule: Schedule, sampler: str, steps: int, eta: float = 0.0) -> Deployment:
-        timesteps = tuple(int(t) for t in schedule.timesteps(steps))
-        return cls(cast(Sampler, sampler), int(steps), float(eta), timesteps)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"sampler": self.sampler, "steps": self.steps, "eta": self.eta, "timesteps": list(self.timesteps)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Deployment:
-        try:
-            timesteps = tuple(int(t) for t in data["timesteps"])
-            return cls(data["sampler"], int(data["steps"]), float(data["eta"]), timesteps)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ScheduleError(f"malformed deployment: {type(error).__name__} {error}") from error
-
-
-class _Reader:
-    """Reads typed values from a configuration and refuses the rest, naming key and place."""
-
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.config = config
-        self.where = where
-
-    def refuse(self, what: str, hint: str | None = None) -> ScheduleError:
-        return ScheduleError(what, where=self.where, hint=hint)
-
-    def choice(self, key: str, default: str, allowed: Sequence[str]) -> str:
-        value = self.config.get(key, default)
-        if value not in allowed:
-            raise self.refuse(f"unknown {key} {value!r}", f"supported: {', '.join(allowed)}")
-        return str(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.config.get(key, default)
-        if not isinstance(value, bool):
-            raise self.refuse(f"{key} is {value!r}, not true or false")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
-            raise self.refuse(f"{key} is {value!r}, not a number above 0")
-        return float(value)
-
-    def integer(self, key: str, default: int, smallest: int) -> int:
-        value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise self.refuse(f"{key} is {value!r}, not an integer of at least {smallest}")
-        return value
-
-
-def _betas(read: _Reader) -> npt.NDArray[np.float32]:
-    """float32 `[train timesteps]`, by the formulas of diffusers."""
-    train = read.integer("num_train_timesteps", 1000, smallest=1)
-    if read.config.get("trained_betas") is not None:
-        try:
-            betas = np.asarray(read.config["trained_betas"], dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise read.refuse(f"trained_betas are not numbers: {error}") from error
-        if betas.shape != (train,):
-            raise read.refuse(f"trained_betas have shape {list(betas.shape)}, num_train_timesteps is {train}")
-        return betas
-    kind = read.choice("beta_schedule", "linear", ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
-    if kind == "squaredcos_cap_v2":
-        bars = [math.cos((i / train + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(train + 1)]
-        return np.array([min(1 - b / a, 0.999) for a, b in pairwise(bars)], dtype=np.float32)
-    start, end = read.number("beta_start", 1e-4), read.number("beta_end", 0.02)
-    if kind == "linear":
-        return np.linspace(start, end, train, dtype=np.float32)
-    if kind == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, train, dtype=np.float32) ** 2
-    return (1 / (1 + np.exp(-np.linspace(-6, 6, train))) * (end - start) + start).astype(np.float32)
-
-
-def _alphas_cumprod(read: _Reader) -> npt.NDArray[np.float64]:
-    betas = _betas(read)
-    if not np.all((betas > 0) & (betas < 1)):  # also false for NaN
-        raise read.refuse("betas must lie between 0 and 1")
-    alphas = np.float32(1) - betas
-    bars = np.cumprod(alphas.astype(np.float64)).astype(np.float32).astype(np.float64)
-    if read.flag("rescale_betas_zero_snr", False):
-        if len(bars) < 2:
-            raise read.refuse("one timestep cannot be rescaled to zero signal at the end")
-        # Algorithm 1 of arXiv 2305.08891: shift sqrt(abar) so that it ends at 0, scale so that it begins where it did.
-        roots = np.sqrt(bars)
-        bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
-    if not np.all(bars < 1) or not np.all(np.diff(bars) < 0):
-        raise read.refuse("the signal does not fall from timestep to timestep (betas too close to 0 or to 1)")
-    return bars

@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from .errors import InputError, MixedTimesteps, TimestepNotDeployed
 from .signature import Signature
+from .steps import Timestep, whole
 
 TESTED_ONNXRUNTIME = ("1.22.1", "1.23.2", "1.24.4", "1.27.0", "1.31.1")
 """Which graphs become integer kernels is decided by onnxruntime's fusion rules, and these change with its versions."""
@@ -130,13 +131,13 @@ class Denoiser:
         signature: Signature,
         *,
         threads: int | None = None,
-        deployed: Sequence[int] | None = None,
+        deployed: Sequence[Timestep] | None = None,
         profile: Path | None = None,
     ) -> None:
         self.signature = signature
         self.threads = threads
         self.session = open_session(model, threads=threads, profile=profile)
-        self.deployed = None if deployed is None else frozenset(int(t) for t in deployed)
+        self.deployed = None if deployed is None else frozenset(whole(deployed))
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {value.name: value for value in self.session.get_outputs()}
         expected = {signature.sample, signature.timestep, *signature.conditions}
@@ -175,7 +176,7 @@ class Denoiser:
     def __call__(
         self,
         x: npt.NDArray[np.float32],
-        t: int | np.integer[Any] | npt.NDArray[Any],
+        t: Timestep | np.number[Any] | npt.NDArray[Any],
         /,  # so that a condition may have any name
         *,
         out: npt.NDArray[np.float32] | None = None,
@@ -232,33 +233,43 @@ class Denoiser:
         """One timestep in the dtype and the shape that the graph declares: [], [1] or [batch]."""
         value = self._inputs[self.signature.timestep]
         step = _one_timestep(t, batch)
+        dtype = _DTYPES[value.type]
+        if not isinstance(step, int) and not np.issubdtype(dtype, np.floating):
+            raise InputError(
+                f"timestep {step:g} lies between two training timesteps, and the graph's input {value.name!r} is "
+                f"{np.dtype(dtype)}",
+                hint="compile the model for this sampler, or sample with timestep_spacing leading or trailing",
+            )
         if self.deployed is not None and step not in self.deployed:
             near = sorted(sorted(sorted(self.deployed), key=lambda known: abs(known - step))[:2])
-            raise TimestepNotDeployed(
-                f"timestep {step} has no row in this graph's tables; the nearest are {', '.join(map(str, near))}",
-                hint="sample with the --steps that the graph was compiled for, or compile it for these",
-            )
+            # float32 timesteps of two libraries may differ in their last bits; the rows of two steps never do.
+            if not near or min(abs(known - step) for known in near) > 1e-3:
+                raise TimestepNotDeployed(
+                    f"timestep {step:g} has no row in this graph's tables; the nearest are "
+                    f"{', '.join(f'{known:g}' for known in near)}",
+                    hint="sample with the --steps that the graph was compiled for, or compile it for these",
+                )
         if len(value.shape) == 0:
-            return np.array(step, dtype=_DTYPES[value.type])
+            return np.array(step, dtype=dtype)
         size = value.shape[0] if isinstance(value.shape[0], int) else batch
-        return np.full(size, step, dtype=_DTYPES[value.type])
+        return np.full(size, step, dtype=dtype)
 
 
-def _one_timestep(t: object, batch: int) -> int:
+def _one_timestep(t: object, batch: int) -> Timestep:
     if type(t) is int and t >= 0:  # the usual case, and not a bool
         return t
     array = np.asarray(t)
     if array.dtype.kind not in "iuf" or array.ndim > 1 or array.size not in (1, batch):
-        raise InputError(f"the timestep is {_kind(t)}, expected an integer, or an array of 1 or {batch} equal ones")
+        raise InputError(f"the timestep is {_kind(t)}, expected a number, or an array of 1 or {batch} equal ones")
     first = float(array.flat[0])
-    if not first.is_integer() or first < 0:
+    if not first >= 0 or not np.isfinite(first):
         raise InputError(f"timestep {first:g} is not a training timestep", hint="timesteps count 0, 1, 2, ...")
     if not bool(np.all(array == first)):
         raise MixedTimesteps(
             f"the batch holds timesteps {sorted(set(array.tolist()))[:4]}; one call has one timestep",
             hint="call once for each timestep",
         )
-    return int(first)
+    return int(first) if first.is_integer() else first
 
 
 def _kind(value: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from .errors import ScheduleError
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 

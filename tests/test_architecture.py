@@ -53,6 +53,7 @@ RULES = {
             "gram.py": frozenset({"scipy"}),
             "rounding.py": frozenset({"scipy"}),
             "allocation.py": frozenset({"scipy"}),
+            "noise_report.py": frozenset({"scipy"}),
         },
     ),
     "passes": Rule(

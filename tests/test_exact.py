@@ -30,7 +30,8 @@ from mezzotint.passes.recipe_parts import EXACT
 from mezzotint.passes.reparameterize_norms import ReparameterizeNorms
 from mezzotint.passes.smooth_scales import SmoothScales
 from mezzotint.passes.split_shortcuts import SplitShortcuts
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.schedule import Schedule
 from tests.models import Compiled, prompts
 from tests.tiny import context_in
 

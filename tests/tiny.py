@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Program
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.schedule import Schedule
 from mezzotint.runtime.signature import Signature
 
 WIDTH = 16

@@ -12,7 +12,7 @@ from mezzotint.compiler.calibrate import Conditions, Images, LockStep, batch_spa
 from mezzotint.compiler.errors import ConditionError
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Program
-from mezzotint.runtime.schedule import Deployment
+from mezzotint.runtime.deployment import Deployment
 from tests.tiny import tiny_program
 
 Seen = dict[int, list[Images]]

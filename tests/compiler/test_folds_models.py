@@ -24,7 +24,8 @@ from mezzotint.passes.fold_scales import FoldScales
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.recipe_parts import EXACT
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.schedule import Schedule
 from tests.models import Compiled, prompts
 from tests.tiny import context_in, tiny_program
 

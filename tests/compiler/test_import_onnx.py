@@ -17,7 +17,8 @@ from mezzotint.compiler.errors import CompileError, ModelError, SignatureError
 from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.import_onnx import import_onnx
 from mezzotint.compiler.program import Program
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.schedule import Schedule
 from mezzotint.runtime.session import Denoiser
 from tests.models import CHANNELS, hand_written, write
 

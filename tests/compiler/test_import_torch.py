@@ -20,7 +20,8 @@ from mezzotint.compiler import import_torch as front
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.program import Program
 from mezzotint.compiler.verify import relative_difference
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.schedule import Schedule
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Signature
 from tests.models import SMALL, THREADS, Compiled, prompts, small_conditional_unet, small_unet

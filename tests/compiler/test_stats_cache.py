@@ -18,7 +18,7 @@ from mezzotint.compiler.stats import Stats
 from mezzotint.compiler.stats_cache import measured_once
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.runtime.schedule import Deployment
+from mezzotint.runtime.deployment import Deployment
 
 Change = Callable[[Program, Context], tuple[Program, Context]]
 

@@ -33,7 +33,8 @@ from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipe_files import make_pass
 from mezzotint.passes.recipes import RECIPES
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.schedule import Schedule
 from tests.models import Compiled
 from tests.tiny import program_of, short_schedule, tiny_program
 

@@ -28,7 +28,7 @@ from mezzotint.passes.recipe_files import make_pass, with_options
 from mezzotint.passes.recipe_parts import FAST
 from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.smooth_scales import SmoothScales
-from mezzotint.runtime.schedule import Deployment
+from mezzotint.runtime.deployment import Deployment
 from tests import golden
 from tests.channels import with_channels
 from tests.conftest import Check

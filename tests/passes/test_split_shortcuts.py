@@ -41,8 +41,9 @@ from mezzotint.passes.recipe_files import make_pass, with_options
 from mezzotint.passes.recipe_parts import EXACT
 from mezzotint.passes.recipes import RECIPES
 from mezzotint.passes.split_shortcuts import SplitShortcuts
+from mezzotint.runtime.deployment import Deployment
 from mezzotint.runtime.samplers import initial_noise
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.schedule import Schedule
 from mezzotint.runtime.session import running_version
 from tests.conftest import Check
 from tests.models import SCHEDULER, SMALL, Compiled, prompts

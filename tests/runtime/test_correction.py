@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mezzotint.runtime.correction import Correction, NoiseFit
+from mezzotint.runtime.deployment import Deployment
 from mezzotint.runtime.errors import BundleError, InputError, TimestepNotDeployed
-from mezzotint.runtime.schedule import Deployment
 
 Floats = npt.NDArray[np.float32]
 DEPLOYMENT = Deployment("ddim", 2, 0.5, (600, 100))

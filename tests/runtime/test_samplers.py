@@ -11,9 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from mezzotint.runtime.correction import Correction
+from mezzotint.runtime.deployment import Deployment
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.runtime.samplers import Images, StepInfo, ddim, ddpm, initial_noise, sample, seeded_noise, stepper
-from mezzotint.runtime.schedule import Deployment, Schedule
+from mezzotint.runtime.schedule import Schedule
 
 SHAPE = (3, 2, 8, 8)
 

@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mezzotint.runtime.deployment import Deployment
 from mezzotint.runtime.errors import ScheduleError
-from mezzotint.runtime.schedule import NAMED, Deployment, Schedule
+from mezzotint.runtime.schedule import NAMED, Schedule
 
 BETAS = [0.01, 0.02, 0.05, 0.2]
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,127 @@
+"""Is the noise what the corrections take it for? Figures for each network call, for readers.
+
+PTQD models what is left of the error as Gaussian and independent of the signal. On all of the data any test rejects it:
+with enough values every real distribution differs from a Gaussian. So K2 = Zskew^2 + Zkurt^2 (D'Agostino & Pearson) is
+computed on random subsets of about 2000 values, beside skewness and excess kurtosis, which say how far it is off, and
+the correlation of the error and of its magnitude with the signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from ..runtime.correction import Correction
+from ..runtime.steps import Step
+
+SUBSET = 2048
+"""Values of a call that are tested."""
+_BATCH = 512  # of them from one batch
+
+Floats = npt.NDArray[np.float32]
+Report = dict[str, Any]
+
+
+class Residuals:
+    """Random subsets of (float output, what remains of the error) at each call: at most SUBSET pairs each."""
+
+    def __init__(self, correction: Correction, seed: int) -> None:
+        self._correction = correction
+        self._rng = np.random.default_rng([seed, 0xE])
+        self._pairs: dict[int, list[npt.NDArray[np.float64]]] = {}
+
+    def add(self, call: int, wanted: Floats, got: Floats) -> None:
+        """Both outputs `[B, C, H, W]` of network call `call`."""
+        known = self._pairs.setdefault(call, [])
+        room = SUBSET - sum(part.shape[1] for part in known)
+        if room <= 0:
+            return
+        error = self._correction.apply(got, call) - wanted
+        chosen = self._rng.choice(wanted.size, min(room, _BATCH, wanted.size), replace=False)
+        known.append(np.stack([wanted.reshape(-1)[chosen], error.reshape(-1)[chosen]]).astype(np.float64))
+
+    def figures(self, call: int) -> dict[str, float | None]:
+        """p of the normality test, skewness, excess kurtosis, correlation of error and |error| with the signal."""
+        signal, error = np.concatenate(self._pairs[call], axis=1)
+        if len(error) < 20 or error.std() <= 1e-12 * max(float(np.abs(signal).max()), 1e-30):
+            return dict.fromkeys(("normal_p", "skewness", "kurtosis", "correlation", "magnitude_correlation"))
+        return {
+            "normal_p": _number(stats.normaltest(error).pvalue),
+            "skewness": _number(stats.skew(error)),
+            "kurtosis": _number(stats.kurtosis(error)),
+            "correlation": _correlation(signal, error),
+            "magnitude_correlation": _correlation(np.abs(signal), np.abs(error)),
+        }
+
+
+def noise_report(
+    correction: Correction,
+    steps: Sequence[Step],
+    rows: Sequence[Mapping[str, Any]],
+    residuals: Residuals,
+    *,
+    gate: bool,
+) -> Report:
+    """What the manifest keeps: one row for each network call, and a summary of one line.
+
+    `rows` are those of NoiseFit.gated; SQNR is that of the output on held-out calls.
+    """
+    noises, clamped = correction.noise(steps), correction.clamped(steps)
+    found = []
+    for call, (step, row) in enumerate(zip(steps, rows, strict=True)):
+        row = dict(row) if gate else {**row, "kept": "both", "variance_kept": step.sigma > 0}
+        found.append(
+            {
+                "timestep": step.timestep,
+                "stage": step.stage,
+                "slope": 1 / float(correction.scale[call]) - 1,
+                "bias": float(np.sqrt((correction.shift[call] ** 2).mean())),
+                "spread": float(correction.spread[call]),
+                **row,
+                "sigma": step.sigma,
+                "noise": noises[call],
+                "clamped": clamped[call],
+                **residuals.figures(call),
+            }
+        )
+    report: Report = {"form": correction.form, "gate": gate, "calls": found}
+    report["shares"] = _shares(found)
+    report["summary"] = _summary(report)
+    return report
+
+
+def _shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean SQNR over the calls, dB, without correction and with each part of it, on held-out calls."""
+    parts: tuple[str, ...] = ("none", "slope", "bias", "both")
+    means = {part: [row["sqnr_db"][part] for row in rows if row["sqnr_db"][part] is not None] for part in parts}
+    kept = [row["sqnr_db"][row["kept"]] for row in rows if row["sqnr_db"][row["kept"]] is not None]
+    return {part: float(np.mean(values)) for part, values in {**means, "kept": kept}.items() if values}
+
+
+def _summary(report: Report) -> str:
+    rows, shares = report["calls"], report["shares"]
+    off = sum(row["kept"] == "none" for row in rows)
+    noisy = [row for row in rows if row["sigma"] > 0]
+    text = f"{report['form']}: slope up to {max(abs(row['slope']) for row in rows):.4f}"
+    text += f", spread up to {max(row['spread'] for row in rows):.4f}"
+    if {"none", "kept"} <= set(shares):
+        text += f"; held out {shares['none']:.2f} -> {shares['kept']:.2f} dB a call"
+    if off and report["gate"]:
+        text += f", switched off at {off} of {len(rows)} calls"
+    if noisy:
+        changed = sum(row["variance_kept"] for row in noisy)
+        clamps = sum(row["clamped"] for row in noisy)
+        text += f"; the noise of {changed} of {len(noisy)} steps changed, {clamps} clamped at 0"
+    return text
+
+
+def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
+    return _number(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
