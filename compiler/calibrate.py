@@ -20,7 +20,13 @@ Conditions = dict[str, npt.NDArray[Any]]
 CalibrationDenoiser = Callable[[Images, Timestep, Conditions], Images]
 
 
-def follow_trajectories(program: Program, context: Context, denoiser: CalibrationDenoiser, stage: str) -> int:
+def follow_trajectories(
+    program: Program,
+    context: Context,
+    denoiser: CalibrationDenoiser,
+    stage: str,
+    callback: samplers.Callback | None = None,
+) -> int:
     """Sample `context.samples` images with the deployed sampler from seeded noise; returns the number of calls.
 
     A graph with its batch written in gets whole batches, a few images more than asked for perhaps.
@@ -44,7 +50,7 @@ def follow_trajectories(program: Program, context: Context, denoiser: Calibratio
 
         x = samplers.initial_noise(context.seed, (rows, *program.shape), first=first)
         noise = samplers.seeded_noise(context.seed, first=first)
-        samplers.sample(call, x, program.schedule, deployment, noise=noise)
+        samplers.sample(call, x, program.schedule, deployment, noise=noise, callback=callback)
     return calls
 
 

@@ -24,6 +24,7 @@ from .ops import layers
 from .program import Program, numpy_of
 from .storage import storage
 
+NOISE_PLOT = "noise.png"
 EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -155,6 +156,10 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
     _write(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
     if program.correction is not None:
         program.correction.save(bundle / CORRECTION)
+    if program.noise_report:
+        from .noise_plot import plot_noise  # matplotlib takes a second to load
+
+        plot_noise(program.noise_report, bundle / NOISE_PLOT)
     if program.fx_text is not None:
         _write(bundle / "passes" / "000_fx.txt", program.fx_text)
     source_layers = list(layers((program.float_model or program.model).graph))

@@ -125,6 +125,8 @@ def print_inspection(bundle: Bundle) -> None:
     )
     if "bits" in m:
         _print_bits(m["bits"])
+    if "noise" in m:
+        _print_noise(m["noise"])
     if m["quantizers"]:
         rows = [(q["site"], _format(q), _scale(q), _zero(q), q["by"]) for q in m["quantizers"]]
         console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
@@ -154,6 +156,25 @@ def _print_bits(bits: dict[str, Any]) -> None:
     ]
     kind = bits["budget"]["kind"]
     console.print_table("bits", ("", kind, "bits a weight", "layers by bits", "predicted SQNR, dB"), rows)
+
+
+def _print_noise(noise: dict[str, Any]) -> None:
+    """What fit_noise measured at each network call, and what of it the sampler undoes."""
+    words = {"none": "nothing", "both": "slope and bias"}
+    rows = [
+        (
+            f"{row['timestep']:g}" + (f" ({row['stage'] + 1}.)" if row["stage"] else ""),
+            f"{row['slope']:+.4f}",
+            f"{row['bias']:.4f}",
+            f"{row['spread']:.4f}",
+            f"{_db(row['sqnr_db']['none'])} -> {_db(row['sqnr_db'][row['kept']])}",
+            words.get(row["kept"], row["kept"]),
+            f"{row['sigma']:.4f} -> {row['noise']:.4f}" + (", clamped" if row["clamped"] else ""),
+        )
+        for row in noise["calls"]
+    ]
+    columns = ("timestep", "slope", "bias", "spread", "SQNR held out, dB", "undone", "sampler's noise")
+    console.print_table(f"noise: {noise['summary']}", columns, rows)
 
 
 def _layers(counted: dict[str, int]) -> str:

@@ -1,9 +1,9 @@
 """fit_noise: what quantization adds to the prediction at each network call, for the sampling loop to undo.
 
 The float and the quantized denoiser are called on the same latents, those of the float trajectory; under guidance the
-combined outputs are compared. From sums alone (runtime/noise_fit.py) come a scale, a shift for each channel, and what
-the error does to the variance of the next state: D2-DPM's regression on the quantized output (form `regression`), or
-PTQD's (arXiv 2305.10657) in the paper's form or in that of its released code.
+combined outputs are compared. From sums alone (runtime/noise_fit.py) come a scale, a shift for each channel, and the
+variance that the error brings into the next state: by D2-DPM's regression on the quantized output (form `regression`),
+or as PTQD has it (arXiv 2305.10657), in the paper's form or in that of its released code.
 
 A second set of trajectories, of noise that the fit did not see, judges each call: what does not help there is switched
 off (`gate`), and random subsets of the remaining error are tested for what the methods assume of it: that it is
@@ -12,6 +12,7 @@ Gaussian (D'Agostino-Pearson) and independent of the signal. The tables hold for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,9 +26,13 @@ from ..compiler.noise_report import Residuals, noise_report
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
 from ..runtime.correction import FORMS
-from ..runtime.noise_fit import NoiseFit
-from ..runtime.samplers import HELD_OUT, NOISE_FIT
-from ..runtime.steps import Timestep
+from ..runtime.noise_fit import NoiseFit, StateFit
+from ..runtime.samplers import HELD_OUT, NOISE_FIT, StepInfo
+from ..runtime.steps import State, Timestep
+
+Pair = tuple[Images, Images]
+"""(float output, quantized output), combined under guidance."""
+See = Callable[[int, Pair, State], None]
 
 
 @dataclass(frozen=True)
@@ -53,37 +58,51 @@ class FitNoise(Pass):
         if program.float_model is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
         steps = program.deployment.solver(program.schedule).steps
+        fit, held_out, states = NoiseFit(), NoiseFit(), StateFit()
         # Calibration saw other noise: the fit must not be made on the very pictures that the ranges were chosen for.
-        fit, _ = self._measure(program, replace(context, seed=context.seed + NOISE_FIT), None, self.name)
+        self._follow(
+            program,
+            replace(context, seed=context.seed + NOISE_FIT),
+            self.name,
+            lambda call, pair, _: fit.add(call, *pair),
+        )
         correction = fit.correction(program.deployment, steps, program.signature.prediction, self.form)
-        fresh = replace(context, seed=context.seed + HELD_OUT)
         residuals = Residuals(correction, context.seed)
-        held_out, _ = self._measure(program, fresh, residuals, f"{self.name}, held out")
-        gated, rows = fit.gated(correction, steps, held_out)
+
+        def judge(call: int, pair: Pair, state: State) -> None:
+            held_out.add(call, *pair)
+            residuals.add(call, *pair)
+            want, got = pair
+            spare = np.empty_like(want)
+            fixed = steps[call].advance(state, correction.apply(got, call), spare)
+            states.add(call, steps[call].advance(state, want, spare)["x"], fixed["x"])
+
+        self._follow(program, replace(context, seed=context.seed + HELD_OUT), f"{self.name}, held out", judge)
+        if self.form == "regression":
+            correction = states.measured(correction, steps)
+        gated, rows = fit.gated(correction, steps, held_out, states)
         correction = gated if self.gate else correction
         report = noise_report(correction, steps, rows, residuals, gate=self.gate)
         return replace(program, correction=correction, noise_report=report, note=report["summary"])
 
     @staticmethod
-    def _measure(program: Program, context: Context, residuals: Residuals | None, stage: str) -> tuple[NoiseFit, int]:
-        """(the sums of paired calls along float trajectories, how many there were)."""
+    def _follow(program: Program, context: Context, stage: str, see: See) -> None:
+        """Call both networks along float trajectories; `see` gets (call, both outputs, the state before the call)."""
         assert program.float_model is not None
-        fit, signature, calls = NoiseFit(), program.signature, len(program.deployment.calls)
-        seen = 0
+        signature = program.signature
+        latest: list[Images] = []
         with (
             Executor(program.float_model, context.folder, threads=context.threads) as exact,
             Executor(lower(program), context.folder, threads=context.threads) as quantized,
         ):
 
             def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
-                nonlocal seen
                 want = np.asarray(exact.call(signature, x, t, conditions)[signature.output], np.float32)
                 got = np.asarray(quantized.call(signature, x, t, conditions)[signature.output], np.float32)
-                pair = guided_output(program, want), guided_output(program, got)
-                fit.add(seen % calls, x[: len(pair[0])], *pair)
-                if residuals is not None:
-                    residuals.add(seen % calls, *pair)
-                seen += 1
+                latest[:] = [guided_output(program, got)]
                 return want
 
-            return fit, follow_trajectories(program, context, denoiser, stage)
+            def paired(info: StepInfo) -> None:
+                see(info.index, (info.output, latest[0]), info.state)
+
+            follow_trajectories(program, context, denoiser, stage, paired)

@@ -62,7 +62,14 @@ TIMESTEPS = (
         "ptqd-w8a8",
         "w8a8",
         "PTQD, arXiv 2305.10657",
-        "w8a8, with the sampling loop corrected for the quantization noise",
+        "w8a8, with the sampling loop corrected for the quantization noise, as the paper writes it",
+        static(behind=(FitNoise(form="ptqd"),)),
+    ),
+    _beside_w8a8(
+        "d2-dpm",
+        "w8a8",
+        "D2-DPM (its deterministic form), arXiv 2501.08180",
+        "w8a8, with the sampling loop corrected by a regression on the quantized output",
         static(behind=(FitNoise(),)),
     ),
     _beside_w8a8(

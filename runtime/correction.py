@@ -7,14 +7,13 @@ The output, before the solver sees it: `corrected = scale * q - shift_c`, one sc
 the form of both methods: PTQD divides by 1 + k and subtracts a bias, D2-DPM regresses w on q. It concerns the raw
 output of the network, whatever it predicts; with guidance, the combined output.
 
-The sampler's own noise. Between two calls every solver here has x' = A x + B w + (what it remembers) + sigma z. With
-the corrected output in place of w the variance of x' is another, by
+The sampler's own noise. Between two calls every solver here has x' = A x + B w + (what it remembers) + sigma z. What is
+left of the error in w moves x' by noise of its own, of the variance B^2 excess, and so much is taken from sigma^2:
 
-    B^2 excess + 2 A B cross,    excess = Var(corrected) - Var(w),    cross = Cov(x, corrected - w)
+    noise^2 = max(0, sigma^2 - B^2 excess)
 
-and sigma^2 is lessened by that much, or raised: a regression leaves less variance than there was, D2-DPM adds a draw of
-its own for it. PTQD takes the error for independent of everything, then excess is its variance and cross is 0. Nothing
-is ever added to a step without noise (sigma 0: DDIM with eta 0, Euler, Heun ...), and sigma^2 ends at 0 (`clamped`).
+A step without noise (sigma 0: DDIM with eta 0, Euler, Heun ...) has nothing to take from; where the error outweighs
+sigma the step becomes deterministic (`clamped`).
 
 Rows belong to network calls by their position, and say the timestep, so that no table is read in a wrong direction.
 """
@@ -42,15 +41,15 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 FORMS = ("regression", "ptqd", "ptqd-released")
 _METADATA_KEY = "mezzotint"
-_TABLES = ("scale", "shift", "excess", "cross", "spread")
+_TABLES = ("scale", "shift", "excess", "spread")
 
 
 @dataclass(frozen=True, eq=False)
 class Correction:
     """One row for each call of one deployment; valid for exactly that sampler, eta, guidance and prediction.
 
-    scale, excess, cross, spread float64 `[T]`, shift float64 `[T, C]`, stages int64 `[T]` (steps.py). `spread` is the
-    standard deviation of what remains in the corrected output; readers want it, the loop does not.
+    scale, excess, spread float64 `[T]`, shift float64 `[T, C]`, stages int64 `[T]` (steps.py). `spread` is the standard
+    deviation of what remains in the corrected output; readers want it, the loop does not.
     """
 
     deployment: Deployment
@@ -60,7 +59,6 @@ class Correction:
     scale: Doubles
     shift: Doubles
     excess: Doubles
-    cross: Doubles
     spread: Doubles
     _scale: list[np.float32] = field(init=False, repr=False)
     _shift: Floats = field(init=False, repr=False)
@@ -72,8 +70,12 @@ class Correction:
         wrong += [name for name, table in tables.items() if len(table) != count]
         if wrong or self.form not in FORMS:
             raise InputError(f"correction tables of {count} calls, form {self.form!r}: {', '.join(wrong)} do not fit")
-        if not all(np.all(np.isfinite(table)) for table in tables.values()) or np.any(self.spread < 0):
-            raise InputError("correction tables hold values that are not finite, or a negative spread")
+        if (
+            not all(np.all(np.isfinite(table)) for table in tables.values())
+            or np.any(self.spread < 0)
+            or np.any(self.excess < 0)
+        ):
+            raise InputError("correction tables hold values that are not finite, or a negative variance")
         if np.any(self.scale <= 0):
             t = self.deployment.calls[int(self.scale.argmin())]
             raise InputError(
@@ -187,11 +189,6 @@ class Correction:
                 hint=f"it was fitted for {self.fitted_for}: sample so, or without a correction",
             )
         return [
-            step.sigma**2 - added_variance(step, float(excess), float(cross)) if step.sigma > 0 else 0.0
-            for step, excess, cross in zip(steps, self.excess, self.cross, strict=True)
+            step.sigma**2 - step.gain**2 * excess if step.sigma > 0 else 0.0
+            for step, excess in zip(steps, self.excess.tolist(), strict=True)
         ]
-
-
-def added_variance(step: Step, excess: float, cross: float) -> float:
-    """By how much the variance of x' exceeds that of the float network, see the module's formula."""
-    return step.gain**2 * excess + 2 * step.carry * step.gain * cross

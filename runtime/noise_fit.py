@@ -4,36 +4,40 @@ Only sums are kept, for each network call and channel, over images and pixels; t
 and for how good it is on other pictures, see correction.py for what it is for. d = q - w.
 
     regression      D2-DPM's deterministic form: a = Cov(w, q) / Var(q), corrected = a q - b_c with the mean of w_c.
-                    Var(corrected) < Var(w), so noise is given back. No values are dropped as outliers.
+                    No values are dropped as outliers.
     ptqd            the paper: k = Cov(d, w) / Var(w) over all images, channels and pixels, the intercept dropped;
-                    corrected = q / (1 + k) - E[r_c] / (1 + k),  r = d - k w.  The rest counts as independent noise.
+                    corrected = q / (1 + k) - E[r_c] / (1 + k),  r = d - k w.  What is left counts as independent noise.
     ptqd-released   the code: k+ = max(k, 0), corrected = (q - E[d_c]) / (1 + k+). It equals the paper's form only where
                     the channels of w have mean 0; the released DDIM step differs too (`Correction.redirected`).
 
+How far the error moves the next state is, by PTQD, its variance times the squared gain of the step. The regression has
+it measured on the states themselves (`StateFit`): where the predicted image is clipped, much of the error goes.
+
 `gated` compares on held-out calls: each call keeps the slope, the bias, both or neither, whichever leaves the least
-error; and the noise is changed only where this brings the variance of x' nearer to that of the float network.
+error. Noise is taken from the sampler only where the error really adds variance to the next state: an error that goes
+along with the picture takes some away, and white noise does not bring that back.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .correction import FORMS, Correction, Doubles, Floats, added_variance
+from .correction import FORMS, Correction, Doubles, Floats
 from .deployment import Deployment
 from .errors import InputError
 from .steps import Step
 
-_W, _D, _X, _WW, _WD, _DD, _XW, _XD = range(8)
+_W, _D, _WW, _WD, _DD = range(5)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Means over images and pixels of one call, `[8, C]`: of w, d, x and their products. `count` values a channel."""
+    """Sums over images and pixels of one call, `[5, C]`: of w, d and their products. `count` values a channel."""
 
     count: float
     table: Doubles
@@ -44,12 +48,11 @@ class _Sums:
         return _Sums(self.count + other.count, self.table + other.table)
 
     @classmethod
-    def of(cls, x: Floats, wanted: Floats, got: Floats) -> _Sums:
-        w, state = wanted.astype(np.float64), x.astype(np.float64)
+    def of(cls, wanted: Floats, got: Floats) -> _Sums:
+        w = wanted.astype(np.float64)
         d = got.astype(np.float64) - w
-        pairs = ((w, w), (w, d), (d, d), (state, w), (state, d))
-        products = [np.einsum("bchw,bchw->c", a, b) for a, b in pairs]
-        return cls(w.size / w.shape[1], np.stack([*(a.sum((0, 2, 3)) for a in (w, d, state)), *products]))
+        products = [np.einsum("bchw,bchw->c", a, b) for a, b in ((w, w), (w, d), (d, d))]
+        return cls(w.size / w.shape[1], np.stack([w.sum((0, 2, 3)), d.sum((0, 2, 3)), *products]))
 
     @property
     def means(self) -> Doubles:
@@ -89,12 +92,6 @@ class _Sums:
         square = square - 2 * shift * (a * m[_W] + scale * m[_D]) + shift**2
         return max(0.0, float(square.mean())), max(0.0, float((square - mean**2).mean()))
 
-    def moments(self, scale: float) -> tuple[float, float]:
-        """(excess, cross) of the corrected output, measured."""
-        ww, wd, dd = (self.covariance(*of) for of in ((_W, _W, _WW), (_W, _D, _WD), (_D, _D, _DD)))
-        xw, xd = self.covariance(_X, _W, _XW), self.covariance(_X, _D, _XD)
-        return scale**2 * (ww + 2 * wd + dd) - ww, (scale - 1) * xw + scale * xd
-
 
 class NoiseFit:
     """Streaming sums for each network call; nothing raw is kept.
@@ -110,16 +107,14 @@ class NoiseFit:
         """Which network calls have been measured, rising."""
         return tuple(sorted(self._sums))
 
-    def add(self, call: int, x: Floats, float_output: Floats, quantized_output: Floats) -> None:
-        """What the network saw and both outputs `[B, C, H, W]`, at network call `call`."""
+    def add(self, call: int, float_output: Floats, quantized_output: Floats) -> None:
+        """Both outputs `[B, C, H, W]` for the same x, at network call `call`."""
         if float_output.shape != quantized_output.shape or float_output.ndim != 4 or float_output.size == 0:
             raise InputError(
                 f"outputs of shapes {list(float_output.shape)} and {list(quantized_output.shape)} at call {call}",
                 hint="both must be [batch, channels, height, width], of the same inputs",
             )
-        if x.shape != float_output.shape:
-            raise InputError(f"x of shape {list(x.shape)} for an output of shape {list(float_output.shape)}")
-        self._merge(int(call), _Sums.of(x, float_output, quantized_output))
+        self._merge(int(call), _Sums.of(float_output, quantized_output))
 
     def __add__(self, other: NoiseFit) -> NoiseFit:
         merged = NoiseFit()
@@ -137,8 +132,13 @@ class NoiseFit:
         fits = [self._of(call, len(steps)).fit(form) for call in range(len(steps))]
         return self._tables(deployment, steps, prediction, form, fits)
 
-    def gated(self, correction: Correction, steps: Sequence[Step], held_out: NoiseFit) -> tuple[Correction, list[Row]]:
-        """What of these tables helps on calls that they were not fitted to, and a row of figures for each call."""
+    def gated(
+        self, correction: Correction, steps: Sequence[Step], held_out: NoiseFit, states: StateFit
+    ) -> tuple[Correction, list[Row]]:
+        """What of these tables helps on calls that they were not fitted to, and a row of figures for each call.
+
+        `states` are held out as well, and were made with `correction`.
+        """
         fits: list[tuple[float, Doubles]] = []
         rows: list[Row] = []
         for call in range(len(steps)):
@@ -152,16 +152,13 @@ class NoiseFit:
             power = float(other.means[_WW].mean())
             rows.append({"kept": kept, "sqnr_db": {name: _db(power, error) for name, error in left.items()}})
         found = self._tables(correction.deployment, steps, correction.prediction, correction.form, fits)
-        excess, cross = found.excess.copy(), found.cross.copy()
+        excess = correction.excess.copy()
         for call, step in enumerate(steps):
-            measured = added_variance(step, *held_out._of(call, len(steps)).moments(float(found.scale[call])))
-            taken = added_variance(step, float(excess[call]), float(cross[call]))
-            pays = step.sigma > 0 and abs(measured - taken) < abs(measured)
-            if not pays:
-                excess[call] = cross[call] = 0.0
-            rows[call].update(variance_kept=pays, variance_error=[abs(measured), abs(measured - taken)])
-        parts_of = {name: getattr(found, name) for name in ("stages", "scale", "shift", "spread")}
-        return Correction(found.deployment, found.prediction, found.form, excess=excess, cross=cross, **parts_of), rows
+            taken, added = step.gain**2 * float(excess[call]), states.added(call)
+            pays = step.sigma > 0 and abs(added - taken) < abs(added)
+            excess[call] *= pays
+            rows[call].update(variance_kept=pays, variance_taken=taken, variance_added=added)
+        return replace(found, excess=excess), rows
 
     def _tables(
         self,
@@ -174,11 +171,7 @@ class NoiseFit:
         if len({len(shift) for _, shift in fits}) > 1:
             raise InputError("the network has different numbers of channels at different calls")
         sums = [self._of(call, len(steps)) for call in range(len(steps))]
-        spread = [math.sqrt(one.error(*fit)[1]) for one, fit in zip(sums, fits, strict=True)]
-        if form == "regression":
-            moments = [one.moments(scale) for one, (scale, _) in zip(sums, fits, strict=True)]
-        else:
-            moments = [(s * s, 0.0) for s in spread]
+        spread = np.array([math.sqrt(one.error(*fit)[1]) for one, fit in zip(sums, fits, strict=True)])
         return Correction(
             deployment,
             prediction,
@@ -186,9 +179,8 @@ class NoiseFit:
             stages=np.array([step.stage for step in steps], np.int64),
             scale=np.array([scale for scale, _ in fits]),
             shift=np.stack([shift for _, shift in fits]),
-            excess=np.array([excess for excess, _ in moments]),
-            cross=np.array([cross for _, cross in moments]),
-            spread=np.array(spread),
+            excess=spread**2,
+            spread=spread,
         )
 
     def _of(self, call: int, calls: int) -> _Sums:
@@ -202,6 +194,42 @@ class NoiseFit:
 
     def _merge(self, call: int, sums: _Sums) -> None:
         self._sums[call] = self._sums[call] + sums if call in self._sums else sums
+
+
+class StateFit:
+    """Streaming sums over the state x' behind each network call: what the corrected error does to it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Doubles] = {}
+
+    def add(self, call: int, float_state: Floats, corrected_state: Floats) -> None:
+        """x' `[B, C, H, W]`, without the sampler's noise, from the float output and from the corrected one."""
+        f = float_state.astype(np.float64).ravel()
+        g = corrected_state.astype(np.float64).ravel() - f
+        sums = np.array([f.size, f.sum(), g.sum(), f @ g, g @ g])
+        self._sums[call] = self._sums[call] + sums if call in self._sums else sums
+
+    def moved(self, call: int) -> float:
+        """The variance of what the error adds to x'."""
+        count, _, g, _, gg = self._of(call)
+        return max(0.0, gg / count - (g / count) ** 2)
+
+    def added(self, call: int) -> float:
+        """By how much the variance of x' exceeds that of the float network's; below 0 where contrast was lost."""
+        count, f, g, fg, _ = self._of(call)
+        return self.moved(call) + 2 * (fg / count - f * g / count**2)
+
+    def measured(self, correction: Correction, steps: Sequence[Step]) -> Correction:
+        """The correction with an excess that was measured, per squared gain, in place of the output's variance."""
+        gains = [step.gain**2 for step in steps]
+        excess = [self.moved(call) / gain if gain > 0 else 0.0 for call, gain in enumerate(gains)]
+        return replace(correction, excess=np.array(excess))
+
+    def _of(self, call: int) -> list[float]:
+        if call not in self._sums:
+            raise InputError(f"no state was measured behind network call {call}")
+        found: list[float] = self._sums[call].tolist()
+        return found
 
 
 Row = dict[str, Any]

@@ -30,7 +30,8 @@ Noise = Callable[[int, tuple[int, ...]], Images]
 class StepInfo:
     """What one network call saw and made. The arrays belong to the callback: the loop does not write to them again.
 
-    `output` is the denoiser's own, before the correction (and the denoiser's to reuse, if it does).
+    `output` is the denoiser's own, before the correction (and the denoiser's to reuse, if it does); `state` is x and
+    what the solver remembered before the call.
     """
 
     index: int
@@ -38,6 +39,7 @@ class StepInfo:
     x: Images
     output: Images
     x_next: Images
+    state: State
 
 
 Callback = Callable[[StepInfo], None]
@@ -78,11 +80,10 @@ def run(
     scratch = np.empty_like(x, order="C")
     state = stepper.begin(x)
     for index, step in enumerate(solver.steps):
-        seen = state["x"]
-        output = denoiser(seen, step.timestep)
-        state = stepper.advance(index, state, output, noise, scratch=scratch)
+        before, output = state, denoiser(state["x"], step.timestep)
+        state = stepper.advance(index, before, output, noise, scratch=scratch)
         if callback is not None:
-            callback(StepInfo(index, step.timestep, seen, output, state["x"]))
+            callback(StepInfo(index, step.timestep, before["x"], output, state["x"], before))
     return state["x"]
 
 

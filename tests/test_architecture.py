@@ -54,6 +54,7 @@ RULES = {
             "rounding.py": frozenset({"scipy"}),
             "allocation.py": frozenset({"scipy"}),
             "noise_report.py": frozenset({"scipy"}),
+            "noise_plot.py": frozenset({"matplotlib"}),
         },
     ),
     "passes": Rule(
