@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
-def staged(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+def staged(
+    target: Path, *, force: bool = False, ours: Callable[[Path], bool] | None = None
+) -> Iterator[tuple[Path, Path]]:
     """Yield (bundle, work): two empty folders beside the target. On success the first becomes the target.
 
-    Raises OutputError when the target exists (unless `force`), or cannot be written. A crash leaves a hidden folder
-    that the next compile to the same place removes; the target is never touched before all is written.
+    Raises OutputError when the target exists (unless `force`, and then it must be `ours`: a bundle or a demo when left
+    out), or cannot be written. A crash leaves a hidden folder that the next compile to the same place removes; the
+    target is never touched before all is written.
     """
-    check_target(target, force=force)
+    check_target(target, force=force, ours=ours)
     target = target.absolute()
     with _stage(target) as stage:
         bundle, work = stage / "bundle", stage / "work"
@@ -70,7 +73,7 @@ def _stage(target: Path) -> Iterator[Path]:
     stage = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
+        remove_stale(target)
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()
         yield stage
@@ -83,17 +86,17 @@ def _stage(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def check_target(target: Path, *, force: bool) -> None:
+def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool] | None = None) -> None:
     """Refuse an output that exists; with `force`, only one that Mezzotint did not write. Raises OutputError."""
     if not target.exists():
         return
     if not force:
         raise OutputError("the output exists already", where=str(target), hint="choose another folder, or add --force")
-    if not _is_ours(target):
+    if not (ours or _is_ours)(target):
         raise OutputError(
             "the output exists, and Mezzotint did not write it",
             where=str(target),
-            hint="choose another folder; --force replaces bundles and demos only",
+            hint="choose another folder; --force replaces only what Mezzotint wrote",
         )
 
 
@@ -104,7 +107,7 @@ def _is_ours(target: Path) -> bool:
     return (target / MANIFEST).is_file() or (target / "bundle" / MANIFEST).is_file() or not any(target.iterdir())
 
 
-def _remove_stale(target: Path) -> None:
+def remove_stale(target: Path) -> None:
     """Remove what compiles that were killed left beside the target; one killed within `_swap` is undone."""
     for folder in target.parent.glob(f".{target.name}.partial-*"):
         pid = folder.name.rpartition("-")[2]

@@ -20,6 +20,8 @@ _DOORS = {
     "compile_model": ".api",
     "export_model": ".api",
     "sample": ".api",
+    "sample_to_folder": ".shards",
+    "read_shards": ".shards",
     "open_bundle": ".runtime.bundle",
     "Bundle": ".runtime.bundle",
     "Schedule": ".runtime.schedule",
@@ -37,7 +39,9 @@ __all__ = [
     "compile_model",
     "export_model",
     "open_bundle",
+    "read_shards",
     "sample",
+    "sample_to_folder",
 ]
 
 if not (Path(__file__).parent / "runtime").is_dir():  # a checkout where links cannot be made
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from .runtime.bundle import Bundle, open_bundle
     from .runtime.errors import MezzotintError
     from .runtime.schedule import Schedule
+    from .shards import read_shards, sample_to_folder
 
 
 def __getattr__(name: str) -> Any:

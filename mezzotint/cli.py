@@ -192,36 +192,38 @@ def sample(
     ] = None,
     conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
     unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Folder: pictures in one shard; 256.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Folder: only these, as 3 or 3:8 (3 to 7).")] = None,
     threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Folder: make shards that are there again.")] = False,
     json: Json = False,
 ) -> None:
-    """Draw pictures with a bundle."""
-    from . import console, pictures
-    from .report import sample_summary
-    from .runtime.bundle import open_bundle
-    from .settings import load_conditions
+    """Draw pictures with a bundle. Into a folder: shard by shard; the same command again goes on where it stopped."""
+    from . import console
+    from .draw import draw, rows
 
-    pictures.check_target(output)
-    opened = open_bundle(bundle)
-    pictures.check_target(output, opened.sample_shape[0])
-    with console.progress(quiet=json) as report:
-        images = opened.sample(
-            n,
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            guidance=guidance,
-            seed=seed,
-            batch=batch,
-            correction=correction,
-            conditions=None if conditions is None else load_conditions(conditions),
-            unconditional=None if unconditional is None else load_conditions(unconditional),
-            threads=threads,
-            progress=lambda done, total: report("sample", done, total),
-        )
-    pictures.save(images, output)
-    summary = sample_summary(opened, output, n, sampler, steps, eta, guidance, seed, correction)
-    console.print_json(summary) if json else console.print_pairs("sampled", summary)
+    summary = draw(
+        bundle,
+        output,
+        n,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
+        correction=correction,
+        conditions=conditions,
+        unconditional=unconditional,
+        shard_size=shard_size,
+        format=format_,
+        shards=shards,
+        threads=threads,
+        force=force,
+        quiet=json,
+    )
+    console.print_json(summary) if json else console.print_pairs("sampled", rows(summary))
 
 
 @app.command()

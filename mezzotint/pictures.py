@@ -13,23 +13,40 @@ from .compiler.errors import OutputError
 from .runtime.errors import InputError
 
 Images = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
 GAP = 2  # pixels between pictures
 PAPER = 255
 
 
-def grid(images: Images, columns: int | None = None) -> Image.Image:
-    """A grid of pictures `[n, 1 or 3, H, W]` in [-1, 1], as square as it gets, `columns` wide when given."""
+def to_pixels(images: Images) -> Pixels:
+    """Pictures `[n, 1 or 3, H, W]` in [-1, 1] as 8-bit pixels `[n, H, W, C]`; what lies outside is clipped."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise _no_pictures(f"samples of shape {list(images.shape)}")
-    n, channels, height, width = images.shape
+    pixels: Pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pixels
+
+
+def from_pixels(pixels: Pixels) -> Images:
+    """The way back, to within 1/255: `[n, H, W, C]` as float32 `[n, C, H, W]` in [-1, 1]."""
+    return (pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - np.float32(1)).astype(np.float32)
+
+
+def picture(pixels: Pixels) -> Image.Image:
+    """Pixels `[H, W, 1 or 3]` as a picture, grey or RGB."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def grid(images: Images, columns: int | None = None) -> Image.Image:
+    """A grid of pictures `[n, 1 or 3, H, W]` in [-1, 1], as square as it gets, `columns` wide when given."""
+    pixels = to_pixels(images)
+    n, height, width, channels = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     sheet = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, channels), PAPER, np.uint8)
-    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-    for i, picture in enumerate(pixels):
+    for i, one in enumerate(pixels):
         top, left = GAP + i // columns * (height + GAP), GAP + i % columns * (width + GAP)
-        sheet[top : top + height, left : left + width] = picture
-    return Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
+        sheet[top : top + height, left : left + width] = one
+    return picture(sheet)
 
 
 def side_by_side(grids: dict[str, Image.Image], scale: int = 1) -> Image.Image:
@@ -43,10 +60,10 @@ def side_by_side(grids: dict[str, Image.Image], scale: int = 1) -> Image.Image:
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     left = margin
-    for name, picture in scaled.items():
+    for name, drawn in scaled.items():
         draw.text((left, 3), name, fill="black")
-        sheet.paste(picture, (left, title))
-        left += picture.width + margin
+        sheet.paste(drawn, (left, title))
+        left += drawn.width + margin
     return sheet
 
 
@@ -54,16 +71,31 @@ def check_target(path: Path, channels: int | None = None) -> None:
     """Refuse what `save` cannot write, before an hour of sampling and not after: endings, latents, places."""
     if path.suffix not in (".png", ".npy"):
         raise InputError(f"cannot write a {path.suffix or 'nameless'} file", where=str(path), hint="use .png or .npy")
-    if path.suffix == ".png" and channels not in (1, 3, None):
+    if path.suffix == ".png":
+        check_channels(channels, path)
+    if path.is_dir():
+        raise OutputError("cannot write there", where=str(path), hint="choose another place")
+    check_place(path)
+
+
+def check_channels(channels: int | None, path: Path) -> None:
+    """Refuse latents where pictures are to be written; None is not known yet."""
+    if channels not in (1, 3, None):
         raise _no_pictures(f"samples of {channels} channels", str(path))
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path that nothing can be made at."""
     place = next((p for p in path.absolute().parents if p.exists()), Path())
-    if not place.is_dir() or not os.access(place, os.W_OK) or path.is_dir():
+    if not place.is_dir() or not os.access(place, os.W_OK):
         raise OutputError("cannot write there", where=str(path), hint="choose another place")
 
 
 def _no_pictures(what: str, where: str | None = None) -> InputError:
     return InputError(
-        f"{what} are no pictures", where=where, hint="latents have to be decoded first: save them with -o FILE.npy"
+        f"{what} are no pictures",
+        where=where,
+        hint="latents have to be decoded first: save them with -o FILE.npy, or in a folder with --format npz",
     )
 
 

@@ -138,6 +138,7 @@ class Bundle:
         eta: float | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        first: int = 0,
         batch: int = 16,
         correction: bool | None = None,
         conditions: Conditions | None = None,
@@ -148,10 +149,10 @@ class Bundle:
         """`n` images, float32 `[n, C, H, W]` in the model's own range.
 
         Sampler, steps, eta and guidance are the deployment's unless given (eta 0 with another sampler). Image i depends
-        on `seed` and i only, however the batches fall. `correction` None corrects where the tables are valid, True
-        insists (InputError where they are not), False leaves it. `conditions` are arrays `[n, ...]`, or `[1, ...]` for
-        all, and so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the first call where the
-        steps meet timesteps without a row.
+        on `seed` and i only, however the batches fall; with `first` they are images first .. first + n - 1 of the seed.
+        `correction` None corrects where the tables are valid, True insists (InputError where they are not), False
+        leaves it. `conditions` are arrays `[n, ...]`, or `[1, ...]` for all, and so is `unconditional`, which guidance
+        needs. Raises TimestepNotDeployed before the first call where the steps meet timesteps without a row.
         """
         if n < 1 or batch < 1:
             raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
@@ -172,14 +173,14 @@ class Bundle:
                 progress(done, len(starts) * len(plan.calls))
 
         parts = []
-        for first in starts:
-            width = size if fixed else min(size, n - first)
-            rows = np.minimum(np.arange(first, first + width), n - 1)
+        for start in starts:
+            width = size if fixed else min(size, n - start)
+            rows = np.minimum(np.arange(start, start + width), n - 1)
             predict = predictor(denoiser, plan, _rows(given, rows), _rows(other, rows))
-            x = initial_noise(seed, (width, *self.sample_shape), first=first)
-            noise = seeded_noise(seed, first=first)
+            x = initial_noise(seed, (width, *self.sample_shape), first=first + start)
+            noise = seeded_noise(seed, first=first + start)
             x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
-            parts.append(x[: n - first])
+            parts.append(x[: n - start])
         return np.concatenate(parts)
 
     def plan(

@@ -424,7 +424,8 @@ class TestBundles:
     def test_files_that_it_cannot_write(self, cli: Cli, bundle: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
 
-        for name, word in (("x.jpg", "a .jpg file"), ("file/x.png", "cannot write"), ("bundle", "a nameless file")):
+        wrong = {"x.jpg": "a .jpg file", "file/x.png": "cannot write", "bundle": "no samples were drawn into it"}
+        for name, word in wrong.items():
             refused(cli("sample", bundle, "-o", tmp_path / name), word)
 
 

@@ -12,7 +12,17 @@ import pytest
 from PIL import Image
 
 from mezzotint.compiler.errors import OutputError
-from mezzotint.pictures import GAP, PAPER, check_target, grid, save, side_by_side
+from mezzotint.pictures import (
+    GAP,
+    PAPER,
+    check_target,
+    from_pixels,
+    grid,
+    picture,
+    save,
+    side_by_side,
+    to_pixels,
+)
 from mezzotint.runtime.errors import InputError
 
 
@@ -43,6 +53,22 @@ def test_pixels_span_minus_one_to_one_and_the_rest_is_clipped() -> None:
     pixels = np.asarray(grid(images, columns=5))
 
     assert pixels[GAP, GAP :: 1 + GAP].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_come_back(channels: int) -> None:
+    every = np.arange(256 * channels, dtype=np.uint8).reshape(4, 8, 8, channels)
+    images = np.random.default_rng(0).uniform(-1, 1, (5, channels, 4, 6)).astype(np.float32)
+
+    back = from_pixels(to_pixels(images))
+
+    np.testing.assert_array_equal(to_pixels(from_pixels(every)), every)
+    assert back.dtype == np.float32
+    assert back.shape == images.shape
+    assert np.abs(back - images).max() <= 1 / 255 + 1e-6
+    assert (from_pixels(every).min(), from_pixels(every).max()) == (-1, 1)
+    assert picture(every[0]).mode == ("L" if channels == 1 else "RGB")
+    np.testing.assert_array_equal(np.asarray(picture(every[0])).reshape(8, 8, channels), every[0])
 
 
 def test_colours_are_kept() -> None:

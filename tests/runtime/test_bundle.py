@@ -98,6 +98,21 @@ def test_conditions_follow_their_images(
         bundle.sample(5)
 
 
+def test_later_images_alone(make_bundle: Make, denoiser_onnx: Callable[..., bytes], signature: Signature) -> None:
+    signature = replace(signature, conditions=("context",))
+    made = make_bundle(sampler="ddpm", model=denoiser_onnx(context="float[B,4]"), signature=signature)
+    bundle = open_bundle(made[0])
+    context = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    whole = bundle.sample(7, seed=3, conditions={"context": context})
+    for first, n, batch in ((0, 7, 2), (4, 3, 2), (6, 1, 16)):
+        rows = {"context": context[first : first + n]}
+        check_images(bundle.sample(n, seed=3, first=first, batch=batch, conditions=rows), whole[first : first + n])
+        with pytest.raises(AssertionError):
+            check_images(bundle.sample(n, seed=3, first=first + 1, conditions=rows), whole[first : first + n])
+    with pytest.raises(InputError, match="first image -1 must not be negative"):
+        bundle.sample(1, first=-1, conditions={"context": context[:1]})
+
+
 def test_correction_applies_where_it_was_fitted(make_bundle: Make) -> None:
     bundle = open_bundle(make_bundle(correction=True)[0])
     table = bundle.correction
