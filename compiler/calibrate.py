@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..runtime import samplers
 from ..runtime.guidance import combine, doubled, doubled_conditions
 from ..runtime.steps import State, Timestep
-from .errors import ConditionError
+from .errors import ConditionError, ModelError
 from .pipeline import Context
 from .program import Program
 
@@ -35,6 +35,7 @@ def follow_trajectories(
     """
     deployment = program.deployment
     check_conditions(program, context)
+    _check_channels(program)
     spans = batch_spans(program, context)
     total = len(spans) * len(deployment.calls)
     calls = 0
@@ -94,6 +95,7 @@ class LockStep:
 
     def __init__(self, program: Program, context: Context) -> None:
         check_conditions(program, context)
+        _check_channels(program)
         self._program, self._context = program, context
         self._stepper = samplers.Stepper(program.deployment.solver(program.schedule))
         self._spans = batch_spans(program, context)
@@ -160,6 +162,18 @@ def check_conditions(program: Program, context: Context) -> None:
         raise ConditionError(
             f"the model has no condition {sorted(extra)[0]!r}",
             hint=f"its conditions are: {', '.join(program.conditions()) or 'none'}",
+        )
+
+
+def _check_channels(program: Program) -> None:
+    """Refuse to sample with a model that predicts other channels than it takes (inpainting: mask and masked image)."""
+    output = next(v for v in program.graph.outputs if v.name == program.signature.output)
+    channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
+    if isinstance(channels, int) and channels != program.shape[0]:
+        raise ModelError(
+            f"the model takes {program.shape[0]} channels and predicts {channels}: no sampler can follow it alone",
+            where=f"output {program.signature.output}",
+            hint="only --recipe float does without calibration",
         )
 
 

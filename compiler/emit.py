@@ -15,6 +15,7 @@ import onnx_ir as ir
 import psutil
 
 from ..runtime.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER, seal_bundle
+from ..runtime.configuration import CONFIG
 from . import store
 from .audit import audit
 from .errors import OutputError
@@ -147,7 +148,8 @@ def save_model(model: ir.Model, path: Path) -> None:
 
 
 def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
-    """Write a bundle: the lowered graph, the scheduler, the correction, the FX text, the manifest with all hashes.
+    """Write a bundle: the lowered graph, the configurations of model and scheduler, the correction, the FX text, the
+    manifest with all hashes.
 
     `facts` is what only the caller knows (recipe, calibration, versions). `bundle` may hold pass dumps already.
     """
@@ -157,6 +159,9 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
     save_model(lowered, bundle / MODEL)
     files = sorted((bundle / MODEL).parent.glob(f"{Path(MODEL).name}*"))
     _write(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
+    source = dict(program.source)
+    if (config := source.pop("config", None)) is not None:
+        _write(bundle / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if program.correction is not None:
         program.correction.save(bundle / CORRECTION)
     if program.noise_report:
@@ -169,7 +174,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
     kernels = audit(bundle / MODEL, source_layers, work, threads=threads).to_json(islands if quantized else {})
     manifest = {
         **facts,
-        "source": dict(program.source),
+        "source": source,
         "signature": program.signature.to_json(),
         "deployment": program.deployment.to_json(),
         "deployed_timesteps": None if program.frozen is None else list(program.frozen),

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..runtime.configuration import public_config
 from ..runtime.deployment import Deployment
 from ..runtime.schedule import Schedule
 from ..runtime.signature import Prediction, Signature
@@ -33,11 +34,13 @@ def import_onnx(
     output: str | None = None,
     prediction: Prediction | None = None,
     size: tuple[int, int] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Program:
     """Read an ONNX denoiser (opset 13 or later, external data too) into a Program.
 
     `inputs`, `output` and `prediction` say what cannot be inferred; `size` is (height, width) where the graph leaves
-    them open. Raises ModelError, SignatureError.
+    them open; `config` is the diffusers configuration of the model it was exported from. Raises ModelError,
+    SignatureError.
     """
     model = load_onnx(path)
     signature = infer_signature(
@@ -54,7 +57,7 @@ def import_onnx(
         schedule=schedule,
         deployment=deployment,
         size=size,
-        source={"kind": "onnx", "name": path.name},
+        source={"kind": "onnx", "name": path.name, **({} if config is None else {"config": public_config(config)})},
         where=str(path),
     )
 

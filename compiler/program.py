@@ -127,10 +127,11 @@ class Record:
 class Program:
     """A denoiser on its way through the compiler.
 
-    `shape` is (channels, height, width) of the sample that calibration and checks use; where the graph leaves
-    height or width open, other sizes work too. `frozen` lists the timesteps that the tables in the graph hold, in
-    the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers came in,
-    for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
+    `source` says where the model came from, as plain data; its `config` is the configuration that diffusers writes,
+    where there is one. `shape` is (channels, height, width) of the sample that calibration and checks use; where the
+    graph leaves height or width open, other sizes work too. `frozen` lists the timesteps that the tables in the graph
+    hold, in the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers
+    came in, for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
     `allocation` is the number of calibration samples that count at each network call of the deployment, in the order
     of the calls; empty: all of them, everywhere. `refused` maps a value, or a node, to the reason why a pass that
     moves factors left it alone. `noise_report` is what fit_noise measured, as plain data for readers.

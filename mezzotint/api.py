@@ -69,9 +69,10 @@ def compile_model(
 ) -> Bundle:
     """Compile a denoiser into a bundle folder and open it.
 
-    `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a `UNet2DModel` /
-    `UNet2DConditionModel` in memory. `settings` maps "pass.option" to a value. `sampler` (ddim, or flow-euler for flow
-    matching, when left out), `steps`, `eta` and `guidance` are the deployment: tables hold the timesteps it calls.
+    `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a `UNet2DModel`,
+    `UNet2DConditionModel` or `DiTTransformer2DModel` in memory. `settings` maps "pass.option" to a value. `sampler`
+    (ddim, or flow-euler for flow matching, when left out), `steps`, `eta` and `guidance` are the deployment: tables
+    hold the timesteps it calls.
     `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
     the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` say roles of
     an ONNX file that cannot be inferred; `size` is (height, width) where it leaves them open. `export` also writes the
@@ -176,6 +177,7 @@ def _import(
                 output=output_name,
                 prediction=prediction,
                 size=size,
+                config=source.config,
             )
         if inputs or output_name or prediction:
             raise ModelError(

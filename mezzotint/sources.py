@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .compiler.errors import ModelError
+from .runtime.bundle import MANIFEST
+from .runtime.configuration import CLASS
 from .runtime.errors import ScheduleError
 from .runtime.schedule import NAMED, Schedule
 
@@ -15,17 +19,24 @@ if TYPE_CHECKING:
 
 DIGITS = Path(__file__).parent / "assets" / "digits"
 SCHEDULER_FILE = "scheduler_config.json"
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.onnx"
+NETWORKS = ("unet", "transformer")  # what a pipeline's folder calls its denoiser
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a model comes from. `path` is the .onnx file or the folder with config.json; None for a module."""
+    """Where a model comes from. `path` is the .onnx file or the folder with config.json; None for a module.
+
+    `config` is the diffusers configuration that lies beside an .onnx file, where one does.
+    """
 
     kind: Literal["onnx", "diffusers", "module"]
     name: str
     path: Path | None
     schedule: Schedule
     module: torch.nn.Module | None = None
+    config: Mapping[str, Any] | None = None
 
 
 def resolve(model: str | Path | torch.nn.Module, scheduler: str | Path | Schedule | None = None) -> Source:
@@ -39,19 +50,44 @@ def resolve(model: str | Path | torch.nn.Module, scheduler: str | Path | Schedul
             "there is no such model", where=str(path), hint="give `digits`, a diffusers folder, or an .onnx file"
         )
     if path.is_file():
-        own = _own_scheduler(path.parent)
-        return Source("onnx", name, path, _schedule(scheduler, own, str(path)))
-    for folder in (path / "unet", path):
-        if (folder / "config.json").is_file():
+        return _onnx(name, path, scheduler, str(path))
+    if bundle := next((folder for folder in (path, path.parent) if (folder / MANIFEST).is_file()), None):
+        raise ModelError(
+            "this is a bundle: it is compiled already, and the weights it was made from are not in it",
+            where=str(bundle),
+            hint="compile the model it was made from; `mezzotint inspect` says which one that was",
+        )
+    for folder in (*(path / network for network in NETWORKS), path):
+        file = folder / MODEL_FILE
+        if file.is_file() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            return _onnx(name, file, scheduler, str(path))
+        if (folder / CONFIG_FILE).is_file():
             return Source("diffusers", name, folder, _schedule(scheduler, _own_scheduler(folder), str(path)))
-        if (folder / "model.onnx").is_file():
-            file = folder / "model.onnx"
-            return Source("onnx", name, file, _schedule(scheduler, _own_scheduler(folder), str(path)))
     raise ModelError(
         "the folder holds neither a diffusers model (config.json) nor an ONNX one (model.onnx)",
         where=str(path),
-        hint="a pipeline folder has unet/ and scheduler/ in it",
+        hint="a pipeline folder has unet/ (or transformer/) and scheduler/ in it",
     )
+
+
+def _onnx(name: str, file: Path, scheduler: str | Path | Schedule | None, where: str) -> Source:
+    schedule = _schedule(scheduler, _own_scheduler(file.parent), where)
+    return Source("onnx", name, file, schedule, config=_own_config(file.parent / CONFIG_FILE))
+
+
+def _own_config(file: Path) -> dict[str, Any] | None:
+    """The configuration beside an ONNX file; others than diffusers write files of that name too."""
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the configuration beside the model is not readable JSON: {error}",
+            where=str(file),
+            hint="download it again, or move it away: the graph does not need it",
+        ) from error
+    return config if isinstance(config, dict) and isinstance(config.get(CLASS), str) else None
 
 
 def _own_scheduler(folder: Path) -> Path | None:

@@ -54,6 +54,61 @@ def test_a_folder_with_an_onnx_model(tmp_path: Path) -> None:
     assert (source.kind, source.path) == ("onnx", tmp_path / "unet" / "model.onnx")
 
 
+def test_the_transformer_of_a_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    scheduler(tmp_path / "scheduler")
+
+    assert resolve(tmp_path).path == tmp_path / "transformer"
+
+
+def test_a_configuration_beside_an_onnx_model_belongs_to_it(tmp_path: Path) -> None:
+    scheduler(tmp_path)
+    model, config = tmp_path / "model.onnx", tmp_path / "config.json"
+    model.write_bytes(b"")
+    config.write_text('{"_class_name": "UNet2DModel", "sample_size": 8}')
+
+    for path in (tmp_path, model):
+        source = resolve(path)
+        assert (source.kind, source.path) == ("onnx", model)
+        assert source.config == {"_class_name": "UNet2DModel", "sample_size": 8}
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert resolve(tmp_path).kind == "diffusers", "there are weights"
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "bert"}', "[]", '{"_class_name": 3}'])
+def test_the_configuration_of_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
+    scheduler(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    (tmp_path / "config.json").write_text(content)
+
+    assert resolve(tmp_path / "model.onnx").config is None
+
+
+def test_a_broken_configuration_beside_an_onnx_model(tmp_path: Path) -> None:
+    scheduler(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{")
+
+    with pytest.raises(ModelError, match="not readable JSON") as caught:
+        resolve(tmp_path)
+    assert caught.value.where == str(tmp_path / "config.json")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("part", [".", "unet"])
+def test_a_bundle_is_no_source(tmp_path: Path, part: str) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    (tmp_path / "unet" / "model.onnx").write_bytes(b"")
+    (tmp_path / "mezzotint.json").write_text("{}")
+
+    with pytest.raises(ModelError, match="this is a bundle: it is compiled already") as caught:
+        resolve(tmp_path / part)
+    assert caught.value.where == str(tmp_path)
+    assert caught.value.hint
+
+
 def test_an_onnx_file_with_a_scheduler_beside_it(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"")
     scheduler(tmp_path, num_train_timesteps=77)

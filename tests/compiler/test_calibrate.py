@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
+from mezzotint import compile_model
 from mezzotint.compiler.calibrate import Conditions, Images, LockStep, batch_spans, follow_trajectories
-from mezzotint.compiler.errors import ConditionError
+from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Program
 from mezzotint.runtime.deployment import Deployment
+from tests.models import SMALL, hand_written, write
 from tests.tiny import tiny_program
 
 Seen = dict[int, list[Images]]
@@ -72,3 +77,32 @@ def test_batches(context: Context) -> None:
 def test_conditions_are_checked_first(context: Context) -> None:
     with pytest.raises(ConditionError, match="no condition 'prompt'"):
         LockStep(tiny_program(), replace(context, conditions={"prompt": np.zeros((1, 2), np.float32)}))
+
+
+@pytest.mark.parametrize("drive", [in_turn, in_step])
+def test_a_model_that_predicts_other_channels_is_refused(
+    tiny: Program, context: Context, drive: Callable[[Program, Context], Seen]
+) -> None:
+    channels, height, width = tiny.shape
+    inpainting = replace(tiny, shape=(2 * channels + 1, height, width))
+
+    assert drive(tiny, context)
+    with pytest.raises(ModelError, match=f"takes {2 * channels + 1} channels and predicts {channels}") as caught:
+        drive(inpainting, context)
+    assert "--recipe float" in (caught.value.hint or "")
+
+
+def test_such_a_model_compiles_without_calibration(tmp_path: Path) -> None:
+    proto = hand_written()
+    first = next(t for t in proto.graph.initializer if t.name == "first.w")
+    wider = np.repeat(numpy_helper.to_array(first), 3, axis=1)
+    first.CopyFrom(numpy_helper.from_array(wider, "first.w"))
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 3
+    source = write(proto, tmp_path / "inpainting.onnx")
+
+    bundle = compile_model(source, tmp_path / "float", recipe="float", **SMALL)
+
+    x = np.ones((2, 3, 8, 8), np.float32)
+    assert bundle.denoiser(1)(x, bundle.deployment.timesteps[0]).shape == (2, 1, 8, 8)
+    with pytest.raises(ModelError, match="takes 3 channels and predicts 1"):
+        compile_model(source, tmp_path / "w8a8", recipe="w8a8", **SMALL)

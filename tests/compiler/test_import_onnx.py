@@ -71,6 +71,16 @@ def test_a_hand_written_file_becomes_a_program(tmp_path: Path, read: Read) -> No
     np.testing.assert_array_equal(got, Denoiser(path, signature, threads=2)(X, 7))
 
 
+def test_the_configuration_is_kept_without_private_keys(tmp_path: Path, read: Read) -> None:
+    path = write(hand_written(), tmp_path / "m.onnx")
+    config = {"sample_size": 8, "_name_or_path": "somewhere", "_diffusers_version": "0.42.1", "_class_name": "Net"}
+
+    kept = read(path, config=config).source["config"]
+
+    assert list(kept.items()) == [("_class_name", "Net"), ("_diffusers_version", "0.42.1"), ("sample_size", 8)]
+    assert "config" not in read(path).source
+
+
 def test_the_schedule_says_what_is_predicted_unless_the_user_does(tmp_path: Path, read: Read) -> None:
     path = write(hand_written(), tmp_path / "m.onnx")
     schedule = Schedule.from_config({"beta_schedule": "linear", "prediction_type": "v_prediction"})

@@ -18,8 +18,10 @@ import torch
 from mezzotint import compile_model
 from mezzotint.compiler import import_torch as front
 from mezzotint.compiler.errors import ModelError
+from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.program import Program
 from mezzotint.compiler.verify import relative_difference
+from mezzotint.runtime.configuration import CONFIG
 from mezzotint.runtime.deployment import Deployment
 from mezzotint.runtime.schedule import Schedule
 from mezzotint.runtime.session import Denoiser
@@ -45,7 +47,7 @@ def torch_output(module: Any, x: npt.NDArray[np.float32], t: int, **conditions: 
     module.eval()
     given = {name: torch.from_numpy(array) for name, array in conditions.items()}
     with torch.no_grad():
-        output = module(torch.from_numpy(x), t, **given, return_dict=False)[0]
+        output = module(torch.from_numpy(x), torch.full((len(x),), t), **given, return_dict=False)[0]
     module.train(training)
     return np.asarray(output.numpy())
 
@@ -96,6 +98,17 @@ def test_names_and_bytes_are_those_of_diffusers(unet: Compiled, conditional: Com
         assert source["parameter_bytes"] >= sum(len(b) for b in distinct)
 
 
+def test_the_configuration_goes_into_the_bundle(unet: Compiled, conditional: Compiled, hand: Compiled) -> None:
+    for compiled in (unet, conditional):
+        theirs = json.loads(compiled.module.to_json_string())
+        text = (compiled.bundle.path / CONFIG).read_text()
+        assert json.loads(text) == {key: value for key, value in theirs.items() if key != "_use_default_values"}
+        assert list(json.loads(text)) == sorted(theirs)
+        assert CONFIG in compiled.bundle.manifest["files"], "sealed with the rest"
+        assert "config" not in compiled.bundle.manifest["source"], "written once"
+    assert not (hand.bundle.path / CONFIG).exists()
+
+
 def test_nothing_written_names_this_machine(unet: Compiled, conditional: Compiled) -> None:
     here = [Path.cwd(), Path(__file__).parent.parent, Path(torch.__file__).parent, Path.home(), *site.getsitepackages()]
     marks = {str(path).encode() for path in here} | {b"site-packages", b"import_torch.py"}
@@ -106,6 +119,35 @@ def test_nothing_written_names_this_machine(unet: Compiled, conditional: Compile
             assert not found, f"{file.name} holds {found}"
 
 
+def small_dit(**changes: Any) -> torch.nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    config = {"num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 4, "num_layers": 1, "sample_size": 8}
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(**{**config, **changes}).eval()  # type: ignore[no-any-return]
+
+
+def test_a_transformer_keeps_its_names_and_predicts_the_noise_only(load: Import, tmp_path: Path) -> None:
+    model = small_dit(out_channels=8, num_embeds_ada_norm=10)
+
+    program = load(model)
+
+    assert program.signature == Signature("hidden_states", "timestep", front.OUTPUT, ("class_labels",))
+    assert (program.source["class"], program.source["config"]["out_channels"]) == ("DiTTransformer2DModel", 8)
+    assert program.shape == (4, 8, 8)
+    x, labels = noise(3, 4, 8, 8), np.array([1, 9, 10])
+    want = torch_output(model, x, 7, class_labels=labels)
+    with Executor(program.model, tmp_path, threads=THREADS) as executor:
+        got = executor.call(program.signature, x, 7, {"class_labels": labels})[front.OUTPUT]
+    assert want.shape == (3, 8, 8, 8) and relative_difference(want[:, :4], got) < TOLERANCE
+    assert relative_difference(want[:, 4:], got) > 0.1, "the variances are others"
+
+
+def test_the_positions_of_a_transformer_have_one_size(load: Import) -> None:
+    with pytest.raises(ModelError, match="samples are 8x8, not 16x8"):
+        load(small_dit(), size=(16, 8))
+
+
 def test_half_precision_is_refused(load: Import) -> None:
     with pytest.raises(ModelError, match=r"not in float32: .* is torch\.float16") as caught:
         load(small_unet().half())
@@ -114,7 +156,7 @@ def test_half_precision_is_refused(load: Import) -> None:
 
 
 def test_other_classes_are_refused(load: Import) -> None:
-    with pytest.raises(ModelError, match="Linear cannot be exported yet; UNet2DModel and") as caught:
+    with pytest.raises(ModelError, match=r"Linear cannot be exported yet; UNet2DModel, .* and DiT") as caught:
         load(torch.nn.Linear(2, 2))
 
     assert ".onnx" in (caught.value.hint or "")

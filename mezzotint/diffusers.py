@@ -1,0 +1,208 @@
+"""Bundles inside diffusers pipelines.
+
+    from mezzotint.diffusers import attach
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    attach(pipe, "out/sd")                      # a bundle that was compiled from the same model
+    image = pipe("a lighthouse", num_inference_steps=50).images[0]
+
+or, so that the float network is never loaded,
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, unet=stand_in("out/sd"))
+
+This works for every pipeline that calls a UNet2DModel, a UNet2DConditionModel or a DiTTransformer2DModel: DDPM, DDIM,
+Stable Diffusion and SDXL with their img2img and inpaint kin, DiT. The pipeline keeps its scheduler, its text encoders
+and its VAE. `pipe.components` carries the stand-in over to other pipelines.
+
+What the bundle was compiled for still holds: its tables have rows for the timesteps of its own number of steps, and the
+pipeline must call these (`num_inference_steps`, and a scheduler that spaces timesteps alike). A bundle with noise tables
+gets its scheduler corrected, where it is the one that they were fitted for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .runtime.bundle import Bundle, open_bundle
+from .runtime.configuration import CLASS, bundle_config, config_hash, differing_keys
+from .runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from .runtime.diffusers_scheduler import Guidance
+    from .runtime.diffusers_unet import StandIn
+
+__all__ = ["attach", "correct", "stand_in"]
+
+Pipe = TypeVar("Pipe")
+_SHOWN = 6  # differing keys named in an error
+
+
+def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None) -> StandIn:
+    """A `torch.nn.Module` that computes with the bundle what the network it was made from computes, in float32 on the
+    CPU, with that network's `config` and call.
+
+    `threads` is the number of onnxruntime's threads, None for its own choice. Raises InputError for a bundle that does
+    not know its model's configuration, BundleError for one that cannot be opened.
+    """
+    return _adapter().stand_in(_opened(bundle), threads=threads)  # type: ignore[no-any-return]
+
+
+def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guidance = 1.0) -> Any:
+    """A scheduler of the same class and configuration that undoes the bundle's quantization noise, see
+    runtime/diffusers_scheduler.py.
+
+    `guidance_scale` is what the pipeline will be called with (1 is no guidance), or a function that tells it at each
+    step. Raises InputError for a bundle without noise tables, and for a scheduler, a schedule or a guidance scale that
+    they were not fitted for.
+    """
+    return _schedulers().correct(scheduler, _opened(bundle), guidance_scale=guidance_scale)
+
+
+def attach(
+    pipe: Pipe, bundle: Bundle | str | Path, *, threads: int | None = None, correction: bool | None = None
+) -> Pipe:
+    """Put a bundle into the place of a pipeline's `unet` or `transformer`; returns the pipeline, which it changes.
+
+    `correction` None corrects the pipeline's scheduler where the bundle has noise tables for it, True insists
+    (InputError where it has not), False leaves it alone.
+
+    Raises InputError, and leaves the pipeline as it was, where the pipeline has no such network, is not in float32 on
+    the CPU, has a network of another configuration than the bundle was made from (compared by
+    `runtime.configuration.config_hash`), or a scheduler for another prediction or another number of timesteps.
+    """
+    opened = _opened(bundle)
+    network = stand_in(opened, threads=threads)
+    _check_network(pipe, network)
+    _check_modules(pipe)
+    _check_scheduler(pipe, opened)
+    scheduler = _corrected(pipe, opened, correction)
+    # The sizes of the pictures that the pipeline makes by default are its own affair (see runtime/configuration.py).
+    network.register_to_config(sample_size=getattr(pipe, network.slot).config.sample_size)
+    setattr(pipe, network.slot, network)
+    if scheduler is not None:
+        pipe.scheduler = scheduler  # type: ignore[attr-defined]
+    return pipe
+
+
+def _corrected(pipe: Any, bundle: Bundle, wish: bool | None) -> Any | None:
+    """The pipeline's scheduler with the bundle's correction, or None where it stays as it is."""
+    if wish is False or (wish is None and bundle.correction is None):
+        return None
+    try:
+        if "guidance_scale" in inspect.signature(pipe.__call__).parameters and not hasattr(pipe, "guidance_scale"):
+            raise InputError(
+                f"a {type(pipe).__name__} does not tell its guidance scale, which the correction depends on",
+                hint="attach with correction=False, and use correct(scheduler, bundle, guidance_scale=...)",
+            )
+        return correct(pipe.scheduler, bundle, guidance_scale=lambda: _guidance_of(pipe))
+    except InputError:
+        if wish:
+            raise
+        return None
+
+
+def _guidance_of(pipe: Any) -> float:
+    """The scale of the run at hand, 1 where both halves are not combined."""
+    if getattr(pipe, "guidance_rescale", 0.0):
+        raise InputError("guidance_rescale changes what the correction was fitted to", hint="leave it at 0")
+    return float(pipe.guidance_scale) if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
+
+
+def _check_network(pipe: object, network: StandIn) -> None:
+    present = getattr(pipe, network.slot, None)
+    if present is None:
+        names = [name for name, value in getattr(pipe, "components", {}).items() if value is not None]
+        raise InputError(
+            f"the {type(pipe).__name__} has no {network.slot} to replace: it has {', '.join(names) or 'no components'}",
+            where=str(network.bundle.path),
+            hint=f"the bundle was made from a {network.original}; where the pipeline is made without one, pass "
+            f"from_pretrained(..., {network.slot}=stand_in(bundle))",
+        )
+    adapter = _adapter()
+    if isinstance(present, adapter.StandIn):
+        class_name, config = present.original, bundle_config(present.bundle) or {}
+    else:
+        class_name, config = type(present).__name__, dict(present.config)
+    if class_name != network.original:
+        raise InputError(
+            f"the pipeline's {network.slot} is a {class_name}, the bundle was made from a {network.original}",
+            where=str(network.bundle.path),
+            hint="compile the pipeline's own network",
+        )
+    theirs = adapter.completed({**config, CLASS: class_name})
+    ours = adapter.completed(bundle_config(network.bundle) or {})
+    if config_hash(theirs) == config_hash(ours):
+        return
+    differing = [
+        f"{key} is {one!r}, in the bundle {other!r}" for key, (one, other) in differing_keys(theirs, ours).items()
+    ]
+    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    raise InputError(
+        f"the pipeline's {network.slot} has another configuration: {'; '.join(differing[:_SHOWN])}{more}",
+        where=str(network.bundle.path),
+        hint="compile the pipeline's own network, or load the pipeline that the bundle was made from",
+    )
+
+
+def _check_modules(pipe: Any) -> None:
+    """Everything in the pipeline must hand over, and take, float32 on the CPU."""
+    import torch
+
+    for name, module in pipe.components.items():
+        parameter = next(module.parameters(), None) if isinstance(module, torch.nn.Module) else None
+        if parameter is None:
+            continue
+        if parameter.dtype != torch.float32:
+            raise InputError(
+                f"the pipeline's {name} is in {parameter.dtype}, bundles take float32",
+                hint="load the pipeline with torch_dtype=torch.float32, or call pipe.to(torch.float32) first",
+            )
+        if parameter.device.type != "cpu":
+            raise InputError(
+                f"the pipeline's {name} lies on {parameter.device}, bundles run on the CPU",
+                hint="call pipe.to('cpu') first",
+            )
+
+
+def _check_scheduler(pipe: Any, bundle: Bundle) -> None:
+    config = pipe.scheduler.config
+    here = {"prediction_type": bundle.signature.prediction, "num_train_timesteps": bundle.schedule.num_train_timesteps}
+    flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
+    predicted = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+    there = {"prediction_type": predicted, **_only(config, "num_train_timesteps")}
+    for key, value in there.items():
+        if value != here[key]:
+            raise InputError(
+                f"the pipeline's {type(pipe.scheduler).__name__} has {key} {value!r}, the bundle {here[key]!r}",
+                where=str(bundle.path),
+                hint="use the scheduler that belongs to the model, or one made from_config of that",
+            )
+
+
+def _only(config: Any, key: str) -> dict[str, Any]:
+    return {key: config[key]} if key in config else {}
+
+
+def _opened(bundle: Bundle | str | Path) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+
+
+def _adapter() -> Any:
+    return _loaded("diffusers_unet")
+
+
+def _schedulers() -> Any:
+    return _loaded("diffusers_scheduler")
+
+
+def _loaded(name: str) -> Any:
+    try:
+        return importlib.import_module(f".runtime.{name}", __package__)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"pipelines need {error.name}, which is not installed",
+            hint="install the extra: pip install 'mezzotint[torch]'",
+        ) from error
