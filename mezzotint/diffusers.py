@@ -15,8 +15,8 @@ Stable Diffusion and SDXL with their img2img and inpaint kin, DiT. The pipeline 
 and its VAE. `pipe.components` carries the stand-in over to other pipelines.
 
 What the bundle was compiled for still holds: its tables have rows for the timesteps of its own number of steps, and the
-pipeline must call these (`num_inference_steps`, and a scheduler that spaces timesteps alike). A bundle with noise tables
-gets its scheduler corrected, where it is the one that they were fitted for.
+pipeline must call these (`num_inference_steps`, and a scheduler that spaces timesteps alike). With a bundle that has
+noise tables the scheduler is corrected, where it is the one that they were fitted for.
 """
 
 from __future__ import annotations
