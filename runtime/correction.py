@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .deployment import Deployment
 from .errors import BundleError, InputError, InterpolatedCorrection, ScheduleError, TimestepNotDeployed
@@ -168,7 +168,8 @@ class Correction:
         tables = {name: np.ascontiguousarray(getattr(self, name)) for name in (*_TABLES, "stages")}
         facts = {"deployment": self.deployment.to_json(), "prediction": self.prediction, "form": self.form}
         # One metadata entry only: safetensors writes several in a random order.
-        save_file(tables, path, {_METADATA_KEY: json.dumps(facts)})
+        # save_file would make it readable for this user only.
+        Path(path).write_bytes(save(tables, {_METADATA_KEY: json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Correction:
