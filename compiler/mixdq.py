@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from ..runtime.compare import ssim
 from ..runtime.samplers import initial_noise, run
+from ..runtime.schedule import Schedule
 from ..runtime.solvers import ddim
-from ..runtime.steps import Timestep
+from ..runtime.steps import Solver, Step, Timestep
 from .allocation import Allocation, allocate, smallest
 from .calibrate import Conditions, Images, batch_conditions, batch_spans, both_halves, guided_output
 from .pipeline import Context
@@ -32,7 +34,10 @@ Fed = Callable[[int], Feeds]
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Pictures of short trajectories from seeded noise: `length` of the deployment's timesteps, by DDIM."""
+    """Pictures of short trajectories from seeded noise: `length` of the deployment's timesteps, by DDIM.
+
+    Timesteps between two training timesteps are rounded; a flow is followed by Euler's method.
+    """
 
     program: Program
     context: Context
@@ -44,6 +49,8 @@ class Pictures:
         timesteps = self.program.deployment.timesteps
         chosen = np.unique(np.linspace(0, len(timesteps) - 1, self.length).round().astype(int))
         calls = {timesteps[k]: int(k) for k in chosen}
+        if not self.program.schedule.flow:
+            calls = {round(t): k for t, k in calls.items()}
         few = replace(self.context, samples=self.samples)
         drawn = []
         for first, rows in batch_spans(self.program, few):
@@ -55,8 +62,17 @@ class Pictures:
                 return guided_output(self.program, output)
 
             x = initial_noise(few.seed, (rows, *self.program.shape), first=first)
-            drawn.append(run(call, x, ddim(self.program.schedule, [int(t) for t in calls])))
+            drawn.append(run(call, x, _short(self.program.schedule, list(calls))))
         return np.concatenate(drawn)
+
+
+def _short(schedule: Schedule, times: Sequence[Timestep]) -> Solver:
+    """A deterministic solver that calls the network at these falling timesteps."""
+    if not schedule.flow:
+        return ddim(schedule, [int(t) for t in times])
+    sigmas = [t / schedule.num_train_timesteps for t in (*times, 0)]
+    pairs = zip(times, pairwise(sigmas), strict=True)
+    return Solver(tuple(Step(t, 1.0, -sigma, {"x": 1.0, "out": end - sigma}) for t, (sigma, end) in pairs))
 
 
 def unlike(reference: Images, pictures: Images) -> float:

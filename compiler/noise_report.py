@@ -21,6 +21,7 @@ from ..runtime.steps import Step
 SUBSET = 2048
 """Values of a call that are tested."""
 _BATCH = 512  # of them from one batch
+_ROUNDING = 1e-6  # of the largest output: what is less is float32's own, not quantization
 
 Floats = npt.NDArray[np.float32]
 Report = dict[str, Any]
@@ -47,7 +48,7 @@ class Residuals:
     def figures(self, call: int) -> dict[str, float | None]:
         """p of the normality test, skewness, excess kurtosis, correlation of error and |error| with the signal."""
         signal, error = np.concatenate(self._pairs[call], axis=1)
-        if len(error) < 20 or error.std() <= 1e-12 * max(float(np.abs(signal).max()), 1e-30):
+        if len(error) < 20 or error.std() <= _ROUNDING * max(float(np.abs(signal).max()), 1e-30):
             return dict.fromkeys(("normal_p", "skewness", "kurtosis", "correlation", "magnitude_correlation"))
         return {
             "normal_p": _number(stats.normaltest(error).pvalue),

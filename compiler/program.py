@@ -85,7 +85,7 @@ class Quantizer:
 class Plan:
     """What was decided: a quantizer for each site, and the nodes kept in float, each with the reason.
 
-    `groups` gives the row of the tables for each network call of the deployment, in the order of the calls; it is
+    `groups` gives the row of the tables for each timestep of the deployment, in the order of its first call; it is
     empty while there are no tables. `report` is what assign_bits measured and weighed, as plain data for readers.
     """
 
@@ -132,8 +132,8 @@ class Program:
     graph leaves height or width open, other sizes work too. `frozen` lists the timesteps that the tables in the graph
     hold, in the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers
     came in, for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
-    `allocation` is the number of calibration samples that count at each network call of the deployment, in the order
-    of the calls; empty: all of them, everywhere. `refused` maps a value, or a node, to the reason why a pass that
+    `allocation` is the number of calibration samples that count at each timestep of the deployment, in the order of
+    its first call; empty: all of them, everywhere. `refused` maps a value, or a node, to the reason why a pass that
     moves factors left it alone. `noise_report` is what fit_noise measured, as plain data for readers.
     """
 

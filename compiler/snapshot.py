@@ -52,6 +52,7 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         "lowering": program.lowering,
         "allocation": list(program.allocation),
         "refused": dict(program.refused),
+        "noise_report": dict(program.noise_report),
         "history": [r.to_json() for r in program.history],
         "fx_text": program.fx_text,
         "pending": [dict(p) for p in pending],
@@ -88,6 +89,7 @@ def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
         lowering=data["lowering"],
         allocation=tuple(data["allocation"]),
         refused=data["refused"],
+        noise_report=data["noise_report"],
         fx_text=data["fx_text"],
         history=tuple(
             Record(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..runtime.errors import ScheduleError
 from ..runtime.steps import Timestep
 from ..runtime.tables import nearest_rows
 from .graph import Builder, is_constant, is_op, name_of
@@ -17,12 +18,15 @@ from .program import Program, numpy_of
 def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], stem: str) -> ir.Value:
     """Nodes that turn the timestep input (a number or a batch of equal ones, of any type) into one row index `[1]`.
 
-    `row_of` gives the row of each training timestep; a timestep outside of the training schedule takes the nearest.
+    `row_of` is that of `nearest_row_of_timestep`; a timestep outside of the training schedule takes the nearest.
     """
     timestep = next(v for v in program.graph.inputs if name_of(v) == program.signature.timestep)
     int64 = ir.DataType.INT64
     value = timestep
     if timestep.dtype is not None and timestep.dtype.is_floating_point():
+        if (fine := _fineness(program)) > 1:
+            factor = build.constant(f"{stem}_fineness", np.array(fine, timestep.dtype.numpy()))
+            value = build.op("Mul", [value, factor], f"{stem}_fine", like=timestep)
         value = build.op("Round", [value], f"{stem}_round", like=timestep)
     if timestep.dtype != int64:
         value = build.op(
@@ -40,7 +44,7 @@ def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], 
 
 
 def group_of_train(program: Program) -> npt.NDArray[np.int64]:
-    """The table row of each training timestep: that of the nearest timestep which the deployed sampler calls."""
+    """The scale tables' row of each timestep: that of the nearest one which the deployed sampler calls."""
     return group_of_row(program)[nearest_row_of_timestep(program)]
 
 
@@ -57,9 +61,25 @@ def deployed_rows(program: Program) -> tuple[Timestep, ...]:
 
 
 def nearest_row_of_timestep(program: Program) -> npt.NDArray[np.int64]:
-    """For each whole timestep the nearest row; one between two training timesteps is looked up where it rounds to."""
-    rounded = np.rint(deployed_rows(program)).astype(np.int64)
-    return nearest_rows(rounded.tolist(), program.schedule.last_timestep + 1)
+    """For each whole timestep the nearest row; one between two training timesteps is looked up where it rounds to.
+
+    Where two deployed timesteps round to the same, halves (quarters, ...) are counted instead of whole timesteps.
+    """
+    fine = _fineness(program)
+    rounded = np.rint(np.array(deployed_rows(program)) * fine).astype(np.int64)
+    return nearest_rows(rounded.tolist(), program.schedule.last_timestep * fine + 1)
+
+
+def _fineness(program: Program) -> int:
+    """How many rows of the map one training timestep takes, so that each deployed timestep has its own."""
+    times = np.array(deployed_rows(program))
+    for fine in (1, 2, 4, 8, 16, 32, 64):  # 64 is enough for 1000 steps of Karras' sigmas
+        if len(np.unique(np.rint(times * fine))) == len(times):
+            return fine
+    raise ScheduleError(
+        f"{program.deployment} calls timesteps that lie closer together than 1/64",
+        hint="deploy fewer steps, or other sigmas",
+    )
 
 
 def lookup(

@@ -18,10 +18,11 @@ import numpy.typing as npt
 from .runtime.errors import InputError
 from .runtime.session import Denoiser
 from .runtime.signature import Signature
+from .runtime.steps import Timestep
 
 Images = npt.NDArray[np.float32]
-Predict = Callable[[Images, int], Images]
-Call = tuple[Images, int]  # (x [B, C, H, W], timestep)
+Predict = Callable[[Images, Timestep], Images]
+Call = tuple[Images, Timestep]  # (x [B, C, H, W], timestep)
 PEERS = ONNXRUNTIME, NNCF = "onnxruntime", "openvino-nncf"
 
 
@@ -47,7 +48,7 @@ def quantize(
     return _nncf(model, signature, calls, folder, threads)
 
 
-def _feeds(signature: Signature, x: Images, t: int) -> dict[str, npt.NDArray[Any]]:
+def _feeds(signature: Signature, x: Images, t: Timestep) -> dict[str, npt.NDArray[Any]]:
     return {signature.sample: x, signature.timestep: np.full(len(x), t, np.int64)}
 
 
@@ -96,7 +97,7 @@ def _nncf(
         options["INFERENCE_NUM_THREADS"] = threads
     request = openvino.Core().compile_model(quantized, "CPU", options).create_infer_request()
 
-    def predict(x: Images, t: int) -> Images:
+    def predict(x: Images, t: Timestep) -> Images:
         return np.array(request.infer(_feeds(signature, x, t))[0], np.float32)
 
     return predict, path.with_suffix(".bin")

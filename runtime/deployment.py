@@ -15,6 +15,7 @@ each call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,7 @@ class Deployment:
     guidance: float = UNGUIDED
 
     def __post_init__(self) -> None:
-        if self.sampler not in _SOLVERS:
-            raise _unknown(self.sampler)
-        if not 0.0 <= self.eta <= 1.0:
-            raise ScheduleError(f"eta is {self.eta}", hint="choose between 0, deterministic, and 1, as noisy as DDPM")
-        if self.sampler != "ddim" and self.eta != 0.0:
-            raise ScheduleError(f"{self.sampler} has no eta", hint="leave eta at 0, or use ddim")
-        if not self.guidance >= 0.0:
-            raise ScheduleError(f"guidance is {self.guidance}", hint="1 is no guidance; usual scales are 3 to 8")
+        _check_choice(self.sampler, self.eta, self.guidance)
         if self.steps < 1 or len(self.calls) < self.steps:
             raise ScheduleError(f"{self.steps} steps cannot have {len(self.calls)} network calls")
 
@@ -68,8 +62,7 @@ class Deployment:
         cls, schedule: Schedule, sampler: str, steps: int, eta: float = 0.0, guidance: float = UNGUIDED
     ) -> Deployment:
         """Raises ScheduleError where the sampler cannot run on this schedule."""
-        if sampler not in _SOLVERS:
-            raise _unknown(sampler)
+        _check_choice(sampler, eta, guidance)
         calls = _SOLVERS[sampler](schedule, int(steps), float(eta)).calls
         return cls(sampler, int(steps), float(eta), calls, float(guidance))
 
@@ -140,5 +133,12 @@ def _first(calls: tuple[Timestep, ...]) -> str:
     return ", ".join(f"{t:g}" for t in calls[:3]) + (", ..." if len(calls) > 3 else "")
 
 
-def _unknown(sampler: object) -> ScheduleError:
-    return ScheduleError(f"unknown sampler {sampler!r}", hint=f"use one of {', '.join(SAMPLERS)}")
+def _check_choice(sampler: str, eta: float, guidance: float) -> None:
+    if sampler not in _SOLVERS:
+        raise ScheduleError(f"unknown sampler {sampler!r}", hint=f"use one of {', '.join(SAMPLERS)}")
+    if not 0.0 <= eta <= 1.0:
+        raise ScheduleError(f"eta is {eta}", hint="choose between 0, deterministic, and 1, as noisy as DDPM")
+    if sampler != "ddim" and eta != 0.0:
+        raise ScheduleError(f"{sampler} has no eta", hint="leave eta at 0, or use ddim")
+    if not 0.0 <= guidance < math.inf:
+        raise ScheduleError(f"guidance is {guidance}", hint="1 is no guidance; usual scales are 3 to 8")

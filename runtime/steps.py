@@ -79,7 +79,9 @@ class Step:
 
     def _without_image(self, row: Weights) -> Weights:
         """Two passes over the arrays instead of four: where nothing is clipped, the image is a sum as well."""
-        share = row.get("image", 0.0)
+        if "image" not in row:
+            return row
+        share = row["image"]
         merged = {name: weight for name, weight in row.items() if name != "image"}
         for name, weight in (("x", self.image_x), ("out", self.image_out)):
             merged[name] = merged.get(name, 0.0) + share * weight

@@ -198,7 +198,7 @@ class TestEndToEnd:
 class TestPlainOnnxruntime:
     """BUNDLE/unet/model.onnx is an ordinary file that runs without us."""
 
-    def run(self, bundle: Bundle, t: int, x: npt.NDArray[np.float32], **more: Any) -> npt.NDArray[Any]:
+    def run(self, bundle: Bundle, t: float, x: npt.NDArray[np.float32], **more: Any) -> npt.NDArray[Any]:
         options = ort.SessionOptions()
         options.intra_op_num_threads = THREADS
         session = ort.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
@@ -232,7 +232,7 @@ class TestPlainOnnxruntime:
     def test_our_runtime_refuses_it(self, hand: Compiled) -> None:
         with pytest.raises(TimestepNotDeployed, match=r"260 has no row .* nearest are 250, 500"):
             hand.bundle.denoiser(THREADS)(noise(2, 1, 8, 8), 260)
-        with pytest.raises(TimestepNotDeployed, match="5 steps call timestep"):
+        with pytest.raises(TimestepNotDeployed, match="5 steps of ddim call timestep"):
             hand.bundle.sample(1, steps=5)
 
     def test_a_batch_that_mixes_timesteps_is_refused(self, hand: Compiled) -> None:
@@ -299,8 +299,9 @@ class TestRecipes:
 
     def test_ptqd_brings_a_correction_that_is_applied(self, corrected: Bundle) -> None:
         assert corrected.correction is not None
-        assert corrected.correction.timesteps.tolist() == list(corrected.deployment.timesteps)
-        assert corrected.correction_applies("ddim", 4, 0.5)
+        assert corrected.correction.deployment == corrected.deployment
+        assert corrected.correction_for(corrected.deployment) is corrected.correction
+        assert [row["timestep"] for row in corrected.manifest["noise"]["calls"]] == list(corrected.deployment.calls)
         with_it = corrected.sample(3, threads=THREADS)
         without = corrected.sample(3, threads=THREADS, correction=False)
         np.testing.assert_array_equal(corrected.sample(3, threads=THREADS, correction=True), with_it)

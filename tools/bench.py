@@ -33,6 +33,7 @@ from mezzotint.evaluate import call_ratio, compare, folder_bytes, latency_ratio
 from mezzotint.runtime import samplers
 from mezzotint.runtime.bundle import MODEL, Bundle
 from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.steps import Images, Timestep
 
 CIFAR10 = {
     "sample_size": 32,
@@ -183,7 +184,7 @@ def loop_share(bundle: Bundle, batch: int, threads: int | None) -> float:
     net = bundle.denoiser(threads)
     inside = 0.0
 
-    def timed(x: samplers.Images, t: int) -> samplers.Images:
+    def timed(x: Images, t: Timestep) -> Images:
         nonlocal inside
         start = time.perf_counter()
         output = net(x, t)
@@ -214,7 +215,7 @@ def _peer(bundle: Bundle, exported: Path, batch: int, threads: int | None, folde
     calls: list[peers.Call] = []
     net = Denoiser(exported, bundle.signature, threads=threads)
 
-    def record(x: samplers.Images, t: int) -> samplers.Images:
+    def record(x: Images, t: Timestep) -> Images:
         calls.append((x, t))
         return net(x, t)
 

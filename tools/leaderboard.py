@@ -52,10 +52,11 @@ from mezzotint.runtime.bundle import MODEL, Bundle, open_bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.session import Denoiser, running_version
+from mezzotint.runtime.steps import Images, Timestep
 from mezzotint.sources import DIGITS
 
 OWN_WIDTH = frozenset({"float"})  # recipes without a width to set
-Predict = Callable[..., samplers.Images]
+Predict = Callable[..., Images]
 BATCH, SIZE = 16, (32, 32)
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "leaderboard.md"
@@ -153,7 +154,7 @@ class Board:
             bundle = self.reference
             calls: list[peers.Call] = []
 
-            def record(x: samplers.Images, t: int) -> samplers.Images:
+            def record(x: Images, t: Timestep) -> Images:
                 calls.append((x, t))
                 return self.exact(x, t)
 
@@ -182,7 +183,7 @@ class Board:
                 seconds,
             )
 
-    def quality(self, bundle: Bundle, net: Predict, drawn: samplers.Images, report: Report) -> dict[str, Any]:
+    def quality(self, bundle: Bundle, net: Predict, drawn: Images, report: Report) -> dict[str, Any]:
         """What a denoiser is like beside the float one, and the pictures that it has drawn."""
         seed = unseen_seed(bundle)
         images, sqnr = paired_run(self.exact, net, bundle, len(drawn), seed=seed, batch=BATCH, progress=report)
@@ -218,9 +219,9 @@ class Board:
     def exact(self) -> Predict:
         """The float denoiser. Every row asks it about the same latents: it remembers what it said."""
         net = Denoiser(self.exported, self.reference.signature, threads=self.args.threads)
-        said: dict[tuple[int, bytes], samplers.Images] = {}
+        said: dict[tuple[Timestep, bytes], Images] = {}
 
-        def predict(x: samplers.Images, t: int) -> samplers.Images:
+        def predict(x: Images, t: Timestep) -> Images:
             key = t, hashlib.sha256(x.tobytes()).digest()
             if key not in said:
                 said[key] = net(x, t)

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
                 threads=args.threads,
                 samples=args.samples,
                 conditions=random_conditions(program, args.samples, seed=0),
+                unconditional=random_conditions(program, 1, seed=1) if program.deployment.guided else {},
                 progress=report,
             )
             dump = None if args.dump is None else pipeline.Dump(args.dump, models=True)

@@ -42,7 +42,7 @@ def load(tmp_path: Path) -> Import:
     return run
 
 
-def torch_output(module: Any, x: npt.NDArray[np.float32], t: int, **conditions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def torch_output(module: Any, x: npt.NDArray[np.float32], t: float, **conditions: npt.NDArray[Any]) -> npt.NDArray[Any]:
     training = module.training
     module.eval()
     given = {name: torch.from_numpy(array) for name, array in conditions.items()}

@@ -38,7 +38,7 @@ GOLDEN = "lower_integer"
 STEPS = RECIPES["w8a8-steps"].passes
 
 
-def outputs(model: ir.Model, context: Context, shape: tuple[int, ...], timesteps: tuple[int, ...]) -> Images:
+def outputs(model: ir.Model, context: Context, shape: tuple[int, ...], timesteps: tuple[float, ...]) -> Images:
     x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     with Executor(model, context.folder, threads=2, level="basic") as executor:
         return np.stack([np.asarray(executor.call(SIGNATURE, x, t)["epsilon"], np.float32) for t in timesteps])
@@ -254,7 +254,7 @@ def steps_bundle(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Bu
     return compile_model(hand.exported, folder / "bundle", **BUNDLE)
 
 
-def plain(bundle: Bundle, t: int) -> Images:
+def plain(bundle: Bundle, t: float) -> Images:
     """The model file in onnxruntime, as somebody without Mezzotint runs it."""
     session = ort.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).standard_normal((2, 1, 8, 8)).astype(np.float32)

@@ -63,7 +63,7 @@ def passes(islands: tuple[str, ...] = ("first", "last"), gain: float = 0.2, bits
     return steps
 
 
-def run(model: ir.Model, context: Context, x: Images, t: int) -> Images:
+def run(model: ir.Model, context: Context, x: Images, t: float) -> Images:
     with Executor(model, context.folder, threads=2, level="basic") as executor:
         return np.asarray(executor.call(SIGNATURE, x, t)["epsilon"], np.float32)
 
@@ -224,7 +224,7 @@ def relative_error(want: Images, got: Images) -> float:
     return float(np.sqrt(np.mean((want - got) ** 2) / np.mean(want**2)))
 
 
-def outputs(model: ir.Model, context: Context, timesteps: Sequence[int]) -> Images:
+def outputs(model: ir.Model, context: Context, timesteps: Sequence[float]) -> Images:
     x = np.random.default_rng(3).standard_normal((4, 1, 8, 8)).astype(np.float32)
     return np.stack([run(model, context, x, t) for t in timesteps])
 

@@ -187,9 +187,11 @@ def test_tables_groups_and_lowering(tiny: Program, context: Context, tmp_path: P
 
 def test_the_correction(finished: Program, loaded: Program) -> None:
     assert finished.correction is not None and loaded.correction is not None
-    for name in ("timesteps", "slope", "bias", "spread"):
+    for name in ("stages", "scale", "shift", "excess", "spread"):
         np.testing.assert_array_equal(getattr(loaded.correction, name), getattr(finished.correction, name))
-    assert loaded.correction.fitted_for == finished.correction.fitted_for
+    assert loaded.correction.deployment == finished.correction.deployment
+    assert loaded.correction.form == finished.correction.form
+    assert loaded.noise_report == finished.noise_report != {}
 
 
 def test_a_bare_program(tiny: Program, tmp_path: Path) -> None:

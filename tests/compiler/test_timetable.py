@@ -13,7 +13,15 @@ from mezzotint.compiler.execute import Executor
 from mezzotint.compiler.graph import Builder, Names, name_of
 from mezzotint.compiler.pipeline import Context
 from mezzotint.compiler.program import Plan, Program
-from mezzotint.compiler.timetable import deployed_rows, group_of_train, lookup, rows_of, step_index
+from mezzotint.compiler.timetable import (
+    deployed_rows,
+    group_of_train,
+    lookup,
+    nearest_row_of_timestep,
+    rows_of,
+    step_index,
+)
+from mezzotint.runtime.errors import ScheduleError
 from tests.tiny import program_of
 
 DEPLOYED = (666, 333, 0)  # in the order of the calls
@@ -88,6 +96,39 @@ def test_timesteps_between_two_numbers_are_rounded(context: Context) -> None:
     check_rows(looked_up(program_with("float[batch]"), TABLE, [1, 2], asked, context), [1, 0, 1])
 
 
+def between(*calls: float) -> Program:
+    """Deployed at timesteps between training timesteps, each with a row of its own."""
+    program = program_with("float[batch]")
+    deployment = replace(program.deployment, calls=calls)
+    return replace(program, deployment=deployment, plan=Plan(groups=tuple(range(len(calls)))))
+
+
+def check_own_rows(program: Program, context: Context, shift: int = 0) -> None:
+    calls = program.deployment.calls
+    table = np.arange(3.0 * len(calls), dtype=np.float32).reshape(-1, 3)
+    found = looked_up(program, np.roll(table, shift, axis=0), [1, 2], list(calls), context)
+    np.testing.assert_array_equal(np.stack([np.concatenate(parts) for parts in found]), table)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [(998.6, 332.5, 0.25), (999.0, 1.4, 0.75, 0.25, 0.0), (700.51, 700.49, 700.4), (5.0, 4.96875, 0.015625)],
+)
+def test_timesteps_that_round_to_the_same_have_rows_of_their_own(calls: tuple[float, ...], context: Context) -> None:
+    """Karras' sigmas have several timesteps below 1."""
+    check_own_rows(between(*calls), context)
+    with pytest.raises(AssertionError):
+        check_own_rows(between(*calls), context, shift=1)
+
+
+def test_whole_timesteps_are_looked_up_as_they_are() -> None:
+    assert len(nearest_row_of_timestep(program_with("int64"))) == 1000
+    assert len(nearest_row_of_timestep(between(998.6, 332.5, 0.2))) == 1000
+    assert len(nearest_row_of_timestep(between(998.6, 0.75, 0.6))) == 2 * 999 + 1
+    with pytest.raises(ScheduleError, match="closer together than 1/64"):
+        nearest_row_of_timestep(between(998.6, 0.75, 0.751))
+
+
 @pytest.mark.parametrize("sizes", [[3], [1, 1, 1], [2, 1]])
 def test_a_row_is_cut_as_asked(sizes: list[int], context: Context) -> None:
     (parts,) = looked_up(program_with("int64"), TABLE, sizes, [333], context)
@@ -131,9 +172,7 @@ def test_the_group_of_each_training_timestep(groups: tuple[int, ...]) -> None:
 
 def test_a_timestep_that_is_called_twice_has_one_row() -> None:
     program = program_with("int64")
-    twice = replace(
-        program, deployment=replace(program.deployment, timesteps=(666, 333, 333)), plan=Plan(groups=(0, 1, 1))
-    )
+    twice = replace(program, deployment=replace(program.deployment, calls=(666, 333, 333)), plan=Plan(groups=(0, 1)))
     assert deployed_rows(twice) == (333, 666)
     assert deployed_rows(program) == (0, 333, 666)
     np.testing.assert_array_equal(group_of_train(twice)[[0, 499, 500, 999]], [1, 1, 0, 0])

@@ -214,7 +214,7 @@ def test_a_session_computes_what_was_simulated(inserted: Program, here: Context)
     assert not np.array_equal(wide, cut), "the twin: rows that are not cut off"
 
 
-def epsilon(model: ir.Model, program: Program, x: Any, t: int, here: Context) -> Any:
+def epsilon(model: ir.Model, program: Program, x: Any, t: float, here: Context) -> Any:
     with Executor(model, here.folder, threads=1, level="none") as executor:
         return executor.call(program.signature, x, t)["epsilon"]
 

@@ -65,13 +65,13 @@ def errors(program: Program, context: Context) -> dict[str, Any]:
     found = list(quantized_layers(program, "test"))
     assert program.float_model is not None
     taps = [[name_of(q.layer.output) for q in found], [name_of(q.output) for q in found]]
-    seen: dict[str, dict[int, list[Any]]] = {q.layer.name: {} for q in found}
+    seen: dict[str, dict[float, list[Any]]] = {q.layer.name: {} for q in found}
     with (
         Executor(program.float_model, context.folder, taps=taps[0], threads=1) as exact,
         Executor(program.model, context.folder, taps=taps[1], threads=1, level="none") as inner,
     ):
 
-        def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+        def denoiser(x: Images, t: float, conditions: Conditions) -> Images:
             want, got = exact.call(SIGNATURE, x, t, conditions), inner.call(SIGNATURE, x, t, conditions)
             for layer, a, b in zip(found, *taps, strict=True):
                 difference = np.moveaxis(got[b].astype(np.float64) - want[a], layer.axis, -1)
@@ -142,7 +142,7 @@ def check_shift(before: Program, after: Program, context: Context, factor: float
         Executor(before.model, context.folder, taps=[x, w], threads=1, level="none") as inner,
     ):
 
-        def denoiser(latents: Images, t: int, conditions: Conditions) -> Images:
+        def denoiser(latents: Images, t: float, conditions: Conditions) -> Images:
             seen = inner.call(SIGNATURE, latents, t, conditions)
             difference = seen[w].astype(np.float64) - numpy_of(layer.layer.weight)  # type: ignore[arg-type]
             means.append(seen[x].reshape(-1, len(difference)).astype(np.float64).mean(axis=0) @ difference)

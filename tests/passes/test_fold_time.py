@@ -43,7 +43,7 @@ def frozen(tiny: Program, context: Context) -> Program:
     return pipeline.run(tiny, [Normalize(), FreezeTime()], context)
 
 
-def outputs(model: ir.Model, context: Context, timesteps: tuple[int, ...]) -> Images:
+def outputs(model: ir.Model, context: Context, timesteps: tuple[float, ...]) -> Images:
     x = np.random.default_rng(0).standard_normal((3, 1, 8, 8)).astype(np.float32)
     with Executor(model, context.folder, threads=2) as executor:
         return np.stack([executor.call(SIGNATURE, x, t)["epsilon"] for t in timesteps])

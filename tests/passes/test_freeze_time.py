@@ -33,7 +33,7 @@ def test_golden(check_golden: Check, case: str) -> None:
     assert after.history[0].note.startswith("nothing depends") != frozen
 
 
-def outputs(model: ir.Model, context: Context, timesteps: list[int], shape: tuple[int, ...]) -> Images:
+def outputs(model: ir.Model, context: Context, timesteps: list[float], shape: tuple[int, ...]) -> Images:
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     with Executor(model, context.folder, threads=2) as executor:
         return np.stack([executor.call(SIGNATURE, x, t)["epsilon"] for t in timesteps])
@@ -82,7 +82,7 @@ def test_the_time_layers_are_gone(tiny: Program, frozen: Program) -> None:
 
 def test_more_steps_than_one_row_each(tiny: Program, context: Context) -> None:
     """A timestep that occurs twice in the trajectory has one row."""
-    twice = replace(tiny, deployment=replace(tiny.deployment, timesteps=(666, 333, 333)))
+    twice = replace(tiny, deployment=replace(tiny.deployment, calls=(666, 333, 333)))
     assert pipeline.run(twice, [Normalize(), FreezeTime()], context).frozen == (333, 666)
 
 

@@ -119,7 +119,7 @@ def check_channels(program: Program, stats: Stats, context: Context, channels: C
     seen: dict[tuple[str, int], list[np.ndarray[Any, np.dtype[np.float32]]]] = {}
     with Executor(program.model, context.folder, taps=taps, threads=1) as executor:
 
-        def denoiser(x: Images, t: int, conditions: Conditions) -> Images:
+        def denoiser(x: Images, t: float, conditions: Conditions) -> Images:
             found = {"sample": x, **executor.call(program.signature, x, t, conditions)}
             for name in axes:
                 seen.setdefault((name, program.deployment.timesteps.index(t)), []).append(found[name])

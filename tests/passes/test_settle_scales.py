@@ -54,13 +54,14 @@ def follow_quantized(program: Program, context: Context, calls: int) -> Numbers:
     tables = find_tables(program, "test")
     scales, zeros = stacked(program)
     x = samplers.initial_noise(context.seed, (context.samples, *program.shape))
-    steps = samplers.stepper(program.schedule, program.deployment)
+    stepper = samplers.Stepper(program.deployment.solver(program.schedule))
+    state = stepper.begin(x)
     with Executor(with_row_inputs(program.model, tables), context.folder, threads=1) as executor:
         for k in range(calls):
             rows = {tables.scales_row: scales[k], tables.zeros_row: zeros[k]}
-            output = executor.call(SIGNATURE, x, program.deployment.timesteps[k], rows)["epsilon"]
-            x = steps.advance(k, x, output)
-    return x
+            output = executor.call(SIGNATURE, state["x"], program.deployment.timesteps[k], rows)["epsilon"]
+            state = stepper.advance(k, state, output)
+    return state["x"]
 
 
 def extremes(program: Program, context: Context, x: Numbers, call: int) -> dict[str, tuple[float, float]]:

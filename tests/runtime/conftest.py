@@ -68,7 +68,8 @@ def make_bundle(
         *,
         sampler: str = "ddim",
         eta: float = 0.0,
-        deployed: tuple[int, ...] | None = None,
+        guidance: float = 1.0,
+        deployed: tuple[float, ...] | None = None,
         correction: bool = False,
         model: bytes | None = None,
         signature: Signature = signature,
@@ -77,21 +78,23 @@ def make_bundle(
     ) -> tuple[Path, dict[str, Any]]:
         folder = tmp_path / name
         schedule = Schedule.named("ddpm-linear")
-        deployment = Deployment.of(schedule, sampler, 10, eta)
+        deployment = Deployment.of(schedule, sampler, 10, eta, guidance)
         for file in (MODEL, SCHEDULER):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / MODEL).write_bytes(model or denoiser_onnx())
         (folder / SCHEDULER).write_text(json.dumps(schedule.config), encoding="utf-8")
         if correction:
-            rows = len(deployment.timesteps)
+            steps = deployment.solver(schedule).steps
+            rows = len(steps)
             Correction(
-                timesteps=np.array(deployment.timesteps),
-                slope=np.full(rows, 0.02),
-                bias=np.full((rows, 1), 0.01),
+                deployment,
+                "epsilon",
+                "regression",
+                stages=np.array([step.stage for step in steps]),
+                scale=np.full(rows, 1 / 1.02),
+                shift=np.full((rows, 1), 0.01),
+                excess=np.full(rows, 1e-6),
                 spread=np.full(rows, 0.001),
-                sampler=deployment.sampler,
-                steps=deployment.steps,
-                eta=deployment.eta,
             ).save(folder / CORRECTION)
         manifest = seal_bundle(
             folder,

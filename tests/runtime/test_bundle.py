@@ -13,10 +13,13 @@ import numpy.typing as npt
 import pytest
 
 from mezzotint.runtime.bundle import CORRECTION, MANIFEST, MODEL, file_sha256, manifest_digest, open_bundle, seal_bundle
-from mezzotint.runtime.errors import BundleError, InputError, TimestepNotDeployed
-from mezzotint.runtime.samplers import ddim, ddpm, initial_noise, seeded_noise
+from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.errors import BundleError, InputError, InterpolatedCorrection, TimestepNotDeployed
+from mezzotint.runtime.samplers import initial_noise, run, sample, seeded_noise
+from mezzotint.runtime.schedule import Schedule
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Signature
+from mezzotint.runtime.solvers import ddim, ddpm
 
 Make = Callable[..., tuple[Path, dict[str, Any]]]
 ROWS = (900, 800, 700, 600, 500, 400, 300, 200, 100, 0)
@@ -49,9 +52,9 @@ def test_samples_are_those_of_the_loop(make_bundle: Make, signature: Signature) 
     x = initial_noise(7, (5, 1, 8, 8))
     noise = seeded_noise(7)
     wanted = {
-        "ddim": ddim(network, x, bundle.schedule, ROWS),
-        "eta": ddim(network, x, bundle.schedule, ROWS, eta=0.5, noise=noise),
-        "ddpm": ddpm(network, x, bundle.schedule, bundle.schedule.timesteps(20), noise=noise),
+        "ddim": run(network, x, ddim(bundle.schedule, ROWS)),
+        "eta": run(network, x, ddim(bundle.schedule, ROWS, eta=0.5), noise=noise),
+        "ddpm": run(network, x, ddpm(bundle.schedule, bundle.schedule.timesteps(20)), noise=noise),
     }
     found = {
         "ddim": bundle.sample(5, seed=7),
@@ -117,32 +120,73 @@ def test_correction_applies_where_it_was_fitted(make_bundle: Make) -> None:
     bundle = open_bundle(make_bundle(correction=True)[0])
     table = bundle.correction
     assert table is not None
-    assert bundle.correction_applies("ddim", 10, 0.0)
-    assert not bundle.correction_applies("ddim", 20, 0.0)
+    assert bundle.correction_for(bundle.deployment) is table
     network = bundle.denoiser()
     x = initial_noise(0, (2, 1, 8, 8))
-    corrected = ddim(network, x, bundle.schedule, ROWS, correction=table)
-    plain = ddim(network, x, bundle.schedule, ROWS)
+    corrected = run(network, x, ddim(bundle.schedule, ROWS), correction=table)
+    plain = run(network, x, ddim(bundle.schedule, ROWS))
     check_images(bundle.sample(2), corrected)
     check_images(bundle.sample(2, correction=True), corrected)
     check_images(bundle.sample(2, correction=False), plain)
     assert not np.allclose(corrected, plain, rtol=0, atol=1e-5)
-    # Elsewhere it stays off by itself, and asking for it is refused.
-    twenty = ddim(network, x, bundle.schedule, bundle.schedule.timesteps(20))
-    check_images(bundle.sample(2, steps=20), twenty)
-    others: list[dict[str, Any]] = [{"steps": 20}, {"eta": 0.5}, {"sampler": "ddpm"}]
+    # Elsewhere it stays off by itself, and asking for it is refused with the reason.
+    ddpm_plain = run(network, x, ddpm(bundle.schedule, ROWS), noise=seeded_noise(0))
+    check_images(bundle.sample(2, sampler="ddpm"), ddpm_plain)
+    others: list[dict[str, Any]] = [{"eta": 0.5}, {"sampler": "ddpm"}, {"sampler": "pndm", "steps": 5}]
     for other in others:
-        with pytest.raises(InputError, match="it was fitted for ddim, 10 steps, eta 0"):
+        assert bundle.correction_for(bundle.plan(**other)) is None
+        with pytest.raises(InputError, match="it was fitted for ddim, 10 steps, eta 0, not for"):
             bundle.sample(2, correction=True, **other)
+    with pytest.raises(InputError, match="at guidance 1, not 4: guidance multiplies the error"):
+        bundle.sample(2, correction=True, guidance=4.0)
     with pytest.raises(InputError, match="this bundle has none"):
         open_bundle(make_bundle(name="other")[0]).sample(2, correction=True)
+
+
+@pytest.mark.parametrize("wish", [None, True])
+def test_another_number_of_steps_is_interpolated_with_a_warning(make_bundle: Make, wish: bool | None) -> None:
+    bundle = open_bundle(make_bundle(correction=True)[0])
+    assert bundle.correction is not None
+    twenty = bundle.plan(steps=20)
+    steps = twenty.solver(bundle.schedule).steps
+    with pytest.warns(InterpolatedCorrection, match="tables of 10 steps are interpolated for 20"):
+        table = bundle.correction.for_deployment(twenty, steps)
+    x = initial_noise(0, (2, 1, 8, 8))
+    with pytest.warns(InterpolatedCorrection):
+        found = bundle.sample(2, steps=20, correction=wish)
+    check_images(found, sample(bundle.denoiser(), x, bundle.schedule, twenty, correction=table))
+    with pytest.raises(AssertionError):
+        check_images(found, bundle.sample(2, steps=20, correction=False))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "pndm", "dpmpp-2m-sde", "lcm", "euler-ancestral"])
+def test_every_sampler_runs_on_a_bundle(make_bundle: Make, denoiser_onnx: Callable[..., bytes], sampler: str) -> None:
+    """With a float timestep, as the usual spacing of Euler and Heun needs it."""
+    bundle = open_bundle(make_bundle(model=denoiser_onnx("float[B]"), sampler=sampler)[0])
+    plan = Deployment.of(bundle.schedule, sampler, 10)
+    x = initial_noise(3, (3, 1, 8, 8))
+    wanted = sample(bundle.denoiser(), x, bundle.schedule, plan, noise=seeded_noise(3))
+    calls: list[tuple[int, int]] = []
+    found = bundle.sample(3, seed=3, batch=2, progress=lambda *told: calls.append(told))
+    check_images(found / np.abs(wanted).max(), wanted / np.abs(wanted).max())
+    assert calls[-1] == (2 * len(plan.calls),) * 2
+    with pytest.raises(AssertionError):
+        check_images(found / np.abs(wanted).max(), bundle.sample(3, seed=3, steps=9) / np.abs(wanted).max())
+
+
+def test_an_integer_timestep_refuses_a_sampler_between(make_bundle: Make) -> None:
+    bundle = open_bundle(make_bundle()[0])
+    with pytest.raises(InputError, match="lies between two training timesteps"):
+        bundle.sample(1, sampler="heun", steps=9)
+    leading = Schedule.from_config({**bundle.schedule.config, "timestep_spacing": "leading"})
+    assert Deployment.of(leading, "heun", 9).whole
 
 
 def test_steps_without_rows_are_refused_before_the_first_call(make_bundle: Make) -> None:
     bundle = open_bundle(make_bundle(deployed=ROWS)[0])
     calls: list[int] = []
     assert bundle.sample(1, steps=5).shape == (1, 1, 8, 8)
-    with pytest.raises(TimestepNotDeployed, match="20 steps call timestep 950") as caught:
+    with pytest.raises(TimestepNotDeployed, match="20 steps of ddim call timestep 950") as caught:
         bundle.sample(1, steps=20, progress=lambda done, total: calls.append(done))
     assert "1, 2, 5, 10" in str(caught.value)
     assert not calls
@@ -197,7 +241,8 @@ def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2, this version of Mezzotint reads 1"),
+        ({"format": 1}, "has format 1, this version of Mezzotint reads 2"),
+        ({"format": 3}, "has format 3, this version of Mezzotint reads 2"),
         ({"signature": None}, "incomplete or inconsistent"),
         ({"signature": {"sample": "x"}}, "incomplete or inconsistent"),
         ({"deployment": {"sampler": "ddim"}}, "incomplete or inconsistent"),

@@ -1,4 +1,4 @@
-"""The loop against diffusers' schedulers, step by step and as a whole."""
+"""The loop: noise, callbacks, corrections, steps taken from outside. test_solvers.py has it against diffusers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from mezzotint.runtime.correction import Correction
-from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.deployment import SAMPLERS, Deployment
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
-from mezzotint.runtime.samplers import Images, StepInfo, ddim, ddpm, initial_noise, sample, seeded_noise, stepper
+from mezzotint.runtime.samplers import StepInfo, Stepper, initial_noise, run, sample, seeded_noise
 from mezzotint.runtime.schedule import Schedule
+from mezzotint.runtime.solvers import ddim, ddpm
+from mezzotint.runtime.steps import Images, Solver, Timestep
 
 SHAPE = (3, 2, 8, 8)
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+CLIPPED = {"beta_schedule": "linear", "clip_sample": True}
 
 
-def denoise(x: Images, t: int) -> Images:
+def denoise(x: Images, t: Timestep) -> Images:
     """Something smooth that depends on both, with outputs of the size of noise."""
     return np.asarray(0.8 * np.sin(1.3 * x + t / 300) + 0.1 * x, dtype=np.float32)
 
@@ -48,140 +52,93 @@ def check_images(ours: Images, theirs: Images) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * max(1.0, float(np.abs(theirs).max())))
 
 
-CASES = [
-    {"prediction_type": prediction, "clip_sample": clip, **rest}
-    for prediction in ("epsilon", "v_prediction", "sample")
-    for clip in (True, False)
-    for rest in (
-        {"beta_schedule": "linear"},
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "linspace"},
-        {"beta_schedule": "linear", "timestep_spacing": "trailing", "clip_sample_range": 1.5},
-    )
-]
-OFFSET = {"beta_schedule": "linear", "steps_offset": 1, "set_alpha_to_one": False}
-
-
-def our_ddim(config: dict[str, Any], eta: float) -> Images:
-    schedule = Schedule.from_config(config)
-    return ddim(denoise, initial_noise(1, SHAPE), schedule, schedule.timesteps(7), eta=eta, noise=torch_noise(5))
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("config", [*CASES, OFFSET], ids=str)
-def test_ddim_is_that_of_diffusers(config: dict[str, Any], eta: float) -> None:
-    theirs = reference(DDIMScheduler, config, 7, seed=5, eta=eta)
-    check_images(our_ddim(config, eta), theirs)
-    with pytest.raises(AssertionError):
-        check_images(our_ddim(config, eta) * np.float32(1.01), theirs)
-
-
-@pytest.mark.parametrize("config", CASES, ids=str)
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
-def test_ddpm_is_that_of_diffusers(config: dict[str, Any], variance: str) -> None:
-    config = {**config, "variance_type": variance}
-    theirs = reference(DDPMScheduler, config, 9, seed=6)
-    schedule = Schedule.from_config(config)
-    ours = ddpm(denoise, initial_noise(1, SHAPE), schedule, schedule.timesteps(9), noise=torch_noise(6))
-    check_images(ours, theirs)
-    with pytest.raises(AssertionError):
-        check_images(ours * np.float32(1.01), theirs)
-
-
-def test_ddpm_with_every_timestep() -> None:
-    config = {"beta_schedule": "linear", "num_train_timesteps": 200}
-    schedule = Schedule.from_config(config)
-    ours = ddpm(denoise, initial_noise(1, SHAPE), schedule, schedule.timesteps(200), noise=torch_noise(6))
+# What test_solvers.py does not ask: sizes of the noise that are options, a range to clip to, all timesteps.
+NOISY: list[tuple[str, dict[str, Any], float, int]] = [
+    ("ddim", {**CLIPPED, "clip_sample_range": 1.5, "timestep_spacing": "trailing"}, 0.6, 7),
+    ("ddim", {"beta_schedule": "linear", "steps_offset": 1, "set_alpha_to_one": False}, 0.6, 7),
+    ("ddim", {**CLIPPED, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, 1.0, 7),
+    ("ddpm", {**CLIPPED, "variance_type": "fixed_small_log"}, 0.0, 9),
+    ("ddpm", {**CLIPPED, "variance_type": "fixed_large"}, 0.0, 9),
+    ("ddpm", {**CLIPPED, "variance_type": "fixed_large", "prediction_type": "sample"}, 0.0, 9),
     # In float32 diffusers loses digits in 1 - abar[t] / abar[t-1], 5e-5 in all; in float64 it agrees with us.
-    theirs = reference(DDPMScheduler, config, 200, seed=6, exact=True)
+    ("ddpm", {"beta_schedule": "linear", "num_train_timesteps": 200}, 0.0, 200),
+]
+
+
+@pytest.mark.parametrize(("sampler", "config", "eta", "steps"), NOISY, ids=str)
+def test_options_are_those_of_diffusers(sampler: str, config: dict[str, Any], eta: float, steps: int) -> None:
+    kind: Any = DDIMScheduler if sampler == "ddim" else DDPMScheduler
+    options = {"eta": eta} if sampler == "ddim" else {}
+    theirs = reference(kind, config, steps, seed=5, exact=steps == 200, **options)
+    schedule = Schedule.from_config(config)
+    deployment = Deployment.of(schedule, sampler, steps, eta)
+    ours = sample(denoise, initial_noise(1, SHAPE), schedule, deployment, noise=torch_noise(5))
     check_images(ours, theirs)
     with pytest.raises(AssertionError):
         check_images(ours * np.float32(1.01), theirs)
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_zero_terminal_snr(prediction: str) -> None:
-    config = {"beta_schedule": "scaled_linear", "prediction_type": prediction, "rescale_betas_zero_snr": True}
-    config = {**config, "timestep_spacing": "trailing", "clip_sample": False}
-    check_images(our_ddim(config, 0.0), reference(DDIMScheduler, config, 7, seed=5))
-
-
-def test_one_percent_on_the_output_of_the_network_is_noticed() -> None:
-    schedule = Schedule.named("ddpm-linear")
-
-    def wrong(x: Images, t: int) -> Images:
-        return denoise(x, t) * np.float32(1.01)
-
-    ours = ddim(wrong, initial_noise(1, SHAPE), schedule, schedule.timesteps(7))
-    with pytest.raises(AssertionError):
-        check_images(ours, reference(DDIMScheduler, schedule.config, 7, seed=5))
-
-
-def planted(schedule: Schedule, sampler: str, eta: float, spread: float) -> tuple[Deployment, Correction]:
-    deployment = Deployment.of(schedule, sampler, 10, eta)
+def planted(
+    schedule: Schedule, sampler: str, eta: float = 0.0, spread: float = 0.05, *, steps: int = 10
+) -> tuple[Deployment, Correction]:
+    """Tables that undo outputs which are 1.1 (w + 0.05 + noise of this spread)."""
+    deployment = Deployment.of(schedule, sampler, steps, eta)
+    calls = deployment.solver(schedule).steps
+    n = len(calls)
     correction = Correction(
-        timesteps=np.array(deployment.timesteps),
-        slope=np.full(10, 0.1),
-        bias=np.full((10, 2), 0.05),
-        spread=np.full(10, spread),
-        sampler=deployment.sampler,
-        steps=deployment.steps,
-        eta=deployment.eta,
+        deployment,
+        schedule.prediction,
+        "ptqd",
+        stages=np.array([call.stage for call in calls]),
+        scale=np.full(n, 1 / 1.1),
+        shift=np.full((n, 2), 0.05),
+        excess=np.full(n, spread**2),
+        spread=np.full(n, spread),
     )
     return deployment, correction
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("ddpm", 0.0)])
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("ddpm", 0.0), ("euler-ancestral", 0.0)])
 def test_correction_keeps_mean_and_variance_of_the_schedule(sampler: str, eta: float) -> None:
     """The float step's state has variance sigma^2 around its mean; the corrected noisy one must have the same."""
     schedule = Schedule.from_config({"beta_schedule": "linear", "clip_sample": False})
-    deployment, correction = planted(schedule, sampler, eta, spread=0.4)
-    shape = (256, 2, 32, 32)
+    deployment, correction = planted(schedule, sampler, eta, spread=0.4, steps=20)
+    solver, index, shape = deployment.solver(schedule), 8, (256, 2, 32, 32)
+    assert solver.steps[index].sigma > 0
     x = np.zeros(shape, dtype=np.float32)
-    error = initial_noise(77, shape) * np.float32(0.4 * 1.1)  # before it is divided by 1 + k
+    error = initial_noise(77, shape) * np.float32(0.4)
     signal = np.float32(0.3)
+    outputs = {True: np.full_like(x, signal), False: np.float32(1.1) * (signal + np.float32(0.05) + error)}
 
-    def noisy(x: Images, t: int) -> Images:
-        return np.float32(1.1) * signal + np.float32(0.05 * 1.1) + error
+    def after(exact: bool, table: Correction | None) -> Images:
+        return Stepper(solver, table).advance(index, {"x": x}, outputs[exact], seeded_noise(5))["x"]
 
-    def exact(x: Images, t: int) -> Images:
-        return np.full_like(x, signal)
-
-    def first_state(denoiser: Any, table: Correction | None) -> Images:
-        states: list[Images] = []
-        short = deployment.timesteps[4:5] + deployment.timesteps[5:6]
-        options: dict[str, Any] = {"eta": eta} if sampler == "ddim" else {}
-        run: Any = ddim if sampler == "ddim" else ddpm
-
-        def keep(info: StepInfo) -> None:
-            states.append(info.x_next)
-
-        run(denoiser, x, schedule, short, noise=seeded_noise(5), correction=table, callback=keep, **options)
-        return states[0]
-
-    wanted, got, plain = first_state(exact, None), first_state(noisy, correction), first_state(noisy, None)
+    wanted, got, plain = after(True, None), after(False, correction), after(False, None)
+    assert not correction.clamped(solver.steps)[index]
     assert got.std() == pytest.approx(wanted.std(), rel=4e-3)
-    assert got.mean() == pytest.approx(wanted.mean(), abs=1e-3)
+    assert got.mean() == pytest.approx(wanted.mean(), abs=2e-3)
     assert plain.std() != pytest.approx(wanted.std(), rel=4e-3)
     assert got.std() * 1.01 != pytest.approx(wanted.std(), rel=4e-3)
 
 
-def test_correction_undoes_what_was_planted() -> None:
-    schedule = Schedule.named("ddpm-linear")
-    deployment, correction = planted(schedule, "ddim", 0.0, spread=0.0)
-    x = initial_noise(1, SHAPE)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_correction_undoes_what_was_planted(sampler: str) -> None:
+    schedule = Schedule.from_config(FLOW if sampler == "flow-euler" else CLIPPED)
+    deployment, correction = planted(schedule, sampler, spread=0.0)
+    x, noise = initial_noise(1, SHAPE), seeded_noise(3)
 
-    def worse(x: Images, t: int, slope: float = 0.1) -> Images:
+    def worse(x: Images, t: Timestep, slope: float = 0.1) -> Images:
         return np.asarray((denoise(x, t) + 0.05) * (1 + slope), dtype=np.float32)
 
-    wanted = sample(denoise, x, schedule, deployment)
-    check_images(sample(worse, x, schedule, deployment, correction=correction), wanted)
+    wanted = sample(denoise, x, schedule, deployment, noise=noise)
+    check_images(sample(worse, x, schedule, deployment, noise=noise, correction=correction), wanted)
 
-    def worse_still(x: Images, t: int) -> Images:
+    def worse_still(x: Images, t: Timestep) -> Images:
         return worse(x, t, slope=0.111)
 
     for denoiser, table in ((worse, None), (worse_still, correction)):
         with pytest.raises(AssertionError):
-            check_images(sample(denoiser, x, schedule, deployment, correction=table), wanted)
+            check_images(sample(denoiser, x, schedule, deployment, noise=noise, correction=table), wanted)
 
 
 def test_callback_sees_every_step_and_may_keep_it() -> None:
@@ -195,16 +152,35 @@ def test_callback_sees_every_step_and_may_keep_it() -> None:
 
     x = initial_noise(1, SHAPE)
     before = x.copy()
-    final = ddpm(denoise, x, schedule, schedule.timesteps(5), noise=seeded_noise(1), callback=keep)
+    final = run(denoise, x, ddpm(schedule, schedule.timesteps(5)), noise=seeded_noise(1), callback=keep)
     assert [info.index for info in infos] == [0, 1, 2, 3, 4]
     assert [info.timestep for info in infos] == schedule.timesteps(5).tolist()
     assert infos[0].x is x
+    assert all(info.state["x"] is info.x for info in infos)
     assert infos[-1].x_next is final
     np.testing.assert_array_equal(x, before)
     for info, copy, following in zip(infos, copies, [*infos[1:], None], strict=True):
         np.testing.assert_array_equal(info.x_next, copy)
         np.testing.assert_array_equal(info.output, denoise(info.x, info.timestep))
         assert following is None or following.x is info.x_next
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp-2m-sde", "pndm"])
+def test_the_state_before_a_call_makes_the_one_behind_it(sampler: str) -> None:
+    """What fit_noise relies on: the step can be made again from what the callback was given."""
+    schedule = Schedule.from_config(CLIPPED)
+    deployment = Deployment.of(schedule, sampler, 6)
+    stepper, noise = Stepper(deployment.solver(schedule)), seeded_noise(4)
+    differ: list[bool] = []
+
+    def again(info: StepInfo) -> None:
+        found = stepper.advance(info.index, info.state, info.output, noise)["x"]
+        np.testing.assert_array_equal(found, info.x_next)
+        other = stepper.advance(info.index, info.state, info.output * np.float32(1.01), noise)["x"]
+        differ.append(not np.array_equal(other, info.x_next))
+
+    sample(denoise, initial_noise(1, SHAPE), schedule, deployment, noise=noise, callback=again)
+    assert sum(differ) > len(differ) / 2  # not where all is clipped
 
 
 def test_noise_belongs_to_an_image_and_a_step() -> None:
@@ -224,78 +200,92 @@ def test_refusals() -> None:
     schedule = Schedule.named("ddpm-linear")
     x = initial_noise(1, SHAPE)
     steps = schedule.timesteps(5)
-    for eta in (0.5, 1.0):
-        with pytest.raises(InputError, match="need noise"):
-            ddim(denoise, x, schedule, steps, eta=eta)
-    with pytest.raises(InputError, match="need noise"):
-        ddpm(denoise, x, schedule, steps, noise=None)
+    for solver in (ddim(schedule, steps, eta=0.5), ddim(schedule, steps, eta=1.0), ddpm(schedule, steps)):
+        with pytest.raises(InputError, match="adds noise at each step") as caught:
+            run(denoise, x, solver)
+        assert caught.value.hint == "pass noise=seeded_noise(seed)"
     with pytest.raises(InputError, match="eta is 2"):
-        ddim(denoise, x, schedule, steps, eta=2.0, noise=seeded_noise(1))
+        ddim(schedule, steps, eta=2.0)
     for broken in ([], [10, 20], [20, 20], [1000, 3], [5, -1]):
         with pytest.raises(InputError, match="not a falling list"):
-            ddim(denoise, x, schedule, broken)
+            ddim(schedule, broken)
+    quiet = ddim(schedule, steps)
     wrongs: list[Any] = [x.astype(np.float64), x[0]]
     for wrong in wrongs:
         with pytest.raises(InputError, match="sampling begins with float32"):
-            ddim(denoise, wrong, schedule, steps)
+            run(denoise, wrong, quiet)
     with pytest.raises(InputError, match="the denoiser returned float32"):
-        ddim(lambda x, t: x[:, :1], x, schedule, steps)
+        run(lambda x, t: x[:, :1], x, quiet)
     with pytest.raises(InputError, match="the denoiser returned float64"):
-        ddim(lambda x, t: x.astype(np.float64), x, schedule, steps)
+        run(lambda x, t: x.astype(np.float64), x, quiet)
     with pytest.raises(InputError, match="must not be negative"):
         initial_noise(-1, SHAPE)
     _, correction = planted(schedule, "ddim", 0.0, spread=0.1)
-    with pytest.raises(TimestepNotDeployed, match="no row for timestep"):
-        ddim(denoise, x, schedule, schedule.timesteps(7), correction=correction)
+    with pytest.raises(TimestepNotDeployed, match="rows for other network calls than these 7"):
+        run(denoise, x, ddim(schedule, schedule.timesteps(7)), correction=correction)
 
 
 def test_the_loop_costs_little_beside_the_network() -> None:
     """At 16 x 1 x 32 x 32 a call of the network takes about 60 ms; 3 % of that are 1.8 ms for everything else."""
     schedule = Schedule.named("ddpm-linear")
     x = initial_noise(1, (16, 1, 32, 32))
-    best = np.inf
-    for _ in range(5):
-        begin = time.perf_counter()
-        ddpm(lambda x, t: x, x, schedule, schedule.timesteps(20), noise=seeded_noise(1))
-        best = min(best, (time.perf_counter() - begin) / 20)
-    assert best < 1.8e-3
+    for sampler in ("ddpm", "pndm"):
+        solver = Deployment.of(schedule, sampler, 20).solver(schedule)
+        best = np.inf
+        for _ in range(5):
+            begin = time.perf_counter()
+            run(lambda x, t: x, x, solver, noise=seeded_noise(1))
+            best = min(best, (time.perf_counter() - begin) / len(solver.steps))
+        assert best < 1.8e-3
 
 
-def walk_outside(deployment: Deployment, correction: Correction | None, factor: float = 1.0) -> list[Images]:
+def walk_outside(solver: Solver, correction: Correction | None, factor: float = 1.0) -> list[Images]:
     """Two batches of the images 0, 1, 2 advanced side by side, the loop on the caller's side."""
-    schedule = Schedule.named("ddpm-linear")
-    steps = stepper(schedule, deployment, correction=correction)
+    stepper = Stepper(solver, correction)
     spans = ((0, 2), (2, 1))
-    states = [initial_noise(3, (n, 2, 8, 8), first=first) for first, n in spans]
-    for index, step in enumerate(steps.steps):
+    states = [stepper.begin(initial_noise(3, (n, 2, 8, 8), first=first)) for first, n in spans]
+    for index, step in enumerate(solver.steps):
         for i, (first, _) in enumerate(spans):
-            output = denoise(states[i], step.timestep) * np.float32(factor)
-            states[i] = steps.advance(index, states[i], output, seeded_noise(3, first=first))
-    return states
+            output = denoise(states[i]["x"], step.timestep) * np.float32(factor)
+            states[i] = stepper.advance(index, states[i], output, seeded_noise(3, first=first))
+    return [state["x"] for state in states]
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.6), ("ddpm", 0.0)])
-def test_stepping_from_outside_is_sampling_to_the_last_bit(sampler: str, eta: float, corrected: bool) -> None:
-    schedule = Schedule.named("ddpm-linear")
-    deployment, correction = planted(schedule, sampler, eta, spread=0.1)
-    table = correction if corrected else None
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_stepping_from_outside_is_sampling_to_the_last_bit(sampler: str, corrected: bool) -> None:
+    schedule = Schedule.from_config(FLOW if sampler == "flow-euler" else CLIPPED)
+    deployment, correction = planted(schedule, sampler, 0.6 if sampler == "ddim" else 0.0, spread=0.1)
+    table, solver = correction if corrected else None, deployment.solver(schedule)
     start = initial_noise(3, SHAPE)
     whole = sample(denoise, start, schedule, deployment, noise=seeded_noise(3), correction=table)
-    np.testing.assert_array_equal(np.concatenate(walk_outside(deployment, table)), whole)
+    np.testing.assert_array_equal(np.concatenate(walk_outside(solver, table)), whole)
     with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(np.concatenate(walk_outside(deployment, table, factor=1.01)), whole)
+        np.testing.assert_array_equal(np.concatenate(walk_outside(solver, table, factor=1.01)), whole)
+
+
+def test_the_first_state_is_scaled_as_the_solver_says() -> None:
+    schedule = Schedule.named("sd")
+    x = initial_noise(1, SHAPE)
+    euler = Deployment.of(schedule, "euler", 5).solver(schedule)
+    lower = Deployment.of(Schedule.from_config({**schedule.config, "timestep_spacing": "linspace"}), "euler", 5)
+    assert Stepper(Deployment.of(schedule, "ddim", 5).solver(schedule)).begin(x)["x"] is x
+    for start in (1.0, 0.9):
+        np.testing.assert_array_equal(Stepper(Solver(euler.steps, start)).begin(x)["x"], x * np.float32(start))
+    assert lower.solver(Schedule.from_config({**schedule.config, "timestep_spacing": "linspace"})).start < 1.0
 
 
 def test_a_step_refuses_what_the_loop_refuses() -> None:
     schedule = Schedule.named("ddpm-linear")
-    steps = stepper(schedule, Deployment.of(schedule, "ddpm", 5))
+    stepper = Stepper(Deployment.of(schedule, "ddpm", 5).solver(schedule))
     x = initial_noise(1, SHAPE)
-    with pytest.raises(InputError, match="need noise"):
-        steps.advance(0, x, x)
+    state = stepper.begin(x)
+    with pytest.raises(InputError, match="adds noise at each step") as caught:
+        stepper.advance(0, state, x)
+    assert caught.value.where == "timestep 800"
     with pytest.raises(InputError, match="the denoiser returned"):
-        steps.advance(0, x, x[:1], seeded_noise(1))
+        stepper.advance(0, state, x[:1], seeded_noise(1))
     scratch = np.empty_like(x)
-    with_scratch = steps.advance(0, x, x, seeded_noise(1), scratch=scratch)
-    np.testing.assert_array_equal(with_scratch, steps.advance(0, x, x, seeded_noise(1)))
+    with_scratch = stepper.advance(0, state, x, seeded_noise(1), scratch=scratch)["x"]
+    np.testing.assert_array_equal(with_scratch, stepper.advance(0, state, x, seeded_noise(1))["x"])
     assert not np.shares_memory(with_scratch, scratch)

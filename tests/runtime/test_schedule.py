@@ -12,9 +12,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.runtime.deployment import Deployment
+from mezzotint.runtime.deployment import Deployment, usual_sampler
 from mezzotint.runtime.errors import ScheduleError
-from mezzotint.runtime.schedule import NAMED, Schedule
+from mezzotint.runtime.schedule import NAMED, SAMPLER_OPTIONS, Schedule
 
 BETAS = [0.01, 0.02, 0.05, 0.2]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,8 @@ def test_impossible_numbers_of_steps(steps: int) -> None:
     ("change", "message"),
     [
         ({"beta_schedule": "exotic"}, "unknown beta_schedule 'exotic'"),
-        ({"prediction_type": "flow_prediction"}, "unknown prediction_type"),
+        ({"prediction_type": "noise"}, "unknown prediction_type"),
+        ({"prediction_type": "flow_prediction"}, "needs a schedule of flow matching"),
         ({"timestep_spacing": "random"}, "unknown timestep_spacing"),
         ({"variance_type": "learned_range"}, "unknown variance_type"),
         ({"thresholding": True}, "dynamic thresholding"),
@@ -102,7 +103,10 @@ def test_impossible_numbers_of_steps(steps: int) -> None:
         ({"clip_sample": "false"}, "not true or false"),
         ({"clip_sample_range": -1}, "not a number above 0"),
         ({"steps_offset": -1}, "steps_offset is -1"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not a schedule of betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, "shift is 0"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting True"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal 0.1"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas True"),
     ],
 )
 def test_refused_configurations(change: dict[str, Any], message: str) -> None:
@@ -112,7 +116,7 @@ def test_refused_configurations(change: dict[str, Any], message: str) -> None:
 
 
 def test_without_betas() -> None:
-    with pytest.raises(ScheduleError, match="not a schedule of betas"):
+    with pytest.raises(ScheduleError, match=r"neither a schedule of betas .* nor one of flow matching"):
         Schedule.from_config({"shift": 3.0})
 
 
@@ -151,30 +155,90 @@ def test_unreadable_files(tmp_path: Path) -> None:
         Schedule.named("none")
 
 
-def test_deployment_survives_json() -> None:
-    deployment = Deployment.of(Schedule.named("cosine"), "ddim", 20, 0.5)
-    assert deployment.timesteps[0] == 950
-    assert deployment.timesteps[-1] == 0
-    assert Deployment.from_json(json.loads(json.dumps(deployment.to_json()))) == deployment
+def test_levels_are_the_shares_of_image_and_noise() -> None:
+    schedule = Schedule.named("sd")
+    for t in (0, 37, 999):
+        assert schedule.levels(t)[0] == pytest.approx(np.sqrt(schedule.alphas_cumprod[t]), rel=1e-9)
+        assert np.hypot(*schedule.levels(t)) == pytest.approx(1.0, rel=1e-12)
+    between = schedule.levels(37.5)
+    ratios = [noise / image for image, noise in (schedule.levels(37), between, schedule.levels(38))]
+    assert ratios[1] == pytest.approx((ratios[0] + ratios[2]) / 2, rel=1e-9)
+    assert ratios[1] != pytest.approx(ratios[0], rel=1e-4)
+    flow = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    assert flow.levels(1000) == (0.0, 1.0)
+    assert flow.levels(250) == (0.75, 0.25)
+
+
+def test_flow_matching_is_read() -> None:
+    flow = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    assert (flow.flow, flow.shift, flow.prediction, flow.last_timestep) == (True, 3.0, "flow_prediction", 1000)
+    assert usual_sampler(flow) == "flow-euler"
+    assert flow != Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    betas = Schedule.named("sd")
+    assert (betas.flow, betas.last_timestep, usual_sampler(betas)) == (False, 999, "ddim")
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps", "eta", "message"),
+    "option", [{"use_karras_sigmas": True}, {"solver_order": 1}, {"lambda_min_clipped": -5.1}, {"skip_prk_steps": True}]
+)
+def test_the_digest_knows_what_only_some_samplers_read(option: dict[str, Any]) -> None:
+    plain = Schedule.from_config({"beta_schedule": "linear"})
+    assert plain.digest() != Schedule.from_config({"beta_schedule": "linear", **option}).digest()
+    (name,) = option
+    usual = {"beta_schedule": "linear", name: SAMPLER_OPTIONS[name]}
+    assert plain.digest() == Schedule.from_config(usual).digest()
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", 1.0), ("heun", 7.5), ("dpmpp-2m-sde", 1.0)])
+def test_deployments_survive_json(sampler: str, guidance: float) -> None:
+    schedule = Schedule.named("sd")
+    deployment = Deployment.of(schedule, sampler, 20, 0.5 if sampler == "ddim" else 0.0, guidance)
+    again = Deployment.from_json(json.loads(json.dumps(deployment.to_json())))
+    assert again == deployment
+    assert [type(t) for t in again.calls] == [type(t) for t in deployment.calls]
+    assert again.solver(schedule) == deployment.solver(schedule)
+    assert again.guided == (guidance != 1.0)
+
+
+def test_what_a_deployment_says() -> None:
+    schedule = Schedule.named("cosine")
+    ddim = Deployment.of(schedule, "ddim", 20, 0.5)
+    assert (ddim.calls[0], ddim.calls[-1]) == (950, 0)
+    assert ddim.timesteps == ddim.calls
+    assert (str(ddim), ddim.whole, ddim.guided) == ("ddim, 20 steps, eta 0.5", True, False)
+    pndm = Deployment.of(Schedule.from_config({"beta_schedule": "linear", "skip_prk_steps": True}), "pndm", 10)
+    assert (len(pndm.calls), len(pndm.timesteps)) == (11, 10)
+    assert pndm.calls[1] == pndm.calls[2]
+    assert str(Deployment.of(schedule, "heun", 3, guidance=4.0)) == "heun, 3 steps, guidance 4"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "eta", "guidance", "message"),
     [
-        ("euler", 10, 0.0, "unknown sampler"),
-        ("ddim", 10, 1.5, "eta is 1.5"),
-        ("ddim", 10, float("nan"), "eta is nan"),
-        ("ddpm", 10, 0.5, "ddpm has no eta"),
-        ("ddim", 0, 0.0, "not possible"),
+        ("leapfrog", 10, 0.0, 1.0, "unknown sampler 'leapfrog'"),
+        ("ddim", 10, 1.5, 1.0, "eta is 1.5"),
+        ("ddim", 10, float("nan"), 1.0, "eta is nan"),
+        ("ddpm", 10, 0.5, 1.0, "ddpm has no eta"),
+        ("heun", 10, 0.5, 1.0, "heun has no eta"),
+        ("ddim", 0, 0.0, 1.0, "not possible"),
+        ("ddim", 10, 0.0, -1.0, "guidance is -1"),
+        ("ddim", 10, 0.0, float("nan"), "guidance is nan"),
+        ("ddim", 10, 0.0, float("inf"), "guidance is inf"),
     ],
 )
-def test_refused_deployments(sampler: str, steps: int, eta: float, message: str) -> None:
-    with pytest.raises(ScheduleError, match=message):
-        Deployment.of(Schedule.named("ddpm-linear"), sampler, steps, eta)
+def test_refused_deployments(sampler: str, steps: int, eta: float, guidance: float, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message) as caught:
+        Deployment.of(Schedule.named("ddpm-linear"), sampler, steps, eta, guidance)
+    assert caught.value.hint
 
 
 def test_malformed_deployments() -> None:
     good = Deployment.of(Schedule.named("ddpm-linear"), "ddim", 4).to_json()
-    for broken in ({**good, "steps": 5}, {**good, "timesteps": ["x"]}, {"sampler": "ddim"}):
+    assert Deployment.from_json(good).steps == 4
+    wrongs: list[dict[str, Any]] = [{"steps": 5}, {"calls": ["x"]}, {"calls": None}, {"sampler": "leapfrog"}]
+    for wrong in [{**good, **change} for change in [*wrongs, {"guidance": None}]] + [{"sampler": "ddim"}]:
         with pytest.raises(ScheduleError):
-            Deployment.from_json(broken)
+            Deployment.from_json(wrong)
+    for key in good:
+        with pytest.raises(ScheduleError, match="malformed deployment"):
+            Deployment.from_json({name: value for name, value in good.items() if name != key})

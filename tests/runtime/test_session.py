@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float32]
 WEIGHT = np.array([0.1, -0.2, 0.3, 0.05, 0.6, -0.1, 0.2, 0.1, -0.3]).reshape(3, 3)
 
 
-def by_hand(x: Floats, t: int) -> npt.NDArray[np.float64]:
+def by_hand(x: Floats, t: float) -> npt.NDArray[np.float64]:
     padded = np.pad(x[:, 0].astype(np.float64), ((0, 0), (1, 1), (1, 1)))
     total = sum(WEIGHT[i, j] * padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3))
     return (np.asarray(total) * (1 + t / 1000))[:, None]
@@ -118,10 +118,33 @@ def test_one_call_has_one_timestep(denoiser_onnx: Build, signature: Signature) -
     with pytest.raises(TimestepNotDeployed, match=r"timestep 501 .* nearest are 500, 900") as caught:
         denoiser(x, 501)
     assert "--steps" in str(caught.value)
-    wrong: list[Any] = [-1, 0.5, float("nan"), float("inf"), True, "5", None, np.zeros((2, 1)), np.zeros(3, int)]
+    with pytest.raises(InputError, match=r"timestep 0\.5 lies between two .* 'timestep' is int64") as refused:
+        denoiser(x, 0.5)
+    assert "timestep_spacing" in str(refused.value)
+    wrong: list[Any] = [-1, -0.5, float("nan"), float("inf"), True, "5", None, np.zeros((2, 1)), np.zeros(3, int)]
     for t in wrong:
         with pytest.raises(InputError, match="timestep"):
             denoiser(x, t)
+
+
+@pytest.mark.parametrize("declared", ["float[B]", "double[1]", "float"])
+def test_timesteps_between_training_timesteps(denoiser_onnx: Build, signature: Signature, declared: str) -> None:
+    denoiser = Denoiser(denoiser_onnx(declared), signature, deployed=[999.0, 499.5, 0], threads=1)
+    x = initial_noise(1, (2, 1, 8, 8))
+    times: list[Any] = [499.5, np.float32(499.5), np.array(499.5), np.full(2, 499.5)]
+    for t in times:
+        np.testing.assert_allclose(denoiser(x, t), by_hand(x, 499.5), rtol=0, atol=2e-6)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(denoiser(x, 499.5), by_hand(x, 509.5), rtol=0, atol=2e-6)
+    check_output(denoiser(x, 999), x, 999)
+    denoiser(x, np.nextafter(np.float32(499.5), np.float32(0)))  # another library's last bit
+    for missing in (499, 499.502, 500):
+        with pytest.raises(TimestepNotDeployed, match=r"has no row in this graph's tables; the nearest are .*499\.5"):
+            denoiser(x, missing)
+    with pytest.raises(MixedTimesteps, match=r"\[499\.5, 999\.0\]"):
+        denoiser(x, np.array([999, 499.5]))
+    with pytest.raises(InputError, match="between two training timesteps"):
+        Denoiser(denoiser_onnx("int32[B]"), signature)(x, 499.5)
 
 
 def test_a_batch_that_is_written_into_the_graph(denoiser_onnx: Build, signature: Signature) -> None:

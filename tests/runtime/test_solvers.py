@@ -106,7 +106,7 @@ def theirs(sampler: str, config: dict[str, Any], steps: int, eta: float) -> tupl
     generator = torch.Generator().manual_seed(5)
     start = float(getattr(scheduler, "init_noise_sigma", 1.0))
     x = torch.from_numpy(initial_noise(1, SHAPE)) * start
-    extra = {"eta": eta} if sampler == "ddim" else {}
+    extra: dict[str, Any] = {"eta": eta} if sampler == "ddim" else {}
     if "generator" in scheduler.step.__code__.co_varnames:
         extra["generator"] = generator
     states = []
