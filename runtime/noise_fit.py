@@ -155,7 +155,8 @@ class NoiseFit:
         excess = correction.excess.copy()
         for call, step in enumerate(steps):
             taken, added = step.gain**2 * float(excess[call]), states.added(call)
-            pays = step.sigma > 0 and abs(added - taken) < abs(added)
+            # Without the slope it would be the variance of an output that is not used.
+            pays = step.sigma > 0 and abs(added - taken) < abs(added) and rows[call]["kept"] in ("slope", "both")
             excess[call] *= pays
             rows[call].update(variance_kept=pays, variance_taken=taken, variance_added=added)
         return replace(found, excess=excess), rows
