@@ -135,9 +135,7 @@ def save_model(model: ir.Model, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     clone = model.clone()
     tensors = {value: value.const_value for value in clone.graph.initializers.values() if value.const_value is not None}
-    for value in tensors:  # a tensor says its own type and shape: the file need not do so twice
-        if not value.is_graph_input() and not value.metadata_props:
-            value.type = value.shape = None
+    forget_types(clone)
     if sum(tensor.nbytes for tensor in tensors.values()) > EXTERNAL_BYTES:
         ir.save(clone, path, external_data=f"{path.name}.data", size_threshold_bytes=store.SIZES_BYTES)
         return
@@ -145,6 +143,13 @@ def save_model(model: ir.Model, path: Path) -> None:
         if isinstance(tensor, ir.ExternalTensor):
             value.const_value = ir.tensor(numpy_of(value), name=value.name)
     ir.save(clone, path)
+
+
+def forget_types(model: ir.Model) -> None:
+    """A constant says its own type and shape: the file need not do so twice."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and not value.is_graph_input() and not value.metadata_props:
+            value.type = value.shape = None
 
 
 def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
@@ -158,10 +163,10 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
     lowered = lower(program) if quantized else program.model
     save_model(lowered, bundle / MODEL)
     files = sorted((bundle / MODEL).parent.glob(f"{Path(MODEL).name}*"))
-    _write(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
+    write_text(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
     source = dict(program.source)
     if (config := source.pop("config", None)) is not None:
-        _write(bundle / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(bundle / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if program.correction is not None:
         program.correction.save(bundle / CORRECTION)
     if program.noise_report:
@@ -169,7 +174,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
 
         plot_noise(program.noise_report, bundle / NOISE_PLOT)
     if program.fx_text is not None:
-        _write(bundle / "passes" / "000_fx.txt", program.fx_text)
+        write_text(bundle / "passes" / "000_fx.txt", program.fx_text)
     source_layers = list(layers((program.float_model or program.model).graph))
     kernels = audit(bundle / MODEL, source_layers, work, threads=threads).to_json(islands if quantized else {})
     manifest = {
@@ -192,11 +197,12 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
         **({"bits": dict(program.plan.report)} if program.plan and program.plan.report else {}),
         "nodes": dict(sorted(counts(lowered.graph).items())),
     }
-    _write(bundle / "README.md", _card(manifest))
+    write_text(bundle / "README.md", card(manifest))
     seal_bundle(bundle, manifest)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """A text file of a bundle; its bytes are the same on every system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
 
@@ -208,7 +214,21 @@ def _size(found: Mapping[str, Any]) -> str:
     return f"The file has {found['model_bytes'] / 1e6:.2f} MB{share}: {kinds}, the rest is the graph."
 
 
-def _card(manifest: Mapping[str, Any]) -> str:
+def _precisions(manifest: Mapping[str, Any]) -> str:
+    """What the files of a mixed bundle are; nothing where there is one precision."""
+    if "precisions" not in manifest:
+        return ""
+    rows = "".join(
+        f"\n- `{row['file']}`: `{name}`, {row['calls']} of {len(manifest['precision_of_call'])} network calls"
+        for name, row in manifest["precisions"].items()
+    )
+    text = f"\n\nIt is one of several precisions of the network, of which Mezzotint picks one for each call:\n{rows}\n"
+    if manifest["shared_bytes"]:
+        text += "\nWhat they have in common lies in `unet/shared.data`: keep the folder together.\n"
+    return text
+
+
+def card(manifest: Mapping[str, Any]) -> str:
     """The bundle's README: what it is, how to run it with and without Mezzotint, and what it does not promise."""
     signature, deployment, kernels = manifest["signature"], manifest["deployment"], manifest["kernels"]
     names = ", ".join(f"`{n}`" for n in (signature["sample"], signature["timestep"], *signature["conditions"]))
@@ -226,7 +246,7 @@ Recipe `{manifest["recipe"]["name"]}`: {manifest["recipe"]["description"]}.
 
 `{MODEL}` is an ordinary ONNX file: inputs {names}, output `{signature["output"]}` ({signature["prediction"]}).
 {kernels["integer"]} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels["float"]} in float.
-{_size(manifest["storage"])}
+{_size(manifest["storage"])}{_precisions(manifest)}
 It was made for {deployment["sampler"]}, {deployment["steps"]} steps, eta {deployment["eta"]}. {tables}
 
     mezzotint sample THIS_FOLDER -n 16 -o pictures.png

@@ -89,8 +89,13 @@ def noise_report(
                 **residuals.figures(call),
             }
         )
-    report: Report = {"form": correction.form, "gate": gate, "calls": found}
-    report["shares"] = _shares(found)
+    return merged_report(correction.form, found, gate=gate)
+
+
+def merged_report(form: str, rows: Sequence[Mapping[str, Any]], *, gate: bool) -> Report:
+    """The report of rows that are there already; those of a mixed bundle come from several."""
+    report: Report = {"form": form, "gate": gate, "calls": list(rows)}
+    report["shares"] = _shares(rows)
     report["summary"] = _summary(report)
     return report
 

@@ -24,7 +24,7 @@ SIZES_BYTES = 1 << 14  # the same for integers: a Split of all rows of tables ha
 
 def adopt(model: ir.Model, folder: Path) -> None:
     """Stream all weights of a freshly imported model into `folder/weights.data` and refer to them there."""
-    _externalize(model, folder, WEIGHTS)
+    externalize(model, folder, WEIGHTS)
 
 
 def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
@@ -34,7 +34,7 @@ def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
     """
     stem = stem or uuid.uuid4().hex
     clone = model.clone()
-    _externalize(clone, folder, f"{stem}.onnx.data")
+    externalize(clone, folder, f"{stem}.onnx.data")
     path = folder / f"{stem}.onnx"
     ir.save(clone, path)
     return path
@@ -43,7 +43,7 @@ def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
 def kept(array: npt.NDArray[Any], name: str, folder: Path) -> ir.TensorProtocol:
     """A new constant, stored behind the weights of the folder where it is large, so that nobody has to hold it."""
     tensor = ir.tensor(array, name=name)
-    if not _is_large(tensor):
+    if not is_large(tensor):
         return tensor
     with (folder / WEIGHTS).open("ab") as file:
         file.write(bytes(-file.tell() % ALIGNMENT))
@@ -59,7 +59,7 @@ def bare(model: ir.Model) -> ir.Model:
     clone = model.clone()
     inputs = set(clone.graph.inputs)
     for name, value in list(clone.graph.initializers.items()):
-        if value.const_value is not None and _is_large(value.const_value):
+        if value.const_value is not None and is_large(value.const_value):
             del clone.graph.initializers[name]
             value.const_value = None
             if value not in inputs:
@@ -97,9 +97,10 @@ def parameter_bytes(model: ir.Model) -> int:
     return sum(t.nbytes for t in tensors if t is not None and t.dtype.is_floating_point())
 
 
-def _externalize(model: ir.Model, folder: Path, name: str) -> None:
+def externalize(model: ir.Model, folder: Path, name: str) -> None:
+    """Move the large constants of a model to `folder/name`, but for those that lie in a file of that folder already."""
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor) and not _is_large(value.const_value):
+        if isinstance(value.const_value, ir.ExternalTensor) and not is_large(value.const_value):
             value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name)
     values = [v for v in model.graph.initializers.values() if _is_elsewhere(v.const_value, folder)]
     tensors = [v.const_value for v in values if v.const_value is not None]
@@ -110,12 +111,13 @@ def _externalize(model: ir.Model, folder: Path, name: str) -> None:
         value.const_value = tensor
 
 
-def _is_large(tensor: ir.TensorProtocol) -> bool:
+def is_large(tensor: ir.TensorProtocol) -> bool:
+    """Whether a constant may lie outside the ONNX file."""
     return tensor.nbytes >= (SIZES_BYTES if tensor.dtype == ir.DataType.INT64 else INLINE_BYTES)
 
 
 def _is_elsewhere(tensor: ir.TensorProtocol | None, folder: Path) -> bool:
-    if tensor is None or not _is_large(tensor) or tensor.dtype == ir.DataType.STRING:
+    if tensor is None or not is_large(tensor) or tensor.dtype == ir.DataType.STRING:
         return False
     return not (isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder)
 

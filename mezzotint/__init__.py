@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _DOORS = {
     "compile_model": ".api",
     "export_model": ".api",
+    "mix_bundles": ".mix",
     "sample": ".api",
     "sample_to_folder": ".shards",
     "read_shards": ".shards",
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "compile_model",
     "export_model",
+    "mix_bundles",
     "open_bundle",
     "read_shards",
     "sample",
@@ -50,6 +52,7 @@ if not (Path(__file__).parent / "runtime").is_dir():  # a checkout where links c
 if TYPE_CHECKING:
     from .api import compile_model, export_model, sample
     from .compiler.pipeline import Recipe
+    from .mix import mix_bundles
     from .passes.recipes import RECIPES
     from .runtime.bundle import Bundle, open_bundle
     from .runtime.errors import MezzotintError

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from .runtime.errors import MezzotintError
-
-
-class _Group(TyperGroup):
-    """Prints our errors as answers (exit code 2); `--debug`, anywhere on the line, adds the traceback."""
-
-    def main(self, args: list[str] | None = None, *rest: Any, **extra: Any) -> Any:  # type: ignore[override]
-        given = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in given
-        try:
-            return super().main([a for a in given if a != "--debug"], *rest, **extra)
-        except MezzotintError as error:
-            if debug:
-                traceback.print_exc()
-            from .console import print_error
-
-            print_error(error)
-            sys.exit(2)
-
+from .cli_mix import mix
+from .cli_options import Force, Group, Json, Threads
 
 # Spelled out, so that --help need not load numpy.
 SAMPLERS = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
 
 app = typer.Typer(
     name="mezzotint",
-    cls=_Group,
+    cls=Group,
     help="A quantizing graph compiler for diffusion models.",
     epilog="Add --debug to any command for a traceback. Nothing is ever sent anywhere.",
     no_args_is_help=True,
@@ -43,9 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model or pipeline folder, or an .onnx file.")]
 
 
@@ -224,6 +201,9 @@ def sample(
         quiet=json,
     )
     console.print_json(summary) if json else console.print_pairs("sampled", rows(summary))
+
+
+app.command()(mix)
 
 
 @app.command()

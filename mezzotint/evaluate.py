@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .runtime import samplers
-from .runtime.bundle import Bundle, predictor
+from .runtime.bundle import Bundle
 from .runtime.compare import StepSQNR, json_db, psnr_db
+from .runtime.guidance import predictors
 from .runtime.samplers import StepInfo
 from .runtime.session import Denoiser
 from .runtime.steps import Timestep
@@ -21,6 +22,7 @@ from .runtime.steps import Timestep
 Images = npt.NDArray[np.float32]
 Predict = Callable[[Images, Timestep], Images]
 Report = Callable[[str, int, int], None]
+View = Callable[[StepInfo, Images], Images]
 PEAK = 2.0  # pictures lie in [-1, 1]
 
 
@@ -65,7 +67,7 @@ def compare(
     seed = unseen_seed(bundle) if seed is None else seed
     images, sqnr = paired_run(
         Denoiser(float_model, bundle.signature, threads=threads),
-        bundle.denoiser(threads),
+        bundle.denoisers(threads=threads),
         bundle,
         n,
         seed=seed,
@@ -89,7 +91,7 @@ def compare(
 
 def paired_run(
     exact: Callable[..., Images],
-    quantized: Callable[..., Images],
+    quantized: Callable[..., Images] | Sequence[Callable[..., Images]],
     bundle: Bundle,
     n: int,
     *,
@@ -101,12 +103,37 @@ def paired_run(
 ) -> tuple[Images, StepSQNR]:
     """(pictures `[n, C, H, W]` of the float denoiser, how near the other one is on the same latents at each step).
 
-    Both are called as `net(x, t, **conditions)`; the bundle says the sampler, the schedule and the sizes. With guidance
-    the guided predictions are compared. No correction has a part in it.
+    Both are called as `net(x, t, **conditions)`, the second may be a list with one for each network call; the bundle
+    says the sampler, the schedule and the sizes. With guidance the guided predictions are compared. No correction has
+    a part in it.
     """
-    sqnr = StepSQNR()
+    options: dict[str, Any] = {"conditions": conditions, "unconditional": unconditional, "progress": progress}
+    images, found = parallel_run(exact, {"": quantized}, bundle, n, seed=seed, batch=batch, **options)
+    return images, found[""]
+
+
+def parallel_run(
+    exact: Callable[..., Images],
+    others: Mapping[str, Callable[..., Images] | Sequence[Callable[..., Images]]],
+    bundle: Bundle,
+    n: int,
+    *,
+    seed: int,
+    batch: int = 16,
+    conditions: Mapping[str, npt.NDArray[Any]] | None = None,
+    unconditional: Mapping[str, npt.NDArray[Any]] | None = None,
+    progress: Report = lambda stage, done, total: None,
+    view: View = lambda info, output: output,
+) -> tuple[Images, dict[str, StepSQNR]]:
+    """`paired_run` with any number of others beside one float trajectory.
+
+    `view` turns what the network says for `info.x` into what is compared.
+    """
+    sqnr = {name: StepSQNR() for name in others}
     float_images = []
-    total = -(-n // batch) * len(bundle.deployment.calls)
+    count = len(bundle.deployment.calls)
+    networks = {name: [nets] * count if callable(nets) else nets for name, nets in others.items()}
+    total = -(-n // batch) * count
     calls = 0
     for first in range(0, n, batch):
         rows = min(batch, n - first)
@@ -117,12 +144,14 @@ def paired_run(
             }
             for given in (conditions, unconditional)
         )
-        predict, beside = (predictor(net, bundle.deployment, here, other) for net in (exact, quantized))
+        predict = predictors([exact], bundle.deployment, here, other)[0]
+        beside = {name: predictors(nets, bundle.deployment, here, other) for name, nets in networks.items()}
 
-        def paired(info: StepInfo, beside: Predict = beside) -> None:
+        def paired(info: StepInfo, beside: Mapping[str, Sequence[Predict]] = beside) -> None:
             nonlocal calls
             calls += 1
-            sqnr.add(info.index, info.output, beside(info.x, info.timestep))
+            for name, nets in beside.items():
+                sqnr[name].add(info.index, view(info, info.output), view(info, nets[info.index](info.x, info.timestep)))
             progress("float, paired calls", calls, total)
 
         x = samplers.initial_noise(seed, (rows, *bundle.sample_shape), first=first)
@@ -183,6 +212,14 @@ def call_ratio(
     """(float seconds, quantized seconds, float / quantized) of one call of two denoisers: medians, in blocks."""
     mine, before = _beside(exact, quantized, x, t, repeats)
     return before.median, mine.median, before.median / mine.median
+
+
+def in_turns(nets: Sequence[Predict], x: Images, t: Timestep, *, repeats: int = 7) -> list[Latency]:
+    """One call of each of several denoisers, in blocks there and back, so that a drift meets all of them alike."""
+    found: list[tuple[float, ...]] = [()] * len(nets)
+    for i in (*range(len(nets)), *reversed(range(len(nets)))):
+        found[i] += _block(nets[i], x, t, repeats)
+    return [Latency(seconds) for seconds in found]
 
 
 def _beside(exact: Predict, quantized: Predict, x: Images, t: Timestep, repeats: int) -> tuple[Latency, Latency]:

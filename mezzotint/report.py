@@ -11,12 +11,14 @@ from typing import Any
 from . import console
 from .passes.recipe_files import load_recipe, make_pass, pass_names, to_yaml
 from .passes.recipes import RECIPES
+from .report_mix import precisions_of, print_precisions
 from .runtime.bundle import MODEL, Bundle
 
 
 def model_bytes(bundle: Bundle) -> int:
-    """Bytes of the bundle's ONNX file and its external data."""
-    return sum(entry["bytes"] for name, entry in bundle.manifest["files"].items() if name.startswith(MODEL))
+    """Bytes of the bundle's ONNX files and their external data."""
+    folder = MODEL.rpartition("/")[0] + "/"
+    return sum(entry["bytes"] for name, entry in bundle.manifest["files"].items() if name.startswith(folder))
 
 
 def compile_summary(bundle: Bundle) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def sample_summary(
         "guidance": plan.guidance,
         "seed": seed,
         "correction": corrected,
+        **precisions_of(bundle, plan),
     }
 
 
@@ -109,6 +112,8 @@ def print_inspection(bundle: Bundle) -> None:
             "digest": m["digest"],
         },
     )
+    if bundle.precisions is not None:
+        print_precisions(bundle)
     console.print_table(
         "passes",
         ("pass", "nodes", "what it did", "seconds", "peak MB"),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import yaml
 
 from .compiler.errors import ConditionError, RecipeError, SignatureError
+from .runtime.errors import InputError
 from .runtime.signature import PREDICTIONS
 
 
@@ -62,6 +63,31 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not found:
         raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
     return int(found[1]), int(found[2] or found[1])
+
+
+def parse_bundles(items: list[str]) -> list[str] | dict[str, str]:
+    """Folders, or folders by name where each is given as `NAME=FOLDER`."""
+    named = {item: item.partition("=") for item in items if "=" in item and not Path(item).exists()}
+    if not named:
+        return items
+    names = [name for name, _, _ in named.values()]
+    if len(named) != len(items) or len(set(names)) != len(names):
+        raise InputError(
+            "some bundles have no name of their own", where=" ".join(items), hint="the form is NAME=FOLDER for each"
+        )
+    return {name: folder for name, _, folder in named.values()}
+
+
+def parse_costs(items: list[str]) -> dict[str, float]:
+    """`NAME=NUMBER` items."""
+    costs: dict[str, float] = {}
+    for item in items:
+        name, _, number = item.partition("=")
+        try:
+            costs[name] = float(number)
+        except ValueError as error:
+            raise InputError(f"not a cost: {item!r}", where="--cost", hint="the form is --cost NAME=0.5") from error
+    return costs
 
 
 def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -1,7 +1,7 @@
 """A compiled model on disk: opened, checked, and sampled from.
 
     mezzotint.json                     the manifest: what this is, how it was made, and the hash of every file
-    unet/model.onnx (+ model.onnx.data)
+    unet/model.onnx (+ model.onnx.data); other precisions of it as model.NAME.onnx, see precisions.py
     scheduler/scheduler_config.json    as it came from the model
     correction.safetensors             optional
     passes/, report, README.md         for readers
@@ -24,12 +24,13 @@ import numpy.typing as npt
 from .correction import Correction
 from .deployment import Deployment
 from .errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
-from .guidance import doubled_conditions, guided
+from .guidance import predictors
+from .precisions import Precisions
 from .samplers import StepInfo, initial_noise, sample, seeded_noise
 from .schedule import Schedule
 from .session import Denoiser
 from .signature import Signature
-from .steps import Images, Timestep, whole
+from .steps import Images, whole
 
 FORMAT_VERSION = 2
 MANIFEST = "mezzotint.json"
@@ -97,7 +98,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self.model_path = path / MODEL
-        self._denoisers: dict[int | None, Denoiser] = {}
+        self._denoisers: dict[tuple[int | None, str], Denoiser] = {}
         try:
             self.signature = Signature.from_json(manifest["signature"])
             self.deployment = Deployment.from_json(manifest["deployment"])
@@ -105,6 +106,9 @@ class Bundle:
             channels, height, width = (int(size) for size in manifest["sample_shape"])
             deployed = manifest["deployed_timesteps"]
             self.deployed_timesteps = None if deployed is None else tuple(whole(deployed))
+            mixed = "precisions" in manifest
+            steps = self.deployment.solver(self.schedule).steps if mixed else ()
+            self.precisions = Precisions.from_manifest(manifest, steps)
         except (KeyError, TypeError, ValueError, MezzotintError) as error:
             what = f"the manifest is incomplete or inconsistent: {type(error).__name__} {error}"
             raise BundleError(what, where=str(path / MANIFEST), hint="compile the model again") from error
@@ -120,14 +124,28 @@ class Bundle:
         table = self.correction
         if table is None or table.refusal(deployment):
             return None
-        return table.for_deployment(deployment, deployment.solver(self.schedule).steps)
+        steps = deployment.solver(self.schedule).steps
+        if self.precisions is not None:
+            return table.picked(deployment, steps, self.precisions.nearest(steps))
+        return table.for_deployment(deployment, steps)
 
-    def denoiser(self, threads: int | None = None) -> Denoiser:
-        """The network as a callable; opened once for each number of threads."""
-        if threads not in self._denoisers:
+    def denoiser(self, threads: int | None = None, precision: str | None = None) -> Denoiser:
+        """The network as a callable, or one of `precisions` by name; opened once for each number of threads."""
+        known = self.precisions.files if self.precisions else {}
+        if precision is not None and precision not in known:
+            raise InputError(f"no precision is called {precision!r}", where=str(self.path), hint="see `inspect`")
+        key = threads, MODEL if precision is None else known[precision]
+        if key not in self._denoisers:
             deployed = self.deployed_timesteps
-            self._denoisers[threads] = Denoiser(self.model_path, self.signature, threads=threads, deployed=deployed)
-        return self._denoisers[threads]
+            self._denoisers[key] = Denoiser(self.path / key[1], self.signature, threads=threads, deployed=deployed)
+        return self._denoisers[key]
+
+    def denoisers(self, plan: Deployment | None = None, threads: int | None = None) -> list[Denoiser]:
+        """The network of each call of a way of sampling, the deployment's if left out: they differ by precision."""
+        plan = plan or self.deployment
+        if self.precisions is None:
+            return [self.denoiser(threads)] * len(plan.calls)
+        return [self.denoiser(threads, name) for name in self.precisions.of(plan.solver(self.schedule).steps)]
 
     def sample(
         self,
@@ -158,10 +176,10 @@ class Bundle:
             raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
         plan = self.plan(sampler, steps, eta, guidance)
         table = self._chosen_correction(plan, correction)
-        denoiser = self.denoiser(threads)
+        networks = self.denoisers(plan, threads)
         given, other = _checked_conditions(conditions or {}, n), _checked_conditions(unconditional or {}, n)
         # A graph with its batch written in gets whole batches, and the surplus is cut off.
-        fixed = denoiser.fixed_batch and denoiser.fixed_batch // (2 if plan.guided else 1)
+        fixed = networks[0].fixed_batch and networks[0].fixed_batch // (2 if plan.guided else 1)
         size = fixed or min(batch, n)
         starts = range(0, n, size)
         done = 0
@@ -176,7 +194,7 @@ class Bundle:
         for start in starts:
             width = size if fixed else min(size, n - start)
             rows = np.minimum(np.arange(start, start + width), n - 1)
-            predict = predictor(denoiser, plan, _rows(given, rows), _rows(other, rows))
+            predict = predictors(networks, plan, _rows(given, rows), _rows(other, rows))
             x = initial_noise(seed, (width, *self.sample_shape), first=first + start)
             noise = seeded_noise(seed, first=first + start)
             x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
@@ -234,15 +252,6 @@ class Bundle:
             where=str(self.path),
             hint="sample as it was fitted, leave the choice open (correction=None), or switch it off",
         )
-
-
-def predictor(
-    network: Callable[..., Images], plan: Deployment, conditions: Conditions, unconditional: Conditions
-) -> Callable[[Images, Timestep], Images]:
-    """What the sampling loop calls: the network with these conditions, guided where the deployment is."""
-    if plan.guided:
-        return guided(network, doubled_conditions(conditions, unconditional), plan.guidance)
-    return lambda x, t: network(x, t, **conditions)
 
 
 def _without_times(value: Any) -> Any:

@@ -83,6 +83,10 @@ class StepSQNR:
         """Decibels for each step, in the order in which steps were first added."""
         return {step: _ratio_db(*powers) for step, powers in self._powers.items()}
 
+    def noise(self) -> dict[int, float]:
+        """The sum of squares of the noise at each step."""
+        return {step: noise for step, (_, noise) in self._powers.items()}
+
     def pooled(self) -> float:
         """Decibels of all steps together: large outputs weigh more. NaN where nothing was added."""
         signal, noise = (sum(powers[i] for powers in self._powers.values()) for i in (0, 1))

@@ -135,6 +135,23 @@ class Correction:
         tables = {name: interpolated(getattr(self, name)) for name in _TABLES}
         return Correction(deployment, self.prediction, self.form, stages, **tables)
 
+    def picked(self, deployment: Deployment, schedule_steps: Sequence[Step], rows: Sequence[int]) -> Correction:
+        """These tables for the calls of `deployment`, row `rows[i]` for its call i: for calls between which nothing may
+        be interpolated, because they run different networks. Warns and raises as `for_deployment`.
+        """
+        if reason := self.refusal(deployment):
+            raise InputError(f"the correction is not valid here: {reason}", hint="sample as it was fitted, or without")
+        if deployment.calls == self.deployment.calls:
+            return self
+        warnings.warn(
+            f"noise tables of {self.deployment.steps} steps: {deployment.steps} steps take the rows of the nearest",
+            InterpolatedCorrection,
+            stacklevel=2,
+        )
+        tables = {name: getattr(self, name)[list(rows)] for name in _TABLES}
+        stages = np.array([step.stage for step in schedule_steps], np.int64)
+        return Correction(deployment, self.prediction, self.form, stages, **tables)
+
     def apply(self, output: Floats, call: int) -> Floats:
         """The raw output `[B, C, H, W]` of network call `call`, corrected: a new float32 array."""
         if output.ndim != 4 or output.shape[1] != self.shift.shape[1]:

@@ -1,9 +1,10 @@
 """A bundle in the place of a diffusers network: the modules that pipelines call instead of a UNet or a transformer.
 
-Only this file of runtime/ knows torch and diffusers; nothing imports it until a pipeline is at hand (see
-mezzotint/diffusers.py). A stand-in is a `ModelMixin`, so that pipelines accept it wherever they accept the network, in
-`from_pretrained(..., unet=...)` too. It has the network's configuration and the network's call, and no parameters: the
-weights are onnxruntime's. Tensors are handed over without copies in both directions where they are contiguous.
+In runtime/ only this file and diffusers_scheduler.py know torch and diffusers; nothing imports them until a pipeline
+is at hand (see mezzotint/diffusers.py). A stand-in is a `ModelMixin`, so that pipelines accept it wherever they accept
+the network, in `from_pretrained(..., unet=...)` too. It has the network's configuration and the network's call, and no
+parameters: the weights are onnxruntime's. Tensors are handed over without copies in both directions where they are
+contiguous.
 
 What a stand-in cannot do it refuses, rather than ignore it: half precision and GPUs (the kernels are the CPU's, on
 float32 inputs), gradients, residuals and scales that reach into layers (ControlNet, LoRA, IP adapters), masks. It has
@@ -30,6 +31,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from .bundle import Bundle
 from .configuration import CLASS, bundle_config
 from .errors import InputError, TimestepNotDeployed
+from .session import Denoiser
+from .steps import Timestep
 
 Tensors = Mapping[str, torch.Tensor | None]
 _FLOAT32 = "load the pipeline with torch_dtype=torch.float32, or call pipe.to(torch.float32) before attaching"
@@ -60,6 +63,7 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init__()
         self.bundle = bundle
         self.denoiser = bundle.denoiser(threads)
+        self._of_timestep = _precisions(bundle, threads)
         declared = {value.name: value.shape for value in self.denoiser.session.get_outputs()}
         channels = declared[bundle.signature.output][1]
         # A DiT that learned its variances is compiled without their channels, and pipelines read here how many come.
@@ -116,10 +120,15 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         given = {name: _array(name, value) for name, value in conditions.items() if value is not None}
         t = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
         try:
-            found = torch.from_numpy(self.denoiser(x, t, **given))
+            found = torch.from_numpy(self._network(t)(x, t, **given))
         except TimestepNotDeployed as error:
             raise TimestepNotDeployed(error.what, where=str(self.bundle.path), hint=self._deployed()) from None
         return type(self).output(sample=found) if return_dict else (found,)
+
+    def _network(self, t: npt.NDArray[Any]) -> Denoiser:
+        """The network of a bundle of several precisions, that of the nearest timestep; else the only one."""
+        known = self._of_timestep
+        return known[min(known, key=lambda mine: abs(mine - float(t.flat[0])))] if known else self.denoiser
 
     def _deployed(self) -> str:
         """What to do about a timestep without a row, in the words of a pipeline."""
@@ -219,6 +228,21 @@ class DiTStandIn(StandIn):
 STAND_INS: dict[str, type[StandIn]] = {
     kind.original: kind for kind in (UNet2DStandIn, UNet2DConditionStandIn, DiTStandIn)
 }
+
+
+def _precisions(bundle: Bundle, threads: int | None) -> dict[Timestep, Denoiser]:
+    """The network for each timestep, empty where there is one for all. A pipeline hands in no position of a call."""
+    if bundle.precisions is None:
+        return {}
+    calls, names = bundle.deployment.calls, bundle.precisions.calls
+    found = dict(zip(calls, names, strict=True))
+    if twice := [t for t, name in zip(calls, names, strict=True) if found[t] != name]:
+        raise InputError(
+            f"two calls at timestep {twice[0]:g} use different precisions, which a pipeline cannot tell apart",
+            where=str(bundle.path),
+            hint="mix the bundle for a sampler that calls each timestep once, or sample with mezzotint",
+        )
+    return {t: bundle.denoiser(threads, name) for t, name in found.items()}
 
 
 def stand_in(bundle: Bundle, *, threads: int | None = None) -> StandIn:

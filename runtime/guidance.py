@@ -9,18 +9,20 @@ combined output, at the deployed scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .deployment import Deployment
 from .errors import InputError
 from .steps import Images, Timestep
 
 Conditions = Mapping[str, npt.NDArray[Any]]
 Network = Callable[..., Images]
 """`network(x, timestep, **conditions) -> output`."""
+Predict = Callable[[Images, Timestep], Images]
 
 
 def doubled_conditions(conditions: Conditions, unconditional: Conditions) -> dict[str, npt.NDArray[Any]]:
@@ -61,6 +63,21 @@ def combine(output: Images, scale: float) -> Images:
     return guided
 
 
-def guided(network: Network, conditions: Conditions, scale: float) -> Callable[[Images, Timestep], Images]:
+def guided(network: Network, conditions: Conditions, scale: float) -> Predict:
     """A denoiser for the sampling loop from a network and conditions of `doubled_conditions`."""
     return lambda x, t: combine(network(doubled(x), t, **conditions), scale)
+
+
+def predictor(network: Network, plan: Deployment, conditions: Conditions, unconditional: Conditions) -> Predict:
+    """What the sampling loop calls: the network with these conditions, guided where the deployment is."""
+    if plan.guided:
+        return guided(network, doubled_conditions(conditions, unconditional), plan.guidance)
+    return lambda x, t: network(x, t, **conditions)
+
+
+def predictors(
+    networks: Sequence[Network], plan: Deployment, conditions: Conditions, unconditional: Conditions
+) -> list[Predict]:
+    """`predictor` for each call's network; networks that are the same share one."""
+    made = {network: predictor(network, plan, conditions, unconditional) for network in dict.fromkeys(networks)}
+    return [made[network] for network in networks]

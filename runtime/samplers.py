@@ -1,7 +1,8 @@
 """The sampling loop: one for all samplers, over any callable that predicts.
 
 Calibration, noise fitting and production run this same loop; only the denoiser differs. The random numbers are handed
-in, so that two runs (float beside quantized, ours beside another library's) can share them.
+in, so that two runs (float beside quantized, ours beside another library's) can share them. So are the denoisers where
+calls differ in them (precisions.py): one for each call, by position, because two calls may have one timestep.
 
 `steps.py` has the arithmetic of a step, `solvers*.py` the scalars of each sampler; here they are a few float32 passes
 over the batch. With a `Correction` the output is corrected before the step, and the sampler's own noise is another.
@@ -46,7 +47,7 @@ Callback = Callable[[StepInfo], None]
 
 
 def sample(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Sequence[Denoiser],
     x: Images,
     schedule: Schedule,
     deployment: Deployment,
@@ -57,13 +58,14 @@ def sample(
 ) -> Images:
     """Denoise `x` `[B, C, H, W]`, standard normal noise, as `deployment` says. Returns float32, a new array.
 
-    Samplers that add noise need `noise`. Raises InputError, and TimestepNotDeployed for a correction of other calls.
+    `denoiser` may be a list, with one for each network call. Samplers that add noise need `noise`. Raises InputError,
+    and TimestepNotDeployed for a correction of other calls.
     """
     return run(denoiser, x, deployment.solver(schedule), noise=noise, correction=correction, callback=callback)
 
 
 def run(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Sequence[Denoiser],
     x: Images,
     solver: Solver,
     *,
@@ -74,13 +76,16 @@ def run(
     """`sample` with the calls of a solver, for whoever chose the timesteps by hand."""
     if x.dtype != np.float32 or x.ndim != 4:
         raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, channels, height, width]")
+    calls = [denoiser] * len(solver.steps) if callable(denoiser) else denoiser
+    if len(calls) != len(solver.steps):
+        raise InputError(f"{len(calls)} denoisers for {len(solver.steps)} network calls", hint="give one for each")
     stepper = Stepper(solver, correction)
     if noise is None and any(step.sigma > 0 for step in solver.steps):
         raise _needs_noise()
     scratch = np.empty_like(x, order="C")
     state = stepper.begin(x)
     for index, step in enumerate(solver.steps):
-        before, output = state, denoiser(state["x"], step.timestep)
+        before, output = state, calls[index](state["x"], step.timestep)
         state = stepper.advance(index, before, output, noise, scratch=scratch)
         if callback is not None:
             callback(StepInfo(index, step.timestep, before["x"], output, state["x"], before))
@@ -89,7 +94,7 @@ def run(
 
 # What is measured on noise that something was fitted to looks better than it is. Everyone adds a number of their own to
 # the seed of the calibration.
-NOISE_FIT, HELD_OUT, EVALUATION = 1, 2, 3
+NOISE_FIT, HELD_OUT, EVALUATION, MIXING = 1, 2, 3, 4
 
 
 def initial_noise(seed: int, shape: Sequence[int], *, first: int = 0) -> Images:

@@ -28,7 +28,7 @@ from mezzotint.settings import parse_output, parse_roles, parse_settings, parse_
 from tests.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_written, write
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "compile", "export", "sample", "inspect", "bench", "recipes", "doctor")
+COMMANDS = ("demo", "compile", "export", "sample", "inspect", "bench", "mix", "recipes", "doctor")
 HEAVY = {"torch", "diffusers", "onnxruntime", "onnx", "onnx_ir", "numpy"}
 
 

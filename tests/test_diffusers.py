@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mezzotint import Bundle, Schedule, compile_model
+from mezzotint import Bundle, Schedule, compile_model, mix_bundles
 from mezzotint.diffusers import attach, stand_in
+from mezzotint.runtime.bundle import MODEL
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.configuration import bundle_config
 from mezzotint.runtime.errors import BundleError, InputError, MixedTimesteps, TimestepNotDeployed
+from mezzotint.runtime.precisions import Precisions
 from mezzotint.runtime.samplers import initial_noise, seeded_noise
 from mezzotint.sources import DIGITS
 from tests import pipelines
 from tests.models import SMALL, Compiled, hand_written, small_unet, write
-from tests.pipelines import SIDE, quiet
+from tests.pipelines import LENGTH, SIDE, WIDTH, quiet
 
 STEPS = 3
 TOLERANCE = 2e-5  # of pictures in [0, 1]: float32 kernels of two libraries; 1.1e-6 was the largest difference seen
@@ -516,3 +518,37 @@ class TestModule:
         theirs = json.loads((DIGITS / "unet" / "config.json").read_text())
 
         assert bundle_config(digits) == theirs
+
+
+class TestSeveralPrecisions:
+    """A mixed bundle runs the precision that was chosen for the timestep."""
+
+    def test_each_timestep_has_its_own(self, sd: Pair, tmp_path: Path) -> None:
+        exported = sd.bundle.path.parent / "exported" / "model.onnx"
+        rows = np.random.default_rng(0).standard_normal((1, LENGTH, WIDTH)).astype(np.float32)
+        mixed = mix_bundles(
+            {"int": sd.quantized, "float": sd.bundle},
+            tmp_path / "mixed",
+            reference=exported,
+            costs={"int": 0.5, "float": 1.0},
+            relax=0.4,
+            pictures=1,
+            conditions={"encoder_hidden_states": rows},
+        )
+        assert mixed.precisions is not None and set(mixed.precisions.calls) == {"int", "float"}
+        network = stand_in(mixed, threads=1)
+        x, words = torch.from_numpy(initial_noise(0, (1, 4, SIDE, SIDE))), torch.from_numpy(rows)
+        own = {"int": stand_in(sd.quantized, threads=1), "float": stand_in(sd.bundle, threads=1)}
+        for t, name in zip(mixed.deployment.calls, mixed.precisions.calls, strict=True):
+            found = {key: net(x, t, words, return_dict=False)[0] for key, net in {**own, "mixed": network}.items()}
+            assert torch.equal(found["mixed"], found[name])
+            assert not torch.equal(found["int"], found["float"])
+
+    def test_two_calls_at_one_timestep_are_refused(self, sd: Pair) -> None:
+        steps = sd.bundle.deployment.solver(sd.bundle.schedule).steps
+        twice = [steps[0], steps[1], replace(steps[1], stage=1)]
+        broken = copy.copy(sd.bundle)
+        broken.deployment = replace(sd.bundle.deployment, calls=tuple(step.timestep for step in twice))
+        broken.precisions = Precisions({"a": MODEL, "b": MODEL}, ("a", "a", "b"), tuple(twice))
+        with pytest.raises(InputError, match="cannot tell apart"):
+            stand_in(broken)

@@ -1,0 +1,67 @@
+"""`mezzotint mix`: several bundles of one network become one that picks a precision at each call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import Force, Json, Threads
+
+
+def mix(
+    bundles: Annotated[list[str], typer.Argument(help="Bundle folders, or NAME=FOLDER to name a precision.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
+    reference: Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")],
+    budget: Annotated[
+        float | None, typer.Option(help="Mean cost of a call relative to the dearest; PTQD's own rule when left out.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="What is bounded: errors beside the `schedule`'s noise, or in the `picture`.")
+    ] = "schedule",
+    relax: Annotated[float | None, typer.Option(help="Give this last part of the calls to the most precise.")] = None,
+    relax_first: Annotated[bool, typer.Option("--relax-first", help="Let --relax mean the first part.")] = False,
+    cost: Annotated[
+        list[str] | None, typer.Option("--cost", help="NAME=NUMBER for each precision; measured when left out.")
+    ] = None,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures to measure errors on.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 8,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of their noise; one that nothing drew from.")] = None,
+    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
+    unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    threads: Threads = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Mix bundles of one network: one bundle that picks a precision at each network call."""
+    from . import console
+    from .mix import mix_bundles
+    from .report_mix import mix_rows, mix_summary, print_precisions
+    from .settings import load_conditions, parse_bundles, parse_costs
+
+    with console.progress(quiet=json) as report:
+        mixed = mix_bundles(
+            parse_bundles(bundles),
+            output,
+            reference=reference,
+            budget=budget,
+            rule=rule,
+            relax=relax,
+            relax_first=relax_first,
+            costs=parse_costs(cost or []) or None,
+            pictures=pictures,
+            batch=batch,
+            seed=seed,
+            conditions=None if conditions is None else load_conditions(conditions),
+            unconditional=None if unconditional is None else load_conditions(unconditional),
+            threads=threads,
+            force=force,
+            progress=report,
+        )
+    summary = mix_summary(mixed)
+    if json:
+        console.print_json(summary)
+        return
+    console.print_pairs(f"mixed {len(bundles)} bundles", mix_rows(summary))
+    print_precisions(mixed)

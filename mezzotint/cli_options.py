@@ -1,0 +1,33 @@
+"""What all commands share: how errors are answered, and options that several have."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .runtime.errors import MezzotintError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+class Group(TyperGroup):
+    """Prints our errors as answers (exit code 2); `--debug`, anywhere on the line, adds the traceback."""
+
+    def main(self, args: list[str] | None = None, *rest: Any, **extra: Any) -> Any:  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given
+        try:
+            return super().main([a for a in given if a != "--debug"], *rest, **extra)
+        except MezzotintError as error:
+            if debug:
+                traceback.print_exc()
+            from .console import print_error
+
+            print_error(error)
+            sys.exit(2)
