@@ -15,8 +15,8 @@ Stable Diffusion and SDXL with their img2img and inpaint kin, DiT. The pipeline 
 and its VAE. `pipe.components` carries the stand-in over to other pipelines.
 
 What the bundle was compiled for still holds: its tables have rows for the timesteps of its own number of steps, and the
-pipeline must call these (`num_inference_steps`, and a scheduler that spaces timesteps alike). With a bundle that has
-noise tables the scheduler is corrected, where it is the one that they were fitted for.
+pipeline must call these (`num_inference_steps`, and a scheduler that spaces timesteps alike). A bundle with noise
+tables gets the pipeline's scheduler corrected, where they were fitted for that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .runtime.bundle import Bundle, open_bundle
 from .runtime.configuration import CLASS, bundle_config, config_hash, differing_keys
-from .runtime.errors import InputError
+from .runtime.errors import InputError, ScheduleError
 
 if TYPE_CHECKING:
     from .runtime.diffusers_scheduler import Guidance
@@ -56,7 +56,7 @@ def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guid
 
     `guidance_scale` is what the pipeline will be called with (1 is no guidance), or a function that tells it at each
     step. Raises InputError for a bundle without noise tables, and for a scheduler, a schedule or a guidance scale that
-    they were not fitted for.
+    they were not fitted for; ScheduleError for a configuration that is not understood.
     """
     return _schedulers().correct(scheduler, _opened(bundle), guidance_scale=guidance_scale)
 
@@ -67,7 +67,8 @@ def attach(
     """Put a bundle into the place of a pipeline's `unet` or `transformer`; returns the pipeline, which it changes.
 
     `correction` None corrects the pipeline's scheduler where the bundle has noise tables for it, True insists
-    (InputError where it has not), False leaves it alone.
+    (InputError or ScheduleError where it has not), False leaves it alone. The corrected scheduler asks this pipeline
+    for its guidance scale: attach the bundle anew to a pipeline that is made of this one's components.
 
     Raises InputError, and leaves the pipeline as it was, where the pipeline has no such network, is not in float32 on
     the CPU, has a network of another configuration than the bundle was made from (compared by
@@ -78,30 +79,34 @@ def attach(
     _check_network(pipe, network)
     _check_modules(pipe)
     _check_scheduler(pipe, opened)
-    scheduler = _corrected(pipe, opened, correction)
+    scheduler = _scheduler(pipe, opened, correction)
     # The sizes of the pictures that the pipeline makes by default are its own affair (see runtime/configuration.py).
     network.register_to_config(sample_size=getattr(pipe, network.slot).config.sample_size)
     setattr(pipe, network.slot, network)
-    if scheduler is not None:
-        pipe.scheduler = scheduler  # type: ignore[attr-defined]
+    pipe.scheduler = scheduler  # type: ignore[attr-defined]
     return pipe
 
 
-def _corrected(pipe: Any, bundle: Bundle, wish: bool | None) -> Any | None:
-    """The pipeline's scheduler with the bundle's correction, or None where it stays as it is."""
+def _scheduler(pipe: Any, bundle: Bundle, wish: bool | None) -> Any:
+    """The pipeline's scheduler with the bundle's correction, or as it is; a correction of another bundle goes."""
+    present = pipe.scheduler
+    if getattr(present, "bundle", bundle).manifest["digest"] != bundle.manifest["digest"]:
+        present = type(present).from_config(present.config)
     if wish is False or (wish is None and bundle.correction is None):
-        return None
+        return present
     try:
-        if "guidance_scale" in inspect.signature(pipe.__call__).parameters and not hasattr(pipe, "guidance_scale"):
+        guided = "guidance_scale" in inspect.signature(pipe.__call__).parameters
+        # Of the class: the property has no value before the first call.
+        if guided and not hasattr(type(pipe), "guidance_scale"):
             raise InputError(
                 f"a {type(pipe).__name__} does not tell its guidance scale, which the correction depends on",
                 hint="attach with correction=False, and use correct(scheduler, bundle, guidance_scale=...)",
             )
-        return correct(pipe.scheduler, bundle, guidance_scale=lambda: _guidance_of(pipe))
-    except InputError:
+        return correct(present, bundle, guidance_scale=lambda: _guidance_of(pipe))
+    except (InputError, ScheduleError):
         if wish:
             raise
-        return None
+        return present
 
 
 def _guidance_of(pipe: Any) -> float:

@@ -138,6 +138,9 @@ class Schedule:
 
         Raises ScheduleError for whatever the samplers here would compute wrongly.
         """
+        # Schedulers in memory note which values they were not given, and a scheduler of another class that is made from
+        # such a configuration has defaults of its own in place of these. Here they are values like all others.
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
         read = ConfigReader(config, where)
         if str(config.get("_class_name", "")).startswith("FlowMatch"):
             return cls._of_flow(read)
