@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from .compiler.errors import OutputError
+from .files import replacing
 from .runtime.errors import InputError
 
 Images = npt.NDArray[np.float32]
@@ -106,20 +105,10 @@ class Moments:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same moments give the same bytes. A file that exists is replaced when all is
         well. Raises OutputError."""
-        path = Path(path)
-        part = path.with_name(f".{path.name}.partial-{os.getpid()}")
         facts = {"count": self.count, "net": self.net}
         data = to_bytes({"mean": self._mean, "scatter": self._scatter}, {_METADATA_KEY: json.dumps(facts)})
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as part:
             part.write_bytes(data)
-            part.replace(path)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write: {error.strerror or error}", where=str(path), hint="choose another place, or free some"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:

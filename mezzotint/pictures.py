@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from .compiler.errors import OutputError
+from .files import replacing
 from .runtime.errors import InputError
 
 Images = npt.NDArray[np.float32]
@@ -105,18 +106,8 @@ def save(images: Images, path: Path, columns: int | None = None) -> None:
     Raises InputError for other endings and for latents, OutputError where it cannot be written.
     """
     check_target(path)
-    part = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            if path.suffix == ".npy":
-                np.save(file, images)
-            else:
-                grid(images, columns).save(file, format="PNG")
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write: {error.strerror or error}", where=str(path), hint="free some space or choose another place"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, images)
+        else:
+            grid(images, columns).save(file, format="PNG")

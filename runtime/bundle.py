@@ -169,8 +169,9 @@ class Bundle:
         Sampler, steps, eta and guidance are the deployment's unless given (eta 0 with another sampler). Image i depends
         on `seed` and i only, however the batches fall; with `first` they are images first .. first + n - 1 of the seed.
         `correction` None corrects where the tables are valid, True insists (InputError where they are not), False
-        leaves it. `conditions` are arrays `[n, ...]`, or `[1, ...]` for all, and so is `unconditional`, which guidance
-        needs. Raises TimestepNotDeployed before the first call where the steps meet timesteps without a row.
+        leaves it; tables of another guidance scale are refused in both cases. `conditions` are arrays `[n, ...]`, or
+        `[1, ...]` for all, and so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the first
+        call where the steps meet timesteps without a row.
         """
         if n < 1 or batch < 1:
             raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
@@ -244,13 +245,16 @@ class Bundle:
     def _chosen_correction(self, plan: Deployment, wish: bool | None) -> Correction | None:
         if wish is False:
             return None
-        if wish is None or (self.correction and not self.correction.refusal(plan)):
-            return self.correction_for(plan)
         reason = self.correction.refusal(plan) if self.correction else "this bundle has none"
+        # Another sampler is a visible choice. With another scale all looks the same, and the errors grow with it.
+        own = self.deployment
+        visible = self.correction is None or (plan.sampler, plan.eta) != (own.sampler, own.eta)
+        if reason is None or (wish is None and visible):
+            return self.correction_for(plan)
         raise InputError(
             f"the correction is not valid for {plan}: {reason}",
             where=str(self.path),
-            hint="sample as it was fitted, leave the choice open (correction=None), or switch it off",
+            hint="sample as it was fitted, compile the bundle for this, or switch it off (--no-correction)",
         )
 
 

@@ -18,19 +18,14 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from mezzotint.runtime.schedule import NAMED
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = (*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>")
 LENGTH = 77  # tokens of a prompt
 WIDTH = 32  # of the prompt's embeddings
 SIDE = 8  # of the latents; pictures have twice that
-STABLE: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+STABLE: dict[str, Any] = {key: value for key, value in NAMED["sd"].items() if key != "_class_name"}
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:

@@ -25,6 +25,7 @@ from mezzotint.passes.recipe_files import load_recipe, pass_names
 from mezzotint.passes.recipes import DEFAULT, RECIPES
 from mezzotint.runtime.errors import InputError
 from mezzotint.settings import parse_output, parse_roles, parse_settings, parse_size
+from tests.full_disk import FULL_DISK
 from tests.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_written, write
 
 ROOT = Path(__file__).parent.parent
@@ -507,23 +508,6 @@ class TestSettings:
     def test_odd_sizes(self, text: str) -> None:
         with pytest.raises(CompileError, match="not a size"):
             parse_size(text)
-
-
-FULL_DISK = """
-import json, resource, sys
-from pathlib import Path
-import typer.main
-from mezzotint.cli import app
-
-command = typer.main.get_command(app)
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for limit in json.loads(sys.argv[1]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        command.main(sys.argv[2:], prog_name="mezzotint")
-    except SystemExit as left:
-        print("limit", limit, "code", left.code, file=sys.stderr)
-"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits and SIGKILL are of Unix")

@@ -26,6 +26,7 @@ from mezzotint.pictures import to_pixels
 from mezzotint.runtime.errors import InputError, MezzotintError, TimestepNotDeployed
 from mezzotint.shard_run import RUN, Run
 from mezzotint.shards import parse_shards
+from tests.full_disk import FULL_DISK
 from tests.models import CONTEXT, SMALL, Cli, Compiled, hand_written, write
 
 ROOT = Path(__file__).parent.parent
@@ -620,22 +621,6 @@ class TestCommand:
         assert (answer.code, answer.out) == (2, "")
         assert words in answer.err
         assert not list(tmp_path.iterdir())
-
-
-FULL_DISK = """
-import json, resource, sys
-import typer.main
-from mezzotint.cli import app
-
-command = typer.main.get_command(app)
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for limit in json.loads(sys.argv[1]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        command.main(sys.argv[2:], prog_name="mezzotint")
-    except SystemExit as left:
-        print("limit", limit, "code", left.code, file=sys.stderr)
-"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits and SIGKILL are of Unix")

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from mezzotint import compile_model, open_bundle
 from mezzotint.console import progress
+from mezzotint.files import replacing
 from mezzotint.frechet import FeatureNet, Moments, frechet_distance
 from mezzotint.runtime import samplers
 from mezzotint.runtime.bundle import MANIFEST, Bundle
@@ -50,7 +51,6 @@ def draw(
     net: Predict, bundle: Bundle, correction: Correction | None, pictures: int, folder: Path, report: Report
 ) -> Images:
     """`[pictures, C, H, W]`, in chunks that are files of the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for first in range(0, pictures, CHUNK):
         file = folder / f"{first:06d}.npy"
@@ -59,10 +59,8 @@ def draw(
             known = np.concatenate(
                 [_batch(net, bundle, correction, first + k, min(BATCH, count - k)) for k in range(0, count, BATCH)]
             )
-            partial = file.with_suffix(".partial")
-            with partial.open("wb") as out:
+            with replacing(file) as part, part.open("wb") as out:
                 np.save(out, known)
-            partial.replace(file)
         found.append(known)
         report(folder.name, first + count, pictures)
     return np.concatenate(found)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.utils import fusion
 
-from mezzotint.compiler.errors import OutputError
+from mezzotint.files import replacing
 from mezzotint.frechet import FEATURES, LOGITS, FeatureNet
 from mezzotint.runtime.errors import InputError, MezzotintError
 from tools.train_digits import load_images, pick_device
@@ -247,18 +246,9 @@ def train(
         raise InputError("the output is no .onnx file", where=str(output))
     digits, test = (Digits.load(data / name) for name in FILES)
     model = fit(digits, options, pick_device(device), console)
-    part = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as part:
         part.write_bytes(export(model))
         accuracy = check(part, model, test)
-        part.replace(output)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write: {error.strerror or error}", where=str(output), hint="choose another place, or free some"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return accuracy, model
 
 

@@ -139,6 +139,9 @@ def test_correction_applies_where_it_was_fitted(make_bundle: Make) -> None:
             bundle.sample(2, correction=True, **other)
     with pytest.raises(InputError, match="at guidance 1, not 4: guidance multiplies the error"):
         bundle.sample(2, correction=True, guidance=4.0)
+    with pytest.raises(InputError, match="at guidance 1, not 4") as caught:
+        bundle.sample(2, guidance=4.0)
+    assert "--no-correction" in (caught.value.hint or "")
     with pytest.raises(InputError, match="this bundle has none"):
         open_bundle(make_bundle(name="other")[0]).sample(2, correction=True)
 
