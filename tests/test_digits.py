@@ -148,7 +148,7 @@ def test_steps_that_are_not_deployed_are_refused(cli: Cli, bundle: Bundle, tmp_p
     answer = cli("sample", bundle.path, "-o", tmp_path / "x.png", "--steps", 7)
 
     assert answer.code == 2
-    assert "7 steps call timestep 852, for which this bundle has no row" in answer.err
+    assert "7 steps of ddim call timestep 852, for which this bundle has no row" in answer.err
     assert "these numbers of steps work: 1, 2, 5, 10" in answer.err
     assert not (tmp_path / "x.png").exists()
 
