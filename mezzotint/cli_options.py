@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from .runtime.errors import MezzotintError
+from .runtime.errors import InterpolatedCorrection, MezzotintError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Our own warnings are for whoever typed the command: without the place in the code, which Python would print."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, InterpolatedCorrection):
+            usual(message, category, *where, **more)
+            return
+        from .console import print_warning
+
+        print_warning(str(message))
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 class Group(TyperGroup):
@@ -23,7 +46,8 @@ class Group(TyperGroup):
         given = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in given
         try:
-            return super().main([a for a in given if a != "--debug"], *rest, **extra)
+            with plain_warnings():
+                return super().main([a for a in given if a != "--debug"], *rest, **extra)
         except MezzotintError as error:
             if debug:
                 traceback.print_exc()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import yaml
 from onnx import numpy_helper
 
 from mezzotint import __version__, open_bundle
+from mezzotint.cli_options import plain_warnings
 from mezzotint.compiler.audit import audit
 from mezzotint.compiler.errors import CompileError, OutputError
 from mezzotint.passes.recipe_files import load_recipe, pass_names
 from mezzotint.passes.recipes import DEFAULT, RECIPES
-from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.errors import InputError, InterpolatedCorrection
 from mezzotint.settings import parse_output, parse_roles, parse_settings, parse_size
 from tests.full_disk import FULL_DISK
 from tests.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_written, write
@@ -592,3 +594,23 @@ class TestAccidents:
             compile_model(hand.exported, tmp_path / "b", scheduler="sd", steps=4, threads=THREADS, progress=interrupt)
 
         assert list(tmp_path.iterdir()) == []
+
+
+def test_our_warnings_are_told_without_a_place_in_the_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[str] = []
+
+    def usual(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        others.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", usual)
+        with plain_warnings():
+            warnings.warn("tables are interpolated", InterpolatedCorrection, stacklevel=1)
+            warnings.warn("somebody else's", UserWarning, stacklevel=1)
+        assert warnings.showwarning is usual
+
+    assert capsys.readouterr().err == "warning: tables are interpolated\n"
+    assert others == ["somebody else's"]
