@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_diff import diff
 from .cli_mix import mix
 from .cli_options import Force, Group, Json, Threads
 
@@ -204,6 +205,7 @@ def sample(
 
 
 app.command()(mix)
+app.command()(diff)
 
 
 @app.command()

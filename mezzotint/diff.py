@@ -1,0 +1,180 @@
+"""What differs between two bundles, or between two passes of one.
+
+Two bundles are compared by their manifests: how they were made, what they measure, the operations of their graphs, the
+passes and their options, each quantizer, each layer's kernel and each island. Two passes are compared by the graphs
+that the bundle keeps behind every pass, node by node: nodes are known by name, and one whose operation, attributes or
+inputs are others is a changed one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .runtime.bundle import Bundle
+from .runtime.errors import InputError
+
+_NODE = re.compile(r'^\s+\[(?:"(?P<quoted>[^"]*)"|(?P<plain>[^\]]*))\] .*? = (?P<op>[\w.]+)(?P<rest>.*)$')
+_FILE = re.compile(r"(\d+)_(.+)\.txt")
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text or numbers below their columns' names; an empty one says that nothing differs."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Tables by a short name; `text` is the difference of two graphs as text, for passes only."""
+
+    title: str
+    tables: Mapping[str, Table]
+    text: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"title": self.title, **{name: table.to_json() for name, table in self.tables.items()}}
+
+
+def compare_bundles(one: Bundle, other: Bundle) -> Difference:
+    """Tables `made`, `measured`, `nodes`, `passes`, `quantizers`, `kernels` and `islands`."""
+    a, b = one.manifest, other.manifest
+    pair = ("", "first", "second")
+    quantizers = _changes(
+        {q["site"]: _quantizer(q) for q in a["quantizers"]}, {q["site"]: _quantizer(q) for q in b["quantizers"]}
+    )
+    kernels = _changes(*({name: row["kernel"] for name, row in m["kernels"]["layers"].items()} for m in (a, b)))
+    tables = {
+        "made": Table("how they were made", pair, _changes(_made(one), _made(other))),
+        "measured": Table("what they measure", pair, _pairs(_measured(a), _measured(b))),
+        "nodes": Table("operations", pair, _changes(a["nodes"], b["nodes"])),
+        "passes": Table("passes", ("pass", "first", "second"), _passes(a["history"], b["history"])),
+        "quantizers": Table("quantizers", ("site", "first", "second"), quantizers),
+        "kernels": Table("kernels", ("layer", "first", "second"), kernels),
+        "islands": Table("islands", ("layer", "first", "second"), _changes(a["islands"], b["islands"])),
+    }
+    return Difference(f"{one.path} and {other.path}", tables)
+
+
+def compare_passes(bundle: Bundle, one: str, other: str) -> Difference:
+    """Tables `operations` and `nodes`, and the text, of the graphs behind two passes, given by number or by name.
+
+    Raises InputError for a pass that the bundle does not keep, or keeps several times.
+    """
+    first, second = (_dump(bundle, wish) for wish in (one, other))
+    before, after = (path.read_text(encoding="utf-8").splitlines() for path in (first, second))
+    nodes = [_nodes(lines) for lines in (before, after)]
+    counts = [Counter(op for op, _ in found.values()) for found in nodes]
+    written = [{name: f"{op}{rest}" for name, (op, rest) in found.items()} for found in nodes]
+    pair = ("first", "second")
+    tables = {
+        "operations": Table("operations", ("", *pair), _changes(*counts)),
+        "nodes": Table("nodes", ("node", *pair), _changes(*written)),
+    }
+    text = "\n".join(difflib.unified_diff(before, after, first.stem, second.stem, lineterm="", n=1))
+    return Difference(f"{bundle.path}: {first.stem} and {second.stem}", tables, text)
+
+
+def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
+    """What differs, in the order of the first and then of the second."""
+    names = dict.fromkeys([*one, *other])
+    return tuple(
+        (name, one.get(name, NOTHING), other.get(name, NOTHING)) for name in names if one.get(name) != other.get(name)
+    )
+
+
+def _pairs(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
+    """All of it, whether it differs or not."""
+    return tuple((name, one.get(name, NOTHING), other.get(name, NOTHING)) for name in dict.fromkeys([*one, *other]))
+
+
+def _made(bundle: Bundle) -> dict[str, Any]:
+    m = bundle.manifest
+    return {
+        "recipe": m["recipe"]["name"],
+        "source": f"{m['source']['kind']} {m['source']['name']}",
+        "weights": str(m["source"].get("weights_sha256", "unknown"))[:12],
+        "deployment": str(bundle.deployment),
+        "prediction": bundle.signature.prediction,
+        "timestep tables": len(bundle.deployed_timesteps or ()),
+        **{f"calibration {key}": value for key, value in m["calibration"].items()},
+        **{f"version of {key}": value for key, value in m["versions"].items()},
+        "mezzotint": m["mezzotint"],
+    }
+
+
+def _measured(m: Mapping[str, Any]) -> dict[str, Any]:
+    shares = m.get("noise", {}).get("shares", {})
+    return {
+        "bytes of the model": m["storage"]["model_bytes"],
+        "of the float parameters": m["storage"]["ratio"],
+        "integer kernels": m["kernels"]["integer"],
+        "float kernels": m["kernels"]["float"],
+        "quantizers": len(m["quantizers"]),
+        "seconds to compile": round(sum(record["seconds"] for record in m["history"]), 1),
+        **({"SQNR a call, dB": round(shares["none"], 2)} if "none" in shares else {}),
+        **({"SQNR a call, corrected, dB": round(shares["kept"], 2)} if "kept" in shares else {}),
+    }
+
+
+def _passes(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> tuple[tuple[Any, ...], ...]:
+    """Passes that only one has, and those whose options are others."""
+    told: list[tuple[Any, ...]] = []
+    first, second = ([str(record["pass"]) for record in history] for history in (one, other))
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
+        if kind == "equal":
+            for mine, its in zip(one[a:b], other[c:d], strict=True):
+                changed = _changes(mine["options"], its["options"])
+                told += [(f"{mine['pass']}.{option}", *values) for option, *values in changed]
+            continue
+        told += [(record["pass"], "yes", NOTHING) for record in one[a:b]]
+        told += [(record["pass"], NOTHING, "yes") for record in other[c:d]]
+    return tuple(told)
+
+
+def _quantizer(q: Mapping[str, Any]) -> str:
+    """One line: the format, the scale or the range of the scales, the zero points, who chose it."""
+    scale = q["scale"]
+    scales = f"{scale[0]:.4g} .. {scale[1]:.4g}" if isinstance(scale, list) else f"{scale:.4g}"
+    rows = f", {q['rows']} rows" if q["rows"] > 1 else ""
+    channels = f", {q['channels']} channels" if q["channels"] > 1 else ""
+    zeros = q["zero_point"]
+    zero = f"{zeros[0]}" if len(zeros) == 1 else f"{zeros[0]} .. {zeros[-1]}"
+    return f"{q['format']}, scale {scales}, zero point {zero}{rows}{channels}, {q['by']}"
+
+
+def _dump(bundle: Bundle, wish: str) -> Path:
+    found = {
+        file: match for file in sorted((bundle.path / "passes").glob("*.txt")) if (match := _FILE.match(file.name))
+    }
+    graphs = {file: match for file, match in found.items() if match[2] != "fx"}
+    fitting = [file for file, match in graphs.items() if wish in (match[2], file.stem, str(int(match[1])))]
+    if len(fitting) == 1:
+        return fitting[0]
+    kept = ", ".join(file.stem for file in graphs) or "none"
+    raise InputError(
+        f"{len(fitting)} passes are called {wish!r}" if fitting else f"there is no pass {wish!r}",
+        where=str(bundle.path / "passes"),
+        hint=f"give one of these, or its number: {kept}",
+    )
+
+
+def _nodes(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Name -> (operation, attributes and inputs as text)."""
+    found = {}
+    for line in lines:
+        if match := _NODE.match(line):
+            found[match["quoted"] or match["plain"]] = (match["op"], match["rest"].rstrip())
+    return found
