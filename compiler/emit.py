@@ -16,6 +16,7 @@ import psutil
 
 from ..runtime.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER, seal_bundle
 from ..runtime.configuration import CONFIG
+from ..runtime.deployment import Deployment
 from . import store
 from .audit import audit
 from .errors import OutputError
@@ -228,9 +229,20 @@ def _precisions(manifest: Mapping[str, Any]) -> str:
     return text
 
 
+def _noise(manifest: Mapping[str, Any]) -> str:
+    """What Mezzotint's own loop, and its schedulers for diffusers, do about the quantization noise; a paragraph."""
+    if "noise" not in manifest:
+        return ""
+    noise = manifest["noise"]
+    return (
+        f"\n\nQuantization noise is undone while sampling ({CORRECTION}; `{NOISE_PLOT}` shows it, `--no-correction` "
+        f"leaves it): {noise['summary']}. Plain onnxruntime knows nothing of that."
+    )
+
+
 def card(manifest: Mapping[str, Any]) -> str:
     """The bundle's README: what it is, how to run it with and without Mezzotint, and what it does not promise."""
-    signature, deployment, kernels = manifest["signature"], manifest["deployment"], manifest["kernels"]
+    signature, kernels = manifest["signature"], manifest["kernels"]
     names = ", ".join(f"`{n}`" for n in (signature["sample"], signature["timestep"], *signature["conditions"]))
     frozen = manifest["deployed_timesteps"]
     tables = (
@@ -247,7 +259,7 @@ Recipe `{manifest["recipe"]["name"]}`: {manifest["recipe"]["description"]}.
 `{MODEL}` is an ordinary ONNX file: inputs {names}, output `{signature["output"]}` ({signature["prediction"]}).
 {kernels["integer"]} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels["float"]} in float.
 {_size(manifest["storage"])}{_precisions(manifest)}
-It was made for {deployment["sampler"]}, {deployment["steps"]} steps, eta {deployment["eta"]}. {tables}
+It was made for {Deployment.from_json(manifest["deployment"])}. {tables}{_noise(manifest)}
 
     mezzotint sample THIS_FOLDER -n 16 -o pictures.png
     mezzotint inspect THIS_FOLDER

@@ -307,6 +307,14 @@ class TestRecipes:
         np.testing.assert_array_equal(corrected.sample(3, threads=THREADS, correction=True), with_it)
         assert 0 < np.abs(with_it - without).max() < 0.5
 
+    def test_readers_are_told_of_the_noise(self, corrected: Bundle, hand: Compiled) -> None:
+        told, plain = ((bundle.path / "README.md").read_text() for bundle in (corrected, hand.bundle))
+        assert corrected.manifest["noise"]["summary"] in told and "Quantization noise" not in plain
+        assert f"It was made for {corrected.deployment}." in told
+        picture = (corrected.path / "noise.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and b"matplotlib" not in picture.lower()
+        assert not (hand.bundle.path / "noise.png").exists()
+
     def test_the_correction_is_for_one_sampler_only(self, corrected: Bundle, hand: Compiled) -> None:
         np.testing.assert_array_equal(
             corrected.sample(2, eta=0.0, threads=THREADS),
