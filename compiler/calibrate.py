@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime import samplers
+from ..runtime.correction import Correction
 from ..runtime.guidance import combine, doubled, doubled_conditions
 from ..runtime.steps import State, Timestep
 from .errors import ConditionError, ModelError
@@ -26,6 +27,7 @@ def follow_trajectories(
     denoiser: CalibrationDenoiser,
     stage: str,
     callback: samplers.Callback | None = None,
+    correction: Correction | None = None,
 ) -> int:
     """Sample `context.samples` images with the deployed sampler from seeded noise; returns the number of calls.
 
@@ -51,7 +53,7 @@ def follow_trajectories(
 
         x = samplers.initial_noise(context.seed, (rows, *program.shape), first=first)
         noise = samplers.seeded_noise(context.seed, first=first)
-        samplers.sample(call, x, program.schedule, deployment, noise=noise, callback=callback)
+        samplers.sample(call, x, program.schedule, deployment, noise=noise, callback=callback, correction=correction)
     return calls
 
 

@@ -66,10 +66,12 @@ def noise_report(
     residuals: Residuals,
     *,
     gate: bool,
+    pictures: Mapping[str, float] | None = None,
 ) -> Report:
     """What the manifest keeps: one row for each network call, and a summary of one line.
 
-    `rows` are those of NoiseFit.gated; SQNR is that of the output on held-out calls.
+    `rows` are those of NoiseFit.gated; SQNR is that of the output on held-out calls. `pictures` is how near whole
+    pictures come with each part of the correction, dB, where that was tried.
     """
     noises, clamped = correction.noise(steps), correction.clamped(steps)
     found = []
@@ -89,7 +91,12 @@ def noise_report(
                 **residuals.figures(call),
             }
         )
-    return merged_report(correction.form, found, gate=gate)
+    report = merged_report(correction.form, found, gate=gate)
+    if pictures:
+        best = max(pictures, key=lambda parts: pictures[parts])
+        report["pictures_db"] = dict(pictures)
+        report["summary"] += f"; pictures {pictures['none']:.2f} -> {pictures[best]:.2f} dB ({best})"
+    return report
 
 
 def merged_report(form: str, rows: Sequence[Mapping[str, Any]], *, gate: bool) -> Report:

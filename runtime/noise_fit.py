@@ -21,7 +21,7 @@ along with the picture takes some away, and white noise does not bring that back
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,8 @@ from .deployment import Deployment
 from .errors import InputError
 from .steps import Step
 
+PARTS = ("none", "slope", "bias", "both")
+"""What of the output's correction a call may keep."""
 _W, _D, _WW, _WD, _DD = range(5)
 
 
@@ -133,11 +135,16 @@ class NoiseFit:
         return self._tables(deployment, steps, prediction, form, fits)
 
     def gated(
-        self, correction: Correction, steps: Sequence[Step], held_out: NoiseFit, states: StateFit
+        self,
+        correction: Correction,
+        steps: Sequence[Step],
+        held_out: NoiseFit,
+        states: StateFit,
+        allowed: Collection[str] = PARTS,
     ) -> tuple[Correction, list[Row]]:
         """What of these tables helps on calls that they were not fitted to, and a row of figures for each call.
 
-        `states` are held out as well, and were made with `correction`.
+        `states` are held out as well, and were made with `correction`. Of PARTS only those `allowed` are considered.
         """
         fits: list[tuple[float, Doubles]] = []
         rows: list[Row] = []
@@ -147,7 +154,7 @@ class NoiseFit:
             zero = np.zeros_like(shift)
             parts = {"none": (1.0, zero), "slope": (scale, zero), "bias": (1.0, mine.means[_D]), "both": (scale, shift)}
             left = {name: other.error(*part)[0] for name, part in parts.items()}
-            kept = min(left, key=lambda name: left[name])
+            kept = min((name for name in PARTS if name in allowed), key=lambda name: left[name])
             fits.append(parts[kept])
             power = float(other.means[_WW].mean())
             rows.append({"kept": kept, "sqnr_db": {name: _db(power, error) for name, error in left.items()}})
