@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_debug import debug
 from .cli_diff import diff
 from .cli_mix import mix
 from .cli_options import Force, Group, Json, Threads
@@ -206,6 +207,7 @@ def sample(
 
 app.command()(mix)
 app.command()(diff)
+app.command()(debug)
 
 
 @app.command()

@@ -1,0 +1,44 @@
+"""`mezzotint debug`: which layers cost a bundle its faith, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import Json, Threads
+
+
+def debug(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    reference: Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")],
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures in the trajectory.")] = 1,
+    calls: Annotated[int | None, typer.Option(min=1, help="Measure at so many network calls only, evenly.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layers to print; --json has them all.")] = 20,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; one that nothing drew from.")] = None,
+    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
+    unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """The error of each quantized layer at each step, ranked by what it costs at the output, and what would help."""
+    from . import console
+    from .debug import diagnose
+    from .report_debug import print_diagnosis
+    from .runtime.bundle import open_bundle
+    from .settings import load_conditions
+
+    with console.progress(quiet=json) as report:
+        found = diagnose(
+            open_bundle(bundle),
+            reference,
+            pictures,
+            calls=calls,
+            seed=seed,
+            conditions=None if conditions is None else load_conditions(conditions),
+            unconditional=None if unconditional is None else load_conditions(unconditional),
+            threads=threads,
+            progress=report,
+        )
+    console.print_json(found.to_json()) if json else print_diagnosis(found, top)
