@@ -10,8 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ from .errors import ModelError
 from .execute import Executor
 from .import_onnx import finish_import
 from .program import Program
-from .torch_example import SUPPORTED, Denoiser, Example, example_of, unsupported
+from .torch_example import SUPPORTED, Denoiser, Example, example_of, quiet_exporter, unsupported
 from .verify import relative_difference
 
 OPSET = 21
@@ -175,22 +173,15 @@ def _torch_outputs(model: torch.nn.Module, example: Example, schedule: Schedule)
 
 def _export(denoiser: Denoiser, example: Example) -> tuple[ir.Model, str]:
     exported = _export_fx(denoiser, example)
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                exported,
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-                input_names=list(denoiser.names),
-                output_names=[OUTPUT],
-            )
-    finally:
-        quiet.setLevel(level)
+    with quiet_exporter():
+        program = torch.onnx.export(
+            exported,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+            input_names=list(denoiser.names),
+            output_names=[OUTPUT],
+        )
     assert program is not None
     return program.model, _readable(exported)
 

@@ -28,10 +28,9 @@ Report = dict[str, Any]
 
 
 class Residuals:
-    """Random subsets of (float output, what remains of the error) at each call: at most SUBSET pairs each."""
+    """Random subsets of (float output, quantized output, channel) at each call: at most SUBSET values each."""
 
-    def __init__(self, correction: Correction, seed: int) -> None:
-        self._correction = correction
+    def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng([seed, 0xE])
         self._pairs: dict[int, list[npt.NDArray[np.float64]]] = {}
 
@@ -41,13 +40,15 @@ class Residuals:
         room = SUBSET - sum(part.shape[1] for part in known)
         if room <= 0:
             return
-        error = self._correction.apply(got, call) - wanted
         chosen = self._rng.choice(wanted.size, min(room, _BATCH, wanted.size), replace=False)
-        known.append(np.stack([wanted.reshape(-1)[chosen], error.reshape(-1)[chosen]]).astype(np.float64))
+        channels = np.unravel_index(chosen, wanted.shape)[1]
+        known.append(np.stack([wanted.reshape(-1)[chosen], got.reshape(-1)[chosen], channels]).astype(np.float64))
 
-    def figures(self, call: int) -> dict[str, float | None]:
-        """p of the normality test, skewness, excess kurtosis, correlation of error and |error| with the signal."""
-        signal, error = np.concatenate(self._pairs[call], axis=1)
+    def figures(self, call: int, correction: Correction) -> dict[str, float | None]:
+        """Of what the correction leaves: p of the normality test, skewness, excess kurtosis, and the correlation of the
+        error, and of |error|, with the signal."""
+        signal, got, channels = np.concatenate(self._pairs[call], axis=1)
+        error = got * correction.scale[call] - correction.shift[call][channels.astype(int)] - signal
         if len(error) < 20 or error.std() <= _ROUNDING * max(float(np.abs(signal).max()), 1e-30):
             return dict.fromkeys(("normal_p", "skewness", "kurtosis", "correlation", "magnitude_correlation"))
         return {
@@ -88,7 +89,7 @@ def noise_report(
                 "sigma": step.sigma,
                 "noise": noises[call],
                 "clamped": clamped[call],
-                **residuals.figures(call),
+                **residuals.figures(call, correction),
             }
         )
     report = merged_report(correction.form, found, gate=gate)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +53,20 @@ class Example:
 
     def denoiser(self, model: torch.nn.Module) -> Denoiser:
         return Denoiser(model, tuple(self.tensors), self.channels)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without the remarks of torch's ONNX exporter about itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def unsupported(name: str, where: str) -> ModelError:

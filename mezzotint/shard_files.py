@@ -160,6 +160,10 @@ def _is_picture_shard(folder: Path) -> bool:
     return all(name.name == INSIDE or (name.suffix == ".png" and name.stem.isdigit()) for name in names)
 
 
+# The last is what zipfile raises where a changed bit claims that a member is encrypted, or packed in an unknown way.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """What can be wrong with a file that was cut, changed or never ours, as Damaged."""
@@ -167,7 +171,5 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise Damaged("it is missing" if not path.exists() else f"{Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise Damaged(f"it cannot be read: {type(error).__name__} {error}") from error
-    except (NotImplementedError, RuntimeError) as error:  # a flag of the archive that says compressed or encrypted
-        raise Damaged(f"it cannot be read: {error}") from error

@@ -17,7 +17,7 @@ Random subsets of the remaining error are tested for what the methods assume of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -32,7 +32,7 @@ from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
 from ..runtime.compare import sqnr_db
 from ..runtime.correction import FORMS, Correction
-from ..runtime.noise_fit import PARTS, NoiseFit, StateFit
+from ..runtime.noise_fit import PARTS, NoiseFit, Row, StateFit
 from ..runtime.samplers import HELD_OUT, NOISE_FIT, StepInfo
 from ..runtime.steps import Timestep
 
@@ -72,7 +72,7 @@ class FitNoise(Pass):
         fitting = replace(context, seed=context.seed + NOISE_FIT)
         self._follow(program, fitting, self.name, lambda info, got: fit.add(info.index, info.output, got))
         correction = fit.correction(program.deployment, steps, program.signature.prediction, self.form)
-        residuals = Residuals(correction, context.seed)
+        residuals = Residuals(context.seed)
 
         def judge(info: StepInfo, got: Images) -> None:
             held_out.add(info.index, info.output, got)
@@ -87,30 +87,39 @@ class FitNoise(Pass):
         self._follow(program, fresh, f"{self.name}, held out", judge)
         if self.form == "regression":
             correction = states.measured(correction, steps)
-        _, rows = fit.gated(correction, steps, held_out, states)
+        candidates = {
+            parts: fit.gated(correction, steps, held_out, states, allowed) for parts, allowed in ALLOWED.items()
+        }
+        rows = candidates["both"][1]
         scores: dict[str, float] = {}
         if self.gate:
-            tables = {
-                parts: fit.gated(correction, steps, held_out, states, allowed) for parts, allowed in ALLOWED.items()
-            }
-            wanted = np.concatenate(drawn)[:JUDGED]
-            with Executor(lower(program), context.folder, threads=context.threads) as quantized:
-
-                def score(table: Correction) -> float:
-                    return self._pictures(program, fresh, quantized, table, wanted)
-
-                quiet = {parts: replace(table, excess=0 * table.excess) for parts, (table, _) in tables.items()}
-                scores = {parts: score(table) for parts, table in quiet.items()}
-                best = max(scores, key=lambda parts: scores[parts])
-                correction, rows = quiet[best], tables[best][1]
-                if tables[best][0].excess.any():
-                    scores["noise"] = score(tables[best][0])
-                    if scores["noise"] > scores[best]:
-                        correction = tables[best][0]
-            for row, excess in zip(rows, correction.excess, strict=True):
-                row["variance_kept"] = bool(excess > 0)
+            correction, rows, scores = self._chosen(program, fresh, candidates, np.concatenate(drawn)[:JUDGED])
         report = noise_report(correction, steps, rows, residuals, gate=self.gate, pictures=scores)
         return replace(program, correction=correction, noise_report=report, note=report["summary"])
+
+    def _chosen(
+        self, program: Program, context: Context, candidates: Mapping[str, tuple[Correction, list[Row]]], wanted: Images
+    ) -> tuple[Correction, list[Row], dict[str, float]]:
+        """The candidate whose pictures are nearest to those wanted, its rows, and how near each came.
+
+        The output's correction is chosen with the sampler's own noise; then that noise is lessened, if it helps.
+        """
+        with Executor(lower(program), context.folder, threads=context.threads) as quantized:
+
+            def score(table: Correction) -> float:
+                return self._pictures(program, context, quantized, table, wanted)
+
+            outputs = {parts: replace(table, excess=0 * table.excess) for parts, (table, _) in candidates.items()}
+            scores = {parts: score(table) for parts, table in outputs.items()}
+            best = max(scores, key=lambda parts: scores[parts])
+            table, (lessened, rows) = outputs[best], candidates[best]
+            if lessened.excess.any():
+                scores["noise"] = score(lessened)
+                if scores["noise"] > scores[best]:
+                    table = lessened
+        for row, excess in zip(rows, table.excess, strict=True):
+            row["variance_kept"] = bool(excess > 0)
+        return table, rows, scores
 
     def _pictures(
         self, program: Program, context: Context, quantized: Executor, table: Correction, wanted: Images

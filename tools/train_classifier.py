@@ -16,12 +16,8 @@ bytes. Training takes a minute or two and has no checkpoints; the file appears, 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.utils import fusion
 
+from mezzotint.compiler.torch_example import quiet_exporter
 from mezzotint.files import replacing
 from mezzotint.frechet import FEATURES, LOGITS, FeatureNet
 from mezzotint.runtime.errors import InputError, MezzotintError
@@ -186,7 +183,7 @@ def export(model: Classifier) -> bytes:
     """The ONNX file of a network: the same weights give the same bytes, and nothing in them names this machine."""
     batch = torch.export.Dim("batch", min=1, max=4096)
     example = torch.zeros(2, 1, SIZE, SIZE)
-    with _quiet():
+    with quiet_exporter():
         program = torch.onnx.export(
             model.folded(),
             (example,),
@@ -203,20 +200,6 @@ def export(model: Classifier) -> bytes:
         value.metadata_props.clear()
     data: bytes = ir.to_proto(cleared).SerializeToString(deterministic=True)
     return data
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks about itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def check(path: Path, model: Classifier, digits: Digits) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,11 @@ def nothing_to_correct() -> Correction:
 
 def figures(error: npt.NDArray[Any], signal: Images | None = None, batches: int = 5, seed: int = 0) -> dict[str, Any]:
     """Of an error that comes in batches, at call 1."""
-    residuals = Residuals(nothing_to_correct(), seed)
+    residuals = Residuals(seed)
     wanted = initial_noise(1, (batches * SHAPE[0], *SHAPE[1:])) if signal is None else signal
     for w, e in zip(np.split(wanted, batches), np.split(error.astype(np.float32), batches), strict=True):
         residuals.add(1, w, w + e)
-    return residuals.figures(1)
+    return residuals.figures(1, nothing_to_correct())
 
 
 def whole_shape(batches: int = 5) -> tuple[int, ...]:
@@ -85,7 +86,7 @@ def test_an_error_that_is_none_has_no_figures(kind: str) -> None:
 
 def test_subsets_are_bounded_drawn_from_all_batches_and_seeded() -> None:
     """The first batches alone would be the noisiest pictures of the calibration."""
-    residuals = Residuals(nothing_to_correct(), 0)
+    residuals = Residuals(0)
     sizes = []
     for i in range(8):
         w = np.full(SHAPE, i, np.float32)
@@ -99,10 +100,23 @@ def test_subsets_are_bounded_drawn_from_all_batches_and_seeded() -> None:
 
 
 def test_few_values_are_no_test() -> None:
-    residuals = Residuals(nothing_to_correct(), 0)
+    residuals = Residuals(0)
     w = initial_noise(1, (1, 2, 3, 3))
     residuals.add(0, w, w + 0.1 * initial_noise(2, w.shape))
-    assert residuals.figures(0)["normal_p"] is None
+    assert residuals.figures(0, nothing_to_correct())["normal_p"] is None
+
+
+def test_figures_are_of_what_the_correction_leaves() -> None:
+    """Each value by the shift of its own channel."""
+    residuals, w = Residuals(0), initial_noise(1, whole_shape())
+    shift = np.array([0.2, -0.1])
+    residuals.add(1, w, np.float32(1.1) * w + shift.astype(np.float32)[:, None, None])
+    plain = nothing_to_correct()
+    shifts = np.tile(shift / 1.1, (len(STEPS), 1))
+    exact = replace(plain, scale=np.full(len(STEPS), 1 / 1.1), shift=shifts)
+    assert set(residuals.figures(1, exact).values()) == {None}
+    for wrong in (plain, replace(exact, shift=shifts[:, ::-1]), replace(exact, scale=plain.scale)):
+        assert residuals.figures(1, wrong)["normal_p"] is not None
 
 
 def measured(seed: int) -> NoiseFit:
@@ -131,7 +145,7 @@ def states_behind(correction: Correction) -> StateFit:
 def made(gate: bool = True) -> tuple[dict[str, Any], Correction]:
     fit, held_out = measured(0), measured(1)
     correction = fit.correction(DEPLOYMENT, STEPS, "epsilon", "regression")
-    residuals = Residuals(correction, 0)
+    residuals = Residuals(0)
     for call in range(len(STEPS)):
         residuals.add(call, *outputs(call, 1)[1:])
     gated, rows = fit.gated(correction, STEPS, held_out, states_behind(correction))
