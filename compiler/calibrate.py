@@ -33,7 +33,8 @@ def follow_trajectories(
 
     A graph with its batch written in gets whole batches, a few images more than asked for perhaps.
     The denoiser is called as `(x [B, C, H, W], timestep, conditions of the same rows) -> output`; nothing is kept.
-    Under guidance B is both halves, and what comes back is combined for the sampler.
+    Under guidance B is both halves, and what comes back is combined for the sampler. `callback` and `correction` are
+    those of the sampling loop.
     """
     deployment = program.deployment
     check_conditions(program, context)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from ..runtime.correction import Correction
 from ..runtime.steps import Step
@@ -49,6 +48,8 @@ class Residuals:
         error, and of |error|, with the signal."""
         signal, got, channels = np.concatenate(self._pairs[call], axis=1)
         error = got * correction.scale[call] - correction.shift[call][channels.astype(int)] - signal
+        from scipy import stats  # half a second that nobody should wait for who lists recipes
+
         if len(error) < 20 or error.std() <= _ROUNDING * max(float(np.abs(signal).max()), 1e-30):
             return dict.fromkeys(("normal_p", "skewness", "kurtosis", "correlation", "magnitude_correlation"))
         return {
