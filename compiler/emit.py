@@ -17,6 +17,7 @@ import psutil
 from ..runtime.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER, seal_bundle
 from ..runtime.configuration import CONFIG
 from ..runtime.deployment import Deployment
+from ..runtime.ranges import RANGES
 from . import store
 from .audit import audit
 from .errors import OutputError
@@ -24,6 +25,7 @@ from .graph import counts
 from .lowering import lower
 from .ops import layers
 from .program import Program, numpy_of
+from .range_rows import range_rows
 from .storage import storage
 
 NOISE_PLOT = "noise.png"
@@ -154,8 +156,8 @@ def forget_types(model: ir.Model) -> None:
 
 
 def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
-    """Write a bundle: the lowered graph, the configurations of model and scheduler, the correction, the FX text, the
-    manifest with all hashes.
+    """Write a bundle: the lowered graph, the configurations of model and scheduler, the correction, the ranges, the
+    FX text, the manifest with all hashes.
 
     `facts` is what only the caller knows (recipe, calibration, versions). `bundle` may hold pass dumps already.
     """
@@ -170,6 +172,8 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
         write_text(bundle / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if program.correction is not None:
         program.correction.save(bundle / CORRECTION)
+    if (ranges := range_rows(program)) is not None:
+        ranges.save(bundle / RANGES)
     if program.noise_report:
         from .noise_plot import plot_noise  # matplotlib takes a second to load
 

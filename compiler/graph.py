@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from . import store
+from .scopes import scope_of, within
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -59,15 +60,26 @@ def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Val
 
 
 class Builder:
-    """Adds nodes in front of a given node, or one after another behind it, and initializers, with unique names."""
+    """Adds nodes in front of a given node, or one after another behind it, and initializers, with unique names.
+
+    Nodes are named in the scope of the given one, or in another one where that is only a place.
+    """
 
     def __init__(
-        self, graph: ir.Graph, names: Names, before: ir.Node | None = None, *, after: ir.Node | None = None
+        self,
+        graph: ir.Graph,
+        names: Names,
+        before: ir.Node | None = None,
+        *,
+        after: ir.Node | None = None,
+        scope: str | None = None,
     ) -> None:
-        if (before is None) == (after is None):
+        anchor = before or after
+        if anchor is None or (before is not None and after is not None):
             raise ValueError("a builder adds in front of a node or behind one")
         self.graph, self.names = graph, names
         self._before, self._after = before, after
+        self._scope = scope_of(anchor) if scope is None else scope
 
     def constant(self, wish: str, array: npt.ArrayLike | ir.TensorProtocol) -> ir.Value:
         name = self.names(wish)
@@ -91,7 +103,7 @@ class Builder:
         domain: str = "",
         name: str | None = None,
     ) -> ir.Value:
-        """One node with one output, called like it unless `name` is given.
+        """One node with one output, called like it, in the scope of the builder's node, unless `name` is given.
 
         `like` gives type and shape where `dtype` and `shape` do not.
         """
@@ -102,7 +114,16 @@ class Builder:
             shape=None if known is None else ir.Shape(known),
             type=None if element is None else ir.TensorType(element),
         )
-        self._insert(ir.node(op_type, inputs, attributes or {}, domain=domain, outputs=[out], name=name or out.name))
+        self._insert(
+            ir.node(
+                op_type,
+                inputs,
+                attributes or {},
+                domain=domain,
+                outputs=[out],
+                name=name or within(self._scope, name_of(out)),
+            )
+        )
         return out
 
     def split(self, value: ir.Value, sizes: Sequence[int], wish: str) -> list[ir.Value]:
@@ -110,7 +131,9 @@ class Builder:
         kind = None if value.dtype is None else ir.TensorType(value.dtype)
         parts = [ir.Value(name=self.names(wish), shape=ir.Shape([n]), type=kind) for n in sizes]
         lengths = self.constant(f"{wish}_sizes", np.array(sizes, np.int64))
-        node = ir.node("Split", [value, lengths], {"axis": 0}, outputs=parts, name=self.names(f"{wish}_split"))
+        node = ir.node(
+            "Split", [value, lengths], {"axis": 0}, outputs=parts, name=within(self._scope, self.names(f"{wish}_split"))
+        )
         self._insert(node)
         return parts
 

@@ -32,6 +32,7 @@ import onnx_ir as ir
 
 from .graph import Builder, Names, is_constant, is_op, name_of
 from .program import numpy_of
+from .scopes import CONSTANTS
 
 INT4_OPSET, INT4_IR = 21, 10
 # A node takes 150 to 250 bytes of the file, mostly names, and a moment of each start: what saves less is not worth it.
@@ -158,7 +159,7 @@ class _Packer:
 
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
-        self.build = Builder(self.graph, Names(self.graph), before=self.graph[0])
+        self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS)
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
 
     def weight(self, value: ir.Value, axis: int) -> None:

@@ -22,6 +22,7 @@ from .ops import Layer, is_mover, layers
 from .program import numpy_of
 from .quant import Array
 from .scaling import channel_axis, divide_value, input_channels, multiply_weight
+from .scopes import scope_of, within
 
 Size = int | ir.SymbolicDim
 
@@ -208,6 +209,7 @@ def _split(graph: ir.Graph, build: Builder, joined: Joined, before: ir.Node) -> 
     shapes = [[size if d == axis else n for d, n in enumerate(value.shape)] for size in joined.sizes]
     parts = [ir.Value(name=build.names(f"{stem}_part_{i}"), shape=ir.Shape(s), type=kind) for i, s in enumerate(shapes)]
     lengths = build.constant(f"{stem}_sizes", np.array(joined.sizes, np.int64))
-    node = ir.node("Split", [value, lengths], {"axis": axis}, outputs=parts, name=build.names(f"{stem}_split"))
+    node = ir.node("Split", [value, lengths], {"axis": axis}, outputs=parts)
+    node.name = within(scope_of(before), build.names(f"{stem}_split"))
     graph.insert_before(before, node)
     return parts

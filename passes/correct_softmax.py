@@ -37,6 +37,7 @@ from ..compiler.graph import Builder, Names, is_op, name_of
 from ..compiler.lower_qdq import dequantizer
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Program
+from ..compiler.scopes import TABLES
 from ..compiler.timetable import deployed_rows, lookup, nearest_row_of_timestep, step_index
 from ..compiler.trial import judged
 from ..runtime.steps import Timestep
@@ -148,7 +149,7 @@ def _attentions(program: Program) -> list[_Attention]:
 
 def _look_up(program: Program, names: Names, betas: Sequence[Numbers]) -> list[ir.Value]:
     """The betas `[heads]` of the call at hand: one lookup for all of them."""
-    build = Builder(program.graph, names, program.graph[0])
+    build = Builder(program.graph, names, program.graph[0], scope=TABLES)
     row_of = nearest_row_of_timestep(program)
     row = step_index(build, program, row_of, "softmax")
     table = np.concatenate(betas, axis=1).astype(np.float32)

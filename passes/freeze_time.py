@@ -24,6 +24,7 @@ from ..compiler.execute import Executor
 from ..compiler.graph import DEFAULT_DOMAINS, Builder, Names, consumers, name_of, remove_dead, replace_use
 from ..compiler.pipeline import Context, GraphPass
 from ..compiler.program import Program
+from ..compiler.scopes import TABLES
 from ..compiler.timetable import deployed_rows, nearest_row_of_timestep, step_index
 from ..compiler.topology import time_branch
 from ..runtime.steps import Timestep
@@ -50,7 +51,7 @@ class FreezeTime(GraphPass):
         frontier = [v for v in frontier if not _open(v) or tables[name_of(v)].shape[1] == (program.fixed_batch or 1)]
         graph = program.graph
         names = Names(graph)
-        build = Builder(graph, names, graph[0])
+        build = Builder(graph, names, graph[0], scope=TABLES)
         row = step_index(build, program, nearest_row_of_timestep(program), "time")
         for value in frontier:
             _replace(build, names, program, value, tables[name_of(value)], row)

@@ -33,6 +33,7 @@ from ..compiler.ops import Layer, float_reason, layers, time_table
 from ..compiler.pipeline import Context, Pass
 from ..compiler.program import Plan, Program, Quantizer, numpy_of
 from ..compiler.quant import along, ends
+from ..compiler.scopes import TABLES
 from ..compiler.timetable import deployed_rows, group_of_train, lookup, step_index
 
 STORED_BITS = 8  # every format is stored in whole bytes
@@ -211,7 +212,7 @@ class _Writer:
 
 def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
     """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep."""
-    build = Builder(program.graph, names, program.graph[0])
+    build = Builder(program.graph, names, program.graph[0], scope=TABLES)
     row = step_index(build, program, group_of_train(program), "group")
     found: dict[int, tuple[ir.Value, ir.Value]] = {}
     for stem, axis_free in (("", True), ("channel_", False)):

@@ -4,7 +4,8 @@
    with a scale per group (opset 18 to 20) becomes that of opset 21;
 2. what only constants feed is folded, equal subexpressions and Identity nodes are merged, dead nodes removed;
 3. Dropout (which does nothing at inference) disappears;
-4. open dimensions of the inputs get the field's names, shapes are inferred, nodes are sorted and named.
+4. open dimensions of the inputs get the field's names, shapes are inferred, nodes are sorted and named by their
+   modules.
 
 Notes of the exporter that name files of its machine are dropped; module names are kept.
 """
@@ -21,8 +22,9 @@ from ..compiler.folding import fold_constants, infer_shapes, upgrade_group_norms
 from ..compiler.graph import is_op, name_of, remove_dead, replace_value
 from ..compiler.pipeline import Context, GraphPass
 from ..compiler.program import Program
+from ..compiler.scopes import SCOPES, name_by_module
 
-KEPT_METADATA = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
+KEPT_METADATA = (SCOPES, "pkg.torch.onnx.class_hierarchy")
 DIMENSIONS = ("batch", "channels", "height", "width")
 
 
@@ -52,6 +54,7 @@ class Normalize(GraphPass):
             common.NameFixPass(),
         )(model).model
         remove_dead(model.graph)
+        name_by_module(model.graph)
         known = infer_shapes(model)
         values = [v for node in known.graph for v in node.outputs]
         shapes = sum(v.shape is not None for v in values)

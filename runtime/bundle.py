@@ -4,6 +4,7 @@
     unet/model.onnx (+ model.onnx.data); other precisions of it as model.NAME.onnx, see precisions.py
     scheduler/scheduler_config.json    as it came from the model
     correction.safetensors             optional
+    ranges.safetensors                 what the quantizers cover at each timestep, for readers; see ranges.py
     passes/, report, README.md         for readers
 
 The manifest's digest covers everything but times: the same compilation twice gives the same digest.

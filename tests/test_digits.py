@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import pytest
 from PIL import Image
 
@@ -66,6 +68,18 @@ def test_compile_says_what_came_out(said: dict[str, Any], bundle: Bundle) -> Non
     assert said["model_bytes"] < 0.28 * said["parameter_bytes_before"]
     assert said["digest"] == bundle.manifest["digest"]
     assert len(bundle.deployed_timesteps or ()) == STEPS
+
+
+def test_every_node_of_a_compiled_model_has_a_place_and_a_name_of_its_own(bundle: Bundle) -> None:
+    graph = ir.load(bundle.model_path).graph
+    found = [node.name or "" for node in graph]
+    assert max(Counter(found).values()) == 1
+    placed = Counter(name.partition("/")[0] for name in found if "/" in name)
+    assert {"conv_in", "down_blocks.0", "mid_block", "up_blocks.2", "conv_out", "tables"} <= set(placed)
+    assert sum(placed.values()) >= 0.98 * len(found)
+    layers = bundle.manifest["kernels"]["layers"]
+    assert set(layers) <= set(found)
+    assert "mid_block/resnets.0/conv1/Conv" in layers
 
 
 def test_every_pass_is_dumped_as_a_model_that_opens(bundle: Bundle) -> None:

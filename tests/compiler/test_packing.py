@@ -232,7 +232,7 @@ def test_files_hold_half_and_can_be_read_again(external: bool, tmp_path: Path, m
     np.testing.assert_array_equal(got, want)
     run(plain, tmp_path, "plain")
     size, before = (sum(f.stat().st_size for f in tmp_path.glob(f"{n}.onnx*")) for n in ("narrow", "plain"))
-    assert size < before - 35 * CHANNELS * 9 // 2 + 500  # what unpacks the 35 narrow rows costs less than 500 bytes
+    assert size < before - 35 * CHANNELS * 9 // 2 + 600  # what unpacks the 35 narrow rows costs less than 600 bytes
 
 
 def test_a_weight_that_a_session_must_see_as_it_is_stays() -> None:
