@@ -24,9 +24,9 @@ def summary(*values: float) -> Summary:
 
 def planned(tiny: Program) -> Program:
     """Three timesteps in two groups: a table, a constant, a weight with two channels."""
-    table = Quantizer(UINT8, np.float32([0.1, 0.2]), np.uint8([100, 128]), "t", table=True)
-    constant = Quantizer(UINT8, np.float32(0.5), np.uint8(0), "c")
-    weight = Quantizer(INT8, np.float32([0.01, 0.02]), np.int8([0, 0]), "w", axis=0)
+    table = Quantizer(UINT8, np.array([0.1, 0.2], np.float32), np.array([100, 128], np.uint8), "t", table=True)
+    constant = Quantizer(UINT8, np.array(0.5, np.float32), np.array(0, np.uint8), "c")
+    weight = Quantizer(INT8, np.array([0.01, 0.02], np.float32), np.zeros(2, np.int8), "w", axis=0)
     quantizers = {Site("a"): table, Site("b", "reader"): constant, Site("w"): weight}
     summaries = {("a", k): summary(-k, k) for k in (0, 1, 2)} | {("b", 0): summary(1, 2)}
     stats = Stats("", 3, 3, summaries, tiny.deployment.timesteps)
