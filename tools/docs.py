@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that follow from the code: a page for each recipe, one for each pass, the commands.
+"""Writes the pages of docs/ that follow from the code: one for each recipe and pass, the commands, the modules.
 
     python tools/docs.py            write them
     python tools/docs.py --check    exit code 1 when one of them is not what the code says, or has no source any more
@@ -10,6 +10,7 @@ docs/leaderboard.md.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -25,6 +26,7 @@ from mezzotint.passes.recipe_files import make_pass, pass_names, to_yaml
 from mezzotint.passes.recipes import DEFAULT, RECIPES
 
 DOCS = Path(__file__).parents[1] / "docs"
+HOUSE = ("mezzotint", "compiler", "passes", "runtime", "tools")
 GENERATED = "Written by `tools/docs.py`; do not edit.\n"
 _ARXIV = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{4,5})\b")
 _TITLE = re.compile(r"^(\w+): (.+?)(?:\n\n|\Z)", re.S)
@@ -40,6 +42,7 @@ def pages() -> Iterator[tuple[str, str]]:
         yield f"passes/{name}.md", pass_page(name)
     yield "passes/README.md", pass_index()
     yield "commands.md", commands()
+    yield "modules.md", modules()
 
 
 def recipe_page(recipe: Recipe, figures: dict[str, list[str]]) -> str:
@@ -129,6 +132,19 @@ def commands() -> str:
     told = subprocess.run(line, capture_output=True, text=True, check=True, cwd=DOCS.parent, timeout=120).stdout
     title, _, rest = told.partition("\n")
     return f"{title}\n\n{GENERATED}\n{rest.strip()}\n"
+
+
+def modules() -> str:
+    """Every file of the house with the first sentence of its docstring."""
+    parts = [f"# Modules\n\n{GENERATED}"]
+    for folder in HOUSE:
+        rows = []
+        for file in sorted((DOCS.parent / folder).glob("*.py")):
+            told = ast.get_docstring(ast.parse(file.read_text("utf-8")))
+            if told:
+                rows.append(f"| `{file.name}` | {' '.join(told.partition(chr(10) * 2)[0].split())} |")
+        parts.append(f"## {folder}/\n\n| file | what it is for |\n|---|---|\n" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
 
 
 def heading(name: str) -> str:
