@@ -16,19 +16,19 @@ import psutil
 
 from ..runtime.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER, seal_bundle
 from ..runtime.configuration import CONFIG
-from ..runtime.deployment import Deployment
 from ..runtime.ranges import RANGES
 from . import store
 from .audit import audit
+from .card import CARD, NOISE_PLOT, card
+from .card_code import described
 from .errors import OutputError
-from .graph import counts
+from .graph import counts, name_of
 from .lowering import lower
 from .ops import layers
 from .program import Program, numpy_of
 from .range_rows import range_rows
 from .storage import storage
 
-NOISE_PLOT = "noise.png"
 EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -186,6 +186,7 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
         **facts,
         "source": source,
         "signature": program.signature.to_json(),
+        "inputs": described({name_of(v): _declared(v) for v in lowered.graph.inputs}),
         "deployment": program.deployment.to_json(),
         "deployed_timesteps": None if program.frozen is None else list(program.frozen),
         "sample_shape": list(program.shape),
@@ -202,73 +203,17 @@ def emit(program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *
         **({"bits": dict(program.plan.report)} if program.plan and program.plan.report else {}),
         "nodes": dict(sorted(counts(lowered.graph).items())),
     }
-    write_text(bundle / "README.md", card(manifest))
+    write_text(bundle / CARD, card(manifest, bundle))
     seal_bundle(bundle, manifest)
+
+
+def _declared(value: ir.Value) -> tuple[Any, list[int | str | None]]:
+    """dtype and declared shape of a graph input."""
+    assert value.dtype is not None and value.shape is not None
+    return value.dtype.numpy(), [d if isinstance(d, int) else d.value for d in value.shape]
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file of a bundle; its bytes are the same on every system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _size(found: Mapping[str, Any]) -> str:
-    """One line about the size of the file."""
-    kinds = ", ".join(f"{row['bytes'] / 1e6:.2f} MB {kind}" for kind, row in found["types"].items())
-    share = "" if found["ratio"] is None else f", {found['ratio']:.3f} of the float parameters"
-    return f"The file has {found['model_bytes'] / 1e6:.2f} MB{share}: {kinds}, the rest is the graph."
-
-
-def _precisions(manifest: Mapping[str, Any]) -> str:
-    """What the files of a mixed bundle are; nothing where there is one precision."""
-    if "precisions" not in manifest:
-        return ""
-    rows = "".join(
-        f"\n- `{row['file']}`: `{name}`, {row['calls']} of {len(manifest['precision_of_call'])} network calls"
-        for name, row in manifest["precisions"].items()
-    )
-    text = f"\n\nIt is one of several precisions of the network, of which Mezzotint picks one for each call:\n{rows}\n"
-    if manifest["shared_bytes"]:
-        text += "\nWhat they have in common lies in `unet/shared.data`: keep the folder together.\n"
-    return text
-
-
-def _noise(manifest: Mapping[str, Any]) -> str:
-    """What Mezzotint's own loop, and its schedulers for diffusers, do about the quantization noise; a paragraph."""
-    if "noise" not in manifest:
-        return ""
-    noise = manifest["noise"]
-    return (
-        f"\n\nQuantization noise is undone while sampling ({CORRECTION}; `{NOISE_PLOT}` shows it, `--no-correction` "
-        f"leaves it): {noise['summary']}. Plain onnxruntime knows nothing of that."
-    )
-
-
-def card(manifest: Mapping[str, Any]) -> str:
-    """The bundle's README: what it is, how to run it with and without Mezzotint, and what it does not promise."""
-    signature, kernels = manifest["signature"], manifest["kernels"]
-    names = ", ".join(f"`{n}`" for n in (signature["sample"], signature["timestep"], *signature["conditions"]))
-    frozen = manifest["deployed_timesteps"]
-    tables = (
-        "Its timestep branch was kept, so every timestep works."
-        if frozen is None
-        else f"It holds tables for {len(frozen)} timesteps; plain onnxruntime takes the nearest row for any other, "
-        "Mezzotint's runtime refuses it."
-    )
-    islands = "\n".join(f"- `{name}`: {why}" for name, why in manifest["islands"].items()) or "- none"
-    return f"""# A Mezzotint bundle
-
-Recipe `{manifest["recipe"]["name"]}`: {manifest["recipe"]["description"]}.
-
-`{MODEL}` is an ordinary ONNX file: inputs {names}, output `{signature["output"]}` ({signature["prediction"]}).
-{kernels["integer"]} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels["float"]} in float.
-{_size(manifest["storage"])}{_precisions(manifest)}
-It was made for {Deployment.from_json(manifest["deployment"])}. {tables}{_noise(manifest)}
-
-    mezzotint sample THIS_FOLDER -n 16 -o pictures.png
-    mezzotint inspect THIS_FOLDER
-
-Layers kept in float:
-
-{islands}
-"""

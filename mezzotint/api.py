@@ -20,6 +20,7 @@ from .compiler.errors import ConditionError, ModelError
 from .compiler.import_onnx import import_onnx
 from .compiler.pipeline import Context, Progress, Recipe, silent
 from .compiler.program import Program
+from .hub import card_fields
 from .passes.recipe_files import load_recipe, with_options
 from .passes.recipes import DEFAULT
 from .runtime.bundle import Bundle, open_bundle
@@ -64,6 +65,7 @@ def compile_model(
     dump_passes: bool = False,
     export: str | Path | None = None,
     cache: str | Path | None = None,
+    license: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -77,7 +79,8 @@ def compile_model(
     the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` say roles of
     an ONNX file that cannot be inferred; `size` is (height, width) where it leaves them open. `export` also writes the
     imported float graph there. `cache` is a folder where statistics are kept: compilations that calibrate on the same
-    graph in the same way measure once.
+    graph in the same way measure once. `license` is the identifier of the model's licence, for the bundle's card; when
+    left out, what the card in the model's own folder says.
 
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
@@ -94,6 +97,7 @@ def compile_model(
     source = resolve(model, scheduler)
     deployment = Deployment.of(source.schedule, sampler or usual_sampler(source.schedule), steps, eta, guidance)
     target = Path(output)
+    told = card_fields(model if isinstance(model, (str, Path)) else None, license)
     with staged(target, force=force) as (bundle, work):
         program = _import(source, work, deployment, inputs, output_name, prediction, size, threads, progress)
         if export is not None:
@@ -123,6 +127,7 @@ def compile_model(
             "recipe": chosen.to_json(),
             "calibration": {"seed": seed, "samples": calibration_samples, "batch": calibration_batch},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+            **({"card": told} if told else {}),
         }
         emit(program, bundle, work, facts, threads=threads)
     return open_bundle(target, verify=False)  # written a moment ago, and hashed while writing

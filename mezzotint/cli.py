@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_card import card
 from .cli_debug import debug
 from .cli_diff import diff
+from .cli_interchange import overlay, overrides
 from .cli_mix import mix
 from .cli_options import Force, Group, Json, Threads
 
@@ -77,6 +79,7 @@ def compile_(
         bool, typer.Option("--dump-passes", help="Also keep the ONNX model after each pass.")
     ] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps calibration statistics for next time.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     force: Force = False,
     json: Json = False,
@@ -120,6 +123,7 @@ def compile_(
             threads=threads,
             dump_passes=dump_passes,
             cache=cache,
+            license=license,
             force=force,
             progress=report,
             **options,
@@ -208,6 +212,9 @@ def sample(
 app.command()(mix)
 app.command()(diff)
 app.command()(debug)
+app.command()(card)
+app.command()(overlay)
+app.command()(overrides)
 
 
 @app.command()

@@ -132,13 +132,13 @@ def diagnose(
     """
     if n < 1 or (calls is not None and calls < 1):
         raise InputError(f"{n} pictures, {calls} calls", hint="ask for at least one of each")
-    recipe = _check(bundle)
+    recipe = checked_recipe(bundle)
     count = len(bundle.deployment.calls)
     chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(calls or count, count))})
     rows, other = _rows(conditions, n), _rows(unconditional, n)
     with tempfile.TemporaryDirectory() as work:
         context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads, conditions=rows)
-        program = _replayed(bundle, Path(reference), recipe, context)
+        program = replayed(bundle, Path(reference), recipe, context)
         found = put_beside(program, bundle.model_path)
         if not found.groups:
             raise InputError(
@@ -153,7 +153,8 @@ def diagnose(
     return probe.diagnosis(found, recipe, same)
 
 
-def _check(bundle: Bundle) -> Recipe:
+def checked_recipe(bundle: Bundle) -> Recipe:
+    """The recipe of a bundle whose layers can be told from the float graph's. Raises InputError for others."""
     if bundle.precisions is not None:
         raise InputError(
             "the bundle mixes several precisions",
@@ -184,7 +185,7 @@ def _check(bundle: Bundle) -> Recipe:
     return recipe
 
 
-def _replayed(bundle: Bundle, reference: Path, recipe: Recipe, context: Context) -> Program:
+def replayed(bundle: Bundle, reference: Path, recipe: Recipe, context: Context) -> Program:
     """The float graph as it was when the quantizers came in."""
     signature = bundle.signature
     program = import_onnx(

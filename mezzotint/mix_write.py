@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .compiler.emit import NOISE_PLOT, card, write_text
+from .compiler.card import CARD, NOISE_PLOT, card
+from .compiler.card_code import described
+from .compiler.emit import write_text
 from .compiler.errors import CompileError
 from .compiler.mix_noise import NoiseTables, mixed_correction, mixed_report
 from .compiler.mixture import write_sharing
@@ -21,7 +23,8 @@ from .runtime.configuration import CONFIG
 from .runtime.samplers import initial_noise
 from .runtime.session import Denoiser
 
-_OWN = ("format", "files", "digest", "noise")  # what a manifest says of its own bundle only
+# What a manifest says of its own bundle only.
+_OWN = ("format", "files", "digest", "noise", "measured", "digests_before")
 
 
 def write_mix(
@@ -62,6 +65,7 @@ def write_mix(
     manifest = {
         **{key: value for key, value in default.manifest.items() if key not in _OWN},
         "mezzotint": __version__,
+        "inputs": described(default.denoiser(threads).inputs),
         "recipe": {
             "name": " + ".join(names),
             "description": "mixed: " + ", ".join(f"{name} at {calls.count(name)} calls" for name in names),
@@ -88,7 +92,7 @@ def write_mix(
         "precision_choice": {**facts, "correction": told},
         **({"noise": report} if report else {}),
     }
-    write_text(folder / "README.md", card(manifest))
+    write_text(folder / CARD, card(manifest, folder))
     seal_bundle(folder, manifest)
 
 

@@ -31,7 +31,10 @@ from tests.full_disk import FULL_DISK
 from tests.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_written, write
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "compile", "export", "sample", "inspect", "bench", "mix", "diff", "debug", "recipes", "doctor")
+COMMANDS = (
+    *("demo", "compile", "export", "sample", "inspect", "bench", "mix", "diff", "debug", "recipes", "doctor"),
+    *("card", "overlay", "overrides"),
+)
 HEAVY = {"torch", "diffusers", "onnxruntime", "onnx", "onnx_ir", "numpy"}
 
 
