@@ -1,13 +1,17 @@
 """mezzotint bench: how long one call takes, what takes the time, and how far it is from the integer kernels alone.
 
-Two measurements. The latency is measured on a plain session. The breakdown comes from onnxruntime's own profiler, on a
-second session of the same file: it names the nodes of the graph that onnxruntime really built, but it lengthens the
-call (that of a small model by half and more), so its times are good for shares, not for the latency.
+Two measurements. The latency is measured on plain sessions, in blocks there and back over all that is compared (the
+float model, the bundle, other quantizers: bench_peers.py), so that a drift of the machine meets all of them alike. A
+ratio is that of the medians over all calls, its range the least and the most that blocks measured in turns gave.
+
+The breakdown comes from onnxruntime's own profiler, on another session of the same file: it names the nodes of the
+graph that onnxruntime really built, but it lengthens the call (that of a small model by half and more), so its times
+are good for shares, not for the latency.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .evaluate import Latency, latencies, middle_timestep
+from .bench_peers import CALIBRATION, Rivals, Standing
+from .compiler.pipeline import Progress, silent
+from .evaluate import Latency, Predict, folder_bytes, in_turns, middle_timestep, ratio
+from .report import model_bytes
 from .runtime.bundle import Bundle
 from .runtime.errors import InputError
 from .runtime.samplers import initial_noise
@@ -44,9 +51,13 @@ class Bench:
     batch: int
     threads: int
     repeats: int
+    rounds: int
     quantized: Latency
     floating: Latency | None
     breakdown: Breakdown
+    float_bytes: int | None = None
+    faith: dict[str, Any] | None = None
+    peers: tuple[Standing, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Times in milliseconds for one call; shares are of all kernel time, 0 to 1."""
@@ -64,10 +75,16 @@ class Bench:
             "batch": self.batch,
             "timestep": middle_timestep(self.bundle),
             "repeats": self.repeats,
+            "rounds": self.rounds,
             "inputs": dict(self.inputs),
             "call_ms": _latency(self.quantized),
             "float_call_ms": None if floating is None else _latency(floating),
             "speedup": None if floating is None else round(floating.median / self.quantized.median, 4),
+            "speedup_range": None if floating is None else _range(floating, self.quantized),
+            "model_bytes": model_bytes(self.bundle),
+            "float_bytes": self.float_bytes,
+            "faith": self.faith,
+            "peers": [self._peer(peer) for peer in self.peers],
             "floor": {
                 "integer_kernels_ms": _ms(found.integer_seconds),
                 "share": round(found.integer_share, 6),
@@ -84,6 +101,19 @@ class Bench:
             "notes": list(NOTES),
         }
 
+    def _peer(self, peer: Standing) -> dict[str, Any]:
+        timed = None if peer.latency is None or self.floating is None else (self.floating, peer.latency)
+        return {
+            "peer": peer.name,
+            "error": peer.error,
+            "call_ms": None if peer.latency is None else _latency(peer.latency),
+            "speedup": None if timed is None else round(ratio(*timed).value, 4),
+            "speedup_range": None if timed is None else _range(*timed),
+            "bytes": peer.bytes,
+            "faith": peer.faith,
+            "seconds_to_quantize": None if peer.seconds is None else round(peer.seconds, 2),
+        }
+
 
 def measure(
     bundle: Bundle,
@@ -91,13 +121,23 @@ def measure(
     batch: int | None = None,
     threads: int = 2,
     float_model: Path | None = None,
-    repeats: int = 15,
+    repeats: int = 8,
+    rounds: int = 2,
+    peers: Sequence[str] = (),
+    calibration: int = CALIBRATION,
+    progress: Progress = silent,
 ) -> Bench:
     """Latency and breakdown of one call at the deployment's middle timestep.
 
-    `batch` None is the graph's own batch size, or 1. Raises InputError for a float model that is missing or does not
-    fit, and for a batch or a condition that cannot be handed in.
+    `batch` None is the graph's own batch size, or 1. Each is called in 2 `rounds` blocks of `repeats`. `peers` are
+    names of peers.py, which need the float model and `calibration` calls of its trajectory; one that fails says why.
+    Raises InputError for a float model that is missing or does not fit, for peers without one, and for a batch or a
+    condition that cannot be handed in.
     """
+    if peers and float_model is None:
+        raise InputError("other quantizers begin with the float model", hint="give --float FILE.onnx")
+    if repeats < 1 or rounds < 1 or calibration < 1:
+        raise InputError(f"{repeats} calls, {rounds} rounds, {calibration} to calibrate on", hint="ask for at least 1")
     if float_model is not None and not float_model.is_file():
         raise InputError(
             "there is no such float model",
@@ -114,12 +154,24 @@ def measure(
         )
     made = make_conditions(net, bundle, batch)
     rows = {name: array for name, (array, _) in made.items()}
-    times = latencies(bundle, batch, float_model=float_model, threads=threads, repeats=repeats, conditions=rows)
     inputs = {bundle.signature.sample: f"float32 {[batch, *bundle.sample_shape]}, random normal"}
     inputs |= {name: f"{array.dtype} {list(array.shape)}, {how}" for name, (array, how) in made.items()}
+    x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    shared = bundle, inputs, batch, threads, repeats, rounds
+
+    def times(*nets: Any) -> list[Latency]:
+        calls: list[Predict] = [lambda x, t, net=net: net(x, t, **rows) for net in nets]  # type: ignore[misc]
+        return in_turns(calls, x, t, repeats=repeats, rounds=rounds)
+
+    if float_model is None:
+        return Bench(*shared, times(net)[0], None, profile(bundle, batch, rows, threads, repeats))
+    exact = Denoiser(float_model, bundle.signature, threads=threads)
+    with Rivals(bundle, float_model, exact, rows, batch, threads) as rivals:
+        faith, standings = rivals.prepare(peers, calibration, progress) if peers else (None, [])
+        slow, mine, *others = times(exact, net, *rivals.nets.values())
+        standings = rivals.timed(standings, others)
     found = profile(bundle, batch, rows, threads, repeats)
-    floating = times[1] if len(times) > 1 else None
-    return Bench(bundle, inputs, batch, threads, repeats, times[0], floating, found)
+    return Bench(*shared, mine, slow, found, folder_bytes(float_model), faith, tuple(standings))
 
 
 def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tuple[npt.NDArray[Any], str]]:
@@ -163,6 +215,11 @@ def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int, re
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 4)
+
+
+def _range(exact: Latency, other: Latency) -> list[float]:
+    found = ratio(exact, other)
+    return [round(found.low, 4), round(found.high, 4)]
 
 
 def _latency(latency: Latency) -> dict[str, float]:

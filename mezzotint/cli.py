@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_bench import bench
 from .cli_card import card
 from .cli_debug import debug
 from .cli_diff import diff
+from .cli_eval import evaluate
 from .cli_interchange import overlay, overrides
 from .cli_mix import mix
 from .cli_options import Force, Group, Json, Threads
@@ -215,6 +217,7 @@ app.command()(debug)
 app.command()(card)
 app.command()(overlay)
 app.command()(overrides)
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -232,26 +235,7 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")], json
         print_inspection(opened)
 
 
-@app.command()
-def bench(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one call; 1 unless the graph says.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime.")] = 2,
-    float_: Annotated[
-        Path | None, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote, to compare with.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Calls in one block of the measurement.")] = 15,
-    json: Json = False,
-) -> None:
-    """How long one call takes, which operations take the time, and how far that is from the integer kernels alone."""
-    from . import console
-    from .bench import measure
-    from .report import print_bench
-    from .runtime.bundle import open_bundle
-
-    _warn_of_untested_onnxruntime()
-    found = measure(open_bundle(bundle), batch=batch, threads=threads, float_model=float_, repeats=repeats)
-    console.print_json(found.to_json()) if json else print_bench(found.to_json())
+app.command()(bench)
 
 
 @app.command()

@@ -122,14 +122,16 @@ def parallel_run(
     batch: int = 16,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
     unconditional: Mapping[str, npt.NDArray[Any]] | None = None,
+    start: int = 0,
     progress: Report = lambda stage, done, total: None,
     view: View = lambda info, output: output,
+    measure: Callable[[], StepSQNR] = StepSQNR,
 ) -> tuple[Images, dict[str, StepSQNR]]:
-    """`paired_run` with any number of others beside one float trajectory.
+    """`paired_run` with any number of others beside one float trajectory, of pictures start .. start + n - 1.
 
-    `view` turns what the network says for `info.x` into what is compared.
+    `view` turns what the network says for `info.x` into what is compared, `measure` makes what it is compared with.
     """
-    sqnr = {name: StepSQNR() for name in others}
+    sqnr = {name: measure() for name in others}
     float_images = []
     count = len(bundle.deployment.calls)
     networks = {name: [nets] * count if callable(nets) else nets for name, nets in others.items()}
@@ -154,8 +156,8 @@ def parallel_run(
                 sqnr[name].add(info.index, view(info, info.output), view(info, nets[info.index](info.x, info.timestep)))
             progress("float, paired calls", calls, total)
 
-        x = samplers.initial_noise(seed, (rows, *bundle.sample_shape), first=first)
-        noise = samplers.seeded_noise(seed, first=first)
+        x = samplers.initial_noise(seed, (rows, *bundle.sample_shape), first=start + first)
+        noise = samplers.seeded_noise(seed, first=start + first)
         float_images.append(
             samplers.sample(predict, x, bundle.schedule, bundle.deployment, noise=noise, callback=paired)
         )
@@ -164,9 +166,10 @@ def parallel_run(
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one network call, measured one after the other."""
+    """Seconds of one network call, measured one after the other; `blocks` has the median of each block of calls."""
 
     seconds: tuple[float, ...]
+    blocks: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -175,6 +178,25 @@ class Latency:
     @property
     def minimum(self) -> float:
         return min(self.seconds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast: of the medians, and the least and the most that neighbouring blocks gave."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
+
+
+def ratio(exact: Latency, other: Latency) -> Ratio:
+    """Seconds of the one over seconds of the other; their blocks were measured in turns (`in_turns`)."""
+    value = exact.median / other.median
+    each = [value, *(e / o for e, o in zip(exact.blocks, other.blocks, strict=True))]
+    return Ratio(value, min(each), max(each))
 
 
 def latencies(
@@ -214,12 +236,12 @@ def call_ratio(
     return before.median, mine.median, before.median / mine.median
 
 
-def in_turns(nets: Sequence[Predict], x: Images, t: Timestep, *, repeats: int = 7) -> list[Latency]:
+def in_turns(nets: Sequence[Predict], x: Images, t: Timestep, *, repeats: int = 7, rounds: int = 1) -> list[Latency]:
     """One call of each of several denoisers, in blocks there and back, so that a drift meets all of them alike."""
-    found: list[tuple[float, ...]] = [()] * len(nets)
-    for i in (*range(len(nets)), *reversed(range(len(nets)))):
-        found[i] += _block(nets[i], x, t, repeats)
-    return [Latency(seconds) for seconds in found]
+    found: list[list[tuple[float, ...]]] = [[] for _ in nets]
+    for i in (*range(len(nets)), *reversed(range(len(nets)))) * rounds:
+        found[i].append(_block(nets[i], x, t, repeats))
+    return [Latency(sum(blocks, ()), tuple(float(np.median(block)) for block in blocks)) for blocks in found]
 
 
 def _beside(exact: Predict, quantized: Predict, x: Images, t: Timestep, repeats: int) -> tuple[Latency, Latency]:

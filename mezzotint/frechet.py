@@ -176,7 +176,7 @@ def _same_net(one: Moments, other: Moments) -> None:
         )
 
 
-def _digest(path: Path) -> str:
+def network_digest(path: Path) -> str:
     """SHA-256 of an ONNX file, and of the weights in `<name>.data` where those lie beside it."""
     from .runtime.bundle import file_sha256
 
@@ -200,7 +200,7 @@ class FeatureNet:
 
         self.path, self.output = Path(path), output
         self._session = open_session(self.path, threads=threads)
-        self.digest = _digest(self.path)
+        self.digest = network_digest(self.path)
         inputs = self._session.get_inputs()
         self._outputs = {value.name: value.type for value in self._session.get_outputs()}
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
@@ -209,6 +209,11 @@ class FeatureNet:
         self._input = inputs[0].name
         self._batch, *self._picture = (size if isinstance(size, int) else None for size in inputs[0].shape)
         self._check_output(output)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the network has `logits`."""
+        return LOGITS in self._outputs
 
     def features(self, images: Images, batch: int = 256) -> Features:
         """Features float32 `[n, D]` of pictures float32 `[n, C, H, W]`. Raises InputError."""

@@ -1,13 +1,14 @@
 """Other quantizers on the same float model: what a user would take instead, measured beside ours.
 
 A peer gets the float ONNX file and network calls of the float trajectory to calibrate on, and gives back something to
-call. onnxruntime's quantizer is always there; OpenVINO with NNCF where both are installed.
+call. onnxruntime's quantizer is always there; OpenVINO with NNCF where both are installed. Conditions of a model are
+calibrated on as they came with the calls.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from .runtime.signature import Signature
 from .runtime.steps import Timestep
 
 Images = npt.NDArray[np.float32]
-Predict = Callable[[Images, Timestep], Images]
-Call = tuple[Images, Timestep]  # (x [B, C, H, W], timestep)
+Predict = Callable[..., Images]
+"""`net(x, timestep, **conditions)`."""
+Call = tuple[Images, Timestep, Mapping[str, npt.NDArray[Any]]]  # (x [B, C, H, W], timestep, conditions [B, ...])
 PEERS = ONNXRUNTIME, NNCF = "onnxruntime", "openvino-nncf"
 
 
@@ -34,22 +36,36 @@ def available() -> list[str]:
 def quantize(
     peer: str, model: Path, signature: Signature, calls: Sequence[Call], folder: Path, threads: int | None
 ) -> tuple[Predict, Path]:
-    """A peer's 8-bit denoiser of a float ONNX file, and the file that it wrote. Unconditional models only.
+    """A peer's 8-bit denoiser of a float ONNX file, and the file that it wrote.
 
-    Raises InputError for a model with conditions and for a peer that is not installed.
+    The calls have one batch size, and NNCF's denoiser takes no other. Raises InputError for a peer that is not
+    installed, for no calls, and for calls without the model's conditions; the peer's own errors come as they are.
     """
-    if signature.conditions:
-        raise InputError(f"peers are calibrated without conditions, and the model has {signature.conditions[0]!r}")
     if peer not in available():
         raise InputError(f"{peer} is not installed", hint=f"here are: {', '.join(available())}")
+    if not calls:
+        raise InputError("there are no calls to calibrate on", hint="record some on the float trajectory")
+    for _, _, conditions in calls:
+        if set(conditions) != set(signature.conditions):
+            raise InputError(
+                f"calls to calibrate on have conditions {sorted(conditions)}, the model {sorted(signature.conditions)}",
+                hint="record them with the calls",
+            )
+    feeds = _feeds(Denoiser(model, signature, threads=threads), calls)
     if peer == ONNXRUNTIME:
-        file = _onnxruntime(model, [_feeds(signature, x, t) for x, t in calls], folder)
+        file = _onnxruntime(model, feeds, folder)
         return Denoiser(file, signature, threads=threads), file
-    return _nncf(model, signature, calls, folder, threads)
+    return _nncf(model, signature, feeds, folder, threads)
 
 
-def _feeds(signature: Signature, x: Images, t: Timestep) -> dict[str, npt.NDArray[Any]]:
-    return {signature.sample: x, signature.timestep: np.full(len(x), t, np.int64)}
+def _feeds(net: Denoiser, calls: Sequence[Call]) -> list[dict[str, npt.NDArray[Any]]]:
+    """What the graph is fed in each call, the timestep in the type and the shape that it declares."""
+    dtype, shape = net.inputs[net.signature.timestep]
+    found = []
+    for x, t, conditions in calls:
+        size = tuple(d if isinstance(d, int) else len(x) for d in shape)
+        found.append({net.signature.sample: x, net.signature.timestep: np.full(size, t, dtype), **conditions})
+    return found
 
 
 def _onnxruntime(model: Path, feeds: Sequence[dict[str, npt.NDArray[Any]]], folder: Path) -> Path:
@@ -64,21 +80,26 @@ def _onnxruntime(model: Path, feeds: Sequence[dict[str, npt.NDArray[Any]]], fold
             return next(self._rows, None)
 
     path = folder / "onnxruntime.onnx"
-    quantize_static(
-        str(model),
-        str(path),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-    )
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises its own preprocessing, on the root logger
+    try:
+        quantize_static(
+            str(model),
+            str(path),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        )
+    finally:
+        logging.disable(level)
     return path
 
 
 def _nncf(
-    model: Path, signature: Signature, calls: Sequence[Call], folder: Path, threads: int | None
+    model: Path, signature: Signature, feeds: Sequence[dict[str, npt.NDArray[Any]]], folder: Path, threads: int | None
 ) -> tuple[Predict, Path]:
     """NNCF's post-training quantization with its defaults, run by OpenVINO on the CPU, all else in float32."""
     import nncf
@@ -86,18 +107,19 @@ def _nncf(
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     read = openvino.Core().read_model(model)
-    batch = len(calls[0][0])
-    data = nncf.Dataset([_feeds(signature, x, t) for x, t in calls])
-    quantized = nncf.quantize(read, data, subset_size=len(calls))
+    quantized = nncf.quantize(read, nncf.Dataset(list(feeds)), subset_size=len(feeds))
     path = folder / "nncf.xml"
     openvino.save_model(quantized, path, compress_to_fp16=False)
-    quantized.reshape({signature.sample: [batch, *calls[0][0].shape[1:]], signature.timestep: [batch]})
+    first = feeds[0]
+    quantized.reshape({name: list(array.shape) for name, array in first.items()})
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     request = openvino.Core().compile_model(quantized, "CPU", options).create_infer_request()
 
-    def predict(x: Images, t: Timestep) -> Images:
-        return np.array(request.infer(_feeds(signature, x, t))[0], np.float32)
+    def predict(x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
+        time = np.full_like(first[signature.timestep], t)
+        given = {signature.sample: x, signature.timestep: time, **conditions}
+        return np.array(request.infer(given)[0], np.float32)
 
     return predict, path.with_suffix(".bin")

@@ -209,37 +209,6 @@ def _zero(quantizer: dict[str, Any]) -> str:
     return ", ".join(str(z) for z in quantizer["zero_point"])
 
 
-def print_bench(found: dict[str, Any]) -> None:
-    """Bench.to_json for people."""
-    call, slow, floor, traced = found["call_ms"], found["float_call_ms"], found["floor"], found["profile"]
-    pairs = {
-        "onnxruntime": found["onnxruntime"] + ("" if found["onnxruntime_tested"] else " (not tested)"),
-        "threads": f"{found['threads']}, pinned",
-        "timestep": found["timestep"],
-        **{f"input {name}": made for name, made in found["inputs"].items()},
-        "one call": _call(call, found["repeats"]),
-    }
-    if slow is not None:
-        pairs["one float call"] = _call(slow, 2 * found["repeats"])
-        pairs["speed-up"] = f"{found['speedup']:.2f}x (medians; blocks float, quantized, float)"
-    pairs["integer kernels alone"] = (
-        f"{floor['share']:.1%} of the kernel time ({floor['integer_kernels_ms']:.3f} ms profiled); "
-        f"the floor of the call is {floor['call_ms']:.3f} ms"
-    )
-    pairs["profiled call"] = f"{traced['call_ms']:.3f} ms, {traced['kernels_ms']:.3f} ms of it in kernels"
-    console.print_pairs(found["bundle"], pairs)
-    title = f"one call under onnxruntime's profiler, {traced['nodes']} nodes, median of {traced['calls']} calls"
-    for column, rows in (("group", found["groups"]), ("op", found["operations"])):
-        cells = [(row[column], row["nodes"], f"{row['ms']:.3f}", f"{row['share']:.1%}") for row in rows]
-        console.print_table(title, (column, "nodes", "ms", "share"), cells)
-    for note in found["notes"]:
-        console.out.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-def _call(latency: dict[str, float], calls: int) -> str:
-    return f"{latency['median']:.3f} ms median, {latency['minimum']:.3f} ms minimum, {calls} calls"
-
-
 def print_recipes(name: str | None, *, as_json: bool) -> None:
     """All recipes; or one recipe as YAML, with its passes; or one pass with its options and what it says of itself."""
     if name is None:

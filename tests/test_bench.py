@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mezzotint import bench, compile_model, doctor
+from mezzotint import bench, compile_model, doctor, peers
 from mezzotint.compiler.audit import audit
 from mezzotint.compiler.errors import OutputError
+from mezzotint.evaluate import Latency, Ratio, paired_run, ratio, unseen_seed
 from mezzotint.runtime.bundle import Bundle
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.session import TESTED_ONNXRUNTIME, untested_version
+from mezzotint.runtime.session import TESTED_ONNXRUNTIME, Denoiser, untested_version
+from mezzotint.runtime.signature import Signature
 from mezzotint.trace import GROUPS, INTEGER, Breakdown, group_of, read_trace
 from tests.models import FAST, SMALL, THREADS, Cli, Compiled, hand_written, write
 from tests.models import INTEGER as INTEGER_LAYERS
@@ -167,9 +169,14 @@ class TestMeasure:
         assert told["call_ms"]["median"] >= told["call_ms"]["minimum"] > 0
         assert told["float_call_ms"]["median"] >= told["float_call_ms"]["minimum"] > 0
         assert measured.floating is not None
-        assert len(measured.floating.seconds) == 2 * len(measured.quantized.seconds) == 6
+        assert len(measured.floating.seconds) == len(measured.quantized.seconds) == 2 * 2 * 3
+        assert len(measured.floating.blocks) == len(measured.quantized.blocks) == 2 * 2
         ratio = measured.floating.median / measured.quantized.median
         assert told["speedup"] == pytest.approx(ratio, abs=1e-4)
+        low, high = told["speedup_range"]
+        each = [s / q for s, q in zip(measured.floating.blocks, measured.quantized.blocks, strict=True)]
+        assert (low, high) == pytest.approx((min(*each, ratio), max(*each, ratio)), abs=1e-4)
+        assert (told["peers"], told["faith"]) == ([], None)
         assert told["floor"]["call_ms"] < told["call_ms"]["median"]
         assert told["timestep"] == measured.bundle.deployment.timesteps[2]
         assert told["inputs"] == {"x": "float32 [2, 1, 8, 8], random normal"}
@@ -184,7 +191,7 @@ class TestMeasure:
         found = bench.measure(hand.bundle, threads=THREADS, repeats=1)
 
         assert found.floating is None
-        assert found.to_json()["speedup"] is None
+        assert found.to_json()["speedup"] is found.to_json()["speedup_range"] is None
         assert list(tmp_path.iterdir()) == []
 
     def test_conditions_are_random(self, tmp_path: Path) -> None:
@@ -230,6 +237,103 @@ class TestMeasure:
         assert "--batch 2" in str(refused.value.hint)
 
 
+class TestPeers:
+    """Other quantizers of the same float model."""
+
+    @pytest.fixture(scope="class")
+    def told(self, hand: Compiled) -> dict[str, Any]:
+        options: dict[str, Any] = {"batch": 2, "threads": THREADS, "repeats": 2, "rounds": 1, "calibration": 6}
+        return bench.measure(hand.bundle, float_model=hand.exported, peers=peers.PEERS, **options).to_json()
+
+    def test_each_has_speed_size_and_faith(self, told: dict[str, Any], hand: Compiled) -> None:
+        peer = next(p for p in told["peers"] if p["peer"] == peers.ONNXRUNTIME)
+
+        assert json.loads(json.dumps(told, allow_nan=False)) == told
+        assert peer["error"] is None
+        low, high = peer["speedup_range"]
+        assert 0 < low <= peer["speedup"] <= high
+        assert peer["speedup"] == pytest.approx(told["float_call_ms"]["median"] / peer["call_ms"]["median"], rel=0.01)
+        assert peer["bytes"] > 0 and told["float_bytes"] == hand.exported.stat().st_size
+        for faith in (peer["faith"], told["faith"]):
+            assert faith["pictures"] == 4 and 5 < faith["eps_sqnr_db_worst_step"] <= faith["eps_sqnr_db"]
+
+    def test_the_faith_is_that_of_a_paired_run(self, told: dict[str, Any], hand: Compiled) -> None:
+        exact = Denoiser(hand.exported, hand.bundle.signature, threads=THREADS)
+        nets = hand.bundle.denoisers(threads=THREADS)
+        _, sqnr = paired_run(exact, nets, hand.bundle, 4, seed=unseen_seed(hand.bundle), batch=2)
+
+        assert told["faith"]["eps_sqnr_db"] == pytest.approx(sqnr.pooled(), rel=1e-6)
+
+    @pytest.mark.skipif(peers.NNCF in peers.available(), reason="NNCF is installed")
+    def test_what_is_not_installed_is_told(self, told: dict[str, Any]) -> None:
+        peer = next(p for p in told["peers"] if p["peer"] == peers.NNCF)
+
+        assert peer["error"] == "not installed"
+        assert peer["call_ms"] is peer["speedup"] is peer["faith"] is None
+
+    def test_one_that_fails_does_not_stop_the_others(
+        self, cli: Cli, hand: Compiled, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        quantize = peers.quantize
+
+        def fail(peer: str, *rest: Any) -> Any:
+            if peer == peers.NNCF:
+                raise RuntimeError("unsupported operation Foo\nat line 7")
+            return quantize(peer, *rest)
+
+        monkeypatch.setattr(peers, "available", lambda: list(peers.PEERS))
+        monkeypatch.setattr(peers, "quantize", fail)
+        words = ("--float", hand.exported, "--peers", "--repeats", 1, "--rounds", 1, "--calibration", 2, "--json")
+
+        told = json.loads(cli("bench", hand.bundle.path, *words).out)
+
+        assert [p["error"] for p in told["peers"]] == [None, "RuntimeError: unsupported operation Foo"]
+        assert told["peers"][0]["speedup"] > 0
+
+    def test_conditions_are_calibrated_on(self, tmp_path: Path) -> None:
+        source = write(hand_written(context="context"), tmp_path / "m.onnx")
+        bundle = compile_model(source, tmp_path / "b", conditions={"context": np.ones((2, 6), np.float32)}, **SMALL)
+        options: dict[str, Any] = {"threads": THREADS, "repeats": 1, "rounds": 1, "calibration": 3}
+
+        found = bench.measure(bundle, float_model=source, peers=[peers.ONNXRUNTIME], **options)
+
+        assert found.peers[0].error is None and found.peers[0].latency is not None
+        assert found.peers[0].faith is not None and found.peers[0].faith["eps_sqnr_db"] > 10
+
+    def test_calls_without_their_conditions_are_refused(self, tmp_path: Path) -> None:
+        source = write(hand_written(context="context"), tmp_path / "m.onnx")
+        signature = Signature("x", "t", "y", ("context",))
+        x = np.zeros((1, 1, 8, 8), np.float32)
+        with pytest.raises(InputError, match=r"have conditions \[\], the model \['context'\]"):
+            peers.quantize(peers.ONNXRUNTIME, source, signature, [(x, 3, {})], tmp_path, THREADS)
+        with pytest.raises(InputError, match="no calls to calibrate on"):
+            peers.quantize(peers.ONNXRUNTIME, source, signature, [], tmp_path, THREADS)
+
+    def test_refusals(self, hand: Compiled) -> None:
+        with pytest.raises(InputError, match="begin with the float model"):
+            bench.measure(hand.bundle, peers=[peers.ONNXRUNTIME])
+        with pytest.raises(InputError, match="no peer is called 'tflite'"):
+            bench.measure(hand.bundle, float_model=hand.exported, peers=["tflite"])
+        with pytest.raises(InputError, match="0 rounds"):
+            bench.measure(hand.bundle, rounds=0)
+
+    def test_for_people(self, cli: Cli, hand: Compiled) -> None:
+        words = ("--float", hand.exported, "--peers", "--repeats", 1, "--rounds", 1, "--calibration", 2)
+        answer = cli("bench", hand.bundle.path, *words)
+
+        assert answer.code == 0, answer.err
+        for word in ("fp32", "this bundle", "openvino", "SQNR", "2 blocks in turns"):
+            assert word in answer.out, (word, answer.out)
+
+
+def test_ratios_of_known_times() -> None:
+    slow = Latency((4.0, 4.0, 6.0, 6.0), (4.0, 6.0))
+    fast = Latency((1.0, 1.0, 3.0, 3.0), (1.0, 3.0))
+
+    assert ratio(slow, fast) == Ratio(2.5, 2.0, 4.0)
+    assert ratio(slow, slow) == Ratio(1.0, 1.0, 1.0)
+
+
 class TestCommand:
     """`mezzotint bench`."""
 
@@ -238,6 +342,7 @@ class TestCommand:
 
         assert answer.code == 0, answer.err
         assert answer.err == ""
+        assert "beside others" not in answer.out
         for word in ("2, pinned", "random normal", "QLinearConv", "speed-up", *GROUPS[:2], "without the profiler"):
             assert word in answer.out, (word, answer.out)
 

@@ -32,8 +32,8 @@ from tests.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_wri
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("demo", "compile", "export", "sample", "inspect", "bench", "mix", "diff", "debug", "recipes", "doctor"),
-    *("card", "overlay", "overrides"),
+    *("demo", "compile", "export", "sample", "mix", "inspect", "diff", "debug", "eval", "bench"),
+    *("card", "overlay", "overrides", "recipes", "doctor"),
 )
 HEAVY = {"torch", "diffusers", "onnxruntime", "onnx", "onnx_ir", "numpy"}
 

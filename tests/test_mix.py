@@ -411,6 +411,7 @@ def test_calls_take_turns_there_and_back() -> None:
     found = in_turns([net("a"), net("b")], np.zeros((1, 1, 2, 2), np.float32), 0, repeats=2)
     assert order == ["a"] * 3 + ["b"] * 6 + ["a"] * 3
     assert [len(latency.seconds) for latency in found] == [4, 4]
+    assert [len(latency.blocks) for latency in found] == [2, 2]
 
 
 class TestCommand:

@@ -216,7 +216,7 @@ def _peer(bundle: Bundle, exported: Path, batch: int, threads: int | None, folde
     net = Denoiser(exported, bundle.signature, threads=threads)
 
     def record(x: Images, t: Timestep) -> Images:
-        calls.append((x, t))
+        calls.append((x, t, {}))
         return net(x, t)
 
     x = samplers.initial_noise(0, (batch, *bundle.sample_shape))

@@ -155,7 +155,7 @@ class Board:
             calls: list[peers.Call] = []
 
             def record(x: Images, t: Timestep) -> Images:
-                calls.append((x, t))
+                calls.append((x, t, {}))
                 return self.exact(x, t)
 
             x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
