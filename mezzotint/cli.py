@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_audit import audit
 from .cli_bench import bench
 from .cli_card import card
 from .cli_debug import debug
@@ -212,12 +213,6 @@ def sample(
 
 
 app.command()(mix)
-app.command()(diff)
-app.command()(debug)
-app.command()(card)
-app.command()(overlay)
-app.command()(overrides)
-app.command("eval")(evaluate)
 
 
 @app.command()
@@ -235,7 +230,14 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")], json
         print_inspection(opened)
 
 
+app.command()(audit)
+app.command()(diff)
+app.command()(debug)
+app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(card)
+app.command()(overlay)
+app.command()(overrides)
 
 
 @app.command()

@@ -32,7 +32,7 @@ from tests.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_wri
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("demo", "compile", "export", "sample", "mix", "inspect", "diff", "debug", "eval", "bench"),
+    *("demo", "compile", "export", "sample", "mix", "inspect", "audit", "diff", "debug", "eval", "bench"),
     *("card", "overlay", "overrides", "recipes", "doctor"),
 )
 HEAVY = {"torch", "diffusers", "onnxruntime", "onnx", "onnx_ir", "numpy"}
