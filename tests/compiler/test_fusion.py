@@ -19,7 +19,7 @@ from mezzotint import compile_model
 from mezzotint.compiler.errors import ModelError, OutputError
 from mezzotint.compiler.fusion import Fusion, Verdict, audit_fusion
 from mezzotint.compiler.fusion_rules import RULES
-from mezzotint.peers import quantize
+from mezzotint.peers import Call, quantize
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.session import Level, open_session
 from tests.groups import (
@@ -459,7 +459,7 @@ class TestOtherFiles:
         assert fusion.strays == ()
 
     def test_that_of_onnxruntimes_own_quantizer(self, hand: Compiled, tmp_path: Path) -> None:
-        calls = [(np.zeros((1, 1, 8, 8), np.float32), 0)]
+        calls: list[Call] = [(np.zeros((1, 1, 8, 8), np.float32), 0, {})]
         _, model = quantize("onnxruntime", hand.exported, hand.bundle.signature, calls, tmp_path, 1)
         fusion = audited(model, tmp_path)
         kernels = built_kernels(model, tmp_path)
