@@ -13,6 +13,7 @@ from .cli_card import card
 from .cli_debug import debug
 from .cli_diff import diff
 from .cli_eval import evaluate
+from .cli_inspect import inspect
 from .cli_interchange import overlay, overrides
 from .cli_mix import mix
 from .cli_options import Force, Group, Json, Threads
@@ -213,21 +214,7 @@ def sample(
 
 
 app.command()(mix)
-
-
-@app.command()
-def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")], json: Json = False) -> None:
-    """What was done to a bundle: passes, quantizers, what runs as integers, and why the rest does not."""
-    from .report import inspection, print_inspection
-    from .runtime.bundle import open_bundle
-
-    opened = open_bundle(bundle)
-    if json:
-        from .console import print_json
-
-        print_json(inspection(opened))
-    else:
-        print_inspection(opened)
+app.command()(inspect)
 
 
 app.command()(audit)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid #8884; padding: .25rem .6rem; text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; }
-pre { font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.added { background: #2a52; } .removed { background: #c332; } .nothing { opacity: .6; }
-@media print { body { max-width: none; font-size: 10pt; } tr { break-inside: avoid; } }
+ASSETS = Path(__file__).parent / "assets" / "inspect"
+_STYLE = """main { max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.3rem; }
+.nothing { color: var(--soft); }
+pre .added, pre .removed { display: block; }
 """
+
+
+def base_style() -> str:
+    """What all pages have in common: colours for light and dark, type, tables, differences, paper."""
+    return (ASSETS / "base.css").read_text(encoding="utf-8")
 
 
 def page(title: str, parts: Sequence[str]) -> str:
@@ -26,9 +25,8 @@ def page(title: str, parts: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{base_style()}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 
 

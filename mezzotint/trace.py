@@ -1,10 +1,11 @@
-"""onnxruntime's own profile of a session, summed up by operation and by group of operations."""
+"""onnxruntime's own profile of a session, summed up by operation, by group of operations, and by node."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """What the profiler saw: `calls` profiled calls of `call_seconds` each in the median, the profiler included."""
+    """What the profiler saw: `calls` profiled calls of `call_seconds` each in the median, the profiler included.
+
+    `nodes` are the seconds of each node of the built graph, by the name that onnxruntime gave it.
+    """
 
     operations: tuple[Operation, ...]
     calls: int
     call_seconds: float
+    nodes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kernel_seconds(self) -> float:
@@ -81,16 +86,18 @@ def read_trace(path: Path) -> Breakdown:
         events = json.loads(path.read_text(encoding="utf-8"))
         calls = sorted((e["ts"], e["dur"]) for e in events if e.get("name") == "model_run")[1:]
         nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)]
-        timed = [(e["ts"], e["dur"], e["args"]["op_name"]) for e in nodes]
+        timed = [(e["ts"], e["dur"], e["args"]["op_name"], e["name"].removesuffix(_KERNEL)) for e in nodes]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_trace(path, f"{type(error).__name__} {error}") from error
     spent: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * len(calls))  # microseconds of each call
+    by_node: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * len(calls))
     count: Counter[str] = Counter()
-    for start, duration, op in timed:
+    for start, duration, op, name in timed:
         call = next((i for i, (begin, length) in enumerate(calls) if begin <= start <= begin + length), None)
         if call is None or op in _BODIES:
             continue
         spent[op][call] += duration
+        by_node[name][call] += duration
         count[op] += 1
     if not count:
         raise _no_trace(path, "it shows no call")
@@ -99,7 +106,8 @@ def read_trace(path: Path) -> Breakdown:
         for op, times in spent.items()
     ]
     ordered = tuple(sorted(operations, key=lambda o: (-o.seconds, o.op)))
-    return Breakdown(ordered, len(calls), float(np.median([length for _, length in calls])) / 1e6)
+    names = {name: float(np.median(times)) / 1e6 for name, times in by_node.items()}
+    return Breakdown(ordered, len(calls), float(np.median([length for _, length in calls])) / 1e6, names)
 
 
 def group_of(op: str) -> str:

@@ -19,7 +19,8 @@ from mezzotint.compiler.program import Program
 from tests import golden
 from tests.tiny import context_in, program_of, tiny_program
 
-pytest_plugins = ["tests.models"]  # the fixtures of the front ends, the API and the command line
+# the fixtures of the front ends, the API and the command line; the browser
+pytest_plugins = ["tests.models", "tests.browser"]
 Check = Callable[..., Program]
 
 

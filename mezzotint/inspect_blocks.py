@@ -1,0 +1,176 @@
+"""The blocks of a graph: a tree whose leaves are nodes, each block small enough to be drawn and read.
+
+Names of nodes tell the modules that they come from, separated by slashes (`mid_block/resnets.0/conv1/Conv`). A block is
+a module; one with hardly anything in it is dissolved in the block around it, one that only holds another block is
+merged with it, and one with too much is cut up.
+
+Cutting, and graphs whose names tell nothing, go by dominators: what a node dominates is what can be reached through it
+only, so whole subtrees of the dominator tree stay together as long as they are small enough. Where that finds nothing
+(a graph with long shortcuts everywhere), runs of the topological order are as good as anything.
+
+Nodes that depend on the timestep only, or on no input at all, stand apart (TABLES): their edges lead everywhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+TABLES = "timestep tables"
+SMALL, LARGE = 5, 60  # items of a block: with fewer nodes it is dissolved, with more items it is cut up
+_PART = 24  # nodes that a cut aims at
+
+
+@dataclass
+class Block:
+    """`nodes` are indices; the items of a block are its children and its nodes."""
+
+    name: str
+    nodes: list[int] = field(default_factory=list)
+    children: list[Block] = field(default_factory=list)
+
+    @property
+    def items(self) -> int:
+        return len(self.nodes) + len(self.children)
+
+    def all_nodes(self) -> Iterator[int]:
+        yield from self.nodes
+        for child in self.children:
+            yield from child.all_nodes()
+
+
+def make_blocks(names: Sequence[str], edges: Sequence[tuple[int, int]], tables: frozenset[int]) -> Block:
+    """The tree of the nodes `0 .. len(names) - 1`, which are in topological order; `edges` are (from, to)."""
+    rest = [i for i in range(len(names)) if i not in tables]
+    scopes = _scopes(names, rest, edges)
+    root = Block("")
+    known: dict[tuple[str, ...], Block] = {(): root}
+    for i in rest:
+        _block_of(scopes[i], known).nodes.append(i)
+    if tables:
+        root.children.append(Block(TABLES, sorted(tables)))
+    _tidy(root)
+    _cut(root, edges)
+    _sort(root)
+    return root
+
+
+def _scopes(names: Sequence[str], nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> dict[int, tuple[str, ...]]:
+    """The module of each node. Nodes without a name of the kind go where the nodes beside them belong."""
+    found = {i: tuple(names[i].strip("/").split("/")[:-1]) for i in nodes}
+    homeless = {i for i in nodes if not found[i]}
+    if 2 * len(homeless) > len(nodes):  # the names tell nothing
+        return dict.fromkeys(nodes, ())
+    after: dict[int, list[int]] = {i: [] for i in homeless}
+    before: dict[int, list[int]] = {i: [] for i in homeless}
+    for a, b in edges:
+        if a in after and b in found:
+            after[a].append(b)
+        if b in before and a in found:
+            before[b].append(a)
+    for beside, order in ((after, sorted(homeless, reverse=True)), (before, sorted(homeless))):
+        for i in order:
+            if not found[i]:
+                found[i] = _common([found[j] for j in beside[i] if found[j]])
+    return found
+
+
+def _common(scopes: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """What all scopes begin with."""
+    if not scopes:
+        return ()
+    first, last = min(scopes), max(scopes)
+    same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:same]
+
+
+def _block_of(scope: tuple[str, ...], known: dict[tuple[str, ...], Block]) -> Block:
+    if scope not in known:
+        known[scope] = Block(scope[-1])
+        _block_of(scope[:-1], known).children.append(known[scope])
+    return known[scope]
+
+
+def _tidy(block: Block) -> None:
+    """Dissolve tiny blocks, merge a block with its only child."""
+    for child in block.children:
+        _tidy(child)
+    kept = []
+    for child in block.children:
+        count = sum(1 for _ in child.all_nodes())
+        if child.name != TABLES and not child.children and count < SMALL and block.items + count <= LARGE:
+            block.nodes += child.nodes
+        else:
+            kept.append(child)
+    block.children = kept
+    if block.name and not block.nodes and len(block.children) == 1:
+        only = block.children[0]
+        block.name, block.nodes, block.children = f"{block.name}/{only.name}", only.nodes, only.children
+
+
+def _cut(block: Block, edges: Sequence[tuple[int, int]]) -> None:
+    """Put the nodes of a block with too many items into parts; and parts into parts, where there are too many."""
+    for child in block.children:
+        _cut(child, edges)
+    if block.items <= LARGE:
+        return
+    nodes = set(block.nodes)
+    inner = [(a, b) for a, b in edges if a in nodes and b in nodes]
+    regions = _regions(sorted(nodes), inner)
+    parts = [Block("", region) for region in regions if len(region) >= SMALL]
+    loose = sorted(i for region in regions if len(region) < SMALL for i in region)
+    if len(loose) + len(parts) + len(block.children) > LARGE:
+        parts += [Block("", run) for run in _runs(loose)]
+        loose = []
+    parts.sort(key=lambda part: part.nodes[0])
+    for number, part in enumerate(parts, 1):
+        part.name = f"part {number}"
+    apart = [child for child in block.children if child.name == TABLES]  # where every drawing looks for them
+    rest = [*(child for child in block.children if child.name != TABLES), *parts]
+    while len(rest) > 1 and len(loose) + len(apart) + len(rest) > LARGE:
+        rest = [Block("", [], [rest[i] for i in run]) for run in _runs(range(len(rest)))]
+        for group in rest:
+            group.name = f"{group.children[0].name} .. {group.children[-1].name}"
+    block.nodes, block.children = loose, [*apart, *rest]
+
+
+def _runs(items: Sequence[int]) -> list[list[int]]:
+    """Consecutive runs of about _PART items."""
+    count = max(1, round(len(items) / _PART))
+    size = max(1, -(-len(items) // count))
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _regions(nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Nodes by what dominates them: subtrees of at most 2 * _PART nodes, as large as they get."""
+    import networkx as nx
+
+    start = -1
+    graph = nx.DiGraph()
+    graph.add_nodes_from([start, *nodes])
+    graph.add_edges_from(edges)
+    graph.add_edges_from([(start, i) for i in nodes if graph.in_degree(i) == 0])
+    parent = nx.immediate_dominators(graph, start)
+    open_: dict[int, list[int]] = {i: [i] for i in nodes}  # what hangs at a node and has no region yet
+    regions = []
+    for i in reversed(nodes):  # topological: what a node dominates comes behind it
+        whole = len(open_[i]) >= _PART or parent[i] == start
+        if whole or len(open_[parent[i]]) + len(open_[i]) > 2 * _PART:
+            regions.append(sorted(open_.pop(i)))
+        else:
+            open_[parent[i]] += open_.pop(i)
+    return sorted(regions)
+
+
+def _sort(block: Block) -> None:
+    """Children in the order of the graph; the tables first."""
+    for child in block.children:
+        _sort(child)
+    block.nodes.sort()
+    block.children.sort(key=lambda child: (child.name != TABLES, min(child.all_nodes(), default=0)))
+
+
+def mix(block: Block, kinds: Sequence[str]) -> Mapping[str, int]:
+    """How many nodes of each kind are in a block, all the way down."""
+    return Counter(kinds[i] for i in block.all_nodes())
