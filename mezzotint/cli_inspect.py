@@ -54,7 +54,7 @@ def inspect(
         with console.progress(quiet=json) as report:
             write_page(opened, html, wishes, report)
         if not json:
-            console.out.print(f"wrote {html}", highlight=False, markup=False)
+            console.out.print(f"wrote {html}", highlight=False, markup=False, soft_wrap=True)
             return
     from .report import inspection, print_inspection
 

@@ -6,52 +6,28 @@ Each function makes one section's data. Where a bundle has nothing to tell, the 
 from __future__ import annotations
 
 import base64
-import importlib
 import math
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from .compiler.errors import RecipeError
 from .passes.recipe_files import recipe_from_json, to_yaml
 from .report import model_bytes
 from .runtime.bundle import Bundle
+from .runtime.ranges import RANGES, Ranges
 
-RANGES = "ranges.safetensors"
 _LONGEST_DIFF = 4_000_000  # characters of one pass's difference that the page carries; the file has all of it
 _FIELDS = ("low", "high", "scale", "seen_low", "seen_high")
 
 Data = dict[str, Any]
 
 
-class RangeTable(Protocol):
-    """What the page reads of a bundle's ranges: one row for each quantizer, one column for each timestep."""
-
-    @property
-    def timesteps(self) -> npt.NDArray[np.float64]: ...
-    @property
-    def low(self) -> npt.NDArray[np.float32]: ...
-    @property
-    def high(self) -> npt.NDArray[np.float32]: ...
-    @property
-    def scale(self) -> npt.NDArray[np.float32]: ...
-    @property
-    def seen_low(self) -> npt.NDArray[np.float32]: ...
-    @property
-    def seen_high(self) -> npt.NDArray[np.float32]: ...
-
-
-def load_ranges(bundle: Bundle) -> RangeTable | None:
+def load_ranges(bundle: Bundle) -> Ranges | None:
     """The ranges of a bundle over its timesteps; None where it was written without."""
-    if RANGES not in bundle.manifest["files"]:
-        return None
-    table: RangeTable = importlib.import_module(".runtime.ranges", __package__).Ranges.load(bundle.path / RANGES)
-    return table
+    return Ranges.load(bundle.path / RANGES) if RANGES in bundle.manifest["files"] else None
 
 
 def summary(bundle: Bundle) -> Data:
@@ -124,7 +100,7 @@ def _diff(file: Path) -> Data:
 
 
 def verdicts(bundle: Bundle) -> list[Data]:
-    """The fusion audit: {name, op, kernel, integer, rule, why, mend} for each layer, those in float first."""
+    """What the compilation found: {name, op, kernel, integer, rule, why, mend} for each layer, those in float first."""
     rows = [
         {
             "name": name,
@@ -161,7 +137,7 @@ def quantizers(bundle: Bundle) -> list[Data]:
     return rows
 
 
-def ranges(bundle: Bundle, table: RangeTable | None) -> Data:
+def ranges(bundle: Bundle, table: Ranges | None) -> Data:
     """The range of each quantizer at each timestep; a row that never changes is one number instead of a list."""
     count = len(bundle.manifest["quantizers"])
     if not count:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from . import bench
+from .compiler.fusion import audit_fusion
 from .compiler.pipeline import Progress, silent
 from .debug import diagnose
 from .evaluate import Comparison, compare, latencies, unseen_seed
@@ -54,7 +56,7 @@ class Wishes:
 
 
 def measure(bundle: Bundle, wishes: Wishes, progress: Progress = silent) -> Data:
-    """{"pictures", "speed", "cost"}. Raises InputError where the reference is missing."""
+    """{"audit", "pictures", "speed", "cost"}. Raises InputError where the reference is missing."""
     if wishes.reference is not None and not wishes.reference.is_file():
         raise InputError(
             "there is no such float model",
@@ -62,10 +64,19 @@ def measure(bundle: Bundle, wishes: Wishes, progress: Progress = silent) -> Data
             hint="write it with `mezzotint export MODEL -o FILE.onnx`, from the model that the bundle was made of",
         )
     return {
+        "audit": audit_rows(bundle, wishes.threads),
         "pictures": _or_note(lambda: _pictures(bundle, wishes, progress)),
         "speed": _or_note(lambda: _speed(bundle, wishes, progress)),
         "cost": _or_note(lambda: _cost(bundle, wishes, progress)),
     }
+
+
+def audit_rows(bundle: Bundle, threads: int | None = None) -> list[Data]:
+    """The fusion audit by this onnxruntime, failures first: {name, op, kernel, integer, rule, why, mend}."""
+    with TemporaryDirectory() as folder:
+        islands = bundle.manifest["islands"]
+        found = audit_fusion(bundle.model_path, Path(folder), threads=threads, islands=islands)
+    return [v.to_json() for v in sorted(found.verdicts, key=lambda v: (v.integer, not v.failed))]
 
 
 def _or_note(measurement: Callable[[], Data]) -> Data:

@@ -22,6 +22,7 @@ from .inspect_measure import Wishes, measure
 from .inspect_sites import quantizers_of
 from .pages import ASSETS, base_style
 from .runtime.bundle import Bundle
+from .runtime.ranges import Ranges
 
 SCRIPTS = ("core", "charts", "tables", "graph", "panel", "search", "heat", "sections", "main")
 
@@ -38,9 +39,12 @@ def write_page(bundle: Bundle, target: Path, wishes: Wishes | None = None, progr
         part.write_text(page(data), encoding="utf-8", newline="\n")
 
 
-def page_data(bundle: Bundle, measured: Data, ranges: inspect_data.RangeTable | None = None) -> Data:
-    """All that the page shows, as plain data. `ranges` stand in for those of the bundle."""
-    audit = inspect_data.verdicts(bundle)
+def page_data(bundle: Bundle, measured: Data, ranges: Ranges | None = None) -> Data:
+    """All that the page shows, as plain data. `ranges` stand in for those of the bundle.
+
+    Where nothing was audited, the compilation's own audit is told.
+    """
+    audit = measured.get("audit") or inspect_data.verdicts(bundle)
     islands = bundle.manifest["islands"]
     drawn = read_graph(bundle.model_path, bundle.signature.timestep, {row["name"]: row for row in audit}, islands)
     quantizers = inspect_data.quantizers(bundle)

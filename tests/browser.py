@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from mezzotint import Bundle, open_bundle
 from mezzotint.runtime.bundle import MANIFEST, seal_bundle
+from mezzotint.runtime.ranges import Ranges
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -75,19 +75,7 @@ def opened(browser: Browser, file: Path, size: tuple[int, int] = DESKTOP, **opti
         context.close()
 
 
-@dataclass(frozen=True)
-class Table:
-    """Ranges made by hand, in the shape of those of a bundle."""
-
-    timesteps: npt.NDArray[np.float64]
-    low: npt.NDArray[np.float32]
-    high: npt.NDArray[np.float32]
-    scale: npt.NDArray[np.float32]
-    seen_low: npt.NDArray[np.float32]
-    seen_high: npt.NDArray[np.float32]
-
-
-def made_up_ranges(bundle: Bundle) -> Table:
+def made_up_ranges(bundle: Bundle) -> Ranges:
     """Ranges that drift with the timestep for activations, and stay for weights; not all were measured."""
     rng = np.random.default_rng(7)
     times = np.array(sorted(bundle.deployed_timesteps or bundle.deployment.timesteps), np.float64)
@@ -97,7 +85,7 @@ def made_up_ranges(bundle: Bundle) -> Table:
     width = start * (1 + drift * np.linspace(0, 1, len(times)))
     high, low = (0.6 * width).astype(np.float32), (-0.4 * width).astype(np.float32)
     seen = np.where(drift != 0, 0.9, np.nan).astype(np.float32)
-    return Table(times, low, high, (high - low) / np.float32(255), low * seen, high * seen)
+    return Ranges(times, low, high, (high - low) / np.float32(255), low * seen, high * seen)
 
 
 def changed_bundle(bundle: Bundle, folder: Path, model: onnx.ModelProto, **facts: Any) -> Bundle:

@@ -24,6 +24,7 @@ from mezzotint.inspect_measure import node_seconds
 from mezzotint.inspect_page import page_data
 from mezzotint.inspect_sites import quantizers_of
 from mezzotint.layout import Drawing, draw
+from mezzotint.runtime.ranges import RANGES
 from tests.browser import changed_bundle, made_up_ranges, named_bundle
 from tests.models import CONVS, INTEGER, THREADS, Compiled
 
@@ -236,7 +237,7 @@ class TestData:
         assert "the manifest lists" in told["note"]
 
     def test_a_bundle_without_ranges(self, hand: Compiled, tmp_path: Path) -> None:
-        assert inspect_data.RANGES in inspect_data.ranges(hand.bundle, None)["note"]
+        assert RANGES in inspect_data.ranges(hand.bundle, None)["note"]
         bare = changed_bundle(hand.bundle, tmp_path / "b", onnx.load(hand.bundle.model_path), quantizers=[])
         assert inspect_data.ranges(bare, None)["note"] == "nothing in this bundle is quantized"
 
