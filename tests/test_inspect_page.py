@@ -202,7 +202,9 @@ class TestPage:
         colours = shown.evaluate(
             """([row, columns, count]) => { const c = document.querySelector('.heat canvas');
             const left = Math.min(220, c.width * 0.38), cell = (c.width - left) / count;
-            const at = (column) => c.getContext('2d').getImageData(left + (column + 0.5) * cell, 28 + 15 * row, 1, 1);
+            const copy = new OffscreenCanvas(c.width, c.height).getContext('2d', { willReadFrequently: true });
+            copy.drawImage(c, 0, 0);
+            const at = (column) => copy.getImageData(left + (column + 0.5) * cell, 28 + 15 * row, 1, 1);
             return columns.map((column) => [...at(column).data].join()); }""",
             [row, [int(widths[row].argmin()), int(widths[row].argmax())], widths.shape[1]],
         )
