@@ -232,7 +232,12 @@ def test_the_bundle_tells_it(
 ) -> None:
     named = replace(planned, source={"kind": "test", "name": "tiny", "parameter_bytes": 1})
     program = pipeline.run(assigned(named, here, mean_bits=5.5), [InsertQdq()], here)
-    facts = {"recipe": {"name": "test", "description": "bits"}}
+    facts = {
+        "mezzotint": "test",
+        "recipe": {"name": "test", "description": "bits"},
+        "calibration": {"seed": 0, "samples": 4, "batch": 2},
+        "versions": {},
+    }
     emit(program, tmp_path / "bundle", here.folder, facts, threads=2)
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest["bits"] == report_of(program)
