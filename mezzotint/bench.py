@@ -197,7 +197,7 @@ def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tupl
     return made
 
 
-def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int, repeats: int) -> Breakdown:
+def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | None, repeats: int) -> Breakdown:
     """The bundle's graph under onnxruntime's profiler; the first call warms up and is not counted."""
     x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
     with TemporaryDirectory(prefix="mezzotint-bench-") as folder:

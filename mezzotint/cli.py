@@ -16,7 +16,7 @@ from .cli_eval import evaluate
 from .cli_inspect import inspect
 from .cli_interchange import overlay, overrides
 from .cli_mix import mix
-from .cli_options import Force, Group, Json, Threads
+from .cli_options import Conditions, Force, Group, Json, Threads, Unconditional
 
 # Spelled out, so that --help need not load numpy.
 SAMPLERS = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
@@ -177,8 +177,8 @@ def sample(
         bool | None,
         typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
     ] = None,
-    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
-    unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Folder: pictures in one shard; 256.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
     shards: Annotated[str | None, typer.Option(help="Folder: only these, as 3 or 3:8 (3 to 7).")] = None,

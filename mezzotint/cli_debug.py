@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Json, Threads
+from .cli_options import Conditions, Json, Noise, Reference, Threads, Unconditional
 
 
 def debug(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    reference: Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")],
+    reference: Reference,
     pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures in the trajectory.")] = 1,
     calls: Annotated[int | None, typer.Option(min=1, help="Measure at so many network calls only, evenly.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Layers to print; --json has them all.")] = 20,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; one that nothing drew from.")] = None,
-    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
-    unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    seed: Noise = None,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Json, Threads
+from .cli_options import Conditions, Json, Noise, Reference, Threads, Unconditional
 
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    reference: Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")],
+    reference: Reference,
     pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pairs of pictures.")] = 64,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder that keeps the pictures: can be stopped, and go on.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; one that nothing drew from.")] = None,
+    seed: Noise = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
     features: Annotated[
         str | None, typer.Option(help="digits, inception, none, FILE.onnx, or package.module:attribute (torch).")
@@ -28,8 +28,8 @@ def evaluate(
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure time and memory of a call.")] = True,
     resamples: Annotated[int, typer.Option(min=2, help="Draws of the bootstrap; fewer for Frechet.")] = 1000,
-    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
-    unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

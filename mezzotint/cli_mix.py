@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Force, Json, Threads
+from .cli_options import Conditions, Force, Json, Noise, Reference, Threads, Unconditional
 
 
 def mix(
     bundles: Annotated[list[str], typer.Argument(help="Bundle folders, or NAME=FOLDER to name a precision.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
-    reference: Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")],
+    reference: Reference,
     budget: Annotated[
         float | None, typer.Option(help="Mean cost of a call relative to the dearest; PTQD's own rule when left out.")
     ] = None,
@@ -27,9 +27,9 @@ def mix(
     ] = None,
     pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures to measure errors on.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 8,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of their noise; one that nothing drew from.")] = None,
-    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")] = None,
-    unconditional: Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    seed: Noise = None,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
     threads: Threads = None,
     force: Force = False,
     json: Json = False,

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,10 @@ from .runtime.errors import InterpolatedCorrection, MezzotintError
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
+Noise = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the noise; one that nothing drew from.")]
+Conditions = Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")]
+Unconditional = Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")]
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def _why_float(rows: Sequence[Data]) -> Data:
     kept = [row for row in rows if not row["integer"]]
     counted = Counter(row["why"] or row["rule"] or "no reason is known" for row in kept)
     lines = [f"{n} x {why}" if n > 1 else why for why, n in counted.most_common(4)]
-    head = f"{len(kept)} of {len(rows)} layers" if kept else "every layer runs on integer kernels"
+    head = f"{len(kept)} of {len(rows)} quantized groups and layers" if kept else "every layer runs on integer kernels"
     return {"question": "Why is a layer in float?", "head": head, "lines": lines, "section": "audit"}
 
 

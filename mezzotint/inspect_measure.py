@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from .pictures import picture, to_pixels
 from .runtime.bundle import Bundle
 from .runtime.compare import json_db
 from .runtime.errors import InputError, MezzotintError
-from .trace import Breakdown
+from .trace import node_seconds
 
 Conditions = Mapping[str, npt.NDArray[Any]]
 Images = npt.NDArray[np.float32]
@@ -36,8 +34,6 @@ Data = dict[str, Any]
 
 SIDE = 256  # pixels: larger pictures are made smaller for the page
 _REPEATS = 5
-# What onnxruntime appends to the name of a node that it rewrites, or to that of the value that the node makes.
-_ADDED = re.compile(r"(_token_\d+|_nchwc|_nhwc|/\w*Fusion/?|/duplicated|_transpose)+$")
 NO_REFERENCE = "needs the float model: --reference FLOAT.onnx, which `mezzotint export` writes"
 
 
@@ -175,14 +171,6 @@ def _speed(bundle: Bundle, wishes: Wishes, progress: Progress) -> Data:
         ],
         "nodes": {name: _ms(seconds) for name, seconds in node_seconds(found).items()},
     }
-
-
-def node_seconds(found: Breakdown) -> dict[str, float]:
-    """Seconds by the name that a node, or the value that it makes, had before onnxruntime rewrote it."""
-    spent: defaultdict[str, float] = defaultdict(float)
-    for name, seconds in found.nodes.items():
-        spent[_ADDED.sub("", name)] += seconds
-    return dict(spent)
 
 
 def _cost(bundle: Bundle, wishes: Wishes, progress: Progress) -> Data:

@@ -19,24 +19,17 @@ result after one of them: times are of the nodes whose names it kept, and `unkno
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
-
-import numpy as np
 
 from .runtime.bundle import Bundle
 from .runtime.errors import InputError
-from .runtime.samplers import initial_noise
-from .runtime.session import Denoiser
 
 What = Literal["precision", "kernel", "scale", "time", "cost"]
 Value = str | float
-PROFILED_CALLS = 8  # the first warms up
-_KERNEL = "_kernel_time"
+PROFILED_CALLS = 8
 _GRADIENT = ({"stop": 0, "bgColor": "#ffffff"}, {"stop": 1, "bgColor": "#d9480f"})
 _COLOURS = ("#a5d8ff", "#b2f2bb", "#ffec99", "#d0bfff", "#99e9f2", "#fcc2d7", "#eebefa", "#c0eb75")
 _FLOAT, _ISLAND, _DATA = "#ffc9c9", "#ffd8a8", "#f1f3f5"
@@ -74,7 +67,7 @@ def make_overlay(bundle: Bundle, what: What, *, debug: Path | None = None, threa
     elif what == "scale":
         values = _scales(bundle, graph)
     elif what == "time":
-        values, unknown = _times(bundle, {node.name or "" for node in graph}, threads)
+        values, unknown = _times(bundle, graph, threads)
     else:
         values = _costs(debug)
     known = {node.name for node in graph if node.name}
@@ -176,32 +169,22 @@ def _scales(bundle: Bundle, graph: Any) -> dict[str, Value]:
     return found
 
 
-def _times(bundle: Bundle, names: set[str], threads: int | None) -> tuple[dict[str, Value], str]:
-    """Medians over the calls, and what part of the time belongs to nodes that have other names in the built graph."""
-    from .bench import make_conditions
-    from .evaluate import middle_timestep
+def _times(bundle: Bundle, graph: Any, threads: int | None) -> tuple[dict[str, Value], str]:
+    """Milliseconds by node, medians over the calls, and the part of the time that belongs to no node of the file."""
+    from .bench import make_conditions, profile
+    from .trace import node_seconds
 
-    with TemporaryDirectory(prefix="mezzotint-overlay-") as folder:
-        net = Denoiser(
-            bundle.model_path,
-            bundle.signature,
-            threads=threads,
-            deployed=bundle.deployed_timesteps,
-            profile=Path(folder) / "trace",
-        )
-        batch = net.fixed_batch or 1
-        rows = {name: array for name, (array, _) in make_conditions(net, bundle, batch).items()}
-        x = initial_noise(0, (batch, *bundle.sample_shape))
-        for _ in range(PROFILED_CALLS):
-            net(x, middle_timestep(bundle), **rows)
-        events = json.loads(Path(net.session.end_profiling()).read_text(encoding="utf-8"))
-    spent: defaultdict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
-            spent[event["name"].removesuffix(_KERNEL)].append(event["dur"] / 1e3)
-    medians = {name: float(np.median(times)) for name, times in spent.items()}
-    missing = sum(ms for name, ms in medians.items() if name not in names) / sum(medians.values())
-    return dict(medians), f"{missing:.1%} of the time belongs to nodes that onnxruntime made and named by itself"
+    net = bundle.denoiser(threads)
+    batch = net.fixed_batch or 1
+    rows = {name: array for name, (array, _) in make_conditions(net, bundle, batch).items()}
+    spent = node_seconds(profile(bundle, batch, rows, threads, PROFILED_CALLS))
+    total, found = sum(spent.values()), dict[str, Value]()
+    for node in graph:
+        # onnxruntime calls some nodes like what they make.
+        times = [spent.pop(name) for name in {node.name, *(v.name for v in node.outputs)} if name in spent]
+        if times and node.name:
+            found[node.name] = sum(times) * 1e3
+    return found, f"{sum(spent.values()) / total:.1%} of the time belongs to nodes that onnxruntime made by itself"
 
 
 def _costs(file: Path | None) -> dict[str, Value]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ GROUPS = (*_MEMBERS, OTHER)
 
 _BODIES = frozenset({"If", "Loop", "Scan"})  # the nodes inside are in the trace themselves
 _KERNEL = "_kernel_time"
+# What onnxruntime appends to the name of a node that it rewrites, or to that of the value that the node makes.
+_ADDED = re.compile(r"(_token_\d+|_nchwc|_nhwc|/\w*Fusion/?|/duplicated|_transpose)+$")
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,11 @@ def _no_trace(path: Path, why: str) -> OutputError:
         where=str(path),
         hint="free some space in the folder for temporary files (TMPDIR chooses it), or ask for fewer --repeats",
     )
+
+
+def node_seconds(found: Breakdown) -> dict[str, float]:
+    """Seconds by the name that a node, or the value that it makes, had before onnxruntime rewrote it."""
+    spent: defaultdict[str, float] = defaultdict(float)
+    for name, seconds in found.nodes.items():
+        spent[_ADDED.sub("", name)] += seconds
+    return dict(spent)

@@ -173,7 +173,8 @@ class _Writer:
                 build = Builder(self.graph, self.names, after=producer)
             else:
                 first = self._start if value.is_graph_input() else reader
-                build = Builder(self.graph, self.names, before=first)
+                scope = "" if value.is_graph_input() else None  # it stands first, but for no reader alone
+                build = Builder(self.graph, self.names, before=first, scope=scope)
             self._pairs[key] = self._write_pair(build, value, quantizer)
         return self._pairs[key]
 

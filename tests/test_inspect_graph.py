@@ -20,11 +20,11 @@ import pytest
 from mezzotint import Bundle, bench, inspect_data
 from mezzotint.inspect_blocks import LARGE, TABLES, Block, make_blocks
 from mezzotint.inspect_graph import KINDS, read_graph
-from mezzotint.inspect_measure import node_seconds
 from mezzotint.inspect_page import page_data
 from mezzotint.inspect_sites import quantizers_of
 from mezzotint.layout import Drawing, draw
 from mezzotint.runtime.ranges import RANGES
+from mezzotint.trace import node_seconds
 from tests.browser import changed_bundle, made_up_ranges, named_bundle
 from tests.models import CONVS, INTEGER, THREADS, Compiled
 
@@ -255,7 +255,7 @@ class TestData:
         speed = {"call_ms": 1.25, "groups": [{"group": "layout", "nodes": 3, "share": 0.6}]}
         told = inspect_data.answers(hand.bundle, inspect_data.verdicts(hand.bundle), {"speed": speed, "cost": cost})
         kept, slow, changed, error = told
-        assert kept["head"] == f"{CONVS - INTEGER} of {CONVS} layers" and any(
+        assert kept["head"] == f"{CONVS - INTEGER} of {CONVS} quantized groups and layers" and any(
             "island" in line for line in kept["lines"]
         )
         assert slow["head"] == "1.25 ms a call" and slow["lines"] == ["60% layout (3 nodes)"]
