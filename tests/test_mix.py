@@ -442,6 +442,14 @@ class TestCommand:
         assert "mezzotint mix" in cli("mix", "--help").out
         assert "mix" in cli("--help").out
 
+    def test_every_precision_is_audited(self, cli: Cli, mixed: Bundle) -> None:
+        answer = cli("audit", mixed.path, "--json", "--strict")
+        assert answer.code == 0, answer.err
+        told = json.loads(answer.out)["files"]
+        assert mixed.precisions is not None and set(told) == set(mixed.precisions.files.values())
+        integers = {name: told[file]["totals"]["integer"] for name, file in mixed.precisions.files.items()}
+        assert integers["float"] == 0 < integers["w8a8"]
+
     def test_inspect_shows_the_precisions(self, cli: Cli, mixed: Bundle) -> None:
         shown = cli("inspect", mixed.path).out
         assert "network calls" in shown and "precisions, " in shown and "w8a8" in shown
