@@ -54,6 +54,10 @@ def page_data(bundle: Bundle, measured: Data, ranges: Ranges | None = None) -> D
             node["quantizers"] = found
     for row, kind in _kinds(rows, quantizers).items():
         quantizers[row]["kind"] = kind
+    for node, found in zip(drawn["nodes"], rows, strict=True):
+        for row, role in found:
+            if role == "output":
+                quantizers[row].setdefault("maker", node["name"])
     _add_times(drawn, measured["speed"])
     table = inspect_data.load_ranges(bundle) if ranges is None else ranges
     return {

@@ -21,7 +21,7 @@
     return low === null || high === null ? null : high - low;
   };
 
-  /** Rows in order: values first, then weights, each as the manifest lists them. */
+  /** A row is called by the node that makes the value, for values have names like `conv2d_7`. Rows in order: values first, then weights, each as the manifest lists them. */
   const order = (kind) => M.data.quantizers.map((q, i) => i)
     .filter((i) => kind === "all" || M.data.quantizers[i].kind === kind)
     .sort((a, b) => (M.data.quantizers[a].kind === "weight") - (M.data.quantizers[b].kind === "weight") || a - b);
@@ -45,7 +45,7 @@
     const { ranges, quantizers } = M.data, q = quantizers[row], at = (name) => M.at(ranges[name][row], column);
     const seen = at("seen_low") === null ? "not measured" : `${M.number(at("seen_low"))} .. ${M.number(at("seen_high"))}`;
     return M.facts([
-      ["quantizer", M.link(q.site, () => M.showQuantizer(row))], ["timestep", M.number(ranges.timesteps[column])],
+      ["quantizer", M.link(q.site, () => M.showQuantizer(row))], ["made by", q.maker ? M.nodeLink(q.maker) : "-"], ["timestep", M.number(ranges.timesteps[column])],
       ["grid", `${M.number(at("low"))} .. ${M.number(at("high"))}, scale ${M.number(at("scale"))}`], ["seen", seen],
     ]);
   };
@@ -73,7 +73,7 @@
       context.font = "11px system-ui, sans-serif"; context.textBaseline = "middle";
       for (const [k, row] of seen) {
         context.fillStyle = k === state.row ? css("--accent") : css("--ink");
-        context.fillText(M.short(M.data.quantizers[row].site, Math.floor(left / 6.2)), 6, top(k) + ROW / 2);
+        context.fillText(M.short(M.data.quantizers[row].maker ?? M.data.quantizers[row].site, Math.floor(left / 6.2)), 6, top(k) + ROW / 2);
       }
       const cell = (wide - left - 14) / columns.length;
       context.strokeStyle = css("--hot"); context.lineWidth = 2;

@@ -143,6 +143,7 @@
     };
     const columns = [
       { title: "site", name: true, value: (q) => q.site, show: (q) => M.link(q.site, () => M.showQuantizer(q.row)) },
+      { title: "made by", name: true, value: (q) => q.maker ?? "", show: (q) => q.maker ? M.nodeLink(q.maker) : "" },
       { title: "of", value: (q) => (q.kind === "weight" ? "weight" : "activation") }, { title: "format", tight: true, value: M.formatOf }, { title: "grain", value: M.grainOf },
       { title: "scale", tight: true, value: (q) => q.scale[0], show: M.scaleOf }, { title: "zero point", tight: true, value: M.zeroOf }, { title: "chosen by", value: (q) => q.by },
     ];
