@@ -56,7 +56,7 @@ def page_data(bundle: Bundle, measured: Data, ranges: Ranges | None = None) -> D
         quantizers[row]["kind"] = kind
     for node, found in zip(drawn["nodes"], rows, strict=True):
         for row, role in found:
-            if role == "output":
+            if role == "output" and drawn["kinds"][node["kind"]] != "table":  # a bias table is named after its layer
                 quantizers[row].setdefault("maker", node["name"])
     _add_times(drawn, measured["speed"])
     table = inspect_data.load_ranges(bundle) if ranges is None else ranges

@@ -163,6 +163,14 @@ class TestPage:
         shown.get_by_role("button", name="precision", exact=True).click()
         assert shown.locator(".item rect.box[style]").count() == 0
 
+    def test_quantizers_are_called_by_what_makes_their_values(self, made: Made) -> None:
+        graph, places = made.data["graph"], dict[str, str]()
+        for node in graph["nodes"]:
+            places |= {graph["values"][value][0]: node["name"] for value in node["out"]}
+        told = {q["site"]: q["maker"] for q in made.data["quantizers"] if "maker" in q}
+        exact = {site: maker for site, maker in told.items() if site in places}
+        assert len(exact) > 10 and all(places[site] == maker for site, maker in exact.items())
+
     def test_the_heat_map_has_a_row_for_each_quantizer(self, made: Made, shown: Page) -> None:
         canvas = shown.locator(".heat canvas")
         rows = made.data["quantizers"]

@@ -73,7 +73,7 @@
       context.font = "11px system-ui, sans-serif"; context.textBaseline = "middle";
       for (const [k, row] of seen) {
         context.fillStyle = k === state.row ? css("--accent") : css("--ink");
-        context.fillText(M.short(M.data.quantizers[row].maker ?? M.data.quantizers[row].site, Math.floor(left / 6.2)), 6, top(k) + ROW / 2);
+        context.fillText(M.short(M.data.quantizers[row].maker ?? M.data.quantizers[row].site, Math.floor(left / 6.8)), 6, top(k) + ROW / 2);
       }
       const cell = (wide - left - 14) / columns.length;
       context.strokeStyle = css("--hot"); context.lineWidth = 2;
