@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .compiler.errors import OutputError
@@ -26,4 +26,5 @@ def replacing(path: Path) -> Iterator[Path]:
             f"cannot write: {error.strerror or error}", where=str(path), hint="free some space or choose another place"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # a file stood where a folder should: told above
+            part.unlink(missing_ok=True)

@@ -86,7 +86,9 @@ def check_channels(channels: int | None, path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Refuse a path that nothing can be made at."""
+    """Refuse a path that no file can be made at."""
+    if path.is_dir():
+        raise OutputError("there is a folder of that name", where=str(path), hint="say which file to write")
     place = next((p for p in path.absolute().parents if p.exists()), Path())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise OutputError("cannot write there", where=str(path), hint="choose another place")

@@ -180,6 +180,12 @@ class TestCommand:
             answer = cli("diff", plain.path, *words)
             assert answer.code == 2 and "it is not clear what to compare" in answer.err
 
+    def test_a_page_below_a_file_is_refused(self, plain: Bundle, narrow: Bundle, cli: Cli, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("kept")
+        answer = cli("diff", plain.path, narrow.path, "--html", tmp_path / "file" / "d.html")
+        assert answer.code == 2 and "cannot write" in answer.err
+        assert (tmp_path / "file").read_text() == "kept"
+
     def test_a_difference_is_data(self) -> None:
         found = Difference("t", {"nodes": Table("nodes", ("", "first"), (("Conv", 2),))}, "text")
         assert found.to_json() == {"title": "t", "nodes": [{"": "Conv", "first": 2}]}

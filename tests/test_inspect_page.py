@@ -436,6 +436,15 @@ class TestCommand:
         with pytest.raises(InputError, match="no such float model"):
             measure(hand.bundle, Wishes(tmp_path / "no.onnx"))
 
+    def test_a_place_where_no_file_can_be_is_told_before_anything_is_measured(
+        self, hand: Compiled, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(inspect_page, "measure", None)
+        (tmp_path / "file").write_text("")
+        for place, words in ((tmp_path, "a folder of that name"), (tmp_path / "file" / "p.html", "cannot write there")):
+            answer = cli("inspect", hand.bundle.path, "--html", place)
+            assert answer.code == 2 and words in answer.err
+
     def test_what_goes_wrong_leaves_the_earlier_page(
         self, hand: Compiled, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
