@@ -13,7 +13,7 @@ CompileError
 
 from __future__ import annotations
 
-from ..runtime.errors import MezzotintError
+from mezzotint.runtime.errors import MezzotintError
 
 
 class CompileError(MezzotintError):

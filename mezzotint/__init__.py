@@ -14,21 +14,19 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _DOORS = {
-    "compile_model": ".api",
-    "export_model": ".api",
-    "mix_bundles": ".mix",
-    "sample": ".api",
-    "sample_to_folder": ".shards",
-    "read_shards": ".shards",
-    "open_bundle": ".runtime.bundle",
-    "Bundle": ".runtime.bundle",
-    "Schedule": ".runtime.schedule",
-    "MezzotintError": ".runtime.errors",
-    "Recipe": ".compiler.pipeline",
-    "RECIPES": ".passes.recipes",
+    "compile_model": "mezzotint.api",
+    "export_model": "mezzotint.api",
+    "mix_bundles": "mezzotint.mix.mix",
+    "sample": "mezzotint.api",
+    "sample_to_folder": "mezzotint.shards.shards",
+    "read_shards": "mezzotint.shards.shards",
+    "open_bundle": "mezzotint.runtime.bundle.bundle",
+    "Bundle": "mezzotint.runtime.bundle.bundle",
+    "Schedule": "mezzotint.runtime.sampling.schedule",
+    "MezzotintError": "mezzotint.runtime.errors",
+    "Recipe": "mezzotint.compiler.core.pipeline",
+    "RECIPES": "mezzotint.passes.recipes.catalog",
 }
 __all__ = [
     "RECIPES",
@@ -49,21 +47,24 @@ __all__ = [
 if not (Path(__file__).parent / "runtime").is_dir():  # a checkout where links cannot be made
     __path__.append(str(Path(__file__).parent.parent))
 
+from mezzotint.runtime import __version__  # noqa: E402 (found by the line above where there are no links)
+
 if TYPE_CHECKING:
+    from mezzotint.compiler.core.pipeline import Recipe
+    from mezzotint.passes.recipes.catalog import RECIPES
+    from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+    from mezzotint.runtime.errors import MezzotintError
+    from mezzotint.runtime.sampling.schedule import Schedule
+
     from .api import compile_model, export_model, sample
-    from .compiler.pipeline import Recipe
-    from .mix import mix_bundles
-    from .passes.recipes import RECIPES
-    from .runtime.bundle import Bundle, open_bundle
-    from .runtime.errors import MezzotintError
-    from .runtime.schedule import Schedule
-    from .shards import read_shards, sample_to_folder
+    from .mix.mix import mix_bundles
+    from .shards.shards import read_shards, sample_to_folder
 
 
 def __getattr__(name: str) -> Any:
     if name not in _DOORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_DOORS[name], __name__), name)
+    value = getattr(importlib.import_module(_DOORS[name]), name)
     globals()[name] = value
     return value
 

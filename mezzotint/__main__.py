@@ -1,5 +1,5 @@
 """python -m mezzotint"""
 
-from .cli import app
+from .cli.app import app
 
 app()

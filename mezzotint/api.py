@@ -12,27 +12,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import __version__
-from .compiler import pipeline
-from .compiler.calibrate import check_conditions, random_conditions
-from .compiler.emit import emit, save_model, staged, staged_file
-from .compiler.errors import ConditionError, ModelError
-from .compiler.import_onnx import import_onnx
-from .compiler.pipeline import Context, Progress, Recipe, silent
-from .compiler.program import Program
-from .hub import card_fields
-from .passes.recipe_files import load_recipe, with_options
-from .passes.recipes import DEFAULT
-from .runtime.bundle import Bundle, open_bundle
-from .runtime.deployment import UNGUIDED, Deployment, usual_sampler
-from .runtime.schedule import Schedule
-from .settings import load_conditions
-from .sources import Source, resolve
+from mezzotint.compiler.bundle.staging import staged, staged_file
+from mezzotint.compiler.bundle.writer import save_model, write_bundle
+from mezzotint.compiler.calibration.calibrate import check_conditions, random_conditions
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context, Progress, Recipe, silent
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import ConditionError, ModelError
+from mezzotint.compiler.frontend.from_onnx import import_onnx
+from mezzotint.passes.recipes.catalog import DEFAULT
+from mezzotint.passes.recipes.files import load_recipe, with_options
+from mezzotint.runtime import __version__
+from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.sampling.deployment import UNGUIDED, Deployment, usual_sampler
+from mezzotint.runtime.sampling.schedule import Schedule
+
+from .io.hub import card_fields
+from .io.settings import load_conditions
+from .io.sources import Source, resolve
 
 if TYPE_CHECKING:
     import torch
 
-    from .runtime.signature import Prediction
+    from mezzotint.runtime.signature import Prediction
 
     Model = str | Path | torch.nn.Module
 Conditions = Mapping[str, npt.NDArray[Any]]
@@ -129,7 +131,7 @@ def compile_model(
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
             **({"card": told} if told else {}),
         }
-        emit(program, bundle, work, facts, threads=threads)
+        write_bundle(program, bundle, work, facts, threads=threads)
     return open_bundle(target, verify=False)  # written a moment ago, and hashed while writing
 
 
@@ -206,7 +208,7 @@ def _import(
 
 def _torch_front_end() -> Any:
     try:
-        from .compiler import import_torch
+        from mezzotint.compiler.frontend import from_torch as import_torch
     except ModuleNotFoundError as error:
         raise ModelError(
             f"compiling a diffusers model needs {error.name}, which is not installed",

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import pictures
+from mezzotint.compiler.bundle.staging import staged
+from mezzotint.compiler.core.pipeline import Progress, silent
+from mezzotint.runtime.bundle.bundle import MODEL, open_bundle
+
 from .api import compile_model
-from .compiler.emit import staged
-from .compiler.pipeline import Progress, silent
-from .evaluate import compare, folder_bytes, latency_ratio
-from .runtime.bundle import MODEL, open_bundle
+from .bench.pairs import compare, folder_bytes, latency_ratio
+from .io import pictures
 
 IMAGES = 64
 BATCH = 16

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runtime.bundle import Bundle
-from .runtime.errors import InputError
+from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.errors import InputError
 
 _NODE = re.compile(r'^\s+\[(?:"(?P<quoted>[^"]*)"|(?P<plain>[^\]]*))\] .*? = (?P<op>[\w.]+)(?P<rest>.*)$')
 _FILE = re.compile(r"(\d+)_(.+)\.txt")

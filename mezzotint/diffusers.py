@@ -26,13 +26,13 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .runtime.bundle import Bundle, open_bundle
-from .runtime.configuration import CLASS, bundle_config, config_hash, differing_keys
-from .runtime.errors import InputError, ScheduleError
+from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.bundle.model_config import CLASS, bundle_config, config_hash, differing_keys
+from mezzotint.runtime.errors import InputError, ScheduleError
 
 if TYPE_CHECKING:
-    from .runtime.diffusers_scheduler import Guidance
-    from .runtime.diffusers_unet import StandIn
+    from mezzotint.runtime.diffusers.scheduler import Guidance
+    from mezzotint.runtime.diffusers.unet import StandIn
 
 __all__ = ["attach", "correct", "stand_in"]
 
@@ -52,7 +52,7 @@ def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None) -> Stan
 
 def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guidance = 1.0) -> Any:
     """A scheduler of the same class and configuration that undoes the bundle's quantization noise, see
-    runtime/diffusers_scheduler.py.
+    runtime/diffusers/scheduler.py.
 
     `guidance_scale` is what the pipeline will be called with (1 is no guidance), or a function that tells it at each
     step. Raises InputError for a bundle without noise tables, and for a scheduler, a schedule or a guidance scale that
@@ -80,7 +80,7 @@ def attach(
     _check_modules(pipe)
     _check_scheduler(pipe, opened)
     scheduler = _scheduler(pipe, opened, correction)
-    # The sizes of the pictures that the pipeline makes by default are its own affair (see runtime/configuration.py).
+    # A pipeline decides for itself how large an image is by default (runtime/bundle/model_config.py).
     network.register_to_config(sample_size=getattr(pipe, network.slot).config.sample_size)
     setattr(pipe, network.slot, network)
     pipe.scheduler = scheduler  # type: ignore[attr-defined]
@@ -196,16 +196,16 @@ def _opened(bundle: Bundle | str | Path) -> Bundle:
 
 
 def _adapter() -> Any:
-    return _loaded("diffusers_unet")
+    return _loaded("unet")
 
 
 def _schedulers() -> Any:
-    return _loaded("diffusers_scheduler")
+    return _loaded("scheduler")
 
 
 def _loaded(name: str) -> Any:
     try:
-        return importlib.import_module(f".runtime.{name}", __package__)
+        return importlib.import_module(f"mezzotint.runtime.diffusers.{name}")
     except ModuleNotFoundError as error:
         raise InputError(
             f"pipelines need {error.name}, which is not installed",

@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
 
 def untested_onnxruntime() -> str | None:
     """A warning where the running onnxruntime is none that Mezzotint was tested with, else None."""
-    from .runtime.session import TESTED_ONNXRUNTIME, untested_version
+    from mezzotint.runtime.session import TESTED_ONNXRUNTIME, untested_version
 
     running = untested_version()
     if running is None:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .compiler.emit import check_target
-from .compiler.import_onnx import load_onnx
-from .compiler.roles import infer_signature
-from .passes.recipe_files import load_recipe, with_options
-from .runtime.deployment import Deployment, usual_sampler
-from .runtime.signature import Prediction
-from .sources import resolve
+from mezzotint.compiler.bundle.staging import check_target
+from mezzotint.compiler.frontend.from_onnx import load_onnx
+from mezzotint.compiler.frontend.roles import infer_signature
+from mezzotint.passes.recipes.files import load_recipe, with_options
+from mezzotint.runtime.sampling.deployment import Deployment, usual_sampler
+from mezzotint.runtime.signature import Prediction
+
+from .io.sources import resolve
 
 
 def plan_compile(

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .compiler.card import CARD, card
-from .compiler.card_code import described
-from .compiler.card_figures import bench_figures, eval_figures, eval_speed, evaluated
-from .compiler.emit import staged, write_text
-from .hub import checked_license, checked_model
-from .runtime.bundle import MANIFEST, Bundle, open_bundle, seal_bundle
-from .runtime.errors import InputError
+from mezzotint.compiler.bundle.card import CARD, card
+from mezzotint.compiler.bundle.card_code import described
+from mezzotint.compiler.bundle.card_figures import bench_figures, eval_figures, eval_speed, evaluated
+from mezzotint.compiler.bundle.staging import staged, write_text
+from mezzotint.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, seal_bundle
+from mezzotint.runtime.errors import InputError
+
+from .io.hub import checked_license, checked_model
 
 _BEFORE = "digests_before"  # what the bundle was called: figures may be of the same network under an earlier digest
 _SEALED = ("format", "files", "digest")  # what sealing writes

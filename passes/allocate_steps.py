@@ -31,14 +31,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..compiler.calibrate import Conditions, Images, batch_spans, follow_trajectories
-from ..compiler.errors import RecipeError
-from ..compiler.execute import Executor
-from ..compiler.graph import consumers, is_op, name_of
-from ..compiler.ops import layers
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
-from ..runtime.steps import Timestep
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, batch_spans, follow_trajectories
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph.nodes import consumers, is_op, name_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.runtime.signature import Timestep
 
 Numbers = npt.NDArray[np.float64]
 

@@ -1,9 +1,9 @@
 """assign_bits: which layers are worth 8 bits, which do with 4, and which should stay in float.
 
 Each layer is quantized by itself, at each width, and what that does to epsilon is measured at a few calls of the float
-trajectory (compiler/profile.py). Errors of different layers are close to independent, so that the squared error of a
-whole allocation is the sum of theirs, and the best one under a budget is an integer program (HAWQ-V3, arXiv
-2011.10680; compiler/allocation.py solves it exactly):
+trajectory (compiler/bits/profile.py). Errors of different layers are close to independent, so that the squared error of
+a whole allocation is the sum of theirs, and the best one under a budget is an integer program (HAWQ-V3, arXiv
+2011.10680; compiler/bits/allocation.py solves it exactly):
 
     minimise sum_l e[l, c(l)]    subject to    sum_l cost[l, c(l)] <= budget         e: mean over the calls, relative
 
@@ -19,7 +19,8 @@ Scores:
 
 sqnr       as above
 hawq       noise from the trace of the Gauss-Newton matrix, by probes that need no gradient
-mixdq      convolutions by that squared error, matmuls by the SSIM of pictures (arXiv 2405.17873; compiler/mixdq.py)
+mixdq      convolutions by that squared error, matmuls by the SSIM of pictures (arXiv 2405.17873;
+compiler/bits/mixdq.py)
 
 `scope` layer measures the noise in each layer's own output: a few runs for all layers, where the network is too large
 for one run for each of them and each width.
@@ -29,11 +30,12 @@ Measured on the digits (46 weights, 2 samples, 3 calls; error of the weights alo
 calls; the deep layers, which hold most of the weights, do with 4 bits. The sum is 0.3 to 1.7 dB too pessimistic.
 
 With `parts` above 1 output channels get the bits: those of a weight are sorted (`order`) and cut into so many parts,
-each with a width of its own; a part's error is its share of the layer's (compiler/parts.py). MPQ-DM (arXiv 2412.11549)
-gives the tenth of the channels of largest kurtosis one bit more and the tenth of smallest one less, where the layer's
-error falls; here any of `widths` may go to any part, by the integer program, and channels are sorted by their rounding
-error unless told otherwise. Measured at 4.2 bits a weight (w8a8-steps, 20 DDIM steps, 8 calibration samples; SQNR of
-epsilon by the weights alone, measured here, and of everything, in dB; median PSNR of 16 pictures; other noise):
+each with a width of its own; a part's error is its share of the layer's (compiler/bits/parts.py). MPQ-DM (arXiv
+2412.11549) gives the tenth of the channels of largest kurtosis one bit more and the tenth of smallest one less, where
+the layer's error falls; here any of `widths` may go to any part, by the integer program, and channels are sorted by
+their rounding error unless told otherwise. Measured at 4.2 bits a weight (w8a8-steps, 20 DDIM steps, 8 calibration
+samples; SQNR of epsilon by the weights alone, measured here, and of everything, in dB; median PSNR of 16 pictures;
+other noise):
 
     widths 4, 8           1 part  28.2, 31.7, 29.6     10 parts  35.8, 34.3, 27.5     by kurtosis  35.2, 34.0, 30.2
     the same and gptq     1 part        35.0, 39.4     10 parts        36.0, 42.3
@@ -56,19 +58,14 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from ..compiler.allocation import Allocation, allocate
-from ..compiler.bit_report import BitReport
-from ..compiler.budget import Budget, Kind
-from ..compiler.errors import RecipeError
-from ..compiler.islands import Islands
-from ..compiler.mixdq import Pictures, split_budget, unlike
-from ..compiler.ops import layers
-from ..compiler.parts import Order, Parts, cut, joined_bytes
-from ..compiler.pipeline import Context, Pass
-from ..compiler.profile import Profiler, Weighting
-from ..compiler.program import Plan, Program
-from ..compiler.simulate import Feeds, Simulator
-from ..compiler.units import (
+from mezzotint.compiler.bits.allocation import Allocation, allocate
+from mezzotint.compiler.bits.budget import Budget, Kind
+from mezzotint.compiler.bits.mixdq import Pictures, split_budget, unlike
+from mezzotint.compiler.bits.parts import Order, Parts, cut, joined_bytes
+from mezzotint.compiler.bits.profile import Profiler, Weighting
+from mezzotint.compiler.bits.report import BitReport
+from mezzotint.compiler.bits.simulate import Feeds, Simulator
+from mezzotint.compiler.bits.units import (
     FLOAT,
     Choice,
     Unit,
@@ -79,7 +76,12 @@ from ..compiler.units import (
     with_choices,
     with_macs,
 )
-from ..compiler.weight_scales import WeightMethod
+from mezzotint.compiler.core.islands import Islands
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Plan, Program
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.scales.weights import WeightMethod
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ class _Search:
     def _split(
         self, profiler: Profiler, simulator: Simulator, errors: list[list[float]]
     ) -> tuple[Allocation, list[float]]:
-        """The search of mixdq; see compiler/mixdq.py."""
+        """The search of mixdq; see compiler/bits/mixdq.py."""
         pictures = Pictures(self.program, self.context, self.options.samples, self.options.length)
         reference = pictures.draw(simulator)
         scores = [list(row) for row in errors]

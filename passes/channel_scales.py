@@ -5,7 +5,7 @@ error of the last step: the channels' ranges differ, and what the timestep adds 
 activations are per tensor because a kernel cannot sum over channels of different scale; but nobody sums over what
 comes out. Every output channel of the kernel has a factor of its own already, for the scales of the weights, so a
 scale and a zero point for each output channel and group of timesteps fit into rows that are gathered anyway
-(compiler/lower_integer.py).
+(compiler/lowering/integer.py).
 
 For group g and channel c with the extremes l and h, and L and H those of the whole tensor, the range is
 
@@ -30,12 +30,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..compiler.errors import RecipeError, StatsError
-from ..compiler.graph import consumers, is_op, name_of
-from ..compiler.ops import Layer, is_mover, layers
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program, Quantizer, Site
-from ..compiler.quant import scale_for_range
+from mezzotint.compiler.core.formats import scale_for_range
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program, Quantizer, Site
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import consumers, is_op, name_of
+from mezzotint.compiler.graph.ops import Layer, is_mover, layers
 
 Extremes = npt.NDArray[np.float64]
 SMALLEST_SHARE = 1 / 32

@@ -1,10 +1,10 @@
 """choose_scales: a quantizer for every site, from measured ranges and from the weights themselves.
 
-Activations (uint8, per tensor) from the summaries of observe, by `minmax`, `percentile` or `mse` (compiler/ranges.py
-has the formulas).
+Activations (uint8, per tensor) from the summaries of observe, by `minmax`, `percentile` or `mse`
+(compiler/scales/ranges.py has the formulas).
 
 Weights (int8, symmetric, per output channel) from the tensor: `minmax`, or `mse`, the same search on |w| per channel
-(compiler/weight_scales.py).
+(compiler/scales/weights.py).
 
 Every range contains 0.
 """
@@ -14,15 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from ..compiler import graph as graphs
-from ..compiler.errors import StatsError
-from ..compiler.graph import is_constant, name_of
-from ..compiler.ops import Layer, layers
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program, Quantizer, Site
-from ..compiler.quant import UINT8, Format, scale_for_range
-from ..compiler.ranges import Method, check_percentile, range_of
-from ..compiler.weight_scales import WeightMethod, weight_format, weight_quantizer
+from mezzotint.compiler.core.formats import UINT8, Format, scale_for_range
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.errors import StatsError
+from mezzotint.compiler.graph import nodes as graphs
+from mezzotint.compiler.graph.nodes import is_constant, name_of
+from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.scales.ranges import Method, check_percentile, range_of
+from mezzotint.compiler.scales.weights import WeightMethod, weight_format, weight_quantizer
 
 
 @dataclass(frozen=True)

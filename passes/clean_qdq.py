@@ -15,11 +15,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ..compiler.elementwise import make_scalars
-from ..compiler.graph import Builder, Names, consumers, is_op, name_of, remove_dead, replace_use
-from ..compiler.ops import is_mover
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.elementwise import make_scalars
+from mezzotint.compiler.graph.nodes import Builder, Names, consumers, is_op, name_of, remove_dead, replace_use
+from mezzotint.compiler.graph.ops import is_mover
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ layer     the output of the float weights on the same quantized input. It sees w
           upstream.
 
 A bias that is a row of a time table already (fold_time) gets a correction for each row, at no cost. Few samples leave a
-row's mean uncertain, and it is drawn to the mean over all calls by as much (compiler/channel_means.py). Other biases
-get the mean over all calls of the deployment.
+row's mean uncertain, and it is drawn to the mean over all calls by as much (compiler/correction/channel_means.py).
+Other biases get the mean over all calls of the deployment.
 
 Afterwards pictures are drawn from other noise, with the correction and without: one that does not bring them nearer to
 the float network's is thrown away. The history says which, with both figures. Pictures judge and not the prediction,
@@ -39,16 +39,16 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from ..compiler.biases import Numbers, QuantizedLayer, quantized_layers, with_float_twins
-from ..compiler.calibrate import Conditions, Images, follow_trajectories
-from ..compiler.channel_means import ChannelMeans, with_means
-from ..compiler.errors import RecipeError, StatsError
-from ..compiler.execute import Executor
-from ..compiler.graph import Names, name_of, remove_dead
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
-from ..compiler.trial import judged
-from ..runtime.steps import Timestep
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.correction.biases import Numbers, QuantizedLayer, quantized_layers, with_float_twins
+from mezzotint.compiler.correction.channel_means import ChannelMeans, with_means
+from mezzotint.compiler.correction.trial import judged
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import Names, name_of, remove_dead
+from mezzotint.runtime.signature import Timestep
 
 
 @dataclass(frozen=True)

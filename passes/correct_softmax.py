@@ -28,19 +28,19 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.biases import take_over
-from ..compiler.calibrate import Conditions, Images, follow_trajectories
-from ..compiler.channel_means import ChannelMeans, Numbers, with_means
-from ..compiler.errors import RecipeError, StatsError
-from ..compiler.execute import Executor
-from ..compiler.graph import Builder, Names, is_op, name_of
-from ..compiler.lower_qdq import dequantizer
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
-from ..compiler.scopes import TABLES
-from ..compiler.timetable import deployed_rows, lookup, nearest_row_of_timestep, step_index
-from ..compiler.trial import judged
-from ..runtime.steps import Timestep
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.correction.biases import take_over
+from mezzotint.compiler.correction.channel_means import ChannelMeans, Numbers, with_means
+from mezzotint.compiler.correction.trial import judged
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import Builder, Names, is_op, name_of
+from mezzotint.compiler.graph.scopes import TABLES
+from mezzotint.compiler.lowering.qdq import dequantizer
+from mezzotint.compiler.scales.timetable import deployed_rows, lookup, nearest_row_of_timestep, step_index
+from mezzotint.runtime.signature import Timestep
 
 SMALLEST_RANK = 3  # onnxruntime makes a float Gemm of a MatMul of two matrices and the Add behind it
 

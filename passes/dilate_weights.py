@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..compiler.scaled_inputs import ScaledInputs, Tally
-from ..compiler.smoothing import Evidence, Factors, Weights, dilation
+from mezzotint.compiler.rescaling.search import ScaledInputs, Tally
+from mezzotint.compiler.rescaling.smoothing import Evidence, Factors, Weights, dilation
 
 
 @dataclass(frozen=True)

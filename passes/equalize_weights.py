@@ -7,11 +7,11 @@ DFQ (arXiv 1906.04721), cross-layer equalization. Between a layer that makes cha
 makes both ranges sqrt(r1 r2): no channel is drowned by a louder one in the tensor's activation scale, nor in the row's
 weight scale of the readers. A layer is in more than one pair, so all pairs are swept again until no factor moves.
 
-In a diffusion network little lies between two layers that lets factors through (compiler/folds.py finds it, and says
-why where it does not): values and output projection of attention, queries and keys, the value half of a GEGLU. Where a
-norm makes the channels, its gain and shift take the place of a producer: r1 = 3 |gain| + |shift|, the three standard
-deviations and the mean that DFQ takes of a batch normalization; an adaptive norm has rows of a layer there, of which
-the length of the row (its standard deviation, for inputs of unit variance) and the bias are counted.
+In a diffusion network little lies between two layers that lets factors through (compiler/rescaling/folds.py finds it,
+and says why where it does not): values and output projection of attention, queries and keys, the value half of a GEGLU.
+Where a norm makes the channels, its gain and shift take the place of a producer: r1 = 3 |gain| + |shift|, the three
+standard deviations and the mean that DFQ takes of a batch normalization; an adaptive norm has rows of a layer there, of
+which the length of the row (its standard deviation, for inputs of unit variance) and the bias are counted.
 
 Deviations: the paper's high-bias absorption shifts by mean - 3 deviations and is wrong beyond them, so it is no exact
 transform, and diffusion networks have no ReLU behind a norm to need it: left out. Bias correction is another pass.
@@ -31,14 +31,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.errors import RecipeError
-from ..compiler.folds import Fold, Pair, apply_fold, apply_pair, find_folds, find_pairs
-from ..compiler.folds_edits import Edit, Factors, magnitudes
-from ..compiler.graph import Names, remove_dead
-from ..compiler.ops import Layer, layer_of
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program
-from ..compiler.scaling import column_ranges
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph.nodes import Names, remove_dead
+from mezzotint.compiler.graph.ops import Layer, layer_of
+from mezzotint.compiler.rescaling.edits import Edit, Factors, magnitudes
+from mezzotint.compiler.rescaling.folds import Fold, Pair, apply_fold, apply_pair, find_folds, find_pairs
+from mezzotint.compiler.rescaling.scaling import column_ranges
 
 DEVIATIONS = 3.0
 

@@ -1,9 +1,9 @@
 """fit_noise: what quantization adds to the prediction at each network call, for the sampling loop to undo.
 
 The float and the quantized denoiser are called on the same latents, those of the float trajectory; under guidance the
-combined outputs are compared. From sums alone (runtime/noise_fit.py) come a scale, a shift for each channel, and the
-variance that the error brings into the next state: by D2-DPM's regression on the quantized output (form `regression`),
-or as PTQD has it (arXiv 2305.10657), in the paper's form or in that of its released code.
+combined outputs are compared. From sums alone (runtime/sampling/noise_fit.py) come a scale, a shift for each channel,
+and the variance that the error brings into the next state: by D2-DPM's regression on the quantized output (form
+`regression`), or as PTQD has it (arXiv 2305.10657), in the paper's form or in that of its released code.
 
 A second set of trajectories, of noise that the fit did not see, judges (`gate`). At each call only what leaves less
 error there is considered; and then whole pictures decide, drawn from that noise with nothing undone, the slope, the
@@ -23,18 +23,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..compiler.calibrate import Conditions, Images, follow_trajectories, guided_output
-from ..compiler.errors import RecipeError, StatsError
-from ..compiler.execute import Executor
-from ..compiler.lowering import lower
-from ..compiler.noise_report import Residuals, noise_report
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
-from ..runtime.compare import sqnr_db
-from ..runtime.correction import FORMS, Correction
-from ..runtime.noise_fit import PARTS, NoiseFit, Row, StateFit
-from ..runtime.samplers import HELD_OUT, NOISE_FIT, StepInfo
-from ..runtime.steps import Timestep
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories, guided_output
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.correction.noise_report import Residuals, noise_report
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.lowering.lower import lower
+from mezzotint.runtime.compare import sqnr_db
+from mezzotint.runtime.sampling.correction import FORMS, Correction
+from mezzotint.runtime.sampling.noise_fit import PARTS, NoiseFit, Row, StateFit
+from mezzotint.runtime.sampling.samplers import HELD_OUT, NOISE_FIT, StepInfo
+from mezzotint.runtime.signature import Timestep
 
 See = Callable[[StepInfo, Images], None]
 JUDGED = 16

@@ -19,10 +19,20 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
-from ..compiler.ops import Layer, is_mover, layers
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program, numpy_of
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import (
+    Builder,
+    Names,
+    consumers,
+    is_constant,
+    is_op,
+    name_of,
+    numpy_of,
+    remove_dead,
+    replace_value,
+)
+from mezzotint.compiler.graph.ops import Layer, is_mover, layers
 
 
 @dataclass(frozen=True)

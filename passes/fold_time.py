@@ -5,7 +5,7 @@
 The time embedding of a ResBlock is such a table once freeze_time ran. An integer convolution gathers its int32 bias row
 anyway once its scales are tables, so the addition, a pass over the whole feature map, disappears from the graph.
 Needs the `integer` or the `premul` lowering: a QDQ convolution whose bias is not constant would stay in float. A
-convolution that is an island gets its addition back in the end (compiler/layout.py).
+convolution that is an island gets its addition back in the end (compiler/lowering/layout.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.graph import Builder, Names, consumers, is_constant, is_op, name_of, remove_dead, replace_value
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program, numpy_of
-from ..compiler.topology import time_branch
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import (
+    Builder,
+    Names,
+    consumers,
+    is_constant,
+    is_op,
+    name_of,
+    numpy_of,
+    remove_dead,
+    replace_value,
+)
+from mezzotint.compiler.graph.topology import time_branch
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..compiler.execute import Executor
-from ..compiler.graph import DEFAULT_DOMAINS, Builder, Names, consumers, name_of, remove_dead, replace_use
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program
-from ..compiler.scopes import TABLES
-from ..compiler.timetable import deployed_rows, nearest_row_of_timestep, step_index
-from ..compiler.topology import time_branch
-from ..runtime.steps import Timestep
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import DEFAULT_DOMAINS, Builder, Names, consumers, name_of, remove_dead, replace_use
+from mezzotint.compiler.graph.scopes import TABLES
+from mezzotint.compiler.graph.topology import time_branch
+from mezzotint.compiler.scales.timetable import deployed_rows, nearest_row_of_timestep, step_index
+from mezzotint.runtime.signature import Timestep
 
 BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
 

@@ -19,12 +19,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.errors import RecipeError
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
-from ..compiler.quant import UINT8
-from ..compiler.ranges import check_percentile, range_of
-from ..compiler.stats import Stats
+from mezzotint.compiler.core.formats import UINT8
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.core.stats import Stats
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.scales.ranges import check_percentile, range_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ int32 and leave in float, so their outputs are not quantized. A format of fewer 
 kernels: a Clip behind Q keeps its integers inside the narrower grid. A Clip ends all rows of a weight alike, so where
 assign_bits gave rows widths of their own, Q reads a copy of the weight that is cut off at each row's ends.
 
-Islands are kept in float on purpose and listed; compiler/islands.py has the roles, and the plan may hold some with
+Islands are kept in float on purpose and listed; compiler/core/islands.py has the roles, and the plan may hold some with
 their reasons (assign_bits). A layer without a plan, and everything that cannot be an integer kernel, is listed too.
 """
 
@@ -24,17 +24,26 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler import store
-from ..compiler.elementwise import make_scalars
-from ..compiler.errors import PassError, RecipeError
-from ..compiler.graph import Builder, Names, consumers, initializer, is_constant, name_of, replace_use
-from ..compiler.islands import Islands
-from ..compiler.ops import Layer, float_reason, layers, time_table
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program, Quantizer, numpy_of
-from ..compiler.quant import along, ends
-from ..compiler.scopes import TABLES
-from ..compiler.timetable import deployed_rows, group_of_train, lookup, step_index
+from mezzotint.compiler.core.formats import along, ends
+from mezzotint.compiler.core.islands import Islands
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Plan, Program, Quantizer
+from mezzotint.compiler.errors import PassError, RecipeError
+from mezzotint.compiler.graph import weight_store as store
+from mezzotint.compiler.graph.elementwise import make_scalars
+from mezzotint.compiler.graph.nodes import (
+    Builder,
+    Names,
+    consumers,
+    initializer,
+    is_constant,
+    name_of,
+    numpy_of,
+    replace_use,
+)
+from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table
+from mezzotint.compiler.graph.scopes import TABLES
+from mezzotint.compiler.scales.timetable import deployed_rows, group_of_train, lookup, step_index
 
 STORED_BITS = 8  # every format is stored in whole bytes
 

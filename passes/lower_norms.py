@@ -19,9 +19,19 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.graph import Builder, Names, is_constant, is_op, known_ints, name_of, remove_dead, replace_value
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program, numpy_of
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import (
+    Builder,
+    Names,
+    is_constant,
+    is_op,
+    known_ints,
+    name_of,
+    numpy_of,
+    remove_dead,
+    replace_value,
+)
 
 LAYER_NORMALIZATION = 17  # the opset that brought it
 

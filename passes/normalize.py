@@ -18,11 +18,11 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..compiler.folding import fold_constants, infer_shapes, upgrade_group_norms
-from ..compiler.graph import is_op, name_of, remove_dead, replace_value
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program
-from ..compiler.scopes import SCOPES, name_by_module
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.constant_folding import fold_constants, infer_shapes, upgrade_group_norms
+from mezzotint.compiler.graph.nodes import is_op, name_of, remove_dead, replace_value
+from mezzotint.compiler.graph.scopes import SCOPES, name_by_module
 
 KEPT_METADATA = (SCOPES, "pkg.torch.onnx.class_hierarchy")
 DIMENSIONS = ("batch", "channels", "height", "width")

@@ -15,19 +15,19 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from ..compiler import graph as graphs
-from ..compiler.calibrate import Conditions, Images, follow_trajectories
-from ..compiler.collect import Collector
-from ..compiler.errors import RecipeError
-from ..compiler.execute import Executor
-from ..compiler.graph import name_of
-from ..compiler.ops import layers
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program
-from ..compiler.scaling import channel_axis
-from ..compiler.stats import Stats
-from ..compiler.stats_cache import measured_once
-from ..runtime.steps import Timestep
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.collect import Collector
+from mezzotint.compiler.calibration.stats_cache import measured_once
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.core.stats import Stats
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph import nodes as graphs
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.rescaling.scaling import channel_axis
+from mezzotint.runtime.signature import Timestep
 
 
 @dataclass(frozen=True)

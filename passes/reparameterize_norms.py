@@ -33,14 +33,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..compiler import graph as graphs
-from ..compiler.errors import RecipeError, StatsError
-from ..compiler.folds import Fold, apply_fold, find_folds
-from ..compiler.folds_edits import Factors
-from ..compiler.graph import Names, remove_dead
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program
-from ..compiler.stats import Stats
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.core.stats import Stats
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph import nodes as graphs
+from mezzotint.compiler.graph.nodes import Names, remove_dead
+from mezzotint.compiler.rescaling.edits import Factors
+from mezzotint.compiler.rescaling.folds import Fold, apply_fold, find_folds
 
 
 @dataclass(frozen=True)

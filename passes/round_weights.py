@@ -5,15 +5,15 @@ nearest point is best only if inputs are uncorrelated; pixels and channels are n
 
     E = tr((W - W') H (W - W')^T),        H = sum over calls of X X^T / mean(X^2),
 
-where X are the layer's inputs (unfolded for convolutions, compiler/gram.py) in the quantized graph, whose layers
-further up are rounded already. The initializer in front of QuantizeLinear becomes s q: the graph stays as it is, and
-so does its speed. `float_model` keeps the float weights.
+where X are the layer's inputs (unfolded for convolutions, compiler/rounding/gram.py) in the quantized graph, whose
+layers further up are rounded already. The initializer in front of QuantizeLinear becomes s q: the graph stays as it is,
+and so does its speed. `float_model` keeps the float weights.
 
-Methods (compiler/rounding.py has formulas and sources): `nearest`, `gptq`, `gptaq`, `comq`, and `obq` for layers of at
-most `exact_inputs` inputs, gptq for the others. `scales`: `keep` those of the plan; `mse` searches each row's again by
-mean square; `output` searches by the diagonal of H and, when q is known, takes the scale that is best for it. Whatever
-the method, a row of weights that it does not make better than nearest with the plan's scales is rounded to nearest.
-Rows may have widths of their own (assign_bits); each stays inside its grid.
+Methods (compiler/rounding/matrix.py has formulas and sources): `nearest`, `gptq`, `gptaq`, `comq`, and `obq` for layers
+of at most `exact_inputs` inputs, gptq for the others. `scales`: `keep` those of the plan; `mse` searches each row's
+again by mean square; `output` searches by the diagonal of H and, when q is known, takes the scale that is best for it.
+Whatever the method, a row of weights that it does not make better than nearest with the plan's scales is rounded to
+nearest. Rows may have widths of their own (assign_bits); each stays inside its grid.
 
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, every sample at each
 (whatever allocate_steps said); `columns` positions for each layer, shared by calls and samples alike. Each call's share
@@ -49,17 +49,17 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler import rounding
-from ..compiler.errors import PassError, RecipeError, StatsError
-from ..compiler.graph import name_of
-from ..compiler.layer_inputs import Gathered, Inputs, chosen_latents, gather
-from ..compiler.ops import layers
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Plan, Program
-from ..compiler.quant import Array, Grid, of_rows
-from ..compiler.quantized_weights import QuantizedWeight, find_weights, layer_name, replace_weight, with_scales
-from ..compiler.rounding_exact import obq
-from ..compiler.rounding_scales import refit, search
+from mezzotint.compiler.core.formats import Array, Grid, of_rows
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Plan, Program
+from mezzotint.compiler.errors import PassError, RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.rounding import matrix as rounding
+from mezzotint.compiler.rounding.exact import obq
+from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, chosen_latents, gather
+from mezzotint.compiler.rounding.row_scales import refit, search
+from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights, layer_name, replace_weight, with_scales
 
 Method = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
 

@@ -10,8 +10,8 @@ network calls for each sample. Here all samples go in lock-step, which needs 2 T
         x_(i + 1) = one step of the sampler from x_i with the network quantized by s_i, z_i
 
 Only latents are kept between the calls. The quantized network is one session, whose rows of scales and zero points are
-inputs (compiler/row_inputs.py); it computes the quantizers exactly and convolutions in float, as QDQ graphs do without
-their integer kernels.
+inputs (compiler/scales/row_inputs.py); it computes the quantizers exactly and convolutions in float, as QDQ graphs do
+without their integer kernels.
 
 Calls that share a row (group_steps): while the trajectory runs, the row is that of the group's calls so far; in the end
 it is that of all of them. The method for a range is an option as in step_scales. What is static stays static, and so
@@ -27,17 +27,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..compiler.calibrate import Conditions, Images, LockStep
-from ..compiler.collect import Collector
-from ..compiler.errors import RecipeError, StatsError
-from ..compiler.execute import Executor
-from ..compiler.graph import name_of
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program, Quantizer, Site
-from ..compiler.quant import Array, Integers, scale_for_range
-from ..compiler.ranges import Method, check_percentile, range_of
-from ..compiler.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
-from ..runtime.steps import Timestep
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, LockStep
+from mezzotint.compiler.calibration.collect import Collector
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.formats import Array, Integers, scale_for_range
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program, Quantizer, Site
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.scales.ranges import Method, check_percentile, range_of
+from mezzotint.compiler.scales.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
+from mezzotint.runtime.signature import Timestep
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ makes all channels equally loud, alpha = 0 all columns of the weights.
 
 Sources: SmoothQuant (arXiv 2211.10438), which has one alpha for the whole model; DiTAS (arXiv 2409.07756), which
 takes the maxima over all steps of the sampler and searches alpha for each layer; the first step of SVDQuant (arXiv
-2411.05007) is the same search. Deviations: alpha is chosen by the expected error (compiler/smoothing.py) and not by
-running the layer on kept activations; no factors at all are always a candidate; layers that read one value share the
-search, as they must share the factors; and factors fold into more producers (compiler/folds.py). Where no fold is
-exact - SiLU in front of the convolutions of a residual block - DiTAS and MPQ-DM (arXiv 2412.11549) multiply at run
-time; here so with `run_time`, where that is expected to pay.
+2411.05007) is the same search. Deviations: alpha is chosen by the expected error (compiler/rescaling/smoothing.py) and
+not by running the layer on kept activations; no factors at all are always a candidate; layers that read one value share
+the search, as they must share the factors; and factors fold into more producers (compiler/rescaling/folds.py). Where no
+fold is exact - SiLU in front of the convolutions of a residual block - DiTAS and MPQ-DM (arXiv 2412.11549) multiply at
+run time; here so with `run_time`, where that is expected to pay.
 
 Measured on the digits (w8a8-steps, with 4-bit weights): nine of the 43 values have a fold, and none of those gains.
 Muls at run time for all that are expected to gain 0.1 dB bring 0.5 dB of epsilon (17 Muls), 0.2 dB at 6 bits (36) and
@@ -29,9 +29,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..compiler.errors import RecipeError
-from ..compiler.scaled_inputs import ScaledInputs, Tally
-from ..compiler.smoothing import Evidence, Factors, Weights, powers_of_two, tamed
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.rescaling.search import ScaledInputs, Tally
+from mezzotint.compiler.rescaling.smoothing import Evidence, Factors, Weights, powers_of_two, tamed
 
 GRID = tuple(round(i / 10, 1) for i in range(11))
 FLOOR = 1e-5  # of the loudest channel: a silent one would have the factor 0

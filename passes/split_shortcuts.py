@@ -1,7 +1,7 @@
 """split_shortcuts: the parts of a concatenation are quantized apart, in front of the layer that reads them.
 
 The decoder of a UNet joins what it computed with a skip connection, and the two may be of very different size: one
-grid for both then leaves the quiet one a few steps. Three forms (compiler/segments.py) keep the function:
+grid for both then leaves the quiet one a few steps. Three forms (compiler/shortcuts/segments.py) keep the function:
 
 layers   layer(a, W_a, bias) + layer(b, W_b): each part has quantizers of its own, and so have the columns of the
          weight that read it (Q-Diffusion, arXiv 2302.04304). A convolution rounds each of the partial sums to 8 bits.
@@ -11,9 +11,9 @@ powers   layer(Concat(a / f, b / g), [f W_a, g W_b], bias), f and g powers of tw
 factors  the same with steps of a quarter of an octave.
 
 `best` takes for each layer the form that moves the fewest bytes, unless one that moves more brings `gain` dB of the
-layer's expected error, of activations, weights and outputs together (compiler/segment_errors.py has the formulas).
-All but `layers` follow a few trajectories themselves to see the parts: Observe belongs behind this pass, as it changes
-the graph. Norms and all other readers keep the concatenation.
+layer's expected error, of activations, weights and outputs together (compiler/shortcuts/segment_errors.py has the
+formulas). All but `layers` follow a few trajectories themselves to see the parts: Observe belongs behind this pass, as
+it changes the graph. Norms and all other readers keep the concatenation.
 
 SegQuant's input segments (arXiv 2507.14811) are this same pass: any number of parts, convolutions and linear layers,
 Reshapes and Transposes on the way. What else that paper does has nothing to gain here. A scale for each output segment
@@ -48,16 +48,16 @@ from dataclasses import dataclass
 from math import log10
 from typing import ClassVar, Literal
 
-from ..compiler.errors import RecipeError
-from ..compiler.graph import Names, remove_dead
-from ..compiler.islands import Islands
-from ..compiler.ops import layers
-from ..compiler.pipeline import Context, GraphPass
-from ..compiler.program import Program
-from ..compiler.quant import INT8, UINT8, Format
-from ..compiler.segment_errors import Costs, Form, measure
-from ..compiler.segments import Joined, divide_parts, find_joined, split_layer
-from ..compiler.topology import time_branch
+from mezzotint.compiler.core.formats import INT8, UINT8, Format
+from mezzotint.compiler.core.islands import Islands
+from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph.nodes import Names, remove_dead
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.graph.topology import time_branch
+from mezzotint.compiler.shortcuts.segment_errors import Costs, Form, measure
+from mezzotint.compiler.shortcuts.segments import Joined, divide_parts, find_joined, split_layer
 
 STEPS = {"powers": 1.0, "factors": 0.25, "best": 1.0}  # octaves between the factors that are tried
 NAMED = 4  # layers that a note lists

@@ -6,8 +6,8 @@ over all calls falls by `gain` or more in dB; one whose range does not move stay
 moved. (TFMQ-DM, arXiv 2311.16503, has one scale for each timestep in this way.)
 
 With `source: learned` what moves gets its ranges from a small network over the timestep that is fitted here and not
-kept (TDQ, arXiv 2306.02316; compiler/tdq.py has the formulas). It is asked at the timestep of every call; calls that
-share a row get the widest range of them, so `group_steps.method: each` is what TDQ means.
+kept (TDQ, arXiv 2306.02316; compiler/scales/tdq.py has the formulas). It is asked at the timestep of every call; calls
+that share a row get the widest range of them, so `group_steps.method: each` is what TDQ means.
 
 Zero points are in the table too. On the digits one shared zero point, chosen as below, costs 0.01 dB of epsilon.
 
@@ -29,13 +29,13 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.errors import RecipeError
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program, Quantizer, Site
-from ..compiler.quant import SMALLEST_SCALE, Array, Format, Integers, scale_for_range
-from ..compiler.ranges import Method, check_percentile, expected_error, range_of
-from ..compiler.stats import Summary
-from ..compiler.tdq import learned_ranges
+from mezzotint.compiler.core.formats import SMALLEST_SCALE, Array, Format, Integers, scale_for_range
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program, Quantizer, Site
+from mezzotint.compiler.core.stats import Summary
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.scales.ranges import Method, check_percentile, expected_error, range_of
+from mezzotint.compiler.scales.tdq import learned_ranges
 
 CANDIDATES = 17  # shared zero points that are tried between the extremes
 

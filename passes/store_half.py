@@ -1,9 +1,9 @@
 """store_half: what stays in float is rounded to values that half precision has.
 
-The file stores a float32 constant in two bytes wherever nothing is lost by it (compiler/packing.py), behind a Cast that
-onnxruntime computes when a session is built. Weights that were trained or saved in half precision need no more than
-that; for all others this pass makes it so: x -> float32(float16(x)), relative error up to 2^-11 = 4.9e-4, in the
-islands' weights, the factors and shifts of norms, and tables that depend on the timestep, from 1 kB on.
+The file stores a float32 constant in two bytes wherever nothing is lost by it (compiler/lowering/packing.py), behind a
+Cast that onnxruntime computes when a session is built. Weights that were trained or saved in half precision need no
+more than that; for all others this pass makes it so: x -> float32(float16(x)), relative error up to 2^-11 = 4.9e-4, in
+the islands' weights, the factors and shifts of norms, and tables that depend on the timestep, from 1 kB on.
 
 Not rounded: what an integer kernel reads (weights become integers anyway; biases become int32, which are finer), zero
 points, and, unless `scales` asks for it, tables of scales. Those may be: quantizer, dequantizer and the int32 biases
@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..compiler.errors import RecipeError
-from ..compiler.graph import is_op, name_of
-from ..compiler.packing import SMALLEST_SAVING, is_float_constant, rounded
-from ..compiler.pipeline import Context, Pass
-from ..compiler.program import Program, numpy_of
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph.nodes import is_op, name_of, numpy_of
+from mezzotint.compiler.lowering.packing import SMALLEST_SAVING, is_float_constant, rounded
 
 _PASSED_ON = ("Gather", "Split", "Squeeze", "Reshape")  # what stands between a table and its readers
 

@@ -1,13 +1,20 @@
-"""What the inputs and the output of a denoiser mean."""
+"""What the inputs and the output of a denoiser mean, and the types of what goes in and out."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from .errors import ScheduleError
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+Images = npt.NDArray[np.float32]
+"""Samples or predictions, float32 `[B, C, H, W]`."""
+Timestep = float
+"""An int where it is a training timestep: samplers that interpolate between these have others."""
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
@@ -38,3 +45,8 @@ class Signature:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Signature:
         return cls(**{**data, "conditions": tuple(data["conditions"])})
+
+
+def whole(timesteps: Any) -> list[Timestep]:
+    """Return timesteps as plain numbers, integers where they are whole."""
+    return [int(t) if float(t).is_integer() else float(t) for t in timesteps]

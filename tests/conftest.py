@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.pipeline import Context, Pass
-from mezzotint.compiler.program import Program
-from tests import golden
-from tests.tiny import context_in, program_of, tiny_program
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from tests.helpers import golden
+from tests.helpers.tiny import context_in, program_of, tiny_program
 
 # the fixtures of the front ends, the API and the command line; the browser
-pytest_plugins = ["tests.models", "tests.browser"]
+pytest_plugins = ["tests.helpers.models", "tests.helpers.browser"]
 Check = Callable[..., Program]
 
 
@@ -37,7 +37,7 @@ def context(tmp_path: Path) -> Context:
 
 @pytest.fixture
 def tiny() -> Program:
-    """The denoiser of tests/tiny.py, deployed with three DDIM steps."""
+    """The denoiser of tests/helpers/tiny.py, deployed with three DDIM steps."""
     return tiny_program()
 
 

@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mezzotint import peers
 from mezzotint.api import compile_model
-from mezzotint.compiler.memory import PeakMemory
-from mezzotint.console import progress
-from mezzotint.evaluate import call_ratio, compare, folder_bytes, latency_ratio
-from mezzotint.runtime import samplers
-from mezzotint.runtime.bundle import MODEL, Bundle
+from mezzotint.bench import peers
+from mezzotint.bench.pairs import call_ratio, compare, folder_bytes, latency_ratio
+from mezzotint.compiler.core.memory import PeakMemory
+from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.steps import Images, Timestep
+from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.text.console import progress
 
 CIFAR10 = {
     "sample_size": 32,

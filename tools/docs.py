@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mezzotint.compiler.pipeline import Pass, Recipe
-from mezzotint.passes.recipe_files import make_pass, pass_names, to_yaml
-from mezzotint.passes.recipes import DEFAULT, RECIPES
+from mezzotint.compiler.core.pipeline import Pass, Recipe
+from mezzotint.passes.recipes.catalog import DEFAULT, RECIPES
+from mezzotint.passes.recipes.files import make_pass, pass_names, to_yaml
 
 DOCS = Path(__file__).parents[1] / "docs"
 HOUSE = ("mezzotint", "compiler", "passes", "runtime", "tools")
@@ -121,7 +121,7 @@ def commands() -> str:
         sys.executable,
         "-m",
         "typer",
-        "mezzotint.cli",
+        "mezzotint.cli.app",
         "utils",
         "docs",
         "--name",
@@ -139,10 +139,12 @@ def modules() -> str:
     parts = [f"# Modules\n\n{GENERATED}"]
     for folder in HOUSE:
         rows = []
-        for file in sorted((DOCS.parent / folder).glob("*.py")):
-            told = ast.get_docstring(ast.parse(file.read_text("utf-8")))
-            if told:
-                rows.append(f"| `{file.name}` | {' '.join(told.partition(chr(10) * 2)[0].split())} |")
+        root = DOCS.parent / folder
+        for file in sorted(root.rglob("*.py")):
+            docstring = ast.get_docstring(ast.parse(file.read_text("utf-8")))
+            if docstring and not any(part.is_symlink() for part in file.parents):
+                first = " ".join(docstring.partition("\n\n")[0].split())
+                rows.append(f"| `{file.relative_to(root).as_posix()}` | {first} |")
         parts.append(f"## {folder}/\n\n| file | what it is for |\n|---|---|\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 

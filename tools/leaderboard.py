@@ -30,11 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint import peers
 from mezzotint.api import compile_model, export_model
-from mezzotint.compiler.pipeline import Recipe
-from mezzotint.console import progress
-from mezzotint.evaluate import (
+from mezzotint.bench import peers
+from mezzotint.bench.pairs import (
     PEAK,
     Comparison,
     Report,
@@ -44,16 +42,18 @@ from mezzotint.evaluate import (
     paired_run,
     unseen_seed,
 )
-from mezzotint.leaderboard import WIDTHS, Row, page
-from mezzotint.passes.recipe_files import with_options
-from mezzotint.passes.recipes import RECIPES
-from mezzotint.runtime import samplers
-from mezzotint.runtime.bundle import MODEL, Bundle, open_bundle
+from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.io.sources import DIGITS
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
+from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser, running_version
-from mezzotint.runtime.steps import Images, Timestep
-from mezzotint.sources import DIGITS
+from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.text.console import progress
+from tools.leaderboard_page import WIDTHS, Row, page
 
 OWN_WIDTH = frozenset({"float"})  # recipes without a width to set
 Predict = Callable[..., Images]

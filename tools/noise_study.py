@@ -22,16 +22,16 @@ import numpy as np
 from rich.console import Console
 
 from mezzotint import compile_model, open_bundle
-from mezzotint.console import progress
-from mezzotint.files import replacing
 from mezzotint.frechet import FeatureNet, Moments, frechet_distance
-from mezzotint.runtime import samplers
-from mezzotint.runtime.bundle import MANIFEST, Bundle
+from mezzotint.io.files import replacing
+from mezzotint.runtime.bundle.bundle import MANIFEST, Bundle
 from mezzotint.runtime.compare import psnr_db
-from mezzotint.runtime.correction import Correction
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.sampling import samplers
+from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.steps import Images
+from mezzotint.runtime.signature import Images
+from mezzotint.text.console import progress
 
 SAMPLERS = {"ddpm": 0.0, "ddim": 1.0, "euler-ancestral": 0.0}
 """The samplers with noise of their own, and DDIM's eta."""

@@ -14,11 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mezzotint.compiler import pipeline, snapshot
-from mezzotint.compiler.calibrate import random_conditions
-from mezzotint.console import print_error, print_table, progress
-from mezzotint.passes.recipe_files import make_pass
+from mezzotint.compiler.calibration.calibrate import random_conditions
+from mezzotint.compiler.core import pipeline, snapshot
+from mezzotint.passes.recipes.files import make_pass
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.text.console import print_error, print_table, progress
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,9 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.utils import fusion
 
-from mezzotint.compiler.torch_example import quiet_exporter
-from mezzotint.files import replacing
+from mezzotint.compiler.frontend.torch_example import quiet_exporter
 from mezzotint.frechet import FEATURES, LOGITS, FeatureNet
+from mezzotint.io.files import replacing
 from mezzotint.runtime.errors import InputError, MezzotintError
 from tools.train_digits import load_images, pick_device
 

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from mezzotint.runtime.errors import InputError, MezzotintError
-from mezzotint.runtime.schedule import Schedule
+from mezzotint.runtime.sampling.schedule import Schedule
 
 ASSET = Path(__file__).resolve().parent.parent / "mezzotint" / "assets" / "digits"
 CHECKPOINT = "checkpoint.safetensors"

@@ -12,31 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mezzotint.compiler import pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context, Recipe
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.import_onnx import import_onnx
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context, Recipe
-from mezzotint.compiler.program import Program
-from mezzotint.passes.allocate_steps import (
-    AllocateSteps,
-    apportion,
-    density_weights,
-    even,
-    middle_feature,
-    normal_mass,
-)
+from mezzotint.compiler.frontend.from_onnx import import_onnx
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.passes.allocate_steps import AllocateSteps, apportion, density_weights, even, middle_feature, normal_mass
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.group_steps import GroupSteps
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass
-from mezzotint.passes.recipes import RECIPES
-from mezzotint.runtime.deployment import Deployment
-from mezzotint.runtime.schedule import Schedule
-from tests.models import Compiled
-from tests.tiny import program_of, short_schedule, tiny_program
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.schedule import Schedule
+from tests.helpers.models import Compiled
+from tests.helpers.tiny import program_of, short_schedule, tiny_program
 
 Numbers = npt.NDArray[np.float64]
 weights = arrays.arrays(np.float64, st.integers(1, 12), elements=st.one_of(st.just(0.0), st.floats(0.01, 100)))

@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 
 from mezzotint import open_bundle
-from mezzotint.compiler import pipeline, snapshot
-from mezzotint.compiler.emit import emit
+from mezzotint.compiler.bundle.writer import write_bundle
+from mezzotint.compiler.core import pipeline, snapshot
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.graph import name_of
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program, Site, numpy_of
-from mezzotint.compiler.weight_scales import weight_format, weight_quantizer
+from mezzotint.compiler.graph.nodes import name_of, numpy_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.scales.weights import weight_format, weight_quantizer
 from mezzotint.passes.assign_bits import AssignBits
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.group_steps import GroupSteps
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass
+from mezzotint.passes.recipes.files import make_pass
 from mezzotint.passes.step_scales import StepScales
-from mezzotint.report import print_inspection
-from tests.tiny import context_in, tiny_program
+from mezzotint.text.report import print_inspection
+from tests.helpers.tiny import context_in, tiny_program
 
 QUICK: dict[str, Any] = {"calls": 2, "samples": 2}
 
@@ -238,7 +238,7 @@ def test_the_bundle_tells_it(
         "calibration": {"seed": 0, "samples": 4, "batch": 2},
         "versions": {},
     }
-    emit(program, tmp_path / "bundle", here.folder, facts, threads=2)
+    write_bundle(program, tmp_path / "bundle", here.folder, facts, threads=2)
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest["bits"] == report_of(program)
     print_inspection(bundle)

@@ -13,28 +13,31 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint import Bundle, compile_model
-from mezzotint.compiler import bit_report, lower_qdq, pipeline, snapshot, store
+from mezzotint.compiler.bits import report as bit_report
+from mezzotint.compiler.core import pipeline, snapshot
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Recipe
+from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import PassError, RecipeError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.graph import name_of
-from mezzotint.compiler.layer_inputs import chosen_latents
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context, Recipe
-from mezzotint.compiler.program import Program, Site, numpy_of
-from mezzotint.compiler.quantized_weights import find_weights, rows_of
-from mezzotint.compiler.weight_scales import rounded
+from mezzotint.compiler.graph import weight_store as store
+from mezzotint.compiler.graph.nodes import name_of, numpy_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.lowering import qdq as lower_qdq
+from mezzotint.compiler.rounding.layer_inputs import chosen_latents
+from mezzotint.compiler.rounding.weights import find_weights, rows_of
+from mezzotint.compiler.scales.weights import rounded
 from mezzotint.passes.assign_bits import AssignBits
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.clean_qdq import CleanQdq
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipe_parts import ISLANDS, static, stepwise
+from mezzotint.passes.recipes.files import make_pass, with_options
+from mezzotint.passes.recipes.parts import ISLANDS, static, stepwise
 from mezzotint.passes.round_weights import RoundWeights
-from mezzotint.report import print_inspection
-from tests.models import SMALL
-from tests.tiny import context_in, tiny_model, tiny_program
+from mezzotint.text.report import print_inspection
+from tests.helpers.models import SMALL
+from tests.helpers.tiny import context_in, tiny_model, tiny_program
 
 QUICK: dict[str, Any] = {"calls": 2, "samples": 2, "widths": (2, 4, 8), "mean_bits": 4.5}
 ROWS: dict[str, Any] = {**QUICK, "parts": 10}

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.compiler import pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.formats import UINT8, Format, scale_for_range
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.core.stats import Stats, Summary
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Plan, Program, Quantizer, Site
-from mezzotint.compiler.quant import UINT8, Format, scale_for_range
-from mezzotint.compiler.stats import Stats, Summary
+from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.passes.channel_scales import ChannelScales
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipes import RECIPES
-from tests.tiny import context_in, program_of, tiny_program
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass, with_options
+from tests.helpers.tiny import context_in, program_of, tiny_program
 
 GROUPS = (0, 0, 1, 2)
 CALLS = len(GROUPS)

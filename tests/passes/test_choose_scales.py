@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mezzotint.compiler import pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.formats import INT8, UINT8, Array, dequantize, quantize, scale_for_range
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import StatsError
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program, Site, numpy_of
-from mezzotint.compiler.quant import INT8, UINT8, Array, dequantize, quantize, scale_for_range
-from mezzotint.compiler.ranges import Method, least_error_range
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.scales.ranges import Method, least_error_range
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe

@@ -7,16 +7,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.graph import counts
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program, numpy_of
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import counts, numpy_of
 from mezzotint.passes.clean_qdq import CleanQdq
-from mezzotint.passes.recipes import RECIPES
-from tests import golden
+from mezzotint.passes.recipes.catalog import RECIPES
 from tests.conftest import Check
-from tests.tiny import SIGNATURE
+from tests.helpers import golden
+from tests.helpers.tiny import SIGNATURE
 
 Images = npt.NDArray[np.float32]
 

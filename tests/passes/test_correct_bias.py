@@ -9,21 +9,21 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.biases import QuantizedLayer, quantized_layers
-from mezzotint.compiler.calibrate import Conditions, Images, follow_trajectories
-from mezzotint.compiler.channel_means import ChannelMeans
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Recipe
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.correction.biases import QuantizedLayer, quantized_layers
+from mezzotint.compiler.correction.channel_means import ChannelMeans
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.graph import name_of, text
-from mezzotint.compiler.pipeline import Context, Recipe
-from mezzotint.compiler.program import Program, numpy_of
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from mezzotint.compiler.graph.nodes import name_of, numpy_of, text
 from mezzotint.passes.correct_bias import CorrectBias
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass, with_options
 from tests.conftest import Check
-from tests.tiny import CONVS, LINEARS, SIGNATURE, tiny_program
+from tests.helpers.tiny import CONVS, LINEARS, SIGNATURE, tiny_program
 
 LAYERS = CONVS + LINEARS
 EACH = CorrectBias(against="network", stages=LAYERS, steps="mean", held_out=0)

@@ -14,22 +14,22 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.audit import FLOAT_KERNELS, INTEGER_KERNELS
-from mezzotint.compiler.channel_means import ChannelMeans
-from mezzotint.compiler.emit import save_model
+from mezzotint.compiler.audit.kernels import FLOAT_KERNELS, INTEGER_KERNELS
+from mezzotint.compiler.bundle.writer import save_model
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.correction.channel_means import ChannelMeans
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.graph import name_of, text
-from mezzotint.compiler.lowering import lower
-from mezzotint.compiler.pipeline import Context, Pass
-from mezzotint.compiler.program import Program
+from mezzotint.compiler.graph.nodes import name_of, text
+from mezzotint.compiler.lowering.lower import lower
 from mezzotint.passes.correct_bias import CorrectBias
 from mezzotint.passes.correct_softmax import CorrectSoftmax
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass, with_options
 from tests.conftest import Check
-from tests.tiny import ATTENTIONS, CONVS, LINEARS, SIGNATURE, tiny_program
+from tests.helpers.tiny import ATTENTIONS, CONVS, LINEARS, SIGNATURE, tiny_program
 
 ROOT = Path(__file__).parents[2]
 OLDEST = Path(sys.prefix) / "oldest"  # another onnxruntime, put there by tools/setup_venv.py

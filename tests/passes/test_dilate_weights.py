@@ -8,19 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mezzotint.compiler import pipeline, scaling
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.errors import NotExact
-from mezzotint.compiler.ops import Layer, layers
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import numpy_of
-from mezzotint.compiler.smoothing import Factors
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.rescaling import scaling
+from mezzotint.compiler.rescaling.smoothing import Factors
 from mezzotint.passes.dilate_weights import DilateWeights
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass
-from mezzotint.passes.recipe_parts import FAST
-from tests.channels import with_channels
+from mezzotint.passes.recipes.files import make_pass
+from mezzotint.passes.recipes.parts import FAST
 from tests.conftest import Check
-from tests.tiny import tiny_program
+from tests.helpers.channels import with_channels
+from tests.helpers.tiny import tiny_program
 
 INPUTS = Observe(groups=0, channels="inputs")
 EVERYWHERE: dict[str, Any] = {"gain": -100.0, "run_time": True, "run_time_gain": -100.0, "islands": ()}

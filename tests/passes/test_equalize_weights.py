@@ -9,20 +9,22 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import folds, pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import NotExact, RecipeError
-from mezzotint.compiler.folds import Fold, find_folds
-from mezzotint.compiler.folds_edits import apply_edit
-from mezzotint.compiler.ops import Layer, layer_of, layers
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program, numpy_of
-from mezzotint.compiler.scaling import column_ranges, row_lengths, row_ranges
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.graph.ops import Layer, layer_of, layers
+from mezzotint.compiler.rescaling import folds
+from mezzotint.compiler.rescaling.edits import apply_edit
+from mezzotint.compiler.rescaling.folds import Fold, find_folds
+from mezzotint.compiler.rescaling.scaling import column_ranges, row_lengths, row_ranges
 from mezzotint.passes.equalize_weights import EqualizeWeights
 from mezzotint.passes.normalize import Normalize
-from tests import golden
 from tests.conftest import Check
-from tests.factors import BLOCK, END, factor_program
-from tests.tiny import context_in
+from tests.helpers import golden
+from tests.helpers.factors import BLOCK, END, factor_program
+from tests.helpers.tiny import context_in
 
 SHAPES = {"attention": (4, 4), "relu": (2, 4, 4)}
 PAD = "<pads = [1, 1, 1, 1]>"

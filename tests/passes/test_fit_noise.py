@@ -12,24 +12,24 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.compiler import pipeline, snapshot
-from mezzotint.compiler.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.core import pipeline, snapshot
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ConditionError, RecipeError, StatsError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.lowering import lower
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program
+from mezzotint.compiler.lowering.lower import lower
 from mezzotint.passes.fit_noise import JUDGED, FitNoise
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.runtime.compare import sqnr_db
-from mezzotint.runtime.correction import FORMS
-from mezzotint.runtime.deployment import Deployment
-from mezzotint.runtime.noise_fit import NoiseFit
-from mezzotint.runtime.samplers import HELD_OUT, NOISE_FIT, StepInfo, initial_noise, sample, seeded_noise
+from mezzotint.runtime.sampling.correction import FORMS
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.noise_fit import NoiseFit
+from mezzotint.runtime.sampling.samplers import HELD_OUT, NOISE_FIT, StepInfo, initial_noise, sample, seeded_noise
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.steps import Timestep
-from tests.models import CONTEXT, SMALL, THREADS, hand_written, write
-from tests.tiny import program_of, tiny_program
+from mezzotint.runtime.signature import Timestep
+from tests.helpers.models import CONTEXT, SMALL, THREADS, hand_written, write
+from tests.helpers.tiny import program_of, tiny_program
 
 W8A8 = RECIPES["w8a8"].passes
 TABLES = ("scale", "shift", "spread")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from mezzotint.compiler.errors import PassError
-from mezzotint.compiler.program import numpy_of
+from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.passes import fold_scales
 from mezzotint.passes.fold_scales import FoldScales
-from tests import golden
 from tests.conftest import Check
+from tests.helpers import golden
 
 SHAPES = {"attention": (4, 4), "left_alone": (4, 4, 4)}
 

@@ -7,18 +7,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.graph import counts, is_constant
-from mezzotint.compiler.ops import layers, time_table
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program, numpy_of
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import counts, is_constant, numpy_of
+from mezzotint.compiler.graph.ops import layers, time_table
 from mezzotint.passes.fold_time import FoldTime
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.normalize import Normalize
-from tests import golden
 from tests.conftest import Check
-from tests.tiny import SIGNATURE
+from tests.helpers import golden
+from tests.helpers.tiny import SIGNATURE
 
 FOLDED = {"folds": 1}  # in every other case the graph stays as it is
 Images = npt.NDArray[np.float32]

@@ -9,16 +9,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program, numpy_of
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.graph.ops import layers
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.normalize import Normalize
-from tests import golden
 from tests.conftest import Check
-from tests.tiny import SIGNATURE, program_of
+from tests.helpers import golden
+from tests.helpers.tiny import SIGNATURE, program_of
 
 CASES = golden.cases("freeze_time")
 Images = npt.NDArray[np.float32]

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Plan, Program
+from mezzotint.compiler.core.stats import Stats, Summary
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Plan, Program
-from mezzotint.compiler.stats import Stats, Summary
 from mezzotint.passes.group_steps import GroupSteps, cheapest_cut
-from mezzotint.passes.recipe_files import make_pass
-from tests.tiny import tiny_program
+from mezzotint.passes.recipes.files import make_pass
+from tests.helpers.tiny import tiny_program
 
 Numbers = npt.NDArray[np.float64]
 CALLS = 6

@@ -7,20 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mezzotint.compiler import pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.formats import INT8, UINT8, Format, scale_for_range
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.graph import is_constant, name_of
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Plan, Program, Quantizer, Site, numpy_of
-from mezzotint.compiler.quant import INT8, UINT8, Format, scale_for_range
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from mezzotint.compiler.graph.nodes import is_constant, name_of, numpy_of
+from mezzotint.compiler.graph.ops import layers
 from mezzotint.passes.insert_qdq import InsertQdq
-from mezzotint.passes.recipe_files import with_options
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
 from tests.conftest import Check
-from tests.tiny import tiny_program
+from tests.helpers.tiny import tiny_program
 
 
 def activation(scale: float, zero_point: int = 128) -> Quantizer:

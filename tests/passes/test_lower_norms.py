@@ -5,14 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.graph import counts, text
-from mezzotint.compiler.pipeline import Context
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from mezzotint.compiler.graph.nodes import counts, text
 from mezzotint.passes.lower_norms import LowerNorms
-from tests import golden
 from tests.conftest import Check
-from tests.tiny import program_of
+from tests.helpers import golden
+from tests.helpers.tiny import program_of
 
 
 @pytest.mark.parametrize("case", golden.cases("lower_norms"))

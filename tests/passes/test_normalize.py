@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mezzotint.passes.normalize import Normalize
-from tests import golden
 from tests.conftest import Check
+from tests.helpers import golden
 
 
 @pytest.mark.parametrize("case", golden.cases("normalize"))

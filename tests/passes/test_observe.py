@@ -10,19 +10,19 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.calibrate import Conditions, Images, follow_trajectories
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.graph import name_of
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context
-from mezzotint.compiler.program import Program
-from mezzotint.compiler.stats import Stats
+from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.core.stats import Stats
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.ops import layers
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass
-from tests.tiny import context_in, program_of, tiny_program
+from mezzotint.passes.recipes.files import make_pass
+from tests.helpers.tiny import context_in, program_of, tiny_program
 
 Channels = Literal["none", "outputs", "inputs", "all"]
 ALLOCATION = (4, 3, 0)

@@ -10,18 +10,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mezzotint.compiler import folds, pipeline
-from mezzotint.compiler import graph as graphs
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.core.stats import Stats
 from mezzotint.compiler.errors import NotExact, RecipeError, StatsError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folds_edits import apply_edit
-from mezzotint.compiler.program import Program
-from mezzotint.compiler.stats import Stats
+from mezzotint.compiler.graph import nodes as graphs
+from mezzotint.compiler.rescaling import folds
+from mezzotint.compiler.rescaling.edits import apply_edit
 from mezzotint.passes.reparameterize_norms import ReparameterizeNorms
-from tests import golden
 from tests.conftest import Check
-from tests.factors import BLOCK, END, factor_program
-from tests.tiny import context_in
+from tests.helpers import golden
+from tests.helpers.factors import BLOCK, END, factor_program
+from tests.helpers.tiny import context_in
 
 SHAPES = {"layer_norm": (4, 4), "group_norm": (2, 4, 4)}
 EXTREMES: dict[str, npt.ArrayLike] = {

@@ -11,24 +11,26 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline, snapshot, store
+from mezzotint.compiler.core import pipeline, snapshot
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.formats import Format, scale_for_range
+from mezzotint.compiler.core.pipeline import Context, Recipe
+from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.gram import Unfold
-from mezzotint.compiler.layer_inputs import Inputs, Latents, chosen_latents, gather
-from mezzotint.compiler.lower_integer import lower
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context, Recipe
-from mezzotint.compiler.program import Plan, Program, Quantizer, Site, numpy_of
-from mezzotint.compiler.quant import Format, scale_for_range
-from mezzotint.compiler.quantized_weights import find_weights, layer_name
+from mezzotint.compiler.graph import weight_store as store
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.lowering.integer import lower
+from mezzotint.compiler.rounding.gram import Unfold
+from mezzotint.compiler.rounding.layer_inputs import Inputs, Latents, chosen_latents, gather
+from mezzotint.compiler.rounding.weights import find_weights, layer_name
 from mezzotint.passes.clean_qdq import CleanQdq
 from mezzotint.passes.insert_qdq import InsertQdq
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass, with_options
 from mezzotint.passes.round_weights import RoundWeights
-from tests.tiny import program_of, tiny_program
+from tests.helpers.tiny import program_of, tiny_program
 
 STEPS = 3
 Wide = npt.NDArray[np.float64]

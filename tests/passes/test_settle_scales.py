@@ -11,22 +11,22 @@ import numpy.typing as npt
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.compiler import pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.formats import UINT8, scale_for_range
+from mezzotint.compiler.core.pipeline import Context, Recipe
+from mezzotint.compiler.core.program import Plan, Program, Site
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.graph import is_constant, text
-from mezzotint.compiler.lower_integer import lower
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context, Recipe
-from mezzotint.compiler.program import Plan, Program, Site, numpy_of
-from mezzotint.compiler.quant import UINT8, scale_for_range
-from mezzotint.compiler.row_inputs import find_tables, stacked, table_quantizers, with_row_inputs
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.compiler.graph.nodes import is_constant, numpy_of, text
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.lowering.integer import lower
+from mezzotint.compiler.scales.row_inputs import find_tables, stacked, table_quantizers, with_row_inputs
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass, with_options
 from mezzotint.passes.settle_scales import SettleScales
-from mezzotint.runtime import samplers
-from tests.models import SMALL, Compiled
-from tests.tiny import SIGNATURE, tiny_program
+from mezzotint.runtime.sampling import samplers
+from tests.helpers.models import SMALL, Compiled
+from tests.helpers.tiny import SIGNATURE, tiny_program
 
 Numbers = npt.NDArray[np.float32]
 STEPS = 4

@@ -10,30 +10,31 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline, scaling
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass, Recipe
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import NotExact, RecipeError, StatsError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.graph import name_of
-from mezzotint.compiler.import_onnx import import_onnx
-from mezzotint.compiler.ops import Layer, layers
-from mezzotint.compiler.pipeline import Context, Pass, Recipe
-from mezzotint.compiler.program import Program
-from mezzotint.compiler.smoothing import Evidence, Factors, Weights, Widths
+from mezzotint.compiler.frontend.from_onnx import import_onnx
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.rescaling import scaling
+from mezzotint.compiler.rescaling.smoothing import Evidence, Factors, Weights, Widths
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipe_parts import FAST
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass, with_options
+from mezzotint.passes.recipes.parts import FAST
 from mezzotint.passes.smooth_scales import SmoothScales
-from mezzotint.runtime.deployment import Deployment
-from tests import golden
-from tests.channels import with_channels
+from mezzotint.runtime.sampling.deployment import Deployment
 from tests.conftest import Check
-from tests.models import Compiled, prompts
-from tests.tiny import program_of, short_schedule, tiny_program
+from tests.helpers import golden
+from tests.helpers.channels import with_channels
+from tests.helpers.models import Compiled, prompts
+from tests.helpers.tiny import program_of, short_schedule, tiny_program
 
 PLAIN: dict[str, Any] = {"islands": (), "power_of_two": True}
 INPUTS = Observe(groups=0, channels="inputs")
@@ -297,7 +298,7 @@ def test_a_whole_recipe(context: Context) -> None:
     assert any("run_time" in record.note for record in program.history if record.name == "smooth_scales")
     x = np.random.default_rng(0).standard_normal((4, *program.shape)).astype(np.float32)
     assert program.float_model is not None
-    # The spelling that onnxruntime fuses is written by emit; here the logical graph runs as it stands.
+    # The spelling that onnxruntime fuses is written by write_bundle; here the logical graph runs as it stands.
     with Executor(program.model, context.folder, threads=2, level="basic") as rough:
         got = rough.call(program.signature, x, program.deployment.timesteps[1])["epsilon"]
     with Executor(program.float_model, context.folder, threads=2) as exact:

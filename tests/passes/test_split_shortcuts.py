@@ -17,37 +17,37 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.compiler import graph as graphs
-from mezzotint.compiler import pipeline
-from mezzotint.compiler.audit import FLOAT_KERNELS, INTEGER_KERNELS
+from mezzotint.compiler.audit.kernels import FLOAT_KERNELS, INTEGER_KERNELS
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.formats import INT8, UINT8
+from mezzotint.compiler.core.islands import Islands
+from mezzotint.compiler.core.pipeline import Context, Pass, Recipe
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.folding import infer_shapes
-from mezzotint.compiler.graph import counts, is_op, name_of
-from mezzotint.compiler.import_onnx import import_onnx
-from mezzotint.compiler.islands import Islands
-from mezzotint.compiler.ops import layers
-from mezzotint.compiler.pipeline import Context, Pass, Recipe
-from mezzotint.compiler.program import Program, numpy_of
-from mezzotint.compiler.quant import INT8, UINT8
-from mezzotint.compiler.segment_errors import Costs, Form, measure
-from mezzotint.compiler.segments import find_joined
+from mezzotint.compiler.frontend.from_onnx import import_onnx
+from mezzotint.compiler.graph import nodes as graphs
+from mezzotint.compiler.graph.constant_folding import infer_shapes
+from mezzotint.compiler.graph.nodes import counts, is_op, name_of, numpy_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.shortcuts.segment_errors import Costs, Form, measure
+from mezzotint.compiler.shortcuts.segments import find_joined
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipe_files import make_pass, with_options
-from mezzotint.passes.recipe_parts import EXACT
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import make_pass, with_options
+from mezzotint.passes.recipes.parts import EXACT
 from mezzotint.passes.split_shortcuts import SplitShortcuts
-from mezzotint.runtime.deployment import Deployment
-from mezzotint.runtime.samplers import initial_noise
-from mezzotint.runtime.schedule import Schedule
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.samplers import initial_noise
+from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.session import running_version
 from tests.conftest import Check
-from tests.models import SCHEDULER, SMALL, Compiled, prompts
-from tests.tiny import ATTENTIONS, CONVS, LINEARS, program_of, tiny_model
+from tests.helpers.models import SCHEDULER, SMALL, Compiled, prompts
+from tests.helpers.tiny import ATTENTIONS, CONVS, LINEARS, program_of, tiny_model
 
 Images = npt.NDArray[np.float32]
 

@@ -7,20 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mezzotint.compiler import pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.formats import INT8, UINT8, scale_for_range
+from mezzotint.compiler.core.pipeline import Context, Recipe
+from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.core.stats import Stats, Summary
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.pipeline import Context, Recipe
-from mezzotint.compiler.program import Plan, Program, Quantizer, Site
-from mezzotint.compiler.quant import INT8, UINT8, scale_for_range
-from mezzotint.compiler.stats import Stats, Summary
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.group_steps import GroupSteps
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.step_scales import StepScales
-from tests.tiny import tiny_program
+from tests.helpers.tiny import tiny_program
 
 DRIFT = (10.0, 9.0, 2.0, 1.0)
 GROUPS = (0, 0, 1, 1)

@@ -8,20 +8,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler import pipeline
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.pipeline import Context, Pass, Recipe
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.execute import Executor
-from mezzotint.compiler.graph import name_of
-from mezzotint.compiler.lowering import lower
-from mezzotint.compiler.packing import rounded
-from mezzotint.compiler.pipeline import Context, Pass, Recipe
-from mezzotint.compiler.program import Program, numpy_of
+from mezzotint.compiler.graph.nodes import name_of, numpy_of
+from mezzotint.compiler.lowering.lower import lower
+from mezzotint.compiler.lowering.packing import rounded
 from mezzotint.passes import store_half
 from mezzotint.passes.insert_qdq import InsertQdq
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.store_half import StoreHalf
 from tests.conftest import Check
-from tests.tiny import context_in, tiny_program
+from tests.helpers.tiny import context_in, tiny_program
 
 ISLANDS = ("first", "last", "up", "down")  # `up` and `down` have weights of 9 kB
 

@@ -12,10 +12,10 @@ import onnx
 import onnx.parser
 import pytest
 
-from mezzotint.runtime.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
-from mezzotint.runtime.correction import Correction
-from mezzotint.runtime.deployment import Deployment
-from mezzotint.runtime.schedule import Schedule
+from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
+from mezzotint.runtime.sampling.correction import Correction
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Signature
 
 WEIGHT = (0.1, -0.2, 0.3, 0.05, 0.6, -0.1, 0.2, 0.1, -0.3)

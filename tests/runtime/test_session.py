@@ -15,7 +15,7 @@ import onnx.numpy_helper
 import pytest
 
 from mezzotint.runtime.errors import InputError, MixedTimesteps, TimestepNotDeployed
-from mezzotint.runtime.samplers import initial_noise
+from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser, open_session
 from mezzotint.runtime.signature import Signature
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mezzotint import peers
-from mezzotint.leaderboard import Row, page
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.bench import peers
+from mezzotint.passes.recipes.catalog import RECIPES
+from tools.leaderboard_page import Row, page
 
 TOOL = Path(__file__).parents[2] / "tools" / "leaderboard.py"
 FEW = ["--images", "2", "--calibration", "2", "--steps", "3", "--recipe", "w8a8", "--width", "w8a8", "--width", "w4a8"]

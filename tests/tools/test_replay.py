@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 
-from mezzotint.compiler import pipeline, snapshot
+from mezzotint.compiler.core import pipeline, snapshot
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError
-from mezzotint.compiler.pipeline import Context, Pass
-from mezzotint.compiler.program import Program
-from mezzotint.passes.recipes import RECIPES
+from mezzotint.passes.recipes.catalog import RECIPES
 
 TOOL = Path(__file__).parents[2] / "tools" / "replay.py"
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.schedule import Schedule
+from mezzotint.runtime.sampling.schedule import Schedule
 from tools.train_digits import ASSET, CHECKPOINT, Batches, Options, load_images, main, train
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -1,0 +1,1 @@
+"""What onnxruntime made of a file: its kernels, and why a group has none."""

@@ -1,0 +1,1 @@
+"""A width for each layer under a budget."""

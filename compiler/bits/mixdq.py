@@ -1,0 +1,122 @@
+"""MixDQ's metric-decoupled search (arXiv 2405.17873): content and quality are scored, and budgeted, apart.
+
+What is in a picture is decided by attention and feed-forward layers, how well it is drawn by convolutions, and a
+squared error of epsilon sees the second alone. So units of matmuls (content) are scored by 1 - SSIM of the pictures
+that a short trajectory ends with, convolutions (quality) by their squared error. The two do not add up; the budget is
+split between them in several ways, each group is solved by itself, and of the whole allocations the one whose pictures
+are most like the float network's is kept: measured, not predicted.
+
+Network calls, each for all samples: those of the profile (units * widths * calls), content units * widths * `length`,
+and splits * `length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from mezzotint.runtime.compare import ssim
+from mezzotint.runtime.sampling.samplers import initial_noise, run
+from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.sampling.solvers import ddim
+from mezzotint.runtime.sampling.steps import Solver, Step
+from mezzotint.runtime.signature import Timestep
+
+from ..calibration.calibrate import Conditions, Images, batch_conditions, batch_spans, both_halves, guided_output
+from ..core.pipeline import Context
+from ..core.program import Program
+from .allocation import Allocation, allocate, smallest
+from .simulate import Feeds, Simulator
+
+Fed = Callable[[int], Feeds]
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures of short trajectories from seeded noise: `length` of the deployment's timesteps, by DDIM.
+
+    Timesteps between two training timesteps are rounded; a flow is followed by Euler's method.
+    """
+
+    program: Program
+    context: Context
+    samples: int
+    length: int
+
+    def draw(self, simulator: Simulator, fed: Fed | None = None) -> Images:
+        """All samples; `fed` gives what is fed at each network call of the deployment beside the plain inputs."""
+        timesteps = self.program.deployment.timesteps
+        chosen = np.unique(np.linspace(0, len(timesteps) - 1, self.length).round().astype(int))
+        calls = {timesteps[k]: int(k) for k in chosen}
+        if not self.program.schedule.flow:
+            calls = {round(t): k for t, k in calls.items()}
+        few = replace(self.context, samples=self.samples)
+        drawn = []
+        for first, rows in batch_spans(self.program, few):
+            conditions = batch_conditions(self.program, few, first, rows)
+
+            def call(x: Images, t: Timestep, conditions: Conditions = conditions) -> Images:
+                seen = both_halves(self.program, x)
+                output = simulator.output(seen, t, conditions, fed(calls[t]) if fed else None)
+                return guided_output(self.program, output)
+
+            x = initial_noise(few.seed, (rows, *self.program.shape), first=first)
+            drawn.append(run(call, x, _short(self.program.schedule, list(calls))))
+        return np.concatenate(drawn)
+
+
+def _short(schedule: Schedule, times: Sequence[Timestep]) -> Solver:
+    """A deterministic solver that calls the network at these falling timesteps."""
+    if not schedule.flow:
+        return ddim(schedule, [int(t) for t in times])
+    sigmas = [t / schedule.num_train_timesteps for t in (*times, 0)]
+    pairs = zip(times, pairwise(sigmas), strict=True)
+    return Solver(tuple(Step(t, 1.0, -sigma, {"x": 1.0, "out": end - sigma}) for t, (sigma, end) in pairs))
+
+
+def unlike(reference: Images, pictures: Images) -> float:
+    """1 - SSIM, the mean over the pictures, which are moved to begin at 0 where the reference's do."""
+    low, peak = reference.min(), max(float(np.ptp(reference)), 1e-12)
+    return 1.0 - float(np.mean(ssim(reference - low, pictures - low, peak=peak)))
+
+
+def split_budget(
+    errors: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[int]],
+    content: Sequence[bool],
+    budget: int,
+    splits: int,
+    measured: Callable[[tuple[int, ...]], float],
+) -> tuple[Allocation, list[float]]:
+    """(the allocation whose `measured` error is least, the measured errors of all splits).
+
+    The budget must suffice. Splits that come to the same allocation are measured once.
+    """
+    groups = [[k for k, c in enumerate(content) if c == side] for side in (True, False)]
+    spans = [(smallest([costs[k] for k in g]), sum(max(costs[k]) for k in g)) for g in groups]
+    (least, most), (other_least, other_most) = spans
+    low, high = max(least, budget - other_most), min(most, budget - other_least)
+    found: dict[tuple[int, ...], tuple[float, Allocation]] = {}
+    for share in np.linspace(0.0, 1.0, splits if high > low else 1):
+        allowed = round(low + float(share) * (high - low)) if high > low else min(most, budget - other_least)
+        one = _part(errors, costs, groups[0], allowed)
+        two = _part(errors, costs, groups[1], budget - one.cost)
+        chosen = [0] * len(errors)
+        for group, part in zip(groups, (one, two), strict=True):
+            for k, c in zip(group, part.chosen, strict=True):
+                chosen[k] = c
+        whole = Allocation(tuple(chosen), one.error + two.error, one.cost + two.cost, max(one.gap, two.gap))
+        if whole.chosen not in found:
+            found[whole.chosen] = (measured(whole.chosen), whole)
+    return min(found.values(), key=lambda pair: pair[0])[1], [error for error, _ in found.values()]
+
+
+def _part(
+    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], group: Sequence[int], budget: int
+) -> Allocation:
+    part = allocate([errors[k] for k in group], [costs[k] for k in group], budget)
+    assert part is not None  # the split leaves each group what it needs
+    return part

@@ -1,0 +1,208 @@
+"""How much each unit of an allocation hurts at each width and each network call: squared errors, as a table.
+
+Measured on the trajectory of the float network (a few samples, a few of the deployment's calls), with one unit
+quantized and all others in float:
+
+    noise(u, c, t) = sum |eps_{u,c}(x_t) - eps(x_t)|^2              signal(t) = sum |eps(x_t)|^2
+
+sqnr    that, for every unit and width: units * (widths + activation widths) runs over the scenes
+layer   the layers' own outputs in place of epsilon, all in the same run: widths * (weights / 256 MB) runs, each about
+        twice as dear as a plain one, however many layers there are; what happens behind a layer is left out
+hawq    one probe for each unit, and no run for a width: with the output's squared error as the loss, the Hessian at
+        the float weights is J^T J, whose trace is E |J u|^2 over random signs u (Hutchinson), and
+        J u = (eps(w + d u) - eps(w)) / d needs no gradient. noise = trace / n * |Q_c(w) - w|^2 (HAWQ-V2, -V3)
+
+A run over the scenes is calls * samples / batch network calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..core.execute import Executor
+from ..core.pipeline import Context
+from ..core.program import Program
+from ..graph.nodes import Builder, Names, name_of, numpy_of
+from ..scales.weights import rounded
+from .simulate import Feeds, Numbers, Scene, Simulator, signal
+from .units import FLOAT, Choice, Unit, WeightQuantizers
+
+Weighting = Literal["relative", "absolute"]
+PROBE = 1e-3  # the step of a finite difference, relative to the root mean square of the weights
+CHUNK_BYTES = 256 << 20  # of weights that a graph of layer errors holds at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """`weights` and `activations` are noise `[calls]` by unit and bits; `signal` is `[calls]` too."""
+
+    calls: tuple[int, ...]
+    signal: Numbers
+    weights: Mapping[str, Mapping[int, Numbers]]
+    activations: Mapping[str, Mapping[int, Numbers]]
+
+    def noise(self, unit: str, choice: Choice) -> Numbers:
+        """Of a unit at each call: errors of weights and activations are taken as independent, and add up."""
+        if choice == FLOAT:
+            return np.zeros(len(self.calls))
+        parts = [self.weights.get(unit, {}).get(choice.weight), self.activations.get(unit, {}).get(choice.activation)]
+        return sum((part for part in parts if part is not None), np.zeros(len(self.calls)))
+
+    def error(self, unit: str, choice: Choice, weighting: Weighting) -> float:
+        return self.share(self.noise(unit, choice), weighting)
+
+    def share(self, noise: Numbers, weighting: Weighting) -> float:
+        """Noise `[calls]` as one share of the signal: each call relative to its own, or all together."""
+        if weighting == "relative":
+            return float(np.mean(noise / self.signal))
+        return float(noise.sum() / self.signal.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Profiler:
+    """What is measured, and on what."""
+
+    program: Program
+    context: Context
+    quantizers: WeightQuantizers
+    units: Sequence[Unit]
+    widths: tuple[int, ...]
+    activation_widths: tuple[int, ...]
+
+    @property
+    def by(self) -> str:
+        return self.quantizers.by
+
+    def rounded(self, unit: Unit, bits: int) -> npt.NDArray[np.float32]:
+        assert unit.weight is not None
+        return rounded(numpy_of(unit.weight), self.quantizers(unit.layers[0], bits))
+
+    def simulator(self) -> Simulator:
+        return Simulator(
+            self.program,
+            self.context,
+            weights=[name_of(unit.weight) for unit in self.units if unit.weight is not None],
+            layers=[layer for unit in self.units for layer in unit.layers] if self.activation_widths else (),
+            plan=self.quantizers.plan,
+        )
+
+    def outputs(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
+        """The score `sqnr`."""
+
+        def at_widths(unit: Unit) -> dict[int, Numbers]:
+            name = name_of(unit.weight)
+            return {b: simulator.noise(scenes, {name: self.rounded(unit, b)}) for b in self.widths}
+
+        return self._profile(simulator, scenes, at_widths)
+
+    def hawq(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
+        """The score `hawq`."""
+        order = {unit.name: k for k, unit in enumerate(self.units)}
+
+        def at_widths(unit: Unit) -> dict[int, Numbers]:
+            assert unit.weight is not None
+            weight = numpy_of(unit.weight)
+            step = PROBE * max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-12)
+            signs = np.random.default_rng([self.context.seed, order[unit.name]]).integers(0, 2, weight.shape)
+            probe = (weight + np.float32(step) * (2 * signs - 1).astype(np.float32)).astype(np.float32)
+            trace = simulator.noise(scenes, {name_of(unit.weight): probe}) / step**2
+            return {b: trace / weight.size * _squares(self.rounded(unit, b) - weight) for b in self.widths}
+
+        return self._profile(simulator, scenes, at_widths)
+
+    def own_outputs(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
+        """The scope `layer`: the share of noise in each layer's own output."""
+        weighted = [unit for unit in self.units if unit.weight is not None]
+        found: dict[str, dict[int, Numbers]] = {unit.name: {} for unit in weighted}
+        chunks = _chunks(weighted)
+        for k, (bits, chunk) in enumerate((b, c) for b in self.widths for c in chunks):
+            self.context.progress(self.by, k, len(self.widths) * len(chunks))
+            for name, share in self._own_shares(chunk, bits, scenes).items():
+                found[name][bits] = share * signal(scenes)
+        return self._profile(simulator, scenes, lambda unit: found[unit.name])
+
+    def _profile(
+        self, simulator: Simulator, scenes: Sequence[Scene], at_widths: Callable[[Unit], Mapping[int, Numbers]]
+    ) -> Profile:
+        calls = tuple(sorted({scene.call for scene in scenes}))
+        weights: dict[str, Mapping[int, Numbers]] = {}
+        activations: dict[str, Mapping[int, Numbers]] = {}
+        for k, unit in enumerate(self.units):
+            if unit.weight is not None:
+                weights[unit.name] = at_widths(unit)
+            activations[unit.name] = {
+                bits: simulator.noise(scenes, partial(self.switched, simulator, unit, bits))
+                for bits in self.activation_widths
+            }
+            self.context.progress(self.by, k + 1, len(self.units))
+        return Profile(calls, signal(scenes), weights, activations)
+
+    def switched(self, simulator: Simulator, unit: Unit, bits: int, call: int) -> Feeds:
+        """What is fed to quantize all activations of a unit at a call."""
+        fed: Feeds = {}
+        for layer in unit.layers:
+            fed |= simulator.activations(layer.name, bits, call)
+        return fed
+
+    def quantized(self, simulator: Simulator, unit: Unit, choice: Choice, call: int) -> Feeds:
+        """What is fed to quantize a whole unit at a call."""
+        fed = self.switched(simulator, unit, choice.activation, call) if self.activation_widths else {}
+        return fed if unit.weight is None else {**fed, name_of(unit.weight): self.rounded(unit, choice.weight)}
+
+    def _own_shares(self, chunk: Sequence[Unit], bits: int, scenes: Sequence[Scene]) -> dict[str, Numbers]:
+        """By unit, noise over signal of its first layer's output `[calls]`: beside it runs the weights' error."""
+        model = self.program.model.clone()
+        names = Names(model.graph)
+        nodes = {node.name or name_of(node.outputs[0]): node for node in model.graph}
+        taps: dict[str, tuple[str, str]] = {}
+        for unit in chunk:
+            node = nodes[unit.name]
+            assert unit.weight is not None
+            build = Builder(model.graph, names, after=node)
+            error = build.constant(f"{unit.name}_error", self.rounded(unit, bits) - numpy_of(unit.weight))
+            stem, copied = f"{unit.name}_noise", _copied(node)
+            noise = build.op(node.op_type, [node.inputs[0], error], stem, like=node.outputs[0], attributes=copied)
+            sums = [
+                name_of(build.op("ReduceSumSquare", [v], "power", dtype=ir.DataType.FLOAT, attributes={"keepdims": 0}))
+                for v in (noise, node.outputs[0])
+            ]
+            taps[unit.name] = (sums[0], sums[1])
+        totals: dict[str, dict[int, Numbers]] = {name: {} for name in taps}
+        flat = [name for pair in taps.values() for name in pair]
+        with Executor(model, self.context.folder, taps=flat, threads=self.context.threads) as executor:
+            for scene in scenes:
+                seen = executor.call(self.program.signature, scene.x, scene.timestep, scene.conditions)
+                for name, pair in taps.items():
+                    powers = np.array([float(seen[tap]) for tap in pair])
+                    totals[name][scene.call] = totals[name].get(scene.call, np.zeros(2)) + powers
+        shares = {n: np.array([by_call[c] for c in sorted(by_call)]) for n, by_call in totals.items()}
+        return {name: pair[:, 0] / np.maximum(pair[:, 1], 1e-30) for name, pair in shares.items()}
+
+
+def _squares(values: npt.NDArray[np.float32]) -> float:
+    flat = values.reshape(-1).astype(np.float64)
+    return float(flat @ flat)
+
+
+def _copied(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _chunks(units: Sequence[Unit]) -> list[list[Unit]]:
+    """The units cut where the weights of a piece would exceed CHUNK_BYTES; a piece has one unit at least."""
+    chunks: list[list[Unit]] = []
+    held = 0
+    for unit in units:
+        if not chunks or held + 4 * unit.size > CHUNK_BYTES:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(unit)
+        held += 4 * unit.size
+    return chunks

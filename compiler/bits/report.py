@@ -1,0 +1,124 @@
+"""What assign_bits tells: the profile, the Pareto curve and the choice, as plain data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mezzotint.runtime.compare import json_db
+
+from .allocation import Allocation, allocate, smallest
+from .budget import Budget, mean_bits
+from .profile import Profile
+from .simulate import Scene
+from .units import FLOAT, Choice, Unit, joined
+
+CURVE = 10  # budgets of the Pareto curve
+MIXED = "mixed"  # what a layer is called whose channels have several widths
+
+
+@dataclass(frozen=True, eq=False)
+class BitReport:
+    """`errors` are those of each choice of each unit, or part of one; `measured` is the error of a whole allocation."""
+
+    units: Sequence[Unit]
+    choices: Sequence[Sequence[Choice]]
+    errors: Sequence[Sequence[float]]
+    budget: Budget
+    measured: Callable[[Sequence[Choice]], float]
+
+    def picked(self, allocation: Allocation) -> list[Choice]:
+        return [row[c] for row, c in zip(self.choices, allocation.chosen, strict=True)]
+
+    def to_json(self, found: Allocation, profile: Profile, scenes: Sequence[Scene]) -> dict[str, Any]:
+        """Decibels are None where there is no error."""
+        timesteps = {scene.call: scene.timestep for scene in scenes}
+        chosen = self.picked(found)
+        table = {
+            unit.name: {
+                choice.label: [json_db(_db(e)) for e in (profile.noise(unit.name, choice) / profile.signal).tolist()]
+                for choice in row
+                if choice != FLOAT
+            }
+            for unit, row in zip(self.units, self.choices, strict=True)
+        }
+        return {
+            "budget": {"kind": self.budget.kind, "amount": self.budget.amount},
+            "calls": [{"call": call, "timestep": timesteps[call]} for call in profile.calls],
+            "chosen": {**self._point(found), "measured_sqnr_db": json_db(_db(self.measured(chosen)))},
+            "uniform": [self._uniform(choice) for choice in self._common()],
+            "pareto": [self._point(point) for point in self._curve()],
+            "units": self._labels(chosen),
+            "profile": table,
+        }
+
+    def channels(self, found: Allocation) -> dict[str, dict[str, int]]:
+        """The number of output channels by bits, of the layers where they differ."""
+        rows = [(unit.name, bits) for unit, _, bits in joined(self.units, self.picked(found)) if bits is not None]
+        return {name: {str(b): int((bits == b).sum()) for b in np.unique(bits)} for name, bits in rows}
+
+    def note(self, report: Mapping[str, Any]) -> str:
+        """`report` in one line of the history."""
+        point = report["chosen"]
+        words = {"float": "in float", MIXED: "mixed by channel"}
+        layers = [f"{n} {words.get(label, f'at {label} bits')}" for label, n in point["layers"].items()]
+        sides = ", ".join(f"all at {u['label']}: {_words(u['measured_sqnr_db'])}" for u in report["uniform"])
+        gap = f"; optimum not proven, gap {point['gap']:.1%}" if point["gap"] > 1e-3 else ""
+        return (
+            f"{len(report['units'])} layers: {', '.join(layers)}; {point['mean_bits']:.2f} bits a weight; "
+            f"predicted SQNR {_words(point['sqnr_db'])} dB, measured {_words(point['measured_sqnr_db'])} ({sides}){gap}"
+        )
+
+    def _labels(self, chosen: Sequence[Choice]) -> dict[str, str]:
+        """What each layer got."""
+        found = joined(self.units, chosen)
+        return {unit.name: choice.label if bits is None else MIXED for unit, choice, bits in found}
+
+    def _common(self) -> list[Choice]:
+        """The choices that every unit with weights has."""
+        rows = [set(row) for unit, row in zip(self.units, self.choices, strict=True) if unit.weight is not None]
+        shared = set.intersection(*rows) if rows else set()
+        return sorted(shared - {FLOAT})
+
+    def _uniform(self, choice: Choice) -> dict[str, Any]:
+        chosen = tuple(row.index(choice) if choice in row else 0 for row in self.choices)
+        made = Allocation(chosen, _sum(self.errors, chosen), int(_sum(self.budget.costs, chosen)), 0.0)
+        measured = self.measured(self.picked(made))
+        return {"label": choice.label, **self._point(made), "measured_sqnr_db": json_db(_db(measured))}
+
+    def _curve(self) -> list[Allocation]:
+        """The best allocations under budgets from the least to all that can be spent, evenly spaced."""
+        costs = self.budget.costs
+        free = sum(row[int(np.argmin(wrong))] for row, wrong in zip(costs, self.errors, strict=True))
+        limits = np.linspace(smallest(costs), max(free, smallest(costs)), CURVE)
+        found = [allocate(self.errors, costs, round(float(limit))) for limit in limits]
+        distinct = {point.chosen: point for point in found if point is not None}
+        return list(distinct.values())
+
+    def _point(self, allocation: Allocation) -> dict[str, Any]:
+        chosen = self.picked(allocation)
+        counted = Counter(self._labels(chosen).values())
+        layers = {label: counted[label] for label in sorted(counted, key=lambda x: (x in ("float", MIXED), x))}
+        return {
+            "takes": self.budget.takes(allocation.cost),
+            "mean_bits": mean_bits(self.units, chosen),
+            "sqnr_db": json_db(_db(_sum(self.errors, allocation.chosen))),
+            "layers": layers,
+            "gap": allocation.gap,
+        }
+
+
+def _sum(rows: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    return float(sum(row[c] for row, c in zip(rows, chosen, strict=True)))
+
+
+def _db(error: float) -> float:
+    return -10 * float(np.log10(error)) if error > 0 else float("inf")
+
+
+def _words(db: float | None) -> str:
+    return "infinite" if db is None else f"{db:.1f}"

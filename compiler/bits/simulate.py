@@ -1,0 +1,195 @@
+"""A float graph in one session, of which single weights and activations are quantized for one call.
+
+A weight is an initializer that is an input, too: onnxruntime takes what is fed in its place. That costs the packing of
+weights when the session is built: a call of the digits takes 15 to 20 % longer, and a session for each candidate
+would take longer than its calls. An activation has its pair of Q and DQ beside it, and a switch (Where) between both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from mezzotint.runtime.signature import Timestep
+
+from ..calibration.calibrate import Conditions, Images, follow_trajectories
+from ..core.execute import Executor, feeds
+from ..core.pipeline import Context
+from ..core.program import Plan, Program, Quantizer
+from ..graph.nodes import Builder, Names, consumers, name_of, replace_use
+from ..graph.ops import Layer
+from .units import narrowed
+
+Numbers = npt.NDArray[np.float64]
+Feeds = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One batch at one network call of the float trajectory: `call` is its index, `output` what the network said."""
+
+    call: int
+    timestep: Timestep
+    x: Images
+    conditions: Conditions
+    output: Images
+
+
+@dataclass(frozen=True)
+class _View:
+    """The switch of one quantizer in the graph, and its parameters: names of inputs."""
+
+    switch: str
+    scale: str
+    zero: str
+    top: str
+    quantizer: Quantizer
+
+
+class Simulator:
+    """`weights` (values) can be replaced, the activations of `layers` switched to their quantizers in `plan`.
+
+    A context manager: it writes files.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        context: Context,
+        *,
+        weights: Sequence[str] = (),
+        layers: Sequence[Layer] = (),
+        plan: Plan | None = None,
+        model: ir.Model | None = None,
+    ) -> None:
+        self._program = program
+        clone = (model or program.model).clone()
+        self._groups = plan.groups if plan is not None else ()
+        self._views: dict[str, list[_View]] = {}
+        if plan is not None and layers:
+            self._add_switches(clone, layers, plan)
+        for name in weights:
+            clone.graph.inputs.append(clone.graph.initializers[name])
+        self._executor = Executor(clone, context.folder, threads=context.threads)
+        self._inputs = self._executor.inputs
+
+    def output(self, x: Images, t: Timestep, conditions: Conditions, changes: Feeds | None = None) -> Images:
+        """The network's output of one call, with what `weight` and `activations` made fed in place of the float."""
+        given = feeds(self._inputs, self._program.signature, x, t, conditions)
+        outputs = self._executor.run({**given, **(changes or {})})
+        return np.asarray(outputs[self._program.signature.output], np.float32)
+
+    def activations(self, layer: str, bits: int, call: int) -> Feeds:
+        """What switches the activations of a layer to `bits`, with the rows that the call has in tables."""
+        given: Feeds = {}
+        for view in self._views[layer]:
+            q = narrowed(view.quantizer, bits, view.quantizer.by)
+            row = self._groups[call] if q.table else ...
+            given |= {
+                view.switch: np.array(True),
+                view.scale: np.asarray(q.scale[row]),
+                view.zero: np.asarray(q.zero_point[row]),
+                view.top: np.array(q.format.qmax, q.format.dtype),
+            }
+        return given
+
+    def follow(self, context: Context, calls: Sequence[int], samples: int, stage: str) -> list[Scene]:
+        """The float trajectory of a few samples, kept at these network calls."""
+        found: list[Scene] = []
+        timesteps = self._program.deployment.timesteps
+
+        def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
+            output = self.output(x, t, conditions)
+            if (call := timesteps.index(t)) in calls:
+                found.append(Scene(call, t, x.copy(), conditions, output.copy()))
+            return output
+
+        follow_trajectories(self._program, replace(context, samples=samples), denoiser, stage)
+        return found
+
+    def noise(self, scenes: Sequence[Scene], changes: Feeds | Callable[[int], Feeds]) -> Numbers:
+        """Squared error of the output, summed, at each call of the scenes in their order `[calls]`.
+
+        `changes` are the same at every call, or made for each.
+        """
+        sums: dict[int, float] = {}
+        for scene in scenes:
+            fed = changes(scene.call) if callable(changes) else changes
+            got = self.output(scene.x, scene.timestep, scene.conditions, fed).astype(np.float64)
+            sums[scene.call] = sums.get(scene.call, 0.0) + float(np.sum((got - scene.output) ** 2))
+        return np.array([sums[call] for call in sorted(sums)])
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def __enter__(self) -> Simulator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _add_switches(self, model: ir.Model, layers: Sequence[Layer], plan: Plan) -> None:
+        graph = model.graph
+        names = Names(graph)
+        nodes = {node.name or name_of(node.outputs[0]): node for node in graph}
+        for layer in layers:
+            node = nodes[layer.name]
+            views = []
+            for seen in layer.activations:
+                quantizer = plan.of(name_of(seen), layer.name)
+                value = next(v for v in node.inputs if name_of(v) == name_of(seen))
+                assert quantizer is not None and value is not None
+                out, view = self._switch(Builder(graph, names, before=node), value, quantizer)
+                replace_use(node, value, out)
+                views.append(view)
+            quantizer = plan.of(name_of(layer.output), layer.name)
+            if layer.output_quantized and quantizer is not None and not layer.output.is_graph_output():
+                value = node.outputs[0]
+                readers = consumers(value)
+                out, view = self._switch(Builder(graph, names, after=node), value, quantizer)
+                for reader in readers:
+                    replace_use(reader, value, out)
+                views.append(view)
+            self._views[layer.name] = views
+
+    def _switch(self, build: Builder, value: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, _View]:
+        first = quantizer.scale[0] if quantizer.table else quantizer.scale
+        zero = quantizer.zero_point[0] if quantizer.table else quantizer.zero_point
+        stem = name_of(value)
+        made = [
+            build.constant(f"{stem}_{part}", array)
+            for part, array in (
+                ("switch", np.array(False)),
+                ("scale", np.asarray(first)),
+                ("zero", np.asarray(zero)),
+                ("top", np.array(quantizer.format.qmax, quantizer.format.dtype)),
+            )
+        ]
+        build.graph.inputs.extend(made)
+        switch, scale, zero_point, top = made
+        axis = {} if quantizer.axis is None else {"axis": quantizer.axis}
+        dtype = ir.DataType.from_numpy(quantizer.zero_point.dtype)
+        q = build.op(
+            "QuantizeLinear", [value, scale, zero_point], f"{stem}_q", like=value, dtype=dtype, attributes=axis
+        )
+        bottom = build.constant(f"{stem}_bottom", np.array(quantizer.format.qmin, quantizer.format.dtype))
+        q = build.op("Clip", [q, bottom, top], f"{stem}_clipped", like=q)
+        dq = build.op("DequantizeLinear", [q, scale, zero_point], f"{stem}_dq", like=value, attributes=axis)
+        out = build.op("Where", [switch, dq, value], f"{stem}_seen", like=value)
+        return out, _View(name_of(switch), name_of(scale), name_of(zero_point), name_of(top), quantizer)
+
+
+def signal(scenes: Sequence[Scene]) -> Numbers:
+    """The sum of squares of the float output at each call of the scenes, in their order."""
+    sums: dict[int, float] = {}
+    for scene in scenes:
+        sums[scene.call] = sums.get(scene.call, 0.0) + float(np.sum(scene.output.astype(np.float64) ** 2))
+    return np.array([sums[call] for call in sorted(sums)])

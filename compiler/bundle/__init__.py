@@ -1,0 +1,1 @@
+"""A Program is written as a bundle."""

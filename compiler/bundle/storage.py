@@ -1,0 +1,71 @@
+"""What the constants of a bundle's graph take up, by the type that they are stored in: a section of the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..core.program import Program
+from ..graph.nodes import is_op
+
+NAMED = ("int2", "int4", "int8", "float16", "float32", "int32")
+_NAMES = {"float": "float32"}
+_STORED = {1: 2, 2: 2, 3: 4, 4: 4}  # bits of a weight -> bits in the file; all others 8
+
+
+def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> dict[str, Any]:
+    """Bytes, constants and values by storage type; the size of the files, also relative to the float parameters."""
+    types: dict[str, dict[str, int]] = {}
+    for value in lowered.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None:
+            kind, values = _kind(value, tensor)
+            row = types.setdefault(kind, {"bytes": 0, "constants": 0, "values": 0})
+            row["bytes"] += tensor.nbytes
+            row["constants"] += 1
+            row["values"] += values
+    size, source = sum(file.stat().st_size for file in files), _float_bytes(program)
+    return {
+        "types": {kind: types[kind] for kind in (*NAMED, "other") if kind in types},
+        "constant_bytes": sum(row["bytes"] for row in types.values()),
+        "model_bytes": size,
+        "float_bytes": source,
+        "ratio": round(size / source, 6) if source else None,
+        "notes": _notes(program),
+    }
+
+
+def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
+    """The storage type of a constant, and how many values it holds."""
+    for node, _ in value.uses():  # bytes that are cast to be looked up in a table: compiler/lowering/packing.py
+        readers = node.outputs[0].uses() if is_op(node, "Cast") and value.dtype == ir.DataType.UINT8 else ()
+        tables = [reader.inputs[0] for reader, index in readers if is_op(reader, "Gather") and index == 1]
+        if tables and tables[0] is not None and tables[0].const_value is not None:
+            count = int(tables[0].const_value.shape.numpy()[1])
+            return f"int{8 // count}", tensor.size * count
+    name = tensor.dtype.name.lower()
+    name = _NAMES.get(name, name)
+    return name if name in NAMED else "other", tensor.size
+
+
+def _float_bytes(program: Program) -> int:
+    """The parameters as imported, 4 bytes each; of a program that no front end made, those of its float graph."""
+    known = program.source.get("parameter_bytes")
+    if known is not None:
+        return int(known)
+    tensors = [v.const_value for v in (program.float_model or program.model).graph.initializers.values()]
+    return 4 * sum(t.size for t in tensors if t is not None and t.dtype.is_floating_point())
+
+
+def _notes(program: Program) -> list[str]:
+    """Where a weight has fewer bits than the file spends on it."""
+    if program.plan is None or program.float_model is None:
+        return []
+    weights = program.float_model.graph.initializers
+    chosen = [q for site, q in program.plan.quantizers.items() if site.value in weights]
+    bits = {b for q in chosen for b in q.widths or (q.format.bits,)}
+    wider = [(b, _STORED.get(b, 8)) for b in sorted(bits) if _STORED.get(b, 8) != b]
+    return [f"weights of {b} bits are stored in {stored}: the file has no type between" for b, stored in wider]

@@ -1,0 +1,110 @@
+"""Program -> bundle folder: the graph, the configurations, the tables, the manifest with all hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
+from mezzotint.runtime.bundle.model_config import CONFIG
+from mezzotint.runtime.bundle.ranges import RANGES
+
+from ..audit.kernels import audit
+from ..core.program import Program
+from ..graph import weight_store as store
+from ..graph.nodes import counts, name_of, numpy_of
+from ..graph.ops import layers
+from ..lowering.lower import lower
+from .card import CARD, NOISE_PLOT, card
+from .card_code import described
+from .range_rows import range_rows
+from .staging import write_text
+from .storage import storage
+
+EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """One ONNX file, its weights beside it when there are many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clone = model.clone()
+    tensors = {value: value.const_value for value in clone.graph.initializers.values() if value.const_value is not None}
+    forget_types(clone)
+    if sum(tensor.nbytes for tensor in tensors.values()) > EXTERNAL_BYTES:
+        ir.save(clone, path, external_data=f"{path.name}.data", size_threshold_bytes=store.SIZES_BYTES)
+        return
+    for value, tensor in tensors.items():
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.tensor(numpy_of(value), name=value.name)
+    ir.save(clone, path)
+
+
+def forget_types(model: ir.Model) -> None:
+    """A constant says its own type and shape: the file need not do so twice."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and not value.is_graph_input() and not value.metadata_props:
+            value.type = value.shape = None
+
+
+def write_bundle(
+    program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *, threads: int | None = None
+) -> None:
+    """Write a bundle: the lowered graph, the configurations of model and scheduler, the correction, the ranges, the
+    FX text, the manifest with all hashes.
+
+    `facts` is what only the caller knows (recipe, calibration, versions). `bundle` may hold pass dumps already.
+    """
+    islands = program.plan.islands if program.plan else {}
+    quantized = program.float_model is not None
+    lowered = lower(program) if quantized else program.model
+    save_model(lowered, bundle / MODEL)
+    files = sorted((bundle / MODEL).parent.glob(f"{Path(MODEL).name}*"))
+    write_text(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
+    source = dict(program.source)
+    if (config := source.pop("config", None)) is not None:
+        write_text(bundle / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if program.correction is not None:
+        program.correction.save(bundle / CORRECTION)
+    if (ranges := range_rows(program)) is not None:
+        ranges.save(bundle / RANGES)
+    if program.noise_report:
+        from ..correction.noise_plot import plot_noise  # matplotlib takes a second to load
+
+        plot_noise(program.noise_report, bundle / NOISE_PLOT)
+    if program.fx_text is not None:
+        write_text(bundle / "passes" / "000_fx.txt", program.fx_text)
+    source_layers = list(layers((program.float_model or program.model).graph))
+    kernels = audit(bundle / MODEL, source_layers, work, threads=threads).to_json(islands if quantized else {})
+    manifest = {
+        **facts,
+        "source": source,
+        "signature": program.signature.to_json(),
+        "inputs": described({name_of(v): _declared(v) for v in lowered.graph.inputs}),
+        "deployment": program.deployment.to_json(),
+        "deployed_timesteps": None if program.frozen is None else list(program.frozen),
+        "sample_shape": list(program.shape),
+        "history": [record.to_json() for record in program.history],
+        "kernels": kernels,
+        "storage": storage(program, lowered, files),
+        "quantizers": [
+            {"site": str(site), **quantizer.to_json()}
+            for site, quantizer in (program.plan.quantizers.items() if program.plan else ())
+        ],
+        "islands": dict(islands),
+        "refused": dict(program.refused),
+        **({"noise": dict(program.noise_report)} if program.noise_report else {}),
+        **({"bits": dict(program.plan.report)} if program.plan and program.plan.report else {}),
+        "nodes": dict(sorted(counts(lowered.graph).items())),
+    }
+    write_text(bundle / CARD, card(manifest, bundle))
+    seal_bundle(bundle, manifest)
+
+
+def _declared(value: ir.Value) -> tuple[Any, list[int | str | None]]:
+    """dtype and declared shape of a graph input."""
+    assert value.dtype is not None and value.shape is not None
+    return value.dtype.numpy(), [d if isinstance(d, int) else d.value for d in value.shape]

@@ -1,0 +1,1 @@
+"""The sampling loop runs, and statistics of its activations stream."""

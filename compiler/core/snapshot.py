@@ -1,0 +1,191 @@
+"""A Program as a folder: to run passes again from where they stopped, without importing or calibrating again.
+
+program.json          signature, schedule, deployment, shape, source, history, pending passes, plan
+program.onnx          the graph; float.onnx too when there is a float model to compare with
+weights.data          the stored weights of both
+stats.safetensors     summaries (exact integers and float64)
+plan.safetensors      scales and zero points
+correction.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from safetensors.numpy import load_file, save_file
+
+from mezzotint.runtime.sampling.correction import Correction
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.signature import Signature
+
+from ..errors import ModelError
+from ..graph import weight_store as store
+from .formats import Format
+from .program import Plan, Program, Quantizer, Record, Site
+from .stats import Stats, Summary
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write a program, and the passes it still has before it, to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    home = home_of(program.model)
+    if home is not None and home != folder and not (folder / store.WEIGHTS).exists():
+        store.copy(home / store.WEIGHTS, folder / store.WEIGHTS)
+    for stem, model in (("program", program.model), ("float", program.float_model)):
+        if model is not None:
+            store.write(store.rehomed(model, folder), folder, stem)
+    data: dict[str, Any] = {
+        "signature": program.signature.to_json(),
+        "schedule": dict(program.schedule.config),
+        "deployment": program.deployment.to_json(),
+        "shape": list(program.shape),
+        "source": dict(program.source),
+        "frozen": None if program.frozen is None else list(program.frozen),
+        "lowering": program.lowering,
+        "allocation": list(program.allocation),
+        "refused": dict(program.refused),
+        "noise_report": dict(program.noise_report),
+        "history": [r.to_json() for r in program.history],
+        "fx_text": program.fx_text,
+        "pending": [dict(p) for p in pending],
+    }
+    if program.stats is not None:
+        data["stats"] = save_stats(program.stats, folder)
+    if program.plan is not None:
+        data["plan"] = _save_plan(program.plan, folder)
+    if program.correction is not None:
+        program.correction.save(folder / "correction.safetensors")
+    (folder / "program.json").write_text(json.dumps(data, indent=1))
+
+
+def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
+    """The program that `save` wrote, and the passes that were still to run. Raises ModelError."""
+    try:
+        data = json.loads((folder / "program.json").read_text())
+        model = ir.load(folder / "program.onnx")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"this folder holds no saved program: {error}", where=str(folder)) from error
+    float_file, correction_file = folder / "float.onnx", folder / "correction.safetensors"
+    program = Program(
+        model=model,
+        signature=Signature.from_json(data["signature"]),
+        schedule=Schedule.from_config(data["schedule"]),
+        deployment=Deployment.from_json(data["deployment"]),
+        shape=tuple(data["shape"]),
+        source=data["source"],
+        stats=load_stats(data["stats"], folder) if "stats" in data else None,
+        plan=_load_plan(data["plan"], folder) if "plan" in data else None,
+        correction=Correction.load(correction_file) if correction_file.exists() else None,
+        frozen=None if data["frozen"] is None else tuple(data["frozen"]),
+        float_model=ir.load(float_file) if float_file.exists() else None,
+        lowering=data["lowering"],
+        allocation=tuple(data["allocation"]),
+        refused=data["refused"],
+        noise_report=data["noise_report"],
+        fx_text=data["fx_text"],
+        history=tuple(
+            Record(
+                r["pass"],
+                r["options"],
+                r["nodes_before"],
+                r["nodes_after"],
+                r["seconds"],
+                r["peak_memory_mb"],
+                r["note"],
+            )
+            for r in data["history"]
+        ),
+    )
+    return program, list(data["pending"])
+
+
+def home_of(model: ir.Model) -> Path | None:
+    """The folder whose stored weights a model refers to."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            return Path(value.const_value.base_dir)
+    return None
+
+
+def save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
+    """Write the arrays of statistics to a folder; returns the rest as plain data, for `load_stats`."""
+    arrays: Arrays = {}
+    keys = []
+    for i, ((name, group), s) in enumerate(stats.summaries.items()):
+        keys.append([name, group])
+        used = np.flatnonzero(s.histogram)
+        arrays[f"{i}.moments"] = np.array([s.count, s.low, s.high, s.total, s.square], np.float64)
+        arrays[f"{i}.bins"] = used.astype(np.int32)
+        arrays[f"{i}.counts"] = s.histogram[used]
+    for i, extremes in enumerate(stats.channels.values()):
+        arrays[f"channels.{i}"] = extremes
+    for i, sums in enumerate(stats.squares.values()):
+        arrays[f"squares.{i}"] = sums
+    save_file(arrays, folder / "stats.safetensors")
+    return {
+        "digest": stats.digest,
+        "groups": stats.groups,
+        "calls": stats.calls,
+        "timesteps": list(stats.timesteps),
+        "keys": keys,
+        "channels": [list(k) for k in stats.channels],
+        "squares": [list(k) for k in stats.squares],
+        "axes": dict(stats.axes),
+    }
+
+
+def load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
+    """The statistics that `save_stats` wrote."""
+    arrays = load_file(folder / "stats.safetensors")
+    summaries: dict[tuple[str, int], Summary] = {}
+    for i, (name, group) in enumerate(data["keys"]):
+        count, low, high, total, square = (float(v) for v in arrays[f"{i}.moments"])
+        summary = Summary(int(count), low, high, total, square)
+        summary.histogram[arrays[f"{i}.bins"]] = arrays[f"{i}.counts"]
+        summaries[str(name), int(group)] = summary
+    channels, squares = (
+        {(str(name), int(group)): arrays[f"{part}.{i}"] for i, (name, group) in enumerate(data[part])}
+        for part in ("channels", "squares")
+    )
+    facts = data["digest"], data["groups"], data["calls"]
+    return Stats(*facts, summaries, tuple(data["timesteps"]), channels, squares, data["axes"])
+
+
+def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
+    arrays: Arrays = {}
+    entries = []
+    for i, (site, q) in enumerate(plan.quantizers.items()):
+        arrays[f"{i}.scale"], arrays[f"{i}.zero_point"] = np.atleast_1d(q.scale), np.atleast_1d(q.zero_point)
+        if q.row_bits is not None:
+            arrays[f"{i}.row_bits"] = q.row_bits
+        f = q.format
+        grid = [f.bits, f.signed, f.symmetric]
+        entries.append([site.value, site.consumer, grid, q.axis, q.by, q.scale.ndim, q.table])
+    save_file(arrays, folder / "plan.safetensors")
+    return {
+        "islands": dict(plan.islands),
+        "quantizers": entries,
+        "groups": list(plan.groups),
+        "report": dict(plan.report),
+    }
+
+
+def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
+    arrays = load_file(folder / "plan.safetensors")
+    quantizers = {}
+    for i, (value, consumer, fmt, axis, by, rank, table) in enumerate(data["quantizers"]):
+        scale, zero = arrays[f"{i}.scale"], arrays[f"{i}.zero_point"]
+        if rank == 0:
+            scale, zero = scale.reshape(()), zero.reshape(())
+        row_bits = arrays.get(f"{i}.row_bits")
+        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table, row_bits)
+    return Plan(quantizers, data["islands"], tuple(data["groups"]), data["report"])

@@ -1,0 +1,131 @@
+"""What every graph keeps, and whether an exact pass was exact.
+
+`structure` runs after every pass; `ExactChecker` runs the float graph before and after a pass that claims to keep
+the function, on the same inputs at several timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from mezzotint.runtime.signature import Timestep
+
+from ..errors import NotExact, PassError
+from ..graph import nodes as graph
+from ..graph import weight_store as store
+from ..graph.nodes import name_of, numpy_of
+from .execute import Executor
+from .program import Program
+
+
+def structure(after: Program, name: str, *, before: Program) -> None:
+    """Refuse a graph that is not valid ONNX, assigns a value twice, reads a value nobody makes, changed its inputs
+    or outputs, or forgot a shape that was known.
+
+    Raises PassError with the pass and the node as text.
+    """
+    made = {name_of(v) for v in after.graph.inputs} | set(after.graph.initializers)
+    for node in after.graph:
+        for value in node.inputs:
+            if name_of(value) and name_of(value) not in made:
+                raise PassError(f"{name} left a value that nobody makes: {name_of(value)!r}", where=str(node))
+        for value in node.outputs:
+            if name_of(value) and name_of(value) in made:  # absent optional outputs have no name
+                raise PassError(f"{name} left a value that is assigned twice: {name_of(value)!r}", where=str(node))
+            made.add(name_of(value))
+    for side in ("inputs", "outputs"):
+        old, new = _interface(before, side), _interface(after, side)
+        if old != new:
+            raise PassError(f"{name} changed the {side} of the graph from {old} to {new}", where=name)
+    _shapes_kept(after, name, before)
+    try:
+        onnx.checker.check_model(ir.to_proto(store.bare(after.model)))
+    except onnx.checker.ValidationError as error:
+        raise PassError(f"{name} left an invalid ONNX model: {error}", where=name) from error
+
+
+def _interface(program: Program, side: str) -> list[tuple[str, str]]:
+    """Names and types; an input with a default value is a weight in an old spelling, and may become one."""
+    defaults = program.graph.initializers
+    return [(name_of(v), str(v.dtype)) for v in getattr(program.graph, side) if name_of(v) not in defaults]
+
+
+def _shapes_kept(after: Program, name: str, before: Program) -> None:
+    known = {name_of(v): v.shape for node in before.graph for v in node.outputs if v.shape is not None}
+    for node in after.graph:
+        for value in node.outputs:
+            shape = known.get(name_of(value))
+            if shape is not None and value.shape is None:
+                raise PassError(f"{name} forgot the shape of {name_of(value)!r}, which was {shape}", where=str(node))
+
+
+class ExactChecker:
+    """Compares outputs of the graph before and after a pass; remembers the last ones, so each graph runs once."""
+
+    BATCH = 2
+
+    def __init__(self, folder: Path, *, threads: int | None = None, seed: int = 0) -> None:
+        self._folder, self._threads, self._seed = folder, threads, seed
+        self._last: tuple[str, dict[Timestep, npt.NDArray[np.float32]]] | None = None
+
+    def compare(
+        self,
+        before: Program,
+        after: Program,
+        name: str,
+        *,
+        tolerance: float,
+        conditions: Mapping[str, npt.NDArray[Any]],
+    ) -> None:
+        """Raise NotExact when the largest difference exceeds `tolerance` times the largest output."""
+        want = self._outputs(before, conditions)
+        got = self._outputs(after, conditions)
+        for t, expected in want.items():
+            worst = relative_difference(expected, got[t])
+            if not worst <= tolerance:
+                raise NotExact(
+                    f"{name} changed the function: relative difference {worst:.2e} at timestep {t}, "
+                    f"allowed {tolerance:.0e}",
+                    where=name,
+                )
+
+    def _outputs(
+        self, program: Program, conditions: Mapping[str, npt.NDArray[Any]]
+    ) -> dict[Timestep, npt.NDArray[np.float32]]:
+        digest = graph.digest(program.model)
+        if self._last is None or self._last[0] != digest:
+            timesteps = program.deployment.timesteps
+            chosen = sorted({timesteps[0], timesteps[len(timesteps) // 2], timesteps[-1]})
+            rng = np.random.default_rng([self._seed, 0xE])
+            x = rng.standard_normal((program.fixed_batch or self.BATCH, *program.shape)).astype(np.float32)
+            with Executor(program.model, self._folder, threads=self._threads) as executor:
+                outputs = {
+                    t: executor.call(program.signature, x, t, conditions)[program.signature.output] for t in chosen
+                }
+            self._last = (digest, outputs)
+        return self._last[1]
+
+
+def relative_difference(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> float:
+    """Largest absolute difference over the largest absolute expected value; NaN anywhere gives NaN."""
+    if expected.shape != got.shape:
+        return float("inf")
+    return float(np.max(np.abs(got - expected)) / max(float(np.max(np.abs(expected))), 1e-30))
+
+
+def weights_finite(model: ir.Model) -> str | None:
+    """The name of the first initializer that holds NaN or an infinite value, or None. Reads one at a time."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not tensor.dtype.is_floating_point():
+            continue
+        if not np.isfinite(np.sum(numpy_of(value), dtype=np.float64)):
+            return name
+    return None

@@ -1,0 +1,1 @@
+"""What quantization moved, measured and put back: biases, means, noise."""

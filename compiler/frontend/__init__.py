@@ -1,0 +1,1 @@
+"""A model, from an ONNX file or from torch, becomes a Program."""

@@ -1,0 +1,191 @@
+"""ONNX file -> Program. Weights are streamed to the working folder, never loaded whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mezzotint.runtime.bundle.model_config import public_config
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.signature import Prediction, Signature
+
+from ..core.program import Program
+from ..core.verify import weights_finite
+from ..errors import ModelError, SignatureError
+from ..graph import weight_store as store
+from ..graph.nodes import name_of
+from .roles import infer_signature
+
+OLDEST_OPSET = 13  # QuantizeLinear has an axis since then
+_QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"}
+
+
+def import_onnx(
+    path: Path,
+    folder: Path,
+    *,
+    schedule: Schedule,
+    deployment: Deployment,
+    inputs: Mapping[str, str] | None = None,
+    output: str | None = None,
+    prediction: Prediction | None = None,
+    size: tuple[int, int] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Program:
+    """Read an ONNX denoiser (opset 13 or later, external data too) into a Program.
+
+    `inputs`, `output` and `prediction` say what cannot be inferred; `size` is (height, width) where the graph leaves
+    them open; `config` is the diffusers configuration of the model it was exported from. Raises ModelError,
+    SignatureError.
+    """
+    model = load_onnx(path)
+    signature = infer_signature(
+        model.graph,
+        inputs=inputs,
+        output=output,
+        prediction=prediction or schedule.prediction,
+        where=str(path),
+    )
+    return finish_import(
+        model,
+        folder,
+        signature=signature,
+        schedule=schedule,
+        deployment=deployment,
+        size=size,
+        source={"kind": "onnx", "name": path.name, **({} if config is None else {"config": public_config(config)})},
+        where=str(path),
+    )
+
+
+def finish_import(
+    model: ir.Model,
+    folder: Path,
+    *,
+    signature: Signature,
+    schedule: Schedule,
+    deployment: Deployment,
+    size: tuple[int, int] | None,
+    source: Mapping[str, Any],
+    where: str,
+    fx_text: str | None = None,
+) -> Program:
+    """What both front ends do last: store the weights, check that they are finite, settle the sample's shape."""
+    shape = _sample_shape(model.graph, signature, size, where)
+    _check_timestep(model.graph, signature, deployment)
+    try:
+        store.adopt(model, folder)
+    except FileNotFoundError as error:
+        raise _missing_data(str(error), where) from error
+    if name := weights_finite(model):
+        raise ModelError(
+            f"the weight {name!r} holds NaN or infinite values", where=where, hint="check the checkpoint it came from"
+        )
+    return Program(
+        model=model,
+        signature=signature,
+        schedule=schedule,
+        deployment=deployment,
+        shape=shape,
+        source={**source, "parameter_bytes": store.parameter_bytes(model), "weights_sha256": _weights_sha(folder)},
+        fx_text=fx_text,
+    )
+
+
+def _check_timestep(graph: ir.Graph, signature: Signature, deployment: Deployment) -> None:
+    value = next(v for v in graph.inputs if v.name == signature.timestep)
+    between = next((t for t in deployment.calls if not isinstance(t, int)), None)
+    if between is not None and value.dtype is not None and not value.dtype.is_floating_point():
+        raise SignatureError(
+            f"{deployment.sampler} calls timestep {between:g}, and the model's timestep input is {value.dtype}",
+            where=f"input {signature.timestep}",
+            hint="set the scheduler's timestep_spacing to leading or trailing, or export it with a float timestep",
+        )
+
+
+def load_onnx(path: Path) -> ir.Model:
+    """The graph of an ONNX file, its external weights still on disk. Raises ModelError for what cannot be compiled."""
+    if not path.exists():
+        raise ModelError("the model file does not exist", where=str(path), hint="check the path")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for bytes that are not a model
+        raise ModelError(
+            f"this is not an ONNX model, or it is truncated ({type(error).__name__})",
+            where=str(path),
+            hint="export or download it again",
+        ) from error
+    if not model.graph.num_nodes() or not model.graph.inputs:
+        raise ModelError("the file holds no graph", where=str(path), hint="export or download it again")
+    opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
+    if opset < OLDEST_OPSET:
+        raise ModelError(
+            f"the model has opset {opset}; {OLDEST_OPSET} is the oldest that can be quantized",
+            where=str(path),
+            hint="export it again with a later opset, or convert it with onnx.version_converter",
+        )
+    if quantized := next((n for n in model.graph if n.op_type in _QUANTIZED), None):
+        raise ModelError(
+            f"the model is quantized already: node {quantized.name!r} is a {quantized.op_type}",
+            where=str(path),
+            hint="compile the float model it was made from",
+        )
+    for name, value in model.graph.initializers.items():
+        _check_external(name, value.const_value, path)
+    return model
+
+
+def _check_external(name: str, tensor: ir.TensorProtocol | None, path: Path) -> None:
+    if not isinstance(tensor, ir.ExternalTensor):
+        return
+    file = Path(tensor.path)
+    if not file.exists():
+        raise _missing_data(f"{tensor.location} (weight {name!r})", str(path))
+    end = (tensor.offset or 0) + (tensor.length or 0)
+    if file.stat().st_size < end:
+        raise ModelError(
+            f"the external data file is shorter than the weight {name!r} needs ({end} bytes)",
+            where=str(file),
+            hint="copy or download it again",
+        )
+
+
+def _missing_data(what: str, where: str) -> ModelError:
+    return ModelError(
+        f"the model's external data is missing: {what}", where=where, hint="put the file beside the .onnx file"
+    )
+
+
+def _sample_shape(
+    graph: ir.Graph, signature: Signature, size: tuple[int, int] | None, where: str
+) -> tuple[int, int, int]:
+    value = next(v for v in graph.inputs if name_of(v) == signature.sample)
+    dims = [d if isinstance(d, int) else None for d in (value.shape or [None] * 4)]
+    height, width = size or (None, None)
+    chosen = (dims[1], dims[2] or height, dims[3] or width)
+    if None in chosen:
+        raise ModelError(
+            f"the sample {signature.sample!r} has the open shape {value.shape}",
+            where=where,
+            hint="say the height and width to calibrate at: --size HxW (the number of channels must be in the graph)",
+        )
+    if size is not None and (chosen[1], chosen[2]) != size:
+        raise ModelError(
+            f"the model's samples are {chosen[1]}x{chosen[2]}, not {height}x{width}", where=where, hint="drop --size"
+        )
+    return (int(chosen[0] or 0), int(chosen[1] or 0), int(chosen[2] or 0))
+
+
+def _weights_sha(folder: Path) -> str:
+    sha = hashlib.sha256()
+    file = folder / store.WEIGHTS
+    if file.exists():
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                sha.update(block)
+    return sha.hexdigest()

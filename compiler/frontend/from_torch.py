@@ -1,0 +1,229 @@
+"""diffusers model -> torch.export (an FX graph) -> ONNX by the dynamo exporter -> Program.
+
+Checked at every import: the exported graph holds as many parameter bytes as the module, and its outputs agree with
+torch at three timesteps. A DiT that learned its variances predicts them behind the noise, in channels of their own. No
+sampler here reads those (nor does diffusers' DiTPipeline), so the graph ends with the channels of the noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from mezzotint.runtime.bundle.model_config import CLASS, public_config
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.signature import Signature
+
+from ..core.execute import Executor
+from ..core.program import Program
+from ..core.verify import relative_difference
+from ..errors import ModelError
+from .from_onnx import finish_import
+from .torch_example import SUPPORTED, Denoiser, Example, example_of, quiet_exporter, unsupported
+
+OPSET = 21
+OUTPUT = "out_sample"
+PARITY = 2e-3  # of the largest output: float32 kernels of two libraries, some hundred layers deep
+
+
+def load_model(folder: Path) -> torch.nn.Module:
+    """A diffusers model from a model folder (config.json and weights), in float32, in eval mode."""
+    import diffusers
+
+    config_file = folder / "config.json"
+    try:
+        name = json.loads(config_file.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
+        raise ModelError(
+            f"cannot read the model's configuration: {error}", where=str(config_file), hint="download the model again"
+        ) from error
+    if name not in SUPPORTED:
+        raise unsupported(str(name), str(config_file))
+    diffusers.logging.set_verbosity_error()
+    try:
+        model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # diffusers and safetensors raise many kinds for missing or truncated weights
+        raise ModelError(
+            f"diffusers cannot load the model: {str(error).splitlines()[0]}",
+            where=str(folder),
+            hint="check that config.json and the weights belong together and are complete",
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def import_folder(path: Path, folder: Path, **options: Any) -> Program:
+    """Like `import_torch`, for a diffusers model folder; torch's copy of the weights is gone before onnxruntime's
+    comes, so that only one of them is in memory."""
+    reading = _read(load_model(path), options["schedule"], options["deployment"], options.get("size"), str(path))
+    return _finish(reading, folder, **options)
+
+
+def import_torch(
+    model: torch.nn.Module,
+    folder: Path,
+    *,
+    schedule: Schedule,
+    deployment: Deployment,
+    size: tuple[int, int] | None = None,
+    name: str = "module",
+    threads: int | None = None,
+) -> Program:
+    """Export a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel` into a Program.
+
+    The inputs keep their diffusers names; the batch stays open, height and width too where the model allows.
+    Raises ModelError for other classes, and when the export lost weights or disagrees with torch.
+    """
+    reading = _read(model, schedule, deployment, size, name)
+    return _finish(reading, folder, schedule=schedule, deployment=deployment, name=name, threads=threads)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A module as its export saw it, and what torch computed with it at three timesteps."""
+
+    model: ir.Model
+    fx_text: str
+    config: dict[str, Any]
+    example: Example
+    parity: dict[int, npt.NDArray[np.float32]]
+    parameters: int
+
+
+def _read(
+    model: torch.nn.Module, schedule: Schedule, deployment: Deployment, size: tuple[int, int] | None, name: str
+) -> _Reading:
+    if type(model).__name__ not in SUPPORTED:
+        raise unsupported(type(model).__name__, name)
+    if wrong := next((f"{n} is {p.dtype}" for n, p in model.named_parameters() if p.dtype != torch.float32), None):
+        raise ModelError(f"the module is not in float32: {wrong}", where=name, hint="call .float() on it first")
+    training = model.training
+    model.eval()
+    try:
+        # A sampler of interpolated timesteps needs an input that can say them.
+        example = example_of(model, size, torch.int64 if deployment.whole else torch.float32)
+        parity = _torch_outputs(model, example, schedule)
+        onnx_model, fx_text = _export(example.denoiser(model), example)
+        config = public_config(json.loads(model.to_json_string()))  # type: ignore[operator]
+        return _Reading(onnx_model, fx_text, config, example, parity, _distinct_bytes(model))
+    finally:
+        model.train(training)
+
+
+def _finish(
+    reading: _Reading,
+    folder: Path,
+    *,
+    schedule: Schedule,
+    deployment: Deployment,
+    name: str = "module",
+    threads: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Program:
+    sample, timestep, *conditions = reading.example.tensors
+    image = reading.example.tensors[sample]
+    program = finish_import(
+        reading.model,
+        folder,
+        signature=Signature(sample, timestep, OUTPUT, tuple(conditions), schedule.prediction),
+        schedule=schedule,
+        deployment=deployment,
+        size=size or (int(image.shape[2]), int(image.shape[3])),
+        source={"kind": "diffusers", "name": name, "class": reading.config[CLASS], "config": reading.config},
+        where=name,
+        fx_text=reading.fx_text,
+    )
+    held = int(program.source["parameter_bytes"])
+    if held < reading.parameters:
+        raise ModelError(f"the export holds {held} bytes of weights, the module {reading.parameters}", where=name)
+    gc.collect()  # what the exporter knew of torch's weights is tied in cycles
+    _check_parity(program, folder, reading.parity, reading.example, threads)
+    return program
+
+
+def _distinct_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the module's parameters, equal ones counted once: the exporter stores them once."""
+    sizes: dict[tuple[int, bytes], int] = {}
+    for parameter in model.parameters():
+        data = parameter.detach().contiguous().numpy().reshape(-1).view(np.uint8)
+        sizes[data.size, hashlib.sha256(data.data).digest()] = data.size
+    return sum(sizes.values())
+
+
+def _torch_outputs(model: torch.nn.Module, example: Example, schedule: Schedule) -> dict[int, npt.NDArray[np.float32]]:
+    last = schedule.num_train_timesteps - 1
+    denoiser = example.denoiser(model)
+    outputs = {}
+    with torch.no_grad():
+        for t in sorted({0, last // 2, last}):
+            timestep = torch.full((2,), t, dtype=example.tensors["timestep"].dtype)
+            tensors = {**example.tensors, "timestep": timestep}
+            outputs[t] = denoiser(*tensors.values()).numpy()
+    return outputs
+
+
+def _export(denoiser: Denoiser, example: Example) -> tuple[ir.Model, str]:
+    exported = _export_fx(denoiser, example)
+    with quiet_exporter():
+        program = torch.onnx.export(
+            exported,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+            input_names=list(denoiser.names),
+            output_names=[OUTPUT],
+        )
+    assert program is not None
+    return program.model, _readable(exported)
+
+
+def _export_fx(denoiser: Denoiser, example: Example) -> torch.export.ExportedProgram:
+    """With open height and width, or, where the model's arithmetic forbids that, with the example's."""
+    batch = torch.export.Dim("batch", max=63)
+    height, width = torch.export.Dim("height", min=1, max=512), torch.export.Dim("width", min=1, max=512)
+    spatial = {2: example.multiple * height, 3: example.multiple * width} if example.multiple else {}
+    tensors = tuple(example.tensors.values())
+    error: Exception | None = None
+    for extra in (spatial, {}) if spatial else ({},):
+        shapes = tuple({0: batch, **(extra if name == example.sample else {})} for name in example.tensors)
+        try:
+            return torch.export.export(denoiser, tensors, dynamic_shapes=(shapes,), strict=False)
+        except Exception as problem:  # torch.export reports guards that fail by many kinds of errors
+            error = problem
+    raise ModelError(f"torch.export cannot trace the model: {str(error).splitlines()[0]}") from error
+
+
+def _readable(exported: torch.export.ExportedProgram) -> str:
+    """The FX graph as code, without the comments that name files of this machine."""
+    code = exported.graph_module.print_readable(print_output=False)
+    return "\n".join(line.rstrip() for line in code.splitlines() if not line.lstrip().startswith("#")) + "\n"
+
+
+def _check_parity(
+    program: Program,
+    folder: Path,
+    parity: Mapping[int, npt.NDArray[np.float32]],
+    example: Example,
+    threads: int | None,
+) -> None:
+    conditions = {n: example.tensors[n].numpy() for n in program.signature.conditions}
+    with Executor(program.model, folder, threads=threads) as executor:
+        for t, want in parity.items():
+            outputs = executor.call(program.signature, example.tensors[example.sample].numpy(), t, conditions)
+            worst = relative_difference(want, outputs[OUTPUT])
+            if not worst <= PARITY:
+                raise ModelError(
+                    f"the exported graph disagrees with torch at timestep {t}: relative difference {worst:.1e}, "
+                    f"allowed {PARITY:.0e}",
+                    hint="report this model's class and configuration",
+                )

@@ -1,0 +1,111 @@
+"""Which input is the sample, which the timestep, and what is a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from mezzotint.runtime.signature import Prediction, Signature
+
+from ..errors import ModelError, SignatureError
+from ..graph.nodes import name_of
+
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_steps", "ts")
+_SAMPLE_NAMES = ("sample", "latent_model_input", "latents", "latent", "x", "x_t", "noisy_sample", "hidden_states")
+
+
+def infer_signature(
+    graph: ir.Graph,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    output: str | None = None,
+    prediction: Prediction = "epsilon",
+    where: str = "the model",
+) -> Signature:
+    """Roles that the user said (`inputs` maps a role, "sample" or "timestep", to an input's name), else inferred.
+
+    The sample is a float input of rank 4; the timestep a number or a vector, recognised by its name when several
+    inputs look like one. Raises SignatureError when a role cannot be told, ModelError for a sample that is not float32.
+    """
+    said = dict(inputs or {})
+    if unknown := set(said) - {"sample", "timestep"}:
+        raise SignatureError(
+            f"unknown input role {sorted(unknown)[0]!r}", where=where, hint="roles are sample and timestep"
+        )
+    values = {name_of(v): v for v in graph.inputs if name_of(v) not in graph.initializers}
+    listing = ", ".join(f"{n} {v.dtype}{v.shape}" for n, v in values.items())
+    for role, name in said.items():
+        if name not in values:
+            raise SignatureError(
+                f"no input is called {name!r}", where=where, hint=f"for {role}, choose from: {listing}"
+            )
+    sample = said.get("sample") or _pick(values, "sample", _SAMPLE_NAMES, where, listing)
+    rest = {n: v for n, v in values.items() if n != sample}
+    timestep = said.get("timestep") or _pick(rest, "timestep", _TIMESTEP_NAMES, where, listing)
+    for role, name, ranks in (("sample", sample, (4,)), ("timestep", timestep, (0, 1))):
+        if _rank(values[name]) not in (*ranks, None):
+            raise SignatureError(
+                f"{name!r} cannot be the {role}: its shape is {values[name].shape}",
+                where=where,
+                hint=f"for {role}, choose from: {listing}",
+            )
+    if values[sample].dtype != ir.DataType.FLOAT:
+        raise ModelError(
+            f"the sample input {sample!r} is {values[sample].dtype}, not float32",
+            where=where,
+            hint="export the model in float32; half-precision graphs have no integer kernels on the CPU",
+        )
+    return Signature(
+        sample=sample,
+        timestep=timestep,
+        output=_pick_output(graph, output, where),
+        conditions=tuple(n for n in rest if n != timestep),
+        prediction=prediction,
+    )
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _pick(values: Mapping[str, ir.Value], role: str, names: tuple[str, ...], where: str, listing: str) -> str:
+    ranks = (4,) if role == "sample" else (0, 1)
+    fitting = [n for n, v in values.items() if _rank(v) in ranks and v.dtype is not None and _is_number(v, role)]
+    named = [n for wish in names for n in fitting if n.lower() == wish]
+    if named:
+        return named[0]
+    if role == "sample" and len(fitting) == 1:
+        return fitting[0]
+    if role == "timestep" and len(fitting) == 1 and "label" not in fitting[0].lower():
+        return fitting[0]
+    found = f"candidates: {', '.join(fitting)}" if fitting else "no input has a fitting shape"
+    raise SignatureError(
+        f"no input can be recognised as the {role} ({found})",
+        where=f"{where}, inputs: {listing}",
+        hint=f"say which one it is: --input {role}=NAME",
+    )
+
+
+def _is_number(value: ir.Value, role: str) -> bool:
+    dtype = value.dtype
+    assert dtype is not None
+    return dtype.is_floating_point() if role == "sample" else dtype.is_floating_point() or dtype.is_integer()
+
+
+def _pick_output(graph: ir.Graph, output: str | None, where: str) -> str:
+    names = [name_of(v) for v in graph.outputs]
+    if output is not None:
+        if output not in names:
+            raise SignatureError(
+                f"no output is called {output!r}", where=where, hint=f"choose from: {', '.join(names)}"
+            )
+        return output
+    fitting = [name_of(v) for v in graph.outputs if _rank(v) in (4, None)]
+    if len(names) == 1 or len(fitting) == 1:
+        return (fitting or names)[0]
+    raise SignatureError(
+        f"the model has several outputs: {', '.join(names)}",
+        where=where,
+        hint="say which one predicts: --output epsilon=NAME",
+    )

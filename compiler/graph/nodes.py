@@ -1,0 +1,235 @@
+"""Small helpers over onnx_ir: names, constants, insertion, text, diff, digest."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from . import weight_store as store
+from .scopes import scope_of, within
+
+DEFAULT_DOMAINS = ("", "ai.onnx")
+
+
+def is_op(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether a node is one of these operations of the standard domain."""
+    return node is not None and node.domain in DEFAULT_DOMAINS and node.op_type in op_types
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is known at compile time (an initializer that is not also an input)."""
+    return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
+def name_of(value: ir.Value | None) -> str:
+    """A value's name; the empty string for an absent optional input."""
+    return "" if value is None or value.name is None else value.name
+
+
+class Names:
+    """Unique, readable names for what a pass adds to a graph."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._taken = set(graph.initializers) | {name_of(v) for v in graph.inputs}
+        for node in graph:
+            self._taken.update(name_of(v) for v in node.outputs)
+            self._taken.add(node.name or "")
+
+    def __call__(self, wish: str) -> str:
+        name, k = wish, 1
+        while name in self._taken:
+            name, k = f"{wish}_{k}", k + 1
+        self._taken.add(name)
+        return name
+
+
+def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of the graph, with type and shape known."""
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+class Builder:
+    """Adds nodes in front of a given node, or one after another behind it, and initializers, with unique names.
+
+    Nodes are named in the scope of the given one, or in another one where that is only a place.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        names: Names,
+        before: ir.Node | None = None,
+        *,
+        after: ir.Node | None = None,
+        scope: str | None = None,
+    ) -> None:
+        anchor = before or after
+        if anchor is None or (before is not None and after is not None):
+            raise ValueError("a builder adds in front of a node or behind one")
+        self.graph, self.names = graph, names
+        self._before, self._after = before, after
+        self._scope = scope_of(anchor) if scope is None else scope
+
+    def constant(self, wish: str, array: npt.ArrayLike | ir.TensorProtocol) -> ir.Value:
+        name = self.names(wish)
+        if isinstance(array, ir.TensorProtocol):
+            tensor: ir.TensorProtocol = array
+            tensor.name = name
+        else:
+            tensor = ir.tensor(np.asarray(array), name=name)
+        return initializer(self.graph, name, tensor)
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        wish: str,
+        *,
+        like: ir.Value | None = None,
+        dtype: ir.DataType | None = None,
+        shape: ir.Shape | Sequence[Any] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
+        name: str | None = None,
+    ) -> ir.Value:
+        """One node with one output, called like it, in the scope of the builder's node, unless `name` is given.
+
+        `like` gives type and shape where `dtype` and `shape` do not.
+        """
+        known = shape if shape is not None else (like.shape if like is not None else None)
+        element = dtype if dtype is not None else (like.dtype if like is not None else None)
+        out = ir.Value(
+            name=self.names(wish),
+            shape=None if known is None else ir.Shape(known),
+            type=None if element is None else ir.TensorType(element),
+        )
+        self._insert(
+            ir.node(
+                op_type,
+                inputs,
+                attributes or {},
+                domain=domain,
+                outputs=[out],
+                name=name or within(self._scope, name_of(out)),
+            )
+        )
+        return out
+
+    def split(self, value: ir.Value, sizes: Sequence[int], wish: str) -> list[ir.Value]:
+        """A vector cut into pieces of these sizes."""
+        kind = None if value.dtype is None else ir.TensorType(value.dtype)
+        parts = [ir.Value(name=self.names(wish), shape=ir.Shape([n]), type=kind) for n in sizes]
+        lengths = self.constant(f"{wish}_sizes", np.array(sizes, np.int64))
+        node = ir.node(
+            "Split", [value, lengths], {"axis": 0}, outputs=parts, name=within(self._scope, self.names(f"{wish}_split"))
+        )
+        self._insert(node)
+        return parts
+
+    def _insert(self, node: ir.Node) -> None:
+        if self._before is not None:
+            self.graph.insert_before(self._before, node)
+        elif self._after is not None:
+            self.graph.insert_after(self._after, node)
+            self._after = node
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Make every consumer of `old`, and the graph's outputs, read `new`; a graph output keeps its name."""
+    if old.is_graph_output():
+        name = old.name
+        old.name = f"{name}_before"
+        new.name = name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def replace_use(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
+    """Make one node read `new` wherever it reads `old`."""
+    for i, value in enumerate(node.inputs):
+        if value is old:
+            node.replace_input_with(i, new)
+
+
+def consumers(value: ir.Value) -> list[ir.Node]:
+    """The distinct nodes that read a value, in a stable order."""
+    return list(dict.fromkeys(use.node for use in value.uses()))
+
+
+def remove_dead(graph: ir.Graph) -> None:
+    """Remove nodes whose outputs nobody reads, and initializers that no node uses."""
+    for node in reversed(list(graph)):
+        if all(not out.uses() and not out.is_graph_output() for out in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[name]
+
+
+def counts(graph: ir.Graph) -> Counter[str]:
+    """How many nodes of each operation a graph has (with the domain in front, unless it is the standard one)."""
+    return Counter(n.op_type if n.domain in DEFAULT_DOMAINS else f"{n.domain}.{n.op_type}" for n in graph)
+
+
+def text(model: ir.Model) -> str:
+    """The model as ONNX text without the contents of its initializers, one of them a line."""
+    raw = ir.to_onnx_text(model, exclude_initializers=True)
+    head, brace, body = raw.partition("\n{")
+    return re.sub(r", (?=\w+(?:\[[^]]*\])? [\"\w])", ",\n      ", head) + brace + body
+
+
+def diff(before: str, after: str, name: str) -> str:
+    """Unified diff of two texts, without context; empty when they are equal."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "before", f"after {name}", lineterm="", n=0)
+    return "\n".join(lines)
+
+
+def digest(model: ir.Model) -> str:
+    """SHA-256 over the graph's text and its constants (stored weights by their place, the others by content).
+
+    A program that was saved and loaded again has the same digest, though more of its constants lie in files then.
+    """
+    sha = hashlib.sha256(ir.to_onnx_text(model, exclude_initializers=True).encode())
+    for name, value in sorted(model.graph.initializers.items()):
+        tensor = value.const_value
+        sha.update(name.encode())
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == store.WEIGHTS:
+            sha.update(f"{tensor.offset}+{tensor.length}".encode())
+        elif tensor is not None:
+            sha.update(tensor.tobytes())
+    return sha.hexdigest()
+
+
+def known_ints(shape: ir.Shape | None, dims: Iterable[int]) -> list[int] | None:
+    """The sizes of these dimensions when all are known integers, else None."""
+    if shape is None:
+        return None
+    sizes = [shape[d] for d in dims]
+    return [int(s) for s in sizes if isinstance(s, int)] if all(isinstance(s, int) for s in sizes) else None
+
+
+def numpy_of(value: ir.Value) -> npt.NDArray[Any]:
+    """The array of an initializer. Stored weights are mapped for as long as the array lives, and no longer."""
+    tensor = value.const_value
+    if tensor is None:
+        raise ValueError(f"{value.name} is not a constant")
+    if isinstance(tensor, ir.ExternalTensor):  # which would keep its mapping; a throwaway one goes with the array
+        tensor = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=tensor.base_dir,
+        )
+    return np.asarray(tensor.numpy())

@@ -1,0 +1,158 @@
+"""Traits of operations: which nodes are layers, what quantizes, along which axis, and what only moves data.
+
+A *layer* is what becomes an integer kernel: a Conv, Gemm or MatMul with constant weights, or a MatMul of two
+activations (attention). What the CPU provider demands of each is in the fields, so that passes do not
+repeat the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from .nodes import consumers, is_constant, is_op, known_ints, name_of
+
+Kind = Literal["conv", "linear", "attention"]
+
+# Data movers for which quantizing before or after gives the same numbers, and that run on 8-bit data.
+MOVERS = ("Transpose", "Reshape", "Resize", "Squeeze", "Unsqueeze", "Flatten")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One candidate for an integer kernel.
+
+    `activations` are quantized per tensor; `weight` is constant, quantized per output channel along `weight_axis`;
+    `bias` is a constant `[out]` of the node itself or of the Add behind it (`bias_add`); `output` is what the layer
+    computes with its bias. `output_quantized` says that the kernel exists only when the output is quantized too.
+    """
+
+    node: ir.Node
+    kind: Kind
+    activations: tuple[ir.Value, ...]
+    weight: ir.Value | None
+    weight_axis: int | None
+    bias: ir.Value | None
+    bias_add: ir.Node | None
+    output: ir.Value
+
+    @property
+    def output_quantized(self) -> bool:
+        """Integer convolutions need a quantized output; matmuls with a constant bias fold it into int32, too."""
+        return self.kind == "conv"
+
+    @property
+    def name(self) -> str:
+        return self.node.name or name_of(self.node.outputs[0])
+
+
+def is_mover(node: ir.Node) -> bool:
+    """Whether a node moves 8-bit values without computing: Resize only when it repeats the nearest value."""
+    if not is_op(node, *MOVERS):
+        return False
+    if node.op_type == "Resize":
+        mode = node.attributes.get("mode")
+        return mode is None or mode.as_string() == "nearest"
+    return True
+
+
+def layers(graph: ir.Graph) -> Iterator[Layer]:
+    """All layers of a graph, in its order."""
+    for node in graph:
+        layer = layer_of(node)
+        if layer is not None:
+            yield layer
+
+
+def layer_of(node: ir.Node) -> Layer | None:
+    """The layer that a node is, or None."""
+    if is_op(node, "Conv"):
+        return _conv(node)
+    if is_op(node, "Gemm"):
+        return _gemm(node)
+    if is_op(node, "MatMul"):
+        return _matmul(node)
+    return None
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and is_constant(value) and value.dtype == ir.DataType.FLOAT
+
+
+def time_table(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """(table `[rows, C]`, row index `[1]`) when a value `[C]` is a row that depends on the timestep only.
+
+    This is the form that fold_time writes: Reshape(Gather(table, row), [-1]).
+    """
+    reshape = value.producer()
+    if reshape is None or not is_op(reshape, "Reshape") or reshape.inputs[0] is None:
+        return None
+    gather = reshape.inputs[0].producer()
+    if gather is None or not is_op(gather, "Gather"):
+        return None
+    table, row = gather.inputs[0], gather.inputs[1]
+    if table is None or row is None or not _is_weight(table) or is_constant(row):
+        return None
+    return table, row
+
+
+def _conv(node: ir.Node) -> Layer | None:
+    x, weight = node.inputs[0], node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if x is None or not _is_weight(weight) or (bias is not None and not _is_weight(bias) and time_table(bias) is None):
+        return None
+    return Layer(node, "conv", (x,), weight, 0, bias, None, node.outputs[0])
+
+
+def _gemm(node: ir.Node) -> Layer | None:
+    x, weight = node.inputs[0], node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    plain = all(
+        node.attributes[name].value == value
+        for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
+        if name in node.attributes
+    )
+    if x is None or not plain or not _is_weight(weight) or (bias is not None and not _is_weight(bias)):
+        return None
+    transposed = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+    return Layer(node, "linear", (x,), weight, 0 if transposed else 1, bias, None, node.outputs[0])
+
+
+def _matmul(node: ir.Node) -> Layer | None:
+    x, weight = node.inputs[0], node.inputs[1]
+    if x is None or weight is None or x.dtype != ir.DataType.FLOAT:
+        return None
+    if not is_constant(weight):
+        return (
+            None if is_constant(x) else Layer(node, "attention", (x, weight), None, None, None, None, node.outputs[0])
+        )
+    if not _is_weight(weight) or weight.shape is None or len(weight.shape) != 2:
+        return None
+    add, bias = _bias_behind(node, weight)
+    return Layer(node, "linear", (x,), weight, 1, bias, add, node.outputs[0] if add is None else add.outputs[0])
+
+
+def _bias_behind(node: ir.Node, weight: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
+    """The Add of a constant `[out]` that alone reads the MatMul, if there is one."""
+    readers = consumers(node.outputs[0])
+    if node.outputs[0].is_graph_output() or len(readers) != 1 or not is_op(readers[0], "Add"):
+        return None, None
+    other = [v for v in readers[0].inputs if v is not node.outputs[0]]
+    width = known_ints(weight.shape, [1])
+    if len(other) == 1 and _is_weight(other[0]) and other[0] is not None:
+        shape = other[0].shape
+        if shape is not None and width is not None and list(shape) == width:
+            return readers[0], other[0]
+    return None, None
+
+
+def float_reason(node: ir.Node) -> str | None:
+    """Why a node that multiplies matrices can not become an integer kernel; None for every other node."""
+    if is_op(node, "Conv", "Gemm", "MatMul") and layer_of(node) is None:
+        return "its weights are not constant, or its attributes have no integer kernel"
+    if is_op(node, "ConvTranspose"):
+        return "onnxruntime has no integer kernel for transposed convolutions"
+    return None

@@ -1,0 +1,79 @@
+"""networkx views of a graph: what depends on the timestep only, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import networkx as nx
+import onnx_ir as ir
+
+from mezzotint.runtime.signature import Signature
+
+from .nodes import is_constant, is_op, name_of
+
+
+@dataclass(frozen=True, eq=False)
+class TimeBranch:
+    """What a denoiser computes from its timestep alone.
+
+    `values` depend on the timestep's values (and perhaps on the batch size) but on no other input's values;
+    `frontier` are those of them that something else reads.
+    """
+
+    values: tuple[ir.Value, ...]
+    frontier: tuple[ir.Value, ...]
+
+
+def digraph(graph: ir.Graph) -> nx.DiGraph:
+    """Values and nodes of a graph as one bipartite networkx graph (keys: `v:name` and `n:index`)."""
+    g = nx.DiGraph()
+    for i, node in enumerate(graph):
+        g.add_node(f"n:{i}", node=node)
+        for value in _read(node):
+            g.add_edge(f"v:{name_of(value)}", f"n:{i}")
+        for value in node.outputs:
+            g.add_edge(f"n:{i}", f"v:{name_of(value)}")
+    return g
+
+
+def _read(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads: its inputs, and what the subgraphs of an If or Loop take from outside."""
+    yield from (v for v in node.inputs if v is not None)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = attribute.as_graph()
+            yield from (v for n in inner.all_nodes() for v in n.inputs if v is not None)
+            yield from inner.outputs
+
+
+def _sizes_known(value: ir.Value) -> bool:
+    """Whether all sizes behind the first dimension, which may be the batch, are known."""
+    return value.shape is not None and all(isinstance(d, int) for d in list(value.shape)[1:])
+
+
+def time_branch(graph: ir.Graph, signature: Signature) -> TimeBranch:
+    """Taint analysis over the graph, not over names.
+
+    A value belongs to the branch when the timestep reaches it and no other input's *contents* do; a Shape node
+    passes on sizes and no contents. A node with several inputs belongs only when all of them do. A value that takes
+    its height and width from an open sample does not belong: no table can hold it.
+    """
+    g = digraph(graph)
+    timestep = f"v:{signature.timestep}"
+    if timestep not in g:
+        return TimeBranch((), ())
+    # A Shape node hands on sizes and no contents: what is behind it counts as neither timely nor foreign.
+    g.remove_nodes_from([key for key, data in g.nodes(data=True) if "node" in data and is_op(data["node"], "Shape")])
+    others = [f"v:{name_of(v)}" for v in graph.inputs if name_of(v) != signature.timestep]
+    foreign = set().union(*(nx.descendants(g, key) for key in others if key in g))
+    timely = nx.descendants(g, timestep) - foreign
+    values = [out for node in graph for out in node.outputs if f"v:{name_of(out)}" in timely and _sizes_known(out)]
+    inside = set(values)
+    frontier = [
+        value
+        for value in values
+        if not is_constant(value)
+        and (value.is_graph_output() or any(not inside.issuperset(use.node.outputs) for use in value.uses()))
+    ]
+    return TimeBranch(tuple(values), tuple(frontier))

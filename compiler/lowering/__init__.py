@@ -1,0 +1,1 @@
+"""The quantized graph in the form that a target runs on integers."""

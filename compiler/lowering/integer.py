@@ -1,0 +1,266 @@
+"""Lowering `integer`: onnxruntime's integer operations written directly, with gathered scales and biases.
+
+A QDQ convolution whose bias depends on the timestep would stay in float, and a QDQ matmul adds its bias in a pass of
+its own. So the groups become
+
+    DQ(q) -> Conv(., w, b) -> Q          QLinearConv(q, ..., w_int8, ..., b_int32)
+    DQ(q) -> MatMul(., w) [-> Add b]     com.microsoft MatMulIntegerToFloat(q, w_int8, ..., b)
+    DQ(q) -> Gemm(., w, b)               the same, w turned over where transB says so
+
+An int32 bias is round(b / (x_scale w_scale)); where x_scale comes from a table, or b from the timestep, it is a table
+too, `[rows, C]`, and all of a graph's bias tables are read by one Gather. MatMuls of two activations stay as they are:
+their QDQ form becomes an integer kernel with gathered scales as well (measured).
+
+A convolution whose output is quantized per channel is written for the same kernel, which has one output scale, at no
+cost: with w_scale[c] / y_scale[c] in place of w_scale[c], 1 as its output scale, and the zero points' differences in
+the bias, it rounds channel c to the grid of y_scale[c] and zero_point[c]; the DequantizeLinear behind it knows them.
+
+Up to 1.27 onnxruntime silently forgets a convolution's bias that is not constant where the zero point of the input is
+(measured: 1.23.2, 1.24.4, 1.27.0; 1.31.1 adds it). So a gathered bias comes with a gathered zero point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..core.program import Program
+from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
+from ..graph.ops import time_table
+from ..scales.timetable import group_of_row, lookup, rows_of
+from . import qdq as lower_qdq
+from .layout import hide_ranks, split_biases
+
+CONTRIB = "com.microsoft"
+
+
+def lower(program: Program) -> ir.Model:
+    """A lowered clone of a program's graph that insert_qdq wrote; the program is not changed."""
+    model = program.model.clone()
+    lower_qdq.fold_weights(model.graph)
+    writer = _Writer(program, model.graph)
+    for node in list(model.graph):
+        layer = _quantized_layer(node)
+        if layer is not None:
+            writer.lower(layer)
+    writer.write_channel_scales()
+    writer.write_biases()
+    split_biases(model.graph)
+    hide_ranks(model.graph, [node for node in model.graph if is_op(node, "QLinearConv")])
+    remove_dead(model.graph)
+    model.graph.opset_imports.setdefault(CONTRIB, 1)
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """A layer between its DequantizeLinear nodes."""
+
+    node: ir.Node
+    x: ir.Node
+    w: ir.Node
+    bias: ir.Value | None
+    bias_add: ir.Node | None
+
+
+def _quantized_layer(node: ir.Node) -> _Group | None:
+    """The group around a Conv, Gemm or MatMul whose input and constant weight are dequantized."""
+    if not is_op(node, "Conv", "Gemm", "MatMul"):
+        return None
+    x, w = (lower_qdq.dequantizer(v) for v in node.inputs[:2])
+    if x is None or w is None or not is_constant(w.inputs[0]):
+        return None
+    if not is_op(node, "MatMul"):
+        return _Group(node, x, w, node.inputs[2] if len(node.inputs) > 2 else None, None)
+    readers = consumers(node.outputs[0])
+    if len(readers) == 1 and is_op(readers[0], "Add") and not node.outputs[0].is_graph_output():
+        bias = next((v for v in readers[0].inputs if v is not node.outputs[0]), None)
+        width = w.inputs[0].shape[-1] if w.inputs[0] is not None and w.inputs[0].shape is not None else None
+        if bias is not None and is_constant(bias) and bias.shape is not None and list(bias.shape) == [width]:
+            return _Group(node, x, w, bias, readers[0])
+    return _Group(node, x, w, None, None)
+
+
+def _middle(zero: ir.Value) -> npt.NDArray[Any]:
+    """The zero point that the kernel gets in place of one for each channel; the bias makes up for it."""
+    dtype = zero.dtype.numpy() if zero.dtype is not None else np.dtype(np.uint8)
+    limits = np.iinfo(dtype)
+    return np.array((int(limits.min) + int(limits.max) + 1) // 2, dtype)
+
+
+def _shift(scale: ir.Value, zero: ir.Value) -> tuple[npt.NDArray[np.float64], ir.Value | None]:
+    """What a bias has to add so that zero points per channel come out of a kernel that has the middle for all."""
+    rows, index = rows_of(scale)
+    zeros, _ = rows_of(zero)
+    return (zeros.astype(np.float64) - float(_middle(zero))) * rows.astype(np.float64), index
+
+
+class _Writer:
+    """Writes integer nodes; bias rows are collected, and looked up together in the end."""
+
+    def __init__(self, program: Program, graph: ir.Graph) -> None:
+        self.program, self.graph, self.names = program, graph, Names(graph)
+        self._waiting: dict[str, list[tuple[ir.Node, npt.NDArray[np.int32]]]] = {}
+        self._rows: dict[str, ir.Value] = {}
+        self._divided: dict[ir.Node, list[tuple[ir.Node, int]]] = {}
+
+    def lower(self, group: _Group) -> None:
+        if is_op(group.node, "Conv"):
+            self._conv(group)
+        else:
+            self._matmul(group)
+
+    def _conv(self, group: _Group) -> None:
+        out = group.node.outputs[0]
+        readers = consumers(out)
+        if len(readers) != 1 or not is_op(readers[0], "QuantizeLinear") or out.is_graph_output():
+            return
+        quantize = readers[0]
+        y_scale, y_zero = quantize.inputs[1:3]
+        assert y_scale is not None and y_zero is not None
+        per_channel = list(y_scale.shape or ()) not in ([], [1])
+        bias = self._int32_bias(group, _shift(y_scale, y_zero) if per_channel else None)
+        if bias is None and (group.bias is not None or per_channel):
+            return  # the bias does not fit into int32 at this scale: the layer stays in float
+        build = Builder(self.graph, self.names, group.node)
+        w_scale, out_scale = group.w.inputs[1], [y_scale, y_zero]
+        assert w_scale is not None
+        if per_channel:
+            one, middle = np.array(1, np.float32), np.array(_middle(y_zero))
+            out_scale = [build.constant(f"{name_of(out)}_{n}", v) for n, v in (("one", one), ("middle", middle))]
+        inputs = [*group.x.inputs[:3], *group.w.inputs[:3], *out_scale]
+        attributes = {name: a.value for name, a in group.node.attributes.items()}
+        name = group.node.name
+        group.node.name = self.names(f"{name}_float")
+        made = build.op(
+            "QLinearConv", inputs, f"{name_of(out)}_integer", like=quantize.outputs[0], attributes=attributes, name=name
+        )
+        conv = made.producer()
+        assert conv is not None
+        if bias is not None:
+            self._attach(conv, *bias)
+        if per_channel:
+            split = y_scale.producer()
+            if split is None:  # the same at every timestep
+                scale = numpy_of(w_scale) / numpy_of(y_scale)
+                conv.replace_input_with(4, build.constant(f"{name_of(out)}_factors", scale))
+            else:
+                self._divided.setdefault(split, []).append((conv, list(split.outputs).index(y_scale)))
+        replace_value(quantize.outputs[0], made)
+        self.graph.remove(quantize, safe=True)
+        self.graph.remove(group.node, safe=True)
+
+    def _attach(self, conv: ir.Node, rows: npt.NDArray[np.int32], row: ir.Value | None) -> None:
+        """Give a QLinearConv its bias: a constant now, or a row of a table later."""
+        conv.resize_inputs(9)
+        if row is None:
+            build = Builder(self.graph, self.names, conv)
+            conv.replace_input_with(8, build.constant(f"{conv.name}_bias_int32", rows[0]))
+        else:
+            self._rows[name_of(row)] = row
+            self._waiting.setdefault(name_of(row), []).append((conv, rows))
+
+    def _int32_bias(
+        self, group: _Group, shift: tuple[npt.NDArray[np.float64], ir.Value | None] | None
+    ) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
+        """(rows `[n, C]`, row index) of a bias in the scale that the kernel accumulates in; no index when n is 1.
+
+        `shift` `[groups, C]`, in the output's unit, is added to it.
+        """
+        if group.bias is None and shift is None:
+            return None
+        timed = None if group.bias is None else time_table(group.bias)
+        w_scale, x_scale = group.w.inputs[1], group.x.inputs[1]
+        assert w_scale is not None and x_scale is not None
+        if timed:
+            table, row = numpy_of(timed[0]).astype(np.float64), timed[1]
+        else:
+            table, row = np.zeros((1, 1)) if group.bias is None else numpy_of(group.bias)[None].astype(np.float64), None
+        scales, index = rows_of(x_scale)
+        parts = [(scales[:, None].astype(np.float64), index), shift or (np.zeros((1, 1)), None)]
+        if timed:
+            parts = [(r if index is None else r[group_of_row(self.program)], None) for r, index in parts]
+        else:
+            row = next((index for _, index in parts if index is not None), None)
+        rows = np.rint((table + parts[1][0]) / (parts[0][0] * numpy_of(w_scale)))
+        if np.abs(rows).max(initial=0.0) > lower_qdq.INT32_LIMIT:
+            return None
+        return rows.astype(np.int32), row
+
+    def _matmul(self, group: _Group) -> None:
+        weight = group.w.inputs[0]
+        w_scale, w_zero = group.w.inputs[1], group.w.inputs[2]
+        assert weight is not None and w_scale is not None and w_zero is not None
+        build = Builder(self.graph, self.names, group.node)
+        attributes = group.node.attributes
+        if "transB" in attributes and attributes["transB"].as_int():
+            turned = np.ascontiguousarray(numpy_of(weight).T)
+            weight = build.constant(f"{name_of(weight)}_turned", turned)
+        width = None if weight.shape is None else weight.shape[-1]
+        if group.bias is not None and (group.bias.shape is None or list(group.bias.shape) != [width]):
+            return  # the kernel takes no other bias than `[out]`
+        last = group.bias_add or group.node
+        x, x_scale, x_zero = group.x.inputs[:3]
+        out = last.outputs[0]
+        name = group.node.name
+        group.node.name = self.names(f"{name}_float")
+        build = Builder(self.graph, self.names, last)
+        made = build.op(
+            "MatMulIntegerToFloat",
+            [x, weight, x_scale, w_scale, x_zero, w_zero, group.bias],
+            f"{name_of(out)}_integer",
+            like=out,
+            domain=CONTRIB,
+            name=name,
+        )
+        replace_value(out, made)
+        self.graph.remove(last, safe=True)
+        if last is not group.node:
+            self.graph.remove(group.node, safe=True)
+
+    def write_channel_scales(self) -> None:
+        """w_scale / y_scale of the convolutions whose scales come out of one lookup: one Div for them all."""
+        for lookup_end, waiting in self._divided.items():
+            parts = list(lookup_end.outputs) if is_op(lookup_end, "Split") else [lookup_end.outputs[0]]
+            sizes = [int(n) for part in parts for n in (part.shape or []) if isinstance(n, int)]
+            row = lookup_end.inputs[0] if len(parts) > 1 else parts[0]
+            numerators = np.ones(sum(sizes), np.float32)
+            for conv, index in waiting:
+                first = sum(sizes[:index])
+                w_scale = conv.inputs[4]
+                assert w_scale is not None
+                numerators[first : first + sizes[index]] = numpy_of(w_scale)
+            build = Builder(self.graph, self.names, after=lookup_end)
+            stem = f"{name_of(row)}_factors"
+            factors = build.op("Div", [build.constant(f"{stem}_weights", numerators), row], stem, like=row)
+            divided = build.split(factors, sizes, f"{stem}_part") if len(parts) > 1 else [factors]
+            for conv, index in waiting:
+                conv.replace_input_with(4, divided[index])
+
+    def write_biases(self) -> None:
+        """One lookup for all bias tables that share a row index."""
+        for key, waiting in self._waiting.items():
+            row = self._rows[key]
+            producer = row.producer()
+            assert producer is not None
+            build = Builder(self.graph, self.names, after=producer)
+            table = np.concatenate([rows for _, rows in waiting], axis=1)
+            sizes = [rows.shape[1] for _, rows in waiting]
+            parts = lookup(build, table, row, sizes, f"{key}_bias")
+            for (conv, _), part in zip(waiting, parts, strict=True):
+                conv.replace_input_with(8, part)
+            constant = [conv for conv, _ in waiting if is_constant(conv.inputs[2])]
+            self._gather_zero_points(build, constant, row, len(table))
+
+    def _gather_zero_points(self, build: Builder, convs: list[ir.Node], row: ir.Value, rows: int) -> None:
+        """Read the inputs' constant zero points from a table of equal rows (see the module's docstring)."""
+        zeros = [numpy_of(value) for conv in convs if (value := conv.inputs[2]) is not None]
+        if zeros:
+            table = np.tile(np.array(zeros), (rows, 1))
+            parts = lookup(build, table, row, [1] * len(zeros), f"{name_of(row)}_zero_points")
+            for conv, part in zip(convs, parts, strict=True):
+                conv.replace_input_with(2, part)

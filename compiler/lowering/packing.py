@@ -1,0 +1,262 @@
+"""How the constants of a lowered graph are stored: in as few bytes as their values need, and bit for bit the same.
+
+A narrow format saves nothing while its integers lie in bytes, and an INT4 weight behind a DequantizeLinear would run in
+float. So the file holds narrow constants, and in front of their readers stand operations on constants alone, which
+onnxruntime computes once, when a session is built; the kernels get what they got before:
+
+    weight, integers in -8 .. 7     INT4 -> Cast(INT8); opset < 21 has no INT4: as below, two to a byte
+    weight, integers in -2 .. 1     UINT8, four to a byte -> Gather(table [256, 4], Cast(INT32)) -> Reshape
+    weight, only some channels so   Gather(Concat(narrow rows, the other rows), order)
+    float32, exact in half          FLOAT16 -> Cast(FLOAT)
+    table of integers               INT8 or INT16, less the middle of each column -> Cast -> Add(middle)
+
+What the values are decides, not what a plan says; `store_half` is the pass that makes float constants exact in half.
+Measured on onnxruntime 1.31.1 and 1.23.2: all of it is folded, in front of QLinearConv, MatMulIntegerToFloat and in QDQ
+form; 2560 x 1280 x 3 x 3 weights too. INT2 (opset 25) with a Cast is folded by 1.31.1, but 1.23.2 does not open a model
+of that opset, hence the table. Three bits are stored in four, five to seven in eight.
+
+It costs time and memory while a session is built, because onnxruntime frees what it folded at the end, and the
+allocator may keep that. Ten weights of 14.7 M integers beside the graph: int8 0.3 s and 227 MB at most; INT4 0.9 s and
+261 MB (1.31.1) or 389 (1.23.2); two bits 1.4 s and 543 to 565 MB; as float32 they are 590 MB. Calls cost the same, to
+the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 1.02 of the time (batch 8 and 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
+from ..graph.scopes import CONSTANTS
+
+INT4_OPSET, INT4_IR = 21, 10
+# A node takes 150 to 250 bytes of the file, mostly names, and a moment of each start: what saves less is not worth it.
+SMALLEST_SAVING = 512
+_INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "MatMulIntegerToFloat")
+_LOOK_FIRST = 4096  # values of a large float constant that are looked at before all of them are
+_NARROW = (np.int8, np.uint8, np.int16)
+Integers = npt.NDArray[Any]
+
+
+def pack(model: ir.Model) -> None:
+    """Store the constants of a lowered graph in fewer bytes; edits the model.
+
+    The exporter's notes on nodes and constants go too: the dumps of the passes keep them, and no session reads them.
+    """
+    for noted in (*model.graph, *model.graph.initializers.values()):
+        noted.metadata_props.clear()
+    packer = _Packer(model)
+    for value, axis in list(_weights(model.graph)):
+        packer.weight(value, axis)
+    for value in list(model.graph.initializers.values()):
+        if is_half(value):
+            packer.half(value)
+        elif _is_table(value):
+            packer.table(value)
+
+
+def is_half(value: ir.Value) -> bool:
+    """Whether a constant is large enough to be stored in half precision, loses nothing there, and is no scale."""
+    tensor = value.const_value
+    if tensor is None or not is_float_constant(value) or tensor.nbytes // 2 < SMALLEST_SAVING:
+        return False
+    array = numpy_of(value)
+    first = array.reshape(-1)[:_LOOK_FIRST]
+    return all(np.array_equal(part, rounded(part)) for part in (first, array))
+
+
+def is_float_constant(value: ir.Value) -> bool:
+    """A float32 constant that no integer operation reads as its scale, its bias or its weight."""
+    if not is_constant(value) or value.is_graph_output() or value.dtype != ir.DataType.FLOAT:
+        return False
+    return bool(value.uses()) and not any(node.op_type in _INTEGER_OPS for node, _ in value.uses())
+
+
+def rounded(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The nearest values that half precision has, as float32; infinite beyond 65504."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16).astype(np.float32)
+
+
+def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, int]]:
+    """The int8 weights of integer layers, and the axis of their output channels."""
+    for value in graph.initializers.values():
+        if not is_constant(value) or value.dtype != ir.DataType.INT8 or value.is_graph_output():
+            continue
+        axes = {_weight_axis(node, index, value) for node, index in value.uses()}
+        axis = axes.pop() if len(axes) == 1 else None  # one weight as two layouts: rows would not mean the same
+        if axis is not None:
+            yield value, axis
+
+
+def _weight_axis(node: ir.Node, index: int, value: ir.Value) -> int | None:
+    """The axis of the output channels where a node's input is a layer's weight, else None."""
+    rank = 0 if value.shape is None else len(value.shape)
+    if is_op(node, "DequantizeLinear") and index == 0:
+        axes = {_weight_axis(reader, at, value) for reader, at in node.outputs[0].uses()}
+        return axes.pop() if len(axes) == 1 else None
+    if (is_op(node, "QLinearConv") and index == 3) or (is_op(node, "Conv") and index == 1):
+        return 0
+    if is_op(node, "Gemm") and index == 1 and "transB" in node.attributes and node.attributes["transB"].as_int():
+        return 0
+    if index == 1 and (is_op(node, "MatMul", "Gemm") or node.op_type == "MatMulIntegerToFloat"):
+        return rank - 1
+    return None
+
+
+def _is_table(value: ir.Value) -> bool:
+    """A constant of wide integers that is only ever read by rows."""
+    if not is_constant(value) or value.dtype not in (ir.DataType.INT32, ir.DataType.INT64):
+        return False
+    return bool(value.uses()) and all(is_op(node, "Gather") and index == 0 for node, index in value.uses())
+
+
+def _widths(q: Integers, axis: int) -> npt.NDArray[np.int64]:
+    """The bits in which each output channel is stored: 2, 4 or 8, and no narrower ones for a few bytes."""
+    rows = np.moveaxis(q, axis, 0).reshape(q.shape[axis], -1)
+    low, high = rows.min(axis=1), rows.max(axis=1)
+    widths = np.full(len(rows), 8)
+    for bits in (4, 2):
+        widths[(low >= -(1 << (bits - 1))) & (high < 1 << (bits - 1))] = bits
+    for bits, wider in ((2, 4), (4, 8)):
+        chosen = widths == bits
+        order = 0 if chosen.all() else 4 * len(rows)
+        if int(chosen.sum()) * rows.shape[1] * (wider - bits) // 8 < SMALLEST_SAVING + order:
+            widths[chosen] = wider
+    return widths
+
+
+def _narrow(array: Integers) -> type[np.generic] | None:
+    """The narrowest type that holds these integers in two bytes or one."""
+    low, high = int(array.min()), int(array.max())
+    return next((kind for kind in _NARROW if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), None)
+
+
+def _in_bytes(q: Integers, bits: int, lowest: int) -> npt.NDArray[np.uint8]:
+    """Integers from `lowest` on, several to a byte, the first one in its low bits; the last byte is filled with 0."""
+    count = 8 // bits
+    flat = (q.reshape(-1) - np.int8(lowest)).astype(np.uint8) & np.uint8((1 << bits) - 1)
+    flat = np.concatenate([flat, np.zeros(-len(flat) % count, np.uint8)])
+    packed = np.zeros(len(flat) // count, np.uint8)
+    for i in range(count):
+        packed |= flat[i::count] << np.uint8(i * bits)
+    return packed
+
+
+def _table_of(bits: int) -> npt.NDArray[np.int8]:
+    """The integers that each byte stands for, `[256, 8 // bits]`."""
+    shifts = np.arange(0, 8, bits)
+    return ((np.arange(256)[:, None] >> shifts & ((1 << bits) - 1)) - (1 << (bits - 1))).astype(np.int8)
+
+
+class _Packer:
+    """Writes narrow constants, and what unpacks them, in front of a graph's first node."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.graph = model, model.graph
+        self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS)
+        self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+
+    def weight(self, value: ir.Value, axis: int) -> None:
+        """Store a weight by output channels, each in the bits that it needs."""
+        q, stem = numpy_of(value), name_of(value)
+        widths = _widths(q, axis) if q.size else np.array([8])
+        groups = [(int(bits), np.flatnonzero(widths == bits)) for bits in np.unique(widths)]
+        if groups[0][0] == 8:
+            return
+        parts = []
+        for bits, rows in groups:
+            part = q if len(groups) == 1 else np.take(q, rows, axis)
+            parts.append(self._stored(part, bits, f"{stem}_int{bits}"))
+        self._replace(value, self._joined(parts, [rows for _, rows in groups], axis, stem))
+
+    def half(self, value: ir.Value) -> None:
+        """Store a float constant in half precision."""
+        stem = name_of(value)
+        stored = self.build.constant(f"{stem}_half", numpy_of(value).astype(np.float16))
+        self._replace(value, self._cast(stored, ir.DataType.FLOAT, f"{stem}_float"))
+
+    def table(self, value: ir.Value) -> None:
+        """Store the columns of a table of integers that two bytes hold, at least when their middle is taken off."""
+        array, stem = numpy_of(value).astype(np.int64), name_of(value)
+        columns = array if array.ndim == 2 else array.reshape(-1, 1)
+        if not array.size or value.dtype is None:
+            return
+        wide, limit = value.dtype.numpy(), int(np.iinfo(np.int16).max)
+        low, high = columns.min(axis=0), columns.max(axis=0)
+        largest = max(-int(low.min()), int(high.max()))
+        if largest > np.iinfo(np.int32).max:
+            return
+        middle = np.zeros_like(low) if array.ndim != 2 or largest <= limit else (low + high) // 2
+        moved = columns - middle
+        fits = np.maximum(high - middle, middle - low) <= limit
+        kept, rest = np.flatnonzero(fits), np.flatnonzero(~fits)
+        kind = _narrow(moved[:, kept]) if kept.size else None
+        if kind is None:
+            return
+        cost = SMALLEST_SAVING + 4 * len(fits) * bool(rest.size) + wide.itemsize * len(kept) * bool(middle.any())
+        if moved[:, kept].size * (wide.itemsize - np.dtype(kind).itemsize) < cost:
+            return
+        narrow = moved[:, kept].astype(kind).reshape(array.shape if not rest.size else (len(columns), len(kept)))
+        part = self._cast(self.build.constant(f"{stem}_narrow", narrow), value.dtype, f"{stem}_wide")
+        if middle.any():
+            middles = self.build.constant(f"{stem}_middle", middle[kept].astype(wide))
+            part = self.build.op("Add", [part, middles], f"{stem}_moved", like=part)
+        parts, members = [part], [kept]
+        if rest.size:
+            parts.append(self.build.constant(f"{stem}_rest", columns[:, rest].astype(wide)))
+            members.append(rest)
+        self._replace(value, self._joined(parts, members, 1, stem))
+
+    def _stored(self, q: Integers, bits: int, stem: str) -> ir.Value:
+        """Integers as int8, stored in `bits` bits."""
+        if bits == 8:
+            return self.build.constant(stem, np.ascontiguousarray(q))
+        if bits == 4 and self.model.opset_imports.get("", 0) >= INT4_OPSET:
+            self.model.ir_version = max(self.model.ir_version or 0, INT4_IR)
+            tensor = ir.PackedTensor(_in_bytes(q, 4, 0), ir.DataType.INT4, shape=q.shape)
+            return self._cast(self.build.constant(stem, tensor), ir.DataType.INT8, f"{stem}_unpacked")
+        stored = self.build.constant(stem, _in_bytes(q, bits, -(1 << (bits - 1))))
+        index = self._cast(stored, ir.DataType.INT32, f"{stem}_index")
+        table = self._once(f"unpack_int{bits}", (), lambda: _table_of(bits))
+        found = self.build.op("Gather", [table, index], f"{stem}_rows", dtype=ir.DataType.INT8)
+        if q.size % (8 // bits):
+            flat, zero, end = (self._vector(n) for n in (-1, 0, q.size))
+            found = self.build.op("Reshape", [found, flat], f"{stem}_flat", dtype=ir.DataType.INT8)
+            found = self.build.op("Slice", [found, zero, end], f"{stem}_cut", dtype=ir.DataType.INT8)
+        return self.build.op(
+            "Reshape", [found, self._vector(*q.shape)], f"{stem}_unpacked", dtype=ir.DataType.INT8, shape=q.shape
+        )
+
+    def _joined(
+        self, parts: Sequence[ir.Value], members: Sequence[npt.NDArray[np.int64]], axis: int, stem: str
+    ) -> ir.Value:
+        """Parts of a constant along an axis, put together in the order of their members."""
+        if len(parts) == 1:
+            return parts[0]
+        dtype, order = parts[0].dtype, np.argsort(np.concatenate(members)).astype(np.int32)
+        whole = self.build.op("Concat", parts, f"{stem}_parts", dtype=dtype, attributes={"axis": axis})
+        index = self.build.constant(f"{stem}_order", order)
+        return self.build.op("Gather", [whole, index], f"{stem}_whole", dtype=dtype, attributes={"axis": axis})
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType, wish: str) -> ir.Value:
+        return self.build.op("Cast", [value], wish, dtype=dtype, shape=value.shape, attributes={"to": int(dtype)})
+
+    def _vector(self, *numbers: int) -> ir.Value:
+        return self._once("unpacked_shape", numbers, lambda: np.array(numbers, np.int64))
+
+    def _once(self, wish: str, key: tuple[int, ...], make: Callable[[], npt.NDArray[Any]]) -> ir.Value:
+        if (wish, key) not in self._shared:
+            self._shared[wish, key] = self.build.constant(wish, make())
+        return self._shared[wish, key]
+
+    def _replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Make all readers of a constant read what unpacks it, under its own name."""
+        name = name_of(old)
+        old.replace_all_uses_with(new)
+        del self.graph.initializers[name]
+        new.shape, new.name = old.shape, name

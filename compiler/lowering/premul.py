@@ -1,0 +1,265 @@
+"""Lowering `premul`: constant scales and zero points for providers that demand them; the timestep in float Muls.
+
+A quantizer with a table s_t of scales, one row for each group of timesteps, around one constant zero point z quantizes
+the same numbers when the rescaled input meets a constant scale s, because x / s_t + z = (x r_t) / s + z, r_t = s / s_t:
+
+    x -> Q(s_t, z) -> DQ(s_t, z)                     x -> Mul r_t -> Q(s, z) -> DQ(s, z) -> Mul 1/r_t
+    DQ -> MatMul -> Add b                            DQ -> MatMul -> Mul 1/r_t -> Add b
+    DQ -> MatMul(., DQ)                              DQ -> MatMul(., DQ) -> Mul 1/(r_t r'_t)
+    DQ -> Conv(., w, b) -> Q(s'_t, z') -> DQ         DQ -> Conv(., w) -> Q(S, Z) -> DQ -> Mul 1/r_t -> Add b
+
+so that up to float rounding only what leaves a convolution changes. An integer convolution rounds its output with a
+constant scale of its own, while what it computes is rescaled by r_t: its range follows the input's ratio and not the
+table of the output. (S, Z) therefore covers r_t (y - b) for every group's range of y. That is the cost of this
+spelling: a group whose r_t is small, or whose output is, gets a part of the grid only, the spread of the bias over the
+channels widens the range, and a layer that reads the convolution through a table rounds once more. Where the input is
+static and the bias constant, the bias stays inside and (S, Z) is the widest of the output's ranges, for every reader.
+
+What does not depend on the timestep is spelled as `qdq` does. One lookup serves all ratios of a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..core.formats import Format, scale_for_range
+from ..core.program import Program
+from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_use
+from ..graph.ops import time_table
+from ..scales.timetable import group_of_row, lookup, rows_of
+from . import qdq as lower_qdq
+from .qdq import dequantizer
+
+Rows = npt.NDArray[Any]
+
+
+def lower(program: Program) -> ir.Model:
+    """A lowered clone of a program's graph that insert_qdq wrote; the program is not changed."""
+    model = program.model.clone()
+    lower_qdq.fold_weights(model.graph)
+    _Writer(program, model.graph).write()
+    remove_dead(model.graph)
+    return lower_qdq.lower(model)
+
+
+def _is_layer(node: ir.Node) -> bool:
+    """A node that multiplies two dequantized matrices; a convolution's output is quantized, too."""
+    if not is_op(node, "Conv", "Gemm", "MatMul") or None in [dequantizer(v) for v in node.inputs[:2]]:
+        return False
+    readers = consumers(node.outputs[0])
+    return not is_op(node, "Conv") or (len(readers) == 1 and is_op(readers[0], "QuantizeLinear"))
+
+
+def _scales(layer: ir.Node) -> tuple[ir.Value, ...]:
+    """The scales of a layer's inputs that depend on the timestep."""
+    around = [dequantizer(v) for v in layer.inputs[:2]]
+    scales = [pair.inputs[1] for pair in around if pair is not None]
+    return tuple(s for s in scales if s is not None and not is_constant(s))
+
+
+def _pair_behind(quantize: ir.Node) -> Iterator[ir.Node]:
+    """A QuantizeLinear and the DequantizeLinear nodes behind it, seen through what moves or clips integers."""
+    yield quantize
+    for reader in consumers(quantize.outputs[0]):
+        if is_op(reader, "DequantizeLinear"):
+            yield reader
+        else:
+            yield from (node for node in _pair_behind(reader) if node is not reader)
+
+
+def _rows(parameter: ir.Value | None) -> Rows:
+    assert parameter is not None  # insert_qdq writes scale and zero point everywhere
+    return rows_of(parameter)[0]
+
+
+class _Writer:
+    """Rewrites a graph in place; the ratios are collected, and looked up together in the end."""
+
+    def __init__(self, program: Program, graph: ir.Graph) -> None:
+        self.program, self.graph, self.names = program, graph, Names(graph)
+        self._layers = {node for node in graph if _is_layer(node)}
+        self._constants: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value]] = {}
+        self._waiting: dict[tuple[bool, tuple[ir.Value, ...]], list[ir.Node]] = {}
+
+    def write(self) -> None:
+        for node in list(self.graph):  # in order: a convolution may make the input of the next one static
+            if node in self._layers and is_op(node, "Conv"):
+                self._conv(node)
+            elif node in self._layers:
+                self._matmul(node)
+        remove_dead(self.graph)
+        for node in list(self.graph):
+            scale = node.inputs[1] if is_op(node, "QuantizeLinear", "DequantizeLinear") else None
+            if scale is not None and not is_constant(scale):
+                self._pair(node, scale)
+        self._write_ratios()
+
+    def _conv(self, conv: ir.Node) -> None:
+        out, scales = conv.outputs[0], _scales(conv)
+        quantize = consumers(out)[0]
+        bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+        if scales or (bias is not None and time_table(bias) is not None):
+            self._conv_bias_outside(conv, quantize, scales, bias)
+        elif not is_constant(quantize.inputs[1]):
+            build = Builder(self.graph, self.names, before=conv)
+            parameters = self._output_parameters(build, quantize, np.ones(1), None)
+            for node in _pair_behind(quantize):
+                for i, value in enumerate(parameters, 1):
+                    node.replace_input_with(i, value)
+
+    def _conv_bias_outside(
+        self, conv: ir.Node, quantize: ir.Node, scales: tuple[ir.Value, ...], bias: ir.Value | None
+    ) -> None:
+        out = conv.outputs[0]
+        stem = name_of(out)
+        ratio = np.ones(1)
+        for scale in scales:
+            ratio = ratio * _ratio(scale)
+        build = Builder(self.graph, self.names, after=conv)
+        scale, zero = self._output_parameters(build, quantize, ratio, bias)
+        clip = lower_qdq.clip_behind(quantize)
+        value = build.op("QuantizeLinear", [out, scale, zero], f"{stem}_rescaled", like=out, dtype=zero.dtype)
+        if clip is not None:
+            value = build.op("Clip", [value, *clip.inputs[1:]], f"{stem}_narrow", like=value)
+        value = build.op("DequantizeLinear", [value, scale, zero], f"{stem}_premultiplied", like=out)
+        if scales:
+            value = self._back(build, value, scales, f"{stem}_unbiased")
+        if bias is not None:
+            conv.resize_inputs(2)
+            ones = [1] * (len(conv.inputs[1].shape or ()) - 2) if conv.inputs[1] is not None else []
+            value = build.op("Add", [value, self._along_channels(build, bias, ones)], f"{stem}_biased", like=out)
+        quantize.replace_input_with(0, value)
+        direct = quantize if clip is None else clip
+        for reader in consumers(direct.outputs[0]):
+            if is_op(reader, "DequantizeLinear"):  # float readers need not see what the next layer rounds again
+                old = reader.outputs[0]
+                self._redirect(old, value, [n for n in consumers(old) if n not in self._layers])
+
+    def _along_channels(self, build: Builder, bias: ir.Value, ones: list[int]) -> ir.Value:
+        """A bias `[C]` as `[1, C, 1 ...]`, to be added to `[batch, C, ...]`."""
+        stem = name_of(bias)
+        if is_constant(bias):
+            return build.constant(f"{stem}_column", numpy_of(bias).reshape(1, -1, *ones))
+        shape = build.constant(f"{stem}_column_shape", np.array([1, -1, *ones]))
+        size = None if bias.shape is None else bias.shape[0]
+        return build.op("Reshape", [bias, shape], f"{stem}_column", like=bias, shape=[1, size, *ones])
+
+    def _output_parameters(
+        self, build: Builder, quantize: ir.Node, ratio: Rows, bias: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
+        """A constant scale and zero point for `ratio` times a convolution's output without its bias.
+
+        With the bias the output lies in [low, high] of the quantizer that the plan gave it, so without it in
+        [low - max b, high - min b]; the range is the union over all rows.
+        """
+        scale, zero = _rows(quantize.inputs[1]), _rows(quantize.inputs[2])
+        lowest, highest = lower_qdq.grid_ends(quantize)
+        low, high = ((end - zero.astype(np.float64)) * scale for end in (lowest, highest))
+        if bias is not None:
+            timed = time_table(bias)
+            if timed is not None and max(low.size, ratio.size) > 1:
+                group = group_of_row(self.program)
+                low, high, ratio = (rows[group] if rows.size > 1 else rows for rows in (low, high, ratio))
+            values = numpy_of(bias)[None] if timed is None else numpy_of(timed[0])
+            low, high = low - values.max(axis=1), high - values.min(axis=1)
+        fmt = Format((highest - lowest).bit_length(), signed=zero.dtype == np.int8)
+        found = scale_for_range((ratio * low).min(), (ratio * high).max(), fmt)
+        stem = name_of(quantize.inputs[0])
+        return build.constant(f"{stem}_output_scale", found[0]), build.constant(f"{stem}_output_zero_point", found[1])
+
+    def _matmul(self, node: ir.Node) -> None:
+        """Multiply back behind a MatMul or Gemm, in front of its bias: a MatMul's is an Add already."""
+        scales = _scales(node)
+        if not scales:
+            return
+        out = node.outputs[0]
+        stem, readers = name_of(out), consumers(out)
+        build = Builder(self.graph, self.names, after=node)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        value = self._back(build, out, scales, f"{stem}_unscaled")
+        if bias is not None:
+            node.resize_inputs(2)
+            value = build.op("Add", [value, bias], f"{stem}_biased", like=out)
+        self._redirect(out, value, readers)
+
+    def _pair(self, node: ir.Node, scale: ir.Value) -> None:
+        """Give one Q or DQ constants; in front of the Q, and behind a DQ where no layer does it later, is a Mul."""
+        zero = node.inputs[2]
+        assert zero is not None
+        if is_op(node, "QuantizeLinear"):
+            source = node.inputs[0]
+            build = Builder(self.graph, self.names, before=node)
+            stem = f"{name_of(source)}_premultiplied"
+            node.replace_input_with(0, self._wait(build, source, (False, (scale,)), stem))
+        else:
+            out = node.outputs[0]
+            readers = [n for n in consumers(out) if n not in self._layers]
+            build = Builder(self.graph, self.names, after=node)
+            if readers or out.is_graph_output():
+                self._redirect(out, self._back(build, out, (scale,), f"{name_of(out)}_unscaled"), readers)
+        for i, value in enumerate(self._constant_pair(build, scale, zero), 1):
+            node.replace_input_with(i, value)
+
+    def _constant_pair(self, build: Builder, scale: ir.Value, zero: ir.Value) -> tuple[ir.Value, ir.Value]:
+        if (scale, zero) not in self._constants:
+            zeros = _rows(zero)
+            assert np.all(zeros == zeros[0])  # insert_qdq refuses others
+            self._constants[scale, zero] = (
+                build.constant(f"{name_of(scale)}_reference", _rows(scale).max()),
+                build.constant(f"{name_of(zero)}_constant", zeros[0]),
+            )
+        return self._constants[scale, zero]
+
+    def _back(self, build: Builder, value: ir.Value, scales: tuple[ir.Value, ...], wish: str) -> ir.Value:
+        return self._wait(build, value, (True, tuple(sorted(scales, key=name_of))), wish)
+
+    def _wait(
+        self, build: Builder, value: ir.Value | None, key: tuple[bool, tuple[ir.Value, ...]], wish: str
+    ) -> ir.Value:
+        """A Mul whose second input is a ratio, or the inverse of a product of ratios, that is looked up later."""
+        made = build.op("Mul", [value, None], wish, like=value)
+        node = made.producer()
+        assert node is not None
+        self._waiting.setdefault(key, []).append(node)
+        return made
+
+    def _redirect(self, old: ir.Value, new: ir.Value, readers: list[ir.Node]) -> None:
+        """Make these readers, and the graph's output where `old` is one, read `new`."""
+        for node in readers:
+            replace_use(node, old, new)
+        if old.is_graph_output():
+            name = name_of(old)
+            old.name = self.names(f"{name}_raw")
+            self.graph.outputs[list(self.graph.outputs).index(old)] = new
+            new.name = name
+
+    def _write_ratios(self) -> None:
+        """One lookup for all ratios: insert_qdq reads all of its tables by one index."""
+        if not self._waiting:
+            return
+        columns = []
+        for inverse, scales in self._waiting:
+            product = np.prod([_ratio(s) for s in scales], axis=0)
+            columns.append(1 / product if inverse else product)
+        indices = {rows_of(s)[1] for _, scales in self._waiting for s in scales}
+        (row,) = indices
+        assert row is not None
+        producer = row.producer()
+        assert producer is not None
+        build = Builder(self.graph, self.names, after=producer)
+        table = np.stack(columns, axis=1).astype(np.float32)
+        parts = lookup(build, table, row, [1] * len(columns), "ratios")
+        for waiting, part in zip(self._waiting.values(), parts, strict=True):
+            for node in waiting:
+                node.replace_input_with(1, part)
+
+
+def _ratio(scale: ir.Value) -> npt.NDArray[np.float64]:
+    """r_t `[groups]`: the constant scale, the widest of the rows, over each row."""
+    rows = _rows(scale).astype(np.float64)
+    return np.asarray(rows.max() / rows)

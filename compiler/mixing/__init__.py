@@ -1,0 +1,1 @@
+"""Several precisions of one network in one bundle."""

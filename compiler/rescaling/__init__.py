@@ -1,0 +1,1 @@
+"""Factors for each channel, moved between layers without changing the function."""

@@ -1,0 +1,90 @@
+"""Where factors come to rest: constants, the rows of a layer, the gain and the shift of a norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from ..graph.nodes import is_constant, is_op
+from ..graph.ops import Layer
+from .axes import Layout
+from .edits import Edit, Role
+from .nodes import called
+
+NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+CHANNEL_NORMS = ("GroupNormalization", "InstanceNormalization", "BatchNormalization")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What should happen to a value: v -> v m + a with an `offset` that is added later; `shift` asks for the a."""
+
+    layout: Layout
+    offset: float = 0.0
+    shift: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether a factor is all."""
+        return self.offset == 0 and not self.shift
+
+    def on(self, layout: Layout) -> Wish:
+        return replace(self, layout=layout)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The edits that do it, and what was passed on the way: "norm", "adaln", "value", "gated"."""
+
+    edits: tuple[Edit, ...]
+    marks: frozenset[str] = frozenset()
+
+    def marked(self, mark: str) -> Route:
+        return replace(self, marks=self.marks | {mark})
+
+    def __add__(self, other: Route) -> Route:
+        return Route(self.edits + other.edits, self.marks | other.marks)
+
+
+def edit_of(node: ir.Node, index: int, layout: Layout, role: Role, wish: Wish) -> Route | str:
+    if layout.channels() is None:
+        return f"{called(node)} joins channels and something of unknown length"
+    return Route((Edit(node, index, layout, role, wish.offset, wish.shift),))
+
+
+def rows_of(layer: Layer, wish: Wish) -> Route | str:
+    """The rows of a layer, and its bias."""
+    node, layout = layer.node, wish.layout
+    axis = 1 if layer.kind == "conv" else layout.rank - 1
+    if not layout.only_on(axis):
+        return f"the rows of {called(node)} are not the channels (something in between mixes them)"
+    if not wish.plain and layer.bias is None and is_op(node, "MatMul"):
+        return f"{called(node)} has no bias"
+    return edit_of(node, 1, Layout((layout.axes[axis],), layout.base), "rows", wish)
+
+
+def norm_of(node: ir.Node, wish: Wish) -> Route | str:
+    """The gain and the shift that a norm has as inputs."""
+    layout, gain = wish.layout, node.inputs[1] if len(node.inputs) > 1 else None
+    first = 1
+    if not is_op(node, *CHANNEL_NORMS):
+        first = (node.attributes["axis"].as_int() if "axis" in node.attributes else -1) % layout.rank
+    axes = (1,) if is_op(node, *CHANNEL_NORMS) else tuple(range(first, layout.rank))
+    if not layout.only_on(*axes):
+        return f"{called(node)} mixes channels"
+    if gain is None or not is_constant(gain) or gain.shape is None:
+        return f"{called(node)} has no gain that is constant"
+    own = Layout(tuple(layout.axes[d] for d in axes), layout.base)
+    index = own.channels()
+    if index is None or np.broadcast_shapes(index.shape, gain.shape.numpy()) != tuple(gain.shape.numpy()):
+        return f"{called(node)} has a gain for each group, not for each channel"
+    route = edit_of(node, 1, own, "gain", Wish(own))
+    shift = node.inputs[2] if len(node.inputs) > 2 else None
+    if isinstance(route, str):
+        return route
+    if shift is None:
+        return route.marked("norm") if wish.plain else f"{called(node)} has no shift"
+    term = edit_of(node, 2, own, "term", wish) if is_constant(shift) else f"{called(node)} has a shift that is computed"
+    return term if isinstance(term, str) else (route + term).marked("norm")

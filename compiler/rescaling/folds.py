@@ -1,0 +1,263 @@
+"""Moving one factor for each channel of an activation out of the way: which folds are legal, and doing them.
+
+    layer(x, W)  =  layer(x / s, W s)         s > 0, one for each channel
+
+The readers' weights take the s. Where the 1 / s goes is found in the graph (folds_trace.py), not by names:
+
+    norm      the gain and the shift of a LayerNormalization, GroupNormalization or RMSNormalization
+    adaln     x (1 + scale) + shift: the rows of the layer that makes scale and shift, W / s, b / s, and for the scale
+              (b + 1 - s) / s (DiTAS); or the tables in which freeze_time wrote them
+    linear    the rows and the bias of a layer, through ReLU too (DFQ, arXiv 1906.04721)
+    value     the rows that make the values of attention: softmax mixes tokens and no channels
+    gated     value * gelu(gate): the rows that make the value
+    run_time  nowhere, and `reason` says why: a Mul divides the activation
+
+All layers that read a value take the same factors, so none of them may be read by anything else, or the fold is not
+legal. `find_pairs` finds products of two activations instead, (q s) (k / s)^T. Factors are exact in real numbers; in
+float32 they round.
+
+A shift as well, x = s (x' + o), is legal where a sum on the way holds a constant (RepQ-ViT, arXiv 2212.08254), and
+where no reader pads with zeros: 0 is not o.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..errors import PassError
+from ..graph.nodes import Names, consumers, is_op, name_of
+from ..graph.ops import Layer, is_mover, layer_of, layers
+from .axes import Atom, Layout, Size, sizes_of
+from .edits import Edit, Factors, add_to_bias, apply_edit, other_readers
+from .ends import Route, Wish
+from .nodes import before_mover, called, eventual
+from .scaling import channel_axis, divide_value, input_channels, multiplied_weight, multiply_weight
+from .trace import Tracer
+
+Kind = Literal["norm", "adaln", "linear", "value", "gated", "run_time"]
+KINDS: tuple[Kind, ...] = ("value", "gated", "adaln", "norm")  # the first that was passed on the way; else linear
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """A value whose channels can be divided, all the layers that read it, and where the division goes.
+
+    `edits` are the constants that take 1 / s. `shift_edits` take a shift too, where `shift_reason` is empty.
+    `dividers` are the nodes that read what a Mul at run time divides.
+    """
+
+    value: ir.Value
+    axis: int
+    readers: tuple[Layer, ...]
+    kind: Kind
+    reason: str
+    edits: tuple[Edit, ...] = ()
+    shift_edits: tuple[Edit, ...] = ()
+    shift_reason: str = ""
+    dividers: tuple[ir.Node, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return name_of(self.value)
+
+    @property
+    def channels(self) -> int:
+        return input_channels(self.readers[0])
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the readers read: the value, or what movers made of it. Channels have the same numbers in all."""
+        return tuple(dict.fromkeys(name_of(layer.activations[0]) for layer in self.readers))
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A product of two activations, query times key: q s and k / s have the same. `reason` says why it has none.
+
+    There is a factor for each head and channel where heads can be told apart, else one for each channel of a head.
+    """
+
+    node: ir.Node
+    channels: int
+    query_edits: tuple[Edit, ...] = ()
+    key_edits: tuple[Edit, ...] = ()
+    reason: str = ""
+    kind: Literal["query_key"] = "query_key"
+
+    @property
+    def name(self) -> str:
+        return self.node.name or name_of(self.node.outputs[0])
+
+
+def find_folds(graph: ir.Graph) -> list[Fold]:
+    """Every layer with a constant weight is a reader of exactly one fold. In the order of the graph."""
+    found = [layer for layer in layers(graph) if layer.weight is not None]
+    tracer = Tracer({layer.output: layer for layer in found})
+    groups: dict[tuple[ir.Value, int], list[Layer]] = {}
+    movers: dict[tuple[ir.Value, int], set[ir.Node]] = {}
+    for layer in found:
+        value, axis, passed = _source(layer)
+        groups.setdefault((value, axis), []).append(layer)
+        movers.setdefault((value, axis), set()).update(passed)
+    return [
+        fold
+        for (value, axis), readers in groups.items()
+        for fold in _folds(tracer, value, axis, readers, movers[value, axis])
+    ]
+
+
+def apply_fold(
+    graph: ir.Graph, names: Names, fold: Fold, factors: npt.ArrayLike, shifts: npt.ArrayLike | None = None
+) -> None:
+    """Divide a fold's value by the factors `[C]` and multiply its readers' weights by them.
+
+    With `shifts` o `[C]` it becomes x / s - o, and the readers' biases take what they lose. Exact; nodes that nobody
+    reads any more are left to the caller.
+    """
+    s = np.asarray(factors, np.float64)
+    if s.shape != (fold.channels,) or not (np.isfinite(s) & (s > 0)).all():
+        raise ValueError(f"{fold.name}: {fold.channels} positive factors, not {s.shape}")
+    if shifts is not None and (fold.kind == "run_time" or fold.shift_reason):
+        raise ValueError(f"{fold.name} takes no shift: {fold.shift_reason or fold.reason}")
+    if fold.kind == "run_time":
+        if fold.value.shape is None:
+            raise PassError(f"{fold.name} has no known rank", where=fold.name, hint="run normalize first")
+        divide_value(graph, names, fold.value, fold.dividers, s, fold.axis)
+    o = np.zeros_like(s) if shifts is None else np.asarray(shifts, np.float64)
+    for edit in fold.edits if shifts is None else fold.shift_edits:
+        apply_edit(graph, names, edit, 1 / s, -o)
+    for reader in fold.readers:
+        multiply_weight(graph, names, _now(reader), s)
+        if shifts is not None:
+            layer = _now(reader)
+            moved = multiplied_weight(layer, o).astype(np.float64)
+            out = 0 if layer.kind == "conv" else layer.weight_axis
+            add_to_bias(graph, names, layer.node, moved.sum(axis=tuple(d for d in range(moved.ndim) if d != out)))
+
+
+def _now(layer: Layer) -> Layer:
+    """A layer as it stands after other folds gave it other weights."""
+    current = layer_of(layer.node)
+    assert current is not None  # it has other constants, and is what it was
+    return current
+
+
+def _source(layer: Layer) -> tuple[ir.Value, int, set[ir.Node]]:
+    """The value that a layer reads, seen back through movers for as long as one axis counts its channels."""
+    value, axis = layer.activations[0], channel_axis(layer)
+    sizes, passed = sizes_of(value), set()
+    if sizes is None:
+        return value, axis, set()
+    channels = input_channels(layer)
+    layout = Layout.of(sizes, axis).with_axis(axis % len(sizes), (Atom(channels, 1),) if channels > 1 else ())
+    while (node := value.producer()) is not None and is_mover(node) and node.inputs[0] is not None:
+        before = before_mover(node, layout)
+        if isinstance(before, str) or not any(before.whole(d, channels) for d in range(before.rank)):
+            break
+        passed.add(node)
+        value, layout = node.inputs[0], before
+    axis = next(d for d in range(layout.rank) if layout.whole(d, channels)) if channels > 1 else axis
+    return value, axis, passed
+
+
+def _folds(tracer: Tracer, value: ir.Value, axis: int, readers: list[Layer], movers: set[ir.Node]) -> list[Fold]:
+    """One fold for a value that layers alone read; else one at run time for each view that they have of it."""
+    known = movers | {layer.node for layer in readers}
+    reason = ""
+    for seen in dict.fromkeys([value, *(node.outputs[0] for node in movers)]):
+        if seen.is_graph_output():
+            reason = f"{name_of(seen)!r} is an output of the graph"
+        elif others := other_readers(seen, known):
+            reason = (
+                f"{called(eventual(others[0]))} reads {name_of(seen)!r}, too, and is no layer that can take the factors"
+            )
+    sizes = sizes_of(value)
+    if sizes is None:
+        reason = f"the rank of {name_of(value)!r} is not known"
+    if reason or sizes is None:
+        views: dict[ir.Value, list[Layer]] = {}
+        for layer in readers:
+            views.setdefault(layer.activations[0], []).append(layer)
+        return [
+            Fold(view, channel_axis(own[0]), tuple(own), "run_time", reason, dividers=tuple(n.node for n in own))
+            for view, own in views.items()
+        ]
+    layout = Layout.of(sizes, axis)
+    route = tracer.trace(value, Wish(layout))
+    if isinstance(route, str):
+        nodes = tuple(n for n in consumers(value) if n in known)
+        return [Fold(value, axis, tuple(readers), "run_time", route, dividers=nodes)]
+    kind: Kind = next((kind for kind in KINDS if kind in route.marks), "linear")
+    shift = _pads(readers) or tracer.trace(value, Wish(layout, shift=True))
+    refused, edits = (shift, ()) if isinstance(shift, str) else ("", shift.edits)
+    return [Fold(value, axis, tuple(readers), kind, "", route.edits, edits, refused)]
+
+
+def _pads(readers: list[Layer]) -> str:
+    """Which reader pads with zeros, which a shift would make another number of."""
+    for layer in readers:
+        attributes = layer.node.attributes
+        padded = "pads" in attributes and any(attributes["pads"].as_ints())
+        automatic = "auto_pad" in attributes and attributes["auto_pad"].as_string().startswith("SAME")
+        if padded or automatic:
+            return f"{called(layer.node)} pads with zeros"
+    return ""
+
+
+def find_pairs(graph: ir.Graph) -> list[Pair]:
+    """The products of two activations, each with what takes the factors of its contracted axis."""
+    tracer = Tracer({layer.output: layer for layer in layers(graph) if layer.weight is not None})
+    found = []
+    for layer in layers(graph):
+        if layer.kind == "attention" and not is_op(layer.activations[0].producer(), "Softmax"):  # weights times values
+            found.append(_pair(tracer, layer.node))
+    return found
+
+
+def _pair(tracer: Tracer, node: ir.Node) -> Pair:
+    query, key = node.inputs[0], node.inputs[1]
+    assert query is not None and key is not None
+    out, left, right = sizes_of(node.outputs[0]), sizes_of(query), sizes_of(key)
+    if left is None or out is None or (right is not None and len(left) != len(right)) or len(left) < 3:
+        return Pair(node, 0, reason=f"{called(node)} broadcasts its operands")
+    width = left[-1]
+    if not isinstance(width, int):
+        return Pair(node, 0, reason=f"{called(node)} contracts an axis of unknown length")
+    if right is None:
+        right = [*left[:-2], width, out[-1]]
+    reason = ""
+    heads = [n for n in left[1:-2] if isinstance(n, int) and n > 1]
+    for each in [heads, []] if heads and len(left) == 4 else [[]]:
+        channels = int(np.prod([*each, width]))
+        routes = []
+        for index, sizes, axis in ((0, left, len(left) - 1), (1, right, len(left) - 2)):
+            layout = _contracted(sizes, axis, width, bool(each))
+            routes.append(tracer.into(node, index, Wish(layout)))
+        query_route, key_route = routes
+        if isinstance(query_route, Route) and isinstance(key_route, Route):
+            return Pair(node, channels, query_route.edits, key_route.edits)
+        reason = reason or next(r for r in routes if isinstance(r, str))
+    return Pair(node, 0, reason=reason)
+
+
+def _contracted(sizes: list[Size], axis: int, width: int, heads: bool) -> Layout:
+    """Channels of the contracted axis, and of the axis of the heads in front of them."""
+    layout = Layout.of(sizes, axis)
+    return layout.with_axis(1, (Atom(sizes[1], width),)) if heads else layout
+
+
+def apply_pair(graph: ir.Graph, names: Names, pair: Pair, factors: npt.ArrayLike) -> None:
+    """Multiply the queries by the factors `[channels]`, and divide the keys by them."""
+    s: Factors = np.asarray(factors, np.float64)
+    if pair.reason:
+        raise ValueError(f"{pair.name} takes no factors: {pair.reason}")
+    if s.shape != (pair.channels,) or not (np.isfinite(s) & (s > 0)).all():
+        raise ValueError(f"{pair.name}: {pair.channels} positive factors, not {s.shape}")
+    for edits, multiply in ((pair.query_edits, s), (pair.key_edits, 1 / s)):
+        for edit in edits:
+            apply_edit(graph, names, edit, multiply, np.zeros_like(s))

@@ -1,0 +1,153 @@
+"""What the passes share that choose factors for input channels: find the folds, judge candidates, apply, report.
+
+A pass says which candidates a value has; here each is judged by the expected error (compiler/rescaling/smoothing.py),
+and the best is applied where it gains enough: `gain` dB where the factors fold into what makes the value
+(compiler/rescaling/folds.py), `run_time_gain` dB where a Mul has to divide at run time, and that only with `run_time`.
+Values that have no fold, and get no Mul, are listed in `Program.refused`, each with the reason.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from ..core.islands import Islands
+from ..core.pipeline import Context, GraphPass
+from ..core.program import Program
+from ..core.stats import Stats
+from ..errors import StatsError
+from ..graph import nodes as graphs
+from ..graph.nodes import Names, name_of, remove_dead
+from ..graph.ops import Layer, layers
+from .folds import Fold, apply_fold, find_folds
+from .scaling import channel_axis
+from .smoothing import Evidence, Factors, Weights, Widths
+
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
+NO_PLACE, NO_AXIS = "no fold is exact", "its channels were measured along another axis"
+
+
+@dataclass(frozen=True)
+class ScaledInputs(GraphPass):
+    """The options that all of them have.
+
+    `weight_bits`, `activation_bits` and `islands` are those of the plan to come (choose_scales, insert_qdq), `timed`
+    says that its activation scales know the timestep, `clipped` that its weights are not rounded over their whole
+    range (choose_scales.weights is mse). Layers that stay in float on purpose do not count, and get no Mul.
+    """
+
+    weight_bits: Bits = 8
+    activation_bits: Bits = 8
+    timed: bool = True
+    clipped: bool = True
+    gain: float = 0.1
+    run_time: bool = False
+    run_time_gain: float = 3.0
+    islands: tuple[str, ...] = ("first", "last")
+
+    needs: ClassVar[frozenset[str]] = frozenset({"normal", "stats"})
+    tolerance: ClassVar[float | None] = 1e-4  # quotients and products are rounded
+
+    @abstractmethod
+    def candidates(self, evidence: Evidence, weights: list[Weights]) -> Mapping[str, Factors]:
+        """Factors to judge, by a name for the note. All equal to 1 is always a candidate, and not among them."""
+
+    def describe(self, tally: Tally) -> str:
+        """What a pass wants to say besides."""
+        return ""
+
+    def run(self, program: Program, context: Context) -> Program:
+        stats = program.stats
+        assert stats is not None  # the order check saw to it
+        stats.check_graph(graphs.digest(program.model), self.name)
+        if not stats.squares:
+            raise StatsError(
+                "no channel that a layer reads was measured by itself",
+                where=self.name,
+                hint="measure them: --set observe.channels=inputs",
+            )
+        islands = Islands(program, list(layers(program.graph)), self.islands, self.name)
+        names, folds, tally = Names(program.graph), find_folds(program.graph), Tally()
+        refused: dict[str, str] = {}
+        for i, fold in enumerate(folds):
+            quantized = [layer for layer in fold.readers if islands.reason(layer) is None]
+            reason = self._scale(program.graph, names, stats, fold, quantized, tally) if quantized else "float layers"
+            if reason is not None:
+                tally.left[reason] += 1
+            if reason in (NO_PLACE, NO_AXIS):
+                refused[fold.name] = fold.reason or NO_AXIS
+            context.progress(self.name, i + 1, len(folds))
+        remove_dead(program.graph)
+        note = "; ".join(part for part in (tally.text(len(folds)), self.describe(tally)) if part)
+        return replace(program, refused={**program.refused, **refused}, note=note)
+
+    def _scale(
+        self, graph: ir.Graph, names: Names, stats: Stats, fold: Fold, quantized: list[Layer], tally: Tally
+    ) -> str | None:
+        """Apply the best factors that a value has, or return why it keeps its own."""
+        numbers = sum(_numbers(stats, layer) for layer in quantized)
+        tally.numbers += numbers
+        late = fold.kind == "run_time"
+        if late and not self.run_time:
+            return NO_PLACE
+        read, axis = name_of(quantized[0].activations[0]), channel_axis(quantized[0])
+        extremes, squares = stats.extremes(read, axis), stats.mean_squares(read, axis)
+        if extremes is None or squares is None:
+            return NO_AXIS
+        weights = [Weights(layer) for layer in quantized]
+        widths = Widths(self.weight_bits, self.activation_bits, self.timed, self.clipped)
+        evidence = Evidence(extremes, squares, weights, widths)
+        best = None if evidence.silent else evidence.best(self.candidates(evidence, weights))
+        if best is None or best[2] < (self.run_time_gain if late else self.gain):
+            return "gains too little"
+        apply_fold(graph, names, fold, best[1])
+        tally.take(fold, *best, numbers)
+        return None
+
+
+@dataclass
+class Tally:
+    """What happened to the values, for the note."""
+
+    taken: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+    choices: list[str] = field(default_factory=list)
+    factors: list[Factors] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+    numbers: int = 0
+    late_numbers: int = 0
+
+    def take(self, fold: Fold, choice: str, factors: Factors, gain: float, numbers: int) -> None:
+        self.taken[fold.kind] += 1
+        self.choices.append(choice)
+        self.factors.append(factors)
+        self.gains.append(gain)
+        if fold.kind == "run_time":
+            self.late_numbers += numbers
+
+    def text(self, total: int) -> str:
+        """`5 of 20 values scaled (3 norm, 2 run_time), 2.1 dB on average; left alone: ...`."""
+        parts = [f"{sum(self.taken.values())} of {total} values scaled"]
+        if self.taken:
+            parts[0] += f" ({_counted(self.taken)}), {np.mean(self.gains):.1f} dB expected on average"
+        if self.late_numbers:
+            parts.append(f"Muls at run time over {self.late_numbers / self.numbers:.0%} of what layers read")
+        if self.left:
+            parts.append(f"left alone: {_counted(self.left)}")
+        return "; ".join(parts)
+
+
+def _counted(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(counter.items()))
+
+
+def _numbers(stats: Stats, layer: Layer) -> int:
+    """How many numbers a layer read in the calls that were measured."""
+    summary = stats.summary(name_of(layer.activations[0]))
+    return 0 if summary is None else summary.count

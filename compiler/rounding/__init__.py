@@ -1,0 +1,1 @@
+"""Weights rounded against the inputs of their layers."""

@@ -1,0 +1,261 @@
+"""The inputs of quantized layers, as matrices: latents go through the rounded prefix, and H = X X^T is what stays.
+
+Latents are those of the float trajectory, kept for a few of its calls. For each stage a graph that ends at the inputs
+of its layers is run on them, beside the float graph where the difference of the two is wanted.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+
+from mezzotint.runtime.session import Level
+from mezzotint.runtime.signature import Timestep
+
+from ..calibration.calibrate import Conditions, Images, follow_trajectories
+from ..core.execute import Executor
+from ..core.formats import Array
+from ..core.pipeline import Context
+from ..core.program import Program
+from ..errors import PassError
+from ..graph.nodes import name_of
+from ..graph.ops import Layer
+from .gram import Gram, Unfold, choose_positions
+from .weights import QuantizedWeight, find_weights, layer_name, rows_of
+
+Key = tuple[tuple[str, Unfold], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """What one network call reads for one batch of samples."""
+
+    call: int
+    timestep: Timestep
+    batch: int
+    x: Images
+    conditions: Conditions
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A weight with what its layers read: `taps` in the quantized graph, `float_taps` in the float one.
+
+    `key` says whose H is whose: layers that read the same value in the same way share it. `floats` is the weight in the
+    float graph: in the quantized one it may be cut off where the grid of a narrow row ends.
+    """
+
+    weight: QuantizedWeight
+    floats: ir.Value
+    taps: tuple[str, ...]
+    float_taps: tuple[str, ...]
+    float_weights: tuple[str, ...]
+    unfolds: tuple[Unfold, ...]
+    inputs: int
+
+    @staticmethod
+    def of(weight: QuantizedWeight, float_layers: Mapping[str, Layer], where: str) -> Inputs:
+        """Raises PassError for a layer that the float graph does not have."""
+        value = weight.value
+        assert value.shape is not None
+        shape = value.shape.numpy()
+        found = [float_layers.get(layer_name(node)) for node in weight.readers]
+        if None in found:
+            name = layer_name(weight.readers[found.index(None)])
+            raise PassError(
+                f"the float graph has no layer {name!r}", where=where, hint="keep the layers' names behind insert_qdq"
+            )
+        known = [layer for layer in found if layer is not None]
+        inputs = prod(shape) // shape[weight.axis]
+        unfolds = tuple(Unfold.of(node, shape) for node in weight.readers)
+        if len({unfold.groups for unfold in unfolds}) > 1:
+            raise PassError("one weight is read by convolutions of different groups", where=weight.name)
+        floats = known[0].weight
+        if floats is None or floats.shape is None or floats.shape.numpy() != shape:
+            raise PassError("the weight of a layer has another shape in the float graph", where=weight.name)
+        return Inputs(
+            weight,
+            floats,
+            tuple(name_of(node.inputs[0]) for node in weight.readers),
+            tuple(name_of(layer.activations[0]) for layer in known),
+            tuple(name_of(layer.weight) for layer in known),
+            unfolds,
+            int(inputs),
+        )
+
+    def rows(self) -> Array:
+        """The weights that are to be rounded, `[outputs, inputs of an output]`."""
+        return rows_of(self.floats, self.weight.axis)
+
+    @property
+    def key(self) -> Key:
+        return tuple(zip(self.taps, self.unfolds, strict=True))
+
+    @property
+    def groups(self) -> int:
+        return self.unfolds[0].groups
+
+    @property
+    def gram_bytes(self) -> float:
+        return 4.0 * self.groups * self.inputs**2
+
+
+@dataclass(eq=False)
+class Gathered:
+    """The matrices of one stage; each is let go when its last weight is rounded."""
+
+    _grams: dict[Key, Gram] = field(default_factory=dict)
+    _shifts: dict[int, Array] = field(default_factory=dict)
+    _users: dict[Key, int] = field(default_factory=dict)
+
+    def expect(self, inputs: Inputs, shifts: bool) -> None:
+        if inputs.key not in self._grams:
+            self._grams[inputs.key] = Gram(inputs.groups, inputs.inputs)
+        self._users[inputs.key] = self._users.get(inputs.key, 0) + 1
+        if shifts:
+            self._shifts[id(inputs)] = np.zeros(inputs.rows().shape, np.float32)
+
+    def add(self, key: Key, columns: Array) -> None:
+        self._grams[key].add(columns)
+
+    def add_shift(self, inputs: Inputs, rows: Array, difference: Array, columns: Array) -> None:
+        """Sum W (X_f - X) X^T over `columns` `[positions, groups, d]`."""
+        each = len(rows) // inputs.groups
+        for g in range(inputs.groups):
+            part = slice(g * each, (g + 1) * each)
+            self._shifts[id(inputs)][part] += (difference[:, g] @ rows[part].T).T @ columns[:, g]
+
+    def gram(self, inputs: Inputs) -> Array:
+        """H `[groups, d, d]`."""
+        return self._grams[inputs.key].matrix()
+
+    def shift(self, inputs: Inputs) -> Array | None:
+        return self._shifts.get(id(inputs))
+
+    def forget(self, inputs: Inputs) -> None:
+        self._shifts.pop(id(inputs), None)
+        self._users[inputs.key] -= 1
+        if not self._users[inputs.key]:
+            del self._grams[inputs.key]
+
+
+def chosen_latents(program: Program, context: Context, calls: int) -> list[Latents]:
+    """The float trajectory's latents at so many network calls, spread evenly, in the order of the calls."""
+    assert program.float_model is not None
+    all_calls = program.deployment.calls
+    wanted = set(np.rint(np.linspace(0, len(all_calls) - 1, min(calls, len(all_calls)))).astype(int).tolist())
+    found: list[Latents] = []
+    seen = 0
+    with Executor(program.float_model, context.folder, threads=context.threads) as executor:
+
+        def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
+            nonlocal seen
+            batch, call = divmod(seen, len(all_calls))
+            seen += 1
+            if call in wanted:
+                found.append(Latents(call, t, batch, np.array(x), conditions))
+            output = executor.call(program.signature, x, t, conditions)[program.signature.output]
+            return np.asarray(output, np.float32)
+
+        follow_trajectories(program, context, denoiser, "round_weights: trajectory")
+    return sorted(found, key=lambda latents: (latents.call, latents.batch))
+
+
+def gather(
+    program: Program,
+    context: Context,
+    stage: Sequence[Inputs],
+    latents: Sequence[Latents],
+    *,
+    rounded: Collection[str] = (),
+    columns: int,
+    balance: bool,
+    shifts: bool,
+    step: Callable[[], None],
+) -> Gathered:
+    """H of every weight of a stage, from at most `columns` positions of its inputs; `step` after each batch.
+
+    `rounded` names the constants that are grid points already.
+    """
+    assert program.float_model is not None
+    gathered = Gathered()
+    for inputs in stage:
+        gathered.expect(inputs, shifts)
+    given = {name_of(v) for v in program.graph.inputs}
+    taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.taps) if t not in given]
+    float_taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.float_taps) if t not in given]
+    with ExitStack() as sessions:
+
+        def prefix(model: ir.Model, taps: Sequence[str], level: Level) -> Executor:
+            return sessions.enter_context(
+                Executor(
+                    model,
+                    context.folder,
+                    taps=taps,
+                    threads=context.threads,
+                    level=level,
+                    spinning=False,
+                    only_taps=True,
+                )
+            )
+
+        # Convolutions in float behind quantizers that are computed exactly: a prefix may not be fused (execute.py).
+        quantized = prefix(_read_directly(program.model, rounded), taps, "basic")
+        exact = prefix(program.float_model, float_taps, "all") if shifts else None
+        limit = max(columns // len(latents), 1)
+        for batch in latents:
+            seed = [context.seed, batch.call, batch.batch]
+            fed = {program.signature.sample: batch.x, **batch.conditions}
+            arguments = (program.signature, batch.x, batch.timestep, batch.conditions)
+            seen = {**fed, **quantized.call(*arguments)}
+            wanted = {} if exact is None else {**fed, **exact.call(*arguments)}
+            _add_batch(gathered, stage, seen, wanted, limit, seed, balance)
+            step()
+    return gathered
+
+
+def _read_directly(model: ir.Model, rounded: Collection[str]) -> ir.Model:
+    """A clone whose layers read grid points without quantizing them: a session need not hold them a second time."""
+    clone = model.clone()
+    for weight in find_weights(clone.graph):
+        if name_of(weight.value) in rounded:
+            for pair in weight.dequantizers:
+                pair.outputs[0].replace_all_uses_with(weight.value)
+    return clone
+
+
+def _add_batch(
+    gathered: Gathered,
+    stage: Sequence[Inputs],
+    seen: Mapping[str, Array],
+    wanted: Mapping[str, Array],
+    limit: int,
+    seed: Sequence[int],
+    balance: bool,
+) -> None:
+    """One batch's columns; those of a float input are cut at the same positions."""
+    added: set[Key] = set()
+    for inputs in stage:
+        if inputs.key in added and not wanted:
+            continue
+        rows = inputs.rows() if wanted else None
+        for tap, float_tap, unfold in zip(inputs.taps, inputs.float_taps, inputs.unfolds, strict=True):
+            x = seen[tap]
+            rng = np.random.default_rng([*seed, zlib.crc32(tap.encode())])
+            chosen = choose_positions(unfold.positions(x.shape), limit, rng)
+            found = unfold.columns(x, chosen)
+            mean = float(np.mean(np.square(found), dtype=np.float64))
+            factor = np.float32(1 / np.sqrt(mean)) if balance and mean > 0 else np.float32(1)
+            found *= factor
+            if inputs.key not in added:
+                gathered.add(inputs.key, found)
+            if rows is not None:
+                difference = unfold.columns(wanted[float_tap], chosen) * factor - found
+                gathered.add_shift(inputs, rows, difference, found)
+        added.add(inputs.key)

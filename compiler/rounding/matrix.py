@@ -1,0 +1,169 @@
+"""Rounding one weight matrix against its inputs: integers q for W `[rows, d]`, H = X X^T and a scale for each row.
+
+All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is clamped to its row's grid.
+
+nearest   rint(w / s): the optimum where H is diagonal.
+gptq      (arXiv 2210.17323) column after column; the error of each is made up for by those that follow. With
+          U^T U = H^-1, U upper triangular, and e = (w_i - s q_i) / U_ii:  w_j -= e U_ij for all j > i. Columns with
+          much input go first (`order`), while there are many left to make up for them. Updates go to a block of
+          columns at once, to the rest when the block is done.
+gptaq     (arXiv 2504.02692) gptq whose layer has to undo what its quantized inputs X did to it, compared with the float
+          ones X_f: min ||W X_f - W' X||^2, with D = (X_f - X) X^T. The paper adds, column by column, the part of
+          W D that later columns can carry; here the least squares target W + alpha W D H^-1 is computed at once, which
+          needs W D `[rows, d]` in place of D `[d, d]` and of a second matrix of that size. `shifted_target` does it.
+comq      (arXiv 2403.07134) coordinate descent without an inverse: q_i = rint((w_i + (r_i / H_ii)) / s), where
+          r = (W - s q) H without column i's own part; several sweeps. Columns are visited by |x_i| mean |w_i|, largest
+          first; the paper orders them for each row on its own, which would undo the blocks.
+obq       in rounding_exact.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg.lapack import get_lapack_funcs
+
+from ..core.formats import Array, Grid, ends
+from ..errors import PassError
+
+Matrix = npt.NDArray[np.floating]
+Order = npt.NDArray[np.int64]
+LARGEST_DAMP = 1.0
+FIRST_RAISE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """U `[d, d]`, upper triangular, U^T U = (H + damp mean(diag H) I)^-1 with rows and columns in `order`.
+
+    `lower` is what LAPACK made: U with rows and columns reversed.
+    """
+
+    lower: Matrix
+    order: Order
+    damp: float
+
+    @property
+    def upper(self) -> Matrix:
+        return self.lower[::-1, ::-1]
+
+
+def check_gram(gram: Matrix, where: str) -> None:
+    """Refuse inputs that are not finite; an input that is always 0 gets a diagonal of its own, in place."""
+    diagonal = np.diagonal(gram)
+    if not np.isfinite(diagonal).all():
+        raise PassError("the inputs of a layer are not finite", where=where, hint="look at the passes before this one")
+    dead = np.flatnonzero(diagonal <= 0)
+    alive = float(diagonal.mean(dtype=np.float64))
+    gram[dead, dead] = alive if alive > 0 else 1.0
+
+
+def input_order(gram: Matrix, sort: bool) -> Order:
+    """Columns with the largest inputs first, or as they are."""
+    diagonal = np.diagonal(gram)
+    return np.argsort(-diagonal, kind="stable") if sort else np.arange(len(diagonal))
+
+
+def inverse_root(gram: Matrix, order: Order, damp: float, where: str) -> Root:
+    """The factor of the damped inverse, with one matrix of working memory. Raises PassError.
+
+    With P the reversal and L L^T = P H P, R = P L P is upper triangular and H = R R^T; so U = R^-1 = P L^-1 P, and
+    the inverse itself is never made. Where the factorization fails the damping is raised tenfold.
+    """
+    potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=gram.dtype)
+    mean = float(np.diagonal(gram).mean(dtype=np.float64))
+    turned = order[::-1]
+    work = np.empty_like(gram)
+    while True:
+        for i, row in enumerate(turned):
+            np.take(gram[row], turned, out=work[i])
+        np.einsum("ii->i", work)[...] += damp * mean
+        factor, failed = potrf(work.T, lower=1, clean=1, overwrite_a=1)
+        if not failed:
+            inverse, failed = trtri(factor, lower=1, overwrite_c=1)
+            if not failed and np.isfinite(np.diagonal(inverse)).all():
+                return Root(inverse, order, damp)
+        damp = max(10 * damp, FIRST_RAISE)
+        if damp > LARGEST_DAMP:
+            raise PassError(
+                "the products of a layer's inputs have no inverse, however much they are damped",
+                where=where,
+                hint="leave the layer out (round_weights.layers), or round with comq",
+            )
+
+
+def nearest(weight: Matrix, scale: Array, grid: Grid) -> Array:
+    """Integers `[rows, d]`, as float32."""
+    rounded: Array = np.clip(np.rint(weight / scale[:, None]), *ends(grid, 0, 2)).astype(np.float32)
+    return rounded
+
+
+def gptq(weight: Matrix, root: Root, scale: Array, grid: Grid, *, block: int) -> Array:
+    """Integers `[rows, d]`, as float32."""
+    turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)  # a column of weights lies together
+    integers = np.empty(turned.shape, np.float32)
+    step, (low, high) = scale.astype(turned.dtype), ends(grid, 0, 1)
+    for start in range(0, len(turned), block):
+        stop = min(start + block, len(turned))
+        rows = np.ascontiguousarray(root.upper[start:stop, start:])
+        errors = np.empty((stop - start, turned.shape[1]), turned.dtype)
+        for i in range(stop - start):
+            column = turned[start + i]
+            rounded = np.clip(np.rint(column / step), low, high)
+            integers[start + i] = rounded
+            errors[i] = (column - step * rounded) / rows[i, i]
+            turned[start + i + 1 : stop] -= rows[i, i + 1 : stop - start, None] * errors[i]
+        if stop < len(turned):
+            turned[stop:] -= rows[:, stop - start :].T @ errors
+    return _in_place_of(integers, root.order)
+
+
+def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> Matrix:
+    """W + alpha (W D) H^-1 `[rows, d]`, from shift = W D `[rows, d]`."""
+    turned = root.order[::-1]
+    moved = (shift[:, turned].astype(root.lower.dtype) @ root.lower.T) @ root.lower
+    target = np.array(weight, dtype=root.lower.dtype)
+    target[:, turned] += alpha * moved
+    return target
+
+
+def comq(weight: Matrix, gram: Matrix, scale: Array, grid: Grid, *, sweeps: int, block: int) -> Array:
+    """Integers `[rows, d]`, as float32. From the second sweep on no row gets worse."""
+    diagonal = np.diagonal(gram)
+    order = np.argsort(-np.sqrt(diagonal) * np.abs(weight).mean(axis=0), kind="stable")
+    wanted = np.ascontiguousarray(weight.T[order], dtype=gram.dtype)
+    step, (low, high) = scale.astype(gram.dtype), ends(grid, 0, 1)
+    now = wanted.copy()
+    integers = np.empty(wanted.shape, np.float32)
+    residual = np.zeros_like(wanted)  # H (W - s q)^T, in that order
+    for _ in range(sweeps):
+        for start in range(0, len(wanted), block):
+            part = slice(start, min(start + block, len(wanted)))
+            columns = np.ascontiguousarray(gram[order[part]][:, order])
+            moved = np.empty((part.stop - start, wanted.shape[1]), gram.dtype)
+            for i in range(part.stop - start):
+                j = start + i
+                optimum = now[j] + residual[j] / columns[i, j]
+                integers[j] = np.clip(np.rint(optimum / step), low, high)
+                value = step * integers[j].astype(gram.dtype)
+                moved[i] = value - now[j]
+                now[j] = value
+                residual[part] -= columns[i, part, None] * moved[i]
+            residual[:start] -= columns[:, :start].T @ moved
+            residual[part.stop :] -= columns[:, part.stop :].T @ moved
+    return _in_place_of(integers, order)
+
+
+def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
+    """E H E^T of each row of E = W - W' `[rows, d]`."""
+    errors: npt.NDArray[np.float64] = np.einsum("ij,ij->i", difference @ gram, difference, dtype=np.float64)
+    return errors
+
+
+def _in_place_of(integers: Array, order: Order) -> Array:
+    """`[d, rows]` in an order, as `[rows, d]` in the weights' own."""
+    placed = np.empty_like(integers)
+    placed[order] = integers
+    return np.ascontiguousarray(placed.T)

@@ -1,0 +1,158 @@
+"""The weights of a graph that insert_qdq wrote: found with their grids and readers, and replaced by grid points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ..core.formats import Array, Format
+from ..core.program import Plan, Program, Quantizer, Site
+from ..errors import PassError
+from ..graph import weight_store as store
+from ..graph.nodes import Names, consumers, initializer, is_constant, is_op, name_of, numpy_of
+from ..lowering.qdq import clip_behind, dequantizer, grid_ends
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A constant between its QuantizeLinear and the layers that read it behind DequantizeLinear nodes.
+
+    As `rows` it is `[outputs, inputs of an output]`, whichever way the layers hold it.
+    """
+
+    quantize: ir.Node
+    dequantizers: tuple[ir.Node, ...]
+    readers: tuple[ir.Node, ...]
+    axis: int
+    format: Format
+
+    @property
+    def value(self) -> ir.Value:
+        value = self.quantize.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def name(self) -> str:
+        """Its first reader's: what messages and patterns call it."""
+        return layer_name(self.readers[0])
+
+    def rows(self) -> Array:
+        return rows_of(self.value, self.axis)
+
+    def scale(self) -> Array:
+        """One for each row `[rows]`."""
+        value = self.quantize.inputs[1]
+        assert value is not None and self.value.shape is not None
+        rows = int(self.value.shape.numpy()[self.axis])
+        return np.ascontiguousarray(np.broadcast_to(numpy_of(value).reshape(-1).astype(np.float32), rows))
+
+    @property
+    def per_row(self) -> bool:
+        """Whether every row has a scale of its own."""
+        value = self.quantize.inputs[1]
+        assert value is not None and value.const_value is not None and self.value.shape is not None
+        return value.const_value.size == self.value.shape.numpy()[self.axis]
+
+
+def layer_name(node: ir.Node) -> str:
+    """As `Layer.name` of compiler/graph/ops.py."""
+    return node.name or name_of(node.outputs[0])
+
+
+def rows_of(value: ir.Value, axis: int) -> Array:
+    """A constant as `[outputs, inputs of an output]`, float32; `axis` is that of the outputs."""
+    turned: Array = np.moveaxis(numpy_of(value), axis, 0).astype(np.float32)
+    return np.ascontiguousarray(turned.reshape(len(turned), -1))
+
+
+def find_weights(graph: ir.Graph) -> list[QuantizedWeight]:
+    """All of them, in the order of their first readers. Raises PassError where one cannot be rounded."""
+    found: dict[ir.Node, tuple[list[ir.Node], list[ir.Node], set[int]]] = {}
+    for node in graph:
+        if not is_op(node, "Conv", "Gemm", "MatMul"):
+            continue
+        pair = dequantizer(node.inputs[1])
+        quantize = None if pair is None or pair.inputs[0] is None else pair.inputs[0].producer()
+        if is_op(quantize, "Clip") and quantize is not None and quantize.inputs[0] is not None:
+            quantize = quantize.inputs[0].producer()
+        if pair is None or quantize is None or not is_op(quantize, "QuantizeLinear"):
+            continue
+        if is_constant(quantize.inputs[0]):
+            pairs, readers, axes = found.setdefault(quantize, ([], [], set()))
+            pairs.extend([pair] if pair not in pairs else [])
+            readers.append(node)
+            axes.add(_output_axis(node))
+    return [_checked(quantize, *parts) for quantize, parts in found.items()]
+
+
+def _output_axis(node: ir.Node) -> int:
+    if is_op(node, "Gemm"):
+        return 0 if "transB" in node.attributes and node.attributes["transB"].as_int() == 1 else 1
+    return 0 if is_op(node, "Conv") else 1
+
+
+def _checked(quantize: ir.Node, pairs: list[ir.Node], readers: list[ir.Node], axes: set[int]) -> QuantizedWeight:
+    where = layer_name(readers[0])
+    scale, zero = quantize.inputs[1:3]
+    if not is_constant(scale) or not is_constant(zero) or scale is None or zero is None:
+        raise PassError("the scale of a weight is not constant", where=where)
+    axis = quantize.attributes["axis"].as_int() if "axis" in quantize.attributes else 1
+    assert quantize.inputs[0] is not None and quantize.inputs[0].shape is not None and scale.const_value is not None
+    axis %= len(quantize.inputs[0].shape)
+    if len(axes) > 1 or (scale.const_value.size > 1 and axes != {axis}):
+        raise PassError(
+            "a weight's scales do not belong to the outputs of all layers that read it",
+            where=where,
+            hint="give each layer a quantizer of its own: Site(weight, layer), as choose_scales does",
+        )
+    if numpy_of(zero).any():
+        raise PassError(
+            "a weight has a zero point that is not 0", where=where, hint="weights are rounded on symmetric grids only"
+        )
+    low, high = grid_ends(quantize)
+    if low >= 0:
+        raise PassError(f"a weight's grid runs from {low} to {high}", where=where, hint="choose a signed format")
+    # Without a Clip the storage type ends the grid, and its lowest integer has no counterpart: it is not used.
+    fmt = Format((high + 1).bit_length(), signed=True, symmetric=clip_behind(quantize) is None or low == -high)
+    return QuantizedWeight(quantize, tuple(pairs), tuple(readers), axes.pop(), fmt)
+
+
+def replace_weight(program: Program, weight: QuantizedWeight, rows: Array, scale: Array, folder: Path, by: str) -> None:
+    """Put grid points, s q as `[outputs, inputs]`, in a weight's place, and new scales in the graph's.
+
+    Everyone else who reads the constant keeps it as it was. A large one is appended to the stored weights.
+    """
+    old = weight.value
+    assert old.shape is not None
+    shape = old.shape.numpy()
+    turned = (shape[weight.axis], *(n for i, n in enumerate(shape) if i != weight.axis))
+    array = np.ascontiguousarray(np.moveaxis(rows.reshape(turned), 0, weight.axis), dtype=np.float32)
+    if [u.node for u in old.uses()] == [weight.quantize] and not old.is_graph_output():
+        old.const_value = store.kept(array, name_of(old), folder)
+    else:
+        name = Names(program.graph)(f"{name_of(old)}_rounded")
+        weight.quantize.replace_input_with(0, initializer(program.graph, name, store.kept(array, name, folder)))
+    if np.array_equal(scale, weight.scale()):
+        return
+    value = weight.quantize.inputs[1]
+    assert value is not None
+    if not {*consumers(value)} <= {weight.quantize, *weight.dequantizers}:
+        raise PassError(f"the scale {name_of(value)} belongs to other quantizers too", where=weight.name, hint=by)
+    assert value.shape is not None
+    value.const_value = ir.tensor(scale.reshape(value.shape.numpy()), name=name_of(value))
+
+
+def with_scales(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Array]], by: str) -> Plan:
+    """The plan with the new scales of weights: for each layer's name (weight, its name in the plan, scales)."""
+    quantizers: dict[Site, Quantizer] = dict(plan.quantizers)
+    for layer, (weight, value, scale) in changed.items():
+        site = Site(value, layer) if Site(value, layer) in quantizers else Site(value)
+        if site not in quantizers:
+            raise PassError(f"the plan has no quantizer for the weight {value!r}", where=weight.name)
+        quantizers[site] = replace(quantizers[site], scale=scale.reshape(quantizers[site].scale.shape), by=by)
+    return replace(plan, quantizers=quantizers)

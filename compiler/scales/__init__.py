@@ -1,0 +1,1 @@
+"""From statistics to scales: ranges, weights, and tables over the timestep."""

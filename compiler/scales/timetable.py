@@ -1,0 +1,126 @@
+"""Tables over the timestep: how a graph finds the row that belongs to the call at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from mezzotint.runtime.errors import ScheduleError
+from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.tables import nearest_rows
+
+from ..core.program import Program
+from ..graph.nodes import Builder, is_constant, is_op, name_of, numpy_of
+
+
+def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], stem: str) -> ir.Value:
+    """Nodes that turn the timestep input (a number or a batch of equal ones, of any type) into one row index `[1]`.
+
+    `row_of` is that of `nearest_row_of_timestep`; a timestep outside of the training schedule takes the nearest.
+    """
+    timestep = next(v for v in program.graph.inputs if name_of(v) == program.signature.timestep)
+    int64 = ir.DataType.INT64
+    value = timestep
+    if timestep.dtype is not None and timestep.dtype.is_floating_point():
+        if (fine := _fineness(program)) > 1:
+            factor = build.constant(f"{stem}_fineness", np.array(fine, timestep.dtype.numpy()))
+            value = build.op("Mul", [value, factor], f"{stem}_fine", like=timestep)
+        value = build.op("Round", [value], f"{stem}_round", like=timestep)
+    if timestep.dtype != int64:
+        value = build.op(
+            "Cast", [value], f"{stem}_integer", dtype=int64, shape=timestep.shape, attributes={"to": int(int64)}
+        )
+    flat = build.constant(f"{stem}_flat_shape", np.array([-1]))
+    value = build.op("Reshape", [value, flat], f"{stem}_flat", dtype=int64, shape=[None])
+    first = build.constant(f"{stem}_first", np.array([0]))
+    value = build.op("Gather", [value, first], f"{stem}_one", dtype=int64, shape=[1], attributes={"axis": 0})
+    last = len(row_of) - 1
+    limits = [build.constant(f"{stem}_lowest", np.array(0)), build.constant(f"{stem}_highest", np.array(last))]
+    value = build.op("Clip", [value, *limits], f"{stem}_clipped", dtype=int64, shape=[1])
+    nearest = build.constant(f"{stem}_nearest_row", row_of)
+    return build.op("Gather", [nearest, value], f"{stem}_row", dtype=int64, shape=[1], attributes={"axis": 0})
+
+
+def group_of_train(program: Program) -> npt.NDArray[np.int64]:
+    """The scale tables' row of each timestep: that of the nearest one which the deployed sampler calls."""
+    return group_of_row(program)[nearest_row_of_timestep(program)]
+
+
+def group_of_row(program: Program) -> npt.NDArray[np.int64]:
+    """The row of the scale tables for each row of the timestep tables, which are finer."""
+    assert program.plan is not None
+    group = dict(zip(program.deployment.timesteps, program.plan.groups, strict=True))
+    return np.array([group[t] for t in deployed_rows(program)], np.int64)
+
+
+def deployed_rows(program: Program) -> tuple[Timestep, ...]:
+    """The timesteps that tables hold, in the order of the rows."""
+    return tuple(sorted(program.deployment.timesteps))
+
+
+def nearest_row_of_timestep(program: Program) -> npt.NDArray[np.int64]:
+    """For each whole timestep the nearest row; one between two training timesteps is looked up where it rounds to.
+
+    Where two deployed timesteps round to the same, halves (quarters, ...) are counted instead of whole timesteps.
+    """
+    fine = _fineness(program)
+    rounded = np.rint(np.array(deployed_rows(program)) * fine).astype(np.int64)
+    return nearest_rows(rounded.tolist(), program.schedule.last_timestep * fine + 1)
+
+
+def _fineness(program: Program) -> int:
+    """How many rows of the map one training timestep takes, so that each deployed timestep has its own."""
+    times = np.array(deployed_rows(program))
+    for fine in (1, 2, 4, 8, 16, 32, 64):  # 64 is enough for 1000 steps of Karras' sigmas
+        if len(np.unique(np.rint(times * fine))) == len(times):
+            return fine
+    raise ScheduleError(
+        f"{program.deployment} calls timesteps that lie closer together than 1/64",
+        hint="deploy fewer steps, or other sigmas",
+    )
+
+
+def lookup(
+    build: Builder, table: npt.NDArray[np.generic], row: ir.Value, sizes: list[int], stem: str
+) -> list[ir.Value]:
+    """One row of a table `[rows, sum(sizes)]`, cut into parts `[sizes[i]]`: one Gather and one Split for them all."""
+    scalar = build.op(
+        "Reshape", [row, build.constant(f"{stem}_scalar", np.array([], np.int64))], f"{stem}_index", like=row, shape=[]
+    )
+    rows = build.constant(f"{stem}_table", table)
+    dtype = rows.dtype
+    gathered = build.op(
+        "Gather", [rows, scalar], f"{stem}_row", dtype=dtype, shape=[sum(sizes)], attributes={"axis": 0}
+    )
+    if len(sizes) == 1:
+        return [gathered]
+    return build.split(gathered, sizes, f"{stem}_part")
+
+
+def rows_of(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
+    """A scale or zero point as rows `[groups]`, or `[groups, C]` of a per-channel one, with the index of the row.
+
+    A constant one is one row, `[1]` or `[1, C]`, without an index. Follows `lookup` backwards:
+    Split(Gather(table, Reshape(row))), without the Split when the table has one part.
+    """
+    if is_constant(parameter):
+        constant = numpy_of(parameter)
+        return constant[None] if constant.size > 1 else constant.reshape(1), None
+    part = parameter.producer()
+    if part is not None and is_op(part, "Squeeze") and part.inputs[0] is not None:  # compiler/graph/elementwise.py
+        parameter = part.inputs[0]
+        part = parameter.producer()
+    assert part is not None
+    columns = slice(None)
+    if is_op(part, "Split") and part.inputs[1] is not None:
+        index, sizes = list(part.outputs).index(parameter), numpy_of(part.inputs[1])
+        columns = slice(int(sizes[:index].sum()), int(sizes[: index + 1].sum()))
+    gather = part.inputs[0].producer() if is_op(part, "Split") and part.inputs[0] is not None else part
+    assert gather is not None and gather.inputs[0] is not None and gather.inputs[1] is not None
+    scalar = gather.inputs[1].producer()
+    assert scalar is not None
+    rows = numpy_of(gather.inputs[0])[:, columns]
+    return rows[:, 0] if rows.shape[1] == 1 else rows, scalar.inputs[0]

@@ -1,0 +1,57 @@
+"""The quantizer of a layer's weight, from the tensor itself: symmetric, one scale for each output channel.
+
+`minmax` takes the largest magnitude of a channel; `mse` the share of it, in 21 steps down to 0.6, at which rounding
+and clipping cost least together (the shrink search that Q-Diffusion and PTQD inherit from BRECQ, with p = 2).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.formats import INT8, Array, Format, dequantize, quantize, scale_for_range
+from ..core.program import Quantizer
+from ..graph.nodes import numpy_of
+from ..graph.ops import Layer
+
+WeightMethod = Literal["minmax", "mse"]
+
+
+def weight_format(bits: int) -> Format:
+    """The format of weights of that many bits, 2 to 8."""
+    return INT8 if bits == 8 else Format(bits, signed=True, symmetric=True)
+
+
+def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -> Quantizer:
+    """The quantizer of a layer's weight along its output channels; `by` names the pass that asked."""
+    assert layer.weight is not None and layer.weight_axis is not None
+    weight = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
+    rows = weight.reshape(len(weight), -1)
+    limit = np.abs(rows).max(axis=1)
+    if method == "mse":
+        limit = limit * _best_shrinks(rows, limit, fmt)
+    scale, zero = scale_for_range(-limit, limit, fmt)
+    return Quantizer(fmt, scale, zero, by, axis=layer.weight_axis)
+
+
+def rounded(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Array:
+    """A weight as its quantizer leaves it: rounded to the nearest grid point, in float."""
+    q = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.grid, quantizer.axis)
+    return dequantize(q, quantizer.scale, quantizer.zero_point, quantizer.axis)
+
+
+def _best_shrinks(
+    rows: npt.NDArray[np.float32], limit: npt.NDArray[np.float32], fmt: Format
+) -> npt.NDArray[np.float32]:
+    """For each row, the share of its largest magnitude at which rounding and clipping cost least together."""
+    best = np.ones(len(rows), np.float32)
+    error = np.full(len(rows), np.inf)
+    for shrink in np.linspace(1.0, 0.6, 21):
+        scale: Array = np.maximum(limit * shrink / fmt.qmax, 1e-30).astype(np.float32)[:, None]
+        grid = np.clip(np.rint(rows / scale), fmt.qmin, fmt.qmax) * scale
+        loss = np.einsum("ij,ij->i", grid - rows, grid - rows)
+        better = loss < error
+        best[better], error[better] = shrink, loss[better]
+    return best

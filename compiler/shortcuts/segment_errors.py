@@ -1,0 +1,170 @@
+"""What quantization costs a layer over joined parts, in each of the forms that compiler/shortcuts/segments.py can
+write.
+
+Everything is measured on the graph in which every such layer is taken apart: the parts, what each piece computes, and
+the sum. With m_i(grid) the mean squared error of part i on a grid, q_i its mean square, W_i the columns that read it,
+dW_i their rounding error, and N output channels, the error of one output value is
+
+    E  =  sum_i  m_i(grid_i) |W_i|^2 / N  +  q_i |dW_i|^2 / N  +  (rounding of what convolutions compute)
+
+as if errors were independent. A whole layer has one grid, over the ranges of all parts divided by their factors f_i (a
+part sees it f_i times as wide), and one scale for each row of [f_i W_i]; the pieces have grids of their own, but a
+convolution rounds each of them once more. Each network call has its own ranges, as step_scales gives them, while
+factors and weights are the same for all; an error counts relative to the power of the output at its call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from mezzotint.runtime.signature import Timestep
+
+from ..calibration.calibrate import Conditions, Images, follow_trajectories
+from ..calibration.collect import Collector
+from ..core.execute import Executor
+from ..core.formats import Array, Format, dequantize, quantize, scale_for_range
+from ..core.pipeline import Context
+from ..core.program import Program
+from ..core.stats import Summary
+from ..graph.nodes import Names, name_of, numpy_of
+from ..scales.ranges import expected_error, range_of
+from .segments import Joined, find_joined, split_layer
+
+Form = Literal["whole", "factors", "layers"]
+PERCENTILE = 99.999
+OCTAVES = 8  # factors are sought this far up and down
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Summaries of each network call: of each part, of what its piece computes, and of the sum."""
+
+    parts: tuple[tuple[Summary, ...], ...]
+    partial: tuple[tuple[Summary, ...], ...]
+    total: tuple[Summary, ...]
+
+
+def measure(program: Program, context: Context, wanted: Sequence[str], samples: int, stage: str) -> dict[str, Seen]:
+    """Follow a few trajectories through the graph with these layers (by name) taken apart; it is not changed."""
+    model = program.model.clone()
+    names = Names(model.graph)
+    found, _ = find_joined(model.graph)
+    pieces = {joined.name: split_layer(model.graph, names, joined) for joined in found if joined.name in wanted}
+    values = [name_of(v) for p in pieces.values() for v in (*p.parts, *p.partial, p.total)]
+    inputs = {name_of(v) for v in model.graph.inputs}
+    signature = program.signature
+    calls = {t: k for k, t in enumerate(program.deployment.timesteps)}
+    taps = list(dict.fromkeys(v for v in values if v not in inputs))
+    with Collector() as collector, Executor(model, context.folder, taps=taps, threads=context.threads) as executor:
+
+        def observe(x: Images, t: Timestep, conditions: Conditions) -> Images:
+            outputs = executor.call(signature, x, t, conditions)
+            seen = {signature.sample: x, **conditions, **outputs}
+            collector.add(calls[t], t, {name: seen[name] for name in dict.fromkeys(values)})
+            return np.asarray(outputs[signature.output], np.float32)
+
+        follow_trajectories(program, replace(context, samples=min(samples, context.samples)), observe, stage)
+        collector.settle()
+    summaries = collector.summaries
+
+    def of(value: str) -> tuple[Summary, ...]:
+        return tuple(summaries[value, k] for k in range(len(calls)))
+
+    return {
+        name: Seen(
+            tuple(of(name_of(v)) for v in p.parts), tuple(of(name_of(v)) for v in p.partial), of(name_of(p.total))
+        )
+        for name, p in pieces.items()
+    }
+
+
+class Costs:
+    """Expected error and memory traffic of one layer in each form."""
+
+    def __init__(self, joined: Joined, seen: Seen, activations: Format, weights: Format) -> None:
+        self._joined, self._seen, self._format, self._weights = joined, seen, activations, weights
+        layer = joined.layer
+        assert layer.weight is not None and layer.weight_axis is not None  # find_joined saw to it
+        self._weight = np.asarray(numpy_of(layer.weight), np.float32)
+        self._axis = layer.weight_axis
+        self._outputs = self._weight.shape[self._axis]
+        self._power = [max(s.square / s.count, 1e-30) for s in seen.total]
+        self._range = lru_cache(maxsize=None)(self._measured_range)
+        self._energy = [float(np.square(joined.columns(i, self._weight)).sum()) for i in range(len(seen.parts))]
+
+    def error(self, form: Form, factors: Sequence[float] = ()) -> float:
+        """Mean over the network calls of the squared error, relative to the power of the output."""
+        count = len(self._seen.parts)
+        f = list(factors) or [1.0] * count
+        lost = self._weight_errors(f, apart=form == "layers")
+        errors = []
+        for call, power in enumerate(self._power):
+            error = self._output_error(call, apart=form == "layers")
+            ranges = [self._range(i, call) for i in range(count)]
+            low, high = min(r[0] / x for r, x in zip(ranges, f, strict=True)), 0.0
+            high = max(r[1] / x for r, x in zip(ranges, f, strict=True))
+            for i, part in enumerate(self._seen.parts):
+                summary = part[call]
+                grid = ranges[i] if form == "layers" else (low * f[i], high * f[i])
+                error += expected_error(summary, *grid, self._format) * self._energy[i] / self._outputs
+                error += summary.square / summary.count * lost[i] / self._outputs
+            errors.append(error / power)
+        return float(np.mean(errors))
+
+    def best_factors(self, step: float) -> tuple[float, ...]:
+        """Factors `2^(k step)`, the first of them 1, of the least error; one after the other until none changes."""
+        exponents = np.arange(-OCTAVES, OCTAVES + step / 2, step)
+        chosen = [0.0] * len(self._seen.parts)
+        least = self.error("factors")
+        improved = True
+        while improved:
+            improved = False
+            for i in range(1, len(chosen)):
+                for k in exponents:
+                    tried = [*chosen[:i], float(k), *chosen[i + 1 :]]
+                    error = self.error("factors", [2.0**e for e in tried])
+                    if error < least:
+                        least, chosen, improved = error, tried, True
+        return tuple(2.0**e for e in chosen)
+
+    def traffic(self, form: Form) -> float:
+        """Bytes that one form moves for one picture, beside the weights (multiplications are the same in all)."""
+        read = sum(part[0].count for part in self._seen.parts)
+        written = self._seen.total[0].count
+        pieces = len(self._seen.parts) if form == "layers" else 1
+        conv = self._joined.layer.kind == "conv"
+        made = 1 + 5 if conv else 4  # 8 bits and back to float, or float at once
+        moved = 6.0 * read + pieces * made * written  # float to 8 bits, and read by the layer
+        if form == "factors":
+            moved += 8 * read
+        return moved + (4 * (pieces + 1) * written if pieces > 1 else 0)
+
+    def _measured_range(self, part: int, call: int) -> tuple[float, float]:
+        low, high = range_of(self._seen.parts[part][call], "percentile", PERCENTILE, self._format)
+        return min(low, 0.0), max(high, 0.0)
+
+    def _output_error(self, call: int, *, apart: bool) -> float:
+        if not self._joined.layer.output_quantized:
+            return 0.0
+        outputs = [p[call] for p in self._seen.partial] if apart else [self._seen.total[call]]
+        return sum(
+            expected_error(s, *range_of(s, "percentile", PERCENTILE, self._format), self._format) for s in outputs
+        )
+
+    def _weight_errors(self, factors: Sequence[float], *, apart: bool) -> list[float]:
+        """Squared rounding error of the columns of each part, in units of the weight as it was."""
+        columns = [self._joined.columns(i, self._weight) * np.float32(f) for i, f in enumerate(factors)]
+        limits = [np.abs(np.moveaxis(c, self._axis, 0)).reshape(self._outputs, -1).max(axis=1) for c in columns]
+        common = np.max(limits, axis=0)
+        lost = []
+        for i, factor in enumerate(factors):
+            limit: Array = limits[i] if apart else common
+            scale, zero = scale_for_range(-limit, limit, self._weights)
+            rounded = dequantize(quantize(columns[i], scale, zero, self._weights, self._axis), scale, zero, self._axis)
+            lost.append(float(np.square((rounded - columns[i]) / np.float32(factor)).sum()))
+        return lost

@@ -1,0 +1,1 @@
+"""What a call costs, and how near two networks are on the same inputs."""

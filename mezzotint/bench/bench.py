@@ -1,0 +1,227 @@
+"""mezzotint bench: how long one call takes, what takes the time, and how far it is from the integer kernels alone.
+
+Two measurements. The latency is measured on plain sessions, in blocks there and back over all that is compared (the
+float model, the bundle, other quantizers: bench_peers.py), so that a drift of the machine meets all of them alike. A
+ratio is that of the medians over all calls, its range the least and the most that blocks measured in turns gave.
+
+The breakdown comes from onnxruntime's own profiler, on another session of the same file: it names the nodes of the
+graph that onnxruntime really built, but it lengthens the call (that of a small model by half and more), so its times
+are good for shares, not for the latency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mezzotint.compiler.core.pipeline import Progress, silent
+from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.samplers import initial_noise
+from mezzotint.runtime.session import Denoiser, running_version, untested_version
+
+from ..text.report import model_bytes
+from .beside_peers import CALIBRATION, Rivals, Standing
+from .pairs import Latency, Predict, folder_bytes, in_turns, middle_timestep, ratio
+from .trace import Breakdown, read_trace
+
+Conditions = dict[str, npt.NDArray[Any]]
+
+PROFILED_CALLS = 10  # at most: a trace takes about 1 kB for each node of each call
+OPEN_SIZE = 77  # what a condition's open dimension becomes: the tokens of a CLIP prompt
+NOTES = (
+    "one call is measured without the profiler; profiled times contain its own overhead, some microseconds for each "
+    "node: compare their shares, and expect that many small nodes weigh a little too much",
+    "the floor is the median call times the integer kernels' share of all kernel time",
+    "the additions and multiplications of a norm's scale and shift count as elementwise",
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that `mezzotint bench` tells."""
+
+    bundle: Bundle
+    inputs: Mapping[str, str]
+    batch: int
+    threads: int
+    repeats: int
+    rounds: int
+    quantized: Latency
+    floating: Latency | None
+    breakdown: Breakdown
+    float_bytes: int | None = None
+    faith: dict[str, Any] | None = None
+    peers: tuple[Standing, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Times in milliseconds for one call; shares are of all kernel time, 0 to 1."""
+        found, total = self.breakdown, self.breakdown.kernel_seconds
+        floating = self.floating
+
+        def cost(nodes: int, seconds: float) -> dict[str, Any]:
+            return {"nodes": nodes, "ms": _ms(seconds), "share": round(seconds / total, 6) if total else 0.0}
+
+        return {
+            "bundle": str(self.bundle.path),
+            "onnxruntime": running_version(),
+            "onnxruntime_tested": untested_version() is None,
+            "threads": self.threads,
+            "batch": self.batch,
+            "timestep": middle_timestep(self.bundle),
+            "repeats": self.repeats,
+            "rounds": self.rounds,
+            "inputs": dict(self.inputs),
+            "call_ms": _latency(self.quantized),
+            "float_call_ms": None if floating is None else _latency(floating),
+            "speedup": None if floating is None else round(floating.median / self.quantized.median, 4),
+            "speedup_range": None if floating is None else _range(floating, self.quantized),
+            "model_bytes": model_bytes(self.bundle),
+            "float_bytes": self.float_bytes,
+            "faith": self.faith,
+            "peers": [self._peer(peer) for peer in self.peers],
+            "floor": {
+                "integer_kernels_ms": _ms(found.integer_seconds),
+                "share": round(found.integer_share, 6),
+                "call_ms": _ms(self.quantized.median * found.integer_share),
+            },
+            "profile": {
+                "calls": found.calls,
+                "call_ms": _ms(found.call_seconds),
+                "kernels_ms": _ms(total),
+                "nodes": sum(o.nodes for o in found.operations),
+            },
+            "groups": [{"group": group, **cost(*both)} for group, both in found.groups().items()],
+            "operations": [{"op": o.op, "group": o.group, **cost(o.nodes, o.seconds)} for o in found.operations],
+            "notes": list(NOTES),
+        }
+
+    def _peer(self, peer: Standing) -> dict[str, Any]:
+        timed = None if peer.latency is None or self.floating is None else (self.floating, peer.latency)
+        return {
+            "peer": peer.name,
+            "error": peer.error,
+            "call_ms": None if peer.latency is None else _latency(peer.latency),
+            "speedup": None if timed is None else round(ratio(*timed).value, 4),
+            "speedup_range": None if timed is None else _range(*timed),
+            "bytes": peer.bytes,
+            "faith": peer.faith,
+            "seconds_to_quantize": None if peer.seconds is None else round(peer.seconds, 2),
+        }
+
+
+def measure(
+    bundle: Bundle,
+    *,
+    batch: int | None = None,
+    threads: int = 2,
+    float_model: Path | None = None,
+    repeats: int = 8,
+    rounds: int = 2,
+    peers: Sequence[str] = (),
+    calibration: int = CALIBRATION,
+    progress: Progress = silent,
+) -> Bench:
+    """Latency and breakdown of one call at the deployment's middle timestep.
+
+    `batch` None is the graph's own batch size, or 1. Each is called in 2 `rounds` blocks of `repeats`. `peers` are
+    names of peers.py, which need the float model and `calibration` calls of its trajectory; one that fails says why.
+    Raises InputError for a float model that is missing or does not fit, for peers without one, and for a batch or a
+    condition that cannot be handed in.
+    """
+    if peers and float_model is None:
+        raise InputError("other quantizers begin with the float model", hint="give --float FILE.onnx")
+    if repeats < 1 or rounds < 1 or calibration < 1:
+        raise InputError(f"{repeats} calls, {rounds} rounds, {calibration} to calibrate on", hint="ask for at least 1")
+    if float_model is not None and not float_model.is_file():
+        raise InputError(
+            "there is no such float model",
+            where=str(float_model),
+            hint="write it with `mezzotint export MODEL -o FILE.onnx`, from the model that the bundle was made of",
+        )
+    net = bundle.denoiser(threads)
+    batch = batch or net.fixed_batch or 1
+    if net.fixed_batch not in (None, batch):
+        raise InputError(
+            f"the batch size {net.fixed_batch} is written into the graph, it cannot run {batch}",
+            where=str(bundle.path),
+            hint=f"leave --batch out, or say --batch {net.fixed_batch}",
+        )
+    made = make_conditions(net, bundle, batch)
+    rows = {name: array for name, (array, _) in made.items()}
+    inputs = {bundle.signature.sample: f"float32 {[batch, *bundle.sample_shape]}, random normal"}
+    inputs |= {name: f"{array.dtype} {list(array.shape)}, {how}" for name, (array, how) in made.items()}
+    x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    shared = bundle, inputs, batch, threads, repeats, rounds
+
+    def times(*nets: Any) -> list[Latency]:
+        calls: list[Predict] = [lambda x, t, net=net: net(x, t, **rows) for net in nets]  # type: ignore[misc]
+        return in_turns(calls, x, t, repeats=repeats, rounds=rounds)
+
+    if float_model is None:
+        return Bench(*shared, times(net)[0], None, profile(bundle, batch, rows, threads, repeats))
+    exact = Denoiser(float_model, bundle.signature, threads=threads)
+    with Rivals(bundle, float_model, exact, rows, batch, threads) as rivals:
+        faith, standings = rivals.prepare(peers, calibration, progress) if peers else (None, [])
+        slow, mine, *others = times(exact, net, *rivals.nets.values())
+        standings = rivals.timed(standings, others)
+    found = profile(bundle, batch, rows, threads, repeats)
+    return Bench(*shared, mine, slow, found, folder_bytes(float_model), faith, tuple(standings))
+
+
+def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tuple[npt.NDArray[Any], str]]:
+    """For each condition an array `[batch, ...]`, its rows equal, and how it was made: good for timing, not for looks.
+
+    Open dimensions take the sample's size where they bear its name, else OPEN_SIZE.
+    """
+    declared = net.inputs[bundle.signature.sample][1]
+    sizes = {d: n for d, n in zip(declared, (batch, *bundle.sample_shape), strict=True) if isinstance(d, str)}
+    rng = np.random.default_rng(0)
+    made: dict[str, tuple[npt.NDArray[Any], str]] = {}
+    for name in bundle.signature.conditions:
+        dtype, shape = net.inputs[name]
+        # Another name for the batch is still the batch: a condition's first dimension counts samples.
+        rest = [d if isinstance(d, int) else sizes.get(d, OPEN_SIZE) if d else OPEN_SIZE for d in shape[1:]]
+        if dtype.kind == "f":
+            row, how = rng.standard_normal((1, *rest)).astype(dtype), "random normal"
+        elif dtype.kind == "b":
+            row, how = np.ones((1, *rest), dtype), "all true"
+        else:
+            row, how = np.zeros((1, *rest), dtype), "zeros"
+        made[name] = (np.repeat(row, batch, axis=0), how)
+    return made
+
+
+def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | None, repeats: int) -> Breakdown:
+    """The bundle's graph under onnxruntime's profiler; the first call warms up and is not counted."""
+    x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    with TemporaryDirectory(prefix="mezzotint-bench-") as folder:
+        net = Denoiser(
+            bundle.model_path,
+            bundle.signature,
+            threads=threads,
+            deployed=bundle.deployed_timesteps,
+            profile=Path(folder) / "trace",
+        )
+        for _ in range(1 + min(repeats, PROFILED_CALLS)):
+            net(x, t, **conditions)
+        return read_trace(Path(net.session.end_profiling()))
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 4)
+
+
+def _range(exact: Latency, other: Latency) -> list[float]:
+    found = ratio(exact, other)
+    return [round(found.low, 4), round(found.high, 4)]
+
+
+def _latency(latency: Latency) -> dict[str, float]:
+    return {"median": _ms(latency.median), "minimum": _ms(latency.minimum)}

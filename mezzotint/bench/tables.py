@@ -1,0 +1,76 @@
+"""What `mezzotint bench` found, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..text import console
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    """Bench.to_json for people."""
+    call, slow, floor, traced = found["call_ms"], found["float_call_ms"], found["floor"], found["profile"]
+    calls = 2 * found["rounds"] * found["repeats"]
+    pairs = {
+        "onnxruntime": found["onnxruntime"] + ("" if found["onnxruntime_tested"] else " (not tested)"),
+        "threads": f"{found['threads']}, pinned",
+        "timestep": found["timestep"],
+        **{f"input {name}": made for name, made in found["inputs"].items()},
+        "one call": _call(call, calls),
+    }
+    if slow is not None:
+        pairs["one float call"] = _call(slow, calls)
+        low, high = found["speedup_range"]
+        blocks = f"medians; {low:.2f} to {high:.2f} over {2 * found['rounds']} blocks in turns"
+        pairs["speed-up"] = f"{found['speedup']:.2f}x ({blocks})"
+    pairs["integer kernels alone"] = (
+        f"{floor['share']:.1%} of the kernel time ({floor['integer_kernels_ms']:.3f} ms profiled); "
+        f"the floor of the call is {floor['call_ms']:.3f} ms"
+    )
+    pairs["profiled call"] = f"{traced['call_ms']:.3f} ms, {traced['kernels_ms']:.3f} ms of it in kernels"
+    console.print_pairs(found["bundle"], pairs)
+    if found["peers"]:
+        _print_peers(found)
+    title = f"one call under onnxruntime's profiler, {traced['nodes']} nodes, median of {traced['calls']} calls"
+    for column, rows in (("group", found["groups"]), ("op", found["operations"])):
+        cells = [(row[column], row["nodes"], f"{row['ms']:.3f}", f"{row['share']:.1%}") for row in rows]
+        console.print_table(title, (column, "nodes", "ms", "share"), cells)
+    for note in found["notes"]:
+        console.out.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_peers(found: dict[str, Any]) -> None:
+    """All that quantize the same float model, with speed, size and faith."""
+    mine = {
+        "peer": "this bundle",
+        "error": None,
+        "call_ms": found["call_ms"],
+        "speedup": found["speedup"],
+        "speedup_range": found["speedup_range"],
+        "bytes": found["model_bytes"],
+        "faith": found["faith"],
+    }
+    rows: list[tuple[str, ...]]
+    rows = [("fp32 onnxruntime", f"{found['float_call_ms']['median']:.3f}", "1", _mb(found["float_bytes"]), "", "")]
+    for peer in (mine, *found["peers"]):
+        if peer["error"] is not None:
+            rows.append((peer["peer"], "-", peer["error"], "-", "-", "-"))
+            continue
+        low, high = peer["speedup_range"]
+        speed = f"{peer['speedup']:.2f}x ({low:.2f} to {high:.2f})"
+        faith = (_db(peer["faith"][key]) for key in ("eps_sqnr_db", "eps_sqnr_db_worst_step"))
+        rows.append((peer["peer"], f"{peer['call_ms']['median']:.3f}", speed, _mb(peer["bytes"]), *faith))
+    columns = ("", "one call, ms", "speed-up", "file", "SQNR of epsilon, dB", "worst step, dB")
+    console.print_table(f"beside others, batch {found['batch']}, {found['threads']} threads", columns, rows)
+
+
+def _call(latency: dict[str, float], calls: int) -> str:
+    return f"{latency['median']:.3f} ms median, {latency['minimum']:.3f} ms minimum, {calls} calls"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def _db(value: float | None) -> str:
+    return "no error" if value is None else f"{value:.2f}"

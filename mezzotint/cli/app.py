@@ -1,0 +1,283 @@
+"""The command line. Every command imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .audit import audit
+from .bench import bench
+from .card import card
+from .debug import debug
+from .diff import diff
+from .evaluate import evaluate
+from .inspect import inspect
+from .interchange import overlay, overrides
+from .mix import mix
+from .options import Conditions, Force, Group, Json, Threads, Unconditional
+
+# Spelled out, so that --help need not load numpy.
+SAMPLERS = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
+
+app = typer.Typer(
+    name="mezzotint",
+    cls=Group,
+    help="A quantizing graph compiler for diffusion models.",
+    epilog="Add --debug to any command for a traceback. Nothing is ever sent anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model or pipeline folder, or an .onnx file.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("out/demo"),
+    threads: Threads = 2,
+    force: Annotated[bool, typer.Option("--force/--no-force", help="Replace an earlier demo.")] = True,
+    json: Json = False,
+) -> None:
+    """Compile the embedded digits model to W8A8 and draw 64 digits twice from the same noise."""
+    from ..demo import rows, run_demo
+    from ..text import console
+
+    with console.progress(quiet=json) as report:
+        summary = run_demo(output, threads=threads, force=force, progress=report)
+    if json:
+        console.print_json(summary)
+        return
+    console.print_pairs("digits, W8A8", rows(summary))
+    console.out.print(f"pictures: {output / 'digits.png'}\nbundle:   {output / 'bundle'}", highlight=False)
+
+
+@app.command("compile")
+def compile_(
+    model: ModelArgument,
+    bundle: Annotated[Path, typer.Option("-o", "--bundle", help="Bundle folder to write.")],
+    recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `mezzotint recipes`.")] = "w8a8-steps",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"The deployed sampler: {SAMPLERS}.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the deployed sampler.")] = 50,
+    eta: Annotated[float, typer.Option(help="DDIM's eta.")] = 0.0,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 1.0,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Pictures to calibrate on.")] = 32,
+    calibration_batch: Annotated[int, typer.Option(min=1, help="Pictures in one calibration call.")] = 8,
+    conditions: Annotated[str | None, typer.Option(help=".npz with the model's conditions, or `random`.")] = None,
+    unconditional: Annotated[str | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration noise.")] = 0,
+    threads: Threads = None,
+    input_: Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="ONNX: epsilon=NAME, the output that predicts.")
+    ] = None,
+    prediction: Annotated[str | None, typer.Option(help="ONNX: epsilon, v_prediction or sample.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH to calibrate at, where the model leaves it open.")
+    ] = None,
+    dump_passes: Annotated[
+        bool, typer.Option("--dump-passes", help="Also keep the ONNX model after each pass.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps calibration statistics for next time.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Compile a denoiser into a bundle: passes over its graph, an integer ONNX file, and what the sampler needs."""
+    from ..io import settings
+    from ..text import console
+
+    output_name, prediction = settings.parse_output(output, prediction)
+    _warn_of_untested_onnxruntime()
+    options: dict[str, Any] = {
+        "recipe": recipe,
+        "settings": settings.parse_settings(set_ or []),
+        "scheduler": scheduler,
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "guidance": guidance,
+        "calibration_samples": calibration_samples,
+        "calibration_batch": calibration_batch,
+        "seed": seed,
+        "inputs": settings.parse_roles(input_ or []),
+        "output_name": output_name,
+        "prediction": prediction,
+        "size": settings.parse_size(size),
+    }
+    if dry_run:
+        from ..dry_run import plan_compile
+
+        plan = plan_compile(model, bundle, force=force, **options)
+        console.print_json(plan) if json else console.print_pairs("would compile", plan)
+        return
+    from ..api import compile_model
+    from ..text.report import compile_rows, compile_summary
+
+    with console.progress(quiet=json) as report:
+        compiled = compile_model(
+            model,
+            bundle,
+            conditions=conditions,
+            unconditional=unconditional,
+            threads=threads,
+            dump_passes=dump_passes,
+            cache=cache,
+            license=license,
+            force=force,
+            progress=report,
+            **options,
+        )
+    summary = compile_summary(compiled)
+    console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(summary))
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help=".onnx file to write.")],
+    scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the model leaves it open.")] = None,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Write the float ONNX model that a compile starts from, to compare with or to give to other tools."""
+    from ..api import export_model
+    from ..io import settings
+    from ..text import console
+
+    with console.progress() as report:
+        export_model(
+            model,
+            output,
+            scheduler=scheduler,
+            size=settings.parse_size(size),
+            threads=threads,
+            force=force,
+            progress=report,
+        )
+    console.out.print(f"wrote {output}", highlight=False)
+
+
+@app.command()
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 16,
+    sampler: Annotated[str | None, typer.Option(help="Another sampler than the bundle's own.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Network calls; the bundle's own when left out.")] = None,
+    eta: Annotated[float | None, typer.Option(help="DDIM's eta.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    correction: Annotated[
+        bool | None,
+        typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
+    ] = None,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Folder: pictures in one shard; 256.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Folder: only these, as 3 or 3:8 (3 to 7).")] = None,
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Folder: make shards that are there again.")] = False,
+    json: Json = False,
+) -> None:
+    """Draw pictures with a bundle. Into a folder: shard by shard; the same command again goes on where it stopped."""
+    from ..shards.draw import draw, rows
+    from ..text import console
+
+    summary = draw(
+        bundle,
+        output,
+        n,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
+        correction=correction,
+        conditions=conditions,
+        unconditional=unconditional,
+        shard_size=shard_size,
+        format=format_,
+        shards=shards,
+        threads=threads,
+        force=force,
+        quiet=json,
+    )
+    console.print_json(summary) if json else console.print_pairs("sampled", rows(summary))
+
+
+app.command()(mix)
+app.command()(inspect)
+
+
+app.command()(audit)
+app.command()(diff)
+app.command()(debug)
+app.command("eval")(evaluate)
+app.command()(bench)
+app.command()(card)
+app.command()(overlay)
+app.command()(overrides)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe (printed as YAML) or a pass (its options).")] = None,
+    json: Json = False,
+) -> None:
+    """The named recipes; one of them as YAML; or one pass with its options."""
+    from ..text.report import print_recipes
+
+    print_recipes(name, as_json=json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Versions, CPU features, and what to expect of integer kernels on this machine."""
+    from ..doctor import examine
+    from ..text import console
+
+    found = examine()
+    if found["packages"]["onnxruntime"] is not None:
+        _warn_of_untested_onnxruntime()
+    if json:
+        console.print_json(found)
+        return
+    packages = {name: v or "not installed" for name, v in found.pop("packages").items()}
+    features = found.pop("cpu_features")
+    found["cpu_features"] = "not listed here" if features is None else ", ".join(features) or "none that matter"
+    console.print_pairs("mezzotint doctor", {**found, **packages})
+
+
+def _warn_of_untested_onnxruntime() -> None:
+    from ..doctor import untested_onnxruntime
+    from ..text.console import print_warning
+
+    if warning := untested_onnxruntime():
+        print_warning(warning)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from mezzotint.runtime import __version__
+
+        typer.echo(f"mezzotint {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,74 @@
+"""The fusion audit of a bundle or a file, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.runtime.errors import BundleError
+
+from ..text import console
+
+if TYPE_CHECKING:
+    from mezzotint.compiler.audit.fusion import Fusion, Verdict
+
+
+def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
+    """The audit of an ONNX file, or of each network file of a bundle, by file name.
+
+    A bundle's manifest says what its islands are. Raises BundleError, ModelError or InputError.
+    """
+    from mezzotint.compiler.audit.fusion import audit_fusion
+    from mezzotint.runtime.bundle.bundle import open_bundle
+
+    islands: Mapping[str, str] = {}
+    files = {model.name: model}
+    if model.is_dir():
+        bundle = open_bundle(model)
+        islands = bundle.manifest.get("islands", {})
+        names = bundle.precisions.files.values() if bundle.precisions else ()
+        files = {name: bundle.path / name for name in names} or {
+            bundle.model_path.relative_to(bundle.path).as_posix(): bundle.model_path
+        }
+    elif model.exists() and model.suffix != ".onnx":
+        raise BundleError("neither a bundle's folder nor an .onnx file", where=str(model))
+    with TemporaryDirectory() as folder:
+        return {
+            name: audit_fusion(file, Path(folder), threads=threads, islands=islands) for name, file in files.items()
+        }
+
+
+def to_json(model: Path, found: Mapping[str, Fusion]) -> dict[str, Any]:
+    """`ok` says that no quantized group was left in float."""
+    return {
+        "model": str(model),
+        "ok": not any(fusion.failed for fusion in found.values()),
+        "files": {name: fusion.to_json() for name, fusion in found.items()},
+    }
+
+
+def print_audit(found: Mapping[str, Fusion], *, everything: bool = False) -> None:
+    """Totals; what is not on an integer kernel, with the rule and the mend; with `everything` the rest, too."""
+    for name, fusion in found.items():
+        console.print_pairs(name, {**fusion.totals, "onnxruntime": fusion.onnxruntime})
+        failed = [(v.name, *_kernels(v), v.rule) for v in fusion.failed]
+        if failed:
+            console.print_table("quantized, but not on an integer kernel", ("node", "is", "runs as", "rule"), failed)
+        for v in fusion.failed:
+            console.out.print(f"{v.name}: {v.why}. What helps: {v.mend}", highlight=False, markup=False)
+        meant = [(v.name, *_kernels(v), v.rule, v.why) for v in fusion.verdicts if not v.integer and not v.failed]
+        if meant:
+            console.print_table("in float as the file says", ("node", "is", "runs as", "rule", "why"), meant)
+        if everything:
+            rows = [(v.name, *_kernels(v), v.why) for v in fusion.verdicts if v.integer]
+            console.print_table("on integer kernels", ("node", "is", "runs as", ""), rows)
+        if fusion.strays:
+            console.out.print(
+                "kernels that no node of the file explains: " + ", ".join(fusion.strays), highlight=False, markup=False
+            )
+
+
+def _kernels(verdict: Verdict) -> tuple[str, str]:
+    return verdict.op, verdict.kernel or "nothing"

@@ -1,0 +1,51 @@
+"""`mezzotint bench`: how long a call takes, beside fp32 onnxruntime and beside other quantizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one call; 1 unless the graph says.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime, and of every peer.")] = 2,
+    float_: Annotated[
+        Path | None, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote, to compare with.")
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Other quantizers of --float: onnxruntime's; OpenVINO with NNCF if there.")
+    ] = False,
+    calibration: Annotated[int, typer.Option(min=1, help="Float calls that peers are calibrated on.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls in one block of the measurement.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the blocks are gone through, there and back.")] = 2,
+    json: Json = False,
+) -> None:
+    """How long one call takes, which operations take the time, and how far that is from the integer kernels alone."""
+    from mezzotint.runtime.bundle.bundle import open_bundle
+
+    from ..bench.bench import measure
+    from ..bench.peers import PEERS
+    from ..bench.tables import print_bench
+    from ..doctor import untested_onnxruntime
+    from ..text import console
+
+    if warning := untested_onnxruntime():
+        console.print_warning(warning)
+    with console.progress(quiet=json) as report:
+        found = measure(
+            open_bundle(bundle),
+            batch=batch,
+            threads=threads,
+            float_model=float_,
+            repeats=repeats,
+            rounds=rounds,
+            peers=PEERS if peers else (),
+            calibration=calibration,
+            progress=report,
+        )
+    console.print_json(found.to_json()) if json else print_bench(found.to_json())

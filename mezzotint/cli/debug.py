@@ -1,0 +1,45 @@
+"""`mezzotint debug`: which layers cost a bundle its faith, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Conditions, Json, Noise, Reference, Threads, Unconditional
+
+
+def debug(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    reference: Reference,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures in the trajectory.")] = 1,
+    calls: Annotated[int | None, typer.Option(min=1, help="Measure at so many network calls only, evenly.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layers to print; --json has them all.")] = 20,
+    seed: Noise = None,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """The error of each quantized layer at each step, ranked by what it costs at the output, and what would help."""
+    from mezzotint.runtime.bundle.bundle import open_bundle
+
+    from ..debug.diagnose import diagnose
+    from ..debug.tables import print_diagnosis
+    from ..io.settings import load_conditions
+    from ..text import console
+
+    with console.progress(quiet=json) as report:
+        found = diagnose(
+            open_bundle(bundle),
+            reference,
+            pictures,
+            calls=calls,
+            seed=seed,
+            conditions=None if conditions is None else load_conditions(conditions),
+            unconditional=None if unconditional is None else load_conditions(unconditional),
+            threads=threads,
+            progress=report,
+        )
+    console.print_json(found.to_json()) if json else print_diagnosis(found, top)

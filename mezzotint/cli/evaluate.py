@@ -1,0 +1,68 @@
+"""`mezzotint eval`: a bundle beside its float model, in pairs of pictures from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Conditions, Json, Noise, Reference, Threads, Unconditional
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    reference: Reference,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pairs of pictures.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder that keeps the pictures: can be stopped, and go on.")
+    ] = None,
+    seed: Noise = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    features: Annotated[
+        str | None, typer.Option(help="digits, inception, none, FILE.onnx, or package.module:attribute (torch).")
+    ] = None,
+    correction: Annotated[
+        bool | None,
+        typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure time and memory of a call.")] = True,
+    resamples: Annotated[int, typer.Option(min=2, help="Draws of the bootstrap; fewer for Frechet.")] = 1000,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """How near to the float model a bundle's pictures are, with intervals, and what a call costs beside it."""
+    from mezzotint.runtime.bundle.bundle import open_bundle
+
+    from ..evaluate.report import OTHER_WEIGHTS, print_evaluation
+    from ..evaluate.run import PAGE, evaluate
+    from ..io.settings import load_conditions
+    from ..text import console
+
+    with console.progress(quiet=json) as report:
+        found = evaluate(
+            open_bundle(bundle),
+            reference,
+            pictures,
+            seed=seed,
+            batch=batch,
+            threads=threads,
+            conditions=None if conditions is None else load_conditions(conditions),
+            unconditional=None if unconditional is None else load_conditions(unconditional),
+            features=features,
+            correction=correction,
+            output=output,
+            speed=speed,
+            resamples=resamples,
+            progress=report,
+        )
+    if json:
+        if not found["reference"]["same_weights"]:
+            console.print_warning(OTHER_WEIGHTS)
+        console.print_json(found)
+        return
+    print_evaluation(found)
+    if output is not None:
+        console.out.print(f"page: {output / PAGE}", highlight=False, markup=False)

@@ -1,0 +1,66 @@
+"""`mezzotint inspect`: what was done to a bundle, as tables, as JSON, or as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page instead, one file that needs no network.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Page: the float .onnx that `mezzotint export` wrote, to compare with.")
+    ] = None,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=0, help="Page: how many pictures; 0 is none.")] = 8,
+    calls: Annotated[
+        int, typer.Option(min=0, help="Page: network calls at which the layers' errors are measured; 0 is none.")
+    ] = 2,
+    profile: Annotated[
+        bool, typer.Option("--profile/--no-profile", help="Page: measure the time of each node.")
+    ] = True,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Page: seed of the noise; one that nothing drew from.")
+    ] = None,
+    conditions: Annotated[Path | None, typer.Option(help="Page: .npz with the model's conditions.")] = None,
+    unconditional: Annotated[
+        Path | None, typer.Option(help="Page: the same of the empty prompt, for guidance.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Page: threads of onnxruntime.")] = 2,
+    json: Json = False,
+) -> None:
+    """What was done to a bundle: passes, quantizers, what runs as integers, and why the rest does not."""
+    from mezzotint.runtime.bundle.bundle import open_bundle
+    from mezzotint.runtime.errors import InputError
+
+    page_only = {"reference": reference, "seed": seed, "conditions": conditions, "unconditional": unconditional}
+    if html is None and (given := [f"--{name}" for name, value in page_only.items() if value is not None]):
+        raise InputError(f"{given[0]} is for the page", hint="say where to write it: --html FILE")
+    opened = open_bundle(bundle)
+    if html is not None:
+        from ..inspect.measure import Wishes
+        from ..inspect.page import write_page
+        from ..io.pictures import check_place
+        from ..io.settings import load_conditions
+        from ..text import console
+
+        check_place(html)
+        rows = [None if file is None else load_conditions(file) for file in (conditions, unconditional)]
+        wishes = Wishes(reference, pictures, calls, profile, rows[0], rows[1], seed, threads)
+        with console.progress(quiet=json) as report:
+            write_page(opened, html, wishes, report)
+        if not json:
+            console.out.print(f"wrote {html}", highlight=False, markup=False, soft_wrap=True)
+            return
+    from ..text.report import inspection, print_inspection
+
+    if json:
+        from ..text.console import print_json
+
+        print_json(inspection(opened))
+    else:
+        print_inspection(opened)

@@ -1,0 +1,77 @@
+"""`mezzotint overlay` and `mezzotint overrides`: what a bundle knows, in the files of other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Force, Json, Threads
+
+
+def overlay(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=".json file to write.")],
+    what: Annotated[str, typer.Option(help="precision, kernel, scale, time or cost.")] = "precision",
+    debug: Annotated[
+        Path | None, typer.Option("--layers", help="For cost: what `mezzotint debug --json` printed.")
+    ] = None,
+    threads: Threads = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Node data for Model Explorer: the nodes of the network, coloured by what is known of them."""
+    from mezzotint.runtime.bundle.bundle import open_bundle
+
+    from ..interchange import write_json
+    from ..interchange.overlay import make_overlay
+    from ..text import console
+
+    opened = open_bundle(bundle)
+    found = make_overlay(opened, what, debug=debug, threads=threads)  # type: ignore[arg-type]  # it refuses others
+    write_json(output, found.data, force=force)
+    summary = {
+        "file": str(output),
+        "model": str(opened.model_path),
+        "nodes": f"{found.nodes} of {found.of}",
+        **({"not in it": found.unknown} if found.unknown else {}),
+    }
+    console.print_json(summary) if json else console.print_pairs(f"overlay: {what}", summary)
+
+
+def overrides(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    float_: Annotated[Path, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=".json file to write.")],
+    conditions: Annotated[Path | None, typer.Option(help=".npz with the model's conditions; random when left out.")] = (
+        None
+    ),
+    threads: Threads = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """TensorQuantOverrides for onnxruntime's own quantizer: the bundle's scales, for the tensors of the float model."""
+    from mezzotint.runtime.bundle.bundle import open_bundle
+
+    from ..interchange import write_json
+    from ..interchange.overrides import make_overrides
+    from ..io.settings import load_conditions
+    from ..text import console
+
+    rows = None if conditions is None else load_conditions(conditions)
+    found = make_overrides(open_bundle(bundle), float_, conditions=rows, threads=threads)
+    write_json(output, found.to_json(), force=force)
+    summary = {
+        "file": str(output),
+        "tensors": len(found.tensors),
+        "widest of several": len(found.widened),
+        "left out": len(found.skipped),
+        "layers in float": len(found.excluded),
+    }
+    if json:
+        console.print_json({**summary, "skipped": dict(found.skipped)})
+        return
+    console.print_pairs("overrides", summary)
+    if found.skipped:
+        console.print_table("left to onnxruntime", ("tensor", "why"), list(found.skipped.items()))

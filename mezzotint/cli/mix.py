@@ -1,0 +1,67 @@
+"""`mezzotint mix`: several bundles of one network become one that picks a precision at each call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Conditions, Force, Json, Noise, Reference, Threads, Unconditional
+
+
+def mix(
+    bundles: Annotated[list[str], typer.Argument(help="Bundle folders, or NAME=FOLDER to name a precision.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
+    reference: Reference,
+    budget: Annotated[
+        float | None, typer.Option(help="Mean cost of a call relative to the dearest; PTQD's own rule when left out.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="What is bounded: errors beside the `schedule`'s noise, or in the `picture`.")
+    ] = "schedule",
+    relax: Annotated[float | None, typer.Option(help="Give this last part of the calls to the most precise.")] = None,
+    relax_first: Annotated[bool, typer.Option("--relax-first", help="Let --relax mean the first part.")] = False,
+    cost: Annotated[
+        list[str] | None, typer.Option("--cost", help="NAME=NUMBER for each precision; measured when left out.")
+    ] = None,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures to measure errors on.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 8,
+    seed: Noise = None,
+    conditions: Conditions = None,
+    unconditional: Unconditional = None,
+    threads: Threads = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Mix bundles of one network: one bundle that picks a precision at each network call."""
+    from ..io.settings import load_conditions, parse_bundles, parse_costs
+    from ..mix.mix import mix_bundles
+    from ..text import console
+    from ..text.report_mix import mix_rows, mix_summary, print_precisions
+
+    with console.progress(quiet=json) as report:
+        mixed = mix_bundles(
+            parse_bundles(bundles),
+            output,
+            reference=reference,
+            budget=budget,
+            rule=rule,
+            relax=relax,
+            relax_first=relax_first,
+            costs=parse_costs(cost or []) or None,
+            pictures=pictures,
+            batch=batch,
+            seed=seed,
+            conditions=None if conditions is None else load_conditions(conditions),
+            unconditional=None if unconditional is None else load_conditions(unconditional),
+            threads=threads,
+            force=force,
+            progress=report,
+        )
+    summary = mix_summary(mixed)
+    if json:
+        console.print_json(summary)
+        return
+    console.print_pairs(f"mixed {len(bundles)} bundles", mix_rows(summary))
+    print_precisions(mixed)

@@ -1,0 +1,1 @@
+"""What each layer's quantization costs at the output, and what to do about it."""

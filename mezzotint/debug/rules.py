@@ -1,0 +1,150 @@
+"""What a layer's measurements say should be done about it (the rules are told in debug.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mezzotint.compiler.core.pipeline import Recipe
+
+Kind = Literal["range", "table", "split", "bits", "rounding", "island", "-"]
+SMALL = 0.01  # of all costs: such a layer is not worth a change
+MISFIT = 2.0  # the width of a grid over that of what it meets, or the other way round
+DRIFT = 2.0  # the widest call over the narrowest
+UNEVEN = 4.0  # the widest part of a Concat over the narrowest
+NO_ROUNDING = 0.1  # relative error of a layer's output that rounding weights does not make
+FULL_BITS = 8
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """`what` to change, as words or options, and `why`."""
+
+    kind: Kind
+    what: str
+    why: str
+
+    def to_json(self) -> dict[str, str]:
+        return {"kind": self.kind, "what": self.what, "why": self.why}
+
+
+@dataclass
+class Facts:
+    """What is measured of a layer at each call: `FACTS` of compiler/audit/side_by_side.py, and its input's parts."""
+
+    calls: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    parts: list[float] = field(default_factory=list)
+
+    def add(self, call: int, facts: Mapping[str, float], parts: Sequence[float]) -> None:
+        self.calls[call] = facts
+        self.parts = [max(pair) for pair in zip(self.parts or parts, parts, strict=True)]
+
+    def local(self) -> dict[int, float]:
+        """SQNR of the output by call, in decibels."""
+        return {call: _db(told["signal"], told["noise"]) for call, told in self.calls.items()}
+
+    def relative(self) -> dict[str, float]:
+        """Error over signal of all calls: `input` and `output` rounding, and `weights`, the rest."""
+        total = _over(self._sum("noise"), self._sum("signal"))
+        of_input = _over(self._sum("x_noise"), self._sum("x_signal"))
+        of_output = _over(self._sum("y_noise"), self._sum("signal"))
+        return {"input": of_input, "output": of_output, "weights": max(0.0, total - of_input - of_output)}
+
+    def widths(self, end: Literal["x", "y"]) -> list[float]:
+        """The width of what a grid meets, by call."""
+        return [max(told[f"{end}_high"], 0.0) - min(told[f"{end}_low"], 0.0) for told in self.calls.values()]
+
+    def reaches(self, end: Literal["x", "y"]) -> list[float]:
+        """The width of the grid, by call."""
+        return [told[f"{end}_reach"] for told in self.calls.values()]
+
+    def _sum(self, name: str) -> float:
+        return sum(told.get(name, 0.0) for told in self.calls.values())
+
+
+def suggest(layer: str, facts: Facts, share: float, recipe: Recipe, weight_bits: int | None) -> Suggestion:
+    """The suggestion for one layer that makes a `share` of all costs; `weight_bits` None for attention."""
+    if share < SMALL:
+        return Suggestion("-", "leave it", f"it makes less than {SMALL:.0%} of the error")
+    relative = facts.relative()
+    part = max(relative, key=lambda name: relative[name])
+    if part == "weights":
+        return _of_weights(layer, relative[part], recipe, weight_bits)
+    end: Literal["x", "y"] = "x" if part == "input" else "y"
+    widths, reaches = facts.widths(end), facts.reaches(end)
+    constant = max(reaches) <= min(reaches) * (1 + 1e-6)
+    fits = max(reaches) / max(widths) if constant and max(widths) else _median_ratio(reaches, widths)
+    if fits > MISFIT or fits < 1 / MISFIT:
+        return Suggestion(
+            "range",
+            "calibrate again: more samples (--calibration-samples), or choose_scales.activations=minmax or percentile",
+            f"the grid of its {part} is {fits:.2g} times as wide as what it meets",
+        )
+    drift = max(widths) / max(min(widths), 1e-30)
+    if constant and drift > DRIFT:
+        return Suggestion(
+            "table",
+            "scales that know the timestep: --recipe w8a8-steps, or step_scales in yours",
+            f"its {part} is {drift:.2g} times as wide at one step as at another, and has one scale",
+        )
+    uneven = max(facts.parts) / max(min(facts.parts), 1e-30) if facts.parts else 1.0
+    if part == "input" and uneven > UNEVEN:
+        return Suggestion(
+            "split",
+            "put split_shortcuts behind normalize in the recipe",
+            f"one part of its input is {uneven:.2g} times as wide as another, and they share a grid",
+        )
+    return Suggestion("island", _island(layer, recipe), f"the rounding of its {part} makes most of its error")
+
+
+def _of_weights(layer: str, relative: float, recipe: Recipe, bits: int | None) -> Suggestion:
+    if bits is None:
+        return Suggestion("island", _island(layer, recipe), "the rounding of its second input makes most of its error")
+    if relative > NO_ROUNDING:
+        return Suggestion(
+            "range",
+            "compile again, and compare with the reference it was compiled from",
+            f"its weights, bias or their scales are off by {_db(1.0, relative):.1f} dB: no rounding makes as much",
+        )
+    if bits < FULL_BITS:
+        return Suggestion(
+            "bits", f"--set choose_scales.weight_bits={FULL_BITS}", f"its weights have {bits} bits and make most of it"
+        )
+    if all(step.name != "round_weights" for step in recipe.passes):
+        return Suggestion(
+            "rounding",
+            "round the weights against their inputs: --recipe w8a8-best, or round_weights at the end of yours",
+            "its weights make most of its error, and were rounded to the nearest",
+        )
+    return Suggestion("island", _island(layer, recipe), "its weights make most of its error")
+
+
+def _island(layer: str, recipe: Recipe) -> str:
+    """The options that keep a layer in float besides what the recipe keeps there."""
+    islands = [*recipe.islands, layer]
+    named = [step.name for step in recipe.passes if "islands" in step.options()]
+    return " ".join(f"--set '{name}.islands=[{', '.join(_quoted(i) for i in islands)}]'" for name in named)
+
+
+def _quoted(name: str) -> str:
+    """A node's name as YAML; what a pattern would take for a wildcard stands in brackets."""
+    plain = name.replace("[", "[[]")
+    return plain if plain.replace("_", "").replace("-", "").isalnum() else f'"{plain}"'
+
+
+def _median_ratio(reaches: Sequence[float], widths: Sequence[float]) -> float:
+    return float(np.median([reach / max(width, 1e-30) for reach, width in zip(reaches, widths, strict=True)]))
+
+
+def _over(noise: float, signal: float) -> float:
+    return noise / signal if signal > 0 else 0.0
+
+
+def _db(signal: float, noise: float) -> float:
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

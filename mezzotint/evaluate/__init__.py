@@ -1,0 +1,1 @@
+"""A bundle beside its float model, in pairs of pictures, with intervals."""

@@ -1,0 +1,85 @@
+"""What a call of a bundle costs beside one of the float model: time, memory, bytes, kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezzotint.runtime.bundle.bundle import MODEL, Bundle, Conditions
+from mezzotint.runtime.sampling.samplers import initial_noise
+from mezzotint.runtime.session import Denoiser
+
+from ..bench.pairs import Latency, Predict, Ratio, folder_bytes, in_turns, middle_timestep
+from ..text.report import model_bytes
+from .memory import memory_of_one_call
+
+REPEATS, ROUNDS = 7, 2
+
+
+def size(bundle: Bundle, reference: Path) -> dict[str, Any]:
+    """Bytes of the ONNX files with their weights, and the bundle's share of the float model's."""
+    mine, before = model_bytes(bundle), folder_bytes(reference)
+    return {"bytes": mine, "float_bytes": before, "share": round(mine / before, 6)}
+
+
+def kernels(bundle: Bundle) -> dict[str, Any]:
+    """Integer and float kernels, and what was kept in float on purpose: from the manifest."""
+    found = bundle.manifest["kernels"]
+    return {"integer": found["integer"], "float": found["float"], "islands": dict(bundle.manifest["islands"])}
+
+
+def speed(
+    bundle: Bundle,
+    exact: Denoiser,
+    batch: int,
+    threads: int | None,
+    conditions: Conditions,
+    *,
+    repeats: int = REPEATS,
+    rounds: int = ROUNDS,
+) -> dict[str, Any]:
+    """Milliseconds of one call of both at the middle timestep, in blocks there and back, and their ratio.
+
+    A bundle of several precisions takes the mean over its calls. Without guidance, which doubles both.
+    """
+    rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in conditions.items()}
+
+    def on_rows(net: Denoiser) -> Predict:
+        return lambda x, t: net(x, t, **rows)
+
+    counted = Counter(bundle.denoisers(threads=threads))
+    x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    slow, *found = in_turns([on_rows(net) for net in (exact, *counted)], x, t, repeats=repeats, rounds=rounds)
+    mine, blocks = _mean(found, list(counted.values()))
+    each = [slow.median / mine, *(float(e / b) for e, b in zip(slow.blocks, blocks, strict=True))]
+    return {
+        "batch": batch,
+        "threads": threads,
+        "call_ms": round(mine * 1e3, 4),
+        "float_call_ms": round(slow.median * 1e3, 4),
+        "ratio": Ratio(each[0], min(each), max(each)).to_json(),
+        "calls": len(slow.seconds),
+        "blocks": len(slow.blocks),
+    }
+
+
+def _mean(found: list[Latency], counts: list[int]) -> tuple[float, Any]:
+    """(seconds, seconds in each block) of a call, on average over the networks."""
+    median = float(np.average([latency.median for latency in found], weights=counts))
+    return median, np.average([latency.blocks for latency in found], axis=0, weights=counts)
+
+
+def memory(bundle: Bundle, reference: Path, batch: int, threads: int | None, conditions: Conditions) -> dict[str, Any]:
+    """Bytes of one call of each, in processes of their own (eval_memory.py)."""
+    files = [MODEL] if bundle.precisions is None else list(dict.fromkeys(bundle.precisions.files.values()))
+    options: dict[str, Any] = {"threads": threads, "conditions": conditions}
+    mine = memory_of_one_call(bundle, [bundle.path / file for file in files], batch, **options)
+    before = memory_of_one_call(bundle, [reference], batch, **options)
+    return {
+        "bundle": mine.to_json(),
+        "float": before.to_json(),
+        "share": round(mine.added / before.added, 4) if before.added > 0 else None,
+    }

@@ -1,0 +1,203 @@
+"""Networks that see features in pictures, by name or by path, for distances between sets of pictures.
+
+    digits                   the embedded classifier of 1x32x32 digits: 64 features, ten classes
+    FILE.onnx                one input, float32 pictures as the model makes them; an output `features`, perhaps `logits`
+    inception                torch-fidelity's InceptionV3, 2048 features: what FID is usually computed with
+    package.module:attribute a torch.nn.Module, or a class or function that makes one without arguments
+    none                     no features
+
+A module follows the convention that torchmetrics has for custom extractors and torch-fidelity for its own: it is called
+with uint8 pictures [N, 3, H, W] from 0 to 255 and gives features [N, D]; a tuple of one such tensor is what
+torch-fidelity's FeatureExtractorBase gives for one requested feature. Our pictures from -1 to 1 are rounded to 0..255,
+and grey ones repeated to three channels. Resizing is the module's affair. Naming a module runs its code: that is what
+was asked for, and nothing else here does.
+
+LPIPS (Zhang et al. 2018, arXiv 1801.03924) is taken from `lpips`, or from torchmetrics with torchvision, on AlexNet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mezzotint.runtime.errors import InputError
+
+from ..frechet import CLASSIFIER, FeatureNet, Features
+from ..io.pictures import Images, to_pixels
+
+if TYPE_CHECKING:
+    import torch
+
+DIGITS, INCEPTION, NONE = "digits", "inception", "none"
+DIGITS_SHAPE = (1, 32, 32)
+BATCH = 32  # pictures in one call of a torch module
+PerceptualDistance = Callable[[Images, Images], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """`features` turns pictures float32 `[n, C, H, W]` in [-1, 1] into `[n, D]`, `classify` into classes `[n]`.
+
+    Features of one `digest` can be compared. `classify` is None for a network without classes.
+    """
+
+    name: str
+    digest: str
+    features: Callable[[Images], Features]
+    classify: Callable[[Images], npt.NDArray[np.int64]] | None
+
+
+def open_extractor(name: str, shape: tuple[int, int, int], threads: int | None = None) -> Extractor:
+    """The extractor of this name, tried on a blank picture of `shape` (C, H, W). Raises InputError."""
+    if name == DIGITS or name.endswith(".onnx"):
+        found = _onnx(name, threads)
+    elif name == INCEPTION:
+        found = _torch(name, _inception())
+    elif ":" in name:
+        found = _torch(name, _module(name))
+    else:
+        raise InputError(
+            f"no feature extractor is called {name!r}",
+            where="--features",
+            hint="give digits, inception, none, FILE.onnx, or package.module:attribute",
+        )
+    if shape[0] not in (1, 3):
+        raise InputError(
+            f"samples of {shape[0]} channels are no pictures, which {name} looks at",
+            where="--features",
+            hint="leave --features out: latents have to be decoded first",
+        )
+    found.features(np.zeros((2, *shape), np.float32))
+    return found
+
+
+def default_extractor(shape: tuple[int, int, int]) -> tuple[str, str]:
+    """(the name that is taken when none is given, why that is `none`)."""
+    if shape == DIGITS_SHAPE:
+        return DIGITS, ""
+    told = "x".join(map(str, shape))
+    return NONE, f"no --features were given, and the embedded network sees 1x32x32 pictures, not {told}"
+
+
+def _onnx(name: str, threads: int | None) -> Extractor:
+    net = FeatureNet(CLASSIFIER if name == DIGITS else Path(name), threads=threads)
+    return Extractor(name, net.digest, net.features, net.classify if net.classifies else None)
+
+
+def _inception() -> torch.nn.Module:
+    if find_spec("torch_fidelity") is None:
+        raise InputError(
+            "inception is torch-fidelity's, which is not installed",
+            where="--features inception",
+            hint="pip install torch-fidelity (it downloads the weights at the first use), or name other features",
+        )
+    try:
+        made = import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+        return made("inception-v3-compat", ["2048"])  # type: ignore[no-any-return]
+    except Exception as error:  # its weights are downloaded: anything may go wrong
+        raise InputError(
+            f"inception cannot be made: {type(error).__name__}: {error}",
+            where="--features inception",
+            hint="torch-fidelity downloads its weights at the first use: is there a network, and room?",
+        ) from error
+
+
+def _module(name: str) -> torch.nn.Module:
+    """What `package.module:attribute` names."""
+    import torch
+
+    place, _, attribute = name.partition(":")
+    try:
+        found: Any = import_module(place)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        if not isinstance(found, torch.nn.Module) and callable(found):
+            found = found()
+    except Exception as error:  # somebody else's code
+        raise InputError(
+            f"{name} cannot be made: {type(error).__name__}: {error}",
+            where="--features",
+            hint="install it, or put its folder into PYTHONPATH; a class or function is called without arguments",
+        ) from error
+    if not isinstance(found, torch.nn.Module):
+        raise InputError(
+            f"{name} is {type(found).__name__}, not a torch.nn.Module",
+            where="--features",
+            hint="name a module, or a class or function that makes one without arguments",
+        )
+    return found
+
+
+def _torch(name: str, module: torch.nn.Module) -> Extractor:
+    module = module.eval()
+    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return Extractor(name, digest.hexdigest(), lambda images: _run(name, module, images), None)
+
+
+def _run(name: str, module: torch.nn.Module, images: Images) -> Features:
+    import torch
+
+    pixels = to_pixels(images).transpose(0, 3, 1, 2)
+    found = []
+    for first in range(0, len(pixels), BATCH):
+        part = pixels[first : first + BATCH]
+        part = np.ascontiguousarray(np.repeat(part, 3, axis=1) if part.shape[1] == 1 else part)
+        try:
+            with torch.no_grad():
+                given = module(torch.from_numpy(part))
+        except Exception as error:  # somebody else's code
+            raise _refused(name, f"refused uint8 pictures {list(part.shape)}: {error}") from error
+        if isinstance(given, (tuple, list)) and len(given) == 1:
+            given = given[0]
+        if not isinstance(given, torch.Tensor):
+            raise _refused(name, f"gives {type(given).__name__}, expected one tensor [N, D]")
+        rows = given.detach().cpu().float().numpy()
+        if rows.ndim < 2 or len(rows) != len(part) or any(size != 1 for size in rows.shape[2:]):
+            raise _refused(name, f"gives {list(rows.shape)} for {len(part)} pictures, expected [N, D]")
+        if not np.isfinite(rows).all():
+            raise _refused(name, "gives features that are not finite")
+        found.append(rows.reshape(len(rows), -1))
+    return np.concatenate(found)
+
+
+def _refused(name: str, what: str) -> InputError:
+    hint = "the convention is uint8 [N, 3, H, W] in, float [N, D] out, as torchmetrics has it"
+    return InputError(f"the extractor {what}", where=name, hint=hint)
+
+
+def perceptual_distance() -> tuple[PerceptualDistance | None, str]:
+    """(LPIPS of each pair of pictures `[n, C, H, W]` in [-1, 1], why there is none)."""
+    package = next((name for name in ("lpips", "torchmetrics") if find_spec(name) is not None), None)
+    if package is None or find_spec("torch") is None:
+        return None, "neither lpips nor torchmetrics is installed"
+    try:
+        if package == "lpips":
+            net = import_module("lpips").LPIPS(net="alex", verbose=False).eval()
+        else:
+            place = import_module("torchmetrics.image.lpip")
+            net = place.LearnedPerceptualImagePatchSimilarity(net_type="alex").eval()
+    except Exception as error:  # both download weights
+        return None, f"{package} is installed and cannot be used: {error}"
+
+    def distance(one: Images, other: Images) -> npt.NDArray[np.float64]:
+        import torch
+
+        def colour(picture: Images) -> torch.Tensor:
+            part = np.clip(picture, -1, 1)
+            return torch.from_numpy(np.ascontiguousarray(np.repeat(part, 3, axis=1) if part.shape[1] == 1 else part))
+
+        with torch.no_grad():  # one by one: torchmetrics gives the mean over a batch
+            pairs = [(one[i : i + 1], other[i : i + 1]) for i in range(len(one))]
+            return np.array([float(net(colour(a), colour(b))) for a, b in pairs], np.float64)
+
+    return distance, ""

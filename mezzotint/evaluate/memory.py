@@ -1,0 +1,108 @@
+"""How much memory a model takes to be opened and called once: measured in a fresh process.
+
+    python -m mezzotint.evaluate.memory '{"bundle": ..., "models": [...], "batch": ..., "threads": ...}'
+
+In one process the second model would be charged with what the first left behind, and with everything else that is
+loaded. The process loads its libraries and makes its inputs, notes its resident memory, opens the model, makes one call
+at the deployment's middle timestep, and prints the peak (the system's high-water mark of that process) and what it had
+before, in bytes. A bundle of several precisions has several models. What is told is the difference: the model,
+onnxruntime's prepacked weights and its activations. A file that is mapped into memory counts as far as it was read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezzotint.compiler.core.memory import PeakMemory
+from mezzotint.runtime.bundle.bundle import Bundle, Conditions, open_bundle
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.samplers import initial_noise
+from mezzotint.runtime.session import Denoiser
+
+from ..bench.pairs import middle_timestep
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of resident memory: the most there was, and what there was before the model was opened."""
+
+    peak: int
+    before: int
+
+    @property
+    def added(self) -> int:
+        return self.peak - self.before
+
+    def to_json(self) -> dict[str, int]:
+        return {**asdict(self), "added": self.added}
+
+
+def memory_of_one_call(
+    bundle: Bundle,
+    models: Sequence[Path],
+    batch: int,
+    *,
+    threads: int | None = None,
+    conditions: Conditions | None = None,
+) -> Memory:
+    """Of ONNX files with the bundle's inputs, one call of each. Conditions are zeros of the given types and shapes.
+
+    Raises InputError where the process fails.
+    """
+    shapes = {name: [array.dtype.str, [batch, *array.shape[1:]]] for name, array in (conditions or {}).items()}
+    task: dict[str, Any] = {
+        "bundle": str(bundle.path.absolute()),
+        "models": [str(model.absolute()) for model in models],
+    }
+    task |= {"batch": batch, "threads": threads, "conditions": shapes}
+    here = str(Path(__file__).resolve().parents[2])  # this copy of the package, whichever is installed
+    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "mezzotint.evaluate.memory", json.dumps(task)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        told = done.stderr.strip().splitlines()
+        what = told[-1] if told else f"it ended with {done.returncode}"
+        raise InputError(
+            f"the memory of a call cannot be measured: {what}", where=str(models[0]), hint="try --no-speed"
+        )
+    return Memory(**json.loads(done.stdout))
+
+
+def _measure(task: dict[str, Any]) -> Memory:
+    bundle = open_bundle(task["bundle"], verify=False)
+    x, t = initial_noise(0, (task["batch"], *bundle.sample_shape)), middle_timestep(bundle)
+    given = {name: np.zeros(shape, dtype) for name, (dtype, shape) in task["conditions"].items()}
+    with PeakMemory() as watch:
+        before = int(watch.peak_mb * 1e6)
+        nets = [Denoiser(model, bundle.signature, threads=task["threads"]) for model in task["models"]]
+        for net in nets:
+            net(x, t, **given)
+    return Memory(max(_high_water(), int(watch.peak_mb * 1e6)), before)
+
+
+def _high_water() -> int:
+    """The process's own mark where the system tells it; what was sampled stands elsewhere.
+
+    Not getrusage: on Linux a new process begins with the mark of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure(json.loads(sys.argv[1])))))

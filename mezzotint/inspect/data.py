@@ -1,0 +1,238 @@
+"""What the page of a bundle tells that stands in the bundle already: nothing is run here.
+
+Each function makes one section's data. Where a bundle has nothing to tell, the section has a `note` that says why.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.passes.recipes.files import recipe_from_json, to_yaml
+from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.bundle.ranges import RANGES, Ranges
+
+from ..text.report import model_bytes
+
+_LONGEST_DIFF = 4_000_000  # characters of one pass's difference that the page carries; the file has all of it
+_FIELDS = ("low", "high", "scale", "seen_low", "seen_high")
+
+Data = dict[str, Any]
+
+
+def load_ranges(bundle: Bundle) -> Ranges | None:
+    """The ranges of a bundle over its timesteps; None where it was written without."""
+    return Ranges.load(bundle.path / RANGES) if RANGES in bundle.manifest["files"] else None
+
+
+def summary(bundle: Bundle) -> Data:
+    """What the bundle is, and its sizes."""
+    m = bundle.manifest
+    kernels, before, size = m["kernels"], m["source"]["parameter_bytes"], model_bytes(bundle)
+    shape = "x".join(map(str, bundle.sample_shape))
+    rows = [
+        ("source", f"{m['source']['kind']} {m['source']['name']} ({m['source'].get('class', 'ONNX')})"),
+        ("recipe", f"{m['recipe']['name']}: {m['recipe']['description']}"),
+        ("deployment", str(bundle.deployment)),
+        ("sample", f"{shape}, predicts {m['signature']['prediction']}"),
+        ("conditions", ", ".join(m["signature"]["conditions"]) or "none"),
+        ("noise correction", "none" if bundle.correction is None else str(bundle.correction.fitted_for)),
+        ("calibration", f"{m['calibration']['samples']} samples, seed {m['calibration']['seed']}"),
+        ("compiled in", f"{sum(r['seconds'] for r in m['history']):.1f} s, {len(m['history'])} passes"),
+        ("digest", m["digest"]),
+    ]
+    if bundle.precisions is not None:
+        rows.insert(2, ("precisions", f"{', '.join(bundle.precisions.files)}; the graph below is that of the first"))
+    return {
+        "name": m["source"]["name"],
+        "recipe": m["recipe"]["name"],
+        "bytes": size,
+        "float_bytes": before,
+        "integer": kernels["integer"],
+        "float": kernels["float"],
+        "layers": len(kernels["layers"]),
+        "integer_layers": sum(row["integer"] for row in kernels["layers"].values()),
+        "islands": len(m["islands"]),
+        "rows": rows,
+    }
+
+
+def passes(bundle: Bundle) -> Data:
+    """One row for each pass, with its difference as compressed text."""
+    rows = []
+    for number, row in enumerate(bundle.manifest["history"], 1):
+        file = bundle.path / "passes" / f"{number:03d}_{row['pass']}.diff"
+        rows.append(
+            {
+                "number": number,
+                "name": row["pass"],
+                "note": row["note"],
+                "before": row["nodes_before"],
+                "after": row["nodes_after"],
+                "seconds": row["seconds"],
+                "peak": row["peak_memory_mb"],
+                "options": {k: str(v) for k, v in row["options"].items()},
+                "diff": _diff(file),
+            }
+        )
+    return {"rows": rows}
+
+
+def _diff(file: Path) -> Data:
+    """{added, removed, text}: the text as zlib in base64; empty where the pass left the graph as it was."""
+    if not file.is_file():
+        return {"note": "the bundle has no diff of this pass"}
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    found: Data = {
+        "added": sum(line.startswith("+") and not line.startswith("+++ ") for line in lines),
+        "removed": sum(line.startswith("-") and not line.startswith("--- ") for line in lines),
+    }
+    if len(text) > _LONGEST_DIFF:
+        text = text[: text.rfind("\n", 0, _LONGEST_DIFF) + 1]
+        found["note"] = f"cut off here; all of it: passes/{file.name}"
+    return {**found, "text": base64.b64encode(zlib.compress(text.encode(), 9)).decode() if text else ""}
+
+
+def verdicts(bundle: Bundle) -> list[Data]:
+    """What the compilation found: {name, op, kernel, integer, rule, why, mend} for each layer, those in float first."""
+    rows = [
+        {
+            "name": name,
+            "op": row.get("op", ""),
+            "kernel": row["kernel"],
+            "integer": row["integer"],
+            "rule": row.get("rule", "island" if name in bundle.manifest["islands"] else ""),
+            "why": row.get("why", ""),
+            "mend": row.get("mend", ""),
+        }
+        for name, row in bundle.manifest["kernels"]["layers"].items()
+    ]
+    return sorted(rows, key=lambda row: row["integer"])
+
+
+def quantizers(bundle: Bundle) -> list[Data]:
+    """The manifest's quantizers, their lists of zero points cut short."""
+    rows = []
+    for q in bundle.manifest["quantizers"]:
+        zero = q["zero_point"] if isinstance(q["zero_point"], list) else [q["zero_point"]]
+        rows.append(
+            {
+                "site": q["site"],
+                "format": q["format"],
+                "axis": q["axis"],
+                "channels": q["channels"],
+                "rows": q["rows"],
+                "scale": [_round(s) for s in (q["scale"] if isinstance(q["scale"], list) else [q["scale"]])],
+                "zero": [min(zero), max(zero)] if zero else [],
+                "by": q["by"],
+                "bits": q.get("row_bits", {}),
+            }
+        )
+    return rows
+
+
+def ranges(bundle: Bundle, table: Ranges | None) -> Data:
+    """The range of each quantizer at each timestep; a row that never changes is one number instead of a list."""
+    count = len(bundle.manifest["quantizers"])
+    if not count:
+        return {"note": "nothing in this bundle is quantized"}
+    if table is None:
+        return {
+            "note": f"the bundle has no {RANGES}: it was compiled by an older version; compile it again to see them"
+        }
+    if len(table.low) != count:
+        return {"note": f"{RANGES} tells of {len(table.low)} quantizers, the manifest lists {count}"}
+    data: Data = {"timesteps": [_round(t, 8) for t in table.timesteps.tolist()]}
+    for name in _FIELDS:
+        data[name] = [_collapsed([_round(v) for v in row]) for row in getattr(table, name).tolist()]
+    return data
+
+
+def noise(bundle: Bundle) -> Data:
+    found = bundle.manifest.get("noise")
+    if not found:
+        return {"note": "no noise was fitted: the recipe has no fit_noise pass, so that nothing is known of its parts"}
+    calls = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in found["calls"]]
+    return {"form": found["form"], "summary": found["summary"], "calls": calls}
+
+
+def manifest(bundle: Bundle) -> Data:
+    m = bundle.manifest
+    try:
+        recipe = to_yaml(recipe_from_json(m["recipe"], where=str(bundle.path)))
+    except RecipeError as error:
+        recipe = f"# cannot be written as YAML here: {error.what}\n"
+    return {
+        "files": [{"name": name, **entry} for name, entry in m["files"].items()],
+        "digest": m["digest"],
+        "recipe": recipe,
+        "versions": m["versions"],
+        "storage": _storage(m.get("storage")),
+        "refused": m.get("refused", {}),
+    }
+
+
+def _storage(found: Mapping[str, Any] | None) -> list[Data]:
+    return [] if found is None else [{"type": kind, **row} for kind, row in found["types"].items()]
+
+
+def answers(bundle: Bundle, rows: Sequence[Data], measured: Mapping[str, Any]) -> list[Data]:
+    """The four questions that readers come with: why float, why slow, what changed, where the error comes from."""
+    return [_why_float(rows), _why_slow(measured), _what_changed(bundle), _which_error(measured)]
+
+
+def _why_float(rows: Sequence[Data]) -> Data:
+    kept = [row for row in rows if not row["integer"]]
+    counted = Counter(row["why"] or row["rule"] or "no reason is known" for row in kept)
+    lines = [f"{n} x {why}" if n > 1 else why for why, n in counted.most_common(4)]
+    head = f"{len(kept)} of {len(rows)} quantized groups and layers" if kept else "every layer runs on integer kernels"
+    return {"question": "Why is a layer in float?", "head": head, "lines": lines, "section": "audit"}
+
+
+def _why_slow(measured: Mapping[str, Any]) -> Data:
+    speed = measured["speed"]
+    card: Data = {"question": "Why is it slow?", "section": "graph", "lines": []}
+    if "note" in speed:
+        return {**card, "head": "not measured", "lines": [speed["note"]]}
+    lines = [f"{group['share']:.0%} {group['group']} ({group['nodes']} nodes)" for group in speed["groups"][:4]]
+    return {**card, "head": f"{speed['call_ms']:.4g} ms a call", "lines": lines}
+
+
+def _what_changed(bundle: Bundle) -> Data:
+    history = bundle.manifest["history"]
+    changed = [r for r in history if r["nodes_before"] != r["nodes_after"]]
+    largest = sorted(changed, key=lambda r: -abs(r["nodes_after"] - r["nodes_before"]))[:4]
+    lines = [f"{r['pass']}: {r['nodes_before']} -> {r['nodes_after']} nodes" for r in largest]
+    head = f"{history[0]['nodes_before']} -> {history[-1]['nodes_after']} nodes" if history else "no pass ran"
+    return {"question": "What changed?", "head": head, "lines": lines, "section": "passes"}
+
+
+def _which_error(measured: Mapping[str, Any]) -> Data:
+    cost = measured["cost"]
+    card: Data = {"question": "Where does the error come from?", "section": "cost", "lines": []}
+    if "note" in cost:
+        return {**card, "head": "not measured", "lines": [cost["note"]]}
+    rows = cost["rows"][:4]
+    head = f"{sum(row['share'] for row in rows):.0%} from {len(rows)} of {len(cost['rows'])} layers"
+    words = {"-": "leave it"}
+    lines = [
+        {"before": f"{row['share']:.0%}", "node": row["name"], "after": f"mend: {words.get(row['kind'], row['kind'])}"}
+        for row in rows
+    ]
+    return {**card, "head": head, "lines": lines}
+
+
+def _round(value: float, digits: int = 4) -> float | None:
+    """`value` with so many digits, None where it is not finite: JSON has no NaN."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _collapsed(row: list[Any]) -> Any:
+    return row[0] if len(set(row)) == 1 else row

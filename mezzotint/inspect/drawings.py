@@ -1,0 +1,156 @@
+"""The drawings of a graph's blocks: what stands in each, what joins it, and what leads out of it.
+
+A drawing shows the children and the nodes of one block. What an item reads from outside becomes a port, one for each
+block or node that stands beside this block or beside one around it; a click on it leads there. The tables (nodes that
+depend on the timestep only) would be joined with everything: only their own drawings show their edges.
+
+Items are [kind, number, label, left, top]; kinds are `b` block, `n` node, `i` and `o` ports in and out (number: the
+block, or -1 - node), `I` and `O` the graph's own inputs and outputs (number -1). Edges are [from, to, how many values,
+way], the way as x, y, x, y ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .blocks import TABLES, Block, mix
+from .layout import draw
+
+NODE, BLOCK, PORT = (186, 40), (206, 58), (170, 24)  # width and height of items, pixels
+Key = tuple[str, int | str]
+
+
+class Drawings:
+    """All blocks of a tree, the outermost first.
+
+    `edges` join nodes; `ends` are (value, node, whether it comes in) of the graph's own inputs and outputs.
+    """
+
+    def __init__(
+        self,
+        root: Block,
+        edges: Sequence[tuple[int, int]],
+        ends: Sequence[tuple[str, int, bool]],
+        kinds: Sequence[str],
+        names: Sequence[str],
+        all_kinds: Sequence[str],
+    ) -> None:
+        self.names, self.kinds, self.all_kinds = names, kinds, all_kinds
+        self.blocks: list[dict[str, Any]] = []
+        self.homes: dict[int, tuple[int, ...]] = {}  # node -> the blocks around it, from the outside in
+        self._number(root, -1, "", ())
+        self.quiet = frozenset(i for i, b in enumerate(self.blocks) if b["name"] == TABLES and b["parent"] == 0)
+        self.edges: list[list[tuple[int, int]]] = [[] for _ in self.blocks]
+        self.ends: list[list[tuple[str, int, bool]]] = [[] for _ in self.blocks]
+        for a, b in edges:
+            for block in dict.fromkeys((*self.homes[a], *self.homes[b])):
+                self.edges[block].append((a, b))
+        for end in ends:
+            for block in self.homes[end[1]]:
+                self.ends[block].append(end)
+
+    def _number(self, block: Block, parent: int, path: str, trail: tuple[int, ...]) -> None:
+        mine = len(self.blocks)
+        trail = (*trail, mine)
+        counted = mix(block, self.kinds)
+        row: dict[str, Any] = {"name": block.name, "path": path, "parent": parent, "nodes": block.nodes}
+        self.blocks.append(row | {"mix": [counted.get(kind, 0) for kind in self.all_kinds], "children": []})
+        self.homes.update(dict.fromkeys(block.nodes, trail))
+        for child in block.children:
+            self.blocks[mine]["children"].append(len(self.blocks))
+            self._number(child, mine, f"{path}/{child.name}" if path else child.name, trail)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [block | _Sheet(self, mine).to_json() for mine, block in enumerate(self.blocks)]
+
+
+class _Sheet:
+    """One drawing while it is made."""
+
+    def __init__(self, all_: Drawings, mine: int) -> None:
+        self.all, self.mine = all_, mine
+        block = all_.blocks[mine]
+        self.items: list[tuple[str, int, str]] = []
+        self.places: dict[Key, int] = {}
+        for child in block["children"]:
+            self._item(("b", child), child, all_.blocks[child]["name"])
+        for node in block["nodes"]:
+            self._item(("n", node), node, label(all_.names[node], block["path"]))
+        self.around = [mine]  # this block and those around it, from the inside out
+        while (parent := all_.blocks[self.around[-1]]["parent"]) >= 0:
+            self.around.append(parent)
+
+    def _item(self, key: Key, number: int, text: str) -> int:
+        if key not in self.places:
+            self.places[key] = len(self.items)
+            self.items.append((key[0], number, text))
+        return self.places[key]
+
+    def _inside(self, node: int) -> int | None:
+        """The item that a node is, or is in; None outside."""
+        trail = self.all.homes[node]
+        if self.mine not in trail:
+            return None
+        inner = trail[trail.index(self.mine) + 1 :]
+        return self.places[("b", inner[0])] if inner else self.places[("n", node)]
+
+    def _port(self, node: int, side: str) -> int:
+        """The port for a node outside."""
+        trail = self.all.homes[node]
+        common = next(block for block in self.around if block in trail)
+        inner = trail[trail.index(common) + 1 :]
+        number = inner[0] if inner else -1 - node
+        text = self.all.blocks[inner[0]]["name"] if inner else label(self.all.names[node], "")
+        return self._item((side, number), number, text)
+
+    def _quiet(self, node: int) -> bool:
+        """Whether a node is one of the tables, as seen from outside of them."""
+        return not self.all.quiet.isdisjoint(self.all.homes[node]) and self.all.quiet.isdisjoint(self.around)
+
+    def _joined(self) -> dict[tuple[int, int], int]:
+        counts: dict[tuple[int, int], int] = {}
+        hushed = not self.all.quiet.isdisjoint(self.around)
+        for a, b in self.all.edges[self.mine]:
+            start, end = self._inside(a), self._inside(b)
+            if self._quiet(a) or (hushed and end is None) or (start is not None and start == end):
+                continue
+            pair = (
+                self._port(a, "i") if start is None else start,
+                self._port(b, "o") if end is None else end,
+            )
+            counts[pair] = counts.get(pair, 0) + 1
+        for name, node, comes in self.all.ends[self.mine]:
+            at = self._inside(node)
+            if at is None or self._quiet(node):
+                continue
+            end = self._item(("I" if comes else "O", name), -1, name)
+            counts[(end, at) if comes else (at, end)] = 1
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        counts = self._joined()
+        drawn = draw([{"n": NODE, "b": BLOCK}.get(kind, PORT) for kind, _, _ in self.items], list(counts))
+        return {
+            "items": [[*item, *place] for item, place in zip(self.items, drawn.places, strict=True)],
+            "edges": [[*pair, count, [xy for p in drawn.ways[pair] for xy in p]] for pair, count in counts.items()],
+            "size": [drawn.width, drawn.height],
+        }
+
+
+def label(name: str, path: str) -> str:
+    """A node's name as seen from inside a block."""
+    inner = name.strip("/")
+    return inner[len(path) + 1 :] if path and inner.startswith(path + "/") else inner
+
+
+def ends_of(
+    rows: Sequence[Mapping[str, Any]], values: Sequence[Sequence[Any]], inputs: Sequence[int], outputs: Sequence[int]
+) -> list[tuple[str, int, bool]]:
+    """(value, node, whether it comes in) of the graph's own inputs and outputs."""
+    wanted, made = set(inputs), set(outputs)
+    found: dict[tuple[str, int, bool], None] = {}
+    for node, row in enumerate(rows):
+        found |= dict.fromkeys((values[v][0], node, True) for v in row["in"] if v in wanted)
+        found |= dict.fromkeys((values[v][0], node, False) for v in row["out"] if v in made)
+    return list(found)

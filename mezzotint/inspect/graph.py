@@ -1,0 +1,116 @@
+"""The compiled graph as data for the page: nodes, values, and for each block a drawing with places.
+
+Nothing but names, types and places is taken from the file: weights stay where they are. Values and nodes are numbers in
+the page's data; their tables are `values` ([name, type, node that makes it or -1]) and `nodes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.compiler.audit.kernels import FLOAT_KERNELS, INTEGER_KERNELS
+
+from ..bench.trace import group_of
+from .blocks import make_blocks
+from .drawings import Drawings, ends_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+KINDS = ("integer", "island", "unfused", "float", "quantize", "layout", "table")
+Data = dict[str, Any]
+_LONGEST = 120  # characters of an attribute
+_SHAPES = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "Constant"})
+
+
+def read_graph(model: Path, timestep: str, layers: Mapping[str, Mapping[str, Any]], islands: Mapping[str, str]) -> Data:
+    """Read a bundle's ONNX file. `layers` are the rows of the fusion audit by name, `islands` the reasons by name."""
+    import onnx_ir as ir
+
+    graph = ir.load(model).graph
+    nodes = list(graph)
+    numbers = {node: i for i, node in enumerate(nodes)}
+    values: dict[ir.Value, int] = {}
+
+    def number(value: ir.Value) -> int:
+        return values.setdefault(value, len(values))
+
+    tables = _tables(nodes, [v for v in graph.inputs if v.name != timestep])
+    edges = sorted(
+        {(numbers[made], i) for i, n in enumerate(nodes) for v in n.inputs if v and (made := v.producer()) in numbers}
+    )
+    names = tuple(node.name or f"{node.op_type} {i}" for i, node in enumerate(nodes))
+    kinds = [_kind(n, names[i], i in tables, layers, islands) for i, n in enumerate(nodes)]
+    rows = []
+    for i, node in enumerate(nodes):
+        row: dict[str, Any] = {
+            "name": names[i],
+            "op": node.op_type,
+            "kind": KINDS.index(kinds[i]),
+            "in": [-1 if v is None else number(v) for v in node.inputs],
+            "out": [number(v) for v in node.outputs],
+        }
+        if node.domain:
+            row["domain"] = node.domain
+        if attributes := {a.name: _attribute(a) for a in node.attributes.values()}:
+            row["attributes"] = attributes
+        rows.append(row)
+    outputs = [number(v) for v in graph.outputs]
+    inputs = [number(v) for v in graph.inputs]
+    table = [[v.name or "", _type(v), -1 if (p := v.producer()) is None else numbers.get(p, -1)] for v in values]
+    tree = make_blocks(names, edges, tables)
+    blocks = Drawings(tree, edges, ends_of(rows, table, inputs, outputs), kinds, names, KINDS).to_json()
+    return {"kinds": KINDS, "nodes": rows, "values": table, "inputs": inputs, "outputs": outputs, "blocks": blocks}
+
+
+def _tables(nodes: Sequence[ir.Node], others: Sequence[ir.Value]) -> frozenset[int]:
+    """Nodes that no input but the timestep has a part in."""
+    foreign = set(others)
+    found = set()
+    for i, node in enumerate(nodes):
+        inner = [v for a in node.attributes.values() if a.type.name == "GRAPH" for n in a.as_graph() for v in n.inputs]
+        if foreign.isdisjoint([*node.inputs, *inner]):
+            found.add(i)
+        else:
+            foreign.update(node.outputs)
+    return frozenset(found)
+
+
+def _kind(
+    node: ir.Node,
+    name: str,
+    table: bool,
+    layers: Mapping[str, Mapping[str, Any]],
+    islands: Mapping[str, str],
+) -> str:
+    if table:
+        return "table"
+    op, row = node.op_type, layers.get(name)
+    if op in INTEGER_KERNELS or op in FLOAT_KERNELS or name in islands:
+        integer = op in INTEGER_KERNELS if row is None else row["integer"]
+        return "integer" if integer else "island" if name in islands else "unfused"
+    group = group_of(op)
+    if group == "quantize and dequantize":
+        return "quantize"
+    return "layout" if group == "layout" or op in _SHAPES else "float"
+
+
+def _type(value: ir.Value) -> str:
+    shape = "" if value.shape is None else "[" + ", ".join("?" if d is None else str(d) for d in _sizes(value)) + "]"
+    kind = "" if value.dtype is None else value.dtype.name.lower()
+    return f"{kind}{shape}" + (" constant" if value.const_value is not None else "")
+
+
+def _sizes(value: ir.Value) -> list[Any]:
+    assert value.shape is not None
+    return [d if isinstance(d, int) else d.value for d in value.shape]
+
+
+def _attribute(attribute: ir.Attr) -> str:
+    kind = attribute.type.name
+    if kind in ("TENSOR", "SPARSE_TENSOR", "GRAPH", "GRAPHS"):
+        return kind.lower()
+    text = str(attribute.value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

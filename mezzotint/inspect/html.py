@@ -1,0 +1,56 @@
+"""Self-contained HTML pages: no network, no script, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+ASSETS = Path(__file__).parents[1] / "assets" / "inspect"
+_STYLE = """main { max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.3rem; }
+.nothing { color: var(--soft); }
+pre .added, pre .removed { display: block; }
+"""
+
+
+def base_style() -> str:
+    """What all pages have in common: colours for light and dark, type, tables, differences, paper."""
+    return (ASSETS / "base.css").read_text(encoding="utf-8")
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole document from pieces of HTML."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{base_style()}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A heading and a table below it, or the word that there is nothing to tell."""
+    if not rows:
+        return f'<h2>{escape(title)}</h2>\n<p class="nothing">no difference</p>'
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<h2>{escape(title)} ({len(rows)})</h2>\n<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def diff(title: str, text: str) -> str:
+    """A difference as text, its lines coloured, behind a line that opens it."""
+    kinds = {"+": "added", "-": "removed"}
+    lines = [
+        f'<span class="{kinds[line[0]]}">{escape(line)}</span>' if line[:1] in kinds else escape(line)
+        for line in text.splitlines()
+    ]
+    return (
+        f"<h2>{escape(title)}</h2>\n<details><summary>{len(lines)} lines</summary>\n<pre>"
+        + "\n".join(lines)
+        + "</pre></details>"
+    )

@@ -1,0 +1,111 @@
+"""Scales and zero points as they stand in a bundle's graph, layer by layer, at every deployed timestep.
+
+What is constant is read; what depends on the timestep is computed by the part of the graph that looks it up. An integer
+convolution with a scale for each channel of its output has them in the scales of its weights, w / y: these are
+multiplied by y again, which gives w but for the last bits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mezzotint.runtime.bundle.bundle import Bundle
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Scales:
+    """What the layers say of one tensor: arrays `[rows, channels]` of scales and zero points, by the reader."""
+
+    scales: list[Array] = field(default_factory=list)
+    zeros: list[Array] = field(default_factory=list)
+    narrow: bool = False
+
+
+class ScaleReader:
+    """Scales and zero points of a lowered graph, at every timestep that it has rows for."""
+
+    def __init__(self, lowered: Any, bundle: Bundle) -> None:
+        self._model, self._bundle = lowered, bundle
+        self._nodes = {node.name: node for node in lowered.graph if node.name}
+
+    def read(
+        self, found: Sequence[Any], folder: Path, threads: int | None
+    ) -> tuple[dict[str, Scales], dict[str, Array], set[str]]:
+        """(activations, scales `[C]` of weights, outputs of quantized layers), by the names of tensors."""
+        from mezzotint.compiler.audit.grids import UnknownForm, input_grid, is_quantized, output_grid
+        from mezzotint.compiler.graph.nodes import name_of
+
+        grids: list[tuple[str, Any]] = []
+        weights: list[tuple[str, Any, Any]] = []
+        quantized: set[str] = set()
+        for layer in found:
+            node = self._nodes.get(layer.name)
+            if node is None or not is_quantized(node):
+                continue
+            quantized.add(name_of(layer.node.outputs[0]))
+            try:
+                inputs = [(name_of(v), input_grid(node, i)) for i, v in enumerate(layer.activations)]
+                output = output_grid(node)
+            except UnknownForm:
+                continue
+            grids += [(name, grid) for name, grid in inputs if grid is not None]
+            grids += [(name_of(layer.node.outputs[0]), output)] if output is not None else []
+            if layer.weight is not None:
+                weights.append((name_of(layer.weight), *_weight_scale(node, output)))
+        wanted = [v for _, g in grids for v in (g.read_scale, g.read_zero)]
+        wanted += [v for _, *pair in weights for v in pair if v is not None]
+        rows = self._rows(wanted, folder, threads)
+        activations: dict[str, Scales] = defaultdict(Scales)
+        for name, grid in grids:
+            activations[name].scales.append(rows[name_of(grid.read_scale)])
+            activations[name].zeros.append(rows[name_of(grid.read_zero)])
+            activations[name].narrow |= grid.clip is not None
+        scales = {}
+        for name, scale, divisor in weights:
+            made = rows[name_of(scale)] * (1 if divisor is None else rows[name_of(divisor)])
+            scales[name] = made.astype(np.float64).mean(axis=0).astype(np.float32)
+        return dict(activations), scales, quantized
+
+    def _rows(self, values: Sequence[Any], folder: Path, threads: int | None) -> dict[str, Array]:
+        """Each value at every deployed timestep `[rows, C]`; one row where it is constant."""
+        from mezzotint.compiler.graph import weight_store as store
+        from mezzotint.compiler.graph.nodes import is_constant, name_of, numpy_of, remove_dead
+        from mezzotint.runtime.session import open_session
+
+        told = {name_of(v): numpy_of(v).reshape(1, -1) for v in values if is_constant(v)}
+        timed = list(dict.fromkeys(name_of(v) for v in values if not is_constant(v)))
+        if not timed:
+            return told
+        model = self._model.clone()
+        by_name = {name_of(out): out for node in model.graph for out in node.outputs}
+        model.graph.outputs[:] = [by_name[name] for name in timed]
+        remove_dead(model.graph)
+        timestep = self._bundle.signature.timestep
+        model.graph.inputs[:] = [v for v in model.graph.inputs if v.name == timestep]
+        time = model.graph.inputs[0]
+        session = open_session(store.write(model, folder), threads=threads, level="basic")
+        shape = [1] * len(time.shape or ())
+        found = [
+            session.run(timed, {timestep: np.full(shape, t, time.dtype.numpy() if time.dtype else np.int64)})
+            for t in self._bundle.deployed_timesteps or ()
+        ]
+        return told | {name: np.stack([row[i].reshape(-1) for row in found]) for i, name in enumerate(timed)}
+
+
+def _weight_scale(node: Any, output: Any) -> tuple[Any, Any]:
+    """(the scale of a layer's weight, what it was divided by: the output's scales where each channel has its own)."""
+    if node.op_type == "QLinearConv":
+        channels = output is not None and output.axis is not None
+        return node.inputs[4], output.read_scale if channels else None
+    if node.op_type == "MatMulIntegerToFloat":
+        return node.inputs[3], None
+    return node.inputs[1].producer().inputs[1], None

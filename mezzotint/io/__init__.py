@@ -1,0 +1,1 @@
+"""What comes in (models, settings, conditions) and small files and pictures that go out."""

@@ -1,0 +1,103 @@
+"""What people write on the command line, as data: --set, --input, --size, condition files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.signature import PREDICTIONS
+
+
+def parse_settings(items: list[str]) -> dict[str, Any]:
+    """`pass.option=value` items; values are YAML, so numbers, true/false and [lists] mean what they look like."""
+    settings: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or "." not in key:
+            raise RecipeError(f"not a setting: {item!r}", where="--set", hint="the form is pass.option=value")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"not a value: {value!r}", where=f"--set {key}", hint="write it as in YAML") from error
+    return settings
+
+
+def parse_roles(items: list[str]) -> dict[str, str]:
+    """`sample=x`, `timestep=t` items."""
+    roles: dict[str, str] = {}
+    for item in items:
+        role, equals, name = item.partition("=")
+        if not equals or not name:
+            raise SignatureError(f"not a role: {item!r}", where="--input", hint="the form is --input timestep=NAME")
+        roles[role] = name
+    return roles
+
+
+def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, str | None]:
+    """`epsilon=NAME` (or `v_prediction=`, `sample=`) as (output name, prediction); --prediction has the last word."""
+    if text is None:
+        return None, prediction
+    role, equals, name = text.partition("=")
+    if not equals or not name or role not in PREDICTIONS:
+        raise SignatureError(
+            f"not an output: {text!r}",
+            where="--output",
+            hint=f"the form is --output epsilon=NAME ({', '.join(PREDICTIONS)}); the bundle's folder is -o FOLDER",
+        )
+    return name, prediction or (role if role != "epsilon" else None)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`HEIGHTxWIDTH`, or one number for a square."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not found:
+        raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def parse_bundles(items: list[str]) -> list[str] | dict[str, str]:
+    """Folders, or folders by name where each is given as `NAME=FOLDER`."""
+    named = {item: item.partition("=") for item in items if "=" in item and not Path(item).exists()}
+    if not named:
+        return items
+    names = [name for name, _, _ in named.values()]
+    if len(named) != len(items) or len(set(names)) != len(names):
+        raise InputError(
+            "some bundles have no name of their own", where=" ".join(items), hint="the form is NAME=FOLDER for each"
+        )
+    return {name: folder for name, _, folder in named.values()}
+
+
+def parse_costs(items: list[str]) -> dict[str, float]:
+    """`NAME=NUMBER` items."""
+    costs: dict[str, float] = {}
+    for item in items:
+        name, _, number = item.partition("=")
+        try:
+            costs[name] = float(number)
+        except ValueError as error:
+            raise InputError(f"not a cost: {item!r}", where="--cost", hint="the form is --cost NAME=0.5") from error
+    return costs
+
+
+def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Arrays by name from an .npz file; pickled objects are refused. Raises ConditionError."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, BadZipFile) as error:  # the last four: no archive
+        raise ConditionError(
+            f"cannot read the conditions: {error}",
+            where=str(path),
+            hint="write them with numpy.savez(FILE, name=array)",
+        ) from error

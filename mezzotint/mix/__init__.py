@@ -1,0 +1,1 @@
+"""Several bundles of one network become one."""

@@ -1,0 +1,286 @@
+"""Several bundles of one network become one that picks a precision at each call.
+
+What each precision does to the prediction is measured along the float trajectory, on noise that no pass has seen, as
+the error of the noise that the network's output stands for (so that all prediction types mean the same); what a call
+costs is measured, or said. compiler/mixing/choice.py decides. Precisions that no call uses are left out.
+
+The default network, `unet/model.onnx`, is the most precise of those used: whoever opens it without Mezzotint's loop,
+or without saying which call this is, gets at least what the mix promises.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mezzotint.compiler.bundle.staging import staged
+from mezzotint.compiler.core.pipeline import Progress, silent
+from mezzotint.compiler.mixing.choice import Choice, by_margin, picture_weights, relaxed
+from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.compare import StepSQNR, json_db
+from mezzotint.runtime.errors import BundleError, InputError
+from mezzotint.runtime.sampling.guidance import predictors
+from mezzotint.runtime.sampling.samplers import MIXING, StepInfo, initial_noise
+from mezzotint.runtime.sampling.steps import noise_of
+from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.signature import Images
+
+from ..bench.pairs import in_turns, middle_timestep, parallel_run
+from .write import calibration_seed, write_mix
+
+Conditions = Mapping[str, npt.NDArray[Any]]
+RULES = ("schedule", "picture")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # model.NAME.onnx must be no part of model.onnx either
+
+
+@dataclass(frozen=True)
+class _Mixing:
+    """What is mixed, by name, and how it is measured."""
+
+    bundles: Mapping[str, Bundle]
+    nets: Mapping[str, Denoiser]
+    conditions: Conditions
+    unconditional: Conditions
+    threads: int | None
+
+    @property
+    def some(self) -> Bundle:
+        return next(iter(self.bundles.values()))
+
+    @property
+    def fixed(self) -> int | None:
+        """The pictures of a batch that is written into the graphs."""
+        size = next(iter(self.nets.values())).fixed_batch
+        return size and size // (2 if self.some.deployment.guided else 1)
+
+
+def mix_bundles(
+    bundles: Mapping[str, Bundle | str | Path] | Sequence[Bundle | str | Path],
+    output: str | Path,
+    *,
+    reference: str | Path,
+    budget: float | None = None,
+    rule: str = "schedule",
+    relax: float | None = None,
+    relax_first: bool = False,
+    costs: Mapping[str, float] | None = None,
+    pictures: int = 8,
+    batch: int = 8,
+    seed: int | None = None,
+    repeats: int = 7,
+    conditions: Conditions | None = None,
+    unconditional: Conditions | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Bundle:
+    """Mix bundles of one network, compiled from one source for one deployment, into `output`, and open it.
+
+    A precision is called by its key, or by its recipe. `reference` is the float ONNX file (`mezzotint export`).
+    `budget` is the mean cost of a call relative to the dearest precision; without it PTQD's own rule decides.
+    `rule` is schedule (the prediction's error beside the schedule's noise, PTQD) or picture (what the error adds to the
+    picture, which needs a budget); compiler/mixing/choice.py compares them. `relax`
+    instead gives the last fraction of the calls (the first with `relax_first`) to the most precise. `costs` says what a
+    call of each precision costs; left out, it is measured (`repeats` calls in a block, at the batch that the graphs
+    have written in, or 1), and the choice may differ from run to run. `pictures`, in batches of `batch`, are what
+    errors are measured on, from `seed`; `conditions` and `unconditional` as in `Bundle.sample`.
+
+    Raises InputError for what does not fit together and for a budget that cannot be met, OutputError, BundleError.
+    """
+    given = _named(bundles)
+    _check_alike(given)
+    if budget is not None and relax is not None:
+        raise InputError("a budget and relaxed calls are two rules", hint="give one of them")
+    if rule not in RULES:
+        raise InputError(f"there is no rule {rule!r}", hint=f"use one of {', '.join(RULES)}")
+    if rule == "picture" and budget is None:
+        raise InputError("the rule picture has no threshold of its own", hint="give a budget")
+    if relax_first and relax is None:
+        raise InputError("the first calls cannot be relaxed without saying how many", hint="add relax=0.2")
+    if pictures < 1 or batch < 1 or repeats < 1:
+        raise InputError(f"nothing to measure on: {pictures} pictures, batches of {batch}, {repeats} repeats")
+    with staged(Path(output), force=force) as (folder, _):
+        nets = {name: bundle.denoiser(threads) for name, bundle in given.items()}
+        mixing = _Mixing(given, nets, conditions or {}, unconditional or {}, threads)
+        _check_inputs(nets)
+        if seed is None:
+            seed = max(calibration_seed(bundle) for bundle in given.values()) + MIXING
+        sqnr, raw = _measure(mixing, Path(reference), pictures, batch, seed, progress)
+        prices, how = (_given(costs, given), {"kind": "given"}) if costs else _costs(mixing, repeats, progress)
+        choice, facts = _choose(mixing, sqnr, raw if rule == "picture" else None, prices, budget, relax, relax_first)
+        measured = {"cost": how, "pictures": pictures, "seed": seed}
+        calls = [list(given)[i] for i in choice.calls]
+        precise = sorted(given, key=lambda name: -sqnr[name].pooled())
+        ordered = {name: given[name] for name in precise if name in calls}
+        progress("write", 0, 1)
+        write_mix(ordered, folder, calls, prices, {**facts, **measured}, threads=threads)
+        progress("write", 1, 1)
+    return open_bundle(output, verify=False)
+
+
+def _named(bundles: Mapping[str, Bundle | str | Path] | Sequence[Bundle | str | Path]) -> dict[str, Bundle]:
+    pairs = list(bundles.items()) if isinstance(bundles, Mapping) else [(None, bundle) for bundle in bundles]
+    found: dict[str, Bundle] = {}
+    for key, value in pairs:
+        bundle = value if isinstance(value, Bundle) else open_bundle(value)
+        name = str(bundle.manifest["recipe"]["name"]) if key is None else key
+        if name in found:
+            raise InputError(
+                f"two bundles are called {name!r}", where=str(bundle.path), hint="name them: NAME=BUNDLE on the line"
+            )
+        if not _NAME.fullmatch(name) or name.startswith("onnx"):
+            raise InputError(f"{name!r} is no name for a file", hint="use letters, digits, points, dashes: NAME=BUNDLE")
+        if bundle.precisions is not None:
+            raise InputError("this bundle is a mix itself", where=str(bundle.path), hint="mix what it was made of")
+        found[name] = bundle
+    if len(found) < 2:
+        raise InputError(f"{len(found)} bundles cannot be mixed", hint="give two or more")
+    return found
+
+
+def _check_alike(bundles: Mapping[str, Bundle]) -> None:
+    (name, first), *others = bundles.items()
+    for other, bundle in others:
+        pairs = {
+            "source": [b.manifest["source"].get("weights_sha256") for b in (first, bundle)],
+            "signature": [b.signature for b in (first, bundle)],
+            "schedule": [b.schedule for b in (first, bundle)],
+            "deployment": [b.deployment for b in (first, bundle)],
+            "sample shape": [b.sample_shape for b in (first, bundle)],
+        }
+        for what, (mine, its) in pairs.items():
+            if mine != its:
+                told = f" ({mine} and {its})" if what in ("deployment", "sample shape") else ""
+                raise InputError(
+                    f"{name} and {other} differ in their {what}{told}",
+                    where=str(bundle.path),
+                    hint="compile one model twice, with two recipes and the same other options",
+                )
+        if pairs["source"][0] is None:
+            raise BundleError("the manifest does not say which weights it was compiled from", where=str(first.path))
+
+
+def _check_inputs(nets: Mapping[str, Denoiser]) -> None:
+    (name, first), *others = nets.items()
+    for other, net in others:
+        if net.inputs != first.inputs:
+            raise InputError(f"the inputs of {name} and {other} differ: {dict(first.inputs)} and {dict(net.inputs)}")
+
+
+def _measure(
+    mixing: _Mixing, reference: Path, pictures: int, batch: int, seed: int, progress: Progress
+) -> tuple[dict[str, StepSQNR], dict[str, npt.NDArray[np.float64]]]:
+    """The ratio of the noise that is meant to its error at each call; and the mean square error of the output itself,
+    `[calls]`; for each precision."""
+    bundle = mixing.some
+    if not reference.is_file():
+        raise InputError("there is no such file", where=str(reference), hint="write it with `mezzotint export`")
+    size = mixing.fixed or batch
+
+    def noise(info: StepInfo, output: Images) -> Images:
+        share_x, share_out = noise_of(bundle.schedule, *bundle.schedule.levels(info.timestep))
+        return info.x * np.float32(share_x) + output * np.float32(share_out)
+
+    images, found = parallel_run(
+        Denoiser(reference, bundle.signature, threads=mixing.threads),
+        mixing.nets,
+        bundle,
+        -(-pictures // size) * size if mixing.fixed else pictures,
+        seed=seed,
+        batch=size,
+        conditions=mixing.conditions,
+        unconditional=mixing.unconditional,
+        progress=progress,
+        view=noise,
+    )
+    for name, sqnr in found.items():
+        if bad := [call for call, db in sqnr.per_step().items() if math.isnan(db)]:
+            raise InputError(f"{name} predicts what is not a number at call {bad[0]}", hint="leave it out of the mix")
+    shares = [noise_of(bundle.schedule, *bundle.schedule.levels(t))[1] for t in bundle.deployment.calls]
+    # Where the noise in x is known without the network its error says nothing; there is none at such a call then.
+    scale = np.array([1 / share**2 if share else 0.0 for share in shares]) / images.size
+    return found, {name: scale * list(sqnr.noise().values()) for name, sqnr in found.items()}
+
+
+def _costs(mixing: _Mixing, repeats: int, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
+    """Seconds of a call of each precision, and how they were measured."""
+    bundle, rows = mixing.some, mixing.fixed or 1
+    here, other = (
+        {name: np.repeat(array[:1], rows, axis=0) for name, array in given.items()}
+        for given in (mixing.conditions, mixing.unconditional)
+    )
+    progress("what a call costs", 0, 1)
+    calls = predictors(list(mixing.nets.values()), bundle.deployment, here, other)
+    x = initial_noise(0, (rows, *bundle.sample_shape))
+    found = in_turns(calls, x, middle_timestep(bundle), repeats=repeats)
+    progress("what a call costs", 1, 1)
+    seconds = dict(zip(mixing.nets, (latency.median for latency in found), strict=True))
+    milliseconds = {name: 1e3 * value for name, value in seconds.items()}
+    how = {"kind": "measured", "threads": mixing.threads, "batch": rows, "repeats": repeats, "call_ms": milliseconds}
+    return seconds, how
+
+
+def _given(costs: Mapping[str, float], bundles: Mapping[str, Bundle]) -> dict[str, float]:
+    if set(costs) != set(bundles):
+        raise InputError(
+            f"costs are given for {sorted(costs)}, the precisions are {sorted(bundles)}",
+            hint="say one for each, or none to measure them",
+        )
+    return {name: float(costs[name]) for name in bundles}
+
+
+def _choose(
+    mixing: _Mixing,
+    sqnr: Mapping[str, StepSQNR],
+    raw: Mapping[str, npt.NDArray[np.float64]] | None,
+    costs: Mapping[str, float],
+    budget: float | None,
+    relax: float | None,
+    relax_first: bool,
+) -> tuple[Choice, dict[str, Any]]:
+    """The choice, and what the manifest says of it."""
+    bundle, names, prices = mixing.some, list(mixing.bundles), list(costs.values())
+    levels = [bundle.schedule.levels(t) for t in bundle.deployment.calls]
+    schedule_db = np.array([_db(alpha, sigma) for alpha, sigma in levels])
+    table = np.array([list(sqnr[name].per_step().values()) for name in names])
+    facts: dict[str, Any] = {
+        "schedule_snr_db": [json_db(v) for v in schedule_db.tolist()],
+        "snr_db": {name: [json_db(v) for v in row] for name, row in zip(names, table.tolist(), strict=True)},
+    }
+    if relax is not None:
+        precise = int(np.argmax([sqnr[name].pooled() for name in names]))
+        choice = relaxed(len(levels), prices, precise, relax, first=relax_first)
+        rule: dict[str, Any] = {"rule": "relaxed first" if relax_first else "relaxed last", "fraction": relax}
+    else:
+        # No error at all is enough, whatever it is measured with.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if raw is None:
+                margins = 10 ** (np.where(np.isposinf(table), np.inf, table - schedule_db) / 10)
+            else:
+                weights = picture_weights(bundle.deployment.solver(bundle.schedule).steps, bundle.schedule)
+                margins = 1 / (weights * np.array([raw[name] for name in names]))
+        choice = by_margin(margins, prices, budget)
+        assert choice.threshold is not None
+        tau = 10 * math.log10(choice.threshold) if choice.threshold > 0 else -math.inf
+        rule = {"rule": "schedule" if raw is None else "picture", "budget": budget, "threshold_db": json_db(tau)}
+    used = {names[i] for i in choice.calls}
+    return choice, {
+        **rule,
+        "mean_cost": choice.mean_cost,
+        "unused": [name for name in names if name not in used],
+        **facts,
+    }
+
+
+def _db(signal: float, noise: float) -> float:
+    """The schedule's own ratio; infinite where there is no noise, minus infinite where there is nothing else."""
+    if noise == 0:
+        return math.inf
+    return 20 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -1,0 +1,140 @@
+"""The folder of a mixed bundle: its files, its correction, its manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezzotint.compiler.bundle.card import CARD, NOISE_PLOT, card
+from mezzotint.compiler.bundle.card_code import described
+from mezzotint.compiler.bundle.staging import write_text
+from mezzotint.compiler.errors import CompileError
+from mezzotint.compiler.mixing.mixture import write_sharing
+from mezzotint.compiler.mixing.noise import NoiseTables, mixed_correction, mixed_report
+from mezzotint.runtime import __version__
+from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, Bundle, seal_bundle
+from mezzotint.runtime.bundle.model_config import CONFIG
+from mezzotint.runtime.sampling.samplers import initial_noise
+from mezzotint.runtime.session import Denoiser
+
+from ..bench.pairs import folder_bytes
+
+# What a manifest says of its own bundle only.
+_OWN = ("format", "files", "digest", "noise", "measured", "digests_before")
+
+
+def write_mix(
+    bundles: Mapping[str, Bundle],
+    folder: Path,
+    calls: Sequence[str],
+    costs: Mapping[str, float],
+    facts: Mapping[str, Any],
+    *,
+    threads: int | None = None,
+) -> None:
+    """Write the bundle that runs precision `calls[i]` at call i. The first of `bundles` becomes the default network.
+
+    What the manifest tells of layers, quantizers and storage is told of that one, as it was compiled. `facts` is how
+    the choice was made. Raises CompileError where a file computes anything else than its bundle.
+    """
+    default = next(iter(bundles.values()))
+    names = list(bundles)
+    files = {name: MODEL if name == names[0] else MODEL.replace(".onnx", f".{name}.onnx") for name in names}
+    sources = {Path(file).name: bundles[name].model_path for name, file in files.items()}
+    shared = write_sharing(sources, (folder / MODEL).parent)
+    for name, file in files.items():
+        _check_same(name, bundles[name], folder / file, threads)
+        _copy_passes(bundles[name].path / "passes", folder / "passes" / name)
+    write_text(folder / SCHEDULER, json.dumps(dict(default.schedule.config), indent=2) + "\n")
+    if CONFIG in default.manifest["files"]:
+        shutil.copyfile(default.path / CONFIG, folder / CONFIG)
+    steps = default.deployment.solver(default.schedule).steps
+    noise = {name: _noise_of(bundle) for name, bundle in bundles.items()}
+    correction, told = mixed_correction(noise, calls, default.deployment, steps)
+    report = None if correction is None else mixed_report(noise, calls, steps)
+    if correction is not None:
+        correction.save(folder / CORRECTION)
+    if report:
+        from mezzotint.compiler.correction.noise_plot import plot_noise  # matplotlib takes a second to load
+
+        plot_noise(report, folder / NOISE_PLOT)
+    manifest = {
+        **{key: value for key, value in default.manifest.items() if key not in _OWN},
+        "mezzotint": __version__,
+        "inputs": described(default.denoiser(threads).inputs),
+        "recipe": {
+            "name": " + ".join(names),
+            "description": "mixed: " + ", ".join(f"{name} at {calls.count(name)} calls" for name in names),
+        },
+        "calibration": {**default.manifest["calibration"], "seed": max(map(calibration_seed, bundles.values()))},
+        "deployed_timesteps": _deployed(bundles),
+        "precisions": {
+            name: {
+                "file": files[name],
+                "recipe": bundle.manifest["recipe"],
+                "compiled": bundle.manifest["digest"],
+                "calls": calls.count(name),
+                "cost": costs[name] / max(costs.values()),
+                "bytes": folder_bytes(folder / files[name]),
+                "bytes_alone": folder_bytes(bundle.model_path),
+                "integer_kernels": bundle.manifest["kernels"]["integer"],
+                "float_kernels": bundle.manifest["kernels"]["float"],
+                "islands": bundle.manifest["islands"],
+            }
+            for name, bundle in bundles.items()
+        },
+        "precision_of_call": list(calls),
+        "shared_bytes": shared,
+        "precision_choice": {**facts, "correction": told},
+        **({"noise": report} if report else {}),
+    }
+    write_text(folder / CARD, card(manifest, folder))
+    seal_bundle(folder, manifest)
+
+
+def calibration_seed(bundle: Bundle) -> int:
+    """The seed that a compilation drew from; its passes drew from the few behind it."""
+    return int(bundle.manifest["calibration"]["seed"])
+
+
+def _check_same(name: str, bundle: Bundle, file: Path, threads: int | None) -> None:
+    """The network of `file` computes bit for bit what it computed before its constants were moved."""
+    before, after = bundle.denoiser(threads), Denoiser(file, bundle.signature, threads=threads)
+    rows = before.fixed_batch or 1
+    rng = np.random.default_rng(0)
+    given = {}
+    for condition in bundle.signature.conditions:
+        dtype, shape = before.inputs[condition]
+        sizes = [rows if axis == 0 else size if isinstance(size, int) else 2 for axis, size in enumerate(shape)]
+        given[condition] = (rng.standard_normal(sizes) if dtype.kind == "f" else np.zeros(sizes)).astype(dtype)
+    x = initial_noise(0, (rows, *bundle.sample_shape))
+    for t in bundle.deployment.calls[:: max(1, len(bundle.deployment.calls) - 1)]:
+        if not np.array_equal(before(x, t, **given), after(x, t, **given), equal_nan=True):
+            raise CompileError(
+                f"the network {name} computes something else in its new place",
+                where=str(file),
+                hint="this is a bug of onnxruntime or of Mezzotint: please report it with both bundles",
+            )
+
+
+def _copy_passes(source: Path, target: Path) -> None:
+    """The text of all passes; the models after each pass, where somebody kept them, stay behind."""
+    for file in sorted(source.glob("*")) if source.is_dir() else ():
+        if file.suffix in (".txt", ".diff"):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / file.name)
+
+
+def _noise_of(bundle: Bundle) -> NoiseTables:
+    return NoiseTables(bundle.correction, bundle.manifest.get("noise"), bool(bundle.manifest["quantizers"]))
+
+
+def _deployed(bundles: Mapping[str, Bundle]) -> list[float] | None:
+    """The timesteps that every network with tables has a row for."""
+    found = [bundle.deployed_timesteps for bundle in bundles.values() if bundle.deployed_timesteps is not None]
+    return [t for t in found[0] if all(t in others for others in found)] if found else None

@@ -1,0 +1,176 @@
+"""One shard of a run on disk: some pictures, written whole or not at all, checked, and read again.
+
+    npz   shard_00003.npz           images float32 [m, C, H, W], index int64 [m], seed, run
+    png   shard_00003/00000768.png  one 8-bit picture each, grey or RGB; shard.json: seed, run, hashes of the files
+
+`index` has the number of each picture under its seed, and a PNG is named by it; `run` is the digest of the settings, so
+that a shard that was put into the folder of another run is known. The .npz is not compressed: deflate takes 7 % off
+256 float pictures of digits and thirty times as long. The same pictures make the same bytes: numpy dates what it
+zips 1980, and Pillow writes no dates.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mezzotint.compiler.bundle.staging import remove_stale, staged, staged_file
+from mezzotint.compiler.errors import OutputError
+
+from ..io.pictures import Images, from_pixels, picture, to_pixels
+
+Format = Literal["npz", "png"]
+FORMATS: tuple[str, ...] = get_args(Format)
+INSIDE = "shard.json"  # in the folder of a PNG shard
+Index = npt.NDArray[np.int64]
+
+
+class Damaged(Exception):
+    """A shard is not all there; says why."""
+
+
+class Foreign(Exception):
+    """A shard is whole, and of another run."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pictures `first` .. `stop` - 1 of `seed`, of shape `[C, H, W]`, at their place in the folder of the run `run`."""
+
+    folder: Path
+    number: int
+    first: int
+    stop: int
+    format: Format
+    shape: tuple[int, int, int]
+    seed: int
+    run: str
+
+    @property
+    def path(self) -> Path:
+        """The .npz file, or the folder of pictures."""
+        name = f"shard_{self.number:05d}"
+        return self.folder / (f"{name}.npz" if self.format == "npz" else name)
+
+    @property
+    def index(self) -> Index:
+        """The numbers of its pictures, int64 `[m]`."""
+        return np.arange(self.first, self.stop, dtype=np.int64)
+
+    def complete(self) -> bool:
+        """Whether all of it is there: it is read wholly. What a run that was killed left beside it is removed.
+
+        Raises OutputError where a shard of another run is in its place.
+        """
+        remove_stale(self.path)
+        try:
+            self.load()
+        except Damaged:
+            return False
+        except Foreign as error:
+            raise OutputError(
+                str(error),
+                where=str(self.path),
+                hint="move it to its own folder, or replace it with --force",
+            ) from error
+        return True
+
+    def write(self, images: Images) -> None:
+        """Write float32 `[m, C, H, W]` beside the place and move it there; an older shard is replaced at the end.
+
+        Raises OutputError: a full disk, no permission, or something that is no shard in its place.
+        """
+        if self.format == "npz":
+            with staged_file(self.path, force=True) as (file, _), file.open("wb") as handle:
+                seed = np.asarray(self.seed)
+                np.savez(handle, images=images, index=self.index, seed=seed, run=np.asarray(self.run))
+            return
+        with staged(self.path, force=True, ours=_is_picture_shard) as (folder, _):
+            hashes = {}
+            for i, number in enumerate(self.index.tolist()):
+                data = io.BytesIO()
+                picture(to_pixels(images[i : i + 1])[0]).save(data, format="PNG")
+                hashes[_name(number)] = sha256(data.getvalue()).hexdigest()
+                (folder / _name(number)).write_bytes(data.getvalue())
+            facts = {"run": self.run, "seed": self.seed, "pictures": hashes}
+            text = json.dumps(facts, indent=2) + "\n"
+            (folder / INSIDE).write_text(text, encoding="utf-8", newline="\n")
+
+    def load(self) -> Images:
+        """Its pictures, float32 `[m, C, H, W]`: exact from npz, in steps of 2/255 from png. Raises Damaged, Foreign."""
+        images, index, seed = self._load_npz() if self.format == "npz" else self._load_png()
+        wanted = (self.stop - self.first, *self.shape)
+        if images.shape != wanted or images.dtype != np.float32:
+            raise Damaged(f"it has {images.dtype} {list(images.shape)}, not float32 {list(wanted)}")
+        if seed != self.seed or not np.array_equal(index, self.index):
+            raise Damaged(f"its pictures are not {self.first} .. {self.stop - 1} of seed {self.seed}")
+        return images
+
+    def _check_run(self, run: str) -> None:
+        if run != self.run:
+            raise Foreign(f"shard {self.number} is of another run, with other settings (digest {run[:12]})")
+
+    def _load_npz(self) -> tuple[Images, Index, int]:
+        with _readable(self.path):
+            with zipfile.ZipFile(self.path) as archive:
+                # Before numpy believes a header that says how much memory to take.
+                if (broken := archive.testzip()) is not None:
+                    raise Damaged(f"{broken} does not match its checksum")
+            with np.load(self.path, allow_pickle=False) as data:
+                self._check_run(str(data["run"]))
+                return data["images"], data["index"], int(data["seed"])
+
+    def _load_png(self) -> tuple[Images, Index, int]:
+        with _readable(self.path):
+            facts = json.loads((self.path / INSIDE).read_text(encoding="utf-8"))
+            seed, hashes = int(facts["seed"]), dict(facts["pictures"])
+            self._check_run(str(facts["run"]))
+            names = [_name(number) for number in self.index.tolist()]
+            if list(hashes) != names:
+                raise Damaged(f"{INSIDE} lists other pictures than {names[0]} .. {names[-1]}")
+            channels, height, width = self.shape
+            images = np.empty((len(names), *self.shape), np.float32)
+            for out, name in zip(images, names, strict=True):
+                data = (self.path / name).read_bytes()
+                if sha256(data).hexdigest() != hashes[name]:
+                    raise Damaged(f"{name} was changed")
+                with Image.open(io.BytesIO(data)) as opened:
+                    out[...] = from_pixels(np.asarray(opened).reshape(1, height, width, channels))[0]
+            return images, self.index, seed
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.png"
+
+
+def _is_picture_shard(folder: Path) -> bool:
+    """Holds nothing that a PNG shard would not hold: what may be replaced."""
+    names = [Path(entry.name) for entry in folder.iterdir()] if folder.is_dir() else [Path()]
+    return all(name.name == INSIDE or (name.suffix == ".png" and name.stem.isdigit()) for name in names)
+
+
+# The last is what zipfile raises where a changed bit claims that a member is encrypted, or packed in an unknown way.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What can be wrong with a file that was cut, changed or never ours, as Damaged."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Damaged("it is missing" if not path.exists() else f"{Path(error.filename).name} is missing") from error
+    except _UNREADABLE as error:
+        raise Damaged(f"it cannot be read: {type(error).__name__} {error}") from error

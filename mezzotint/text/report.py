@@ -1,0 +1,244 @@
+"""What is told about bundles and recipes, as data and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
+from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+
+from . import console
+from .report_mix import precisions_of, print_precisions
+
+
+def model_bytes(bundle: Bundle) -> int:
+    """Bytes of the bundle's ONNX files and their external data."""
+    folder = MODEL.rpartition("/")[0] + "/"
+    return sum(entry["bytes"] for name, entry in bundle.manifest["files"].items() if name.startswith(folder))
+
+
+def compile_summary(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    kernels, source = manifest["kernels"], manifest["source"]
+    return {
+        "bundle": str(bundle.path),
+        "recipe": manifest["recipe"]["name"],
+        "model_bytes": model_bytes(bundle),
+        "parameter_bytes_before": source["parameter_bytes"],
+        "integer_kernels": kernels["integer"],
+        "float_kernels": kernels["float"],
+        "islands": manifest["islands"],
+        "seconds": round(sum(r["seconds"] for r in manifest["history"]), 1),
+        "peak_memory_mb": max((r["peak_memory_mb"] for r in manifest["history"]), default=0.0),
+        "digest": manifest["digest"],
+    }
+
+
+def compile_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """compile_summary for people."""
+    size, before = summary["model_bytes"], summary["parameter_bytes_before"]
+    return {
+        "bundle": summary["bundle"],
+        "recipe": summary["recipe"],
+        "size": f"{size / 1e6:.2f} MB, {size / before:.3f} of the float parameters' {before / 1e6:.2f} MB",
+        "kernels": f"{summary['integer_kernels']} integer, {summary['float_kernels']} float",
+        "kept in float": "\n".join(f"{name}: {why}" for name, why in summary["islands"].items()) or "nothing",
+        "passes": f"{summary['seconds']:.1f} s, peak memory {summary['peak_memory_mb']:.0f} MB",
+        "digest": summary["digest"],
+    }
+
+
+def sample_summary(
+    bundle: Bundle,
+    output: Path,
+    n: int,
+    sampler: str | None,
+    steps: int | None,
+    eta: float | None,
+    guidance: float | None,
+    seed: int,
+    correction: bool | None,
+) -> dict[str, Any]:
+    """What `sample` really did, defaults filled in."""
+    plan = bundle.plan(sampler, steps, eta, guidance)
+    table = bundle.correction
+    corrected = correction is not False and table is not None and table.refusal(plan) is None
+    return {
+        "output": str(output),
+        "pictures": n,
+        "sampler": plan.sampler,
+        "steps": plan.steps,
+        "eta": plan.eta,
+        "guidance": plan.guidance,
+        "seed": seed,
+        "correction": corrected,
+        **precisions_of(bundle, plan),
+    }
+
+
+def inspection(bundle: Bundle) -> dict[str, Any]:
+    """The manifest without the hashes, and what follows from it."""
+    hidden = ("files", "format")
+    return {
+        "bundle": str(bundle.path),
+        "model_bytes": model_bytes(bundle),
+        "corrected": bundle.correction is not None,
+        **{k: v for k, v in bundle.manifest.items() if k not in hidden},
+    }
+
+
+def print_inspection(bundle: Bundle) -> None:
+    m = bundle.manifest
+    size = model_bytes(bundle)
+    console.print_pairs(
+        str(bundle.path),
+        {
+            "recipe": f"{m['recipe']['name']}: {m['recipe']['description']}",
+            "source": f"{m['source']['kind']} {m['source']['name']}",
+            "inputs": ", ".join([m["signature"]["sample"], m["signature"]["timestep"], *m["signature"]["conditions"]]),
+            "output": f"{m['signature']['output']} ({m['signature']['prediction']})",
+            "deployment": str(bundle.deployment),
+            "timestep tables": "none"
+            if bundle.deployed_timesteps is None
+            else f"{len(bundle.deployed_timesteps)} rows",
+            "size": f"{size / 1e6:.2f} MB; float parameters were {m['source']['parameter_bytes'] / 1e6:.2f} MB",
+            "storage": _storage(m["storage"]) if "storage" in m else "not told: compiled before it was counted",
+            "kernels": f"{m['kernels']['integer']} integer, {m['kernels']['float']} float",
+            "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
+            "digest": m["digest"],
+        },
+    )
+    if bundle.precisions is not None:
+        print_precisions(bundle)
+    console.print_table(
+        "passes",
+        ("pass", "nodes", "what it did", "seconds", "peak MB"),
+        [
+            (
+                r["pass"],
+                f"{r['nodes_before']} -> {r['nodes_after']}",
+                r["note"],
+                f"{r['seconds']:.1f}",
+                f"{r['peak_memory_mb']:.0f}",
+            )
+            for r in m["history"]
+        ],
+    )
+    if "bits" in m:
+        _print_bits(m["bits"])
+    if "noise" in m:
+        _print_noise(m["noise"])
+    if m["quantizers"]:
+        rows = [(q["site"], _format(q), _scale(q), _zero(q), q["by"]) for q in m["quantizers"]]
+        console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
+    kernels = [(name, row["kernel"], row.get("why", "")) for name, row in m["kernels"]["layers"].items()]
+    console.print_table("layers", ("layer", "kernel", "why not integer"), kernels)
+    if refused := m.get("refused"):  # bundles written before there was such a thing have none
+        console.print_table("factors that found no place", ("value", "why"), list(refused.items()))
+
+
+def _storage(found: dict[str, Any]) -> str:
+    """Bytes and values by storage type, one a line, and what the file could not store as narrow as it is."""
+    rows = [
+        f"{kind}: {row['bytes'] / 1e6:.2f} MB, {row['values']} values in {row['constants']} constants"
+        for kind, row in found["types"].items()
+    ]
+    rest = found["model_bytes"] - found["constant_bytes"]
+    ratio = [] if found["ratio"] is None else [f"{found['ratio']:.3f} of the float parameters"]
+    return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *found["notes"]])
+
+
+def _print_bits(bits: dict[str, Any]) -> None:
+    """The Pareto curve of assign_bits, with what was chosen in it."""
+    points = [("", p) for p in bits["pareto"]] + [("chosen", bits["chosen"])]
+    rows = [
+        (mark, f"{p['takes']:.4g}", f"{p['mean_bits']:.2f}", _layers(p["layers"]), _db(p["sqnr_db"]))
+        for mark, p in sorted(points, key=lambda pair: float(pair[1]["takes"]))
+    ]
+    kind = bits["budget"]["kind"]
+    console.print_table("bits", ("", kind, "bits a weight", "layers by bits", "predicted SQNR, dB"), rows)
+
+
+def _print_noise(noise: dict[str, Any]) -> None:
+    """What fit_noise measured at each network call, and what of it the sampler undoes."""
+    words = {"none": "nothing", "both": "slope and bias"}
+    rows = [
+        (
+            f"{row['timestep']:g}" + (f" ({row['stage'] + 1}.)" if row["stage"] else ""),
+            f"{row['slope']:+.4f}",
+            f"{row['bias']:.4f}",
+            f"{row['spread']:.4f}",
+            f"{_db(row['sqnr_db']['none'])} -> {_db(row['sqnr_db'][row['kept']])}",
+            words.get(row["kept"], row["kept"]),
+            f"{row['sigma']:.4f} -> {row['noise']:.4f}" + (", clamped" if row["clamped"] else ""),
+        )
+        for row in noise["calls"]
+    ]
+    columns = ("timestep", "slope", "bias", "spread", "SQNR held out, dB", "undone", "sampler's noise")
+    console.print_table(f"noise: {noise['summary']}", columns, rows)
+
+
+def _layers(counted: dict[str, int]) -> str:
+    words = {"float": "in float", "mixed": "mixed by channel"}
+    return ", ".join(f"{n} {words.get(label, f'at {label}')}" for label, n in counted.items())
+
+
+def _db(value: float | None) -> str:
+    return "no error" if value is None else f"{value:.1f}"
+
+
+def _format(quantizer: dict[str, Any]) -> str:
+    """`int8`; with the number of channels where they have widths of their own: `int8 (4 bits: 115, 8 bits: 13)`."""
+    widths = ", ".join(f"{bits} bits: {n}" for bits, n in quantizer.get("row_bits", {}).items())
+    return f"{quantizer['format']} ({widths})" if widths else str(quantizer["format"])
+
+
+def _scale(quantizer: dict[str, Any]) -> str:
+    scale = quantizer["scale"]
+    if isinstance(scale, list):
+        rows, channels = quantizer["rows"], quantizer["channels"]
+        return f"{scale[0]:.3g} .. {scale[1]:.3g} ({f'{rows} rows' if rows > 1 else f'{channels} channels'})"
+    return f"{scale:.4g}"
+
+
+def _zero(quantizer: dict[str, Any]) -> str:
+    return ", ".join(str(z) for z in quantizer["zero_point"])
+
+
+def print_recipes(name: str | None, *, as_json: bool) -> None:
+    """All recipes; or one recipe as YAML, with its passes; or one pass with its options and what it says of itself."""
+    if name is None:
+        if as_json:
+            console.print_json([{**r.to_json(), "islands": list(r.islands)} for r in RECIPES.values()])
+            return
+        rows = [(r.name, r.description, ", ".join(r.islands) or "-", r.paper) for r in RECIPES.values()]
+        console.print_table("recipes", ("name", "what it does", "kept in float", "paper"), rows)
+        console.out.print("mezzotint recipes NAME prints one as YAML, or a pass with its options.", highlight=False)
+    elif name in pass_names():
+        _print_pass(name, as_json)
+    else:
+        recipe = load_recipe(name)
+        if as_json:
+            console.print_json(recipe.to_json())
+        else:
+            console.out.print(to_yaml(recipe), end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_pass(name: str, as_json: bool) -> None:
+    made = make_pass(name)
+    module = importlib.import_module(type(made).__module__)
+    types = {f.name: f.type for f in dataclasses.fields(made)}  # type: ignore[arg-type]
+    options = {option: {"default": value, "type": str(types[option])} for option, value in made.options().items()}
+    description = inspect.getdoc(module) or ""
+    described = {"pass": name, "description": description, "options": options, "exact": made.tolerance is not None}
+    if as_json:
+        console.print_json(described)
+        return
+    console.out.print(description, markup=False, highlight=False, soft_wrap=True)
+    rows = [(o, d["type"], d["default"]) for o, d in options.items()]
+    console.print_table("options", ("option", "type", "default"), rows)

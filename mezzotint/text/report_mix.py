@@ -1,0 +1,109 @@
+"""What is told about a bundle of several precisions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.bundle.precisions import spans
+from mezzotint.runtime.sampling.deployment import Deployment
+
+from . import console
+
+
+def mix_summary(bundle: Bundle) -> dict[str, Any]:
+    """A mixed bundle in short."""
+    manifest = bundle.manifest
+    rows = manifest["precisions"]
+    return {
+        "bundle": str(bundle.path),
+        "precisions": {
+            name: {key: row[key] for key in ("file", "calls", "cost", "bytes", "bytes_alone")}
+            for name, row in rows.items()
+        },
+        "precision_of_call": manifest["precision_of_call"],
+        "bytes": sum(row["bytes"] for row in rows.values()) + manifest["shared_bytes"],
+        "bytes_alone": sum(row["bytes_alone"] for row in rows.values()),
+        "shared_bytes": manifest["shared_bytes"],
+        **manifest["precision_choice"],
+        "digest": manifest["digest"],
+    }
+
+
+def mix_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """mix_summary for people."""
+    size, alone = summary["bytes"] / 1e6, summary["bytes_alone"] / 1e6
+    return {
+        "bundle": summary["bundle"],
+        "choice": _rule(summary),
+        "mean cost": f"{summary['mean_cost']:.3f} of the dearest precision's ({_cost(summary['cost'])})",
+        "left out": ", ".join(summary["unused"]) or "none",
+        "size": f"{size:.2f} MB, {alone:.2f} MB apart; {summary['shared_bytes'] / 1e6:.2f} MB are shared",
+        "noise correction": summary["correction"],
+        "digest": summary["digest"],
+    }
+
+
+def print_precisions(bundle: Bundle) -> None:
+    """The precisions of a mixed bundle, and which calls use them."""
+    manifest, timesteps = bundle.manifest, bundle.deployment.calls
+    rows = [
+        (name, row["file"], f"{row['bytes'] / 1e6:.2f}", f"{row['cost']:.3f}", row["calls"])
+        for name, row in manifest["precisions"].items()
+    ]
+    title = f"precisions, {_rule(manifest['precision_choice'])}"
+    console.print_table(title, ("precision", "file", "MB of its own", "cost of a call", "calls"), rows)
+    table = manifest["precision_choice"]["snr_db"]
+    noise = manifest["precision_choice"]["schedule_snr_db"]
+    runs = [
+        (
+            str(first) if first == last else f"{first} to {last}",
+            f"{timesteps[first]:g}" if first == last else f"{timesteps[first]:g} to {timesteps[last]:g}",
+            name,
+            _range(table[name][first : last + 1]),
+            _range(noise[first : last + 1]),
+        )
+        for first, last, name in spans(manifest["precision_of_call"])
+    ]
+    console.print_table(
+        "network calls", ("call", "timestep", "precision", "SNR of the prediction, dB", "of the schedule, dB"), runs
+    )
+
+
+def precisions_of(bundle: Bundle, plan: Deployment) -> dict[str, str]:
+    """How often a way of sampling uses each precision; nothing where there is one only."""
+    if bundle.precisions is None:
+        return {}
+    used = Counter(bundle.precisions.of(plan.solver(bundle.schedule).steps))
+    return {"precisions": ", ".join(f"{name}: {count} calls" for name, count in used.items())}
+
+
+def _rule(choice: dict[str, Any]) -> str:
+    if choice["rule"].startswith("relaxed"):
+        return f"{choice['rule']} {choice['fraction']:g} of the calls"
+    tau = choice["threshold_db"]
+    if tau is None:
+        bound = "the best at each call"
+    elif choice["rule"] == "picture":
+        bound = f"a call adds at most {-tau:.1f} dB to the picture"
+    else:
+        bound = f"{tau:+.1f} dB above the schedule"
+    return bound if choice["budget"] is None else f"{bound}, within a budget of {choice['budget']:g}"
+
+
+def _cost(how: dict[str, Any]) -> str:
+    if how["kind"] == "given":
+        return "as given"
+    threads = "onnxruntime's choice of" if how["threads"] is None else how["threads"]
+    calls = ", ".join(f"{name} {ms:.2f} ms" for name, ms in how["call_ms"].items())
+    return f"measured on {threads} threads, batch {how['batch']}: {calls}"
+
+
+def _range(values: list[float | None]) -> str:
+    """None is infinite: no error, or no noise."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "no error"
+    low, high = min(known), max(known)
+    return f"{low:.1f}" if len(values) == 1 else f"{low:.1f} to {high:.1f}"

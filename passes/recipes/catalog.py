@@ -1,0 +1,79 @@
+"""The named recipes: lists of passes. Those of papers are in recipe_papers.py, shared parts in recipe_parts.py."""
+
+from __future__ import annotations
+
+from mezzotint.compiler.core.pipeline import Recipe
+
+from ..assign_bits import AssignBits
+from ..choose_scales import ChooseScales
+from ..clean_qdq import CleanQdq
+from ..group_steps import GroupSteps
+from ..insert_qdq import InsertQdq
+from ..observe import Observe
+from ..round_weights import RoundWeights
+from ..step_scales import StepScales
+from ..store_half import StoreHalf
+from .papers import PAPERS
+from .parts import EXACT, ISLANDS, static, stepwise
+
+PREMUL = (
+    *EXACT,
+    Observe(groups=0),
+    ChooseScales(),
+    GroupSteps(),
+    StepScales(zero_point="constant"),
+    InsertQdq(lowering="premul"),
+    CleanQdq(),
+)
+
+OURS = (
+    Recipe("float", "exact passes only: the float model, faster", EXACT),
+    Recipe(
+        "w8a8",
+        "8-bit weights per output channel and 8-bit activations per tensor, static; time embedding as tables",
+        static(),
+        paper="Q-Diffusion, arXiv 2302.04304 (calibration along the trajectory); TFMQ-DM, arXiv 2311.16503 "
+        "(time features from a finite set)",
+    ),
+    Recipe(
+        "w8a8-steps",
+        "w8a8 with activation scales that know the timestep, those of what convolutions compute the channel too; "
+        "integer operations written directly",
+        stepwise(),
+        paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
+        baseline="w8a8",
+        claim="w8a8",
+    ),
+    Recipe(
+        "w8a8-premul",
+        "scales that know the timestep around constant ones, for providers that accept no others",
+        PREMUL,
+        paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
+        baseline="w8a8",
+        claim="w8a8",
+    ),
+    Recipe(
+        "w8a8-best",
+        "w8a8-steps with weights rounded against their inputs, the most faithful at 8 bits and no slower",
+        stepwise(behind=(RoundWeights(),)),
+        paper="GPTQ, arXiv 2210.17323; TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503",
+        baseline="w8a8-steps",
+        claim="w8a8",
+    ),
+    Recipe(
+        "w4a8",
+        "w8a8-steps with weights of 4 bits in half a byte each, 8 for the few channels that need them, rounded against "
+        "their inputs",
+        stepwise(
+            weight_bits=4,
+            plan=(AssignBits(mean_bits=4.15, parts=10, islands=ISLANDS),),
+            behind=(RoundWeights(), StoreHalf(scales=True)),
+        ),
+        paper="GPTQ, arXiv 2210.17323; HAWQ-V3, arXiv 2011.10680 (integer program); MPQ-DM, arXiv 2412.11549 (widths "
+        "by channel); TDQ, arXiv 2306.02316",
+        baseline="w8a8-steps",
+        claim="w4a8",
+    ),
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*OURS, *PAPERS)}
+DEFAULT = "w8a8-steps"

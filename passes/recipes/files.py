@@ -1,0 +1,131 @@
+"""Recipes by name, from files and from plain data; passes by name with their options checked.
+
+A recipe file is the same as a named recipe, in YAML (`mezzotint recipes NAME` prints one):
+
+    name: mine
+    extends: w8a8            # optional; `passes` then replaces the list, or is left out
+    passes:
+      - normalize
+      - pass: choose_scales
+        options: {activations: percentile, percentile: 99.9}
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from mezzotint.compiler.core.pipeline import Pass, Recipe
+from mezzotint.compiler.errors import RecipeError
+
+from .catalog import RECIPES
+
+PASSES = "mezzotint.passes"  # each module in it holds one pass
+
+
+def pass_names() -> list[str]:
+    """Every pass there is: one for each other file of this folder."""
+    package = importlib.import_module(PASSES)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
+
+
+def make_pass(name: str, options: dict[str, Any] | None = None, where: str = "recipe") -> Pass:
+    """A pass by its name, its options checked. Raises RecipeError with the nearest name for a misspelt one."""
+    if name not in pass_names():
+        raise RecipeError(f"there is no pass called {name!r}", where=where, hint=_nearest(name, pass_names()))
+    module = importlib.import_module(f"{PASSES}.{name}")
+    cls = getattr(module, "".join(part.capitalize() for part in name.split("_")))
+    known = [f.name for f in fields(cls)]
+    for option in options or {}:
+        if option not in known:
+            raise RecipeError(f"{name} has no option {option!r}", where=where, hint=_nearest(option, known))
+    try:
+        made: Pass = TypeAdapter(cls).validate_python(options or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            f"{name}.{option}: {first['msg']}, not {first['input']!r}",
+            where=where,
+            hint=f"see: mezzotint recipes {name}",
+        ) from error
+    return made
+
+
+def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
+    """A named recipe, or one from a YAML file. Raises RecipeError."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name in extended_by:
+        raise RecipeError("the recipe extends itself", where=" -> ".join([*extended_by, name]))
+    path = Path(name)
+    if not path.is_file():
+        hint = _nearest(name, list(RECIPES)) if path.suffix == "" else "check the path"
+        raise RecipeError(f"there is no recipe called {name!r}, and no such file", hint=hint)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe is not valid YAML: {error}", where=name) from error
+    return recipe_from_json(data, where=name, extended_by=extended_by)
+
+
+def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from plain data: name, description, paper, baseline, claim, extends, passes."""
+    keys = ["name", "description", "paper", "baseline", "claim", "extends", "passes"]
+    if not isinstance(data, dict):
+        raise RecipeError("a recipe is a mapping with a list of passes", where=where, hint=f"keys: {', '.join(keys)}")
+    for key in data:
+        if key not in keys:
+            raise RecipeError(f"a recipe has no key {key!r}", where=where, hint=_nearest(str(key), keys))
+    base = load_recipe(str(data["extends"]), (*extended_by, where)) if "extends" in data else None
+    steps = data.get("passes")
+    if (steps is None and base is None) or not isinstance(steps or [], list):
+        raise RecipeError("a recipe needs a list `passes`", where=where, hint="or `extends: w8a8`")
+    passes = base.passes if steps is None and base is not None else tuple(_step(s, where) for s in steps or [])
+    words = {key: str(data.get(key, "")) for key in ("description", "paper", "baseline", "claim")}
+    return Recipe(str(data.get("name", Path(where).stem)), passes=passes, **words)
+
+
+def with_options(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with `pass.option` settings applied to every pass of that name."""
+    passes = list(recipe.passes)
+    for key, value in settings.items():
+        name, dot, option = key.partition(".")
+        present = [p.name for p in passes]
+        if not dot or name not in present:
+            raise RecipeError(
+                f"--set {key}: the recipe {recipe.name!r} has no pass {name!r}",
+                where=f"recipe {recipe.name}",
+                hint=_nearest(name, present) + "; the form is pass.option=value",
+            )
+        passes = [
+            make_pass(name, {**p.options(), option: value}, f"--set {key}") if p.name == name else p for p in passes
+        ]
+    return replace(recipe, passes=tuple(passes))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as a YAML file that load_recipe reads back."""
+    return yaml.safe_dump(recipe.to_json(), sort_keys=False, width=110)
+
+
+def _step(step: Any, where: str) -> Pass:
+    if isinstance(step, str):
+        return make_pass(step, where=where)
+    if isinstance(step, dict) and isinstance(step.get("pass"), str) and set(step) <= {"pass", "options"}:
+        options = step.get("options") or {}
+        if isinstance(options, dict):
+            return make_pass(step["pass"], options, where)
+    raise RecipeError(f"not a pass: {step!r}", where=where, hint="write `- name` or `- {pass: name, options: {...}}`")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known)}"

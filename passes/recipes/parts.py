@@ -1,0 +1,52 @@
+"""The pipelines that several recipes share, and the places where their passes go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from mezzotint.compiler.core.pipeline import Pass
+
+from ..channel_scales import ChannelScales
+from ..choose_scales import ChooseScales
+from ..clean_qdq import CleanQdq
+from ..fold_scales import FoldScales
+from ..fold_time import FoldTime
+from ..freeze_time import FreezeTime
+from ..group_steps import GroupSteps
+from ..insert_qdq import InsertQdq
+from ..lower_norms import LowerNorms
+from ..normalize import Normalize
+from ..observe import Observe
+from ..step_scales import StepScales
+
+EXACT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
+FAST = (Normalize(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
+TIMED = (*FAST, Observe(groups=0), ChooseScales())
+INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
+ISLANDS = ("first", "second", "penultimate", "last")
+
+
+def static(
+    *rewrites: Pass, plan: Sequence[Pass] = (), behind: Sequence[Pass] = (), observe: Observe | None = None
+) -> tuple[Pass, ...]:
+    """The passes of w8a8, with others on the float graph, on the plan, and on the quantized graph."""
+    return (*EXACT, *rewrites, observe or Observe(), ChooseScales(), *plan, InsertQdq(), CleanQdq(), *behind)
+
+
+def stepwise(
+    *, weight_bits: Literal[4, 8] = 8, plan: Sequence[Pass] = (), behind: Sequence[Pass] = ()
+) -> tuple[Pass, ...]:
+    """The passes of w8a8-steps, with others on the plan and on the quantized graph."""
+    return (
+        *FAST,
+        Observe(groups=0, channels="outputs"),
+        ChooseScales(weight_bits=weight_bits),
+        GroupSteps(),
+        StepScales(),
+        ChannelScales(),
+        *plan,
+        InsertQdq(islands=ISLANDS, lowering="integer"),
+        CleanQdq(),
+        *behind,
+    )

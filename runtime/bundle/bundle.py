@@ -1,0 +1,312 @@
+"""A compiled model on disk: opened, checked, and sampled from.
+
+    mezzotint.json                     the manifest: what this is, how it was made, and the hash of every file
+    unet/model.onnx (+ model.onnx.data); other precisions of it as model.NAME.onnx, see precisions.py
+    scheduler/scheduler_config.json    as it came from the model
+    correction.safetensors             optional
+    ranges.safetensors                 what the quantizers cover at each timestep, for readers; see ranges.py
+    passes/, report, README.md         for readers
+
+The manifest's digest covers everything but times: the same compilation twice gives the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
+from ..sampling.correction import Correction
+from ..sampling.deployment import Deployment
+from ..sampling.guidance import predictors
+from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
+from ..sampling.schedule import Schedule
+from ..session import Denoiser
+from ..signature import Images, Signature, whole
+from .precisions import Precisions
+
+FORMAT_VERSION = 2
+MANIFEST = "mezzotint.json"
+MODEL = "unet/model.onnx"
+SCHEDULER = "scheduler/scheduler_config.json"
+CORRECTION = "correction.safetensors"
+TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
+"""Keys that differ between two runs of the same compilation; wherever they stand, the digest leaves them out."""
+
+Conditions = Mapping[str, npt.NDArray[Any]]
+Progress = Callable[[int, int], None]
+"""`(network calls done, of how many)`."""
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest as canonical JSON, without its own digest and without times."""
+    facts = _without_times({key: value for key, value in manifest.items() if key != "digest"})
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal_bundle(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `mezzotint.json`: `facts`, the format, the hash of every file in the folder, and the digest. Returns it."""
+    folder = Path(folder)
+    found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    names = [name for name in found if name != MANIFEST]
+    files = {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    manifest: dict[str, Any] = {"format": FORMAT_VERSION, **facts, "files": files}
+    manifest["digest"] = manifest_digest(manifest)
+    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+    return manifest
+
+
+def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Open a bundle folder. `verify` reads every file and compares its hash; the manifest is always checked.
+
+    Raises BundleError: no folder, no manifest, unreadable, of another format, a file missing or changed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError("there is no such folder", where=str(folder), hint="give the folder that `compile` wrote")
+    manifest = _read_manifest(folder / MANIFEST)
+    for name, entry in manifest["files"].items():
+        _check_file(folder, name, entry, verify)
+    for name in (MODEL, SCHEDULER):
+        if name not in manifest["files"]:
+            raise BundleError(f"the manifest does not list {name}", where=str(folder / MANIFEST))
+    return Bundle(folder, manifest)
+
+
+class Bundle:
+    """An opened bundle; make it with `open_bundle`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.model_path = path / MODEL
+        self._denoisers: dict[tuple[int | None, str], Denoiser] = {}
+        try:
+            self.signature = Signature.from_json(manifest["signature"])
+            self.deployment = Deployment.from_json(manifest["deployment"])
+            self.schedule = Schedule.load(path / SCHEDULER)
+            channels, height, width = (int(size) for size in manifest["sample_shape"])
+            deployed = manifest["deployed_timesteps"]
+            self.deployed_timesteps = None if deployed is None else tuple(whole(deployed))
+            mixed = "precisions" in manifest
+            steps = self.deployment.solver(self.schedule).steps if mixed else ()
+            self.precisions = Precisions.from_manifest(manifest, steps)
+        except (KeyError, TypeError, ValueError, MezzotintError) as error:
+            what = f"the manifest is incomplete or inconsistent: {type(error).__name__} {error}"
+            raise BundleError(what, where=str(path / MANIFEST), hint="compile the model again") from error
+        self.sample_shape = (channels, height, width)
+
+    @cached_property
+    def correction(self) -> Correction | None:
+        """The tables that undo the quantization noise, or None where none were fitted."""
+        return Correction.load(self.path / CORRECTION) if CORRECTION in self.manifest["files"] else None
+
+    def correction_for(self, deployment: Deployment) -> Correction | None:
+        """The tables for a way of sampling, interpolated where only the steps differ; None where they do not fit."""
+        table = self.correction
+        if table is None or table.refusal(deployment):
+            return None
+        steps = deployment.solver(self.schedule).steps
+        if self.precisions is not None:
+            return table.picked(deployment, steps, self.precisions.nearest(steps))
+        return table.for_deployment(deployment, steps)
+
+    def denoiser(self, threads: int | None = None, precision: str | None = None) -> Denoiser:
+        """The network as a callable, or one of `precisions` by name; opened once for each number of threads."""
+        known = self.precisions.files if self.precisions else {}
+        if precision is not None and precision not in known:
+            raise InputError(f"no precision is called {precision!r}", where=str(self.path), hint="see `inspect`")
+        key = threads, MODEL if precision is None else known[precision]
+        if key not in self._denoisers:
+            deployed = self.deployed_timesteps
+            self._denoisers[key] = Denoiser(self.path / key[1], self.signature, threads=threads, deployed=deployed)
+        return self._denoisers[key]
+
+    def denoisers(self, plan: Deployment | None = None, threads: int | None = None) -> list[Denoiser]:
+        """The network of each call of a way of sampling, the deployment's if left out: they differ by precision."""
+        plan = plan or self.deployment
+        if self.precisions is None:
+            return [self.denoiser(threads)] * len(plan.calls)
+        return [self.denoiser(threads, name) for name in self.precisions.of(plan.solver(self.schedule).steps)]
+
+    def sample(
+        self,
+        n: int,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        first: int = 0,
+        batch: int = 16,
+        correction: bool | None = None,
+        conditions: Conditions | None = None,
+        unconditional: Conditions | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Images:
+        """`n` images, float32 `[n, C, H, W]` in the model's own range.
+
+        Sampler, steps, eta and guidance are the deployment's unless given (eta 0 with another sampler). Image i depends
+        on `seed` and i only, however the batches fall; with `first` they are images first .. first + n - 1 of the seed.
+        `correction` None corrects where the tables are valid, True insists (InputError where they are not), False
+        leaves it; tables of another guidance scale are refused in both cases. `conditions` are arrays `[n, ...]`, or
+        `[1, ...]` for all, and so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the first
+        call where the steps meet timesteps without a row.
+        """
+        if n < 1 or batch < 1:
+            raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
+        plan = self.plan(sampler, steps, eta, guidance)
+        table = self._chosen_correction(plan, correction)
+        networks = self.denoisers(plan, threads)
+        given, other = _checked_conditions(conditions or {}, n), _checked_conditions(unconditional or {}, n)
+        # A graph with its batch written in gets whole batches, and the surplus is cut off.
+        fixed = networks[0].fixed_batch and networks[0].fixed_batch // (2 if plan.guided else 1)
+        size = fixed or min(batch, n)
+        starts = range(0, n, size)
+        done = 0
+
+        def count(info: StepInfo) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, len(starts) * len(plan.calls))
+
+        parts = []
+        for start in starts:
+            width = size if fixed else min(size, n - start)
+            rows = np.minimum(np.arange(start, start + width), n - 1)
+            predict = predictors(networks, plan, _rows(given, rows), _rows(other, rows))
+            x = initial_noise(seed, (width, *self.sample_shape), first=first + start)
+            noise = seeded_noise(seed, first=first + start)
+            x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
+            parts.append(x[: n - start])
+        return np.concatenate(parts)
+
+    def plan(
+        self,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance: float | None = None,
+    ) -> Deployment:
+        """The deployment with these choices in place of its own. Raises TimestepNotDeployed, ScheduleError."""
+        own = self.deployment
+        sampler = sampler or own.sampler
+        if eta is None:
+            eta = own.eta if sampler == own.sampler else 0.0
+        scale = own.guidance if guidance is None else guidance
+        plan = Deployment.of(self.schedule, sampler, own.steps if steps is None else steps, eta, scale)
+        deployed = self.deployed_timesteps
+        missing = [] if deployed is None else [t for t in plan.timesteps if t not in deployed]
+        if missing:
+            counts = self.deployed_steps(sampler)
+            raise TimestepNotDeployed(
+                f"{plan.steps} steps of {sampler} call timestep {missing[0]:g}, for which this bundle has no row "
+                f"({len(missing)} of {len(plan.timesteps)} are missing)",
+                where=str(self.path),
+                hint=f"these numbers of steps work: {', '.join(map(str, counts)) or 'none'}",
+            )
+        return plan
+
+    def deployed_steps(self, sampler: str | None = None) -> tuple[int, ...]:
+        """The numbers of steps whose timesteps all have a row: every possible one where the tables are not frozen."""
+        deployed = self.deployed_timesteps
+        most = self.schedule.num_train_timesteps if deployed is None else len(deployed)
+        found = []
+        for steps in range(1, most + 1):
+            try:
+                times = Deployment.of(self.schedule, sampler or self.deployment.sampler, steps).timesteps
+            except MezzotintError:  # too many for the schedule's offset, or too few for the sampler
+                continue
+            if deployed is None or set(times) <= set(deployed):
+                found.append(steps)
+        return tuple(found)
+
+    def _chosen_correction(self, plan: Deployment, wish: bool | None) -> Correction | None:
+        if wish is False:
+            return None
+        reason = self.correction.refusal(plan) if self.correction else "this bundle has none"
+        # Another sampler is a visible choice. With another scale all looks the same, and the errors grow with it.
+        own = self.deployment
+        visible = self.correction is None or (plan.sampler, plan.eta) != (own.sampler, own.eta)
+        if reason is None or (wish is None and visible):
+            return self.correction_for(plan)
+        raise InputError(
+            f"the correction is not valid for {plan}: {reason}",
+            where=str(self.path),
+            hint="sample as it was fitted, compile the bundle for this, or switch it off (--no-correction)",
+        )
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_times(part) for key, part in value.items() if key not in TIME_KEYS}
+    if isinstance(value, (list, tuple)):
+        return [_without_times(part) for part in value]
+    return value
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise BundleError(f"there is no {MANIFEST}", where=str(file.parent), hint="this folder is not a bundle")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"the manifest is not readable JSON: {error}", where=str(file)) from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise BundleError("the manifest does not say its format", where=str(file))
+    if manifest["format"] != FORMAT_VERSION:
+        raise BundleError(
+            f"the bundle has format {manifest['format']!r}, this version of Mezzotint reads {FORMAT_VERSION}",
+            where=str(file),
+            hint="compile the model again, or use the version that wrote it",
+        )
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise BundleError("the manifest was changed after it was written", where=str(file), hint="compile again")
+    if not isinstance(manifest.get("files"), dict):
+        raise BundleError("the manifest lists no files", where=str(file))
+    return manifest
+
+
+def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise BundleError(f"the manifest names a file outside the bundle: {name}", where=str(folder / MANIFEST))
+    file = folder / name
+    if not file.is_file():
+        raise BundleError("a file of the bundle is missing", where=str(file), hint="copy the whole folder again")
+    if not isinstance(entry, dict) or not {"sha256", "bytes"} <= set(entry):
+        raise BundleError(f"the manifest has no hash for {name}", where=str(folder / MANIFEST))
+    if file.stat().st_size != entry["bytes"] or (verify and file_sha256(file) != entry["sha256"]):
+        raise BundleError("a file was changed after the bundle was sealed", where=str(file), hint="copy it again")
+
+
+def _rows(arrays: Conditions, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    return {name: array[rows if len(array) > 1 else np.zeros_like(rows)] for name, array in arrays.items()}
+
+
+def _checked_conditions(conditions: Conditions, n: int) -> dict[str, npt.NDArray[Any]]:
+    for name, array in conditions.items():
+        shape = np.shape(array)
+        if len(shape) == 0 or shape[0] not in (1, n):
+            raise InputError(f"condition {name!r} has shape {list(shape)}", hint=f"give [{n}, ...] or [1, ...]")
+    return {name: np.asarray(array) for name, array in conditions.items()}

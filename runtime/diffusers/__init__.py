@@ -1,0 +1,1 @@
+"""Stand-ins for a network and a scheduler of diffusers (torch, loaded when asked for)."""

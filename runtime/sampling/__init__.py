@@ -1,0 +1,1 @@
+"""Schedules, solvers, the sampling loop, and the noise it takes back."""

@@ -1,0 +1,241 @@
+"""The training schedule as data: what a diffusers `scheduler_config.json` says, reduced to numbers.
+
+A schedule of betas has one `alphas_cumprod` (abar below) for each training timestep: x_t = sqrt(abar) x0 +
+sqrt(1 - abar) noise. A schedule of flow matching (`shift`) has x_t = (1 - sigma) x0 + sigma noise, and its timestep is
+num_train_timesteps * sigma. `deployment.py` has the choice on top of it: sampler, steps, eta, hence the network calls.
+
+What only some samplers read stays in `config`; `solvers.py` and its neighbours take it from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ScheduleError
+from ..signature import PREDICTIONS, Prediction
+from .betas import alphas_cumprod_of
+from .config import ConfigReader
+
+SPACINGS = ("leading", "trailing", "linspace")
+# "learned" variances need a network with twice the channels, which the samplers here do not read.
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+# What one sampler or the other reads from the configuration beside the fields of a Schedule, with diffusers' defaults.
+SAMPLER_OPTIONS: dict[str, Any] = {
+    "use_karras_sigmas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "final_sigmas_type": "zero",
+    "solver_order": 2,
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "lambda_min_clipped": -math.inf,
+    "skip_prk_steps": False,
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+    "stochastic_sampling": False,
+}
+NAMED: dict[str, dict[str, Any]] = {
+    "ddpm-linear": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "sd": {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    },
+    "cosine": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """`alphas_cumprod` is float64 `[train timesteps]`, falling, and empty for flow matching, which has a `shift`:
+    sigma -> shift sigma / (1 + (shift - 1) sigma). `config` is the JSON it came from, kept unchanged."""
+
+    num_train_timesteps: int
+    alphas_cumprod: npt.NDArray[np.float64]
+    prediction: Prediction
+    clip_sample: bool
+    clip_sample_range: float
+    timestep_spacing: str
+    steps_offset: int
+    final_alpha_cumprod: float  # abar behind the last DDIM step: 1, or abar[0] where set_alpha_to_one is false
+    variance_type: str  # of the DDPM sampler
+    shift: float | None
+    config: dict[str, Any]
+
+    @property
+    def flow(self) -> bool:
+        """Whether this is flow matching."""
+        return self.shift is not None
+
+    @property
+    def last_timestep(self) -> int:
+        """The noisiest timestep there is. Flow matching begins at pure noise, timestep num_train_timesteps."""
+        return self.num_train_timesteps - (0 if self.flow else 1)
+
+    @property
+    def reader(self) -> ConfigReader:
+        """For what a sampler reads from the configuration by itself."""
+        return ConfigReader(self.config, "the scheduler configuration")
+
+    def option(self, key: str) -> Any:
+        """One of SAMPLER_OPTIONS."""
+        return self.reader.get(key, SAMPLER_OPTIONS[key])
+
+    def levels(self, timestep: float) -> tuple[float, float]:
+        """(share of the image, share of the noise) in x at a timestep; between two training timesteps as diffusers
+        has it, by interpolating the ratio of the two."""
+        if self.flow:
+            sigma = timestep / self.num_train_timesteps
+            return 1 - sigma, sigma
+        ratios = np.sqrt((1 - self.alphas_cumprod) / np.maximum(self.alphas_cumprod, 2.0**-24))
+        ratio = float(np.interp(timestep, np.arange(len(ratios)), ratios))
+        return 1 / float(np.hypot(1, ratio)), ratio / float(np.hypot(1, ratio))
+
+    @classmethod
+    def named(cls, name: str) -> Schedule:
+        """One of the built-in schedules, all with 1000 timesteps and epsilon prediction."""
+        if name not in NAMED:
+            raise ScheduleError(f"no built-in schedule is called {name!r}", hint=f"use one of {', '.join(NAMED)}")
+        config = {"num_train_timesteps": 1000, "prediction_type": "epsilon", **NAMED[name]}
+        return cls.from_config(config, where=f"the built-in schedule {name!r}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a `scheduler_config.json`, the folder that holds it, or a diffusers model folder with `scheduler/`."""
+        path = Path(path)
+        candidates = (path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if file is None:
+            raise ScheduleError(
+                "there is no scheduler configuration",
+                where=str(path),
+                hint="give a scheduler_config.json, its folder, or the name of a built-in schedule",
+            )
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ScheduleError(f"the configuration is not readable JSON: {error}", where=str(file)) from error
+        if not isinstance(config, dict):
+            raise ScheduleError("the configuration is not a JSON object", where=str(file))
+        return cls.from_config(config, where=str(file))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], where: str = "the scheduler configuration") -> Schedule:
+        """Read a diffusers configuration; missing keys take the default of DDIMScheduler.
+
+        Raises ScheduleError for whatever the samplers here would compute wrongly.
+        """
+        # Schedulers in memory note which values they were not given, and a scheduler of another class that is made from
+        # such a configuration has defaults of its own in place of these. Here they are values like all others.
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        read = ConfigReader(config, where)
+        if str(config.get("_class_name", "")).startswith("FlowMatch"):
+            return cls._of_flow(read)
+        if not {"beta_schedule", "trained_betas"} & set(config):
+            raise read.refuse(
+                "this is neither a schedule of betas (beta_schedule or trained_betas) nor one of flow matching",
+                "give the scheduler_config.json of a diffusers scheduler",
+            )
+        prediction = read.choice("prediction_type", "epsilon", PREDICTIONS)
+        if read.flag("thresholding", False):
+            raise read.refuse("dynamic thresholding is not supported", "set thresholding to false")
+        if prediction == "flow_prediction":
+            raise read.refuse("flow_prediction needs a schedule of flow matching", "use flow matching's scheduler")
+        alphas_cumprod = alphas_cumprod_of(read)
+        if alphas_cumprod[-1] == 0.0 and prediction == "epsilon":
+            raise read.refuse(
+                "the last timestep has no signal, from which a network that predicts epsilon cannot recover the image",
+                "use v_prediction or sample, or rescale_betas_zero_snr false",
+            )
+        alphas_cumprod.flags.writeable = False
+        return cls(
+            num_train_timesteps=len(alphas_cumprod),
+            alphas_cumprod=alphas_cumprod,
+            prediction=cast(Prediction, prediction),
+            clip_sample=read.flag("clip_sample", True),
+            clip_sample_range=read.number("clip_sample_range", 1.0),
+            timestep_spacing=read.choice("timestep_spacing", "leading", SPACINGS),
+            steps_offset=read.integer("steps_offset", 0, smallest=0),
+            final_alpha_cumprod=1.0 if read.flag("set_alpha_to_one", True) else float(alphas_cumprod[0]),
+            variance_type=read.choice("variance_type", "fixed_small", VARIANCES),
+            shift=None,
+            config=dict(config),
+        )
+
+    @classmethod
+    def _of_flow(cls, read: ConfigReader) -> Schedule:
+        for key in ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas"):
+            read.must_be(key, False, False, "flow matching")
+        read.must_be("use_beta_sigmas", False, False, "flow matching")
+        read.must_be("shift_terminal", None, None, "flow matching")
+        return cls(
+            num_train_timesteps=read.integer("num_train_timesteps", 1000, smallest=1),
+            alphas_cumprod=np.zeros(0),
+            prediction="flow_prediction",
+            clip_sample=False,
+            clip_sample_range=1.0,
+            timestep_spacing="linspace",
+            steps_offset=0,
+            final_alpha_cumprod=1.0,
+            variance_type="fixed_small",
+            shift=read.number("shift", 1.0),
+            config=dict(read.config),
+        )
+
+    def timesteps(self, steps: int) -> npt.NDArray[np.int64]:
+        """The timesteps of `steps` network calls in their order (falling), int64 `[steps]`, as diffusers chooses them.
+
+        The spacings are those of table 2 of "Common Diffusion Noise Schedules and Sample Steps are Flawed"
+        (arXiv 2305.08891).
+        """
+        train = self.num_train_timesteps
+        if not 1 <= steps <= train:
+            raise ScheduleError(f"{steps} steps are not possible", hint=f"ask for 1 to {train} steps")
+        if self.timestep_spacing == "linspace":
+            found = np.linspace(0, train - 1, steps).round()[::-1].astype(np.int64)
+        elif self.timestep_spacing == "leading":
+            found = (np.arange(steps) * (train // steps))[::-1].astype(np.int64) + self.steps_offset
+        else:
+            # For some counts (61 of 1000) rounding gives arange one value too many: timestep -1, which diffusers keeps.
+            found = np.round(np.arange(train, 0, -train / steps))[:steps].astype(np.int64) - 1
+        if found[0] >= train:
+            raise ScheduleError(
+                f"{steps} steps with steps_offset {self.steps_offset} begin at timestep {found[0]}",
+                hint=f"the last training timestep is {train - 1}: ask for fewer steps",
+            )
+        return np.ascontiguousarray(found)
+
+    def digest(self) -> str:
+        """SHA-256 over everything that the samplers read: configurations that mean the same have the same digest."""
+        facts = [
+            self.prediction,
+            self.clip_sample,
+            self.clip_sample_range if self.clip_sample else None,
+            self.timestep_spacing,
+            self.steps_offset,
+            self.final_alpha_cumprod,
+            self.variance_type,
+            *((self.num_train_timesteps, self.shift) if self.flow else ()),
+            *((key, repr(self.option(key))) for key, usual in SAMPLER_OPTIONS.items() if self.option(key) != usual),
+        ]
+        numbers = self.alphas_cumprod.astype("<f8").tobytes()
+        return hashlib.sha256(json.dumps(facts).encode() + numbers).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())

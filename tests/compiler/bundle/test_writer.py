@@ -1,0 +1,37 @@
+"""write_bundle: large models, whose weights lie in a file of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from mezzotint import Bundle, compile_model
+from mezzotint.compiler.bundle import writer
+from mezzotint.compiler.graph import weight_store as store
+from mezzotint.runtime.bundle.bundle import MODEL
+from mezzotint.runtime.errors import InputError
+from tests.helpers.models import SMALL, Compiled
+
+
+def compiled(unet: Compiled, folder: Path, monkeypatch: pytest.MonkeyPatch, inline: int) -> Bundle:
+    monkeypatch.setattr(writer, "EXTERNAL_BYTES", 0)
+    monkeypatch.setattr(store, "SIZES_BYTES", inline)
+    return compile_model(unet.exported, folder / "b", recipe="w8a8-steps", size=unet.bundle.sample_shape[1:], **SMALL)
+
+
+def test_weights_lie_beside_the_graph(unet: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = compiled(unet, tmp_path, monkeypatch, store.SIZES_BYTES)
+    model = onnx.load(bundle.path / MODEL, load_external_data=False)
+    outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert outside and not any(t.data_type == onnx.TensorProto.INT64 for t in outside)
+    x = np.zeros((1, *bundle.sample_shape), np.float32)
+    assert np.isfinite(bundle.denoiser(1)(x, bundle.deployment.timesteps[0])).all()
+
+
+def test_the_sizes_of_a_split_must_not(unet: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the limit guards against: onnxruntime's shape inference does not read other files."""
+    with pytest.raises(InputError, match="Split"):
+        compiled(unet, tmp_path, monkeypatch, 64)

@@ -1,0 +1,142 @@
+"""Real diffusers pipelines made small, with random seeded weights: text encoders, tokenizer and VAE included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from mezzotint.runtime.sampling.schedule import NAMED
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENS = (*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>")
+LENGTH = 77  # tokens of a prompt
+WIDTH = 32  # of the prompt's embeddings
+SIDE = 8  # of the latents; pictures have twice that
+STABLE: dict[str, Any] = {key: value for key, value in NAMED["sd"].items() if key != "_class_name"}
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """Letters are tokens; nothing is merged."""
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH)
+
+
+def text_encoder(width: int, *, projected: bool = False) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=len(TOKENS) - 2,
+        eos_token_id=len(TOKENS) - 1,
+    )
+    torch.manual_seed(1)
+    model: Any = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return model(config).eval()
+
+
+def autoencoder() -> Any:
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=2 * SIDE,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
+
+
+def unet(**changes: Any) -> Any:
+    """Two levels, one of them with attention: torch takes eight seconds to export it."""
+    config: dict[str, Any] = {
+        "sample_size": SIDE,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": None,
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    }
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def stable_diffusion(folder: Path) -> Any:
+    """StableDiffusionPipeline: latents 4x8x8, pictures 3x16x16."""
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=text_encoder(WIDTH),
+        tokenizer=tokenizer(folder),
+        unet=unet(),
+        scheduler=DDIMScheduler(**STABLE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return quiet(pipe)
+
+
+def stable_diffusion_xl(folder: Path) -> Any:
+    """StableDiffusionXLPipeline: two text encoders, whose embeddings lie side by side, and the sizes as conditions."""
+    time = 8
+    network = unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=time,
+        projection_class_embeddings_input_dim=6 * time + WIDTH // 2,
+        use_linear_projection=True,
+        block_out_channels=(WIDTH,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    words = tokenizer(folder)
+    pipe = StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=text_encoder(WIDTH // 2),
+        text_encoder_2=text_encoder(WIDTH // 2, projected=True),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=network,
+        scheduler=DDIMScheduler(**STABLE),
+    )
+    return quiet(pipe)
+
+
+def diffusion_transformer() -> Any:
+    """DiTPipeline with learned variances, as trained DiTs have them: 4 channels in, 8 out; 1000 classes and none."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=SIDE,
+        patch_size=2,
+        norm_num_groups=8,
+    )
+    return quiet(DiTPipeline(model.eval(), autoencoder(), DDIMScheduler(clip_sample=False)))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,86 @@
+"""`mezzotint audit`: totals, reasons, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from mezzotint.compiler.audit.kernels import audit
+from mezzotint.compiler.graph.ops import Layer
+from mezzotint.runtime.session import running_version
+from tests.helpers.groups import CONV, W, X, Y, write_groups
+from tests.helpers.models import Cli, Compiled
+
+FAULT = X + W + CONV + Y + "y2 = Exp (c)"
+SECOND = ", float[1,4,8,8] y2"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    return write_groups(tmp_path, FAULT, outputs=SECOND)
+
+
+def test_a_bundle(cli: Cli, hand: Compiled) -> None:
+    answer = cli("audit", hand.bundle.path, "--strict", "--threads", 1)
+    assert answer.code == 0, answer.err
+    assert "island" in answer.out and "second" not in answer.out
+    assert "second" in cli("audit", hand.bundle.path, "--all").out
+
+
+def test_a_bundle_as_json(cli: Cli, hand: Compiled) -> None:
+    told = json.loads(cli("audit", hand.bundle.path, "--json").out)
+    assert told["ok"] is True
+    (fusion,) = told["files"].values()
+    assert fusion["onnxruntime"] == running_version()
+    assert {name: n for name, n in fusion["totals"].items() if n} == {"integer": 2, "islands": 2}
+    assert fusion["rules"] == {} and fusion["strays"] == []
+    first = next(v for v in fusion["verdicts"] if v["name"] == "first")
+    assert (first["op"], first["kernel"], first["integer"], first["rule"]) == ("Conv", "Conv", False, "island")
+    assert first["why"] == hand.bundle.manifest["islands"]["first"]
+
+
+def test_a_file_that_fails(cli: Cli, faulty: Path) -> None:
+    answer = cli("audit", faulty)
+    assert answer.code == 0
+    assert "float-reader" in answer.out and "What helps: let 'y2' read" in answer.out.replace("\n", " ")
+    assert cli("audit", faulty, "--strict").code == 1
+    told = cli("audit", faulty, "--strict", "--json")
+    assert told.code == 1
+    data = json.loads(told.out)
+    assert data["ok"] is False
+    assert data["files"]["groups.onnx"]["rules"] == {"float-reader": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gone.onnx", "no such file"),
+        ("notes.txt", "neither a bundle"),
+        ("text.onnx", "cannot open"),
+        (".", "no mezzotint.json"),
+    ],
+)
+def test_refusals(cli: Cli, tmp_path: Path, name: str, words: str) -> None:
+    for file in ("notes.txt", "text.onnx"):
+        (tmp_path / file).write_text("words")
+    answer = cli("audit", tmp_path / name)
+    assert (answer.code, answer.out) == (2, "")
+    assert words in answer.err, answer.err
+
+
+def test_the_manifest_says_why(faulty: Path, tmp_path: Path) -> None:
+    """A layer that onnxruntime left in float has the rule's reason and mend; an island its own reason."""
+    known = audit(faulty, [], tmp_path, threads=1)
+    node = next(node for node in ir.load(faulty).graph if node.op_type == "Conv")
+    layer = Layer(node, "conv", (), None, None, None, None, node.outputs[0])
+    found = audit(faulty, [layer], tmp_path, threads=1)
+    row = found.to_json({})["layers"]["node"]
+    assert (row["kernel"], row["integer"]) == ("Conv", False)
+    verdict = known.fusion.failed[0]
+    assert row["why"] == f"{verdict.why} ({verdict.mend})"
+    assert found.to_json({"node": "told so"})["layers"]["node"]["why"] == "told so"
+    gone = audit(write_groups(tmp_path, "y = Exp (x)"), [layer], tmp_path, threads=1).to_json({})["layers"]["node"]
+    assert gone == {"kernel": "unknown", "integer": False, "why": "the file has no such node any more"}
