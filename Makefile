@@ -1,4 +1,4 @@
-# Two commands need nothing but Python 3.10 to 3.13 and make:
+# Two commands need nothing but Python 3.10 to 3.14 and make:
 #   make demo   sets everything up, then compiles the digits model and draws with it (out/demo)
 #   make test   sets everything up, then runs the tests
 # Another Python: make PYTHON=python3.12 demo (an existing .venv keeps its own; `make clean` removes it)

@@ -49,7 +49,7 @@ def run_demo(
             "islands": bundle.manifest["islands"],
             **found.to_json(),
         }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8", newline="\n")
     open_bundle(output / "bundle")  # as a user would, with every hash checked
     return summary
 

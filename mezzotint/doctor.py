@@ -57,7 +57,7 @@ def _version(name: str) -> str | None:
 def _cpu_flags() -> set[str] | None:
     """The CPU's flags where the system lists them (Linux); None elsewhere."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return None
     for line in text.splitlines():

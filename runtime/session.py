@@ -19,7 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from .errors import InputError, MixedTimesteps, TimestepNotDeployed
 from .signature import Signature, Timestep, whole
 
-TESTED_ONNXRUNTIME = ("1.22.1", "1.23.2", "1.24.4", "1.27.0", "1.31.1")
+TESTED_ONNXRUNTIME = ("1.22.1", "1.23.2", "1.24.4", "1.27.0", "1.31.1", "1.32.0")
 """Which graphs become integer kernels is decided by onnxruntime's fusion rules, and these change with its versions."""
 
 Level = Literal["all", "basic", "none"]

@@ -1,8 +1,8 @@
 """Compiles the embedded digits with every recipe at several widths, and writes docs/leaderboard.md.
 
-    python tools/leaderboard.py                              all recipes at W8A8, W6A6 and W4A8, 32 pictures
-    python tools/leaderboard.py --recipe gptq --width w4a8   one row
-    python tools/leaderboard.py --write-only                 the page again, from the rows that are there
+    python -m tools.leaderboard                              all recipes at W8A8, W6A6 and W4A8, 32 pictures
+    python -m tools.leaderboard --recipe gptq --width w4a8   one row
+    python -m tools.leaderboard --write-only                 the page again, from the rows that are there
 
 Each row is a file in the working folder (out/leaderboard), written when it is done: a run that was stopped goes on
 where it stopped. A row counts as done when it was measured with the same passes, width and numbers of pictures; --again
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     text = page(known, about, RECIPES)
     args.page.parent.mkdir(parents=True, exist_ok=True)
     partial = args.page.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(args.page)
     return 0
 

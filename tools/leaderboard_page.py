@@ -39,12 +39,12 @@ class Row:
         """A row that was measured before; None where there is none, or one of another shape."""
         if not file.is_file():
             return None
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_text(encoding="utf-8"))
         return Row(**data) if set(data) == {f.name for f in fields(Row)} else None
 
     def save(self, file: Path) -> None:
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8", newline="\n")
         partial.replace(file)
 
 

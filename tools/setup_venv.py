@@ -20,7 +20,7 @@ TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_ONNXRUNTIME = "1.23.2"  # the last release of the lower bound in pyproject.toml; a test compares the two
 OLDEST_FOLDER = "oldest"  # within the environment
-OLDEST, NEWEST = (3, 10), (3, 13)
+OLDEST, NEWEST = (3, 10), (3, 14)
 PROBE_SECONDS = 5
 RUNS = f"import sys; sys.exit(not {OLDEST} <= sys.version_info[:2] <= {NEWEST})"
 

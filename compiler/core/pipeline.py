@@ -225,8 +225,8 @@ def _explain(error: Exception, program: Program, step: Pass, rest: Sequence[Pass
 def _dump(dump: Dump, number: int, name: str, program: Program, text: str, difference: str, context: Context) -> None:
     dump.folder.mkdir(parents=True, exist_ok=True)
     stem = f"{number:03d}_{name}"
-    (dump.folder / f"{stem}.txt").write_text(text)
-    (dump.folder / f"{stem}.diff").write_text(difference)
+    (dump.folder / f"{stem}.txt").write_text(text, encoding="utf-8", newline="\n")
+    (dump.folder / f"{stem}.diff").write_text(difference, encoding="utf-8", newline="\n")
     if dump.models:
         shared = dump.folder / store.WEIGHTS
         if not shared.exists():

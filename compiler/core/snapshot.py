@@ -64,13 +64,13 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
         data["plan"] = _save_plan(program.plan, folder)
     if program.correction is not None:
         program.correction.save(folder / "correction.safetensors")
-    (folder / "program.json").write_text(json.dumps(data, indent=1))
+    (folder / "program.json").write_text(json.dumps(data, indent=1), encoding="utf-8", newline="\n")
 
 
 def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
     """The program that `save` wrote, and the passes that were still to run. Raises ModelError."""
     try:
-        data = json.loads((folder / "program.json").read_text())
+        data = json.loads((folder / "program.json").read_text(encoding="utf-8"))
         model = ir.load(folder / "program.onnx")
     except (OSError, ValueError) as error:
         raise ModelError(f"this folder holds no saved program: {error}", where=str(folder)) from error

@@ -43,7 +43,7 @@ def load_model(folder: Path) -> torch.nn.Module:
 
     config_file = folder / "config.json"
     try:
-        name = json.loads(config_file.read_text()).get("_class_name")
+        name = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
         raise ModelError(
             f"cannot read the model's configuration: {error}", where=str(config_file), hint="download the model again"

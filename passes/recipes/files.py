@@ -70,7 +70,7 @@ def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
         hint = _nearest(name, list(RECIPES)) if path.suffix == "" else "check the path"
         raise RecipeError(f"there is no recipe called {name!r}, and no such file", hint=hint)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe is not valid YAML: {error}", where=name) from error
     return recipe_from_json(data, where=name, extended_by=extended_by)
