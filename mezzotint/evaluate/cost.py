@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint.runtime.bundle.bundle import MODEL, Bundle, Conditions
+from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
 

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from mezzotint.compiler.core.memory import PeakMemory
-from mezzotint.runtime.bundle.bundle import Bundle, Conditions, open_bundle
+from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
 

@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.compiler.frontend.from_onnx import import_onnx
-from mezzotint.runtime.bundle.bundle import Bundle, Conditions
+from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import json_db, psnr_db, ssim
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.session import Denoiser, running_version
 
 from ..bench.pairs import PEAK, unseen_seed

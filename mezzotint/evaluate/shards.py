@@ -22,7 +22,8 @@ import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mezzotint.runtime.bundle.bundle import Bundle, Conditions
+from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import Denoiser
 
 from ..bench.pairs import parallel_run

@@ -25,7 +25,8 @@ import numpy.typing as npt
 from ..errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
 from ..sampling.correction import Correction
 from ..sampling.deployment import Deployment
-from ..sampling.guidance import predictors
+from ..sampling.guidance import Conditions, predictors
+from ..sampling.options import SamplingOptions
 from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
 from ..session import Denoiser
@@ -40,7 +41,6 @@ CORRECTION = "correction.safetensors"
 TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
 """Keys that differ between two runs of the same compilation; wherever they stand, the digest leaves them out."""
 
-Conditions = Mapping[str, npt.NDArray[Any]]
 Progress = Callable[[int, int], None]
 """`(network calls done, of how many)`."""
 
@@ -173,15 +173,27 @@ class Bundle:
         `[1, ...]` for all, and so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the first
         call where the steps meet timesteps without a row.
         """
-        if n < 1 or batch < 1:
-            raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
-        plan = self.plan(sampler, steps, eta, guidance)
-        table = self._chosen_correction(plan, correction)
+        plan = (sampler, steps, eta, guidance)
+        options = SamplingOptions(*plan, seed, batch, correction, conditions or {}, unconditional or {})
+        return self.sample_with(options, n, first=first, threads=threads, progress=progress)
+
+    def sample_with(
+        self,
+        options: SamplingOptions,
+        n: int,
+        *,
+        first: int = 0,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Images:
+        """Return what `sample` returns, for its choices as one value."""
+        options = options.checked(n)
+        plan = self.plan(options.sampler, options.steps, options.eta, options.guidance)
+        table = self._chosen_correction(plan, options.correction)
         networks = self.denoisers(plan, threads)
-        given, other = _checked_conditions(conditions or {}, n), _checked_conditions(unconditional or {}, n)
         # A graph with its batch written in gets whole batches, and the surplus is cut off.
         fixed = networks[0].fixed_batch and networks[0].fixed_batch // (2 if plan.guided else 1)
-        size = fixed or min(batch, n)
+        size = fixed or min(options.batch, n)
         starts = range(0, n, size)
         done = 0
 
@@ -195,9 +207,10 @@ class Bundle:
         for start in starts:
             width = size if fixed else min(size, n - start)
             rows = np.minimum(np.arange(start, start + width), n - 1)
-            predict = predictors(networks, plan, _rows(given, rows), _rows(other, rows))
-            x = initial_noise(seed, (width, *self.sample_shape), first=first + start)
-            noise = seeded_noise(seed, first=first + start)
+            conditions = [_rows(arrays, rows) for arrays in (options.conditions, options.unconditional)]
+            predict = predictors(networks, plan, *conditions)
+            x = initial_noise(options.seed, (width, *self.sample_shape), first=first + start)
+            noise = seeded_noise(options.seed, first=first + start)
             x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
             parts.append(x[: n - start])
         return np.concatenate(parts)
@@ -302,11 +315,3 @@ def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
 
 def _rows(arrays: Conditions, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
     return {name: array[rows if len(array) > 1 else np.zeros_like(rows)] for name, array in arrays.items()}
-
-
-def _checked_conditions(conditions: Conditions, n: int) -> dict[str, npt.NDArray[Any]]:
-    for name, array in conditions.items():
-        shape = np.shape(array)
-        if len(shape) == 0 or shape[0] not in (1, n):
-            raise InputError(f"condition {name!r} has shape {list(shape)}", hint=f"give [{n}, ...] or [1, ...]")
-    return {name: np.asarray(array) for name, array in conditions.items()}
