@@ -11,8 +11,8 @@ import onnx_ir as ir
 from ..graph.nodes import consumers, is_op, numpy_of
 from .groups import Group, Source, is_known, is_moving, scale_of
 
-Said = tuple[str, str] | None
-"""(why, mend), or None."""
+Explanation = tuple[str, str]
+"""(reason, fix) of a rule."""
 
 
 def zero_point_of(node: ir.Node) -> ir.Value | None:

@@ -1,8 +1,8 @@
 """The fusion audit: for each quantized group of an ONNX file the kernel that onnxruntime built, or why there is none.
 
 Which kernel runs a group is read from the graph that onnxruntime saved after all its optimizations; it is never
-predicted. Rules (fusion_rules.py) then say why a group stayed in float, and what mends it. Where no rule speaks the
-verdict is `unknown`, and says so.
+predicted. The rules of rules.py then give the reason why a group stayed in float, and the fix. Where no rule
+explains a group, its verdict is `unknown`.
 
 An integer kernel that computes something else than the file says (measured: a Gemm whose bias has another scale than
 x_scale * w_scale, a weight whose scales run along the wrong axis), or that refuses to run, is no success: its verdict
@@ -26,7 +26,7 @@ from ..graph.nodes import is_op, name_of
 from .built import built_graph
 from .groups import Group, called, groups, is_moving
 from .match import Match, is_integer_kernel, moves_integers
-from .rules import NO_KERNEL, explain
+from .rules import NO_KERNEL, first_explanation
 
 ISLAND, UNQUANTIZED, GONE, UNKNOWN = "island", "not-quantized", "gone", "unknown"
 
@@ -37,8 +37,8 @@ class Verdict:
 
     `name` is its name, or that of its first output; `op` what it is in the file; `kernel` the operation that runs it,
     "" when no node of the built graph does; `integer` whether that computes on, or moves, integers as the file says.
-    `rule`, `why` and `mend` are empty where it does (`why` says of a node that is gone what became of it). `built`
-    names what the kernel makes in the built graph, `output` what the node makes in the file.
+    `rule`, `why` and `fix` are empty where it does; for a node that is gone, `why` says what became of it. `built` is
+    the first output of the kernel in the built graph, `output` that of the node in the file.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Verdict:
     integer: bool
     rule: str = ""
     why: str = ""
-    mend: str = ""
+    fix: str = ""
     built: str = ""
     output: str = ""
 
@@ -67,7 +67,7 @@ class Verdict:
             "integer": self.integer,
             "rule": self.rule,
             "why": self.why,
-            "mend": self.mend,
+            "fix": self.fix,
         }
 
 
@@ -156,17 +156,17 @@ def _verdict(group: Group, match: Match, islands: Mapping[str, str]) -> Verdict:
         return _gone(group, match, told)
     told = replace(told, kernel=kernel.op_type, built=name_of(kernel.outputs[0]))
     if is_integer_kernel(kernel) or (is_moving(group.node) and moves_integers(kernel)):
-        said = None if group.written else explain(group, broken=True)
+        said = None if group.written else first_explanation(group, broken=True)
         return _with(told, said) if said else replace(told, integer=True)
     if told.name in islands:
         return _with(told, (ISLAND, islands[told.name], "none is needed: it is in float on purpose"))
     if not group.meant:
         return _with(told, _unquantized(group))
-    return _with(told, explain(group) or _unknown(told))
+    return _with(told, first_explanation(group) or _unknown(told))
 
 
 def _with(told: Verdict, said: tuple[str, str, str]) -> Verdict:
-    return replace(told, rule=said[0], why=said[1], mend=said[2])
+    return replace(told, rule=said[0], why=said[1], fix=said[2])
 
 
 def _unknown(told: Verdict) -> tuple[str, str, str]:
@@ -192,6 +192,6 @@ def _gone(group: Group, match: Match, told: Verdict) -> Verdict:
     makers = [match.makes(q.outputs[0]) for q, _ in group.readers.quantizers]
     if is_moving(group.node) and not any(is_op(maker, "QuantizeLinear") for maker in makers):
         return replace(told, integer=True, why="it is gone with the quantizers around it")
-    if is_moving(group.node) and (said := explain(group)):
+    if is_moving(group.node) and (said := first_explanation(group)):
         return _with(told, said)
     return _with(told, (GONE, "no node runs it: it was computed beforehand, or merged with another", ""))

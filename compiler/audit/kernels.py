@@ -58,7 +58,7 @@ class Audit:
 def _why(verdict: Verdict | None) -> str:
     if verdict is None:
         return "the file has no such node any more"
-    return f"{verdict.why} ({verdict.mend})" if verdict.failed else verdict.why
+    return f"{verdict.why} ({verdict.fix})" if verdict.failed else verdict.why
 
 
 def audit(model: Path, layers: list[Layer], folder: Path, *, threads: int | None = None) -> Audit:

@@ -1,9 +1,10 @@
-"""Why onnxruntime leaves a quantized group in float: one small rule for each reason, with what mends it.
+"""Why onnxruntime leaves a quantized group in float: one small rule for each reason, with a fix.
 
-A rule explains, it predicts nothing: it is asked only for groups that the built graph runs in float, or, where `broken`
-is set, on an integer kernel that computes something else than the file says. The first rule that speaks is the reason;
-there may be another behind it. Each was measured on onnxruntime 1.31.1 (CPU, x64) with a model that fails by it and a
-twin that is mended; `source` names the file of onnxruntime that decides, below onnxruntime/core/optimizer.
+A rule explains a kernel, it does not predict one. It is asked only about groups that the built graph runs in float, or,
+where `broken` is set, on an integer kernel that computes something else than the file says. The first rule that
+explains a group gives the reason; there may be another behind it. Each rule was measured on onnxruntime 1.31.1 (CPU,
+x64) with a model that fails by it and a fixed twin. `source` names the file of onnxruntime that decides, below
+onnxruntime/core/optimizer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from ..graph.nodes import is_op, name_of
 from .facts import (
-    Said,
+    Explanation,
     activations,
     array_of,
     bias_of,
@@ -41,33 +42,33 @@ NO_KERNEL = "no-integer-kernel"
 
 @dataclass(frozen=True)
 class Rule:
-    """`speaks` gives (why, mend) for a group that it explains; `broken`: it also condemns integer kernels."""
+    """One reason. `explain(group)` returns (reason, fix), or None; `broken` rules also apply to integer kernels."""
 
     id: str
     source: str
-    speaks: Callable[[Group], Said]
+    explain: Callable[[Group], Explanation | None]
     broken: bool = False
 
 
-def explain(group: Group, *, broken: bool = False) -> tuple[str, str, str] | None:
-    """(rule, why, mend) of the first rule that speaks; None when none does. `broken` asks only what condemns."""
+def first_explanation(group: Group, *, broken: bool = False) -> tuple[str, str, str] | None:
+    """Return (rule, reason, fix) of the first rule that explains a group, or None. `broken`: of those rules only."""
     for rule in RULES:
-        said = rule.speaks(group) if rule.broken or not broken else None
+        said = rule.explain(group) if rule.broken or not broken else None
         if said is not None:
             return (rule.id, *said)
     return None
 
 
-def _block_matmul(group: Group) -> Said:
+def _block_matmul(group: Group) -> Explanation | None:
     if group.kernel != "MatMulNBits" or not activations(group) or activations(group)[0].dequantizer is None:
         return None
-    cause = next((said for rule in RULES[1:] if (said := rule.speaks(group)) is not None), None)
+    cause = next((said for rule in RULES[1:] if (said := rule.explain(group)) is not None), None)
     why = "onnxruntime made it a MatMulNBits, which dequantizes the weight block by block"
     hint = "quantize its output too, or write MatMulIntegerToFloat"
     return (f"{why}, because {cause[0]}", cause[1]) if cause else (why, hint)
 
 
-def _transposed(group: Group) -> Said:
+def _transposed(group: Group) -> Explanation | None:
     if not is_op(group.node, "ConvTranspose"):
         return None
     return (
@@ -76,7 +77,7 @@ def _transposed(group: Group) -> Said:
     )
 
 
-def _no_kernel(group: Group) -> Said:
+def _no_kernel(group: Group) -> Explanation | None:
     if group.matrix or group.written or is_op(group.node, *FUSED) or is_moving(group.node):
         return None
     mode = "" if not is_op(group.node, "Resize") else " in this mode"
@@ -86,7 +87,7 @@ def _no_kernel(group: Group) -> Said:
     )
 
 
-def _weight_only(group: Group) -> Said:
+def _weight_only(group: Group) -> Explanation | None:
     if not group.matrix or any(s.dequantizer is not None for s in activations(group)):
         return None
     weights = [s for s in group.data if s.dequantizer is not None]
@@ -99,7 +100,7 @@ def _weight_only(group: Group) -> Said:
     )
 
 
-def _float_input(group: Group) -> Said:
+def _float_input(group: Group) -> Explanation | None:
     if not group.matrix and not is_op(group.node, *FUSED):
         return None
     loose = next((s for s in group.data if s.dequantizer is None), None)
@@ -110,7 +111,7 @@ def _float_input(group: Group) -> Said:
     return f"its {kind} {x!r} does not come from a DequantizeLinear", f"quantize {x!r}, too"
 
 
-def _half(group: Group) -> Said:
+def _half(group: Group) -> Explanation | None:
     for node in quantizers(group):
         scale = scale_of(node)
         if scale.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
@@ -121,7 +122,7 @@ def _half(group: Group) -> Said:
     return None
 
 
-def _narrow_weight(group: Group) -> Said:
+def _narrow_weight(group: Group) -> Explanation | None:
     for source in group.data:
         bits = 8 if source.dequantizer is None else bits_of(source.dequantizer)
         if bits < 8 and source.dequantizer is not None:
@@ -133,7 +134,7 @@ def _narrow_weight(group: Group) -> Said:
     return None
 
 
-def _wide(group: Group) -> Said:
+def _wide(group: Group) -> Explanation | None:
     if is_moving(group.node):
         return None
     for node in quantizers(group):
@@ -145,7 +146,7 @@ def _wide(group: Group) -> Said:
     return None
 
 
-def _activation_per_channel(group: Group) -> Said:
+def _activation_per_channel(group: Group) -> Explanation | None:
     if is_moving(group.node) or group.written:
         return None
     for node in quantizers(group, weights=False):
@@ -158,7 +159,7 @@ def _activation_per_channel(group: Group) -> Said:
     return None
 
 
-def _axis_of_weight(group: Group) -> Said:
+def _axis_of_weight(group: Group) -> Explanation | None:
     axis = weight_axis(group)
     if axis is None or not group.matrix or (dq := group.data[1].dequantizer) is None or not per_channel(dq):
         return None
@@ -175,7 +176,7 @@ def _axis_of_weight(group: Group) -> Said:
     )
 
 
-def _signed_run_time(group: Group) -> Said:
+def _signed_run_time(group: Group) -> Explanation | None:
     if not group.matrix:
         return None
     for node in quantizers(group, weights=False):
@@ -189,7 +190,7 @@ def _signed_run_time(group: Group) -> Said:
     return None
 
 
-def _mover_between(group: Group) -> Said:
+def _mover_between(group: Group) -> Explanation | None:
     """A lone quantizer is carried past a mover when its scale is constant, and the mover one of a few."""
     if not group.matrix and not is_op(group.node, *FUSED):
         return None
@@ -219,7 +220,7 @@ def _mover_between(group: Group) -> Said:
     return None
 
 
-def _scaled_sum(group: Group) -> Said:
+def _scaled_sum(group: Group) -> Explanation | None:
     """Measured: QGemm knows alpha and transA, but with a bias alpha must be 1, and beta always."""
     if not is_op(group.node, "Gemm") or bias_of(group) is None:
         return None
@@ -231,7 +232,7 @@ def _scaled_sum(group: Group) -> Said:
     return f"{said}, and an integer Gemm adds its bias as it is", "multiply these factors into the weight and the bias"
 
 
-def _moved_scales(group: Group) -> Said:
+def _moved_scales(group: Group) -> Explanation | None:
     if not is_moving(group.node) or not group.data or group.data[0].dequantizer is None:
         return None
     first = group.data[0].dequantizer

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph.nodes import is_op, name_of
-from .facts import Said, array_of, bias_of, stored_type, sum_behind, zero_point_of
+from .facts import Explanation, array_of, bias_of, stored_type, sum_behind, zero_point_of
 from .groups import Group, is_known, scale_of
 
 TOLERANCE = 0.01  # of onnxruntime's own check
@@ -23,7 +23,7 @@ def _dequantized(bias: ir.Value) -> ir.Node | None:
     return maker if maker is not None and is_op(maker, "DequantizeLinear") else None
 
 
-def product_and_sum(group: Group) -> Said:
+def product_and_sum(group: Group) -> Explanation | None:
     """MatMul + Add becomes a Gemm before quantizers are looked at, with a Reshape on either side."""
     if not is_op(group.node, "MatMul") or group.kernel not in ("Gemm", "FusedGemm", "MatMulNBits"):
         return None
@@ -44,7 +44,7 @@ def product_and_sum(group: Group) -> Said:
     )
 
 
-def bias_type(group: Group) -> Said:
+def bias_type(group: Group) -> Explanation | None:
     bias = bias_of(group)
     dq = None if bias is None else _dequantized(bias)
     if bias is None or dq is None or stored_type(dq) == ir.DataType.INT32 or not group.matrix:
@@ -52,7 +52,7 @@ def bias_type(group: Group) -> Said:
     return f"its bias {name_of(bias)!r} is stored as {stored_type(dq).name}, kernels add int32", _BOTH
 
 
-def bias_scale(group: Group) -> Said:
+def bias_scale(group: Group) -> Explanation | None:
     bias = bias_of(group)
     dq = None if bias is None else _dequantized(bias)
     if bias is None or dq is None or not group.matrix or any(s.dequantizer is None for s in group.data):
@@ -90,7 +90,7 @@ def bias_scale(group: Group) -> Said:
     return None
 
 
-def float_bias(group: Group) -> Said:
+def float_bias(group: Group) -> Explanation | None:
     bias = bias_of(group)
     if bias is None or _dequantized(bias) is not None or not group.matrix or is_op(group.node, "MatMul"):
         return None

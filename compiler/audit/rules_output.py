@@ -7,7 +7,7 @@ or have one, but not one beside other readers.
 from __future__ import annotations
 
 from ..graph.nodes import is_op, name_of
-from .facts import Said, zero_point_of
+from .facts import Explanation, zero_point_of
 from .groups import Group, called, scale_of
 
 
@@ -15,7 +15,7 @@ def _output(group: Group) -> str:
     return name_of(group.node.outputs[0])
 
 
-def graph_output(group: Group) -> Said:
+def graph_output(group: Group) -> Explanation | None:
     if group.written or not group.readers.graph_output or (_may_be_float(group) and not group.readers.quantizers):
         return None
     return (
@@ -24,7 +24,7 @@ def graph_output(group: Group) -> Said:
     )
 
 
-def no_output(group: Group) -> Said:
+def no_output(group: Group) -> Explanation | None:
     if group.written or group.readers.quantizers or _may_be_float(group):
         return None
     readers = ", ".join(f"{n.op_type} ({called(n)!r})" for n in group.readers.others[:3]) or "nobody"
@@ -34,7 +34,7 @@ def no_output(group: Group) -> Said:
     )
 
 
-def two_scales(group: Group) -> Said:
+def two_scales(group: Group) -> Explanation | None:
     if group.written or len(group.node.outputs) > 1:
         return None
     scales = {(id(scale_of(q)), id(zero_point_of(q))): name_of(scale_of(q)) for q, _ in group.readers.quantizers}
@@ -47,7 +47,7 @@ def two_scales(group: Group) -> Said:
     )
 
 
-def also_in_float(group: Group) -> Said:
+def also_in_float(group: Group) -> Explanation | None:
     if group.written or not group.readers.quantizers or not group.readers.others:
         return None
     reader = group.readers.others[0]

@@ -50,14 +50,14 @@ def to_json(model: Path, found: Mapping[str, Fusion]) -> dict[str, Any]:
 
 
 def print_audit(found: Mapping[str, Fusion], *, everything: bool = False) -> None:
-    """Totals; what is not on an integer kernel, with the rule and the mend; with `everything` the rest, too."""
+    """Totals; what is not on an integer kernel, with the rule and the fix; with `everything` the rest, too."""
     for name, fusion in found.items():
         console.print_pairs(name, {**fusion.totals, "onnxruntime": fusion.onnxruntime})
         failed = [(v.name, *_kernels(v), v.rule) for v in fusion.failed]
         if failed:
             console.print_table("quantized, but not on an integer kernel", ("node", "is", "runs as", "rule"), failed)
         for v in fusion.failed:
-            console.out.print(f"{v.name}: {v.why}. What helps: {v.mend}", highlight=False, markup=False)
+            console.out.print(f"{v.name}: {v.why}. What helps: {v.fix}", highlight=False, markup=False)
         meant = [(v.name, *_kernels(v), v.rule, v.why) for v in fusion.verdicts if not v.integer and not v.failed]
         if meant:
             console.print_table("in float as the file says", ("node", "is", "runs as", "rule", "why"), meant)

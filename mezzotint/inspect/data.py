@@ -101,7 +101,7 @@ def _diff(file: Path) -> Data:
 
 
 def verdicts(bundle: Bundle) -> list[Data]:
-    """What the compilation found: {name, op, kernel, integer, rule, why, mend} for each layer, those in float first."""
+    """What the compilation found: {name, op, kernel, integer, rule, why, fix} for each layer, those in float first."""
     rows = [
         {
             "name": name,
@@ -110,7 +110,7 @@ def verdicts(bundle: Bundle) -> list[Data]:
             "integer": row["integer"],
             "rule": row.get("rule", "island" if name in bundle.manifest["islands"] else ""),
             "why": row.get("why", ""),
-            "mend": row.get("mend", ""),
+            "fix": row.get("fix", ""),
         }
         for name, row in bundle.manifest["kernels"]["layers"].items()
     ]
@@ -223,7 +223,7 @@ def _which_error(measured: Mapping[str, Any]) -> Data:
     head = f"{sum(row['share'] for row in rows):.0%} from {len(rows)} of {len(cost['rows'])} layers"
     words = {"-": "leave it"}
     lines = [
-        {"before": f"{row['share']:.0%}", "node": row["name"], "after": f"mend: {words.get(row['kind'], row['kind'])}"}
+        {"before": f"{row['share']:.0%}", "node": row["name"], "after": f"fix: {words.get(row['kind'], row['kind'])}"}
         for row in rows
     ]
     return {**card, "head": head, "lines": lines}

@@ -69,7 +69,7 @@ def measure(bundle: Bundle, wishes: Wishes, progress: Progress = silent) -> Data
 
 
 def audit_rows(bundle: Bundle, threads: int | None = None) -> list[Data]:
-    """The fusion audit by this onnxruntime, failures first: {name, op, kernel, integer, rule, why, mend}."""
+    """The fusion audit by this onnxruntime, failures first: {name, op, kernel, integer, rule, why, fix}."""
     with TemporaryDirectory() as folder:
         islands = bundle.manifest["islands"]
         found = audit_fusion(bundle.model_path, Path(folder), threads=threads, islands=islands)

@@ -50,7 +50,7 @@
   const verdict = (node) => {
     const row = M.auditOf.get(node.name);
     if (!row) return [];
-    return [["kernel", row.kernel], ["rule", row.rule], ["why", row.why], ["mend", row.mend]];
+    return [["kernel", row.kernel], ["rule", row.rule], ["why", row.why], ["fix", row.fix]];
   };
 
   const cost = (node) => {

@@ -102,7 +102,7 @@
     const columns = [
       { title: "layer", name: true, value: (r) => r.name, show: (r) => M.nodeLink(r.name) }, { title: "op", value: (r) => r.op },
       { title: "kernel", tight: true, value: (r) => r.kernel, show: (r) => M.el("span", { class: `chip ${mark(r)}` }, r.kernel) },
-      { title: "rule", value: (r) => r.rule }, { title: "why", value: (r) => r.why }, { title: "mend", value: (r) => r.mend },
+      { title: "rule", value: (r) => r.rule }, { title: "why", value: (r) => r.why }, { title: "fix", value: (r) => r.fix },
     ].filter((column) => ["layer", "kernel"].includes(column.title) || D.audit.some((row) => column.value(row)));
     const choices = [
       { label: "all", test: () => true }, { label: "in float", test: (r) => !r.integer }, { label: "integer", test: (r) => r.integer },

@@ -143,13 +143,13 @@ def test_a_quantizer_that_is_taken_away_is_seen(conditional: Compiled, tmp_path:
 
 @dataclass(frozen=True)
 class Planted:
-    """A model that fails by one rule, the kernel that it gets, words of the reason, and the mended twin."""
+    """A model that fails by one rule, the kernel that it gets, words of the reason, and the fixed twin."""
 
     rule: str
     kernel: str
     words: tuple[str, ...]
     fault: str
-    mended: str
+    fixed: str
     kind: tuple[str, str] = IMAGE
     outputs: str = ""
     op: str = "Conv"
@@ -400,7 +400,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("case", PLANTED)
-def test_a_planted_failure_is_named_and_its_mended_twin_is_integer(case: str, tmp_path: Path) -> None:
+def test_a_planted_failure_is_named_and_its_fixed_twin_is_integer(case: str, tmp_path: Path) -> None:
     planted = PLANTED[case]
     model = write_groups(tmp_path, planted.fault, planted.kind, planted.outputs)
     (verdict,) = (v for v in audited(model, tmp_path).verdicts if not v.integer)
@@ -412,10 +412,10 @@ def test_a_planted_failure_is_named_and_its_mended_twin_is_integer(case: str, tm
         planted.rule,
     )
     assert all(word in verdict.why for word in planted.words), verdict.why
-    assert verdict.mend and not verdict.integer
-    mended = audited(write_groups(tmp_path, planted.mended, planted.kind, planted.outputs), tmp_path)
-    assert mended.failed == ()
-    assert [v.integer for v in mended.verdicts if v.name == "node"] == [True]
+    assert verdict.fix and not verdict.integer
+    fixed = audited(write_groups(tmp_path, planted.fixed, planted.kind, planted.outputs), tmp_path)
+    assert fixed.failed == ()
+    assert [v.integer for v in fixed.verdicts if v.name == "node"] == [True]
 
 
 def test_every_rule_is_planted() -> None:
