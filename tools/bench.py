@@ -221,7 +221,7 @@ def _peer(bundle: Bundle, exported: Path, batch: int, threads: int | None, folde
 
     x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
     samplers.sample(record, x, bundle.schedule, bundle.deployment)
-    peer, _ = peers.quantize(peers.ONNXRUNTIME, exported, bundle.signature, calls, folder, threads)
+    peer, _ = peers.prepare_peer(peers.ONNXRUNTIME, exported, bundle.signature, calls, folder, threads)
     _, _, ratio = call_ratio(net, peer, x, bundle.deployment.timesteps[-1], repeats=15)
     print(json.dumps({"peer": "onnxruntime quantize_static, Conv+Gemm+MatMul", "speedup": round(ratio, 3)}))
 

@@ -35,14 +35,13 @@ from mezzotint.bench import peers
 from mezzotint.bench.pairs import (
     PEAK,
     Comparison,
-    Report,
     call_ratio,
     folder_bytes,
     middle_timestep,
     paired_run,
     unseen_seed,
 )
-from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.compiler.core.pipeline import Progress, Recipe
 from mezzotint.io.sources import DIGITS
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
@@ -50,13 +49,13 @@ from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.sampling import samplers
+from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser, running_version
 from mezzotint.runtime.signature import Images, Timestep
 from mezzotint.text.console import progress
 from tools.leaderboard_page import WIDTHS, Row, page
 
 OWN_WIDTH = frozenset({"float"})  # recipes without a width to set
-Predict = Callable[..., Images]
 BATCH, SIZE = 16, (32, 32)
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "leaderboard.md"
@@ -161,7 +160,7 @@ class Board:
             x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
             samplers.sample(record, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(0))
             start = time.perf_counter()
-            net, file = peers.quantize(peer, self.exported, bundle.signature, calls, Path(folder), threads)
+            net, file = peers.prepare_peer(peer, self.exported, bundle.signature, calls, Path(folder), threads)
             seconds = time.perf_counter() - start
             seed = unseen_seed(bundle)
             mine = []
@@ -183,14 +182,14 @@ class Board:
                 seconds,
             )
 
-    def quality(self, bundle: Bundle, net: Predict, drawn: Images, report: Report) -> dict[str, Any]:
+    def quality(self, bundle: Bundle, net: Network, drawn: Images, report: Progress) -> dict[str, Any]:
         """What a denoiser is like beside the float one, and the pictures that it has drawn."""
         seed = unseen_seed(bundle)
         images, sqnr = paired_run(self.exact, net, bundle, len(drawn), seed=seed, batch=BATCH, progress=report)
         psnr = psnr_db(np.clip(images, -1, 1), np.clip(drawn, -1, 1), peak=PEAK)
         return Comparison(images, drawn, sqnr, psnr).to_json()
 
-    def speed(self, bundle: Bundle, net: Predict) -> float:
+    def speed(self, bundle: Bundle, net: Network) -> float:
         exact = Denoiser(self.exported, bundle.signature, threads=self.args.threads)
         x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
         return call_ratio(exact, net, x, middle_timestep(bundle), repeats=9)[2]
@@ -216,7 +215,7 @@ class Board:
         )
 
     @cached_property
-    def exact(self) -> Predict:
+    def exact(self) -> Network:
         """The float denoiser. Every row asks it about the same latents: it remembers what it said."""
         net = Denoiser(self.exported, self.reference.signature, threads=self.args.threads)
         said: dict[tuple[Timestep, bytes], Images] = {}

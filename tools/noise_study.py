@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from mezzotint import compile_model, open_bundle
+from mezzotint.compiler.core.pipeline import Progress
 from mezzotint.frechet import FeatureNet, Moments, frechet_distance
 from mezzotint.io.files import replacing
 from mezzotint.runtime.bundle.bundle import MANIFEST, Bundle
@@ -29,6 +30,7 @@ from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
+from mezzotint.runtime.sampling.guidance import Predict
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images
 from mezzotint.text.console import progress
@@ -38,8 +40,6 @@ SAMPLERS = {"ddpm": 0.0, "ddim": 1.0, "euler-ancestral": 0.0}
 WEIGHT_BITS = (8, 4)
 CHUNK, BATCH = 500, 50
 SEED = 7  # of the pictures: others than calibration and fit have seen
-Predict = Callable[[Images, float], Images]
-Report = Callable[[str, int, int], None]
 
 
 def variants(correction: Correction) -> dict[str, Correction | None]:
@@ -48,7 +48,7 @@ def variants(correction: Correction) -> dict[str, Correction | None]:
 
 
 def draw(
-    net: Predict, bundle: Bundle, correction: Correction | None, pictures: int, folder: Path, report: Report
+    net: Predict, bundle: Bundle, correction: Correction | None, pictures: int, folder: Path, report: Progress
 ) -> Images:
     """`[pictures, C, H, W]`, in chunks that are files of the folder."""
     found = []
@@ -73,7 +73,7 @@ def _batch(net: Predict, bundle: Bundle, correction: Correction | None, first: i
 
 
 def study(
-    folder: Path, sampler: str, bits: int, pictures: int, steps: int, threads: int, parts: list[str], report: Report
+    folder: Path, sampler: str, bits: int, pictures: int, steps: int, threads: int, parts: list[str], report: Progress
 ) -> list[dict[str, Any]]:
     """A row for each part of the correction, of one sampler and one width of the weights."""
     home = folder / f"{sampler}-{steps}"
@@ -107,7 +107,7 @@ def study(
     return rows
 
 
-def _compiled(target: Path, sampler: str, bits: int, steps: int, threads: int, report: Report) -> Bundle:
+def _compiled(target: Path, sampler: str, bits: int, steps: int, threads: int, report: Progress) -> Bundle:
     if (target / MANIFEST).is_file():
         return open_bundle(target)
     return compile_model(

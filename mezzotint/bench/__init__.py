@@ -1,1 +1,1 @@
-"""What a call costs, and how near two networks are on the same inputs."""
+"""The cost of one network call, and the fidelity of one network to another on the same inputs."""

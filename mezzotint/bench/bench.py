@@ -1,12 +1,13 @@
-"""mezzotint bench: how long one call takes, what takes the time, and how far it is from the integer kernels alone.
+"""mezzotint bench: the time of one call, the operations that take it, and the floor of the integer kernels alone.
 
-Two measurements. The latency is measured on plain sessions, in blocks there and back over all that is compared (the
-float model, the bundle, other quantizers: bench_peers.py), so that a drift of the machine meets all of them alike. A
-ratio is that of the medians over all calls, its range the least and the most that blocks measured in turns gave.
+There are two measurements. The latency is measured on plain sessions, in blocks forwards and backwards over everything
+that is compared (the float model, the bundle, the peers of beside_peers.py), so that a drift of the machine affects all
+of them equally. A ratio is the ratio of the medians over all calls; its range is the smallest and the largest ratio of
+blocks measured in the same turn.
 
-The breakdown comes from onnxruntime's own profiler, on another session of the same file: it names the nodes of the
-graph that onnxruntime really built, but it lengthens the call (that of a small model by half and more), so its times
-are good for shares, not for the latency.
+The breakdown comes from onnxruntime's own profiler, on another session of the same file. It names the nodes of the
+graph that onnxruntime built, but it lengthens the call (of a small model by half and more), so its times are good for
+shares and not for the latency.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ import numpy.typing as npt
 from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.guidance import Conditions, Predict
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser, running_version, untested_version
 
 from ..text.report import model_bytes
-from .beside_peers import CALIBRATION, Rivals, Standing
-from .pairs import Latency, Predict, folder_bytes, in_turns, middle_timestep, ratio
+from .beside_peers import CALIBRATION, PeerResult, PeerRuns
+from .pairs import Latency, folder_bytes, in_turns, middle_timestep, ratio
 from .trace import Breakdown, read_trace
 
-Conditions = dict[str, npt.NDArray[Any]]
-
-PROFILED_CALLS = 10  # at most: a trace takes about 1 kB for each node of each call
+MAX_PROFILED_CALLS = 10  # a trace takes about 1 kB for each node of each call
 OPEN_SIZE = 77  # what a condition's open dimension becomes: the tokens of a CLIP prompt
 NOTES = (
     "one call is measured without the profiler; profiled times contain its own overhead, some microseconds for each "
@@ -45,7 +45,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Bench:
-    """All that `mezzotint bench` tells."""
+    """The measurements of one `mezzotint bench`."""
 
     bundle: Bundle
     inputs: Mapping[str, str]
@@ -57,12 +57,12 @@ class Bench:
     floating: Latency | None
     breakdown: Breakdown
     float_bytes: int | None = None
-    faith: dict[str, Any] | None = None
-    peers: tuple[Standing, ...] = ()
+    fidelity: dict[str, Any] | None = None
+    peers: tuple[PeerResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Times in milliseconds for one call; shares are of all kernel time, 0 to 1."""
-        found, total = self.breakdown, self.breakdown.kernel_seconds
+        breakdown, total = self.breakdown, self.breakdown.kernel_seconds
         floating = self.floating
 
         def cost(nodes: int, seconds: float) -> dict[str, Any]:
@@ -84,25 +84,25 @@ class Bench:
             "speedup_range": None if floating is None else _range(floating, self.quantized),
             "model_bytes": model_bytes(self.bundle),
             "float_bytes": self.float_bytes,
-            "faith": self.faith,
+            "fidelity": self.fidelity,
             "peers": [self._peer(peer) for peer in self.peers],
             "floor": {
-                "integer_kernels_ms": _ms(found.integer_seconds),
-                "share": round(found.integer_share, 6),
-                "call_ms": _ms(self.quantized.median * found.integer_share),
+                "integer_kernels_ms": _ms(breakdown.integer_seconds),
+                "share": round(breakdown.integer_share, 6),
+                "call_ms": _ms(self.quantized.median * breakdown.integer_share),
             },
             "profile": {
-                "calls": found.calls,
-                "call_ms": _ms(found.call_seconds),
+                "calls": breakdown.calls,
+                "call_ms": _ms(breakdown.call_seconds),
                 "kernels_ms": _ms(total),
-                "nodes": sum(o.nodes for o in found.operations),
+                "nodes": sum(o.nodes for o in breakdown.operations),
             },
-            "groups": [{"group": group, **cost(*both)} for group, both in found.groups().items()],
-            "operations": [{"op": o.op, "group": o.group, **cost(o.nodes, o.seconds)} for o in found.operations],
+            "groups": [{"group": group, **cost(*both)} for group, both in breakdown.groups().items()],
+            "operations": [{"op": o.op, "group": o.group, **cost(o.nodes, o.seconds)} for o in breakdown.operations],
             "notes": list(NOTES),
         }
 
-    def _peer(self, peer: Standing) -> dict[str, Any]:
+    def _peer(self, peer: PeerResult) -> dict[str, Any]:
         timed = None if peer.latency is None or self.floating is None else (self.floating, peer.latency)
         return {
             "peer": peer.name,
@@ -111,12 +111,12 @@ class Bench:
             "speedup": None if timed is None else round(ratio(*timed).value, 4),
             "speedup_range": None if timed is None else _range(*timed),
             "bytes": peer.bytes,
-            "faith": peer.faith,
+            "fidelity": peer.fidelity,
             "seconds_to_quantize": None if peer.seconds is None else round(peer.seconds, 2),
         }
 
 
-def measure(
+def run_bench(
     bundle: Bundle,
     *,
     batch: int | None = None,
@@ -128,17 +128,17 @@ def measure(
     calibration: int = CALIBRATION,
     progress: Progress = silent,
 ) -> Bench:
-    """Latency and breakdown of one call at the deployment's middle timestep.
+    """Measure the latency and the breakdown of one call at the deployment's middle timestep.
 
-    `batch` None is the graph's own batch size, or 1. Each is called in 2 `rounds` blocks of `repeats`. `peers` are
-    names of peers.py, which need the float model and `calibration` calls of its trajectory; one that fails says why.
-    Raises InputError for a float model that is missing or does not fit, for peers without one, and for a batch or a
-    condition that cannot be handed in.
+    `batch` None is the graph's own batch size, or 1. Each network is called in 2 `rounds` blocks of `repeats`. `peers`
+    are names of peers.py; they need the float model and `calibration` calls of its trajectory. A peer that fails is
+    reported with its error. Raises InputError for a float model that is missing or does not fit, for peers without a
+    float model, and for a batch or a condition that the graph does not accept.
     """
     if peers and float_model is None:
-        raise InputError("other quantizers begin with the float model", hint="give --float FILE.onnx")
+        raise InputError("peers start from the float model", hint="give --float FILE.onnx")
     if repeats < 1 or rounds < 1 or calibration < 1:
-        raise InputError(f"{repeats} calls, {rounds} rounds, {calibration} to calibrate on", hint="ask for at least 1")
+        raise InputError(f"{repeats} calls, {rounds} rounds, {calibration} to calibrate on", hint="each is at least 1")
     if float_model is not None and not float_model.is_file():
         raise InputError(
             "there is no such float model",
@@ -151,12 +151,12 @@ def measure(
         raise InputError(
             f"the batch size {net.fixed_batch} is written into the graph, it cannot run {batch}",
             where=str(bundle.path),
-            hint=f"leave --batch out, or say --batch {net.fixed_batch}",
+            hint=f"leave --batch out, or give --batch {net.fixed_batch}",
         )
-    made = make_conditions(net, bundle, batch)
-    rows = {name: array for name, (array, _) in made.items()}
+    conditions = make_conditions(net, bundle, batch)
+    rows = {name: array for name, (array, _) in conditions.items()}
     inputs = {bundle.signature.sample: f"float32 {[batch, *bundle.sample_shape]}, random normal"}
-    inputs |= {name: f"{array.dtype} {list(array.shape)}, {how}" for name, (array, how) in made.items()}
+    inputs |= {name: f"{array.dtype} {list(array.shape)}, {how}" for name, (array, how) in conditions.items()}
     x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
     shared = bundle, inputs, batch, threads, repeats, rounds
 
@@ -167,23 +167,24 @@ def measure(
     if float_model is None:
         return Bench(*shared, times(net)[0], None, profile(bundle, batch, rows, threads, repeats))
     exact = Denoiser(float_model, bundle.signature, threads=threads)
-    with Rivals(bundle, float_model, exact, rows, batch, threads) as rivals:
-        faith, standings = rivals.prepare(peers, calibration, progress) if peers else (None, [])
-        slow, mine, *others = times(exact, net, *rivals.nets.values())
-        standings = rivals.timed(standings, others)
-    found = profile(bundle, batch, rows, threads, repeats)
-    return Bench(*shared, mine, slow, found, folder_bytes(float_model), faith, tuple(standings))
+    with PeerRuns(bundle, float_model, exact, rows, batch, threads) as runs:
+        fidelity, results = runs.prepare(peers, calibration, progress) if peers else (None, [])
+        slow, mine, *others = times(exact, net, *runs.nets.values())
+        results = runs.timed(results, others)
+    breakdown = profile(bundle, batch, rows, threads, repeats)
+    return Bench(*shared, mine, slow, breakdown, folder_bytes(float_model), fidelity, tuple(results))
 
 
 def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tuple[npt.NDArray[Any], str]]:
-    """For each condition an array `[batch, ...]`, its rows equal, and how it was made: good for timing, not for looks.
+    """Return for each condition an array `[batch, ...]` with equal rows, and how it was made.
 
-    Open dimensions take the sample's size where they bear its name, else OPEN_SIZE.
+    The values are good for timing only. Open dimensions with the name of one of the sample's take its size, others
+    OPEN_SIZE.
     """
     declared = net.inputs[bundle.signature.sample][1]
     sizes = {d: n for d, n in zip(declared, (batch, *bundle.sample_shape), strict=True) if isinstance(d, str)}
     rng = np.random.default_rng(0)
-    made: dict[str, tuple[npt.NDArray[Any], str]] = {}
+    conditions: dict[str, tuple[npt.NDArray[Any], str]] = {}
     for name in bundle.signature.conditions:
         dtype, shape = net.inputs[name]
         # Another name for the batch is still the batch: a condition's first dimension counts samples.
@@ -194,12 +195,12 @@ def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tupl
             row, how = np.ones((1, *rest), dtype), "all true"
         else:
             row, how = np.zeros((1, *rest), dtype), "zeros"
-        made[name] = (np.repeat(row, batch, axis=0), how)
-    return made
+        conditions[name] = (np.repeat(row, batch, axis=0), how)
+    return conditions
 
 
 def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | None, repeats: int) -> Breakdown:
-    """The bundle's graph under onnxruntime's profiler; the first call warms up and is not counted."""
+    """Run the bundle's graph under onnxruntime's profiler; the first call warms up and is not counted."""
     x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
     with TemporaryDirectory(prefix="mezzotint-bench-") as folder:
         net = Denoiser(
@@ -209,7 +210,7 @@ def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | N
             deployed=bundle.deployed_timesteps,
             profile=Path(folder) / "trace",
         )
-        for _ in range(1 + min(repeats, PROFILED_CALLS)):
+        for _ in range(1 + min(repeats, MAX_PROFILED_CALLS)):
             net(x, t, **conditions)
         return read_trace(Path(net.session.end_profiling()))
 
@@ -219,8 +220,8 @@ def _ms(seconds: float) -> float:
 
 
 def _range(exact: Latency, other: Latency) -> list[float]:
-    found = ratio(exact, other)
-    return [round(found.low, 4), round(found.high, 4)]
+    speed = ratio(exact, other)
+    return [round(speed.low, 4), round(speed.high, 4)]
 
 
 def _latency(latency: Latency) -> dict[str, float]:

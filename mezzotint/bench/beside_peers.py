@@ -1,11 +1,11 @@
-"""Other quantizers of the same float model beside the bundle: speed, size, and never one without the faith.
+"""Peers of a bundle, measured on the same float model: speed, size, and always the fidelity.
 
-Each peer (peers.py) is calibrated on network calls of the float trajectory: `calibration` of them, at the batch size of
-the bench, spread evenly over as many trajectories as it takes. How near each is to the float network is measured as it
-is for the bundle, by the SQNR of epsilon at every call of other trajectories, from noise that nobody was calibrated on.
-Conditions are the bench's own, made up; guidance is left out, as everything here is about single calls.
+Each peer (peers.py) gets network calls of the float trajectory to calibrate on: `calibration` of them, at the batch
+size of the bench, spread evenly over as many trajectories as it takes. Its fidelity is measured as the bundle's: the
+SQNR of epsilon at every call of other trajectories, from noise that nothing was calibrated on. Conditions are the
+bench's own random ones; guidance is left out, because single calls are compared.
 
-What a peer says when it fails is told in its place, and the others go on.
+A peer that fails is reported with its error, and the others go on.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.sampling import samplers
+from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 
 from . import peers
-from .pairs import Latency, unseen_seed
-from .peers import Call, Images, Predict
+from .pairs import Latency, folder_bytes, unseen_seed
+from .peers import Call
 
 CALIBRATION = 16  # network calls
-PICTURES = 4  # at least, on which the SQNR is measured
+FIDELITY_IMAGES = 4  # at least, on whose trajectories the SQNR is measured
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A peer: its latency, bytes and SQNR of epsilon, or the `error` that kept it out."""
+class PeerResult:
+    """A peer's latency, bytes and fidelity, or the `error` that it failed with."""
 
     name: str
     error: str | None = None
     latency: Latency | None = None
     bytes: int | None = None
-    faith: dict[str, Any] | None = None
+    fidelity: dict[str, Any] | None = None
     seconds: float | None = None
 
 
-class Rivals:
-    """The peers of one bundle, and the folder that their files are in; a context manager.
+class PeerRuns:
+    """The peers of one bundle and the folder of their files; a context manager.
 
-    `nets` are those that work, by name, called as `net(x, t, **conditions)`; `rows` are the conditions `[batch, ...]`.
+    `nets` are the working peers by name, called as `net(x, t, **conditions)`; `rows` are the conditions `[batch, ...]`.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Rivals:
         batch: int,
         threads: int | None,
     ) -> None:
-        self.nets: dict[str, Predict] = {}
+        self.nets: dict[str, Network] = {}
         self._bundle, self._model, self._exact, self._rows = bundle, model, exact, rows
         self._batch, self._threads = batch, threads
         self._plan = bundle.plan(guidance=1.0)
         self._folder = TemporaryDirectory(prefix="mezzotint-peers-")
 
-    def __enter__(self) -> Rivals:
+    def __enter__(self) -> PeerRuns:
         return self
 
     def __exit__(
@@ -82,26 +83,26 @@ class Rivals:
 
     def prepare(
         self, names: Sequence[str], calibration: int, progress: Progress
-    ) -> tuple[dict[str, Any], list[Standing]]:
-        """(the bundle's own SQNR of epsilon, what is known of each peer before it is timed). Raises InputError."""
+    ) -> tuple[dict[str, Any], list[PeerResult]]:
+        """Return (the bundle's fidelity, the peers' results without latency). Raises InputError for unknown names."""
         if wrong := [name for name in names if name not in peers.PEERS]:
             raise InputError(f"no peer is called {wrong[0]!r}", hint=f"there are {', '.join(peers.PEERS)}")
         calls = self._calls(calibration)
-        found = []
+        results = []
         for done, name in enumerate(names):
-            progress("quantize with peers", done, len(names))
-            found.append(self._quantized(name, calls))
-        progress("quantize with peers", len(names), len(names))
-        faith = self._faith(found, progress)
-        return faith[""], [replace(peer, faith=faith.get(peer.name), error=peer.error) for peer in found]
+            progress("prepare peers", done, len(names))
+            results.append(self._prepared(name, calls))
+        progress("prepare peers", len(names), len(names))
+        fidelity = self._fidelity(progress)
+        return fidelity[""], [replace(peer, fidelity=fidelity.get(peer.name), error=peer.error) for peer in results]
 
-    def timed(self, standings: Sequence[Standing], latencies: Sequence[Latency]) -> list[Standing]:
-        """With the latencies of `nets`, in their order."""
+    def timed(self, results: Sequence[PeerResult], latencies: Sequence[Latency]) -> list[PeerResult]:
+        """Return the results with the latencies of `nets`, which come in the order of `nets`."""
         by_name = dict(zip(self.nets, latencies, strict=True))
-        return [replace(peer, latency=by_name.get(peer.name)) for peer in standings]
+        return [replace(peer, latency=by_name.get(peer.name)) for peer in results]
 
     def _calls(self, count: int) -> list[Call]:
-        """Calls of the float trajectory from the noise of the calibration's seed."""
+        """Return `count` calls of the float trajectory, from the noise of the calibration's seed."""
         trajectories = -(-count // len(self._plan.calls))
         calls: list[Call] = []
 
@@ -116,60 +117,62 @@ class Rivals:
     def _float(self, x: Images, t: Timestep) -> Images:
         return self._exact(x, t, **self._rows)
 
-    def _follow(self, net: Predict, seed: int, first: int, look: samplers.Callback | None = None) -> None:
+    def _follow(self, net: Network, seed: int, first: int, look: samplers.Callback | None = None) -> None:
         x = samplers.initial_noise(seed, (self._batch, *self._bundle.sample_shape), first=first)
         noise = samplers.seeded_noise(seed, first=first)
         samplers.sample(net, x, self._bundle.schedule, self._plan, noise=noise, callback=look)
 
-    def _quantized(self, name: str, calls: Sequence[Call]) -> Standing:
+    def _prepared(self, name: str, calls: Sequence[Call]) -> PeerResult:
         if name not in peers.available():
-            return Standing(name, "not installed")
+            return PeerResult(name, "not installed")
         folder = Path(self._folder.name) / name
         folder.mkdir()
         start = time.perf_counter()
         try:
-            net, file = peers.quantize(name, self._model, self._bundle.signature, calls, folder, self._threads)
+            net, file = peers.prepare_peer(name, self._model, self._bundle.signature, calls, folder, self._threads)
             x, t, conditions = calls[-1]
             net(x, t, **conditions)
-        except Exception as error:  # somebody else's code
-            return Standing(name, _told(error))
+        except Exception as error:  # code of other projects
+            return PeerResult(name, _first_line(error))
         self.nets[name] = net
-        return Standing(name, bytes=_bytes(file), seconds=time.perf_counter() - start)
+        return PeerResult(name, bytes=_bytes(file), seconds=time.perf_counter() - start)
 
-    def _faith(self, standings: Sequence[Standing], progress: Progress) -> dict[str, dict[str, Any]]:
-        """SQNR of epsilon by name, the bundle's under the empty one."""
+    def _fidelity(self, progress: Progress) -> dict[str, dict[str, Any]]:
+        """Return the SQNR of epsilon by name; the bundle's has the empty name."""
         mine = self._bundle.denoisers(self._plan, self._threads)
         sqnr = {name: StepSQNR() for name in ("", *self.nets)}
-        trajectories = -(-PICTURES // self._batch)
+        trajectories = -(-FIDELITY_IMAGES // self._batch)
         total, done = trajectories * len(self._plan.calls), 0
 
         def look(info: StepInfo) -> None:
             nonlocal done
-            for name, found in sqnr.items():
+            for name, errors in sqnr.items():
                 net = self.nets[name] if name else mine[info.index]
-                found.add(info.index, info.output, net(info.x, info.timestep, **self._rows))
+                errors.add(info.index, info.output, net(info.x, info.timestep, **self._rows))
             done += 1
-            progress("faith of peers", done, total)
+            progress("fidelity of peers", done, total)
 
         for i in range(trajectories):
             self._follow(self._float, unseen_seed(self._bundle), i * self._batch, look)
-        pictures = trajectories * self._batch
+        images = trajectories * self._batch
         return {
             name: {
-                "eps_sqnr_db": json_db(found.pooled()),
-                "eps_sqnr_db_worst_step": json_db(found.worst()[1]),
-                "worst_step": found.worst()[0],
-                "pictures": pictures,
+                "eps_sqnr_db": json_db(errors.pooled()),
+                "eps_sqnr_db_worst_step": json_db(errors.worst()[1]),
+                "worst_step": errors.worst()[0],
+                "pictures": images,
             }
-            for name, found in sqnr.items()
+            for name, errors in sqnr.items()
         }
 
 
 def _bytes(file: Path) -> int:
-    """Of all that a peer wrote under one name: OpenVINO has its graph and its weights in two files."""
+    """Return the size of a peer's files: OpenVINO writes its graph and its weights as two files of one name."""
+    if file.suffix == ".onnx":
+        return folder_bytes(file)
     return sum(f.stat().st_size for f in file.parent.glob(f"{file.name.partition('.')[0]}.*"))
 
 
-def _told(error: Exception) -> str:
-    what = error.what if isinstance(error, MezzotintError) else f"{type(error).__name__}: {error}"
-    return what.strip().splitlines()[0] if what.strip() else type(error).__name__
+def _first_line(error: Exception) -> str:
+    text = error.what if isinstance(error, MezzotintError) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

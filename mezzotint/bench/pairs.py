@@ -1,4 +1,4 @@
-"""Float beside quantized, paired: the same noise, the same latents, the same threads, the same run."""
+"""Paired measurements of a float and a quantized network: same noise, same latents, same threads, same run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db, psnr_db
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import predictors
+from mezzotint.runtime.sampling.guidance import Predict, predictors
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 
-Images = npt.NDArray[np.float32]
-Predict = Callable[[Images, Timestep], Images]
-Report = Callable[[str, int, int], None]
 View = Callable[[StepInfo, Images], Images]
-PEAK = 2.0  # pictures lie in [-1, 1]
+PEAK = 2.0  # images lie in [-1, 1]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`float_images` and `quantized_images` are `[n, C, H, W]`; decibels as in runtime/compare.py."""
+    """Images `[n, C, H, W]` of both networks from the same noise, and their decibels (runtime/compare.py)."""
 
     float_images: Images
     quantized_images: Images
@@ -42,7 +40,7 @@ class Comparison:
             "eps_sqnr_db_worst_step": json_db(worst),
             "worst_step": worst_step,
             "psnr_db_median": json_db(float(np.median(self.psnr))),
-            # A picture that exists: between two that are identical (infinite) there is nothing to interpolate.
+            # The value of one image: two identical ones (infinite dB) leave nothing to interpolate between.
             "psnr_db_p10": json_db(float(np.percentile(self.psnr, 10, method="lower"))),
         }
 
@@ -57,12 +55,12 @@ def compare(
     threads: int | None = None,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
     unconditional: Mapping[str, npt.NDArray[Any]] | None = None,
-    progress: Report = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Comparison:
-    """Sample `n` pictures twice from the same noise with the bundle's deployment.
+    """Sample `n` images twice from the same noise with the bundle's deployment.
 
-    The SQNR of the prediction is measured along the float trajectory, each step's latents given to both.
-    The noise is one that no pass has seen, unless a seed is given.
+    The SQNR of the prediction is measured along the float trajectory; both networks get each step's latents. Without
+    a seed the noise is one that no pass has seen.
     """
     seed = unseen_seed(bundle) if seed is None else seed
     images, sqnr = paired_run(
@@ -99,17 +97,17 @@ def paired_run(
     batch: int = 16,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
     unconditional: Mapping[str, npt.NDArray[Any]] | None = None,
-    progress: Report = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Images, StepSQNR]:
-    """(pictures `[n, C, H, W]` of the float denoiser, how near the other one is on the same latents at each step).
+    """Return (images `[n, C, H, W]` of the float network, the SQNR of the other one on the same latents at each step).
 
-    Both are called as `net(x, t, **conditions)`, the second may be a list with one for each network call; the bundle
-    says the sampler, the schedule and the sizes. With guidance the guided predictions are compared. No correction has
-    a part in it.
+    Both are called as `net(x, t, **conditions)`; the second may be a list with one for each network call. Sampler,
+    schedule and sizes are those of the bundle. With guidance the guided predictions are compared. The noise correction
+    is not applied.
     """
     options: dict[str, Any] = {"conditions": conditions, "unconditional": unconditional, "progress": progress}
-    images, found = parallel_run(exact, {"": quantized}, bundle, n, seed=seed, batch=batch, **options)
-    return images, found[""]
+    images, sqnr = parallel_run(exact, {"": quantized}, bundle, n, seed=seed, batch=batch, **options)
+    return images, sqnr[""]
 
 
 def parallel_run(
@@ -123,13 +121,14 @@ def parallel_run(
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
     unconditional: Mapping[str, npt.NDArray[Any]] | None = None,
     start: int = 0,
-    progress: Report = lambda stage, done, total: None,
+    progress: Progress = silent,
     view: View = lambda info, output: output,
     measure: Callable[[], StepSQNR] = StepSQNR,
 ) -> tuple[Images, dict[str, StepSQNR]]:
-    """`paired_run` with any number of others beside one float trajectory, of pictures start .. start + n - 1.
+    """Do `paired_run` for several networks on one float trajectory, for images start .. start + n - 1.
 
-    `view` turns what the network says for `info.x` into what is compared, `measure` makes what it is compared with.
+    `view(info, output)` turns a prediction for `info.x` into the array that is compared; `measure` makes the collector
+    of a network's errors.
     """
     sqnr = {name: measure() for name in others}
     float_images = []
@@ -142,17 +141,17 @@ def parallel_run(
         here, other = (
             {
                 name: array[first : first + rows] if len(array) > 1 else np.repeat(array, rows, axis=0)
-                for name, array in (given or {}).items()
+                for name, array in (rows_of_all or {}).items()
             }
-            for given in (conditions, unconditional)
+            for rows_of_all in (conditions, unconditional)
         )
         predict = predictors([exact], bundle.deployment, here, other)[0]
-        beside = {name: predictors(nets, bundle.deployment, here, other) for name, nets in networks.items()}
+        compared = {name: predictors(nets, bundle.deployment, here, other) for name, nets in networks.items()}
 
-        def paired(info: StepInfo, beside: Mapping[str, Sequence[Predict]] = beside) -> None:
+        def paired(info: StepInfo, compared: Mapping[str, Sequence[Predict]] = compared) -> None:
             nonlocal calls
             calls += 1
-            for name, nets in beside.items():
+            for name, nets in compared.items():
                 sqnr[name].add(info.index, view(info, info.output), view(info, nets[info.index](info.x, info.timestep)))
             progress("float, paired calls", calls, total)
 
@@ -166,7 +165,7 @@ def parallel_run(
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one network call, measured one after the other; `blocks` has the median of each block of calls."""
+    """Seconds of each measured network call; `blocks` has the median of each block of calls."""
 
     seconds: tuple[float, ...]
     blocks: tuple[float, ...] = ()
@@ -182,7 +181,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast: of the medians, and the least and the most that neighbouring blocks gave."""
+    """A speed-up: the ratio of the medians, and the smallest and the largest ratio of neighbouring blocks."""
 
     value: float
     low: float
@@ -193,7 +192,7 @@ class Ratio:
 
 
 def ratio(exact: Latency, other: Latency) -> Ratio:
-    """Seconds of the one over seconds of the other; their blocks were measured in turns (`in_turns`)."""
+    """Return how many times as fast `other` is as `exact`; their blocks were measured in turns (`in_turns`)."""
     value = exact.median / other.median
     each = [value, *(e / o for e, o in zip(exact.blocks, other.blocks, strict=True))]
     return Ratio(value, min(each), max(each))
@@ -208,11 +207,11 @@ def latencies(
     repeats: int = 7,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> list[Latency]:
-    """[quantized], or with a float model [quantized, float], of one call at the deployment's middle timestep.
+    """Return [quantized], or with a float model [quantized, float], of one call at the deployment's middle timestep.
 
-    Measured in blocks, float - quantized - float: the worker threads of one session go on spinning for a while after
-    a call, and would slow down the other one if calls took turns. The first call of a block is not counted, and only
-    the first row of each condition is used.
+    Calls are measured in blocks, float - quantized - float: the worker threads of a session spin for a while after a
+    call, and would slow down the other session if single calls took turns. The first call of a block is not counted,
+    and only the first row of each condition is used.
     """
     x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
     t = middle_timestep(bundle)
@@ -225,26 +224,26 @@ def latencies(
     if float_model is None:
         return [Latency(_block(quantized, x, t, repeats))]
     exact = on_rows(Denoiser(float_model, bundle.signature, threads=threads))
-    return list(_beside(exact, quantized, x, t, repeats))
+    return list(_in_blocks(exact, quantized, x, t, repeats))
 
 
 def call_ratio(
     exact: Predict, quantized: Predict, x: Images, t: Timestep, *, repeats: int = 7
 ) -> tuple[float, float, float]:
-    """(float seconds, quantized seconds, float / quantized) of one call of two denoisers: medians, in blocks."""
-    mine, before = _beside(exact, quantized, x, t, repeats)
+    """Return (float seconds, quantized seconds, float / quantized) of one call of two networks: medians, in blocks."""
+    mine, before = _in_blocks(exact, quantized, x, t, repeats)
     return before.median, mine.median, before.median / mine.median
 
 
 def in_turns(nets: Sequence[Predict], x: Images, t: Timestep, *, repeats: int = 7, rounds: int = 1) -> list[Latency]:
-    """One call of each of several denoisers, in blocks there and back, so that a drift meets all of them alike."""
-    found: list[list[tuple[float, ...]]] = [[] for _ in nets]
+    """Time one call of several networks, in blocks forwards and backwards: a drift affects all of them equally."""
+    blocks_of: list[list[tuple[float, ...]]] = [[] for _ in nets]
     for i in (*range(len(nets)), *reversed(range(len(nets)))) * rounds:
-        found[i].append(_block(nets[i], x, t, repeats))
-    return [Latency(sum(blocks, ()), tuple(float(np.median(block)) for block in blocks)) for blocks in found]
+        blocks_of[i].append(_block(nets[i], x, t, repeats))
+    return [Latency(sum(blocks, ()), tuple(float(np.median(block)) for block in blocks)) for blocks in blocks_of]
 
 
-def _beside(exact: Predict, quantized: Predict, x: Images, t: Timestep, repeats: int) -> tuple[Latency, Latency]:
+def _in_blocks(exact: Predict, quantized: Predict, x: Images, t: Timestep, repeats: int) -> tuple[Latency, Latency]:
     before, mine, after = (_block(net, x, t, repeats) for net in (exact, quantized, exact))
     return Latency(mine), Latency(before + after)
 
@@ -268,7 +267,7 @@ def latency_ratio(
     repeats: int = 7,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> tuple[float, float, float]:
-    """(float seconds, quantized seconds, float / quantized) of one network call: the medians of `latencies`."""
+    """Return (float seconds, quantized seconds, float / quantized) of one network call: the medians of `latencies`."""
     quantized, exact = latencies(
         bundle, batch, float_model=float_model, threads=threads, repeats=repeats, conditions=conditions
     )
@@ -276,15 +275,15 @@ def latency_ratio(
 
 
 def unseen_seed(bundle: Bundle) -> int:
-    """A seed from which neither the calibration nor any pass drew."""
+    """Return a seed that neither the calibration nor any pass draws from."""
     return int(bundle.manifest["calibration"]["seed"]) + samplers.EVALUATION
 
 
 def middle_timestep(bundle: Bundle) -> Timestep:
-    """The timestep in the middle of the deployment's calls: what one call costs is measured there."""
+    """Return the timestep in the middle of the deployment's calls; the cost of one call is measured there."""
     return bundle.deployment.calls[len(bundle.deployment.calls) // 2]
 
 
 def folder_bytes(model: Path) -> int:
-    """Bytes of an ONNX file and of the external data beside it."""
+    """Return the bytes of an ONNX file and of its external data."""
     return sum(f.stat().st_size for f in model.parent.glob(f"{model.name}*") if f.is_file())

@@ -1,14 +1,21 @@
-"""Other quantizers on the same float model: what a user would take instead, measured beside ours.
+"""Other ways to run the same float model: what a user would take instead, measured in the same run.
 
-A peer gets the float ONNX file and network calls of the float trajectory to calibrate on, and gives back something to
-call. onnxruntime's quantizer is always there; OpenVINO with NNCF where both are installed. Conditions of a model are
-calibrated on as they came with the calls.
+A peer gets the float ONNX file and network calls of the float trajectory, and returns a network to call:
+
+    onnxruntime            onnxruntime's own quantizer (quantize_static), 8 bits
+    openvino-f32           OpenVINO without quantization, in float32
+    openvino-bf16          the same with INFERENCE_PRECISION_HINT bf16, where the processor has bfloat16 units
+    openvino-nncf          OpenVINO with NNCF's post-training quantization, 8 bits, all else in float32
+    openvino-nncf-smooth   the same with model_type TRANSFORMER, which turns NNCF's SmoothQuant on
+
+onnxruntime's quantizer is always there, the others where their packages are installed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,31 +24,47 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Signature, Timestep
+from mezzotint.runtime.signature import Images, Signature, Timestep
 
-Images = npt.NDArray[np.float32]
-Predict = Callable[..., Images]
-"""`net(x, timestep, **conditions)`."""
 Call = tuple[Images, Timestep, Mapping[str, npt.NDArray[Any]]]  # (x [B, C, H, W], timestep, conditions [B, ...])
-PEERS = ONNXRUNTIME, NNCF = "onnxruntime", "openvino-nncf"
+Feed = dict[str, npt.NDArray[Any]]
+ONNXRUNTIME, NNCF, NNCF_SMOOTH = "onnxruntime", "openvino-nncf", "openvino-nncf-smooth"
+OPENVINO_F32, OPENVINO_BF16 = "openvino-f32", "openvino-bf16"
+PEERS = (ONNXRUNTIME, OPENVINO_F32, OPENVINO_BF16, NNCF, NNCF_SMOOTH)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a peer starts from: the float file, its signature, feeds of the float trajectory, a folder to write into."""
+
+    model: Path
+    signature: Signature
+    feeds: Sequence[Feed]
+    folder: Path
+    threads: int | None
 
 
 def available() -> list[str]:
-    """The peers that can run here."""
-    return [ONNXRUNTIME, *([NNCF] if find_spec("nncf") and find_spec("openvino") else [])]
+    """Return the peers that can run here."""
+    openvino = find_spec("openvino") is not None
+    nncf = openvino and find_spec("nncf") is not None
+    needs = {ONNXRUNTIME: True, OPENVINO_F32: openvino, OPENVINO_BF16: openvino, NNCF: nncf, NNCF_SMOOTH: nncf}
+    return [peer for peer in PEERS if needs[peer]]
 
 
-def quantize(
+def prepare_peer(
     peer: str, model: Path, signature: Signature, calls: Sequence[Call], folder: Path, threads: int | None
-) -> tuple[Predict, Path]:
-    """A peer's 8-bit denoiser of a float ONNX file, and the file that it wrote.
+) -> tuple[Network, Path]:
+    """Return a peer's network for a float ONNX file, and the file that it runs from.
 
-    The calls have one batch size, and NNCF's denoiser takes no other. Raises InputError for a peer that is not
-    installed, for no calls, and for calls without the model's conditions; the peer's own errors come as they are.
+    The calls have one batch size, and OpenVINO's networks take no other. Raises InputError for a peer that is not
+    installed, for no calls, for calls without the model's conditions, and for bfloat16 on a processor that has none;
+    the peer's own errors pass through.
     """
     if peer not in available():
-        raise InputError(f"{peer} is not installed", hint=f"here are: {', '.join(available())}")
+        raise InputError(f"{peer} is not installed", hint=f"installed are: {', '.join(available())}")
     if not calls:
         raise InputError("there are no calls to calibrate on", hint="record some on the float trajectory")
     for _, _, conditions in calls:
@@ -51,39 +74,36 @@ def quantize(
                 hint="record them with the calls",
             )
     feeds = _feeds(Denoiser(model, signature, threads=threads), calls)
-    if peer == ONNXRUNTIME:
-        file = _onnxruntime(model, feeds, folder)
-        return Denoiser(file, signature, threads=threads), file
-    return _nncf(model, signature, feeds, folder, threads)
+    return _PREPARE[peer](_Job(model, signature, feeds, folder, threads))
 
 
-def _feeds(net: Denoiser, calls: Sequence[Call]) -> list[dict[str, npt.NDArray[Any]]]:
-    """What the graph is fed in each call, the timestep in the type and the shape that it declares."""
+def _feeds(net: Denoiser, calls: Sequence[Call]) -> list[Feed]:
+    """Return the graph's inputs in each call, the timestep in the type and the shape that the graph declares."""
     dtype, shape = net.inputs[net.signature.timestep]
-    found = []
+    feeds = []
     for x, t, conditions in calls:
         size = tuple(d if isinstance(d, int) else len(x) for d in shape)
-        found.append({net.signature.sample: x, net.signature.timestep: np.full(size, t, dtype), **conditions})
-    return found
+        feeds.append({net.signature.sample: x, net.signature.timestep: np.full(size, t, dtype), **conditions})
+    return feeds
 
 
-def _onnxruntime(model: Path, feeds: Sequence[dict[str, npt.NDArray[Any]]], folder: Path) -> Path:
+def _onnxruntime(job: _Job) -> tuple[Network, Path]:
     """quantize_static with the operations that pay on the CPU, uint8 activations and int8 weights per channel."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._rows = iter(feeds)
+            self._rows = iter(job.feeds)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self._rows, None)
 
-    path = folder / "onnxruntime.onnx"
+    path = job.folder / "onnxruntime.onnx"
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it advises its own preprocessing, on the root logger
     try:
         quantize_static(
-            str(model),
+            str(job.model),
             str(path),
             Reader(),
             quant_format=QuantFormat.QDQ,
@@ -94,31 +114,70 @@ def _onnxruntime(model: Path, feeds: Sequence[dict[str, npt.NDArray[Any]]], fold
         )
     finally:
         logging.disable(level)
-    return path
+    return Denoiser(path, job.signature, threads=job.threads), path
 
 
-def _nncf(
-    model: Path, signature: Signature, feeds: Sequence[dict[str, npt.NDArray[Any]]], folder: Path, threads: int | None
-) -> tuple[Predict, Path]:
-    """NNCF's post-training quantization with its defaults, run by OpenVINO on the CPU, all else in float32."""
+def _openvino_f32(job: _Job) -> tuple[Network, Path]:
+    import openvino
+
+    return _compiled(job, openvino.Core().read_model(job.model), "f32"), job.model
+
+
+def _openvino_bf16(job: _Job) -> tuple[Network, Path]:
+    """OpenVINO converts the weights when it compiles: the file stays the float one."""
+    import openvino
+
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):  # the hint would be ignored silently
+        raise InputError("this processor has no bfloat16 units: OpenVINO would run in float32")
+    return _compiled(job, core.read_model(job.model), "bf16"), job.model
+
+
+def _nncf(job: _Job, **options: Any) -> tuple[Network, Path]:
+    """NNCF's post-training quantization, run by OpenVINO on the CPU, all else in float32."""
     import nncf
     import openvino
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    read = openvino.Core().read_model(model)
-    quantized = nncf.quantize(read, nncf.Dataset(list(feeds)), subset_size=len(feeds))
-    path = folder / "nncf.xml"
+    graph = openvino.Core().read_model(job.model)
+    quantized = nncf.quantize(graph, nncf.Dataset(list(job.feeds)), subset_size=len(job.feeds), **options)
+    path = job.folder / "nncf.xml"
     openvino.save_model(quantized, path, compress_to_fp16=False)
-    first = feeds[0]
-    quantized.reshape({name: list(array.shape) for name, array in first.items()})
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
-    request = openvino.Core().compile_model(quantized, "CPU", options).create_infer_request()
+    return _compiled(job, quantized, "f32"), path.with_suffix(".bin")
+
+
+def _nncf_smooth(job: _Job) -> tuple[Network, Path]:
+    import nncf
+
+    return _nncf(job, model_type=nncf.ModelType.TRANSFORMER)
+
+
+def _compiled(job: _Job, graph: Any, precision: str) -> Network:
+    """Return OpenVINO's network of a graph for the shapes of the first feed, with one precision for what is float."""
+    import openvino
+
+    first = job.feeds[0]
+    graph.reshape({name: list(array.shape) for name, array in first.items()})
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+    if job.threads is not None:
+        options["INFERENCE_NUM_THREADS"] = job.threads
+    request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
 
     def predict(x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
-        time = np.full_like(first[signature.timestep], t)
-        given = {signature.sample: x, signature.timestep: time, **conditions}
-        return np.array(request.infer(given)[0], np.float32)
+        feed = {
+            job.signature.sample: x,
+            job.signature.timestep: np.full_like(first[job.signature.timestep], t),
+            **conditions,
+        }
+        return np.array(request.infer(feed)[0], np.float32)
 
-    return predict, path.with_suffix(".bin")
+    return predict
+
+
+_PREPARE: dict[str, Callable[[_Job], tuple[Network, Path]]] = {
+    ONNXRUNTIME: _onnxruntime,
+    OPENVINO_F32: _openvino_f32,
+    OPENVINO_BF16: _openvino_bf16,
+    NNCF: _nncf,
+    NNCF_SMOOTH: _nncf_smooth,
+}

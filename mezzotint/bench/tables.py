@@ -1,4 +1,4 @@
-"""What `mezzotint bench` found, as tables."""
+"""The results of `mezzotint bench` as tables."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..text import console
 
 
 def print_bench(found: dict[str, Any]) -> None:
-    """Bench.to_json for people."""
+    """Print `Bench.to_json` as tables."""
     call, slow, floor, traced = found["call_ms"], found["float_call_ms"], found["floor"], found["profile"]
     calls = 2 * found["rounds"] * found["repeats"]
     pairs = {
         "onnxruntime": found["onnxruntime"] + ("" if found["onnxruntime_tested"] else " (not tested)"),
         "threads": f"{found['threads']}, pinned",
         "timestep": found["timestep"],
-        **{f"input {name}": made for name, made in found["inputs"].items()},
+        **{f"input {name}": array for name, array in found["inputs"].items()},
         "one call": _call(call, calls),
     }
     if slow is not None:
@@ -40,7 +40,7 @@ def print_bench(found: dict[str, Any]) -> None:
 
 
 def _print_peers(found: dict[str, Any]) -> None:
-    """All that quantize the same float model, with speed, size and faith."""
+    """Print the networks of the same float model, with speed, size and fidelity."""
     mine = {
         "peer": "this bundle",
         "error": None,
@@ -48,7 +48,7 @@ def _print_peers(found: dict[str, Any]) -> None:
         "speedup": found["speedup"],
         "speedup_range": found["speedup_range"],
         "bytes": found["model_bytes"],
-        "faith": found["faith"],
+        "fidelity": found["fidelity"],
     }
     rows: list[tuple[str, ...]]
     rows = [("fp32 onnxruntime", f"{found['float_call_ms']['median']:.3f}", "1", _mb(found["float_bytes"]), "", "")]
@@ -58,10 +58,10 @@ def _print_peers(found: dict[str, Any]) -> None:
             continue
         low, high = peer["speedup_range"]
         speed = f"{peer['speedup']:.2f}x ({low:.2f} to {high:.2f})"
-        faith = (_db(peer["faith"][key]) for key in ("eps_sqnr_db", "eps_sqnr_db_worst_step"))
-        rows.append((peer["peer"], f"{peer['call_ms']['median']:.3f}", speed, _mb(peer["bytes"]), *faith))
+        fidelity = (_db(peer["fidelity"][key]) for key in ("eps_sqnr_db", "eps_sqnr_db_worst_step"))
+        rows.append((peer["peer"], f"{peer['call_ms']['median']:.3f}", speed, _mb(peer["bytes"]), *fidelity))
     columns = ("", "one call, ms", "speed-up", "file", "SQNR of epsilon, dB", "worst step, dB")
-    console.print_table(f"beside others, batch {found['batch']}, {found['threads']} threads", columns, rows)
+    console.print_table(f"beside peers, batch {found['batch']}, {found['threads']} threads", columns, rows)
 
 
 def _call(latency: dict[str, float], calls: int) -> str:

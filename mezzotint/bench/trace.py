@@ -1,4 +1,4 @@
-"""onnxruntime's own profile of a session, summed up by operation, by group of operations, and by node."""
+"""onnxruntime's own profile of a session, summed by operation, by group of operations and by node."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from mezzotint.compiler.audit.kernels import FLOAT_KERNELS, INTEGER_KERNELS
 from mezzotint.compiler.errors import OutputError
 
-INTEGER = "integer kernels"
+INTEGER_GROUP = "integer kernels"
 OTHER = "other"
 _MEMBERS = {
-    INTEGER: INTEGER_KERNELS | {"ConvInteger"},
+    INTEGER_GROUP: INTEGER_KERNELS | {"ConvInteger"},
     "float kernels": FLOAT_KERNELS,
     "layout": "Transpose Reshape ReorderInput ReorderOutput Concat Split Slice Gather Squeeze Unsqueeze Flatten Expand "
     "Identity DepthToSpace SpaceToDepth",
@@ -41,7 +41,7 @@ _ADDED = re.compile(r"(_token_\d+|_nchwc|_nhwc|/\w*Fusion/?|/duplicated|_transpo
 
 @dataclass(frozen=True)
 class Operation:
-    """One kind of node of the built graph: how many there are, and what they take in one call together."""
+    """One kind of node of the built graph: the number of nodes, and the seconds of all of them in one call."""
 
     op: str
     group: str
@@ -51,7 +51,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """What the profiler saw: `calls` profiled calls of `call_seconds` each in the median, the profiler included.
+    """A profile of `calls` calls, with a median of `call_seconds` each, the profiler's own time included.
 
     `nodes` are the seconds of each node of the built graph, by the name that onnxruntime gave it.
     """
@@ -67,15 +67,15 @@ class Breakdown:
 
     @property
     def integer_seconds(self) -> float:
-        return sum(o.seconds for o in self.operations if o.group == INTEGER)
+        return sum(o.seconds for o in self.operations if o.group == INTEGER_GROUP)
 
     @property
     def integer_share(self) -> float:
-        """The integer convolutions and matmuls' part of the time that is spent in kernels, 0 to 1."""
+        """The share of integer convolutions and matmuls in all kernel time, 0 to 1."""
         return self.integer_seconds / self.kernel_seconds if self.kernel_seconds else 0.0
 
     def groups(self) -> dict[str, tuple[int, float]]:
-        """(nodes, seconds) of each group that occurs, in the order of GROUPS."""
+        """Return (nodes, seconds) of each group that occurs, in the order of GROUPS."""
         members = {group: [o for o in self.operations if o.group == group] for group in GROUPS}
         return {g: (sum(o.nodes for o in ops), sum(o.seconds for o in ops)) for g, ops in members.items() if ops}
 
@@ -114,7 +114,7 @@ def read_trace(path: Path) -> Breakdown:
 
 
 def group_of(op: str) -> str:
-    """The group that an operation is counted in; QLinearAdd, QLinearConcat ... like their float forms."""
+    """Return the group of an operation; QLinearAdd, QLinearConcat ... are grouped as their float forms."""
     return _GROUP_OF.get(op) or _GROUP_OF.get(op.removeprefix("QLinear"), OTHER)
 
 
@@ -126,9 +126,9 @@ def _no_trace(path: Path, why: str) -> OutputError:
     )
 
 
-def node_seconds(found: Breakdown) -> dict[str, float]:
-    """Seconds by the name that a node, or the value that it makes, had before onnxruntime rewrote it."""
+def node_seconds(breakdown: Breakdown) -> dict[str, float]:
+    """Return seconds by the name that a node, or its output value, had before onnxruntime rewrote it."""
     spent: defaultdict[str, float] = defaultdict(float)
-    for name, seconds in found.nodes.items():
+    for name, seconds in breakdown.nodes.items():
         spent[_ADDED.sub("", name)] += seconds
     return dict(spent)

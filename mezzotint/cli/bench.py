@@ -18,7 +18,7 @@ def bench(
         Path | None, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote, to compare with.")
     ] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Other quantizers of --float: onnxruntime's; OpenVINO with NNCF if there.")
+        bool, typer.Option("--peers", help="Measure peers of --float too: onnxruntime's quantizer, OpenVINO, NNCF.")
     ] = False,
     calibration: Annotated[int, typer.Option(min=1, help="Float calls that peers are calibrated on.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Calls in one block of the measurement.")] = 8,
@@ -28,7 +28,7 @@ def bench(
     """How long one call takes, which operations take the time, and how far that is from the integer kernels alone."""
     from mezzotint.runtime.bundle.bundle import open_bundle
 
-    from ..bench.bench import measure
+    from ..bench.bench import run_bench
     from ..bench.peers import PEERS
     from ..bench.tables import print_bench
     from ..doctor import untested_onnxruntime
@@ -37,7 +37,7 @@ def bench(
     if warning := untested_onnxruntime():
         console.print_warning(warning)
     with console.progress(quiet=json) as report:
-        found = measure(
+        found = run_bench(
             open_bundle(bundle),
             batch=batch,
             threads=threads,

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, Predict
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
 
-from ..bench.pairs import Latency, Predict, Ratio, folder_bytes, in_turns, middle_timestep
+from ..bench.pairs import Latency, Ratio, folder_bytes, in_turns, middle_timestep
 from ..text.report import model_bytes
 from .memory import memory_of_one_call
 

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mezzotint import Bundle, compile_model
 from mezzotint.cli.app import app
+from mezzotint.text import console
 
 if TYPE_CHECKING:
     import torch
@@ -276,8 +277,10 @@ Cli = Callable[..., Answer]
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`cli("compile", path, ...)` runs a command in this process."""
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`cli("compile", path, ...)` runs a command in this process, on a console so wide that no table wraps."""
+    for stream in (console.out, console.err):
+        monkeypatch.setattr(stream, "width", 1000)
 
     def run(*arguments: object) -> Answer:
         capsys.readouterr()

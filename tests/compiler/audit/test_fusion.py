@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.bench.peers import Call, quantize
+from mezzotint.bench.peers import Call, prepare_peer
 from mezzotint.compiler.audit.fusion import Fusion, Verdict, audit_fusion
 from mezzotint.compiler.audit.rules import RULES
 from mezzotint.compiler.errors import ModelError, OutputError
@@ -460,7 +460,7 @@ class TestOtherFiles:
 
     def test_that_of_onnxruntimes_own_quantizer(self, hand: Compiled, tmp_path: Path) -> None:
         calls: list[Call] = [(np.zeros((1, 1, 8, 8), np.float32), 0, {})]
-        _, model = quantize("onnxruntime", hand.exported, hand.bundle.signature, calls, tmp_path, 1)
+        _, model = prepare_peer("onnxruntime", hand.exported, hand.bundle.signature, calls, tmp_path, 1)
         fusion = audited(model, tmp_path)
         kernels = built_kernels(model, tmp_path)
         assert disagreements(fusion.verdicts, kernels) == set()

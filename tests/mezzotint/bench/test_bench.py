@@ -17,7 +17,7 @@ import pytest
 from mezzotint import compile_model, doctor
 from mezzotint.bench import bench, peers
 from mezzotint.bench.pairs import Latency, Ratio, paired_run, ratio, unseen_seed
-from mezzotint.bench.trace import GROUPS, INTEGER, Breakdown, group_of, read_trace
+from mezzotint.bench.trace import GROUPS, INTEGER_GROUP, Breakdown, group_of, read_trace
 from mezzotint.compiler.audit.kernels import audit
 from mezzotint.compiler.errors import OutputError
 from mezzotint.runtime.bundle.bundle import Bundle
@@ -32,7 +32,7 @@ UNTESTED = "1.99.0"
 
 @pytest.fixture(scope="module")
 def measured(hand: Compiled) -> bench.Bench:
-    return bench.measure(hand.bundle, batch=2, threads=THREADS, float_model=hand.exported, repeats=3)
+    return bench.run_bench(hand.bundle, batch=2, threads=THREADS, float_model=hand.exported, repeats=3)
 
 
 def built_operations(bundle: Bundle, folder: Path) -> Counter[str]:
@@ -51,7 +51,7 @@ def check_breakdown(found: Breakdown, built: Mapping[str, int]) -> None:
     assert sum(nodes for nodes, _ in groups.values()) == sum(built.values())
     assert math.isclose(sum(seconds for _, seconds in groups.values()), found.kernel_seconds, rel_tol=1e-9)
     assert 0 < found.integer_share < 1
-    assert math.isclose(found.integer_share * found.kernel_seconds, groups[INTEGER][1], rel_tol=1e-9)
+    assert math.isclose(found.integer_share * found.kernel_seconds, groups[INTEGER_GROUP][1], rel_tol=1e-9)
     assert 0 < found.kernel_seconds <= found.call_seconds
 
 
@@ -63,7 +63,7 @@ class TestBreakdown:
     ) -> None:
         check_breakdown(measured.breakdown, built_operations(hand.bundle, tmp_path))
 
-        assert measured.breakdown.groups()[INTEGER][0] == INTEGER_LAYERS
+        assert measured.breakdown.groups()[INTEGER_GROUP][0] == INTEGER_LAYERS
         assert measured.breakdown.calls == 3
         times = [o.seconds for o in measured.breakdown.operations]
         assert times == sorted(times, reverse=True)
@@ -98,16 +98,16 @@ class TestBreakdown:
     def test_a_float_bundle_has_no_integer_kernels(self, hand: Compiled, tmp_path: Path) -> None:
         bundle = compile_model(hand.exported, tmp_path / "b", recipe="float", **SMALL)
 
-        told = bench.measure(bundle, threads=THREADS, repeats=1).to_json()
+        told = bench.run_bench(bundle, threads=THREADS, repeats=1).to_json()
 
         assert told["floor"] == {"integer_kernels_ms": 0.0, "share": 0.0, "call_ms": 0.0}
-        assert INTEGER not in [row["group"] for row in told["groups"]]
+        assert INTEGER_GROUP not in [row["group"] for row in told["groups"]]
 
     @pytest.mark.parametrize(
         ("op", "group"),
         [
-            ("QLinearConv", INTEGER),
-            ("QLinearMatMul", INTEGER),
+            ("QLinearConv", INTEGER_GROUP),
+            ("QLinearMatMul", INTEGER_GROUP),
             ("FusedConv", "float kernels"),
             ("ReorderInput", "layout"),
             ("QLinearConcat", "layout"),
@@ -177,7 +177,7 @@ class TestMeasure:
         low, high = told["speedup_range"]
         each = [s / q for s, q in zip(measured.floating.blocks, measured.quantized.blocks, strict=True)]
         assert (low, high) == pytest.approx((min(*each, ratio), max(*each, ratio)), abs=1e-4)
-        assert (told["peers"], told["faith"]) == ([], None)
+        assert (told["peers"], told["fidelity"]) == ([], None)
         assert told["floor"]["call_ms"] < told["call_ms"]["median"]
         assert told["timestep"] == measured.bundle.deployment.timesteps[2]
         assert told["inputs"] == {"x": "float32 [2, 1, 8, 8], random normal"}
@@ -189,7 +189,7 @@ class TestMeasure:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-        found = bench.measure(hand.bundle, threads=THREADS, repeats=1)
+        found = bench.run_bench(hand.bundle, threads=THREADS, repeats=1)
 
         assert found.floating is None
         assert found.to_json()["speedup"] is found.to_json()["speedup_range"] is None
@@ -200,7 +200,7 @@ class TestMeasure:
         given = {"context": np.ones((2, 6), np.float32)}
         bundle = compile_model(source, tmp_path / "b", conditions=given, **SMALL)
 
-        found = bench.measure(bundle, batch=3, threads=THREADS, float_model=source, repeats=1)
+        found = bench.run_bench(bundle, batch=3, threads=THREADS, float_model=source, repeats=1)
 
         assert found.inputs["context"] == "float32 [3, 6], random normal"
 
@@ -232,9 +232,9 @@ class TestMeasure:
         source = write(hand_written(batch=2), tmp_path / "m.onnx")
         bundle = compile_model(source, tmp_path / "b", **{**SMALL, "calibration_batch": 2})
 
-        assert bench.measure(bundle, threads=THREADS, repeats=1).batch == 2
+        assert bench.run_bench(bundle, threads=THREADS, repeats=1).batch == 2
         with pytest.raises(InputError, match="batch size 2 is written into the graph") as refused:
-            bench.measure(bundle, batch=3, threads=THREADS, repeats=1)
+            bench.run_bench(bundle, batch=3, threads=THREADS, repeats=1)
         assert "--batch 2" in str(refused.value.hint)
 
 
@@ -244,9 +244,9 @@ class TestPeers:
     @pytest.fixture(scope="class")
     def told(self, hand: Compiled) -> dict[str, Any]:
         options: dict[str, Any] = {"batch": 2, "threads": THREADS, "repeats": 2, "rounds": 1, "calibration": 6}
-        return bench.measure(hand.bundle, float_model=hand.exported, peers=peers.PEERS, **options).to_json()
+        return bench.run_bench(hand.bundle, float_model=hand.exported, peers=peers.PEERS, **options).to_json()
 
-    def test_each_has_speed_size_and_faith(self, told: dict[str, Any], hand: Compiled) -> None:
+    def test_each_has_speed_size_and_fidelity(self, told: dict[str, Any], hand: Compiled) -> None:
         peer = next(p for p in told["peers"] if p["peer"] == peers.ONNXRUNTIME)
 
         assert json.loads(json.dumps(told, allow_nan=False)) == told
@@ -255,40 +255,42 @@ class TestPeers:
         assert 0 < low <= peer["speedup"] <= high
         assert peer["speedup"] == pytest.approx(told["float_call_ms"]["median"] / peer["call_ms"]["median"], rel=0.01)
         assert peer["bytes"] > 0 and told["float_bytes"] == hand.exported.stat().st_size
-        for faith in (peer["faith"], told["faith"]):
-            assert faith["pictures"] == 4 and 5 < faith["eps_sqnr_db_worst_step"] <= faith["eps_sqnr_db"]
+        for fidelity in (peer["fidelity"], told["fidelity"]):
+            assert fidelity["pictures"] == 4 and 5 < fidelity["eps_sqnr_db_worst_step"] <= fidelity["eps_sqnr_db"]
 
-    def test_the_faith_is_that_of_a_paired_run(self, told: dict[str, Any], hand: Compiled) -> None:
+    def test_the_fidelity_is_that_of_a_paired_run(self, told: dict[str, Any], hand: Compiled) -> None:
         exact = Denoiser(hand.exported, hand.bundle.signature, threads=THREADS)
         nets = hand.bundle.denoisers(threads=THREADS)
         _, sqnr = paired_run(exact, nets, hand.bundle, 4, seed=unseen_seed(hand.bundle), batch=2)
 
-        assert told["faith"]["eps_sqnr_db"] == pytest.approx(sqnr.pooled(), rel=1e-6)
+        assert told["fidelity"]["eps_sqnr_db"] == pytest.approx(sqnr.pooled(), rel=1e-6)
 
-    @pytest.mark.skipif(peers.NNCF in peers.available(), reason="NNCF is installed")
-    def test_what_is_not_installed_is_told(self, told: dict[str, Any]) -> None:
-        peer = next(p for p in told["peers"] if p["peer"] == peers.NNCF)
+    @pytest.mark.parametrize("name", peers.PEERS[1:])
+    def test_what_is_not_installed_is_reported(self, told: dict[str, Any], name: str) -> None:
+        if name in peers.available():
+            pytest.skip(f"{name} is installed")
+        peer = next(p for p in told["peers"] if p["peer"] == name)
 
         assert peer["error"] == "not installed"
-        assert peer["call_ms"] is peer["speedup"] is peer["faith"] is None
+        assert peer["call_ms"] is peer["speedup"] is peer["fidelity"] is None
 
     def test_one_that_fails_does_not_stop_the_others(
         self, cli: Cli, hand: Compiled, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        quantize = peers.quantize
+        prepare_peer = peers.prepare_peer
 
         def fail(peer: str, *rest: Any) -> Any:
-            if peer == peers.NNCF:
+            if peer != peers.ONNXRUNTIME:
                 raise RuntimeError("unsupported operation Foo\nat line 7")
-            return quantize(peer, *rest)
+            return prepare_peer(peer, *rest)
 
         monkeypatch.setattr(peers, "available", lambda: list(peers.PEERS))
-        monkeypatch.setattr(peers, "quantize", fail)
+        monkeypatch.setattr(peers, "prepare_peer", fail)
         words = ("--float", hand.exported, "--peers", "--repeats", 1, "--rounds", 1, "--calibration", 2, "--json")
 
         told = json.loads(cli("bench", hand.bundle.path, *words).out)
 
-        assert [p["error"] for p in told["peers"]] == [None, "RuntimeError: unsupported operation Foo"]
+        assert [p["error"] for p in told["peers"]] == [None, *["RuntimeError: unsupported operation Foo"] * 4]
         assert told["peers"][0]["speedup"] > 0
 
     def test_conditions_are_calibrated_on(self, tmp_path: Path) -> None:
@@ -296,27 +298,27 @@ class TestPeers:
         bundle = compile_model(source, tmp_path / "b", conditions={"context": np.ones((2, 6), np.float32)}, **SMALL)
         options: dict[str, Any] = {"threads": THREADS, "repeats": 1, "rounds": 1, "calibration": 3}
 
-        found = bench.measure(bundle, float_model=source, peers=[peers.ONNXRUNTIME], **options)
+        found = bench.run_bench(bundle, float_model=source, peers=[peers.ONNXRUNTIME], **options)
 
         assert found.peers[0].error is None and found.peers[0].latency is not None
-        assert found.peers[0].faith is not None and found.peers[0].faith["eps_sqnr_db"] > 10
+        assert found.peers[0].fidelity is not None and found.peers[0].fidelity["eps_sqnr_db"] > 10
 
     def test_calls_without_their_conditions_are_refused(self, tmp_path: Path) -> None:
         source = write(hand_written(context="context"), tmp_path / "m.onnx")
         signature = Signature("x", "t", "y", ("context",))
         x = np.zeros((1, 1, 8, 8), np.float32)
         with pytest.raises(InputError, match=r"have conditions \[\], the model \['context'\]"):
-            peers.quantize(peers.ONNXRUNTIME, source, signature, [(x, 3, {})], tmp_path, THREADS)
+            peers.prepare_peer(peers.ONNXRUNTIME, source, signature, [(x, 3, {})], tmp_path, THREADS)
         with pytest.raises(InputError, match="no calls to calibrate on"):
-            peers.quantize(peers.ONNXRUNTIME, source, signature, [], tmp_path, THREADS)
+            peers.prepare_peer(peers.ONNXRUNTIME, source, signature, [], tmp_path, THREADS)
 
     def test_refusals(self, hand: Compiled) -> None:
-        with pytest.raises(InputError, match="begin with the float model"):
-            bench.measure(hand.bundle, peers=[peers.ONNXRUNTIME])
+        with pytest.raises(InputError, match="start from the float model"):
+            bench.run_bench(hand.bundle, peers=[peers.ONNXRUNTIME])
         with pytest.raises(InputError, match="no peer is called 'tflite'"):
-            bench.measure(hand.bundle, float_model=hand.exported, peers=["tflite"])
+            bench.run_bench(hand.bundle, float_model=hand.exported, peers=["tflite"])
         with pytest.raises(InputError, match="0 rounds"):
-            bench.measure(hand.bundle, rounds=0)
+            bench.run_bench(hand.bundle, rounds=0)
 
     def test_for_people(self, cli: Cli, hand: Compiled) -> None:
         words = ("--float", hand.exported, "--peers", "--repeats", 1, "--rounds", 1, "--calibration", 2)
@@ -343,7 +345,7 @@ class TestCommand:
 
         assert answer.code == 0, answer.err
         assert answer.err == ""
-        assert "beside others" not in answer.out
+        assert "beside peers" not in answer.out
         for word in ("2, pinned", "random normal", "QLinearConv", "speed-up", *GROUPS[:2], "without the profiler"):
             assert word in answer.out, (word, answer.out)
 
