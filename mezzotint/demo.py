@@ -1,4 +1,4 @@
-"""mezzotint demo: the embedded digits, compiled to W8A8, drawn twice from the same noise."""
+"""`mezzotint demo`: the embedded digits model, compiled to W8A8 and sampled twice from the same noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mezzotint.runtime.bundle.bundle import MODEL, open_bundle
 
 from .api import compile_model
 from .bench.pairs import compare, folder_bytes, latency_ratio
-from .io import pictures
+from .io import images
 
 IMAGES = 64
 BATCH = 16
@@ -21,16 +21,16 @@ BATCH = 16
 def run_demo(
     output: Path, *, threads: int | None = 2, force: bool = False, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Write one folder (pictures, bundle, float model, summary.json) and return the summary."""
+    """Write one folder (images, bundle, float model, summary.json) and return the summary."""
     with staged(output, force=force) as (folder, _work):
         exported = folder / "float.onnx"
         bundle = compile_model("digits", folder / "bundle", export=exported, threads=threads, progress=progress)
-        found = compare(bundle, exported, IMAGES, batch=BATCH, threads=threads, progress=progress)
+        pairs = compare(bundle, exported, IMAGES, batch=BATCH, threads=threads, progress=progress)
         before, after, ratio = latency_ratio(bundle, exported, BATCH, threads=threads)
-        grids = {"float": pictures.grid(found.float_images), "integer (W8A8)": pictures.grid(found.quantized_images)}
-        pictures.side_by_side(grids).save(folder / "digits.png")
-        pictures.save(found.float_images, folder / "float.png")
-        pictures.save(found.quantized_images, folder / "integer.png")
+        grids = {"float": images.grid(pairs.float_images), "integer (W8A8)": images.grid(pairs.quantized_images)}
+        images.side_by_side(grids).save(folder / "digits.png")
+        images.save_images(pairs.float_images, folder / "float.png")
+        images.save_images(pairs.quantized_images, folder / "integer.png")
         kernels = bundle.manifest["kernels"]
         sizes = folder_bytes(exported), folder_bytes(bundle.path / MODEL)
         summary = {
@@ -47,15 +47,15 @@ def run_demo(
             "integer_kernels": kernels["integer"],
             "float_kernels": kernels["float"],
             "islands": bundle.manifest["islands"],
-            **found.to_json(),
+            **pairs.to_json(),
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8", newline="\n")
-    open_bundle(output / "bundle")  # as a user would, with every hash checked
+    open_bundle(output / "bundle")  # with every hash checked
     return summary
 
 
-def rows(summary: dict[str, Any]) -> dict[str, str]:
-    """The summary as lines for people."""
+def demo_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """Return the summary for display."""
     threads = summary["threads"] or "onnxruntime's own number of"
 
     def db(key: str) -> str:
@@ -69,5 +69,5 @@ def rows(summary: dict[str, Any]) -> dict[str, str]:
         "kernels": f"{summary['integer_kernels']} integer, {summary['float_kernels']} float",
         "SQNR of epsilon": f"{db('eps_sqnr_db')} over all steps, {db('eps_sqnr_db_worst_step')} at the worst "
         f"(step {summary['worst_step'] + 1})",
-        f"PSNR of {summary['images']} pictures": f"{db('psnr_db_median')} median, {db('psnr_db_p10')} 10th percentile",
+        f"PSNR of {summary['images']} images": f"{db('psnr_db_median')} median, {db('psnr_db_p10')} 10th percentile",
     }

@@ -42,7 +42,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """Compile the embedded digits model to W8A8 and draw 64 digits twice from the same noise."""
-    from ..demo import rows, run_demo
+    from ..demo import demo_rows, run_demo
     from ..text import console
 
     with console.progress(quiet=json) as report:
@@ -50,7 +50,7 @@ def demo(
     if json:
         console.print_json(summary)
         return
-    console.print_pairs("digits, W8A8", rows(summary))
+    console.print_pairs("digits, W8A8", demo_rows(summary))
     console.out.print(f"pictures: {output / 'digits.png'}\nbundle:   {output / 'bundle'}", highlight=False)
 
 
@@ -189,13 +189,17 @@ def sample(
     json: Json = False,
 ) -> None:
     """Draw pictures with a bundle. Into a folder: shard by shard; the same command again goes on where it stopped."""
-    from ..shards.draw import draw, rows
+    from mezzotint.runtime.bundle.bundle import open_bundle
+    from mezzotint.runtime.sampling.options import SamplingOptions
+
+    from ..io.settings import load_conditions
+    from ..shards.draw import check_output, sample_rows, sample_to_path
+    from ..shards.shards import IMAGES_PER_SHARD, ShardOptions
     from ..text import console
 
-    summary = draw(
-        bundle,
-        output,
-        n,
+    check_output(output, shard_size=shard_size, format=format_, shards=shards)
+    opened = open_bundle(bundle)
+    options = SamplingOptions(
         sampler=sampler,
         steps=steps,
         eta=eta,
@@ -203,16 +207,15 @@ def sample(
         seed=seed,
         batch=batch,
         correction=correction,
-        conditions=conditions,
-        unconditional=unconditional,
-        shard_size=shard_size,
-        format=format_,
-        shards=shards,
-        threads=threads,
-        force=force,
-        quiet=json,
+        conditions={} if conditions is None else load_conditions(conditions),
+        unconditional={} if unconditional is None else load_conditions(unconditional),
     )
-    console.print_json(summary) if json else console.print_pairs("sampled", rows(summary))
+    shard_options = ShardOptions(shard_size or IMAGES_PER_SHARD, format_ or "npz", force=force)
+    with console.progress(quiet=json) as report:
+        summary = sample_to_path(
+            opened, output, n, options, shard_options, shards=shards, threads=threads, progress=report
+        )
+    console.print_json(summary) if json else console.print_pairs("sampled", sample_rows(summary))
 
 
 app.command()(mix)

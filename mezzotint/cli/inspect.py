@@ -44,7 +44,7 @@ def inspect(
     if html is not None:
         from ..inspect.measure import Wishes
         from ..inspect.page import write_page
-        from ..io.pictures import check_place
+        from ..io.images import check_place
         from ..io.settings import load_conditions
         from ..text import console
 

@@ -29,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.signature import Images
 
 from ..frechet import CLASSIFIER, FeatureNet, Features
-from ..io.pictures import Images, to_pixels
+from ..io.images import to_pixels
 
 if TYPE_CHECKING:
     import torch

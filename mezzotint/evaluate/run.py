@@ -30,7 +30,7 @@ from mezzotint.runtime.session import Denoiser, running_version
 from ..bench.pairs import PEAK, unseen_seed
 from ..frechet import network_digest
 from ..io.files import replacing
-from ..shards.run import Run, belongs, described
+from ..shards.run import Run, belongs, condition_facts
 from . import cost as eval_cost
 from . import metrics as eval_metrics
 from .extractors import NONE, Extractor, default_extractor, open_extractor, perceptual_distance
@@ -95,8 +95,8 @@ def evaluate(
         "eta": float(told.eta),
         "guidance": float(told.guidance),
         "correction": correction is not False and table is not None and table.refusal(told) is None,
-        "conditions": described("conditions", given, n),
-        "unconditional": described("unconditional", other, n),
+        "conditions": condition_facts("conditions", given, n),
+        "unconditional": condition_facts("unconditional", other, n),
     }
     run = Run(Path() if output is None else Path(output), settings)
     known = output is not None and belongs(run.folder, settings)

@@ -25,10 +25,10 @@ from safetensors.numpy import save
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import Denoiser
+from mezzotint.runtime.signature import Images
 
 from ..bench.pairs import parallel_run
 from ..io.files import replacing
-from ..io.pictures import Images
 from ..shards.run import Run
 from .metrics import PictureSQNR
 

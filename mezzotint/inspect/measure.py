@@ -27,7 +27,7 @@ from ..bench import bench
 from ..bench.pairs import Comparison, compare, latencies, unseen_seed
 from ..bench.trace import node_seconds
 from ..debug.diagnose import diagnose
-from ..io.pictures import picture, to_pixels
+from ..io.images import picture, to_pixels
 
 Conditions = Mapping[str, npt.NDArray[Any]]
 Images = npt.NDArray[np.float32]

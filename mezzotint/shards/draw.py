@@ -1,39 +1,30 @@
-"""What `mezzotint sample` does: pictures into one file, or many of them into a folder of shards."""
+"""`mezzotint sample`: images written into one file, or many images into a folder of shards."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.compiler.core.pipeline import Progress, silent
+from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.options import SamplingOptions
 
-from ..io import pictures
-from ..io.settings import load_conditions
-from ..text import console
+from ..io import images
 from ..text.report import sample_summary
-from .shards import SHARD_SIZE, parse_shards, sample_to_folder
+from .shards import ShardOptions, parse_shards, sample_shards
 
 FILES = (".png", ".npy")
 OTHER_FILES = (".npz", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".pdf")
-"""Endings of what somebody may expect to be written, so that no folder gets such a name by mistake."""
+"""Endings of file formats that are not written. They are refused: no folder gets such a name by mistake."""
 
 
-def draw(
-    bundle: Path,
-    output: Path,
-    n: int,
-    *,
-    conditions: Path | None,
-    unconditional: Path | None,
-    shard_size: int | None,
-    format: str | None,
-    shards: str | None,
-    force: bool,
-    quiet: bool,
-    **options: Any,
-) -> dict[str, Any]:
-    """Write `output` and tell what was done; `options` are those of `Bundle.sample`. Refusals come before sampling."""
+def check_output(output: Path, *, shard_size: int | None, format: str | None, shards: str | None) -> None:
+    """Refuse options of folders for a file, and files that cannot be written. None is an option that was left out.
+
+    Raises InputError or OutputError.
+    """
     if output.suffix in FILES:
         for name, value in (("--shard-size", shard_size), ("--format", format), ("--shards", shards)):
             if value is not None:
@@ -41,46 +32,43 @@ def draw(
                     f"{name} is for folders", where=str(output), hint=f"leave {name} out, or use -o FOLDER"
                 )
     if output.suffix in (*FILES, *OTHER_FILES):
-        pictures.check_target(output)
-    opened = open_bundle(bundle)
-    options["conditions"] = None if conditions is None else load_conditions(conditions)
-    options["unconditional"] = None if unconditional is None else load_conditions(unconditional)
-    told = (options[key] for key in ("sampler", "steps", "eta", "guidance", "seed", "correction"))
-    summary = sample_summary(opened, output, n, *told)
+        images.check_image_file(output)
+
+
+def sample_to_path(
+    bundle: Bundle,
+    output: Path,
+    n: int,
+    options: SamplingOptions,
+    shard_options: ShardOptions,
+    *,
+    shards: str | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write `output` and return a summary. `shards` are numbers as text, see `parse_shards`."""
+    summary = sample_summary(bundle, output, n, options)
     if output.suffix in FILES:
-        _draw_file(opened, output, n, quiet, options)
-        return summary
-    size = SHARD_SIZE if shard_size is None else shard_size
-    with console.progress(quiet=quiet) as report:
-        drawn = sample_to_folder(
-            opened,
-            output,
-            n,
-            shard_size=size,
-            format=format or "npz",
-            shards=None if shards is None else parse_shards(shards, n, size),
-            force=force,
-            progress=report,
-            **options,
+        images.check_image_file(output, bundle.sample_shape[0])
+        drawn = bundle.sample_with(
+            options, n, threads=threads, progress=lambda done, total: progress("sample", done, total)
         )
+        images.save_images(drawn, output)
+        return summary
+    if shards is not None:
+        shard_options = replace(shard_options, shards=parse_shards(shards, n, shard_options.shard_size))
+    result = sample_shards(bundle, output, n, options, shard_options, threads=threads, progress=progress)
     return {
         **summary,
-        "format": format or "npz",
-        "shards": drawn.shards,
-        "made": list(drawn.made),
-        "skipped": list(drawn.skipped),
-        "pictures_made": drawn.pictures,
-        "seconds": round(drawn.seconds, 3),
+        "format": shard_options.format,
+        "shards": result.shards,
+        "made": list(result.made),
+        "skipped": list(result.skipped),
+        "pictures_made": result.pictures,
+        "seconds": round(result.seconds, 3),
     }
 
 
-def _draw_file(bundle: Bundle, output: Path, n: int, quiet: bool, options: dict[str, Any]) -> None:
-    pictures.check_target(output, bundle.sample_shape[0])
-    with console.progress(quiet=quiet) as report:
-        images = bundle.sample(n, progress=lambda done, total: report("sample", done, total), **options)
-    pictures.save(images, output)
-
-
-def rows(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary for people: how many shards, rather than all their numbers."""
+def sample_rows(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the summary for display: the number of shards instead of their numbers."""
     return {key: len(value) if isinstance(value, list) else value for key, value in summary.items()}

@@ -1,12 +1,12 @@
-"""One shard of a run on disk: some pictures, written whole or not at all, checked, and read again.
+"""One shard of a run on disk: some images, written completely or not at all, checked, and read again.
 
     npz   shard_00003.npz           images float32 [m, C, H, W], index int64 [m], seed, run
-    png   shard_00003/00000768.png  one 8-bit picture each, grey or RGB; shard.json: seed, run, hashes of the files
+    png   shard_00003/00000768.png  one 8-bit image each, grey or RGB; shard.json: seed, run, hashes of the files
 
-`index` has the number of each picture under its seed, and a PNG is named by it; `run` is the digest of the settings, so
-that a shard that was put into the folder of another run is known. The .npz is not compressed: deflate takes 7 % off
-256 float pictures of digits and thirty times as long. The same pictures make the same bytes: numpy dates what it
-zips 1980, and Pillow writes no dates.
+`index` has the number of each image under its seed, and a PNG is named by it. `run` is the digest of the settings: it
+exposes a shard in the folder of another run. The .npz is not compressed: deflate takes 7 % off 256 float images of
+digits and thirty times as long. Equal images make equal bytes: numpy dates the members of its archives 1980, and Pillow
+writes no dates.
 """
 
 from __future__ import annotations
@@ -28,49 +28,50 @@ from PIL import Image
 
 from mezzotint.compiler.bundle.staging import remove_stale, staged, staged_file
 from mezzotint.compiler.errors import OutputError
+from mezzotint.runtime.signature import Images
 
-from ..io.pictures import Images, from_pixels, picture, to_pixels
+from ..io.images import from_pixels, picture, to_pixels
 
-Format = Literal["npz", "png"]
-FORMATS: tuple[str, ...] = get_args(Format)
+ShardFormat = Literal["npz", "png"]
+SHARD_FORMATS: tuple[str, ...] = get_args(ShardFormat)
 INSIDE = "shard.json"  # in the folder of a PNG shard
 Index = npt.NDArray[np.int64]
 
 
 class Damaged(Exception):
-    """A shard is not all there; says why."""
+    """A shard is missing or incomplete; the message is the reason."""
 
 
 class Foreign(Exception):
-    """A shard is whole, and of another run."""
+    """A shard is complete, and belongs to another run."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Pictures `first` .. `stop` - 1 of `seed`, of shape `[C, H, W]`, at their place in the folder of the run `run`."""
+    """Images `first` .. `stop` - 1 of `seed`, of shape `[C, H, W]`, at their place in the folder of the run `run`."""
 
     folder: Path
     number: int
     first: int
     stop: int
-    format: Format
+    format: ShardFormat
     shape: tuple[int, int, int]
     seed: int
     run: str
 
     @property
     def path(self) -> Path:
-        """The .npz file, or the folder of pictures."""
+        """The .npz file, or the folder of PNG files."""
         name = f"shard_{self.number:05d}"
         return self.folder / (f"{name}.npz" if self.format == "npz" else name)
 
     @property
     def index(self) -> Index:
-        """The numbers of its pictures, int64 `[m]`."""
+        """The numbers of its images, int64 `[m]`."""
         return np.arange(self.first, self.stop, dtype=np.int64)
 
     def complete(self) -> bool:
-        """Whether all of it is there: it is read wholly. What a run that was killed left beside it is removed.
+        """Read all of the shard and return whether it is complete. Partial files of killed runs are removed.
 
         Raises OutputError where a shard of another run is in its place.
         """
@@ -88,9 +89,9 @@ class Shard:
         return True
 
     def write(self, images: Images) -> None:
-        """Write float32 `[m, C, H, W]` beside the place and move it there; an older shard is replaced at the end.
+        """Write float32 `[m, C, H, W]` next to the place and move it there; an older shard is replaced at the end.
 
-        Raises OutputError: a full disk, no permission, or something that is no shard in its place.
+        Raises OutputError: a full disk, no permission, or something other than a shard in its place.
         """
         if self.format == "npz":
             with staged_file(self.path, force=True) as (file, _), file.open("wb") as handle:
@@ -109,13 +110,16 @@ class Shard:
             (folder / INSIDE).write_text(text, encoding="utf-8", newline="\n")
 
     def load(self) -> Images:
-        """Its pictures, float32 `[m, C, H, W]`: exact from npz, in steps of 2/255 from png. Raises Damaged, Foreign."""
+        """Return the images, float32 `[m, C, H, W]`: exact from npz, in steps of 2/255 from png.
+
+        Raises Damaged, Foreign.
+        """
         images, index, seed = self._load_npz() if self.format == "npz" else self._load_png()
         wanted = (self.stop - self.first, *self.shape)
         if images.shape != wanted or images.dtype != np.float32:
             raise Damaged(f"it has {images.dtype} {list(images.shape)}, not float32 {list(wanted)}")
         if seed != self.seed or not np.array_equal(index, self.index):
-            raise Damaged(f"its pictures are not {self.first} .. {self.stop - 1} of seed {self.seed}")
+            raise Damaged(f"its images are not {self.first} .. {self.stop - 1} of seed {self.seed}")
         return images
 
     def _check_run(self, run: str) -> None:
@@ -125,7 +129,7 @@ class Shard:
     def _load_npz(self) -> tuple[Images, Index, int]:
         with _readable(self.path):
             with zipfile.ZipFile(self.path) as archive:
-                # Before numpy believes a header that says how much memory to take.
+                # First: numpy allocates as much memory as a damaged header states.
                 if (broken := archive.testzip()) is not None:
                     raise Damaged(f"{broken} does not match its checksum")
             with np.load(self.path, allow_pickle=False) as data:
@@ -139,7 +143,7 @@ class Shard:
             self._check_run(str(facts["run"]))
             names = [_name(number) for number in self.index.tolist()]
             if list(hashes) != names:
-                raise Damaged(f"{INSIDE} lists other pictures than {names[0]} .. {names[-1]}")
+                raise Damaged(f"{INSIDE} lists other images than {names[0]} .. {names[-1]}")
             channels, height, width = self.shape
             images = np.empty((len(names), *self.shape), np.float32)
             for out, name in zip(images, names, strict=True):
@@ -156,18 +160,18 @@ def _name(number: int) -> str:
 
 
 def _is_picture_shard(folder: Path) -> bool:
-    """Holds nothing that a PNG shard would not hold: what may be replaced."""
+    """Return whether the folder holds only files of a PNG shard, and so may be replaced."""
     names = [Path(entry.name) for entry in folder.iterdir()] if folder.is_dir() else [Path()]
     return all(name.name == INSIDE or (name.suffix == ".png" and name.stem.isdigit()) for name in names)
 
 
-# The last is what zipfile raises where a changed bit claims that a member is encrypted, or packed in an unknown way.
+# zipfile raises RuntimeError where a changed bit marks a member as encrypted or as packed by an unknown method.
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What can be wrong with a file that was cut, changed or never ours, as Damaged."""
+    """Turn the errors of a truncated, changed or foreign file into Damaged."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What the pictures of a folder depend on: `sampling.json`, the settings of a run and their digest, which names it."""
+"""`sampling.json`: the settings that the images of a folder depend on, and their digest, the name of the run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import numpy as np
 from mezzotint.compiler.bundle.staging import staged_file
 from mezzotint.compiler.errors import OutputError
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.guidance import Conditions
 
-from ..io.pictures import check_place
+from ..io.images import check_place
 from .files import Shard
 
 RUN = "sampling.json"
-LAYOUT = 1
+RUN_LAYOUT = 1
 FLAGS = {"pictures": "-n", "bundle": "BUNDLE", "correction": "--correction or --no-correction"}
-"""Settings whose place on the command line is not `--name`."""
+"""Settings that are not written as `--name` on the command line."""
 
 
 class Run:
-    """Settings, and where the shards that follow from them are."""
+    """The settings of a run, and the places of its shards."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -42,21 +43,21 @@ class Run:
         )
 
     def announce(self) -> None:
-        """Write the settings, unless they are there; somebody else's may have arrived meanwhile."""
+        """Write the settings unless they are there. Raises as `belongs`: another run may have been begun meanwhile."""
         if not belongs(self.folder, self.settings):
-            text = json.dumps({"layout": LAYOUT, "run": self.digest, "settings": self.settings}, indent=2) + "\n"
+            text = json.dumps({"layout": RUN_LAYOUT, "run": self.digest, "settings": self.settings}, indent=2) + "\n"
             with staged_file(self.folder / RUN, force=True) as (file, _):
                 file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def belongs(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this run already. Raises InputError for another one, OutputError for something else."""
+    """Return whether the folder holds this run. Raises InputError for another run, OutputError for other files."""
     check_place(folder / RUN)
     if not folder.is_dir():
         return False
     before = read_run(folder / RUN)
     if before is None:
-        # A run that was killed, or runs elsewhere, while it wrote the settings may have left a hidden folder.
+        # A killed run, or one on another machine that is writing its settings, may have left a hidden folder.
         if any(not entry.name.startswith(f".{RUN}.partial-") for entry in folder.iterdir()):
             raise OutputError(
                 "the folder exists, and no samples were drawn into it", where=str(folder), hint="choose another folder"
@@ -75,13 +76,13 @@ def belongs(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def read_run(file: Path) -> dict[str, Any] | None:
-    """The settings of a run, None where there are none. Raises InputError for what was changed or is not ours."""
+    """Return the settings of a run, None where there is no file. Raises InputError for a changed or foreign file."""
     if not file.exists():
         return None
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["layout"] != LAYOUT:
-            raise ValueError(f"layout {facts['layout']!r}, this version of Mezzotint knows {LAYOUT}")
+        if facts["layout"] != RUN_LAYOUT:
+            raise ValueError(f"layout {facts['layout']!r}, this version of Mezzotint knows {RUN_LAYOUT}")
         settings: dict[str, Any] = facts["settings"]
         if facts["run"] != _digest(settings):
             raise ValueError("it was changed after it was written")
@@ -92,35 +93,29 @@ def read_run(file: Path) -> dict[str, Any] | None:
     return settings
 
 
-def described(name: str, value: Any, n: int) -> Any:
-    """An option as JSON; of arrays `[n or 1, ...]` the type, the shape and the hash."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)  # 7 and 7.0 are one setting
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if not isinstance(value, Mapping):
-        raise InputError(f"{name} is {type(value).__name__}", hint="give a number, a text, or arrays by name")
-    found = {}
-    for key, array in value.items():
+def condition_facts(name: str, conditions: Conditions, n: int) -> dict[str, Any]:
+    """Return the type, the shape and the hash of each array `[n or 1, ...]`. Raises InputError for other shapes."""
+    facts = {}
+    for key, array in conditions.items():
         shape = np.shape(array)
         if len(shape) == 0 or shape[0] not in (1, n) or np.asarray(array).dtype.hasobject:
             raise InputError(f"{name} {key!r} has shape {list(shape)}", hint=f"give numbers [{n}, ...] or [1, ...]")
         digest = sha256()
-        for row in np.asarray(array):  # by rows, as a copy of all would take memory again
+        for row in np.asarray(array):  # row by row: a copy of the whole array would take its memory again
             digest.update(np.ascontiguousarray(row).tobytes())
-        found[key] = {"dtype": np.asarray(array).dtype.str, "shape": list(shape), "sha256": digest.hexdigest()}
-    return found
+        facts[key] = {"dtype": np.asarray(array).dtype.str, "shape": list(shape), "sha256": digest.hexdigest()}
+    return facts
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings by dotted names; what is None was left out, as older runs may leave out what they did not know."""
-    found: dict[str, Any] = {}
+    """Return settings by dotted names, without those that are None: runs of older versions lack newer settings."""
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found.update(_flat(value, f"{above}{name}."))
+            flat.update(_flat(value, f"{above}{name}."))
         elif value is not None:
-            found[above + name] = value
-    return found
+            flat[above + name] = value
+    return flat
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
@@ -129,16 +124,16 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 
 def shard_count(n: int, shard_size: int) -> int:
-    """How many shards there are; the last one may be smaller."""
+    """Return the number of shards; the last one may be smaller."""
     return -(-n // shard_size)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """`2, 5:8` for 2, 5, 6, 7."""
-    found: list[list[int]] = []
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Return `2, 5:8` for 2, 5, 6, 7."""
+    runs: list[list[int]] = []
     for number in numbers:
-        if found and found[-1][1] == number:
-            found[-1][1] += 1
+        if runs and runs[-1][1] == number:
+            runs[-1][1] += 1
         else:
-            found.append([number, number + 1])
-    return ", ".join(str(a) if b == a + 1 else f"{a}:{b}" for a, b in found)
+            runs.append([number, number + 1])
+    return ", ".join(str(a) if b == a + 1 else f"{a}:{b}" for a, b in runs)

@@ -1,16 +1,16 @@
-"""Thousands of pictures into a folder, shard by shard: can be stopped, resumed, and shared among machines.
+"""Thousands of images in a folder, shard by shard: a run can be stopped, resumed, and shared among machines.
 
-    FOLDER/sampling.json            the settings that the pictures depend on, and their digest, the name of the run
-    FOLDER/shard_00000.npz ...      see shard_files.py
+    FOLDER/sampling.json            the settings that the images depend on, and their digest, the name of the run
+    FOLDER/shard_00000.npz ...      see files.py
 
-Picture i depends on the seed and on i only, so that any shard can be made again alone and has the same bytes. Batches
-begin with the shards, and the batch size is no setting of a run: it changed no bit of a picture (digits at float, w8a8,
+Image i depends on the seed and on i only, so any shard can be drawn again alone and has the same bytes. Batches begin
+with the shards. The batch size is no setting of a run, because it changed no bit of an image (digits at float, w8a8,
 w8a8-steps and w4a8, ddim and ddpm, batches of 1, 4, 5, 15 and 16, one thread and two; onnxruntime 1.31 on x86-64).
-onnxruntime promises neither this nor the same bits on another CPU or in another version: who compares bytes among
-machines has to give them the same of all three.
+onnxruntime guarantees neither this nor the same bits on another CPU or in another version: to compare bytes among
+machines, use the same CPU, version and batch size on all of them.
 
-Memory: one shard's pictures and one batch, however many shards there are. Conditions are the exception: they are
-handed over whole (an .npz cannot be read by rows), and each batch gets its rows.
+Memory: one shard's images and one batch, for any number of shards. Conditions are the exception: they are passed whole
+(an .npz cannot be read by rows), and each batch takes its rows.
 """
 
 from __future__ import annotations
@@ -18,30 +18,40 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mezzotint.compiler.bundle.staging import remove_stale
 from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.options import SamplingOptions
+from mezzotint.runtime.signature import Images
 
-from ..io.pictures import Images, check_channels
+from ..io.images import check_channels
 from ..text.report import sample_summary
-from .files import FORMATS, Damaged, Foreign, Index, Shard
-from .run import RUN, Run, belongs, described, ranges, read_run, shard_count
+from .files import SHARD_FORMATS, Damaged, Foreign, Index, Shard
+from .run import RUN, Run, belongs, condition_facts, numbers_text, read_run, shard_count
 
-SHARD_SIZE = 256
-Conditions = Mapping[str, npt.NDArray[Any]]
+IMAGES_PER_SHARD = 256
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How a folder is divided, and which of its shards a call draws: all of them for None."""
+
+    shard_size: int = IMAGES_PER_SHARD
+    format: str = "npz"
+    shards: tuple[int, ...] | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a call of `sample_to_folder` did: shards by number, pictures that were made, seconds."""
+    """The result of `sample_to_folder`: shards by number, the number of images drawn, seconds."""
 
     shards: int
     made: tuple[int, ...]
@@ -55,7 +65,7 @@ def sample_to_folder(
     folder: str | Path,
     n: int,
     *,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int = IMAGES_PER_SHARD,
     format: str = "npz",
     shards: Iterable[int] | None = None,
     force: bool = False,
@@ -70,50 +80,66 @@ def sample_to_folder(
     unconditional: Conditions | None = None,
     threads: int | None = None,
     progress: Progress = silent,
-    **options: Any,
 ) -> Drawn:
-    """Pictures 0 .. n - 1 of `seed` in shards of `shard_size`; what is there and whole is left, so that it can go on.
+    """Write images 0 .. n - 1 of `seed` in shards of `shard_size`. Complete shards are kept, so a run can be resumed.
 
-    `format` is "npz" (float32, the model's range) or "png" (8 bits; 1 or 3 channels). `shards` are the numbers to make,
-    all when left out; with `force` they are made again. A shard that is damaged is made again in any case. The other
-    options are those of `Bundle.sample`, `conditions` `[n, ...]` or `[1, ...]`; further ones may be numbers, text or
-    mappings of arrays like the conditions. Nothing is written before the first shard is drawn.
+    `format` is "npz" (float32, the model's range) or "png" (8 bits; 1 or 3 channels). `shards` are the numbers of the
+    shards to draw, all when left out; `force` draws them again. A damaged shard is always drawn again. The other
+    options are those of `Bundle.sample`, with `conditions` `[n, ...]` or `[1, ...]`. Nothing is written before the
+    first shard is drawn.
 
-    Raises InputError for settings that cannot be, and for others than those of the run in the folder; OutputError
-    where the folder is something else or cannot be written.
+    Raises InputError for impossible settings, and for settings that differ from those of the run in the folder;
+    OutputError where the folder holds something else or cannot be written.
     """
-    folder, n, shard_size, seed = Path(folder), int(n), int(shard_size), int(seed)
-    if n < 1 or shard_size < 1 or batch < 1 or seed < 0:
-        what = f"{n} pictures of seed {seed} in shards of {shard_size} and batches of {batch}"
+    plan = (sampler, steps, eta, guidance)
+    options = SamplingOptions(*plan, int(seed), batch, correction, conditions or {}, unconditional or {})
+    chosen = None if shards is None else tuple(int(number) for number in shards)
+    shard_options = ShardOptions(int(shard_size), format, chosen, force)
+    return sample_shards(bundle, Path(folder), int(n), options, shard_options, threads=threads, progress=progress)
+
+
+def sample_shards(
+    bundle: Bundle,
+    folder: Path,
+    n: int,
+    options: SamplingOptions,
+    shard_options: ShardOptions,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Drawn:
+    """Do the work of `sample_to_folder`, for its options as two values."""
+    shard_size, format = shard_options.shard_size, shard_options.format
+    if n < 1 or shard_size < 1 or options.batch < 1 or options.seed < 0:
+        what = f"{n} images of seed {options.seed} in shards of {shard_size} and batches of {options.batch}"
         raise InputError(what, hint="ask for at least one of each")
-    if format not in FORMATS:
-        raise InputError(f"no format {format!r}", where=str(folder), hint=f"use {' or '.join(FORMATS)}")
+    if format not in SHARD_FORMATS:
+        raise InputError(f"no format {format!r}", where=str(folder), hint=f"use {' or '.join(SHARD_FORMATS)}")
     if format == "png":
         check_channels(bundle.sample_shape[0], folder)
-    given = {"conditions": conditions or {}, "unconditional": unconditional or {}, **options}
-    told = sample_summary(bundle, folder, n, sampler, steps, eta, guidance, seed, correction)
+    summary = sample_summary(bundle, folder, n, options)
     settings = {
         "bundle": bundle.manifest["digest"],
         "sample_shape": list(bundle.sample_shape),
         "pictures": n,
         "shard_size": shard_size,
         "format": format,
-        "seed": seed,
-        "sampler": told["sampler"],
-        "steps": int(told["steps"]),
-        "eta": float(told["eta"]),
-        "guidance": float(told["guidance"]),
-        "correction": told["correction"],
-        **{name: described(name, value, n) for name, value in given.items()},
+        "seed": options.seed,
+        "sampler": summary["sampler"],
+        "steps": int(summary["steps"]),
+        "eta": float(summary["eta"]),
+        "guidance": float(summary["guidance"]),
+        "correction": summary["correction"],
+        "conditions": condition_facts("conditions", options.conditions, n),
+        "unconditional": condition_facts("unconditional", options.unconditional, n),
     }
     run = Run(folder, settings)
-    chosen = sorted({int(number) for number in (range(run.count) if shards is None else shards)})
+    chosen = sorted(set(range(run.count) if shard_options.shards is None else shard_options.shards))
     if wrong := [number for number in chosen if not 0 <= number < run.count]:
-        raise InputError(f"there is no shard {ranges(wrong)}", where=str(folder), hint=f"choose among 0:{run.count}")
+        what = f"there is no shard {numbers_text(wrong)}"
+        raise InputError(what, where=str(folder), hint=f"choose among 0:{run.count}")
     started = time.perf_counter()
-    missing = _missing(run, chosen, force, progress) if belongs(folder, settings) else chosen
-    rest = {"sampler": sampler, "steps": steps, "eta": eta, "guidance": guidance}
-    rest |= {"correction": correction, "threads": threads}
+    missing = _missing(run, chosen, shard_options.force, progress) if belongs(folder, settings) else chosen
     total = sum(len(run.shard(number).index) for number in missing)
     done = 0
     for number in missing:
@@ -122,10 +148,10 @@ def sample_to_folder(
         def report(here: int, done: int = done) -> None:
             progress("sample", done + here, total)
 
-        images = _draw(bundle, shard, batch, given, rest, report)
+        images = _draw(bundle, shard, options, threads, report)
         run.announce()
         shard.write(images)
-        del images  # before the next shard's are there
+        del images  # before the next shard's images are allocated
         done += len(shard.index)
         progress("sample", done, total)
     skipped = tuple(number for number in chosen if number not in set(missing))
@@ -133,10 +159,10 @@ def sample_to_folder(
 
 
 def read_shards(folder: str | Path) -> Iterator[tuple[Index, Images]]:
-    """The pictures of a finished run, a shard at a time and in order: numbers int64 `[m]`, float32 `[m, C, H, W]`.
+    """Yield the images of a finished run, one shard at a time and in order: int64 `[m]`, float32 `[m, C, H, W]`.
 
-    npz gives what was sampled, png the same to within 1/255. Raises InputError at once where shards are missing, with
-    the command that makes them, and on the way where one is damaged.
+    The first array holds the numbers of the images. npz gives the sampled values, png the same to within 1/255. Raises
+    InputError at once where shards are missing, with the command that draws them, and later for a damaged shard.
     """
     folder = Path(folder)
     settings = read_run(folder / RUN)
@@ -149,15 +175,15 @@ def read_shards(folder: str | Path) -> Iterator[tuple[Index, Images]]:
 
 
 def parse_shards(text: str, n: int, shard_size: int) -> tuple[int, ...]:
-    """`3`, `3:8` (3 to 7), `:8`, `3:`, or several with commas between, as numbers of shards. Raises InputError."""
+    """Return the numbers in `3`, `3:8` (3 to 7), `:8`, `3:`, or several of these with commas. Raises InputError."""
     count = shard_count(n, shard_size)
     numbers: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d*)(:?)(\d*)\s*", part)
-        if not found or not (found[1] or found[2]):
+        match = re.fullmatch(r"\s*(\d*)(:?)(\d*)\s*", part)
+        if not match or not (match[1] or match[2]):
             raise InputError(f"not shards: {text!r}", where="--shards", hint="the form is 3, or 3:8 for 3 to 7")
-        first = int(found[1] or 0)
-        stop = int(found[3] or count) if found[2] else first + 1
+        first = int(match[1] or 0)
+        stop = int(match[3] or count) if match[2] else first + 1
         if first >= stop or stop > count:
             raise InputError(f"no shards {part.strip()}", where="--shards", hint=f"there are 0:{count}")
         numbers.update(range(first, stop))
@@ -165,16 +191,11 @@ def parse_shards(text: str, n: int, shard_size: int) -> tuple[int, ...]:
 
 
 def _draw(
-    bundle: Bundle,
-    shard: Shard,
-    batch: int,
-    given: Mapping[str, Any],
-    rest: Mapping[str, Any],
-    report: Callable[[int], None],
+    bundle: Bundle, shard: Shard, options: SamplingOptions, threads: int | None, report: Callable[[int], None]
 ) -> Images:
-    """A shard's pictures, one batch after the other; `report` hears how many there are, the last only when written."""
+    """Return a shard's images, drawn batch by batch. `report` gets the number of images; the last counts when written."""
     images = np.empty((len(shard.index), *shard.shape), np.float32)
-    size = bundle.denoiser(rest["threads"]).fixed_batch or batch
+    size = bundle.denoiser(threads).fixed_batch or options.batch
     for start in range(shard.first, shard.stop, size):
         stop = min(start + size, shard.stop)
         here = start - shard.first
@@ -182,22 +203,15 @@ def _draw(
         def count(calls: int, of: int, here: int = here, width: int = stop - start) -> None:
             report(here + width * calls // (of + 1))
 
-        rows = {name: _rows(value, start, stop) for name, value in given.items()}
-        images[here : stop - shard.first] = bundle.sample(
-            stop - start, seed=shard.seed, first=start, batch=size, progress=count, **rest, **rows
+        batch = replace(options.of_images(start, stop), seed=shard.seed, batch=size)
+        images[here : stop - shard.first] = bundle.sample_with(
+            batch, stop - start, first=start, threads=threads, progress=count
         )
     return images
 
 
-def _rows(value: Any, start: int, stop: int) -> Any:
-    """What pictures start .. stop - 1 get of an option."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: array if len(array) == 1 else array[start:stop] for key, array in value.items()}
-
-
 def _missing(run: Run, chosen: list[int], force: bool, progress: Progress) -> list[int]:
-    """The chosen shards that have to be made. All of them are read, to know."""
+    """Return the chosen shards that have to be drawn. Every chosen shard is read and checked."""
     missing = []
     for done, number in enumerate(chosen):
         progress("check shards", done, len(chosen))
@@ -211,7 +225,7 @@ def _missing(run: Run, chosen: list[int], force: bool, progress: Progress) -> li
 
 def _read(run: Run) -> Iterator[tuple[Index, Images]]:
     for number in range(run.count):
-        yield run.shard(number).index, _whole(run, number)  # no name for it here: it would outlive its turn
+        yield run.shard(number).index, _whole(run, number)  # no local name: it would keep the images of the last turn
 
 
 def _whole(run: Run, number: int) -> Images:
@@ -222,14 +236,17 @@ def _whole(run: Run, number: int) -> Images:
 
 
 def _incomplete(run: Run, numbers: list[int], what: str) -> InputError:
+    """Return the error for missing shards; its hint is the command that draws them."""
     s = run.settings
     words = [f"mezzotint sample BUNDLE -o {run.folder} -n {s['pictures']} --shard-size {s['shard_size']}"]
     words += [f"--{name} {s[name]}" for name in ("format", "seed", "sampler", "steps", "eta", "guidance")]
     words += [f"--{'' if s['correction'] else 'no-'}correction"]
-    for name in list(s)[list(s).index("correction") + 1 :]:  # conditions, and what this version may not know
+    for name in list(s)[list(s).index("correction") + 1 :]:  # conditions, and options of later versions
         value = "FILE" if s[name] and isinstance(s[name], Mapping) else s[name]
         words += [f"--{name.replace('_', '-')} {value}"] if value else []
-    told = "" if len(numbers) == 1 else f": {ranges(numbers)}"
+    which = "" if len(numbers) == 1 else f": {numbers_text(numbers)}"
     return InputError(
-        what + told, where=str(run.folder), hint=" ".join([*words, "--shards", ranges(numbers).replace(" ", "")])
+        what + which,
+        where=str(run.folder),
+        hint=" ".join([*words, "--shards", numbers_text(numbers).replace(" ", "")]),
     )

@@ -11,6 +11,7 @@ from typing import Any
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.sampling.options import SamplingOptions
 
 from . import console
 from .report_mix import precisions_of, print_precisions
@@ -53,21 +54,11 @@ def compile_rows(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def sample_summary(
-    bundle: Bundle,
-    output: Path,
-    n: int,
-    sampler: str | None,
-    steps: int | None,
-    eta: float | None,
-    guidance: float | None,
-    seed: int,
-    correction: bool | None,
-) -> dict[str, Any]:
-    """What `sample` really did, defaults filled in."""
-    plan = bundle.plan(sampler, steps, eta, guidance)
+def sample_summary(bundle: Bundle, output: Path, n: int, options: SamplingOptions) -> dict[str, Any]:
+    """Return what `sample` does, defaults filled in. Raises as `Bundle.plan`."""
+    plan = bundle.plan(options.sampler, options.steps, options.eta, options.guidance)
     table = bundle.correction
-    corrected = correction is not False and table is not None and table.refusal(plan) is None
+    corrected = options.correction is not False and table is not None and table.refusal(plan) is None
     return {
         "output": str(output),
         "pictures": n,
@@ -75,7 +66,7 @@ def sample_summary(
         "steps": plan.steps,
         "eta": plan.eta,
         "guidance": plan.guidance,
-        "seed": seed,
+        "seed": options.seed,
         "correction": corrected,
         **precisions_of(bundle, plan),
     }

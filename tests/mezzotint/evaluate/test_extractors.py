@@ -14,8 +14,8 @@ import torch
 
 from mezzotint.evaluate.extractors import BATCH, DIGITS, NONE, default_extractor, open_extractor, perceptual_distance
 from mezzotint.frechet import FeatureNet
-from mezzotint.io.pictures import Images
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.signature import Images
 from tests.helpers.feature_nets import FEATURES, feature_net
 
 HERE = "tests.helpers.feature_nets"

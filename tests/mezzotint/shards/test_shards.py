@@ -22,7 +22,7 @@ from PIL import Image
 
 from mezzotint import Bundle, compile_model, read_shards, sample_to_folder
 from mezzotint.compiler.errors import OutputError
-from mezzotint.io.pictures import to_pixels
+from mezzotint.io.images import to_pixels
 from mezzotint.runtime.errors import InputError, MezzotintError, TimestepNotDeployed
 from mezzotint.shards.run import RUN, Run
 from mezzotint.shards.shards import parse_shards
@@ -425,14 +425,13 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"n": 0}, "0 pictures"),
+            ({"n": 0}, "0 images"),
             ({"shard_size": 0}, "shards of 0"),
             ({"batch": 0}, "batches of 0"),
             ({"seed": -1}, "seed -1"),
             ({"format": "jpg"}, "no format 'jpg'"),
             ({"shards": [3]}, "there is no shard 3"),
             ({"shards": [-1, 1, 3, 4, 5]}, "there is no shard -1, 3:6"),
-            ({"palette": [1.0]}, "palette is list"),
             ({"sampler": "painter"}, "unknown sampler 'painter'"),
             ({"correction": True}, "this bundle has none"),
             ({"eta": float("nan"), "sampler": "ddim"}, "eta"),
@@ -445,9 +444,9 @@ class TestRefusals:
             _sample(hand.bundle, tmp_path / "f", {"n": N, **OPTIONS, **options})
         assert not (tmp_path / "f").exists()
 
-    def test_latents_are_no_pictures(self, hand: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_latents_are_not_images(self, hand: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hand.bundle, "sample_shape", (4, 8, 8))
-        with pytest.raises(InputError, match="samples of 4 channels are no pictures") as caught:
+        with pytest.raises(InputError, match="samples of 4 channels are not images") as caught:
             sample_to_folder(hand.bundle, tmp_path / "f", N, format="png", **OPTIONS)
         assert "--format npz" in (caught.value.hint or "")
         assert not (tmp_path / "f").exists()

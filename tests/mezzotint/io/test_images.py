@@ -1,4 +1,4 @@
-"""Grids of pictures, and the files that they are saved to."""
+"""Grids of images, and the files that they are saved to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ import pytest
 from PIL import Image
 
 from mezzotint.compiler.errors import OutputError
-from mezzotint.io.pictures import GAP, PAPER, check_target, from_pixels, grid, picture, save, side_by_side, to_pixels
+from mezzotint.io.images import (
+    MARGIN,
+    PAPER,
+    check_image_file,
+    from_pixels,
+    grid,
+    picture,
+    save_images,
+    side_by_side,
+    to_pixels,
+)
 from mezzotint.runtime.errors import InputError
 
 
-def pictures(n: int, channels: int = 1, height: int = 4, width: int = 6) -> npt.NDArray[np.float32]:
+def images_of(n: int, channels: int = 1, height: int = 4, width: int = 6) -> npt.NDArray[np.float32]:
     """Picture i is uniform: -1, then higher by 2 / n each."""
     levels = np.linspace(-1, 1, n, endpoint=False, dtype=np.float32)
     return np.broadcast_to(levels[:, None, None, None], (n, channels, height, width)).copy()
@@ -24,17 +34,17 @@ def pictures(n: int, channels: int = 1, height: int = 4, width: int = 6) -> npt.
 
 @pytest.mark.parametrize(("n", "columns", "shape"), [(1, 1, (1, 1)), (4, 2, (2, 2)), (5, 3, (2, 3)), (64, 8, (8, 8))])
 def test_a_grid_is_as_square_as_it_gets(n: int, columns: int, shape: tuple[int, int]) -> None:
-    sheet = grid(pictures(n))
+    sheet = grid(images_of(n))
 
     rows, across = shape
-    assert sheet.size == (across * (6 + GAP) + GAP, rows * (4 + GAP) + GAP)
-    assert grid(pictures(n), columns).size == sheet.size
+    assert sheet.size == (across * (6 + MARGIN) + MARGIN, rows * (4 + MARGIN) + MARGIN)
+    assert grid(images_of(n), columns).size == sheet.size
 
 
 def test_every_picture_is_in_its_place() -> None:
-    pixels = np.asarray(grid(pictures(4), columns=4))
+    pixels = np.asarray(grid(images_of(4), columns=4))
 
-    assert [int(pixels[GAP, GAP + i * (6 + GAP)]) for i in range(4)] == [0, 64, 128, 191]
+    assert [int(pixels[MARGIN, MARGIN + i * (6 + MARGIN)]) for i in range(4)] == [0, 64, 128, 191]
     assert int(pixels[0, 0]) == PAPER
 
 
@@ -42,7 +52,7 @@ def test_pixels_span_minus_one_to_one_and_the_rest_is_clipped() -> None:
     images = np.array([-2.0, -1.0, 0.0, 1.0, 3.0], np.float32).reshape(5, 1, 1, 1)
     pixels = np.asarray(grid(images, columns=5))
 
-    assert pixels[GAP, GAP :: 1 + GAP].tolist() == [0, 0, 128, 255, 255]
+    assert pixels[MARGIN, MARGIN :: 1 + MARGIN].tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -62,25 +72,25 @@ def test_pixels_come_back(channels: int) -> None:
 
 
 def test_colours_are_kept() -> None:
-    images = pictures(1, channels=3)
+    images = images_of(1, channels=3)
     images[:, 0] = 1.0
 
     sheet = grid(images)
 
     assert sheet.mode == "RGB"
-    assert sheet.getpixel((GAP, GAP)) == (255, 0, 0)
+    assert sheet.getpixel((MARGIN, MARGIN)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (8, 8), (2, 2, 8, 8)])
-def test_latents_are_no_pictures(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="no pictures") as caught:
+def test_latents_are_not_images(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="not images") as caught:
         grid(np.zeros(shape, np.float32))
 
     assert ".npy" in (caught.value.hint or "")
 
 
 def test_grids_stand_side_by_side() -> None:
-    one, other = grid(pictures(4)), grid(pictures(9))
+    one, other = grid(images_of(4)), grid(images_of(9))
     sheet = side_by_side({"one": one, "other": other}, scale=2)
 
     assert sheet.width > 2 * (one.width + other.width)
@@ -88,10 +98,10 @@ def test_grids_stand_side_by_side() -> None:
 
 
 def test_latents_are_refused_before_sampling(tmp_path: Path) -> None:
-    check_target(tmp_path / "x.npy", channels=4)
-    check_target(tmp_path / "x.png", channels=3)
-    with pytest.raises(InputError, match="4 channels are no pictures"):
-        check_target(tmp_path / "x.png", channels=4)
+    check_image_file(tmp_path / "x.npy", channels=4)
+    check_image_file(tmp_path / "x.png", channels=3)
+    with pytest.raises(InputError, match="4 channels are not images"):
+        check_image_file(tmp_path / "x.png", channels=4)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -99,13 +109,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "file" / "x.png", tmp_path / "folder.png"):
         with pytest.raises(OutputError, match="cannot write") as caught:
-            check_target(path)
+            check_image_file(path)
         assert caught.value.where == str(path)
 
 
 def test_a_failure_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "x.npy"
-    save(pictures(1), target)
+    save_images(images_of(1), target)
     before = target.read_bytes()
 
     def full(file: IO[bytes], array: npt.NDArray[np.float32]) -> None:
@@ -114,16 +124,16 @@ def test_a_failure_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(OutputError, match="No space left"):
-        save(pictures(2), target)
+        save_images(images_of(2), target)
 
     assert target.read_bytes() == before
     assert [f.name for f in tmp_path.iterdir()] == ["x.npy"]
 
 
 def test_files(tmp_path: Path) -> None:
-    images = pictures(4)
-    save(images, tmp_path / "new" / "grid.png")
-    save(images, tmp_path / "raw.npy")
+    images = images_of(4)
+    save_images(images, tmp_path / "new" / "grid.png")
+    save_images(images, tmp_path / "raw.npy")
 
     with Image.open(tmp_path / "new" / "grid.png") as written:
         np.testing.assert_array_equal(np.asarray(written), np.asarray(grid(images)))
@@ -133,9 +143,9 @@ def test_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["grid.jpg", "grid"])
 def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="cannot write a") as caught:
-        check_target(tmp_path / name)
+        check_image_file(tmp_path / name)
     with pytest.raises(InputError):
-        save(pictures(1), tmp_path / name)
+        save_images(images_of(1), tmp_path / name)
 
     assert ".png or .npy" in (caught.value.hint or "")
     assert not list(tmp_path.iterdir())
