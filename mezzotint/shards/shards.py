@@ -193,7 +193,7 @@ def parse_shards(text: str, n: int, shard_size: int) -> tuple[int, ...]:
 def _draw(
     bundle: Bundle, shard: Shard, options: SamplingOptions, threads: int | None, report: Callable[[int], None]
 ) -> Images:
-    """Return a shard's images, drawn batch by batch. `report` gets the number of images; the last counts when written."""
+    """Return a shard's images, drawn batch by batch. `report` gets the number of images drawn, at most all but one."""
     images = np.empty((len(shard.index), *shard.shape), np.float32)
     size = bundle.denoiser(threads).fixed_batch or options.batch
     for start in range(shard.first, shard.stop, size):
