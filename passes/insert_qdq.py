@@ -58,7 +58,7 @@ class InsertQdq(Pass):
     """
 
     islands: tuple[str, ...] = ("first", "last")
-    lowering: Literal["qdq", "integer", "premul"] = "qdq"
+    lowering: Literal["qdq", "integer", "premul"] = "qdq"  # Lowering, spelled out for the list of options
 
     needs: ClassVar[frozenset[str]] = frozenset({"plan"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -168,7 +168,7 @@ class _Writer:
             replace_use(node, value, dequantized)
         if graph_output:
             name = name_of(value)
-            value.name = self.names(f"{name}_raw")
+            value.name = self.names.unique(f"{name}_raw")
             self.graph.outputs[list(self.graph.outputs).index(value)] = dequantized
             dequantized.name = name
         self._outputs[value] = (dequantized, quantizer)
@@ -209,7 +209,7 @@ class _Writer:
         array = numpy_of(value)
         scale = along(quantizer.scale, quantizer.axis, array.ndim)
         low, high = ends(quantizer.grid, quantizer.axis, array.ndim)
-        name = self.names(f"{name_of(value)}_rows")
+        name = self.names.unique(f"{name_of(value)}_rows")
         self._cut.append(value)
         return initializer(self.graph, name, store.kept(np.clip(array, low * scale, high * scale), name, self.folder))
 

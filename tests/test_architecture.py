@@ -45,7 +45,7 @@ ARROWS = {
     "compiler/rescaling": ". core graph",
     "compiler/scales": ". core graph",
     "compiler/bits": ". calibration core graph scales",
-    "compiler/lowering": "core graph scales",
+    "compiler/lowering": ". core graph scales",
     "compiler/shortcuts": "calibration core graph rescaling scales",
     "compiler/correction": ". calibration core graph lowering scales",
     "compiler/rounding": ". calibration core graph lowering",

@@ -163,7 +163,7 @@ class _Writer:
             reader.replace_input_with(index, out)
         if target.is_graph_output():
             place = list(self.graph.outputs).index(target)
-            target.name, out.name = self.names(f"{name_of(target)}_float"), name_of(target)
+            target.name, out.name = self.names.unique(f"{name_of(target)}_float"), name_of(target)
             self.graph.outputs[place] = out
         return Group(name_of(switch), name_of(layer.weight), facts, self._parts(build, x))
 
@@ -175,7 +175,7 @@ class _Writer:
             return self._copies[value]
         if is_constant(value):
             assert value.const_value is not None
-            name = self.names(f"{name_of(value)}_shipped")
+            name = self.names.unique(f"{name_of(value)}_shipped")
             value.const_value.name = name
             self._copies[value] = initializer(self.graph, name, value.const_value)
             return self._copies[value]
@@ -185,7 +185,9 @@ class _Writer:
         if node is None:
             raise UnknownForm("its scales depend on more than the timestep")
         inputs = [self.copy(v) for v in node.inputs]
-        outputs = [ir.Value(name=self.names(f"{name_of(v)}_shipped"), shape=v.shape, type=v.type) for v in node.outputs]
+        outputs = [
+            ir.Value(name=self.names.unique(f"{name_of(v)}_shipped"), shape=v.shape, type=v.type) for v in node.outputs
+        ]
         made = ir.Node(
             node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=outputs, name=outputs[0].name
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,11 @@ from ..errors import PassError
 from .formats import Array, Format, Grid, Integers, RowFormats
 from .stats import Stats
 
-__all__ = ["Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
+__all__ = ["Lowering", "Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
 
+
+Lowering = Literal["qdq", "integer", "premul"]
+"""The forms of a quantized graph that a target can get: one file each in compiler/lowering."""
 
 T = TypeVar("T")
 
@@ -153,7 +156,7 @@ class Program:
     noise_report: Mapping[str, Any] = field(default_factory=dict)
     frozen: tuple[Timestep, ...] | None = None
     float_model: ir.Model | None = None
-    lowering: str = "qdq"
+    lowering: Lowering = "qdq"
     allocation: tuple[int, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     history: tuple[Record, ...] = ()

@@ -117,7 +117,7 @@ def take_over(
     if old.is_graph_output():
         graph.outputs[list(graph.outputs).index(old)] = new
     name = name_of(old)
-    old.name, new.name = names(f"{name}_uncorrected"), name
+    old.name, new.name = names.unique(f"{name}_uncorrected"), name
 
 
 def quantized_layers(program: Program, where: str) -> Iterator[QuantizedLayer]:

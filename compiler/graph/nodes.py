@@ -43,10 +43,11 @@ class Names:
             self._taken.update(name_of(v) for v in node.outputs)
             self._taken.add(node.name or "")
 
-    def __call__(self, wish: str) -> str:
-        name, k = wish, 1
+    def unique(self, preferred: str) -> str:
+        """Return the preferred name, with a number behind it when it is taken, and take it."""
+        name, k = preferred, 1
         while name in self._taken:
-            name, k = f"{wish}_{k}", k + 1
+            name, k = f"{preferred}_{k}", k + 1
         self._taken.add(name)
         return name
 
@@ -82,7 +83,7 @@ class Builder:
         self._scope = scope_of(anchor) if scope is None else scope
 
     def constant(self, wish: str, array: npt.ArrayLike | ir.TensorProtocol) -> ir.Value:
-        name = self.names(wish)
+        name = self.names.unique(wish)
         if isinstance(array, ir.TensorProtocol):
             tensor: ir.TensorProtocol = array
             tensor.name = name
@@ -110,7 +111,7 @@ class Builder:
         known = shape if shape is not None else (like.shape if like is not None else None)
         element = dtype if dtype is not None else (like.dtype if like is not None else None)
         out = ir.Value(
-            name=self.names(wish),
+            name=self.names.unique(wish),
             shape=None if known is None else ir.Shape(known),
             type=None if element is None else ir.TensorType(element),
         )
@@ -129,10 +130,14 @@ class Builder:
     def split(self, value: ir.Value, sizes: Sequence[int], wish: str) -> list[ir.Value]:
         """A vector cut into pieces of these sizes."""
         kind = None if value.dtype is None else ir.TensorType(value.dtype)
-        parts = [ir.Value(name=self.names(wish), shape=ir.Shape([n]), type=kind) for n in sizes]
+        parts = [ir.Value(name=self.names.unique(wish), shape=ir.Shape([n]), type=kind) for n in sizes]
         lengths = self.constant(f"{wish}_sizes", np.array(sizes, np.int64))
         node = ir.node(
-            "Split", [value, lengths], {"axis": 0}, outputs=parts, name=within(self._scope, self.names(f"{wish}_split"))
+            "Split",
+            [value, lengths],
+            {"axis": 0},
+            outputs=parts,
+            name=within(self._scope, self.names.unique(f"{wish}_split")),
         )
         self._insert(node)
         return parts

@@ -135,7 +135,7 @@ class _Writer:
         inputs = [*group.x.inputs[:3], *group.w.inputs[:3], *out_scale]
         attributes = {name: a.value for name, a in group.node.attributes.items()}
         name = group.node.name
-        group.node.name = self.names(f"{name}_float")
+        group.node.name = self.names.unique(f"{name}_float")
         made = build.op(
             "QLinearConv", inputs, f"{name_of(out)}_integer", like=quantize.outputs[0], attributes=attributes, name=name
         )
@@ -207,7 +207,7 @@ class _Writer:
         x, x_scale, x_zero = group.x.inputs[:3]
         out = last.outputs[0]
         name = group.node.name
-        group.node.name = self.names(f"{name}_float")
+        group.node.name = self.names.unique(f"{name}_float")
         build = Builder(self.graph, self.names, last)
         made = build.op(
             "MatMulIntegerToFloat",

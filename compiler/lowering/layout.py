@@ -61,7 +61,7 @@ def split_biases(graph: ir.Graph) -> None:
             node.replace_input_with(index, added)
         if out.is_graph_output():
             name = name_of(out)
-            out.name = names(f"{name}_unbiased")
+            out.name = names.unique(f"{name}_unbiased")
             graph.outputs[list(graph.outputs).index(out)] = added
             added.name = name
 

@@ -1,26 +1,33 @@
-"""The spellings that a quantized program can be lowered to, one file each."""
+"""The lowerings: a quantized program becomes the graph that its target gets, in one of several forms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import onnx_ir as ir
 
-from ..core.program import Program
-from . import integer as lower_integer
-from . import packing
-from . import premul as lower_premul
-from . import qdq as lower_qdq
+from ..core.program import Lowering, Program
+from ..errors import RecipeError
+from . import integer, packing, premul, qdq
+
+LOWERINGS: Mapping[Lowering, Callable[[Program], ir.Model]] = {
+    "qdq": lambda program: qdq.lower(program.model),
+    "integer": integer.lower,
+    "premul": premul.lower,
+}
 
 
 def lower(program: Program) -> ir.Model:
-    """What the target gets of a program that insert_qdq quantized, in the spelling that it asked for, packed."""
-    model = _spelled(program)
+    """Return the graph that the target gets of a quantized program, in the form of `program.lowering`, packed.
+
+    Raises RecipeError for an unknown lowering.
+    """
+    if program.lowering not in LOWERINGS:
+        raise RecipeError(
+            f"unknown lowering {program.lowering!r}",
+            where="insert_qdq.lowering",
+            hint=f"choose one of {', '.join(LOWERINGS)}",
+        )
+    model = LOWERINGS[program.lowering](program)
     packing.pack(model)
     return model
-
-
-def _spelled(program: Program) -> ir.Model:
-    if program.lowering == "integer":
-        return lower_integer.lower(program)
-    if program.lowering == "premul":
-        return lower_premul.lower(program)
-    return lower_qdq.lower(program.model)

@@ -234,7 +234,7 @@ class _Writer:
             replace_use(node, old, new)
         if old.is_graph_output():
             name = name_of(old)
-            old.name = self.names(f"{name}_raw")
+            old.name = self.names.unique(f"{name}_raw")
             self.graph.outputs[list(self.graph.outputs).index(old)] = new
             new.name = name
 

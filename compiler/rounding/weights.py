@@ -135,7 +135,7 @@ def replace_weight(program: Program, weight: QuantizedWeight, rows: Array, scale
     if [u.node for u in old.uses()] == [weight.quantize] and not old.is_graph_output():
         old.const_value = store.kept(array, name_of(old), folder)
     else:
-        name = Names(program.graph)(f"{name_of(old)}_rounded")
+        name = Names(program.graph).unique(f"{name_of(old)}_rounded")
         weight.quantize.replace_input_with(0, initializer(program.graph, name, store.kept(array, name, folder)))
     if np.array_equal(scale, weight.scale()):
         return

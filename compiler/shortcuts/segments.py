@@ -116,7 +116,7 @@ def split_layer(graph: ir.Graph, names: Names, joined: Joined) -> Pieces:
             f"{name_of(node.outputs[0])}_part_{i}",
             like=node.outputs[0],
             attributes={name: a.value for name, a in node.attributes.items()},
-            name=names(f"{layer.name}_part_{i}"),
+            name=names.unique(f"{layer.name}_part_{i}"),
         )
         made = out.producer()
         assert made is not None
@@ -206,9 +206,12 @@ def _split(graph: ir.Graph, build: Builder, joined: Joined, before: ir.Node) -> 
     stem = name_of(value)
     kind = None if value.dtype is None else ir.TensorType(value.dtype)
     shapes = [[size if d == axis else n for d, n in enumerate(value.shape)] for size in joined.sizes]
-    parts = [ir.Value(name=build.names(f"{stem}_part_{i}"), shape=ir.Shape(s), type=kind) for i, s in enumerate(shapes)]
+    parts = [
+        ir.Value(name=build.names.unique(f"{stem}_part_{i}"), shape=ir.Shape(s), type=kind)
+        for i, s in enumerate(shapes)
+    ]
     lengths = build.constant(f"{stem}_sizes", np.array(joined.sizes, np.int64))
     node = ir.node("Split", [value, lengths], {"axis": axis}, outputs=parts)
-    node.name = within(scope_of(before), build.names(f"{stem}_split"))
+    node.name = within(scope_of(before), build.names.unique(f"{stem}_split"))
     graph.insert_before(before, node)
     return parts
