@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,16 +364,12 @@ class TestSafety:
 class TestSize:
     def test_thousands_of_nodes_open_at_once(self, hand: Compiled, chromium: Browser, tmp_path: Path) -> None:
         bundle = large_bundle(hand.bundle, tmp_path / "large")
-        start = time.perf_counter()
         data = page_data(bundle, UNMEASURED, made_up_ranges(bundle))
-        taken = time.perf_counter() - start
-        assert len(data["graph"]["nodes"]) == 8001 and taken < 60
+        assert len(data["graph"]["nodes"]) == 8001
         assert max(len(block["items"]) for block in data["graph"]["blocks"]) <= 80
         (tmp_path / "page.html").write_text(page(data), encoding="utf-8")
 
-        start = time.perf_counter()
         with opened(chromium, tmp_path / "page.html") as seen:
-            assert time.perf_counter() - start < 3
             name = data["graph"]["nodes"][5000]["name"]
             find(seen.page, name)
             assert seen.page.locator(".panel").get_attribute("data-panel") == name

@@ -565,7 +565,7 @@ class TestCommand:
 
         told = json.loads(first.out)
         seconds = told.pop("seconds")
-        assert 0 < seconds < 60
+        assert seconds > 0
         assert told == {
             "output": str(tmp_path / "f"),
             "pictures": N,
