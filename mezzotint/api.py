@@ -16,7 +16,7 @@ from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.bundle.writer import save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions, random_conditions
 from mezzotint.compiler.core import pipeline
-from mezzotint.compiler.core.pipeline import Context, Progress, Recipe, silent
+from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
@@ -24,6 +24,7 @@ from mezzotint.passes.recipes.catalog import DEFAULT
 from mezzotint.passes.recipes.files import load_recipe, with_options
 from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import UNGUIDED, Deployment, usual_sampler
 from mezzotint.runtime.sampling.schedule import Schedule
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.compiler.bundle.staging import staged
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import MODEL, open_bundle
+from mezzotint.runtime.progress import Progress, silent
 
 from .api import compile_model
 from .bench.pairs import compare, folder_bytes, latency_ratio

@@ -41,13 +41,14 @@ from mezzotint.bench.pairs import (
     paired_run,
     unseen_seed,
 )
-from mezzotint.compiler.core.pipeline import Progress, Recipe
+from mezzotint.compiler.core.pipeline import Recipe
 from mezzotint.io.sources import DIGITS
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser, running_version

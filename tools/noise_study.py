@@ -22,12 +22,12 @@ import numpy as np
 from rich.console import Console
 
 from mezzotint import compile_model, open_bundle
-from mezzotint.compiler.core.pipeline import Progress
 from mezzotint.frechet import FeatureNet, Moments, frechet_distance
 from mezzotint.io.files import replacing
 from mezzotint.runtime.bundle.bundle import MANIFEST, Bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.guidance import Predict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.progress import Progress, silent
 
 from ..errors import PassError, RecipeError
 from ..graph import nodes as graph
@@ -21,12 +22,6 @@ from ..graph import weight_store as store
 from . import snapshot, verify
 from .memory import PeakMemory
 from .program import Program, Record
-
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """The progress reporter that reports nothing."""
 
 
 @dataclass(frozen=True)

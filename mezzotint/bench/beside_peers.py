@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.pipeline import Progress
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError, MezzotintError
+from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.sampling.samplers import StepInfo

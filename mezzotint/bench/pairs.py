@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db, psnr_db
+from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Predict, predictors
 from mezzotint.runtime.sampling.samplers import StepInfo

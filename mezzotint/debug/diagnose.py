@@ -43,7 +43,7 @@ import numpy.typing as npt
 
 from mezzotint.compiler.audit.side_by_side import Beside, put_beside
 from mezzotint.compiler.core.execute import Executor, feeds
-from mezzotint.compiler.core.pipeline import Context, GraphPass, Progress, Recipe, silent
+from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
@@ -51,6 +51,7 @@ from mezzotint.passes.recipes.files import recipe_from_json
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import predictor
 from mezzotint.runtime.sampling.samplers import StepInfo

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import json_db, psnr_db, ssim
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.session import Denoiser, running_version
 

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from mezzotint.compiler.audit.fusion import audit_fusion
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import InputError, MezzotintError
+from mezzotint.runtime.progress import Progress, silent
 
 from ..bench import bench
 from ..bench.pairs import Comparison, compare, latencies, unseen_seed

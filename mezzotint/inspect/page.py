@@ -14,9 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.ranges import Ranges
+from mezzotint.runtime.progress import Progress, silent
 
 from ..io.files import replacing
 from . import data as inspect_data

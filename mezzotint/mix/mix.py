@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.compiler.bundle.staging import staged
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.compiler.mixing.choice import Choice, by_margin, picture_weights, relaxed
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import BundleError, InputError
+from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import predictors
 from mezzotint.runtime.sampling.samplers import MIXING, StepInfo, initial_noise
 from mezzotint.runtime.sampling.steps import noise_of

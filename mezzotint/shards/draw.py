@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.options import SamplingOptions
 
 from ..io import images

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from mezzotint.compiler.bundle.staging import remove_stale
-from mezzotint.compiler.core.pipeline import Progress, silent
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.signature import Images

@@ -580,7 +580,7 @@ class TestAccidents:
 
     def test_an_interrupt_cleans_up(self, hand: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from mezzotint import compile_model
-        from mezzotint.compiler.core.pipeline import silent
+        from mezzotint.runtime.progress import silent
 
         def interrupt(stage: str, done: int, total: int) -> None:
             silent(stage, done, total)

@@ -1,0 +1,12 @@
+"""Progress of a long call: a function that is given the stage, the steps done, and their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""`(stage, done, total)`. A stage begins with 0 done and ends with all of them."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
