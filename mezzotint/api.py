@@ -27,6 +27,7 @@ from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import UNGUIDED, Deployment, usual_sampler
 from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.streams import SeedOffset
 
 from .io.hub import card_fields
 from .io.settings import load_conditions
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     Model = str | Path | torch.nn.Module
 Conditions = Mapping[str, npt.NDArray[Any]]
 RANDOM = "random"
-UNCONDITIONAL = 1000  # random unconditional rows must be others than the conditional ones of any usual seed
 VERSIONED = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -113,7 +113,7 @@ def compile_model(
             samples=calibration_samples,
             batch=calibration_batch,
             conditions=rows,
-            unconditional=_conditions(program, unconditional, 1, seed + UNCONDITIONAL),
+            unconditional=_conditions(program, unconditional, 1, SeedOffset.UNCONDITIONAL.after(seed)),
             progress=progress,
             cache=None if cache is None else Path(cache).absolute(),
         )

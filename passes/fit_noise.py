@@ -33,8 +33,9 @@ from mezzotint.compiler.lowering.lower import lower
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.sampling.correction import FORMS, Correction
 from mezzotint.runtime.sampling.noise_fit import PARTS, NoiseFit, Row, StateFit
-from mezzotint.runtime.sampling.samplers import HELD_OUT, NOISE_FIT, StepInfo
+from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.streams import SeedOffset
 
 See = Callable[[StepInfo, Images], None]
 JUDGED = 16
@@ -69,7 +70,7 @@ class FitNoise(Pass):
         fit, held_out, states = NoiseFit(), NoiseFit(), StateFit()
         drawn: list[Images] = []
         # Calibration saw other noise: the fit must not be made on the very pictures that the ranges were chosen for.
-        fitting = replace(context, seed=context.seed + NOISE_FIT)
+        fitting = replace(context, seed=SeedOffset.NOISE_FIT.after(context.seed))
         self._follow(program, fitting, self.name, lambda info, got: fit.add(info.index, info.output, got))
         correction = fit.correction(program.deployment, steps, program.signature.prediction, self.form)
         residuals = Residuals(context.seed)
@@ -83,7 +84,7 @@ class FitNoise(Pass):
             if info.index == len(steps) - 1:
                 drawn.append(info.x_next)
 
-        fresh = replace(context, seed=context.seed + HELD_OUT)
+        fresh = replace(context, seed=SeedOffset.HELD_OUT.after(context.seed))
         self._follow(program, fresh, f"{self.name}, held out", judge)
         if self.form == "regression":
             correction = states.measured(correction, steps)

@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.runtime import streams
+
 from ..core.execute import Executor
 from ..core.pipeline import Context
 from ..core.program import Program
@@ -110,7 +112,7 @@ class Profiler:
             assert unit.weight is not None
             weight = numpy_of(unit.weight)
             step = PROBE * max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-12)
-            signs = np.random.default_rng([self.context.seed, order[unit.name]]).integers(0, 2, weight.shape)
+            signs = streams.PROBES.generator(self.context.seed, order[unit.name]).integers(0, 2, weight.shape)
             probe = (weight + np.float32(step) * (2 * signs - 1).astype(np.float32)).astype(np.float32)
             trace = simulator.noise(scenes, {name_of(unit.weight): probe}) / step**2
             return {b: trace / weight.size * _squares(self.rounded(unit, b) - weight) for b in self.widths}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime import streams
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.guidance import combine, doubled, doubled_conditions
@@ -187,7 +188,7 @@ def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
 
     Integer conditions (class labels) are refused: nobody knows their range. Open dimensions too.
     """
-    rng = np.random.default_rng([seed, 0xC])
+    rng = streams.CONDITIONS.generator(seed)
     made: Conditions = {}
     for name, value in program.conditions().items():
         sizes = [] if value.shape is None else list(value.shape)[1:]

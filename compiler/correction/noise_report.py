@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime import streams
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.steps import Step
 
@@ -30,7 +31,7 @@ class Residuals:
     """Random subsets of (float output, quantized output, channel) at each call: at most SUBSET values each."""
 
     def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng([seed, 0xE])
+        self._rng = streams.RESIDUALS.generator(seed)
         self._pairs: dict[int, list[npt.NDArray[np.float64]]] = {}
 
     def add(self, call: int, wanted: Floats, got: Floats) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from mezzotint.runtime.compare import StepSQNR, sqnr_db
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.streams import SeedOffset
 
 from ..calibration.calibrate import Conditions, Images, batch_conditions, batch_spans, both_halves, guided_output
 from ..core.execute import Executor
@@ -33,7 +34,7 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
 
     The programs are variants of one: they share its float graph, deployment and inputs.
     """
-    fresh = replace(context, seed=context.seed + samplers.HELD_OUT, samples=samples)
+    fresh = replace(context, seed=SeedOffset.HELD_OUT.after(context.seed), samples=samples)
     first = programs[0]
     assert first.float_model is not None
     errors = [StepSQNR() for _ in programs]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mezzotint.runtime.streams import FIXED
+
 from ..errors import ModelError
 
 DIT = "DiTTransformer2DModel"
@@ -83,7 +85,7 @@ def example_of(model: torch.nn.Module, size: tuple[int, int] | None, timestep: t
     config: Any = model.config
     side = config.sample_size or 32
     height, width = size or ((side, side) if isinstance(side, int) else tuple(side))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(FIXED)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)

@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
+from mezzotint.runtime import streams
 from mezzotint.runtime.session import Level
 from mezzotint.runtime.signature import Timestep
 
@@ -247,7 +248,7 @@ def _add_batch(
         rows = inputs.rows() if wanted else None
         for tap, float_tap, unfold in zip(inputs.taps, inputs.float_taps, inputs.unfolds, strict=True):
             x = seen[tap]
-            rng = np.random.default_rng([*seed, zlib.crc32(tap.encode())])
+            rng = streams.POSITIONS.generator(*seed, zlib.crc32(tap.encode()))
             chosen = choose_positions(unfold.positions(x.shape), limit, rng)
             found = unfold.columns(x, chosen)
             mean = float(np.mean(np.square(found), dtype=np.float64))

@@ -31,6 +31,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime import streams
+
 from ..core.formats import Format
 from ..core.stats import Summary
 
@@ -124,7 +126,7 @@ class Networks:
     def __init__(self, seeds: Sequence[tuple[int, int]], dtype: npt.DTypeLike) -> None:
         sizes = (2 * WAVES, HIDDEN, HIDDEN, HIDDEN)
         self.parameters: list[Numbers] = []
-        draws = [np.random.default_rng(seed) for seed in seeds]
+        draws = [streams.RANGE_NETWORKS.generator(seed, value) for seed, value in seeds]
         for inputs, outputs in pairwise(sizes):
             weight = [draw.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs) for draw in draws]
             self.parameters += [np.asarray(weight, dtype), np.zeros((len(seeds), 1, outputs), dtype)]

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions, Predict
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser, running_version, untested_version
+from mezzotint.runtime.streams import FIXED
 
 from ..text.report import model_bytes
 from .beside_peers import CALIBRATION, PeerResult, PeerRuns
@@ -157,7 +159,7 @@ def run_bench(
     rows = {name: array for name, (array, _) in conditions.items()}
     inputs = {bundle.signature.sample: f"float32 {[batch, *bundle.sample_shape]}, random normal"}
     inputs |= {name: f"{array.dtype} {list(array.shape)}, {how}" for name, (array, how) in conditions.items()}
-    x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    x, t = initial_noise(FIXED, (batch, *bundle.sample_shape)), middle_timestep(bundle)
     shared = bundle, inputs, batch, threads, repeats, rounds
 
     def times(*nets: Any) -> list[Latency]:
@@ -183,7 +185,7 @@ def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tupl
     """
     declared = net.inputs[bundle.signature.sample][1]
     sizes = {d: n for d, n in zip(declared, (batch, *bundle.sample_shape), strict=True) if isinstance(d, str)}
-    rng = np.random.default_rng(0)
+    rng = streams.BENCH_CONDITIONS.generator(FIXED)
     conditions: dict[str, tuple[npt.NDArray[Any], str]] = {}
     for name in bundle.signature.conditions:
         dtype, shape = net.inputs[name]
@@ -201,7 +203,7 @@ def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tupl
 
 def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | None, repeats: int) -> Breakdown:
     """Run the bundle's graph under onnxruntime's profiler; the first call warms up and is not counted."""
-    x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    x, t = initial_noise(FIXED, (batch, *bundle.sample_shape)), middle_timestep(bundle)
     with TemporaryDirectory(prefix="mezzotint-bench-") as folder:
         net = Denoiser(
             bundle.model_path,

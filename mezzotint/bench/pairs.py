@@ -19,6 +19,7 @@ from mezzotint.runtime.sampling.guidance import Predict, predictors
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.streams import FIXED, SeedOffset
 
 View = Callable[[StepInfo, Images], Images]
 PEAK = 2.0  # images lie in [-1, 1]
@@ -213,7 +214,7 @@ def latencies(
     call, and would slow down the other session if single calls took turns. The first call of a block is not counted,
     and only the first row of each condition is used.
     """
-    x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
+    x = samplers.initial_noise(FIXED, (batch, *bundle.sample_shape))
     t = middle_timestep(bundle)
     rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
 
@@ -276,7 +277,7 @@ def latency_ratio(
 
 def unseen_seed(bundle: Bundle) -> int:
     """Return a seed that neither the calibration nor any pass draws from."""
-    return int(bundle.manifest["calibration"]["seed"]) + samplers.EVALUATION
+    return SeedOffset.EVALUATION.after(int(bundle.manifest["calibration"]["seed"]))
 
 
 def middle_timestep(bundle: Bundle) -> Timestep:

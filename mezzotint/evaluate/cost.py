@@ -12,6 +12,7 @@ from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.sampling.guidance import Conditions, Predict
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import Latency, Ratio, folder_bytes, in_turns, middle_timestep
 from ..text.report import model_bytes
@@ -52,7 +53,7 @@ def speed(
         return lambda x, t: net(x, t, **rows)
 
     counted = Counter(bundle.denoisers(threads=threads))
-    x, t = initial_noise(0, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    x, t = initial_noise(FIXED, (batch, *bundle.sample_shape)), middle_timestep(bundle)
     slow, *found = in_turns([on_rows(net) for net in (exact, *counted)], x, t, repeats=repeats, rounds=rounds)
     mine, blocks = _mean(found, list(counted.values()))
     each = [slow.median / mine, *(float(e / b) for e, b in zip(slow.blocks, blocks, strict=True))]

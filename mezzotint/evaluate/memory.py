@@ -28,6 +28,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import middle_timestep
 
@@ -85,7 +86,7 @@ def memory_of_one_call(
 
 def _measure(task: dict[str, Any]) -> Memory:
     bundle = open_bundle(task["bundle"], verify=False)
-    x, t = initial_noise(0, (task["batch"], *bundle.sample_shape)), middle_timestep(bundle)
+    x, t = initial_noise(FIXED, (task["batch"], *bundle.sample_shape)), middle_timestep(bundle)
     given = {name: np.zeros(shape, dtype) for name, (dtype, shape) in task["conditions"].items()}
     with PeakMemory() as watch:
         before = int(watch.peak_mb * 1e6)

@@ -37,6 +37,7 @@ import numpy.typing as npt
 
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.streams import BOOTSTRAP
 
 from ..frechet import Features, Moments, frechet_distance
 
@@ -122,7 +123,7 @@ def interval(statistic: Statistic, n: int, resamples: int, seed: int) -> tuple[f
 
 
 def _draws(statistic: Statistic, n: int, resamples: int, seed: int) -> Doubles:
-    rng = np.random.default_rng(seed)
+    rng = BOOTSTRAP.generator(seed)
     return np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)], np.float64)
 
 

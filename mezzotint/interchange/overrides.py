@@ -32,6 +32,7 @@ from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.streams import FIXED
 
 from ..debug.diagnose import checked_recipe, replayed
 from . import FORMAT, OVERRIDES
@@ -210,7 +211,7 @@ def _moved(
     batch = net.fixed_batch or 1
     rows = {name: array for name, (array, _) in make_conditions(net, bundle, batch).items()}
     rows |= {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
-    x = initial_noise(0, (batch, *bundle.sample_shape))
+    x = initial_noise(FIXED, (batch, *bundle.sample_shape))
     calls = bundle.deployment.timesteps
     times = (calls[0], calls[len(calls) // 2])
     first, second = (_prints(program, names, x, times, rows, context) for program in (before, after))

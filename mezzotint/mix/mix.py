@@ -27,10 +27,11 @@ from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import predictors
-from mezzotint.runtime.sampling.samplers import MIXING, StepInfo, initial_noise
+from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise
 from mezzotint.runtime.sampling.steps import noise_of
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images
+from mezzotint.runtime.streams import FIXED, SeedOffset
 
 from ..bench.pairs import in_turns, middle_timestep, parallel_run
 from .write import calibration_seed, write_mix
@@ -111,7 +112,7 @@ def mix_bundles(
         mixing = _Mixing(given, nets, conditions or {}, unconditional or {}, threads)
         _check_inputs(nets)
         if seed is None:
-            seed = max(calibration_seed(bundle) for bundle in given.values()) + MIXING
+            seed = SeedOffset.MIXING.after(max(calibration_seed(bundle) for bundle in given.values()))
         sqnr, raw = _measure(mixing, Path(reference), pictures, batch, seed, progress)
         prices, how = (_given(costs, given), {"kind": "given"}) if costs else _costs(mixing, repeats, progress)
         choice, facts = _choose(mixing, sqnr, raw if rule == "picture" else None, prices, budget, relax, relax_first)
@@ -218,7 +219,7 @@ def _costs(mixing: _Mixing, repeats: int, progress: Progress) -> tuple[dict[str,
     )
     progress("what a call costs", 0, 1)
     calls = predictors(list(mixing.nets.values()), bundle.deployment, here, other)
-    x = initial_noise(0, (rows, *bundle.sample_shape))
+    x = initial_noise(FIXED, (rows, *bundle.sample_shape))
     found = in_turns(calls, x, middle_timestep(bundle), repeats=repeats)
     progress("what a call costs", 1, 1)
     seconds = dict(zip(mixing.nets, (latency.median for latency in found), strict=True))

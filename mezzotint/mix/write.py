@@ -16,11 +16,12 @@ from mezzotint.compiler.bundle.staging import write_text
 from mezzotint.compiler.errors import CompileError
 from mezzotint.compiler.mixing.mixture import write_sharing
 from mezzotint.compiler.mixing.noise import NoiseTables, mixed_correction, mixed_report
-from mezzotint.runtime import __version__
+from mezzotint.runtime import __version__, streams
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, Bundle, seal_bundle
 from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import folder_bytes
 
@@ -106,13 +107,13 @@ def _check_same(name: str, bundle: Bundle, file: Path, threads: int | None) -> N
     """The network of `file` computes bit for bit what it computed before its constants were moved."""
     before, after = bundle.denoiser(threads), Denoiser(file, bundle.signature, threads=threads)
     rows = before.fixed_batch or 1
-    rng = np.random.default_rng(0)
+    rng = streams.MIX_CHECK.generator(FIXED)
     given = {}
     for condition in bundle.signature.conditions:
         dtype, shape = before.inputs[condition]
         sizes = [rows if axis == 0 else size if isinstance(size, int) else 2 for axis, size in enumerate(shape)]
         given[condition] = (rng.standard_normal(sizes) if dtype.kind == "f" else np.zeros(sizes)).astype(dtype)
-    x = initial_noise(0, (rows, *bundle.sample_shape))
+    x = initial_noise(FIXED, (rows, *bundle.sample_shape))
     for t in bundle.deployment.calls[:: max(1, len(bundle.deployment.calls) - 1)]:
         if not np.array_equal(before(x, t, **given), after(x, t, **given), equal_nan=True):
             raise CompileError(

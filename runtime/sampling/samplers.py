@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..signature import Images, Timestep
+from ..streams import noise_generator
 from .correction import Correction
 from .deployment import Deployment
 from .schedule import Schedule
@@ -93,11 +94,6 @@ def run(
     return state["x"]
 
 
-# What is measured on noise that something was fitted to looks better than it is. Everyone adds a number of their own to
-# the seed of the calibration.
-NOISE_FIT, HELD_OUT, EVALUATION, MIXING = 1, 2, 3, 4
-
-
 def initial_noise(seed: int, shape: Sequence[int], *, first: int = 0) -> Images:
     """The noise that sampling begins with, float32 `[B, C, H, W]`; its image i is image `first + i` of `seed`."""
     return _normal(seed, 0, tuple(shape), first)
@@ -114,8 +110,7 @@ def _normal(seed: int, draw: int, shape: tuple[int, ...], first: int) -> Images:
     out = np.empty(shape, dtype=np.float32)
     for i in range(shape[0]):
         # One generator (8 microseconds) for each image: this is what makes an image independent of its batch.
-        key = np.random.SeedSequence(seed, spawn_key=(first + i, draw))
-        np.random.Generator(np.random.PCG64(key)).standard_normal(dtype=np.float32, out=out[i])
+        noise_generator(seed, first + i, draw).standard_normal(dtype=np.float32, out=out[i])
     return out
 
 

@@ -25,9 +25,10 @@ from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.sampling.correction import FORMS
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.noise_fit import NoiseFit
-from mezzotint.runtime.sampling.samplers import HELD_OUT, NOISE_FIT, StepInfo, initial_noise, sample, seeded_noise
+from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.streams import SeedOffset
 from tests.helpers.models import CONTEXT, SMALL, THREADS, hand_written, write
 from tests.helpers.tiny import program_of, tiny_program
 
@@ -87,7 +88,7 @@ def check_tables(found: Any, fit: NoiseFit, program: Program, form: str) -> None
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tables_are_those_of_the_float_trajectory(program: Program, context: Context, form: str) -> None:
     found = FitNoise(form=form, gate=False).run(program, context).correction
-    fresh = replace(context, seed=context.seed + NOISE_FIT)
+    fresh = replace(context, seed=SeedOffset.NOISE_FIT.after(context.seed))
     check_tables(found, measured(program, fresh), program, form)
     with pytest.raises(AssertionError):
         check_tables(found, measured(program, fresh, bend=1.01), program, form)
@@ -103,7 +104,9 @@ def test_every_call_has_a_row(context: Context, sampler: str) -> None:
     assert after.correction is not None
     calls = program.deployment.calls
     assert len(after.correction.scale) == len(calls) == len(after.noise_report["calls"])
-    check_tables(after.correction, measured(program, replace(context, seed=NOISE_FIT)), program, "regression")
+    check_tables(
+        after.correction, measured(program, replace(context, seed=SeedOffset.NOISE_FIT)), program, "regression"
+    )
     assert [row["timestep"] for row in after.noise_report["calls"]] == list(calls)
     if sampler in ("heun", "pndm"):
         assert len(set(calls)) < len(calls)
@@ -116,7 +119,7 @@ def moved(program: Program, context: Context, form: str, nudge: float = 0.0) -> 
     correction = FitNoise(form=form, gate=False).run(program, context).correction
     assert program.float_model is not None and correction is not None
     solver, signature = program.deployment.solver(program.schedule), program.signature
-    fresh = replace(context, seed=context.seed + HELD_OUT)
+    fresh = replace(context, seed=SeedOffset.HELD_OUT.after(context.seed))
     differences: dict[int, list[Images]] = {}
     with (
         Executor(program.float_model, context.folder, threads=THREADS) as exact,
@@ -205,7 +208,7 @@ def test_pictures_are_those_of_the_loop(program: Program, context: Context) -> N
     """The figure for nothing undone is that of pictures drawn here by hand."""
     after = FitNoise().run(program, context)
     assert program.float_model is not None
-    fresh = replace(context, seed=context.seed + HELD_OUT)
+    fresh = replace(context, seed=SeedOffset.HELD_OUT.after(context.seed))
     drawn: list[list[Images]] = [[], []]
     for k, model in enumerate((program.float_model, lower(program))):
         with Executor(model, context.folder, threads=THREADS) as executor:
@@ -264,7 +267,7 @@ def test_the_statistics_are_those_of_the_guided_output(context: Context, batch: 
     assert found is not None
     assert found.deployment.guidance == 4.0
     assert found.shift.shape == (4, 1)
-    fresh = replace(given, seed=NOISE_FIT)
+    fresh = replace(given, seed=SeedOffset.NOISE_FIT)
     check_tables(found, measured(program, fresh), program, "regression")
     # Those of the network's own output are others: guidance multiplies its error.
     plain = replace(program, deployment=replace(program.deployment, guidance=1.0))
