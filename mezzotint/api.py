@@ -26,6 +26,7 @@ from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import UNGUIDED, Deployment, usual_sampler
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.streams import SeedOffset
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from mezzotint.runtime.signature import Prediction
 
     Model = str | Path | torch.nn.Module
-Conditions = Mapping[str, npt.NDArray[Any]]
 RANDOM = "random"
 VERSIONED = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -218,9 +218,7 @@ def _torch_front_end() -> Any:
     return import_torch
 
 
-def _conditions(
-    program: Program, wish: Conditions | str | Path | None, rows: int, seed: int
-) -> dict[str, npt.NDArray[Any]]:
+def _conditions(program: Program, wish: Conditions | str | Path | None, rows: int, seed: int) -> Conditions:
     if isinstance(wish, (str, Path)):
         return random_conditions(program, rows, seed)
     return {name: np.asarray(array) for name, array in (wish or {}).items()}

@@ -28,19 +28,18 @@ from difflib import get_close_matches
 from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, batch_spans, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import batch_spans, follow_trajectories
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import consumers, is_op, name_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.runtime.signature import Timestep
-
-Numbers = npt.NDArray[np.float64]
+from mezzotint.runtime.arrays import Doubles
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def even(calls: int, budget: int) -> tuple[int, ...]:
     return tuple((k + 1) * budget // calls - k * budget // calls for k in range(calls))
 
 
-def apportion(weights: Numbers, budget: int, most: int) -> tuple[int, ...]:
+def apportion(weights: Doubles, budget: int, most: int) -> tuple[int, ...]:
     """`budget` cut in proportion to weights `[calls]` (not negative), no part above `most`; they add up to `budget`.
 
     What a full call cannot take goes to the others, evenly where all of those have the weight 0. Rounding is by
@@ -141,7 +140,7 @@ def apportion(weights: Numbers, budget: int, most: int) -> tuple[int, ...]:
     return tuple(int(c) for c in counts)
 
 
-def normal_mass(timesteps: tuple[Timestep, ...], mean: float, deviation: float) -> Numbers:
+def normal_mass(timesteps: tuple[Timestep, ...], mean: float, deviation: float) -> Doubles:
     """How likely a normal draw is to be nearest to each timestep, in their order; beyond the ends counts as the end."""
     order = np.argsort(timesteps)
     rising = np.asarray(timesteps, np.float64)[order]
@@ -152,7 +151,7 @@ def normal_mass(timesteps: tuple[Timestep, ...], mean: float, deviation: float) 
     return mass
 
 
-def density_weights(features: Numbers, radius: float, diversity: float) -> Numbers:
+def density_weights(features: Doubles, radius: float, diversity: float) -> Doubles:
     """EDA-DM's weight of each call from features `[calls, batch, n]`; see the module's docstring."""
     calls = len(features)
     distance, turned = np.zeros((calls, calls)), np.zeros((calls, calls))
@@ -167,7 +166,7 @@ def density_weights(features: Numbers, radius: float, diversity: float) -> Numbe
     return _norm(near.sum(axis=1) - 1.0) + diversity * _norm(turned.sum(axis=1))
 
 
-def _norm(values: Numbers) -> Numbers:
+def _norm(values: Doubles) -> Doubles:
     """From 0 to 1; all 0 where all are the same."""
     span = values.max() - values.min()
     return (values - values.min()) / span if span > 0 else np.zeros_like(values)
@@ -240,9 +239,9 @@ def _shapes(program: Program, context: Context, names: list[str]) -> dict[str, t
     return {name: outputs[name].shape for name in names}
 
 
-def _features(program: Program, context: Context, name: str) -> Numbers:
+def _features(program: Program, context: Context, name: str) -> Doubles:
     """A value at every call of the first batch's trajectory, `[calls, batch, n]`."""
-    found: list[Numbers] = []
+    found: list[Doubles] = []
     with Executor(program.model, context.folder, taps=[name], threads=context.threads) as executor:
 
         def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:

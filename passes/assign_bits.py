@@ -64,7 +64,7 @@ from mezzotint.compiler.bits.mixdq import Pictures, split_budget, unlike
 from mezzotint.compiler.bits.parts import Order, Parts, cut, joined_bytes
 from mezzotint.compiler.bits.profile import Profiler, Weighting
 from mezzotint.compiler.bits.report import BitReport
-from mezzotint.compiler.bits.simulate import Feeds, Simulator
+from mezzotint.compiler.bits.simulate import Simulator
 from mezzotint.compiler.bits.units import (
     FLOAT,
     Choice,
@@ -76,12 +76,14 @@ from mezzotint.compiler.bits.units import (
     with_choices,
     with_macs,
 )
+from mezzotint.compiler.core.execute import Feeds
 from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.scales.weights import WeightMethod
+from mezzotint.runtime.arrays import AnyArray
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ class _Search:
         with Simulator(self.program, self.context, layers=on, plan=self.quantizers.plan, model=model) as simulator:
 
             def fed(call: int) -> Feeds:
-                given: Feeds = {}
+                given: dict[str, AnyArray] = {}
                 for unit, choice in taken:
                     given |= profiler.switched(simulator, unit, choice.activation, call) if on else {}
                 return given

@@ -39,16 +39,18 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import follow_trajectories
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.correction.biases import Numbers, QuantizedLayer, quantized_layers, with_float_twins
+from mezzotint.compiler.correction.biases import QuantizedLayer, quantized_layers, with_float_twins
 from mezzotint.compiler.correction.channel_means import ChannelMeans, with_means
 from mezzotint.compiler.correction.trial import judged
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import Names, name_of, remove_dead
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.arrays import Doubles
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class CorrectBias(Pass):
         return means
 
 
-def _size(program: Program, layer: QuantizedLayer, shift: Numbers) -> float:
+def _size(program: Program, layer: QuantizedLayer, shift: Doubles) -> float:
     """A shift's root mean square in units of the output's; NaN where the output was not measured."""
     summary = None if program.stats is None else program.stats.summary(name_of(layer.layer.output))
     if summary is None or not summary.square:

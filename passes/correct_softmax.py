@@ -28,19 +28,21 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import follow_trajectories
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.correction.biases import take_over
-from mezzotint.compiler.correction.channel_means import ChannelMeans, Numbers, with_means
+from mezzotint.compiler.correction.channel_means import ChannelMeans, with_means
 from mezzotint.compiler.correction.trial import judged
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import Builder, Names, is_op, name_of
 from mezzotint.compiler.graph.scopes import TABLES
 from mezzotint.compiler.lowering.qdq import dequantizer
 from mezzotint.compiler.scales.timetable import deployed_rows, lookup, nearest_row_of_timestep, step_index
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.arrays import Doubles
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
 SMALLEST_RANK = 3  # onnxruntime makes a float Gemm of a MatMul of two matrices and the Add behind it
 
@@ -83,7 +85,7 @@ class CorrectSoftmax(Pass):
 
     def _measure(
         self, program: Program, context: Context, found: Sequence[_Attention], timed: bool
-    ) -> tuple[list[Numbers], list[float]]:
+    ) -> tuple[list[Doubles], list[float]]:
         """(E[A - Q(A)] `[rows, heads]`, what a row of Q(A) lacks to 1) of each attention."""
         assert program.float_model is not None
         row_of = {t: row for row, t in enumerate(deployed_rows(program))}
@@ -147,7 +149,7 @@ def _attentions(program: Program) -> list[_Attention]:
     return found
 
 
-def _look_up(program: Program, names: Names, betas: Sequence[Numbers]) -> list[ir.Value]:
+def _look_up(program: Program, names: Names, betas: Sequence[Doubles]) -> list[ir.Value]:
     """The betas `[heads]` of the call at hand: one lookup for all of them."""
     build = Builder(program.graph, names, program.graph[0], scope=TABLES)
     row_of = nearest_row_of_timestep(program)
@@ -156,7 +158,7 @@ def _look_up(program: Program, names: Names, betas: Sequence[Numbers]) -> list[i
     return lookup(build, table, row, [beta.shape[1] for beta in betas], "softmax_betas")
 
 
-def _correct(graph: ir.Graph, names: Names, attention: _Attention, beta: Numbers, row: ir.Value | None) -> None:
+def _correct(graph: ir.Graph, names: Names, attention: _Attention, beta: Doubles, row: ir.Value | None) -> None:
     """Add beta times the sum of the values; `row` `[heads]` is the beta of the call, where it has one of its own."""
     node = attention.matmul
     out, values = node.outputs[0], node.inputs[1]

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories, guided_output
+from mezzotint.compiler.calibration.calibrate import follow_trajectories, guided_output
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
@@ -32,9 +32,10 @@ from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.lowering.lower import lower
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.sampling.correction import FORMS, Correction
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.noise_fit import PARTS, NoiseFit, Row, StateFit
 from mezzotint.runtime.sampling.samplers import StepInfo
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 from mezzotint.runtime.streams import SeedOffset
 
 See = Callable[[StepInfo, Images], None]

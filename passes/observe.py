@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import follow_trajectories
 from mezzotint.compiler.calibration.collect import Collector
 from mezzotint.compiler.calibration.stats_cache import measured_once
 from mezzotint.compiler.core.execute import Executor
@@ -27,7 +27,8 @@ from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rescaling.scaling import channel_axis
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
 
 @dataclass(frozen=True)

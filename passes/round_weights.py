@@ -49,7 +49,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import Array, Grid, of_rows
+from mezzotint.compiler.core.formats import Grid, of_rows
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
@@ -60,6 +60,7 @@ from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, chosen_latents, gather
 from mezzotint.compiler.rounding.row_scales import refit, search
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights, layer_name, replace_weight, with_scales
+from mezzotint.runtime.arrays import Floats
 
 Method = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
 
@@ -113,7 +114,7 @@ class RoundWeights(Pass):
         total, done = len(stages) * len(latents) + len(found), 0
         report = _Report()
         rounded: set[str] = set()
-        changed: dict[str, tuple[QuantizedWeight, str, Array]] = {}
+        changed: dict[str, tuple[QuantizedWeight, str, Floats]] = {}
 
         def step() -> None:
             nonlocal done
@@ -174,7 +175,7 @@ class RoundWeights(Pass):
             size += new
         yield stage
 
-    def _round(self, inputs: Inputs, grid: Grid, gathered: Gathered, report: _Report) -> tuple[Array, Array]:
+    def _round(self, inputs: Inputs, grid: Grid, gathered: Gathered, report: _Report) -> tuple[Floats, Floats]:
         """Grid points and scales of one weight, group by group of its convolution."""
         weight = inputs.weight
         if self.scales != "keep" and not weight.per_row:
@@ -198,8 +199,8 @@ class RoundWeights(Pass):
         return values, scale
 
     def _part(
-        self, floats: Array, kept: Array, gram: Array, shift: Array | None, grid: Grid, where: str, report: _Report
-    ) -> tuple[Array, Array]:
+        self, floats: Floats, kept: Floats, gram: Floats, shift: Floats | None, grid: Grid, where: str, report: _Report
+    ) -> tuple[Floats, Floats]:
         target: npt.NDArray[np.floating] = floats
         scale = kept
         if self.scales != "keep":
@@ -262,7 +263,7 @@ class _Report:
         if used != wanted:
             self.damps[where] = max(used, self.damps.get(where, 0.0))
 
-    def layer(self, values: Array, weight: QuantizedWeight, inputs: int, step: RoundWeights) -> None:
+    def layer(self, values: Floats, weight: QuantizedWeight, inputs: int, step: RoundWeights) -> None:
         if not np.isfinite(values).all():
             raise PassError("rounded weights are not finite", where=weight.name)
         method = "gptq" if step.method == "obq" and not step.exact(inputs) else step.method

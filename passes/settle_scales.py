@@ -27,17 +27,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, LockStep
+from mezzotint.compiler.calibration.calibrate import LockStep
 from mezzotint.compiler.calibration.collect import Collector
 from mezzotint.compiler.core.execute import Executor
-from mezzotint.compiler.core.formats import Array, Integers, scale_for_range
+from mezzotint.compiler.core.formats import scale_for_range
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.scales.ranges import Method, check_percentile, range_of
 from mezzotint.compiler.scales.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.arrays import Floats, Integers
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class SettleScales(Pass):
         note = f"{len(moving)} tables of {len(scales)} rows; scales moved by {2 ** np.median(change) - 1:.2%} (median)"
         return replace(program, plan=replace(plan, quantizers={**plan.quantizers, **settled}), note=note)
 
-    def _row(self, moving: dict[Site, Quantizer], collector: Collector, group: int) -> tuple[Array, Integers]:
+    def _row(self, moving: dict[Site, Quantizer], collector: Collector, group: int) -> tuple[Floats, Integers]:
         """(scales, zero points) `[n]` from what a group's calls have shown so far."""
         pairs = []
         for site, quantizer in moving.items():

@@ -29,13 +29,14 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import SMALLEST_SCALE, Array, Format, Integers, scale_for_range
+from mezzotint.compiler.core.formats import SMALLEST_SCALE, Format, scale_for_range
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Summary
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.scales.ranges import Method, check_percentile, expected_error, range_of
 from mezzotint.compiler.scales.tdq import learned_ranges
+from mezzotint.runtime.arrays import Floats, Integers
 
 CANDIDATES = 17  # shared zero points that are tried between the extremes
 
@@ -106,7 +107,7 @@ class StepScales(Pass):
 
     def _rows(
         self, groups: list[Summary], ranges: list[tuple[float, float]], quantizer: Quantizer
-    ) -> tuple[Array, Integers]:
+    ) -> tuple[Floats, Integers]:
         """Scale and zero point `[rows]` for the range of each."""
         fmt = quantizer.format
         scale, zero = scale_for_range([r[0] for r in ranges], [r[1] for r in ranges], fmt)
@@ -144,7 +145,7 @@ class StepScales(Pass):
 
 def _around_one_zero_point(
     groups: list[Summary], ranges: list[tuple[float, float]], wishes: Integers, fmt: Format
-) -> tuple[Array, Integers]:
+) -> tuple[Floats, Integers]:
     """Scales and equal zero points `[groups]` of the least expected error; `wishes` has the static zero point last."""
     low, high = (np.array(ends, np.float64) for ends in zip(*ranges, strict=True))
     between = np.unique(np.rint(np.linspace(int(wishes.min()), int(wishes.max()), CANDIDATES)).astype(wishes.dtype))
@@ -154,13 +155,13 @@ def _around_one_zero_point(
 
 def _scales_around(
     zero: int, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], fmt: Format
-) -> tuple[Array, Integers]:
+) -> tuple[Floats, Integers]:
     """The smallest scales with which a grid around `zero` reaches from `low` to `high`, within half a step."""
     width = np.maximum(-low / (zero - fmt.qmin + 0.5), high / (fmt.qmax - zero + 0.5))
     return np.maximum(width, SMALLEST_SCALE).astype(np.float32), np.full(len(low), zero, fmt.dtype)
 
 
-def _grids(scale: Array, zero: Integers, fmt: Format) -> list[tuple[float, float]]:
+def _grids(scale: Floats, zero: Integers, fmt: Format) -> list[tuple[float, float]]:
     """The ends of each row's grid."""
     return [((fmt.qmin - int(z)) * float(s), (fmt.qmax - int(z)) * float(s)) for s, z in zip(scale, zero, strict=True)]
 

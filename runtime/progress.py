@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
 """`(stage, done, total)`. A stage begins with 0 done and ends with all of them."""
+CallProgress = Callable[[int, int], None]
+"""`(network calls done, total)`: progress of one known stage."""
 
 
 def silent(stage: str, done: int, total: int) -> None:

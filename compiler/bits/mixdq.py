@@ -19,17 +19,19 @@ from itertools import pairwise
 import numpy as np
 
 from mezzotint.runtime.compare import ssim
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise, run
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.solvers import ddim
 from mezzotint.runtime.sampling.steps import Solver, Step
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 
-from ..calibration.calibrate import Conditions, Images, batch_conditions, batch_spans, both_halves, guided_output
+from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, guided_output
+from ..core.execute import Feeds
 from ..core.pipeline import Context
 from ..core.program import Program
 from .allocation import Allocation, allocate, smallest
-from .simulate import Feeds, Simulator
+from .simulate import Simulator
 
 Fed = Callable[[int], Feeds]
 

@@ -23,11 +23,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime.arrays import Doubles
+
 from ..graph.nodes import numpy_of
 from .units import FLOAT, Choice, Unit
 
 Order = Literal["error", "kurtosis"]
-Numbers = npt.NDArray[np.float64]
 Rounded = Callable[[Unit, int], npt.NDArray[np.float32]]
 JOINED_BYTES = 1000  # of nodes that put a weight together, beside 4 for each channel; 700 to 1500 on the digits
 
@@ -91,16 +92,16 @@ def joined_bytes(units: Sequence[Unit]) -> int:
     return sum(4 * unit.channels + JOINED_BYTES for unit in units if cuttable(unit))
 
 
-def pieces_of(values: Numbers, parts: int) -> list[npt.NDArray[np.int64]]:
+def pieces_of(values: Doubles, parts: int) -> list[npt.NDArray[np.int64]]:
     """The places of `values` `[n]`, least first, cut into `parts` of nearly equal size, or `n` where that is less."""
     return [np.sort(rows) for rows in np.array_split(np.argsort(values, kind="stable"), min(parts, len(values)))]
 
 
-def shares_of(errors: Numbers, members: Sequence[npt.NDArray[np.int64]]) -> Numbers:
+def shares_of(errors: Doubles, members: Sequence[npt.NDArray[np.int64]]) -> Doubles:
     """Each member's share of the sum; by their sizes where there is no error at all."""
     sums = np.array([errors[rows].sum() for rows in members])
     total = sums.sum()
-    shares: Numbers = sums / total if total > 0 else np.array([len(rows) / len(errors) for rows in members])
+    shares: Doubles = sums / total if total > 0 else np.array([len(rows) / len(errors) for rows in members])
     return shares
 
 
@@ -110,14 +111,14 @@ def channels_of(unit: Unit) -> npt.NDArray[np.float32]:
     return _by_channel(unit, numpy_of(unit.weight))
 
 
-def channel_errors(unit: Unit, rounded: npt.NDArray[np.float32]) -> Numbers:
+def channel_errors(unit: Unit, rounded: npt.NDArray[np.float32]) -> Doubles:
     """The squared error of each channel `[channels]`, summed."""
     difference = _by_channel(unit, rounded) - channels_of(unit)
-    errors: Numbers = np.einsum("ij,ij->i", difference, difference, dtype=np.float64)
+    errors: Doubles = np.einsum("ij,ij->i", difference, difference, dtype=np.float64)
     return errors
 
 
-def kurtosis(rows: npt.NDArray[np.float32]) -> Numbers:
+def kurtosis(rows: npt.NDArray[np.float32]) -> Doubles:
     """Of each row `[rows]`: 3 for a Gaussian, 0 for a row of equal values."""
     found = np.zeros(len(rows))
     for i, row in enumerate(rows):  # one at a time: in float64 a large weight would take twice its memory

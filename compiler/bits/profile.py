@@ -27,13 +27,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.arrays import AnyArray, Doubles
 
-from ..core.execute import Executor
+from ..core.execute import Executor, Feeds
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..graph.nodes import Builder, Names, name_of, numpy_of
 from ..scales.weights import rounded
-from .simulate import Feeds, Numbers, Scene, Simulator, signal
+from .simulate import Scene, Simulator, signal
 from .units import FLOAT, Choice, Unit, WeightQuantizers
 
 Weighting = Literal["relative", "absolute"]
@@ -46,11 +47,11 @@ class Profile:
     """`weights` and `activations` are noise `[calls]` by unit and bits; `signal` is `[calls]` too."""
 
     calls: tuple[int, ...]
-    signal: Numbers
-    weights: Mapping[str, Mapping[int, Numbers]]
-    activations: Mapping[str, Mapping[int, Numbers]]
+    signal: Doubles
+    weights: Mapping[str, Mapping[int, Doubles]]
+    activations: Mapping[str, Mapping[int, Doubles]]
 
-    def noise(self, unit: str, choice: Choice) -> Numbers:
+    def noise(self, unit: str, choice: Choice) -> Doubles:
         """Of a unit at each call: errors of weights and activations are taken as independent, and add up."""
         if choice == FLOAT:
             return np.zeros(len(self.calls))
@@ -60,7 +61,7 @@ class Profile:
     def error(self, unit: str, choice: Choice, weighting: Weighting) -> float:
         return self.share(self.noise(unit, choice), weighting)
 
-    def share(self, noise: Numbers, weighting: Weighting) -> float:
+    def share(self, noise: Doubles, weighting: Weighting) -> float:
         """Noise `[calls]` as one share of the signal: each call relative to its own, or all together."""
         if weighting == "relative":
             return float(np.mean(noise / self.signal))
@@ -98,7 +99,7 @@ class Profiler:
     def outputs(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
         """The score `sqnr`."""
 
-        def at_widths(unit: Unit) -> dict[int, Numbers]:
+        def at_widths(unit: Unit) -> dict[int, Doubles]:
             name = name_of(unit.weight)
             return {b: simulator.noise(scenes, {name: self.rounded(unit, b)}) for b in self.widths}
 
@@ -108,7 +109,7 @@ class Profiler:
         """The score `hawq`."""
         order = {unit.name: k for k, unit in enumerate(self.units)}
 
-        def at_widths(unit: Unit) -> dict[int, Numbers]:
+        def at_widths(unit: Unit) -> dict[int, Doubles]:
             assert unit.weight is not None
             weight = numpy_of(unit.weight)
             step = PROBE * max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-12)
@@ -122,7 +123,7 @@ class Profiler:
     def own_outputs(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
         """The scope `layer`: the share of noise in each layer's own output."""
         weighted = [unit for unit in self.units if unit.weight is not None]
-        found: dict[str, dict[int, Numbers]] = {unit.name: {} for unit in weighted}
+        found: dict[str, dict[int, Doubles]] = {unit.name: {} for unit in weighted}
         chunks = _chunks(weighted)
         for k, (bits, chunk) in enumerate((b, c) for b in self.widths for c in chunks):
             self.context.progress(self.by, k, len(self.widths) * len(chunks))
@@ -131,11 +132,11 @@ class Profiler:
         return self._profile(simulator, scenes, lambda unit: found[unit.name])
 
     def _profile(
-        self, simulator: Simulator, scenes: Sequence[Scene], at_widths: Callable[[Unit], Mapping[int, Numbers]]
+        self, simulator: Simulator, scenes: Sequence[Scene], at_widths: Callable[[Unit], Mapping[int, Doubles]]
     ) -> Profile:
         calls = tuple(sorted({scene.call for scene in scenes}))
-        weights: dict[str, Mapping[int, Numbers]] = {}
-        activations: dict[str, Mapping[int, Numbers]] = {}
+        weights: dict[str, Mapping[int, Doubles]] = {}
+        activations: dict[str, Mapping[int, Doubles]] = {}
         for k, unit in enumerate(self.units):
             if unit.weight is not None:
                 weights[unit.name] = at_widths(unit)
@@ -148,7 +149,7 @@ class Profiler:
 
     def switched(self, simulator: Simulator, unit: Unit, bits: int, call: int) -> Feeds:
         """What is fed to quantize all activations of a unit at a call."""
-        fed: Feeds = {}
+        fed: dict[str, AnyArray] = {}
         for layer in unit.layers:
             fed |= simulator.activations(layer.name, bits, call)
         return fed
@@ -158,7 +159,7 @@ class Profiler:
         fed = self.switched(simulator, unit, choice.activation, call) if self.activation_widths else {}
         return fed if unit.weight is None else {**fed, name_of(unit.weight): self.rounded(unit, choice.weight)}
 
-    def _own_shares(self, chunk: Sequence[Unit], bits: int, scenes: Sequence[Scene]) -> dict[str, Numbers]:
+    def _own_shares(self, chunk: Sequence[Unit], bits: int, scenes: Sequence[Scene]) -> dict[str, Doubles]:
         """By unit, noise over signal of its first layer's output `[calls]`: beside it runs the weights' error."""
         model = self.program.model.clone()
         names = Names(model.graph)
@@ -176,7 +177,7 @@ class Profiler:
                 for v in (noise, node.outputs[0])
             ]
             taps[unit.name] = (sums[0], sums[1])
-        totals: dict[str, dict[int, Numbers]] = {name: {} for name in taps}
+        totals: dict[str, dict[int, Doubles]] = {name: {} for name in taps}
         flat = [name for pair in taps.values() for name in pair]
         with Executor(model, self.context.folder, taps=flat, threads=self.context.threads) as executor:
             for scene in scenes:

@@ -10,24 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.arrays import AnyArray, Doubles
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
-from ..calibration.calibrate import Conditions, Images, follow_trajectories
-from ..core.execute import Executor, feeds
+from ..calibration.calibrate import follow_trajectories
+from ..core.execute import Executor, Feeds, feeds
 from ..core.pipeline import Context
 from ..core.program import Plan, Program, Quantizer
 from ..graph.nodes import Builder, Names, consumers, name_of, replace_use
 from ..graph.ops import Layer
 from .units import narrowed
-
-Numbers = npt.NDArray[np.float64]
-Feeds = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +84,7 @@ class Simulator:
 
     def activations(self, layer: str, bits: int, call: int) -> Feeds:
         """What switches the activations of a layer to `bits`, with the rows that the call has in tables."""
-        given: Feeds = {}
+        given: dict[str, AnyArray] = {}
         for view in self._views[layer]:
             q = narrowed(view.quantizer, bits, view.quantizer.by)
             row = self._groups[call] if q.table else ...
@@ -113,7 +110,7 @@ class Simulator:
         follow_trajectories(self._program, replace(context, samples=samples), denoiser, stage)
         return found
 
-    def noise(self, scenes: Sequence[Scene], changes: Feeds | Callable[[int], Feeds]) -> Numbers:
+    def noise(self, scenes: Sequence[Scene], changes: Feeds | Callable[[int], Feeds]) -> Doubles:
         """Squared error of the output, summed, at each call of the scenes in their order `[calls]`.
 
         `changes` are the same at every call, or made for each.
@@ -187,7 +184,7 @@ class Simulator:
         return out, _View(name_of(switch), name_of(scale), name_of(zero_point), name_of(top), quantizer)
 
 
-def signal(scenes: Sequence[Scene]) -> Numbers:
+def signal(scenes: Sequence[Scene]) -> Doubles:
     """The sum of squares of the float output at each call of the scenes, in their order."""
     sums: dict[int, float] = {}
     for scene in scenes:

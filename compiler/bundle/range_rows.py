@@ -6,12 +6,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.bundle.ranges import Ranges
 
 from ..core.program import Program, Quantizer, Site
 from ..core.stats import Stats
-
-Doubles = npt.NDArray[np.float64]
 
 
 def range_rows(program: Program) -> Ranges | None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
-from mezzotint.runtime.sampling.guidance import combine, doubled, doubled_conditions
+from mezzotint.runtime.sampling.guidance import Conditions, combine, doubled, doubled_conditions
 from mezzotint.runtime.sampling.steps import State
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import ConditionError, ModelError
 
-Images = npt.NDArray[np.float32]
-Conditions = dict[str, npt.NDArray[Any]]
 CalibrationDenoiser = Callable[[Images, Timestep, Conditions], Images]
 
 
@@ -189,7 +184,7 @@ def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
     Integer conditions (class labels) are refused: nobody knows their range. Open dimensions too.
     """
     rng = streams.CONDITIONS.generator(seed)
-    made: Conditions = {}
+    conditions: dict[str, AnyArray] = {}
     for name, value in program.conditions().items():
         sizes = [] if value.shape is None else list(value.shape)[1:]
         if value.dtype is None or not value.dtype.is_floating_point() or not all(isinstance(d, int) for d in sizes):
@@ -198,5 +193,5 @@ def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
                 hint="give --conditions FILE.npz with real ones",
             )
         shape = [rows, *(int(d) for d in sizes if isinstance(d, int))]
-        made[name] = rng.standard_normal(shape).astype(value.dtype.numpy())
-    return made
+        conditions[name] = rng.standard_normal(shape).astype(value.dtype.numpy())
+    return conditions

@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import Level, open_session
 from mezzotint.runtime.signature import Signature, Timestep
 
 from ..graph import weight_store as store
 from ..graph.nodes import name_of, remove_dead
 
-Feeds = Mapping[str, npt.NDArray[Any]]
+Feeds = Mapping[str, AnyArray]
+"""Arrays by the names of graph inputs."""
 
 
 class Executor:

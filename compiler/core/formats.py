@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
-Integers = npt.NDArray[Any]
+from mezzotint.runtime.arrays import Floats, Integers
+
 """Stored grid points: int8 or uint8."""
 
 # A scale this small would make int32 biases overflow; a tensor that is all zeros gets it.
@@ -56,11 +56,11 @@ class RowFormats:
     bits: npt.NDArray[np.int8]
 
     @property
-    def qmin(self) -> Array:
+    def qmin(self) -> Floats:
         return -self.qmax
 
     @property
-    def qmax(self) -> Array:
+    def qmax(self) -> Floats:
         return np.asarray((1 << (self.bits.astype(np.int64) - 1)) - 1, np.float32)
 
     @property
@@ -75,7 +75,7 @@ Grid = Format | RowFormats
 """One format for all of a tensor, or one for each of its rows."""
 
 
-def ends(grid: Grid, axis: int | None, rank: int) -> tuple[Array, Array]:
+def ends(grid: Grid, axis: int | None, rank: int) -> tuple[Floats, Floats]:
     """The lowest and the highest integer, so that they broadcast along `axis` of a tensor of that rank."""
     low, high = np.asarray(grid.qmin, np.float32), np.asarray(grid.qmax, np.float32)
     return along(low, axis, rank), along(high, axis, rank)
@@ -90,7 +90,7 @@ UINT8 = Format(8)
 INT8 = Format(8, signed=True, symmetric=True)
 
 
-def scale_for_range(low: npt.ArrayLike, high: npt.ArrayLike, fmt: Format) -> tuple[Array, Integers]:
+def scale_for_range(low: npt.ArrayLike, high: npt.ArrayLike, fmt: Format) -> tuple[Floats, Integers]:
     """Scale (float32) and zero point (storage type) for values in [low, high], elementwise over arrays."""
     lo = np.minimum(np.asarray(low, np.float64), 0.0)
     hi = np.maximum(np.asarray(high, np.float64), 0.0)
@@ -107,7 +107,7 @@ def along(values: npt.NDArray[Any], axis: int | None, rank: int) -> npt.NDArray[
     return values.reshape([-1 if d == axis % rank else 1 for d in range(rank)])
 
 
-def quantize(x: Array, scale: Array, zero_point: Integers, grid: Grid, axis: int | None = None) -> Integers:
+def quantize(x: Floats, scale: Floats, zero_point: Integers, grid: Grid, axis: int | None = None) -> Integers:
     """Round to the nearest grid point (ties to even, as QuantizeLinear does) and clamp. Shape is kept."""
     s, z = along(scale, axis, x.ndim), along(zero_point, axis, x.ndim)
     q = np.rint(x / s) + z.astype(np.float32)
@@ -115,8 +115,8 @@ def quantize(x: Array, scale: Array, zero_point: Integers, grid: Grid, axis: int
     return integers
 
 
-def dequantize(q: Integers, scale: Array, zero_point: Integers, axis: int | None = None) -> Array:
+def dequantize(q: Integers, scale: Floats, zero_point: Integers, axis: int | None = None) -> Floats:
     """Back to float32. Shape is kept."""
     s, z = along(scale, axis, q.ndim), along(zero_point, axis, q.ndim)
-    values: Array = ((q.astype(np.float32) - z.astype(np.float32)) * s).astype(np.float32)
+    values: Floats = ((q.astype(np.float32) - z.astype(np.float32)) * s).astype(np.float32)
     return values

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.runtime.arrays import Floats, Integers
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Signature, Timestep
 
 from ..errors import PassError
-from .formats import Array, Format, Grid, Integers, RowFormats
+from .formats import Format, Grid, RowFormats
 from .stats import Stats
 
 __all__ = ["Lowering", "Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
@@ -53,7 +54,7 @@ class Quantizer:
     """
 
     format: Format
-    scale: Array
+    scale: Floats
     zero_point: Integers
     by: str
     axis: int | None = None

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.runtime.arrays import Doubles
+
 from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, replace_use
 from ..graph.ops import Layer, layers, time_table
 from ..lowering.qdq import INT32_LIMIT, dequantizer
 from ..scales.timetable import rows_of
-
-Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class QuantizedLayer:
         """(table `[rows, C]`, row index) where the bias is a row of a time table."""
         return None if self.bias is None else time_table(self.bias)
 
-    def values(self) -> Numbers:
+    def values(self) -> Doubles:
         """The bias: `[1, C]`, or all rows of its table."""
         if self.bias is None:
             return np.zeros((1, self.channels))
@@ -68,14 +68,14 @@ class QuantizedLayer:
         rows = numpy_of(self.bias)[None] if table is None else numpy_of(table[0])
         return rows.astype(np.float64)
 
-    def fits(self, values: Numbers) -> bool:
+    def fits(self, values: Doubles) -> bool:
         """Whether a bias, in the form of `values`, is an int32 at the scale that the kernel accumulates in."""
         x, w = (dequantizer(v) for v in self.node.inputs[:2])
         assert x is not None and w is not None and x.inputs[1] is not None and w.inputs[1] is not None
         finest = rows_of(x.inputs[1])[0].astype(np.float64).min() * numpy_of(w.inputs[1]).astype(np.float64)
         return bool(np.all(np.abs(values) <= INT32_LIMIT * finest))
 
-    def with_bias(self, graph: ir.Graph, names: Names, values: Numbers) -> QuantizedLayer:
+    def with_bias(self, graph: ir.Graph, names: Names, values: Doubles) -> QuantizedLayer:
         """Write another bias, in the form of `values`; a MatMul without one gets its Add."""
         new, bias, table = values.astype(np.float32), self.bias, self.table
         if bias is None:

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.runtime.arrays import Doubles
+
 from ..graph.nodes import Builder, Names, name_of
 
-Numbers = npt.NDArray[np.float64]
 AXES_AS_INPUT = 18  # ReduceMean has its axes as an attribute before this opset
 
 
@@ -70,12 +71,12 @@ class ChannelMeans:
         self._total[row] += difference.sum(axis=0)
         self._square[row] += (difference**2).sum(axis=0)
 
-    def overall(self) -> Numbers:
+    def overall(self) -> Doubles:
         """The mean over everything, `[1, C]`."""
-        mean: Numbers = self._total.sum(axis=0, keepdims=True) / max(float(self._count.sum()), 1.0)
+        mean: Doubles = self._total.sum(axis=0, keepdims=True) / max(float(self._count.sum()), 1.0)
         return mean
 
-    def by_row(self) -> Numbers:
+    def by_row(self) -> Doubles:
         """The mean of each row, `[rows, C]`, drawn to the mean over all rows by what the samples leave uncertain.
 
         With d the spread of the rows and e the squared standard error of a row, both by channel, a row keeps the share
@@ -84,7 +85,7 @@ class ChannelMeans:
         """
         overall = self.overall()
         seen = self._count[:, 0] > 1
-        rows: Numbers = np.repeat(overall, len(self._count), axis=0)
+        rows: Doubles = np.repeat(overall, len(self._count), axis=0)
         if not seen.any():
             return rows
         count, mean = self._count[seen], self._total[seen] / self._count[seen]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.steps import Step
 
@@ -23,7 +24,6 @@ SUBSET = 2048
 _BATCH = 512  # of them from one batch
 _ROUNDING = 1e-6  # of the largest output: what is less is float32's own, not quantization
 
-Floats = npt.NDArray[np.float32]
 Report = dict[str, Any]
 
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from mezzotint.runtime.compare import StepSQNR, sqnr_db
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 from mezzotint.runtime.streams import SeedOffset
 
-from ..calibration.calibrate import Conditions, Images, batch_conditions, batch_spans, both_halves, guided_output
+from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, guided_output
 from ..core.execute import Executor
 from ..core.pipeline import Context
 from ..core.program import Program

@@ -30,6 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.runtime.arrays import Integers
+
 from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
 from ..graph.scopes import CONSTANTS
 
@@ -39,7 +41,6 @@ SMALLEST_SAVING = 512
 _INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "MatMulIntegerToFloat")
 _LOOK_FIRST = 4096  # values of a large float constant that are looked at before all of them are
 _NARROW = (np.int8, np.uint8, np.int16)
-Integers = npt.NDArray[Any]
 
 
 def pack(model: ir.Model) -> None:

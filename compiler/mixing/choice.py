@@ -37,13 +37,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.steps import Step
 
-Doubles = npt.NDArray[np.float64]
 PTQD = 1.0
 """The threshold of the paper's rule."""
 _FAINTEST = 2.0**-12  # the least share of the picture in x that is divided by

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..core.formats import Array
+from mezzotint.runtime.arrays import Floats
+
 from ..graph.nodes import Builder, Names, name_of, numpy_of, replace_use
 from ..graph.ops import Layer
 
@@ -34,7 +35,7 @@ def channel_axis(layer: Layer) -> int:
     return 1 if layer.kind == "conv" else -1
 
 
-def multiplied_weight(layer: Layer, factors: npt.NDArray[np.floating]) -> Array:
+def multiplied_weight(layer: Layer, factors: npt.NDArray[np.floating]) -> Floats:
     """A layer's weight with input channel c multiplied by factors[c], of the weight's shape.
 
     A convolution with groups has the channels of its groups one after another, each in the rows of its group.
@@ -49,7 +50,7 @@ def multiplied_weight(layer: Layer, factors: npt.NDArray[np.floating]) -> Array:
         scaled = weight * per_row.reshape(*per_row.shape, *[1] * (weight.ndim - 2))
     else:
         scaled = weight * (s[None] if _weight_axis(layer) == 0 else s[:, None])
-    result: Array = scaled.astype(np.float32)
+    result: Floats = scaled.astype(np.float32)
     return result
 
 
@@ -87,12 +88,12 @@ def row_lengths(layer: Layer) -> npt.NDArray[np.float64]:
     return lengths
 
 
-def _magnitudes(layer: Layer) -> Array:
+def _magnitudes(layer: Layer) -> Floats:
     """|W| as `[groups, out of a group, in of a group]`, the largest of each kernel."""
     weight = np.abs(_weight(layer))
     if layer.kind == "conv":
         weight = weight.reshape(*weight.shape[:2], -1).max(axis=2)
-        found: Array = weight.reshape(_groups(layer), -1, weight.shape[1])
+        found: Floats = weight.reshape(_groups(layer), -1, weight.shape[1])
         return found
     return weight[None] if _weight_axis(layer) == 0 else weight.T[None]
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..core.formats import Array, Format
+from mezzotint.runtime.arrays import Floats
+
+from ..core.formats import Format
 from ..graph.nodes import numpy_of
 from ..graph.ops import Layer
 
@@ -40,7 +42,7 @@ class Weights:
         assert layer.weight is not None and layer.weight_axis is not None
         weight = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
         groups = layer.node.attributes["group"].as_int() if "group" in layer.node.attributes else 1
-        self.array: Array = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
+        self.array: Floats = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
 
     @property
     def channels(self) -> int:
@@ -55,12 +57,12 @@ class Weights:
         """The sum of squares `[C]` of what multiplies each input channel."""
         return np.asarray(np.einsum("grct,grct->gc", self.array, self.array, dtype=np.float64)).reshape(-1)
 
-    def row_blocks(self, size: int = ROUNDED_ROWS) -> Iterator[Array]:
+    def row_blocks(self, size: int = ROUNDED_ROWS) -> Iterator[Floats]:
         """All rows, at most `size` of each group at once."""
         for first in range(0, self.array.shape[1], size):
             yield self.array[:, first : first + size]
 
-    def some_rows(self, limit: int = ROUNDED_ROWS) -> tuple[Array, float]:
+    def some_rows(self, limit: int = ROUNDED_ROWS) -> tuple[Floats, float]:
         """Rows evenly spread over each group, a copy; and how many rows of the weight each of them stands for."""
         groups, rows = self.array.shape[:2]
         count = min(rows, max(limit // groups, 1))

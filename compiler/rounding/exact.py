@@ -15,14 +15,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..core.formats import Array, Grid, ends, of_rows
+from mezzotint.runtime.arrays import Floats
+
+from ..core.formats import Grid, ends, of_rows
 from .matrix import Matrix, Root
 
 ROOM = 1 << 26  # bytes of inverses that are worked on at once
 SHRINKS = 8  # how often the columns that are done are taken out
 
 
-def obq(weight: Matrix, root: Root, scale: Array, grid: Grid) -> Array:
+def obq(weight: Matrix, root: Root, scale: Floats, grid: Grid) -> Floats:
     """Integers `[rows, d]`, as float32."""
     upper = root.upper.astype(np.float64)
     inverse = np.empty_like(upper)
@@ -33,7 +35,7 @@ def obq(weight: Matrix, root: Root, scale: Array, grid: Grid) -> Array:
     return np.concatenate(found)
 
 
-def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Array, grid: Grid) -> Array:
+def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:
     count, inputs = weight.shape
     low, high = ends(grid, 0, 2)
     values, step = weight.astype(np.float64), scale.astype(np.float64)[:, None]

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from scipy.linalg.blas import get_blas_funcs
 
-from ..core.formats import Array
+from mezzotint.runtime.arrays import Floats
+
 from ..errors import PassError
 from ..graph.nodes import is_op, name_of
 
@@ -71,7 +72,7 @@ class Unfold:
         outputs = ((n - r) // s + 1 for n, r, s in zip(padded, reach, self.strides, strict=True))
         return (shape[0], *outputs)
 
-    def columns(self, x: Array, chosen: Positions) -> Array:
+    def columns(self, x: Floats, chosen: Positions) -> Floats:
         """The inputs of the outputs at the chosen positions, `[positions, groups, d]`, as weights see them."""
         first, inner = chosen
         sizes = self.positions(x.shape)
@@ -106,7 +107,7 @@ class Gram:
         self._matrix = np.zeros((groups, inputs, inputs), np.float32)
         self._syrk = get_blas_funcs("syrk", dtype=np.float32)
 
-    def add(self, columns: Array) -> None:
+    def add(self, columns: Floats) -> None:
         if len(self._matrix) > 1:  # many small ones
             turned = columns.transpose(1, 2, 0)
             self._matrix += turned @ turned.transpose(0, 2, 1)
@@ -114,7 +115,7 @@ class Gram:
         # One triangle, in place: BLAS reads rows as columns, so the transposed views are what it wants.
         self._syrk(1.0, columns[:, 0].T, beta=1.0, c=self._matrix[0].T, overwrite_c=1)
 
-    def matrix(self) -> Array:
+    def matrix(self) -> Floats:
         """H, both triangles. Nothing can be added afterwards."""
         if len(self._matrix) == 1:
             mirror(self._matrix[0])

@@ -16,12 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.arrays import Floats
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.session import Level
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 
-from ..calibration.calibrate import Conditions, Images, follow_trajectories
+from ..calibration.calibrate import follow_trajectories
 from ..core.execute import Executor
-from ..core.formats import Array
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import PassError
@@ -90,7 +91,7 @@ class Inputs:
             int(inputs),
         )
 
-    def rows(self) -> Array:
+    def rows(self) -> Floats:
         """The weights that are to be rounded, `[outputs, inputs of an output]`."""
         return rows_of(self.floats, self.weight.axis)
 
@@ -112,7 +113,7 @@ class Gathered:
     """The matrices of one stage; each is let go when its last weight is rounded."""
 
     _grams: dict[Key, Gram] = field(default_factory=dict)
-    _shifts: dict[int, Array] = field(default_factory=dict)
+    _shifts: dict[int, Floats] = field(default_factory=dict)
     _users: dict[Key, int] = field(default_factory=dict)
 
     def expect(self, inputs: Inputs, shifts: bool) -> None:
@@ -122,21 +123,21 @@ class Gathered:
         if shifts:
             self._shifts[id(inputs)] = np.zeros(inputs.rows().shape, np.float32)
 
-    def add(self, key: Key, columns: Array) -> None:
+    def add(self, key: Key, columns: Floats) -> None:
         self._grams[key].add(columns)
 
-    def add_shift(self, inputs: Inputs, rows: Array, difference: Array, columns: Array) -> None:
+    def add_shift(self, inputs: Inputs, rows: Floats, difference: Floats, columns: Floats) -> None:
         """Sum W (X_f - X) X^T over `columns` `[positions, groups, d]`."""
         each = len(rows) // inputs.groups
         for g in range(inputs.groups):
             part = slice(g * each, (g + 1) * each)
             self._shifts[id(inputs)][part] += (difference[:, g] @ rows[part].T).T @ columns[:, g]
 
-    def gram(self, inputs: Inputs) -> Array:
+    def gram(self, inputs: Inputs) -> Floats:
         """H `[groups, d, d]`."""
         return self._grams[inputs.key].matrix()
 
-    def shift(self, inputs: Inputs) -> Array | None:
+    def shift(self, inputs: Inputs) -> Floats | None:
         return self._shifts.get(id(inputs))
 
     def forget(self, inputs: Inputs) -> None:
@@ -234,8 +235,8 @@ def _read_directly(model: ir.Model, rounded: Collection[str]) -> ir.Model:
 def _add_batch(
     gathered: Gathered,
     stage: Sequence[Inputs],
-    seen: Mapping[str, Array],
-    wanted: Mapping[str, Array],
+    seen: Mapping[str, Floats],
+    wanted: Mapping[str, Floats],
     limit: int,
     seed: Sequence[int],
     balance: bool,

@@ -25,7 +25,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg.lapack import get_lapack_funcs
 
-from ..core.formats import Array, Grid, ends
+from mezzotint.runtime.arrays import Floats
+
+from ..core.formats import Grid, ends
 from ..errors import PassError
 
 Matrix = npt.NDArray[np.floating]
@@ -94,13 +96,13 @@ def inverse_root(gram: Matrix, order: Order, damp: float, where: str) -> Root:
             )
 
 
-def nearest(weight: Matrix, scale: Array, grid: Grid) -> Array:
+def nearest(weight: Matrix, scale: Floats, grid: Grid) -> Floats:
     """Integers `[rows, d]`, as float32."""
-    rounded: Array = np.clip(np.rint(weight / scale[:, None]), *ends(grid, 0, 2)).astype(np.float32)
+    rounded: Floats = np.clip(np.rint(weight / scale[:, None]), *ends(grid, 0, 2)).astype(np.float32)
     return rounded
 
 
-def gptq(weight: Matrix, root: Root, scale: Array, grid: Grid, *, block: int) -> Array:
+def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int) -> Floats:
     """Integers `[rows, d]`, as float32."""
     turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)  # a column of weights lies together
     integers = np.empty(turned.shape, np.float32)
@@ -129,7 +131,7 @@ def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> M
     return target
 
 
-def comq(weight: Matrix, gram: Matrix, scale: Array, grid: Grid, *, sweeps: int, block: int) -> Array:
+def comq(weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int, block: int) -> Floats:
     """Integers `[rows, d]`, as float32. From the second sweep on no row gets worse."""
     diagonal = np.diagonal(gram)
     order = np.argsort(-np.sqrt(diagonal) * np.abs(weight).mean(axis=0), kind="stable")
@@ -162,7 +164,7 @@ def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
     return errors
 
 
-def _in_place_of(integers: Array, order: Order) -> Array:
+def _in_place_of(integers: Floats, order: Order) -> Floats:
     """`[d, rows]` in an order, as `[rows, d]` in the weights' own."""
     placed = np.empty_like(integers)
     placed[order] = integers

@@ -11,32 +11,34 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..core.formats import SMALLEST_SCALE, Array, Grid, ends, of_rows
+from mezzotint.runtime.arrays import Floats
+
+from ..core.formats import SMALLEST_SCALE, Grid, ends, of_rows
 from .matrix import Matrix
 
 SHRINKS = np.linspace(1.0, 0.3, 29)
 CACHED = 1 << 16  # weights whose scales are searched at once
 
 
-def search(weight: Matrix, scale: Array, grid: Grid, importance: Matrix) -> Array:
+def search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Floats:
     """A scale for each row `[rows]`; `importance` `[d]` is that of an input."""
     at_once = max(CACHED // weight.shape[1], 1)
     parts = (slice(i, i + at_once) for i in range(0, len(weight), at_once))
     return np.concatenate([_search(weight[part], scale[part], of_rows(grid, part), importance) for part in parts])
 
 
-def _search(weight: Matrix, scale: Array, grid: Grid, importance: Matrix) -> Array:
+def _search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Floats:
     limit = np.abs(weight).max(axis=1) / grid.qmax
     best = scale.astype(np.float32)
     error = _error(weight, best, grid, importance)
     for shrink in SHRINKS:
-        tried: Array = np.maximum(limit * shrink, SMALLEST_SCALE).astype(np.float32)
+        tried: Floats = np.maximum(limit * shrink, SMALLEST_SCALE).astype(np.float32)
         loss = _error(weight, tried, grid, importance)
         best, error = np.where(loss < error, tried, best), np.minimum(loss, error)
     return best
 
 
-def refit(weight: Matrix, integers: Array, gram: Matrix, scale: Array) -> Array:
+def refit(weight: Matrix, integers: Floats, gram: Matrix, scale: Floats) -> Floats:
     """The best scale of each row for its integers; that of a row of zeros, or a negative one, stays."""
     seen = integers.astype(gram.dtype) @ gram
     square = np.einsum("ij,ij->i", seen, integers, dtype=np.float64)
@@ -46,7 +48,7 @@ def refit(weight: Matrix, integers: Array, gram: Matrix, scale: Array) -> Array:
     return np.where(fits, np.maximum(ratio, SMALLEST_SCALE), scale).astype(np.float32)
 
 
-def _error(weight: Matrix, scale: Array, grid: Grid, importance: Matrix) -> npt.NDArray[np.float64]:
+def _error(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> npt.NDArray[np.float64]:
     difference = weight / scale[:, None]
     np.rint(difference, out=difference)
     np.clip(difference, *ends(grid, 0, 2), out=difference)

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..core.formats import Array, Format
+from mezzotint.runtime.arrays import Floats
+
+from ..core.formats import Format
 from ..core.program import Plan, Program, Quantizer, Site
 from ..errors import PassError
 from ..graph import weight_store as store
@@ -41,10 +43,10 @@ class QuantizedWeight:
         """Its first reader's: what messages and patterns call it."""
         return layer_name(self.readers[0])
 
-    def rows(self) -> Array:
+    def rows(self) -> Floats:
         return rows_of(self.value, self.axis)
 
-    def scale(self) -> Array:
+    def scale(self) -> Floats:
         """One for each row `[rows]`."""
         value = self.quantize.inputs[1]
         assert value is not None and self.value.shape is not None
@@ -64,9 +66,9 @@ def layer_name(node: ir.Node) -> str:
     return node.name or name_of(node.outputs[0])
 
 
-def rows_of(value: ir.Value, axis: int) -> Array:
+def rows_of(value: ir.Value, axis: int) -> Floats:
     """A constant as `[outputs, inputs of an output]`, float32; `axis` is that of the outputs."""
-    turned: Array = np.moveaxis(numpy_of(value), axis, 0).astype(np.float32)
+    turned: Floats = np.moveaxis(numpy_of(value), axis, 0).astype(np.float32)
     return np.ascontiguousarray(turned.reshape(len(turned), -1))
 
 
@@ -122,7 +124,9 @@ def _checked(quantize: ir.Node, pairs: list[ir.Node], readers: list[ir.Node], ax
     return QuantizedWeight(quantize, tuple(pairs), tuple(readers), axes.pop(), fmt)
 
 
-def replace_weight(program: Program, weight: QuantizedWeight, rows: Array, scale: Array, folder: Path, by: str) -> None:
+def replace_weight(
+    program: Program, weight: QuantizedWeight, rows: Floats, scale: Floats, folder: Path, by: str
+) -> None:
     """Put grid points, s q as `[outputs, inputs]`, in a weight's place, and new scales in the graph's.
 
     Everyone else who reads the constant keeps it as it was. A large one is appended to the stored weights.
@@ -147,7 +151,7 @@ def replace_weight(program: Program, weight: QuantizedWeight, rows: Array, scale
     value.const_value = ir.tensor(scale.reshape(value.shape.numpy()), name=name_of(value))
 
 
-def with_scales(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Array]], by: str) -> Plan:
+def with_scales(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Floats]], by: str) -> Plan:
     """The plan with the new scales of weights: for each layer's name (weight, its name in the plan, scales)."""
     quantizers: dict[Site, Quantizer] = dict(plan.quantizers)
     for layer, (weight, value, scale) in changed.items():

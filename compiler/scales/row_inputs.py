@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..core.formats import Array, Integers
+from mezzotint.runtime.arrays import Floats, Integers
+
 from ..core.program import Program, Quantizer, Site
 from ..errors import PassError
 from ..graph.nodes import is_constant, is_op, name_of, numpy_of, remove_dead
@@ -38,7 +39,7 @@ def table_quantizers(program: Program) -> dict[Site, Quantizer]:
     return {site: q for site, q in program.plan.quantizers.items() if q.table}
 
 
-def stacked(program: Program) -> tuple[Array, Integers]:
+def stacked(program: Program) -> tuple[Floats, Integers]:
     """(scales, zero points) of the plan as the tables hold them, both `[groups, n]`."""
     found = list(table_quantizers(program).values())
     return np.stack([q.scale for q in found], axis=1), np.stack([q.zero_point for q in found], axis=1)
@@ -72,7 +73,7 @@ def with_row_inputs(model: ir.Model, tables: ScaleTables) -> ir.Model:
     return clone
 
 
-def replace_tables(graph: ir.Graph, tables: ScaleTables, scales: Array, zeros: Integers) -> None:
+def replace_tables(graph: ir.Graph, tables: ScaleTables, scales: Floats, zeros: Integers) -> None:
     """Write other rows, both `[groups, n]`, into the tables of a graph."""
     for name, array in ((tables.scales, scales), (tables.zeros, zeros)):
         graph.initializers[name].const_value = ir.tensor(array, name=name)

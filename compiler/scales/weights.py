@@ -11,7 +11,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..core.formats import INT8, Array, Format, dequantize, quantize, scale_for_range
+from mezzotint.runtime.arrays import Floats
+
+from ..core.formats import INT8, Format, dequantize, quantize, scale_for_range
 from ..core.program import Quantizer
 from ..graph.nodes import numpy_of
 from ..graph.ops import Layer
@@ -36,7 +38,7 @@ def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -
     return Quantizer(fmt, scale, zero, by, axis=layer.weight_axis)
 
 
-def rounded(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Array:
+def rounded(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Floats:
     """A weight as its quantizer leaves it: rounded to the nearest grid point, in float."""
     q = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.grid, quantizer.axis)
     return dequantize(q, quantizer.scale, quantizer.zero_point, quantizer.axis)
@@ -49,7 +51,7 @@ def _best_shrinks(
     best = np.ones(len(rows), np.float32)
     error = np.full(len(rows), np.inf)
     for shrink in np.linspace(1.0, 0.6, 21):
-        scale: Array = np.maximum(limit * shrink / fmt.qmax, 1e-30).astype(np.float32)[:, None]
+        scale: Floats = np.maximum(limit * shrink / fmt.qmax, 1e-30).astype(np.float32)[:, None]
         grid = np.clip(np.rint(rows / scale), fmt.qmin, fmt.qmax) * scale
         loss = np.einsum("ij,ij->i", grid - rows, grid - rows)
         better = loss < error

@@ -22,12 +22,14 @@ from typing import Literal
 
 import numpy as np
 
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.arrays import Floats
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
-from ..calibration.calibrate import Conditions, Images, follow_trajectories
+from ..calibration.calibrate import follow_trajectories
 from ..calibration.collect import Collector
 from ..core.execute import Executor
-from ..core.formats import Array, Format, dequantize, quantize, scale_for_range
+from ..core.formats import Format, dequantize, quantize, scale_for_range
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..core.stats import Summary
@@ -163,7 +165,7 @@ class Costs:
         common = np.max(limits, axis=0)
         lost = []
         for i, factor in enumerate(factors):
-            limit: Array = limits[i] if apart else common
+            limit: Floats = limits[i] if apart else common
             scale, zero = scale_for_range(-limit, limit, self._weights)
             rounded = dequantize(quantize(columns[i], scale, zero, self._weights, self._axis), scale, zero, self._axis)
             lost.append(float(np.square((rounded - columns[i]) / np.float32(factor)).sum()))

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..core.formats import Array
+from mezzotint.runtime.arrays import Floats
+
 from ..graph.nodes import Builder, Names, is_constant, is_op, known_ints, name_of, numpy_of, replace_value
 from ..graph.ops import Layer, is_mover, layers
 from ..graph.scopes import scope_of, within
@@ -54,7 +55,7 @@ class Joined:
         behind = [int(n) for n in np.cumsum(self.sizes)]
         return list(zip([0, *behind[:-1]], behind, strict=True))
 
-    def columns(self, part: int, weight: npt.NDArray[np.float32]) -> Array:
+    def columns(self, part: int, weight: npt.NDArray[np.float32]) -> Floats:
         """What of the layer's weight, or of an array of its shape, multiplies a part."""
         first, behind = self.ends[part]
         layer = self.layer

@@ -53,14 +53,12 @@ from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import predictor
+from mezzotint.runtime.sampling.guidance import Conditions, predictor
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.signature import Images, Timestep
 
 from ..bench.pairs import unseen_seed
 from .rules import FULL_BITS, Facts, Suggestion, suggest
-
-Conditions = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.streams import BOOTSTRAP
 
 from ..frechet import Features, Moments, frechet_distance
 
-Doubles = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 Statistic = Callable[[Rows], float]
 

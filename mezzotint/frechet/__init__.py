@@ -40,13 +40,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
+from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.signature import Images
 
 from ..io.files import replacing
 
-Images = npt.NDArray[np.float32]
 Features = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 CLASSIFIER = Path(__file__).parents[1] / "assets" / "digits_classifier" / "model.onnx"
 FEATURES, LOGITS = "features", "logits"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from mezzotint.compiler.audit.fusion import audit_fusion
@@ -22,6 +21,8 @@ from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images
 
 from ..bench import bench
 from ..bench.pairs import Comparison, compare, latencies, unseen_seed
@@ -29,8 +30,6 @@ from ..bench.trace import node_seconds
 from ..debug.diagnose import diagnose
 from ..io.images import picture, to_pixels
 
-Conditions = Mapping[str, npt.NDArray[Any]]
-Images = npt.NDArray[np.float32]
 Data = dict[str, Any]
 
 SIDE = 256  # pixels: larger pictures are made smaller for the page

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.samplers import initial_noise
@@ -45,7 +45,6 @@ NOTE = (
     "the widest range instead, and are listed as widened"
 )
 _SAME = 1e-3  # relative; the exact passes stay within 1e-4
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def make_overrides(
     bundle: Bundle,
     float_model: Path,
     *,
-    conditions: Mapping[str, Array] | None = None,
+    conditions: Mapping[str, AnyArray] | None = None,
     threads: int | None = None,
 ) -> Overrides:
     """The overrides for the float .onnx that a bundle was compiled from. Works in a temporary folder.
@@ -176,7 +175,7 @@ def _activation(row: Scales) -> tuple[list[dict[str, Any]], bool]:
     return [{"quant_type": kind, "rmin": float(low.min()), "rmax": float(high.max())}], True
 
 
-def _weight(scale: Array, kind: str, axis: int | None) -> list[dict[str, Any]]:
+def _weight(scale: AnyArray, kind: str, axis: int | None) -> list[dict[str, Any]]:
     """One entry, or one for each channel, the first with the axis; zero points of weights are 0."""
     rows: list[dict[str, Any]] = [{"scale": float(s), "zero_point": 0} for s in scale.reshape(-1)]
     if len(rows) == 1:
@@ -202,7 +201,12 @@ def _weight_problem(raw: Any, weight: Any, quantizer: Mapping[str, Any] | None) 
 
 
 def _moved(
-    before: Any, after: Any, names: Sequence[str], bundle: Bundle, conditions: Mapping[str, Array] | None, context: Any
+    before: Any,
+    after: Any,
+    names: Sequence[str],
+    bundle: Bundle,
+    conditions: Mapping[str, AnyArray] | None,
+    context: Any,
 ) -> set[str]:
     """The tensors that are others in the two graphs."""
     from ..bench.bench import make_conditions
@@ -222,13 +226,18 @@ def _moved(
     }
 
 
-def _size(prints: Array) -> float:
+def _size(prints: AnyArray) -> float:
     return float(np.abs(prints[..., :2]).max())
 
 
 def _prints(
-    program: Any, names: Sequence[str], x: Array, times: Sequence[Timestep], rows: Mapping[str, Array], context: Any
-) -> dict[str, Array]:
+    program: Any,
+    names: Sequence[str],
+    x: AnyArray,
+    times: Sequence[Timestep],
+    rows: Mapping[str, AnyArray],
+    context: Any,
+) -> dict[str, AnyArray]:
     """float64 `[times, 4]` for each tensor that the graph has: lowest, highest, sum, root of the sum of squares."""
     from mezzotint.compiler.core.execute import Executor
     from mezzotint.compiler.graph.nodes import Builder, Names, name_of

@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.bundle.bundle import Bundle
-
-Array = npt.NDArray[Any]
 
 
 @dataclass
 class Scales:
     """What the layers say of one tensor: arrays `[rows, channels]` of scales and zero points, by the reader."""
 
-    scales: list[Array] = field(default_factory=list)
-    zeros: list[Array] = field(default_factory=list)
+    scales: list[AnyArray] = field(default_factory=list)
+    zeros: list[AnyArray] = field(default_factory=list)
     narrow: bool = False
 
 
@@ -39,7 +37,7 @@ class ScaleReader:
 
     def read(
         self, found: Sequence[Any], folder: Path, threads: int | None
-    ) -> tuple[dict[str, Scales], dict[str, Array], set[str]]:
+    ) -> tuple[dict[str, Scales], dict[str, AnyArray], set[str]]:
         """(activations, scales `[C]` of weights, outputs of quantized layers), by the names of tensors."""
         from mezzotint.compiler.audit.grids import UnknownForm, input_grid, is_quantized, output_grid
         from mezzotint.compiler.graph.nodes import name_of
@@ -75,7 +73,7 @@ class ScaleReader:
             scales[name] = made.astype(np.float64).mean(axis=0).astype(np.float32)
         return dict(activations), scales, quantized
 
-    def _rows(self, values: Sequence[Any], folder: Path, threads: int | None) -> dict[str, Array]:
+    def _rows(self, values: Sequence[Any], folder: Path, threads: int | None) -> dict[str, AnyArray]:
         """Each value at every deployed timestep `[rows, C]`; one row where it is constant."""
         from mezzotint.compiler.graph import weight_store as store
         from mezzotint.compiler.graph.nodes import is_constant, name_of, numpy_of, remove_dead

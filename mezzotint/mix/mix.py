@@ -26,7 +26,7 @@ from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.guidance import predictors
+from mezzotint.runtime.sampling.guidance import Conditions, predictors
 from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise
 from mezzotint.runtime.sampling.steps import noise_of
 from mezzotint.runtime.session import Denoiser
@@ -36,7 +36,6 @@ from mezzotint.runtime.streams import FIXED, SeedOffset
 from ..bench.pairs import in_turns, middle_timestep, parallel_run
 from .write import calibration_seed, write_mix
 
-Conditions = Mapping[str, npt.NDArray[Any]]
 RULES = ("schedule", "picture")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # model.NAME.onnx must be no part of model.onnx either
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
+from ..progress import CallProgress
 from ..sampling.correction import Correction
 from ..sampling.deployment import Deployment
 from ..sampling.guidance import Conditions, predictors
@@ -40,9 +41,6 @@ SCHEDULER = "scheduler/scheduler_config.json"
 CORRECTION = "correction.safetensors"
 TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
 """Keys that differ between two runs of the same compilation; wherever they stand, the digest leaves them out."""
-
-Progress = Callable[[int, int], None]
-"""`(network calls done, of how many)`."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -162,7 +160,7 @@ class Bundle:
         conditions: Conditions | None = None,
         unconditional: Conditions | None = None,
         threads: int | None = None,
-        progress: Progress | None = None,
+        progress: CallProgress | None = None,
     ) -> Images:
         """`n` images, float32 `[n, C, H, W]` in the model's own range.
 
@@ -184,7 +182,7 @@ class Bundle:
         *,
         first: int = 0,
         threads: int | None = None,
-        progress: Progress | None = None,
+        progress: CallProgress | None = None,
     ) -> Images:
         """Return what `sample` returns, for its choices as one value."""
         options = options.checked(n)

@@ -10,12 +10,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..arrays import Floats
 from ..errors import BundleError
 
 RANGES = "ranges.safetensors"
 """Its place in a bundle."""
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,12 +33,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..arrays import Doubles, Floats
 from ..errors import BundleError, InputError, InterpolatedCorrection, ScheduleError, TimestepNotDeployed
 from .deployment import Deployment
 from .steps import Solver, Step
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 FORMS = ("regression", "ptqd", "ptqd-released")
 _METADATA_KEY = "mezzotint"
 _TABLES = ("scale", "shift", "excess", "spread")

@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Doubles, Floats
 from ..errors import InputError
-from .correction import FORMS, Correction, Doubles, Floats
+from .correction import FORMS, Correction
 from .deployment import Deployment
 from .steps import Step
 

@@ -15,14 +15,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Doubles
 from ..errors import ScheduleError
 from ..signature import Timestep, whole
 from .schedule import SPACINGS, Schedule
 from .steps import Solver, Step, image_of
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def _grid(schedule: Schedule, steps: int, who: str) -> _Grid:
     return _Grid(whole(times), sigmas.tolist(), start)
 
 
-def _times(schedule: Schedule, steps: int, spacing: str) -> Floats:
+def _times(schedule: Schedule, steps: int, spacing: str) -> Doubles:
     train = schedule.num_train_timesteps
     if spacing == "linspace":
         return np.linspace(0, train - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
@@ -163,7 +161,7 @@ def _times(schedule: Schedule, steps: int, spacing: str) -> Floats:
     return _falling(train, train / steps, steps)
 
 
-def _multistep_times(schedule: Schedule, steps: int, spacing: str) -> Floats:
+def _multistep_times(schedule: Schedule, steps: int, spacing: str) -> Doubles:
     train = schedule.num_train_timesteps
     bars = np.maximum(schedule.alphas_cumprod, 2.0**-24)
     lambdas = np.log(np.sqrt(bars)) - np.log(np.sqrt(1 - bars))
@@ -175,22 +173,22 @@ def _multistep_times(schedule: Schedule, steps: int, spacing: str) -> Floats:
     return _falling(last, train / steps, steps)
 
 
-def _falling(begin: int, width: float, steps: int) -> Floats:
-    found: Floats = np.arange(begin, 0, -width)[:steps].round().astype(np.float64)
+def _falling(begin: int, width: float, steps: int) -> Doubles:
+    found: Doubles = np.arange(begin, 0, -width)[:steps].round().astype(np.float64)
     return found - 1
 
 
-def _karras(schedule: Schedule, known: Floats, own: Floats, multistep: bool, steps: int) -> Floats:
+def _karras(schedule: Schedule, known: Doubles, own: Doubles, multistep: bool, steps: int) -> Doubles:
     """Evenly spaced in sigma^(1/7) (arXiv 2206.00364, formula 5)."""
     # DPM-Solver++ spans the whole schedule, Euler and Heun the timesteps of the spacing.
     ends = (known[0], known[-1]) if multistep else (own[-1], own[0])
     low = schedule.option("sigma_min") or float(ends[0])
     high = schedule.option("sigma_max") or float(ends[1])
     ramp = np.linspace(0, 1, steps)
-    found: Floats = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    found: Doubles = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     return found
 
 
-def _nearest_times(sigmas: Floats, logs: Floats) -> Floats:
+def _nearest_times(sigmas: Doubles, logs: Doubles) -> Doubles:
     """The timesteps of sigmas, between two training timesteps by their logarithms."""
     return np.interp(np.log(np.maximum(sigmas, 1e-10)), logs, np.arange(len(logs)))

@@ -6,17 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.compiler.core import verify
 from mezzotint.compiler.core.program import Plan, Program
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
+from mezzotint.runtime.signature import Images
 from tests.helpers import golden
 from tests.helpers.tiny import program_of
-
-Images = npt.NDArray[np.float32]
 
 CONV = "epsilon = Conv <pads = [1, 1, 1, 1]> (sample, conv_w, bias)"
 TIMED = """number = Cast <to = 1> (timestep) column = Unsqueeze (number, axis) angles = Mul (column, frequencies)

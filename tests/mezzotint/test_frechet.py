@@ -19,10 +19,10 @@ from scipy.linalg import sqrtm
 
 from mezzotint.compiler.errors import OutputError
 from mezzotint.frechet import CLASSIFIER, FeatureNet, Moments, frechet_distance
+from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.signature import Images
 
-Doubles = npt.NDArray[np.float64]
-Images = npt.NDArray[np.float32]
 DIGITS = Path(__file__).parents[1] / "data" / "mnist_20.png"
 LABELS = [*range(10), *range(10)]
 

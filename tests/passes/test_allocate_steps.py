@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 from hypothesis import given
@@ -26,37 +25,37 @@ from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import make_pass
+from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 from tests.helpers.models import Compiled
 from tests.helpers.tiny import program_of, short_schedule, tiny_program
 
-Numbers = npt.NDArray[np.float64]
 weights = arrays.arrays(np.float64, st.integers(1, 12), elements=st.one_of(st.just(0.0), st.floats(0.01, 100)))
 
 
 @given(weights, st.integers(1, 9), st.floats(0, 1))
-def test_a_budget_is_spent_whole_and_nobody_gets_more_than_there_is(w: Numbers, most: int, share: float) -> None:
+def test_a_budget_is_spent_whole_and_nobody_gets_more_than_there_is(w: Doubles, most: int, share: float) -> None:
     budget = round(share * most * len(w))
     counts = apportion(w, budget, most)
     assert sum(counts) == budget
     assert all(0 <= c <= most for c in counts)
 
 
-def check_proportional(w: Numbers, budget: int, factor: float = 1.0) -> None:
+def check_proportional(w: Doubles, budget: int, factor: float = 1.0) -> None:
     got = np.array(apportion(w, budget, budget), np.float64) * factor
     assert np.all(np.abs(got - budget * w / w.sum()) < 1)
 
 
 @given(arrays.arrays(np.float64, st.integers(2, 12), elements=st.floats(0.5, 100)), st.integers(10_000, 50_000))
-def test_parts_follow_the_weights_within_one(w: Numbers, budget: int) -> None:
+def test_parts_follow_the_weights_within_one(w: Doubles, budget: int) -> None:
     check_proportional(w, budget)
     with pytest.raises(AssertionError):
         check_proportional(w, budget, factor=1.01)
 
 
 @given(weights, st.integers(1, 9), st.floats(0, 1))
-def test_a_larger_weight_never_gets_less(w: Numbers, most: int, share: float) -> None:
+def test_a_larger_weight_never_gets_less(w: Doubles, most: int, share: float) -> None:
     counts = apportion(w, round(share * most * len(w)), most)
     for i in range(len(w)):
         for j in range(len(w)):
@@ -108,7 +107,7 @@ def test_skewed_leans_to_the_clean_end_which_comes_last() -> None:
     assert normal_mass((0, 250, 500, 750, 999), 400.0, 400.0).tolist() == mass[::-1].tolist()
 
 
-def features(*rows: list[float]) -> Numbers:
+def features(*rows: list[float]) -> Doubles:
     return np.array(rows, np.float64)[:, None, :]
 
 
@@ -120,7 +119,7 @@ def test_density_by_hand() -> None:
     np.testing.assert_allclose(density_weights(f, 0.5, 1.2), [1, 1, 1, 1.2])
 
 
-def check_scale_free(f: Numbers, other: Numbers) -> None:
+def check_scale_free(f: Doubles, other: Doubles) -> None:
     np.testing.assert_allclose(density_weights(other, 0.5, 1.2), density_weights(f, 0.5, 1.2), rtol=1e-9)
 
 

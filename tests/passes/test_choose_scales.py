@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from mezzotint.compiler.core import pipeline
-from mezzotint.compiler.core.formats import INT8, UINT8, Array, dequantize, quantize, scale_for_range
+from mezzotint.compiler.core.formats import INT8, UINT8, dequantize, quantize, scale_for_range
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import StatsError
@@ -19,6 +19,7 @@ from mezzotint.compiler.scales.ranges import Method, least_error_range
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
+from mezzotint.runtime.arrays import Floats
 
 
 @pytest.fixture
@@ -48,7 +49,9 @@ def test_activation_ranges_are_those_of_the_method(observed: Program, context: C
             check_scale(after, Site(name), (scale * 1.01).astype(np.float32), zero)
 
 
-def check_scale(program: Program, site: Site, scale: Array, zero: npt.NDArray[np.uint8] | npt.NDArray[np.int8]) -> None:
+def check_scale(
+    program: Program, site: Site, scale: Floats, zero: npt.NDArray[np.uint8] | npt.NDArray[np.int8]
+) -> None:
     assert program.plan is not None
     quantizer = program.plan.quantizers[site]
     np.testing.assert_allclose(quantizer.scale, scale, rtol=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
@@ -14,11 +13,10 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph.nodes import counts, numpy_of
 from mezzotint.passes.clean_qdq import CleanQdq
 from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.runtime.signature import Images
 from tests.conftest import Check
 from tests.helpers import golden
 from tests.helpers.tiny import SIGNATURE
-
-Images = npt.NDArray[np.float32]
 
 
 @pytest.mark.parametrize("case", golden.cases("clean_qdq"))

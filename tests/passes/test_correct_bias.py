@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import follow_trajectories
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Recipe
@@ -22,6 +22,8 @@ from mezzotint.compiler.graph.nodes import name_of, numpy_of, text
 from mezzotint.passes.correct_bias import CorrectBias
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import make_pass, with_options
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images
 from tests.conftest import Check
 from tests.helpers.tiny import CONVS, LINEARS, SIGNATURE, tiny_program
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import follow_trajectories
 from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context
@@ -24,10 +24,11 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.sampling.correction import FORMS
 from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.noise_fit import NoiseFit
 from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 from mezzotint.runtime.streams import SeedOffset
 from tests.helpers.models import CONTEXT, SMALL, THREADS, hand_written, write
 from tests.helpers.tiny import program_of, tiny_program

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
@@ -16,12 +15,12 @@ from mezzotint.compiler.graph.ops import layers, time_table
 from mezzotint.passes.fold_time import FoldTime
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.normalize import Normalize
+from mezzotint.runtime.signature import Images
 from tests.conftest import Check
 from tests.helpers import golden
 from tests.helpers.tiny import SIGNATURE
 
 FOLDED = {"folds": 1}  # in every other case the graph stays as it is
-Images = npt.NDArray[np.float32]
 
 
 @pytest.mark.parametrize("case", golden.cases("fold_time"))

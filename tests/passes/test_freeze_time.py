@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
@@ -17,12 +16,12 @@ from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.normalize import Normalize
+from mezzotint.runtime.signature import Images
 from tests.conftest import Check
 from tests.helpers import golden
 from tests.helpers.tiny import SIGNATURE, program_of
 
 CASES = golden.cases("freeze_time")
-Images = npt.NDArray[np.float32]
 
 
 @pytest.mark.parametrize("case", CASES)

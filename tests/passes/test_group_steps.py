@@ -8,7 +8,6 @@ from itertools import combinations, pairwise
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,14 +18,14 @@ from mezzotint.compiler.core.stats import Stats, Summary
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.passes.group_steps import GroupSteps, cheapest_cut
 from mezzotint.passes.recipes.files import make_pass
+from mezzotint.runtime.arrays import Doubles
 from tests.helpers.tiny import tiny_program
 
-Numbers = npt.NDArray[np.float64]
 CALLS = 6
 
 
 @st.composite
-def measurements(draw: st.DrawFn) -> tuple[Numbers, Numbers]:
+def measurements(draw: st.DrawFn) -> tuple[Doubles, Doubles]:
     """Widths and powers, `[values, calls]`."""
     values, calls = draw(st.integers(1, 3)), draw(st.integers(1, 7))
     numbers = st.lists(st.floats(0.01, 100), min_size=values * calls, max_size=values * calls)
@@ -34,7 +33,7 @@ def measurements(draw: st.DrawFn) -> tuple[Numbers, Numbers]:
     return widths, powers
 
 
-def cost(widths: Numbers, powers: Numbers, cut: tuple[int, ...]) -> float:
+def cost(widths: Doubles, powers: Doubles, cut: tuple[int, ...]) -> float:
     """What the module's docstring says: (widest range of the call's group)^2 / power, over values and calls."""
     total = 0.0
     for group in set(cut):
@@ -50,7 +49,7 @@ def all_cuts(calls: int, groups: int) -> Iterator[tuple[int, ...]]:
         yield tuple(sum(k >= b for b in borders) for k in range(calls))
 
 
-def check_cheapest(widths: Numbers, powers: Numbers, groups: int, factor: float = 1.0) -> None:
+def check_cheapest(widths: Doubles, powers: Doubles, groups: int, factor: float = 1.0) -> None:
     calls = widths.shape[1]
     cut = cheapest_cut(widths, powers, groups)
     best = min(cost(widths, powers, other) for other in all_cuts(calls, groups))
@@ -58,7 +57,7 @@ def check_cheapest(widths: Numbers, powers: Numbers, groups: int, factor: float 
 
 
 @given(measurements(), st.integers(1, 3))
-def test_no_cut_is_cheaper(measured: tuple[Numbers, Numbers], groups: int) -> None:
+def test_no_cut_is_cheaper(measured: tuple[Doubles, Doubles], groups: int) -> None:
     widths, powers = measured
     check_cheapest(widths, powers, min(groups, widths.shape[1]))
     with pytest.raises(AssertionError):
@@ -66,7 +65,7 @@ def test_no_cut_is_cheaper(measured: tuple[Numbers, Numbers], groups: int) -> No
 
 
 @given(measurements(), st.integers(1, 7))
-def test_groups_are_contiguous_and_cover_every_call(measured: tuple[Numbers, Numbers], groups: int) -> None:
+def test_groups_are_contiguous_and_cover_every_call(measured: tuple[Doubles, Doubles], groups: int) -> None:
     count = min(groups, measured[0].shape[1])
     cut = cheapest_cut(*measured, count)
     assert len(cut) == measured[0].shape[1]
@@ -76,7 +75,7 @@ def test_groups_are_contiguous_and_cover_every_call(measured: tuple[Numbers, Num
 
 
 @given(measurements())
-def test_more_groups_never_cost_more(measured: tuple[Numbers, Numbers]) -> None:
+def test_more_groups_never_cost_more(measured: tuple[Doubles, Doubles]) -> None:
     costs = [cost(*measured, cheapest_cut(*measured, g)) for g in range(1, measured[0].shape[1] + 1)]
     assert all(b <= a * (1 + 1e-9) for a, b in pairwise(costs))
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import follow_trajectories
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context
@@ -22,6 +22,8 @@ from mezzotint.compiler.graph.ops import layers
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.files import make_pass
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import Images
 from tests.helpers.tiny import context_in, program_of, tiny_program
 
 Channels = Literal["none", "outputs", "inputs", "all"]

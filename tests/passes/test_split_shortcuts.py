@@ -45,11 +45,10 @@ from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.session import running_version
+from mezzotint.runtime.signature import Images
 from tests.conftest import Check
 from tests.helpers.models import SCHEDULER, SMALL, Compiled, prompts
 from tests.helpers.tiny import ATTENTIONS, CONVS, LINEARS, program_of, tiny_model
-
-Images = npt.NDArray[np.float32]
 
 LAYERS = ("conv", "timed_bias", "three_parts", "linear", "gemm", "moved")
 WHOLE = SplitShortcuts(islands=())

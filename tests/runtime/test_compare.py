@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.compare import StepSQNR, json_db, psnr_db, sqnr_db, ssim
 from mezzotint.runtime.errors import InputError
 
-Array = npt.NDArray[Any]
 
-
-def random_pair(seed: int, size: int = 64) -> tuple[Array, Array]:
+def random_pair(seed: int, size: int = 64) -> tuple[AnyArray, AnyArray]:
     rng = np.random.default_rng(seed)
     signal = rng.normal(size=(2, 1, 4, size // 8)).astype(np.float32)
     return signal, signal + rng.normal(scale=0.1, size=signal.shape).astype(np.float32)
 
 
-def check_ratio(found: float, signal: Array, noisy: Array) -> None:
+def check_ratio(found: float, signal: AnyArray, noisy: AnyArray) -> None:
     assert 10 ** (found / 10) == pytest.approx(np.mean(signal**2) / np.mean((noisy - signal) ** 2), rel=1e-4)
 
 
@@ -72,7 +69,7 @@ def test_psnr_of_each_image() -> None:
 @given(cuts=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
 def test_parts_add_up_to_the_whole(cuts: list[tuple[int, bool]]) -> None:
     left, right, whole = StepSQNR(), StepSQNR(), StepSQNR()
-    data: dict[int, list[tuple[Array, Array]]] = {}
+    data: dict[int, list[tuple[AnyArray, AnyArray]]] = {}
     for seed, (step, to_left) in enumerate(cuts):
         pair = random_pair(seed)
         (left if to_left else right).add(step, *pair)

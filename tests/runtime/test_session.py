@@ -14,13 +14,13 @@ import onnx.helper
 import onnx.numpy_helper
 import pytest
 
+from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.errors import InputError, MixedTimesteps, TimestepNotDeployed
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser, open_session
 from mezzotint.runtime.signature import Signature
 
 Build = Callable[..., bytes]
-Floats = npt.NDArray[np.float32]
 WEIGHT = np.array([0.1, -0.2, 0.3, 0.05, 0.6, -0.1, 0.2, 0.1, -0.3]).reshape(3, 3)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from mezzotint import export_model
@@ -32,10 +31,10 @@ from mezzotint.passes.smooth_scales import SmoothScales
 from mezzotint.passes.split_shortcuts import SplitShortcuts
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.signature import Images
 from tests.helpers.models import Compiled, prompts
 from tests.helpers.tiny import context_in
 
-Images = npt.NDArray[np.float32]
 TOLERANCE = 1e-4  # relative to the largest value of the prediction, as in the passes
 BY_CHANNEL = Observe(groups=0, channels="inputs")
 EVERYWHERE: dict[str, Any] = {"run_time": True, "run_time_gain": -100.0, "gain": -100.0, "islands": ()}

@@ -16,11 +16,11 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.compiler.graph.nodes import digest
 from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.session import Denoiser
 from tests.helpers.models import THREADS, Compiled
 from tests.helpers.tiny import context_in
 
-Array = npt.NDArray[np.float32]
 T = 500
 
 
@@ -36,11 +36,11 @@ def program(hand: Compiled, tmp_path: Path) -> Program:
 
 
 @pytest.fixture
-def x() -> Array:
+def x() -> Floats:
     return np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
 
 
-def run(found: Beside, program: Program, x: Array, folder: Path, *switched: str) -> dict[str, npt.NDArray[np.float32]]:
+def run(found: Beside, program: Program, x: Floats, folder: Path, *switched: str) -> dict[str, npt.NDArray[np.float32]]:
     taps = [tap for group in found.groups.values() for tap in group.taps]
     with Executor(found.model, folder, taps=taps, threads=THREADS, level="basic") as executor:
         given = feeds(executor.inputs, program.signature, x, T)
@@ -49,7 +49,7 @@ def run(found: Beside, program: Program, x: Array, folder: Path, *switched: str)
 
 class TestBothForms:
     def test_off_is_float_and_on_is_the_bundle(
-        self, hand: Compiled, program: Program, x: Array, tmp_path: Path
+        self, hand: Compiled, program: Program, x: Floats, tmp_path: Path
     ) -> None:
         before = digest(program.model)
         found = put_beside(program, hand.bundle.model_path)
@@ -67,7 +67,7 @@ class TestBothForms:
             assert np.abs(one - other).max() > 1e-3
 
     def test_what_is_told_is_what_the_values_say(
-        self, hand: Compiled, program: Program, x: Array, tmp_path: Path
+        self, hand: Compiled, program: Program, x: Floats, tmp_path: Path
     ) -> None:
         found = put_beside(program, hand.bundle.model_path)
         told = run(found, program, x, tmp_path)

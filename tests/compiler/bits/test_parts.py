@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mezzotint.compiler.bits.allocation import GAP, allocate
 from mezzotint.compiler.bits.parts import Parts, cut, cuttable, joined_bytes, kurtosis, pieces_of, shares_of
 from mezzotint.compiler.bits.units import Choice, Unit, joined, units_of
-from mezzotint.compiler.core.formats import Array, Format, Grid, RowFormats, quantize
+from mezzotint.compiler.core.formats import Format, Grid, RowFormats, quantize
 from mezzotint.compiler.core.program import Program, Quantizer
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
@@ -23,6 +23,7 @@ from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.matrix import comq, gptq, input_order, inverse_root, nearest
 from mezzotint.compiler.rounding.row_scales import search
 from mezzotint.compiler.scales.weights import rounded, weight_format, weight_quantizer
+from mezzotint.runtime.arrays import Floats
 from tests.helpers.tiny import program_of, tiny_program
 
 WIDTHS = (2, 4, 8)
@@ -53,25 +54,25 @@ def test_rows_are_quantized_each_as_alone(bits: Bits, seed: int, axis: int) -> N
     np.testing.assert_array_equal(got if axis == 0 else got.T, np.stack(want))
 
 
-def problem(seed: int) -> tuple[Array, npt.NDArray[np.float64], Array]:
+def problem(seed: int) -> tuple[Floats, npt.NDArray[np.float64], Floats]:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((12, 12)) @ rng.standard_normal((12, 60)) + 0.5
     weight = rng.standard_normal((5, 12)).astype(np.float32)
     return weight, x @ x.T, (np.abs(weight).max(axis=1) / 3).astype(np.float32)
 
 
-Method = Callable[[Array, npt.NDArray[np.float64], Array, Grid], Array]
+Method = Callable[[Floats, npt.NDArray[np.float64], Floats, Grid], Floats]
 
 
-def by_gptq(weight: Array, gram: npt.NDArray[np.float64], scale: Array, grid: Grid) -> Array:
+def by_gptq(weight: Floats, gram: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:
     return gptq(weight, inverse_root(gram, input_order(gram, True), 0.01, "here"), scale, grid, block=4)
 
 
-def by_obq(weight: Array, gram: npt.NDArray[np.float64], scale: Array, grid: Grid) -> Array:
+def by_obq(weight: Floats, gram: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:
     return obq(weight, inverse_root(gram, input_order(gram, True), 0.01, "here"), scale, grid)
 
 
-def by_comq(weight: Array, gram: npt.NDArray[np.float64], scale: Array, grid: Grid) -> Array:
+def by_comq(weight: Floats, gram: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:
     return comq(weight, gram, scale, grid, sweeps=4, block=4)
 
 
@@ -129,7 +130,7 @@ def conv() -> Unit:
     return next(unit for unit in units_of(list(layers(tiny_program().graph))) if unit.name == "b1_conv1")
 
 
-def round_at(unit: Unit, bits: int) -> Array:
+def round_at(unit: Unit, bits: int) -> Floats:
     assert unit.weight is not None
     return rounded(numpy_of(unit.weight), weight_quantizer(unit.layers[0], weight_format(bits), "mse", "test"))
 

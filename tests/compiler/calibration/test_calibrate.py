@@ -12,15 +12,16 @@ import pytest
 from onnx import numpy_helper
 
 from mezzotint import compile_model
-from mezzotint.compiler.calibration.calibrate import Conditions, Images, LockStep, batch_spans, follow_trajectories
+from mezzotint.compiler.calibration.calibrate import LockStep, batch_spans, follow_trajectories
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise, run
 from mezzotint.runtime.sampling.schedule import Schedule
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.signature import Images, Timestep
 from tests.helpers.models import SMALL, hand_written, write
 from tests.helpers.tiny import program_of, tiny_program
 

@@ -10,18 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezzotint.compiler.core.execute import Executor
-from mezzotint.compiler.core.formats import (
-    INT8,
-    UINT8,
-    Array,
-    Format,
-    Integers,
-    along,
-    dequantize,
-    quantize,
-    scale_for_range,
-)
+from mezzotint.compiler.core.formats import INT8, UINT8, Format, along, dequantize, quantize, scale_for_range
 from mezzotint.compiler.core.pipeline import Context
+from mezzotint.runtime.arrays import Floats, Integers
 from tests.helpers.tiny import SIGNATURE
 
 FORMATS = [UINT8, INT8, Format(4), Format(4, signed=True, symmetric=True), Format(8, signed=True)]
@@ -34,7 +25,7 @@ def ranges(draw: st.DrawFn) -> tuple[float, float]:
     return low, max(high, low + 1e-3)
 
 
-def check_round_trip(x: Array, got: Array, scale: float) -> None:
+def check_round_trip(x: Floats, got: Floats, scale: float) -> None:
     """Half a step, and what float32 loses in the division and the product."""
     np.testing.assert_allclose(got, x, rtol=1e-6, atol=scale * 0.5001)
 
@@ -118,7 +109,7 @@ def test_an_empty_range_gives_a_scale_that_can_be_divided_by() -> None:
         assert dequantize(quantize(np.zeros(3, np.float32), scale, zero, fmt), scale, zero).tolist() == [0, 0, 0]
 
 
-def onnxruntime_quantizes(x: Array, scale: Array, zero: Integers, context: Context) -> npt.NDArray[np.generic]:
+def onnxruntime_quantizes(x: Floats, scale: Floats, zero: Integers, context: Context) -> npt.NDArray[np.generic]:
     kind, low = ("uint8", "uint8[batch,2,8,8]") if zero.dtype == np.uint8 else ("int8", "int8[batch,2,8,8]")
     channels = "" if scale.ndim == 0 else f"[{scale.size}]"
     scales, zeros = (", ".join(repr(v) for v in a.reshape(-1).tolist()) for a in (scale, zero))

@@ -22,7 +22,6 @@ SCHEDULE = Schedule.named("ddpm-linear")
 DEPLOYMENT = Deployment.of(SCHEDULE, "ddim", 4, 1.0)
 STEPS = DEPLOYMENT.solver(SCHEDULE).steps
 SHAPE = (8, 2, 16, 16)
-Doubles = npt.NDArray[np.float64]
 
 
 def nothing_to_correct() -> Correction:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
@@ -19,11 +17,11 @@ from mezzotint.compiler.bundle.writer import save_model
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.lowering import packing
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import open_session
 from tests.compiler.audit.test_versions import OLDEST, OLDEST_FOLDER, build_and_run
 
 ROWS, CHANNELS, INPUTS = 40, 11, 97
-Array = npt.NDArray[Any]
 
 CONV = """q = QuantizeLinear (x, xs, xz) y8 = QLinearConv <pads = [1, 1, 1, 1]> (q, xs, xz, w, ws, wz, ys, xz)
     y = DequantizeLinear (y8, ys, xz)"""
@@ -43,7 +41,7 @@ def kernel(form: str) -> str:
     return KERNELS[form.partition("_")[0]]
 
 
-def integers(form: str, bits: int, wide_rows: int = 0) -> Array:
+def integers(form: str, bits: int, wide_rows: int = 0) -> AnyArray:
     """A weight of a form in integers of `bits` bits, its first and some other output channels in 8."""
     rng = np.random.default_rng(5)
     shape = (ROWS, CHANNELS, 3, 3) if form.startswith("conv") else (ROWS, INPUTS)
@@ -55,7 +53,7 @@ def integers(form: str, bits: int, wide_rows: int = 0) -> Array:
     return q.T.copy() if form.startswith("matmul") else q
 
 
-def layer(form: str, q: Array, opset: int = 21) -> ir.Model:
+def layer(form: str, q: AnyArray, opset: int = 21) -> ir.Model:
     rows, inputs = (q.shape[1], q.shape[0]) if form.startswith("matmul") else q.shape[:2]
     image = ",4,4" if form.startswith("conv") else ""
     dims = ",".join(map(str, q.shape))
@@ -77,7 +75,7 @@ def packed(model: ir.Model) -> ir.Model:
     return clone
 
 
-def run(model: ir.Model, folder: Path, stem: str = "model") -> tuple[Array, Counter[str]]:
+def run(model: ir.Model, folder: Path, stem: str = "model") -> tuple[AnyArray, Counter[str]]:
     """What the session computes, and the operations of the graph that it built."""
     file, built = folder / f"{stem}.onnx", folder / f"{stem}-built.onnx"
     save_model(model, file)
@@ -161,7 +159,7 @@ def test_int4_needs_a_newer_ir_version() -> None:
     assert packed(layer("conv", integers("conv", 2))).ir_version == 8
 
 
-def unpacked_by_onnxruntime(model: ir.Model, folder: Path) -> Array:
+def unpacked_by_onnxruntime(model: ir.Model, folder: Path) -> AnyArray:
     """A model's `w` as onnxruntime computes it from what the file holds."""
     clone = model.clone()
     weight = next(v for node in clone.graph for v in node.outputs if v.name == "w")

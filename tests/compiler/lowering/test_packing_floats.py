@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
@@ -15,19 +14,19 @@ import pytest
 from mezzotint.compiler.bundle.writer import save_model
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.lowering import packing
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import open_session
 from tests.compiler.audit.test_versions import OLDEST, OLDEST_FOLDER, build_and_run
 from tests.compiler.lowering.test_packing import packed, run, stored
 
 CHANNELS = 32
-Array = npt.NDArray[Any]
 
 
-def half_values(*shape: int) -> Array:
+def half_values(*shape: int) -> AnyArray:
     return np.random.default_rng(3).normal(size=shape).astype(np.float16).astype(np.float32)
 
 
-def island(weight: Array) -> ir.Model:
+def island(weight: AnyArray) -> ir.Model:
     """A float convolution with a bias from a table of float rows, read by a map of integers."""
     model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]>
     island (float[1,{CHANNELS},8,8] x) => (float[1,{CHANNELS},8,8] y)
@@ -39,7 +38,7 @@ def island(weight: Array) -> ir.Model:
     return model
 
 
-def table(rows: Array) -> ir.Model:
+def table(rows: AnyArray) -> ir.Model:
     """A row of a table of integers, chosen by the input."""
     kind = "int64" if rows.dtype == np.int64 else "int32"
     shape = ",".join(map(str, rows.shape))
@@ -50,14 +49,14 @@ def table(rows: Array) -> ir.Model:
     return model
 
 
-def fill(model: ir.Model, **arrays: Array) -> None:
+def fill(model: ir.Model, **arrays: AnyArray) -> None:
     named = {name_of(v): v for node in model.graph for v in node.inputs if v is not None}
     for name, array in arrays.items():
         named[name].const_value = ir.tensor(array, name=name)
         model.graph.register_initializer(named[name])
 
 
-def bias_rows(reach: int, dtype: Any = np.int32) -> Array:
+def bias_rows(reach: int, dtype: Any = np.int32) -> AnyArray:
     """Rows around a middle of each column, as biases that depend on the timestep are, `[20, 64]`."""
     rng = np.random.default_rng(8)
     return (rng.integers(-(10**6), 10**6, 64) + rng.integers(-reach, reach, (20, 64))).astype(dtype)
@@ -120,7 +119,7 @@ def test_scales_and_small_constants_stay() -> None:
     ],
     ids=["middle", "bytes", "small", "unsigned", "one-wide-column", "wide", "wider"],
 )
-def test_tables_of_integers_keep_their_values(rows: Array, kinds: dict[str, int], tmp_path: Path) -> None:
+def test_tables_of_integers_keep_their_values(rows: AnyArray, kinds: dict[str, int], tmp_path: Path) -> None:
     plain = table(rows)
     narrow = packed(plain)
     found = {kind: size for kind, size in stored(narrow).items() if kind != "FLOAT"}

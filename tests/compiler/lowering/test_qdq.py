@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
@@ -21,11 +20,11 @@ from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.runtime.signature import Images
 from tests.helpers import golden
 from tests.helpers.tiny import SIGNATURE, program_of
 
 GOLDEN = "lower_qdq"
-Images = npt.NDArray[np.float32]
 
 CONV = "epsilon = Conv <pads = [1, 1, 1, 1]> (sample, conv_w, bias)"
 LINEAR = "product = MatMul (sample, square) epsilon = Add (product, bias)"

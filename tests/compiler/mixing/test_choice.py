@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mezzotint.compiler.mixing.choice import Choice, by_margin, picture_weights, relaxed
+from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.steps import noise_of
 
-Doubles = npt.NDArray[np.float64]
 Case = tuple[Doubles, list[float]]
 
 

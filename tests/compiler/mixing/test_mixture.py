@@ -14,14 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mezzotint.compiler.mixing import mixture
 from mezzotint.compiler.mixing.mixture import SHARED, write_sharing
+from mezzotint.runtime.arrays import Floats
 
-Array = npt.NDArray[np.float32]
 RNG = np.random.default_rng(0)
 COMMON = RNG.standard_normal((64, 64)).astype(np.float32)
 OWN = {name: RNG.standard_normal((64, 64)).astype(np.float32) for name in "ab"}
 
 
-def network(own: Array, common: Array = COMMON, *, small: int = 4) -> onnx.ModelProto:
+def network(own: Floats, common: Floats = COMMON, *, small: int = 4) -> onnx.ModelProto:
     """y = (x common) own + bias, with an int8 table of an odd size, so that alignment matters."""
     arrays: dict[str, npt.NDArray[Any]] = {
         "common": common,
@@ -52,9 +52,9 @@ def written(folder: Path, **models: onnx.ModelProto) -> dict[str, Path]:
     return {f"{name}.onnx": folder / f"{name}.onnx" for name in models}
 
 
-def run(file: Path) -> Array:
+def run(file: Path) -> Floats:
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
-    found: Array = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    found: Floats = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
     return found
 
 

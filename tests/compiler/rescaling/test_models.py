@@ -25,6 +25,7 @@ from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.recipes.parts import EXACT
 from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.schedule import Schedule
 from tests.helpers.models import Compiled, prompts
 from tests.helpers.tiny import context_in, tiny_program
@@ -32,7 +33,6 @@ from tests.helpers.tiny import context_in, tiny_program
 SCHEDULE = Schedule.named("ddpm-linear")
 DEPLOYED: dict[str, Any] = {"schedule": SCHEDULE, "deployment": Deployment.of(SCHEDULE, "ddim", 3)}
 HIGH: tuple[Pass, ...] = (Normalize(), FreezeTime(), FoldScales())  # norms as they were exported
-Conditions = dict[str, npt.NDArray[Any]]
 
 
 def outputs(program: Program, folder: Path, conditions: Conditions) -> npt.NDArray[np.float32]:

@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as arrays
 from mezzotint.compiler.core.formats import Format, dequantize, quantize, scale_for_range
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rescaling.smoothing import SHRINKS, Evidence, Weights, Widths, dilation, powers_of_two, tamed
+from mezzotint.runtime.arrays import Floats
 
-Array = npt.NDArray[np.float32]
 CASES: dict[str, tuple[str, tuple[int, ...]]] = {
     "conv": ("Conv <pads = [1, 1, 1, 1]>", (5, 6, 3, 3)),
     "grouped": ("Conv <group = 3, pads = [1, 1, 1, 1]>", (9, 2, 3, 3)),
@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, tuple[int, ...]]] = {
 CHANNELS = 6
 
 
-def weights_of(case: str, array: Array) -> Weights:
+def weights_of(case: str, array: Floats) -> Weights:
     op = CASES[case][0]
     x = "1,6,5,5" if "Conv" in op else "3,6"
     size = ",".join(str(n) for n in array.shape)
@@ -41,11 +41,11 @@ def weights_of(case: str, array: Array) -> Weights:
     return Weights(layer)
 
 
-def random_weight(case: str, seed: int = 0) -> Array:
+def random_weight(case: str, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal(CASES[case][1]).astype(np.float32)
 
 
-def entries(case: str, array: Array) -> list[tuple[int, int, float]]:
+def entries(case: str, array: Floats) -> list[tuple[int, int, float]]:
     """(row, input channel, weight) of everything that a layer multiplies."""
     found = []
     for index in np.ndindex(*array.shape):
@@ -61,7 +61,7 @@ def entries(case: str, array: Array) -> list[tuple[int, int, float]]:
 
 
 def slow_noise(
-    case: str, array: Array, squares: list[float], factors: list[float], widths: Widths, extremes: Any
+    case: str, array: Floats, squares: list[float], factors: list[float], widths: Widths, extremes: Any
 ) -> float:
     """E(s) / P, number by number."""
     every = entries(case, array)
@@ -228,7 +228,7 @@ matrices = arrays.arrays(
 )
 
 
-def ends(array: Array, symmetric: bool) -> Array:
+def ends(array: Floats, symmetric: bool) -> Floats:
     """The ranges of the columns of `[C, rows]`."""
     if symmetric:
         return np.asarray(np.abs(array).max(axis=0))
@@ -236,7 +236,7 @@ def ends(array: Array, symmetric: bool) -> Array:
 
 
 @given(array=matrices, symmetric=st.booleans())
-def test_dilation_keeps_every_range(array: Array, symmetric: bool) -> None:
+def test_dilation_keeps_every_range(array: Floats, symmetric: bool) -> None:
     s = dilation([weights_of("matmul", array)], symmetric=symmetric)
     assert np.all(s >= 1) and np.all(np.isfinite(s))
     grown = (array * s[:, None]).astype(np.float32)

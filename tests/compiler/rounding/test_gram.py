@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mezzotint.compiler.core.execute import Executor
-from mezzotint.compiler.core.formats import Array
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.rounding.gram import MIRROR, Gram, Unfold, choose_positions, mirror
+from mezzotint.runtime.arrays import Floats
 
 
 def all_positions(sizes: tuple[int, ...]) -> tuple[Any, Any]:
     return choose_positions(sizes, prod(sizes), np.random.default_rng(0))
 
 
-def conv_model(x: Array, weight: Array, attributes: dict[str, Any]) -> ir.Model:
+def conv_model(x: Floats, weight: Floats, attributes: dict[str, Any]) -> ir.Model:
     value = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT))
     kernel = ir.Value(name="w", shape=ir.Shape(weight.shape), type=ir.TensorType(ir.DataType.FLOAT))
     kernel.const_value = ir.tensor(weight, name="w")
@@ -33,7 +33,7 @@ def conv_model(x: Array, weight: Array, attributes: dict[str, Any]) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def check_columns(unfold: Unfold, x: Array, weight: Array, want: Array) -> None:
+def check_columns(unfold: Unfold, x: Floats, weight: Floats, want: Floats) -> None:
     """W @ columns, group by group, against a convolution's output `[N, C, ...]`."""
     columns = unfold.columns(x, all_positions(unfold.positions(x.shape)))
     rows = weight.reshape(unfold.groups, len(weight) // unfold.groups, -1)
@@ -115,7 +115,7 @@ def test_positions_are_shared_by_samples(sizes: tuple[int, int, int], limit: int
     np.testing.assert_array_equal(again, (first, inner))
 
 
-def check_gram(matrix: Array, columns: Array) -> None:
+def check_gram(matrix: Floats, columns: Floats) -> None:
     want = np.einsum("pgi,pgj->gij", columns, columns, dtype=np.float64)
     np.testing.assert_allclose(matrix, want, rtol=1e-5, atol=1e-4)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mezzotint.compiler.core.formats import INT8, Array, Format
+from mezzotint.compiler.core.formats import INT8, Format
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.matrix import (
@@ -25,10 +25,11 @@ from mezzotint.compiler.rounding.matrix import (
     shifted_target,
 )
 from mezzotint.compiler.rounding.row_scales import refit, search
+from mezzotint.runtime.arrays import Floats
 
 Wide = npt.NDArray[np.float64]
 INT4 = Format(4, signed=True, symmetric=True)
-Problem = tuple[Wide, Wide, Array]
+Problem = tuple[Wide, Wide, Floats]
 
 
 def problem(seed: int, rows: int = 5, inputs: int = 12, columns: int = 60) -> Problem:
@@ -47,7 +48,7 @@ def root_of(gram: Wide, damp: float = 0.01, sort: bool = True) -> Root:
     return inverse_root(gram, input_order(gram, sort), damp, "here")
 
 
-def rounded_by(method: str, weight: Wide, gram: Wide, scale: Array, fmt: Format = INT4, block: int = 4) -> Array:
+def rounded_by(method: str, weight: Wide, gram: Wide, scale: Floats, fmt: Format = INT4, block: int = 4) -> Floats:
     if method == "comq":
         return comq(weight, gram, scale, fmt, sweeps=4, block=block)
     if method == "obq":
@@ -55,7 +56,7 @@ def rounded_by(method: str, weight: Wide, gram: Wide, scale: Array, fmt: Format 
     return gptq(weight, root_of(gram), scale, fmt, block=block)
 
 
-def error_of(weight: Wide, integers: Array, gram: Wide, scale: Array) -> Wide:
+def error_of(weight: Wide, integers: Floats, gram: Wide, scale: Floats) -> Wide:
     return row_errors(weight - scale[:, None].astype(np.float64) * integers, gram)
 
 
@@ -72,7 +73,7 @@ def test_the_factor_is_that_of_the_inverse(sort: bool, seed: int) -> None:
         np.testing.assert_allclose(root.upper.T @ root.upper @ here * 1.01, np.eye(len(gram)), atol=1e-7)
 
 
-def slow_gptq(weight: Wide, gram: Wide, order: npt.NDArray[np.int64], scale: Array, fmt: Format) -> Wide:
+def slow_gptq(weight: Wide, gram: Wide, order: npt.NDArray[np.int64], scale: Floats, fmt: Format) -> Wide:
     """One column after the other, the inverse of what is left updated by elimination."""
     w, inverse = weight.copy(), np.linalg.inv(gram)
     integers = np.zeros_like(w)
@@ -103,7 +104,7 @@ def test_the_slow_gptq_is_told_from_another() -> None:
     assert not np.array_equal(other, slow_gptq(weight, damped(gram, 0.01), root.order, scale, INT4))
 
 
-def slow_obq(weight: Wide, gram: Wide, scale: Array, fmt: Format) -> Wide:
+def slow_obq(weight: Wide, gram: Wide, scale: Floats, fmt: Format) -> Wide:
     """Each row: the inverse of H of the free columns is computed afresh every time."""
     integers = np.zeros_like(weight)
     for r, row in enumerate(weight):
@@ -178,7 +179,7 @@ def test_sweeps_of_comq_never_make_a_row_worse(seed: int, block: int) -> None:
         assert (after <= before * (1 + 1e-6) + 1e-9).all()
 
 
-def slow_comq(weight: Wide, gram: Wide, scale: Array, sweeps: int) -> Wide:
+def slow_comq(weight: Wide, gram: Wide, scale: Floats, sweeps: int) -> Wide:
     order = np.argsort(-np.sqrt(np.diagonal(gram)) * np.abs(weight).mean(axis=0), kind="stable")
     now = weight.copy()
     s = scale.astype(np.float64)

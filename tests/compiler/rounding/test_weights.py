@@ -9,12 +9,13 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core.execute import Executor
-from mezzotint.compiler.core.formats import Array, Format
+from mezzotint.compiler.core.formats import Format
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.rounding.weights import find_weights, replace_weight
+from mezzotint.runtime.arrays import Floats
 from tests.helpers.tiny import program_of
 
 W = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
@@ -27,7 +28,7 @@ def pair(n: str = "d", w: str = "w", s: str = "scale", z: str = "zero", axis: in
     {n} = DequantizeLinear <axis = {axis}> ({last}, {s}, {z})"""
 
 
-def program(body: str, *, w: Array = W) -> Program:
+def program(body: str, *, w: Floats = W) -> Program:
     model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]>
     layer (float[batch,4,4,4] sample, int64[batch] timestep) => (float[batch,4,4,4] epsilon)
     <float[{",".join(map(str, w.shape))}] w, float[4] scale = {{0.5, 0.25, 0.125, 1}}, int8[4] zero = {{0, 0, 0, 0}},
@@ -54,7 +55,7 @@ GEMMS = """x = Reshape (sample, flat) a = Gemm <transB = 1> (x, d) b = Gemm <tra
         (f"{pair(axis=1, s='one', z='none')} epsilon = MatMul (sample, d)", W.T, [0.5] * 4, 8),
     ],
 )
-def test_rows_scales_and_grids(body: str, rows: Array, scales: list[float], bits: int) -> None:
+def test_rows_scales_and_grids(body: str, rows: Floats, scales: list[float], bits: int) -> None:
     (found,) = find_weights(program(body).graph)
     np.testing.assert_array_equal(found.rows(), rows)
     np.testing.assert_array_equal(found.scale(), np.array(scales, np.float32))

@@ -5,27 +5,28 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mezzotint.compiler.core.formats import UINT8, Array, dequantize, quantize, scale_for_range
+from mezzotint.compiler.core.formats import UINT8, dequantize, quantize, scale_for_range
 from mezzotint.compiler.core.stats import Summary
 from mezzotint.compiler.scales.ranges import SHRINKS, expected_error, least_error_range, range_of
+from mezzotint.runtime.arrays import Floats
 
 KINDS = ["normal", "silu", "outliers", "heavy", "negative"]
 
 
-def measured(values: Array) -> Summary:
+def measured(values: Floats) -> Summary:
     summary = Summary()
     summary.add(values)
     return summary
 
 
-def real_error(values: Array, low: float, high: float) -> float:
+def real_error(values: Floats, low: float, high: float) -> float:
     """Mean squared error of really quantizing the values over a range."""
     scale, zero = scale_for_range(low, high, UINT8)
     back = dequantize(quantize(values, scale, zero, UINT8), scale, zero)
     return float(np.mean((back.astype(np.float64) - values) ** 2))
 
 
-def samples(kind: str) -> Array:
+def samples(kind: str) -> Floats:
     rng = np.random.default_rng(4)
     chosen = {
         "normal": rng.standard_normal(20000),
@@ -37,7 +38,7 @@ def samples(kind: str) -> Array:
     return np.asarray(chosen, np.float32)
 
 
-def check_is_best(x: Array, low: float, high: float) -> None:
+def check_is_best(x: Floats, low: float, high: float) -> None:
     """Not more than 5 % above the least error of all shrunk ranges, found by trying them on the values themselves."""
     bottom, top = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     best = min(real_error(x, bottom * s, top * s) for s in SHRINKS)
@@ -61,7 +62,7 @@ def test_a_range_that_is_far_from_the_best_is_seen() -> None:
         check_is_best(x, low * 0.6, high * 0.6)
 
 
-def check_expected(x: Array, scale: float) -> None:
+def check_expected(x: Floats, scale: float) -> None:
     """Within a tenth of the error of really quantizing the values, over ranges that clip and ranges that do not."""
     bottom, top = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     for shrink in (1.0, 0.7, 0.4):

@@ -12,8 +12,8 @@ from mezzotint.compiler.core.formats import UINT8, Format
 from mezzotint.compiler.core.stats import Summary
 from mezzotint.compiler.scales.ranges import expected_error
 from mezzotint.compiler.scales.tdq import BINS, Networks, Observed, embed, learned_ranges, loss_and_gradient
+from mezzotint.runtime.arrays import Doubles
 
-Numbers = npt.NDArray[np.float64]
 SPAN = 1000
 SMALL = Format(6)
 TIMESTEPS = tuple(range(960, -1, -40))  # as a sampler calls them
@@ -32,7 +32,7 @@ def drifting(t: float, seed: int = 0) -> Summary:
     return summary_of(x / (1 + np.exp(-x)))
 
 
-def extremes(calls: list[Summary]) -> Numbers:
+def extremes(calls: list[Summary]) -> Doubles:
     return np.array([[[min(s.low, 0.0), max(s.high, 0.0)] for s in calls]])
 
 
@@ -69,7 +69,7 @@ def check_network_gradient(parameter: int, factor: float = 1.0) -> None:
         p += 0.1 * rng.standard_normal(p.shape)  # the last layer starts at 0, where the others have no gradient
     direction = rng.standard_normal(networks.parameters[parameter].shape)
 
-    def loss(shift: float) -> Numbers:
+    def loss(shift: float) -> Doubles:
         networks.parameters[parameter] += shift * direction
         found = loss_and_gradient(seen, networks.forward(embedding)[0] * seen.unit, 2.0)[0]
         networks.parameters[parameter] -= shift * direction
@@ -118,20 +118,20 @@ def test_every_value_is_in_a_bin() -> None:
 
 
 @pytest.fixture(scope="module")
-def tracked() -> tuple[Numbers, Numbers]:
+def tracked() -> tuple[Doubles, Doubles]:
     """Ranges `[timesteps, 2]` learned from one batch of pictures: at its timesteps, and between them."""
     calls = [drifting(t) for t in TIMESTEPS]
     learn = partial(learned_ranges, [calls], extremes(calls), UINT8, TIMESTEPS, SPAN, clip_weight=4.0, seed=0)
     return learn()[0], learn(at=BETWEEN)[0]
 
 
-def relative_error(calls: list[Summary], ranges: Numbers) -> float:
+def relative_error(calls: list[Summary], ranges: Doubles) -> float:
     both = zip(calls, ranges, strict=True)
     errors = [expected_error(s, float(r[0]), float(r[1]), UINT8) * s.count / s.square for s, r in both]
     return float(np.mean(errors))
 
 
-def check_follows(ranges: Numbers, calls: list[Summary], measured: Numbers) -> None:
+def check_follows(ranges: Doubles, calls: list[Summary], measured: Doubles) -> None:
     """Ranges that contain 0, go where the extremes of the calls go, and cost no more than the measured ones."""
     assert np.all(ranges[:, 0] <= 0)
     assert np.all(ranges[:, 1] >= 0)
@@ -141,7 +141,7 @@ def check_follows(ranges: Numbers, calls: list[Summary], measured: Numbers) -> N
 
 @pytest.mark.parametrize("seed", [0, 1])  # the batch that it learned from, and another one
 @pytest.mark.parametrize("between", [False, True])
-def test_learned_ranges_follow_the_drift(tracked: tuple[Numbers, Numbers], between: bool, seed: int) -> None:
+def test_learned_ranges_follow_the_drift(tracked: tuple[Doubles, Doubles], between: bool, seed: int) -> None:
     """Against what was measured on the first batch: at the same timestep, or at the nearest one that was called."""
     calls = [drifting(t, seed) for t in (BETWEEN if between else TIMESTEPS)]
     measured = extremes([drifting(t) for t in TIMESTEPS])[0][: len(calls)]

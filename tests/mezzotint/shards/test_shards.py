@@ -24,6 +24,7 @@ from mezzotint import Bundle, compile_model, read_shards, sample_to_folder
 from mezzotint.compiler.errors import OutputError
 from mezzotint.io.images import to_pixels
 from mezzotint.runtime.errors import InputError, MezzotintError, TimestepNotDeployed
+from mezzotint.runtime.signature import Images
 from mezzotint.shards.run import RUN, Run
 from mezzotint.shards.shards import parse_shards
 from tests.helpers.full_disk import FULL_DISK
@@ -32,7 +33,6 @@ from tests.helpers.models import CONTEXT, SMALL, Cli, Compiled, hand_written, wr
 ROOT = Path(__file__).parents[3]
 N, SIZE = 10, 4  # shards of 4, 4 and 2
 OPTIONS: dict[str, Any] = {"shard_size": SIZE, "sampler": "ddpm", "seed": 3, "threads": 1}
-Images = npt.NDArray[np.float32]
 
 
 def contexts(rows: int) -> Images:

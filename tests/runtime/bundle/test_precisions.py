@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
+from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.bundle.bundle import MODEL, open_bundle, seal_bundle
 from mezzotint.runtime.bundle.precisions import Precisions, spans
 from mezzotint.runtime.errors import BundleError, InputError
@@ -18,7 +18,6 @@ from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 
-Floats = npt.NDArray[np.float32]
 SCHEDULE = Schedule.named("ddpm-linear")
 FILES = {"low": "unet/model.low.onnx", "high": MODEL}
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mezzotint.runtime.arrays import Doubles, Floats
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.correction import FORMS, Correction
 from mezzotint.runtime.sampling.deployment import Deployment
@@ -18,8 +18,6 @@ from mezzotint.runtime.sampling.noise_fit import NoiseFit, StateFit
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.steps import Step
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 SCHEDULE = Schedule.named("ddpm-linear")
 DEPLOYMENT = Deployment.of(SCHEDULE, "ddim", 2, 1.0)
 STEPS = DEPLOYMENT.solver(SCHEDULE).steps
