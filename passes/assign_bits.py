@@ -82,6 +82,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.scales.weights import WeightMethod
 from mezzotint.runtime.arrays import AnyArray
 
@@ -170,8 +171,7 @@ class AssignBits(Pass):
         return [kind for kind in get_args(Kind) if getattr(self, kind) is not None]
 
     def run(self, program: Program, context: Context) -> Program:
-        plan = program.plan
-        assert plan is not None  # the order check saw to it
+        plan = program.require_plan()
         kinds = self._budgets()
         if not kinds:
             raise RecipeError(
@@ -269,9 +269,8 @@ class _Search:
     def _solve(self, profiler: Profiler, simulator: Simulator, made: Parts) -> tuple[Allocation, list[float]]:
         if self.options.score == "mixdq":
             return self._split(profiler, simulator, made.errors)
-        found = allocate(made.errors, made.costs, self.budget.limit)
-        assert found is not None  # Budget.check saw to it
-        return found, []
+        allocation = allocate(made.errors, made.costs, self.budget.limit)
+        return required(allocation, "an allocation within the budget", self.options.name), []
 
     def _split(
         self, profiler: Profiler, simulator: Simulator, errors: list[list[float]]

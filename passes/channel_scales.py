@@ -64,8 +64,7 @@ class ChannelScales(Pass):
             )
 
     def run(self, program: Program, context: Context) -> Program:
-        stats, plan = program.stats, program.plan
-        assert stats is not None and plan is not None  # the order check saw to it
+        stats, plan = program.require_stats(), program.require_plan()
         stats.check_every_call(program.deployment.timesteps, self.name)
         found = [layer for layer in layers(program.graph) if layer.output_quantized]
         if any((name_of(layer.output), 0) not in stats.channels for layer in found):

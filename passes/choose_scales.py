@@ -46,8 +46,7 @@ class ChooseScales(Pass):
         check_percentile(self.percentile, self.name)
 
     def run(self, program: Program, context: Context) -> Program:
-        stats = program.stats
-        assert stats is not None  # the order check saw to it
+        stats = program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
         activation_format = UINT8 if self.activation_bits == 8 else Format(self.activation_bits)
         of_weights = weight_format(self.weight_bits)

@@ -101,10 +101,9 @@ class CorrectBias(Pass):
         self, program: Program, context: Context, stage: Sequence[QuantizedLayer], label: str
     ) -> list[ChannelMeans]:
         """The mean error of each layer of a stage, over all network calls of the calibration."""
-        assert program.float_model is not None
         row_of = {t: row for row, t in enumerate(program.frozen or ())}
         means = [ChannelMeans(1 if layer.table is None else len(row_of), layer.channels) for layer in stage]
-        exact_model, logical = program.float_model, program.model
+        exact_model, logical = program.require_float_model(), program.model
         if self.against == "network":
             exact_model, wants = with_means(exact_model, [(name_of(q.layer.output), q.axis) for q in stage])
             logical, gots = with_means(logical, [(name_of(q.output), q.axis) for q in stage])

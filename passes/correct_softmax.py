@@ -87,7 +87,6 @@ class CorrectSoftmax(Pass):
         self, program: Program, context: Context, found: Sequence[_Attention], timed: bool
     ) -> tuple[list[Doubles], list[float]]:
         """(E[A - Q(A)] `[rows, heads]`, what a row of Q(A) lacks to 1) of each attention."""
-        assert program.float_model is not None
         row_of = {t: row for row, t in enumerate(deployed_rows(program))}
         heads = [a.heads if self.heads else 1 for a in found]
         means = [ChannelMeans(len(row_of) if timed else 1, n) for n in heads]
@@ -96,7 +95,7 @@ class CorrectSoftmax(Pass):
         sums = np.zeros((len(found), 2))
         signature, threads = program.signature, context.threads
         with (
-            Executor(program.float_model, context.folder, threads=threads) as exact,
+            Executor(program.require_float_model(), context.folder, threads=threads) as exact,
             Executor(logical, context.folder, threads=threads, level="none") as quantized,
         ):
 

@@ -36,6 +36,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import Names, remove_dead
 from mezzotint.compiler.graph.ops import Layer, layer_of
+from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.rescaling.edits import Edit, Factors, magnitudes
 from mezzotint.compiler.rescaling.folds import Fold, Pair, apply_fold, apply_pair, find_folds, find_pairs
 from mezzotint.compiler.rescaling.scaling import column_ranges
@@ -178,6 +179,4 @@ def largest(parts: Sequence[Factors]) -> Factors:
 
 
 def _layer(node: ir.Node) -> Layer:
-    layer = layer_of(node)
-    assert layer is not None
-    return layer
+    return required(layer_of(node), "the layer of a reader", node)

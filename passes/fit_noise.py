@@ -147,11 +147,10 @@ class FitNoise(Pass):
     @staticmethod
     def _follow(program: Program, context: Context, stage: str, see: See) -> None:
         """Call both networks along float trajectories; `see` gets each call and the quantized output for it."""
-        assert program.float_model is not None
-        signature = program.signature
+        float_model, signature = program.require_float_model(), program.signature
         latest: list[Images] = []
         with (
-            Executor(program.float_model, context.folder, threads=context.threads) as exact,
+            Executor(float_model, context.folder, threads=context.threads) as exact,
             Executor(lower(program), context.folder, threads=context.threads) as quantized,
         ):
 

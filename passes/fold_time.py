@@ -29,6 +29,7 @@ from mezzotint.compiler.graph.nodes import (
     remove_dead,
     replace_value,
 )
+from mezzotint.compiler.graph.require import inputs
 from mezzotint.compiler.graph.topology import time_branch
 
 
@@ -57,12 +58,12 @@ def _fold(graph: ir.Graph, names: Names, conv: ir.Node, timely: set[ir.Value]) -
     add = readers[0]
     other = add.inputs[1] if add.inputs[0] is out else add.inputs[0]
     gather = None if other is None else other.producer()
-    if other is None or gather is None or not is_op(gather, "Gather") or not is_constant(gather.inputs[0]):
+    if gather is None or not is_op(gather, "Gather") or not is_constant(gather.inputs[0]):
         return False
     if gather.inputs[1] not in timely:
         return False  # rows of a class or a prompt differ within a batch, a bias does not
-    assert bias is not None and gather.inputs[0] is not None
-    values, table = numpy_of(bias), numpy_of(gather.inputs[0])
+    (_, _, bias), (time_table, index) = inputs(conv, 3), inputs(gather, 2)
+    values, table = numpy_of(bias), numpy_of(time_table)
     if table.ndim != len(out.shape or ()) or table[0].size != len(values) or table.shape[1] != len(values):
         return False  # the table does not lie along the channels
     build = Builder(graph, names, conv)
@@ -70,7 +71,7 @@ def _fold(graph: ir.Graph, names: Names, conv: ir.Node, timely: set[ir.Value]) -
     rows = build.constant(f"{stem}_bias_table", (table.reshape(len(table), -1) + values).astype(np.float32))
     row = build.op(
         "Gather",
-        [rows, gather.inputs[1]],
+        [rows, index],
         f"{stem}_bias_rows",
         dtype=bias.dtype,
         shape=[1, len(values)],

@@ -46,13 +46,12 @@ class GroupSteps(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         calls = len(program.deployment.timesteps)
-        stats = program.stats
-        assert stats is not None and program.plan is not None  # the order check saw to it
+        stats, plan = program.require_stats(), program.require_plan()
         stats.check_every_call(program.deployment.timesteps, self.name)
         groups = self._cut(stats, calls)
-        plan = replace(program.plan, groups=groups)
         sizes = np.bincount(groups)
-        return replace(program, plan=plan, note=f"{calls} calls in {len(sizes)} groups of {', '.join(map(str, sizes))}")
+        note = f"{calls} calls in {len(sizes)} groups of {', '.join(map(str, sizes))}"
+        return replace(program, plan=replace(plan, groups=groups), note=note)
 
     def _cut(self, stats: Stats, calls: int) -> tuple[int, ...]:
         count = min(self.groups, calls)

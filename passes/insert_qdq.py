@@ -42,6 +42,7 @@ from mezzotint.compiler.graph.nodes import (
     replace_use,
 )
 from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table
+from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.graph.scopes import TABLES
 from mezzotint.compiler.scales.timetable import deployed_rows, group_of_train, lookup, step_index
 
@@ -65,8 +66,7 @@ class InsertQdq(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"qdq"})
 
     def run(self, program: Program, context: Context) -> Program:
-        plan = program.plan
-        assert plan is not None  # the order check saw to it
+        plan = program.require_plan()
         found = list(layers(program.graph))
         islands = Islands(program, found, self.islands, self.name)
         reasons = {n.name or "": r for n in program.graph if (r := float_reason(n))}
@@ -149,9 +149,7 @@ class _Writer:
             self._quantize_output(layer.output, layer)
 
     def _quantizer(self, value: ir.Value, layer: Layer) -> Quantizer:
-        quantizer = self.plan.of(name_of(value), layer.name)
-        assert quantizer is not None  # _planned saw to it
-        return quantizer
+        return required(self.plan.of(name_of(value), layer.name), f"the quantizer of {name_of(value)!r}", layer.node)
 
     def _quantize_input(self, value: ir.Value, layer: Layer) -> None:
         quantizer = self._quantizer(value, layer)

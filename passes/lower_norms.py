@@ -32,6 +32,7 @@ from mezzotint.compiler.graph.nodes import (
     remove_dead,
     replace_value,
 )
+from mezzotint.compiler.graph.require import inputs, shape_of
 
 LAYER_NORMALIZATION = 17  # the opset that brought it
 
@@ -95,8 +96,7 @@ def _lower(graph: ir.Graph, names: Names, node: ir.Node, sizes: Sizes) -> bool:
 
 def _dims(x: ir.Value) -> tuple[str, ...]:
     """The dimensions by which a shape can be shared; one that has no name is like no other."""
-    assert x.shape is not None
-    dims = [str(d) if isinstance(d, int) or d.value is not None else f"? of {name_of(x)}" for d in x.shape]
+    dims = [str(d) if isinstance(d, int) or d.value is not None else f"? of {name_of(x)}" for d in shape_of(x)]
     return tuple(dims)
 
 
@@ -127,16 +127,14 @@ def _normalized(
 
 def _is_plain(node: ir.Node) -> bool:
     """An InstanceNormalization of `[batch, groups, rest]` that neither scales nor shifts."""
-    x, scale, shift = node.inputs[:3]
-    if x is None or x.shape is None or len(x.shape) != 3 or not (is_constant(scale) and is_constant(shift)):
+    x, scale, shift = inputs(node, 3)
+    if x.shape is None or len(x.shape) != 3 or not (is_constant(scale) and is_constant(shift)):
         return False
-    assert scale is not None and shift is not None
     return bool((numpy_of(scale) == 1).all() and (numpy_of(shift) == 0).all())
 
 
 def _lower_plain(graph: ir.Graph, names: Names, node: ir.Node, sizes: Sizes) -> bool:
-    x, out = node.inputs[0], node.outputs[0]
-    assert x is not None  # _is_plain saw to it
+    (x,), out = inputs(node, 1), node.outputs[0]
     build = Builder(graph, names, node)
     replace_value(out, _normalized(build, x, _epsilon(node), name_of(out), sizes, (*_dims(x), "plain")))
     graph.remove(node, safe=True)
@@ -149,11 +147,11 @@ def _epsilon(node: ir.Node) -> float:
 
 def _shape_of(build: Builder, x: ir.Value, stem: str) -> ir.Value:
     """A constant shape with the batch copied (0) where the other sizes are known, else the shape of x."""
-    assert x.shape is not None
-    sizes = known_ints(x.shape, range(1, len(x.shape)))
+    shape = shape_of(x)
+    sizes = known_ints(shape, range(1, len(shape)))
     if sizes is not None:
         return build.constant(f"{stem}_shape", np.array([0, *sizes], np.int64))
-    return build.op("Shape", [x], f"{stem}_shape", dtype=ir.DataType.INT64, shape=[len(x.shape)])
+    return build.op("Shape", [x], f"{stem}_shape", dtype=ir.DataType.INT64, shape=[len(shape)])
 
 
 def _per_channel(build: Builder, value: ir.Value, channels: int, rank: int) -> ir.Value:

@@ -58,8 +58,7 @@ class ReparameterizeNorms(GraphPass):
             raise RecipeError(f"{self.name}.limit is {self.limit}", where=self.name, hint="choose more than 1")
 
     def run(self, program: Program, context: Context) -> Program:
-        graph, stats = program.graph, program.stats
-        assert stats is not None  # the order check saw to it
+        graph, stats = program.graph, program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
         names, folds = Names(graph), find_folds(graph)
         refused = {fold.name: fold.reason for fold in folds if fold.reason}

@@ -62,7 +62,7 @@ from mezzotint.compiler.rounding.row_scales import refit, search
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights, layer_name, replace_weight, with_scales
 from mezzotint.runtime.arrays import Floats
 
-Method = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
+RoundingMethod = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class RoundWeights(Pass):
     names (as in a shell: `*`, `?`), all unless given; the others stay at nearest.
     """
 
-    method: Method = "gptq"
+    method: RoundingMethod = "gptq"
     scales: Literal["keep", "mse", "output"] = "keep"
     damp: float = 0.01
     act_order: bool = True

@@ -55,8 +55,7 @@ class SettleScales(Pass):
         check_percentile(self.percentile, self.name)
 
     def run(self, program: Program, context: Context) -> Program:
-        plan = program.plan
-        assert plan is not None  # the order check saw to it
+        plan = program.require_plan()
         if program.float_model is None:
             raise StatsError("the float graph to measure is gone", where=self.name, hint="run insert_qdq first")
         moving = table_quantizers(program)

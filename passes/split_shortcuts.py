@@ -60,7 +60,7 @@ from mezzotint.compiler.shortcuts.segment_errors import Costs, Form, measure
 from mezzotint.compiler.shortcuts.segments import Joined, divide_parts, find_joined, split_layer
 
 STEPS = {"powers": 1.0, "factors": 0.25, "best": 1.0}  # octaves between the factors that are tried
-NAMED = 4  # layers that a note lists
+LISTED_LAYERS = 4  # layers that a note lists
 
 
 @dataclass(frozen=True)
@@ -151,5 +151,5 @@ class SplitShortcuts(GraphPass):
 
 
 def _some(words: list[str]) -> str:
-    more = f", and {len(words) - NAMED} more" if len(words) > NAMED else ""
-    return "; ".join(words[:NAMED]) + more
+    more = f", and {len(words) - LISTED_LAYERS} more" if len(words) > LISTED_LAYERS else ""
+    return "; ".join(words[:LISTED_LAYERS]) + more

@@ -70,8 +70,7 @@ class StepScales(Pass):
             )
 
     def run(self, program: Program, context: Context) -> Program:
-        stats, plan = program.stats, program.plan
-        assert stats is not None and plan is not None  # the order check saw to it
+        stats, plan = program.require_stats(), program.require_plan()
         stats.check_every_call(program.deployment.timesteps, self.name)
         members = [[k for k, g in enumerate(plan.groups) if g == row] for row in range(max(plan.groups) + 1)]
         quantizers = dict(plan.quantizers)
@@ -119,9 +118,9 @@ class StepScales(Pass):
         self, program: Program, moving: dict[Site, list[Summary]], members: list[list[int]], context: Context
     ) -> dict[Site, Quantizer]:
         """The tables of what moves, from networks that learned the ranges of all calls."""
-        assert program.plan is not None
+        planned = program.require_plan().quantizers
         tables: dict[Site, Quantizer] = {}
-        formats = {site: program.plan.quantizers[site].format for site in moving}
+        formats = {site: planned[site].format for site in moving}
         for fmt in dict.fromkeys(formats.values()):
             sites = [site for site in moving if formats[site] == fmt]
             calls = [moving[site] for site in sites]
@@ -138,7 +137,7 @@ class StepScales(Pass):
             for site, seen, by_call in zip(sites, calls, learned, strict=True):
                 ranges = [(by_call[group, 0].min(), by_call[group, 1].max()) for group in members]
                 groups = [_merged([seen[k] for k in group]) for group in members]
-                scale, zero = self._rows(groups, ranges, program.plan.quantizers[site])
+                scale, zero = self._rows(groups, ranges, planned[site])
                 tables[site] = Quantizer(fmt, scale, zero, self.name, table=True)
         return tables
 

@@ -23,7 +23,7 @@ from ..settle_scales import SettleScales
 from ..smooth_scales import SmoothScales
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
-from .parts import EXACT, INTEGER, TIMED, static
+from .parts import EXACT, INTEGER_OPERATIONS, TIMED, static
 
 BY_CHANNEL = Observe(groups=0, channels="inputs")
 
@@ -36,7 +36,7 @@ TIMESTEPS = (
     Recipe(
         "tdq",
         "a learned function of the timestep gives each activation that moves its range; one row for every call",
-        (*TIMED, GroupSteps(method="each"), StepScales(source="learned"), *INTEGER),
+        (*TIMED, GroupSteps(method="each"), StepScales(source="learned"), *INTEGER_OPERATIONS),
         paper="TDQ, arXiv 2306.02316 (the network is fitted to measured histograms, not through the model)",
         baseline="w8a8",
         claim="w6a6",
@@ -45,7 +45,7 @@ TIMESTEPS = (
         "tfmq",
         "time features cached as tables, and finite set calibration: every activation has a row for every call",
         # No gain is too small: all get tables.
-        (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER),
+        (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS),
         paper="TFMQ-DM, arXiv 2311.16503 (without its reconstruction of the weights)",
         baseline="w8a8",
         claim="w4a8",
@@ -53,7 +53,7 @@ TIMESTEPS = (
     Recipe(
         "pcr",
         "w8a8-steps with a row for every call, each measured behind the quantized calls before it",
-        (*TIMED, GroupSteps(method="each"), StepScales(), *INTEGER, SettleScales()),
+        (*TIMED, GroupSteps(method="each"), StepScales(), *INTEGER_OPERATIONS, SettleScales()),
         paper="PCR: progressive calibration (Progressive Calibration and Activation Relaxing, arXiv 2311.06322), "
         "without its 10-bit calls",
         baseline="tfmq",

@@ -23,7 +23,7 @@ from ..step_scales import StepScales
 EXACT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
 FAST = (Normalize(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
-INTEGER = (InsertQdq(lowering="integer"), CleanQdq())
+INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
 ISLANDS = ("first", "second", "penultimate", "last")
 
 
