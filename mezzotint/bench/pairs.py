@@ -48,7 +48,7 @@ class Comparison:
 
 def compare(
     bundle: Bundle,
-    float_model: Path,
+    float_model: Path | Denoiser,
     n: int,
     *,
     seed: int | None = None,
@@ -65,7 +65,7 @@ def compare(
     """
     seed = unseen_seed(bundle) if seed is None else seed
     images, sqnr = paired_run(
-        Denoiser(float_model, bundle.signature, threads=threads),
+        _opened(float_model, bundle, threads),
         bundle.denoisers(threads=threads),
         bundle,
         n,
@@ -86,6 +86,11 @@ def compare(
     )
     psnr = psnr_db(np.clip(images, -1, 1), np.clip(mine, -1, 1), peak=PEAK)
     return Comparison(images, mine, sqnr, psnr)
+
+
+def _opened(float_model: Path | Denoiser, bundle: Bundle, threads: int | None) -> Denoiser:
+    """Return the float network, opened unless it is open already."""
+    return Denoiser(float_model, bundle.signature, threads=threads) if isinstance(float_model, Path) else float_model
 
 
 def paired_run(
@@ -203,7 +208,7 @@ def latencies(
     bundle: Bundle,
     batch: int,
     *,
-    float_model: Path | None = None,
+    float_model: Path | Denoiser | None = None,
     threads: int | None = None,
     repeats: int = 7,
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
@@ -224,7 +229,7 @@ def latencies(
     quantized = on_rows(bundle.denoiser(threads))
     if float_model is None:
         return [Latency(_block(quantized, x, t, repeats))]
-    exact = on_rows(Denoiser(float_model, bundle.signature, threads=threads))
+    exact = on_rows(_opened(float_model, bundle, threads))
     return list(_in_blocks(exact, quantized, x, t, repeats))
 
 

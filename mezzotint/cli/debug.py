@@ -1,4 +1,4 @@
-"""`mezzotint debug`: which layers cost a bundle its faith, and what to do about it."""
+"""`mezzotint debug`: which layers cost a bundle the most fidelity, and what would help."""
 
 from __future__ import annotations
 

@@ -38,11 +38,11 @@ def diff(
         from ..inspect import html as pages
         from ..io.files import replacing
 
-        parts = [pages.table(t.title, t.columns, t.rows) for t in found.tables.values()]
+        parts = [pages.table_section(t.title, t.columns, t.rows) for t in found.tables.values()]
         if found.text:
-            parts.append(pages.diff("graphs as text", found.text))
+            parts.append(pages.diff_section("graphs as text", found.text))
         with replacing(html) as part:
-            part.write_text(pages.page(found.title, parts), encoding="utf-8", newline="\n")
+            part.write_text(pages.document(found.title, parts), encoding="utf-8", newline="\n")
     if json:
         console.print_json(found.to_json())
         return

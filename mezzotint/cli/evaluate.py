@@ -37,12 +37,12 @@ def evaluate(
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..evaluate.report import OTHER_WEIGHTS, print_evaluation
-    from ..evaluate.run import PAGE, evaluate
+    from ..evaluate.run import PAGE_FILE, evaluate_bundle
     from ..io.settings import load_conditions
     from ..text import console
 
     with console.progress(quiet=json) as report:
-        found = evaluate(
+        evaluation = evaluate_bundle(
             open_bundle(bundle),
             reference,
             pictures,
@@ -59,10 +59,10 @@ def evaluate(
             progress=report,
         )
     if json:
-        if not found["reference"]["same_weights"]:
+        if not evaluation.reference["same_weights"]:
             console.print_warning(OTHER_WEIGHTS)
-        console.print_json(found)
+        console.print_json(evaluation.to_json())
         return
-    print_evaluation(found)
+    print_evaluation(evaluation)
     if output is not None:
-        console.out.print(f"page: {output / PAGE}", highlight=False, markup=False)
+        console.out.print(f"page: {output / PAGE_FILE}", highlight=False, markup=False)

@@ -42,7 +42,7 @@ def inspect(
         raise InputError(f"{given[0]} is for the page", hint="say where to write it: --html FILE")
     opened = open_bundle(bundle)
     if html is not None:
-        from ..inspect.measure import Wishes
+        from ..inspect.measure import PageOptions
         from ..inspect.page import write_page
         from ..io.images import check_place
         from ..io.settings import load_conditions
@@ -50,9 +50,9 @@ def inspect(
 
         check_place(html)
         rows = [None if file is None else load_conditions(file) for file in (conditions, unconditional)]
-        wishes = Wishes(reference, pictures, calls, profile, rows[0], rows[1], seed, threads)
+        options = PageOptions(reference, pictures, calls, profile, rows[0], rows[1], seed, threads)
         with console.progress(quiet=json) as report:
-            write_page(opened, html, wishes, report)
+            write_page(opened, html, options, report)
         if not json:
             console.out.print(f"wrote {html}", highlight=False, markup=False, soft_wrap=True)
             return

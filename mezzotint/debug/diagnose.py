@@ -1,33 +1,33 @@
-"""Which layers cost a bundle its faith, at which steps, why, and what to do about it.
+"""Which layers cost a bundle the most fidelity, at which steps, for which reason, and what would help.
 
-The float model is walked along one trajectory. At each of its network calls every quantized layer is measured twice:
+The float model is sampled along one trajectory. At each network call every quantized layer is measured twice:
 
-    local     the layer's output, computed by the bundle's integers from the float input, beside the float output
+    local     the layer's output, computed by the bundle's integers from the float input, against the float output
     cost      the error of epsilon when this layer alone is quantized, E_l = sum |eps_l - eps|^2
 
-Layers are ranked by their part of all costs, sum_l E_l: errors of single layers add up where they are independent. What
-they make together is measured, too: `together` has all of them quantized at once, `bundle` is the shipped model.
+Layers are ranked by their share of all costs, sum_l E_l: errors of single layers add up where they are independent.
+Their joint error is measured, too: `together` has all of them quantized at once, `bundle` is the shipped model.
 
-Both come from one graph (compiler/audit/side_by_side.py), in which copies of the bundle's own integer groups stand
-beside the float layers; sums of squares leave it, activations do not. The passes that only rewrite the float graph are
-run again on the reference, so that layers have the names that the bundle knows.
+Both come from one graph (compiler/audit/side_by_side.py) that holds copies of the bundle's own integer groups next to
+the float layers. Sums of squares leave it, activations do not. The passes that only rewrite the float graph are run
+again on the reference, so that its layers have the names of the bundle's layers.
 
-The suggestion follows from where a layer's own error comes from. Relative to its signal, the error of a layer is about
-that of its input's rounding, plus that of its output's rounding, plus a rest: the weights, or
-attention's second input. The largest decides:
+The suggestion follows from the source of a layer's own error. Relative to its signal, the error of a layer is about
+that of its input's rounding, plus that of its output's rounding, plus a rest: the weights, or attention's second
+input. The largest of the three decides:
 
-    range     input or output: the grid is more than 2 times as wide as what it meets, or less than half of it;
-              weights: the rest is above -10 dB, which no rounding makes
+    range     input or output: the grid is more than 2 times as wide as its values, or less than half as wide;
+              weights: the rest is above -10 dB, more than any rounding
     table     the scale is constant, and the widest call is more than 2 times the narrowest
-    split     the input is a Concat one of whose parts is more than 4 times as wide as another
+    split     the input is a Concat, and one part is more than 4 times as wide as another
     bits      the weights have fewer than 8 bits
     rounding  the weights have 8 bits, and were rounded to the nearest
     island    none of these: keep the layer in float
-    -         the layer makes less than 1 % of the costs
+    -         the layer has less than 1 % of the costs
 
-Measured on the digits (54 to 57 quantized layers, 2 calls, one picture): the costs add up to 0.93 to 1.02 of the error
-of all layers together, which is within 0.1 dB of the bundle's for w8a8, w8a8-steps, w8a8-best and 4-bit weights; each
-call that is measured takes 3 to 5 s on one thread.
+Measured on the digits (54 to 57 quantized layers, 2 calls, one image): the costs add up to 0.93 to 1.02 of the error
+of all layers together, which is within 0.1 dB of the bundle's for w8a8, w8a8-steps, w8a8-best and 4-bit weights. Each
+measured call takes 3 to 5 s on one thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from mezzotint.compiler.core.execute import Executor, feeds
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.passes.recipes.files import recipe_from_json
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
@@ -58,12 +57,13 @@ from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.signature import Images, Timestep
 
 from ..bench.pairs import unseen_seed
+from ..bench.reference import Reference
 from .rules import FULL_BITS, Facts, Suggestion, suggest
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One quantized layer. `cost` is of epsilon, `local` in decibels by call; `share` of all layers' costs."""
+    """One quantized layer: `cost` of epsilon, `local` in decibels by call, `share` of all layers' costs."""
 
     name: str
     kernel: str
@@ -85,10 +85,10 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`layers` from the dearest to the cheapest; `together` and `bundle` are of epsilon, `calls` the measured ones.
+    """All layers from the largest cost to the smallest. `together` and `bundle` are SQNRs of epsilon at `calls`.
 
-    `unknown` says why a quantized layer could not be measured; `islands` are in float on purpose. `same_weights` says
-    that the reference has the very weights that the bundle was compiled from.
+    `unknown` has the reason for each quantized layer that could not be measured; `islands` are in float on purpose.
+    `same_weights` says whether the reference has the weights that the bundle was compiled from.
     """
 
     layers: tuple[LayerCost, ...]
@@ -123,38 +123,38 @@ def diagnose(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Diagnosis:
-    """Measure every quantized layer of a bundle on `n` pictures, at all network calls or at `calls` of them, evenly.
+    """Measure every quantized layer of a bundle on `n` images, at all network calls or at `calls` of them, evenly.
 
-    `reference` is the float .onnx that the bundle was compiled from. It takes (quantized layers + 2) network calls of
-    twice the work for each call that is measured. The noise is one that no pass has seen, unless a seed is given.
-    Raises InputError for a bundle that cannot be taken apart: several precisions, scales around constant ones
-    (w8a8-premul), weights that were moved by what was measured, or no quantized layer at all.
+    `reference` is the float .onnx that the bundle was compiled from. Each measured call takes (quantized layers + 2)
+    network calls of twice the work. Without a seed the noise is one that no pass has seen. Raises InputError for a
+    bundle whose layers cannot be separated: several precisions, scales folded into constants (w8a8-premul), a float
+    graph that was rewritten from statistics, or no quantized layer at all.
     """
     if n < 1 or (calls is not None and calls < 1):
-        raise InputError(f"{n} pictures, {calls} calls", hint="ask for at least one of each")
+        raise InputError(f"{n} images, {calls} calls", hint="ask for at least one of each")
     recipe = checked_recipe(bundle)
     count = len(bundle.deployment.calls)
     chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(calls or count, count))})
-    rows, other = _rows(conditions, n), _rows(unconditional, n)
+    rows, unconditional_rows = _rows(conditions, n), _rows(unconditional, n)
+    float_model = Reference(bundle, reference, threads=threads)
     with tempfile.TemporaryDirectory() as work:
         context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads, conditions=rows)
-        program = replayed(bundle, Path(reference), recipe, context)
+        program = replayed(float_model.program(context.folder), recipe, context)
         found = put_beside(program, bundle.model_path)
         if not found.groups:
             raise InputError(
-                "no layer of the bundle is quantized and has a float one of its name in the reference",
+                "no layer of the bundle is quantized and has a float layer of the same name in the reference",
                 where=str(bundle.path),
-                hint="`mezzotint inspect` lists the layers and why each is in float; is this the right reference?",
+                hint="`mezzotint inspect` lists the layers and why each is in float; check the reference, too",
             )
         with _Bench(found, program, context) as bench:
-            probe = _Probe(bench, bundle, rows, other, chosen, progress)
+            probe = _Probe(bench, bundle, rows, unconditional_rows, chosen, progress)
             probe.follow(n, unseen_seed(bundle) if seed is None else seed, threads)
-    same = program.source.get("weights_sha256") == bundle.manifest["source"].get("weights_sha256")
-    return probe.diagnosis(found, recipe, same)
+    return probe.diagnosis(found, recipe, float_model.has_weights_of(program))
 
 
 def checked_recipe(bundle: Bundle) -> Recipe:
-    """The recipe of a bundle whose layers can be told from the float graph's. Raises InputError for others."""
+    """Return the recipe of a bundle whose layers match the float graph's. Raises InputError for other bundles."""
     if bundle.precisions is not None:
         raise InputError(
             "the bundle mixes several precisions",
@@ -165,66 +165,56 @@ def checked_recipe(bundle: Bundle) -> Recipe:
         recipe = recipe_from_json(bundle.manifest["recipe"], where=str(bundle.path))
     except RecipeError as error:
         raise InputError(
-            f"the passes on the float graph have to be run again, and one is not known here: {error.what}",
+            f"the passes on the float graph must be run again, and one is not known here: {error.what}",
             where=str(bundle.path),
             hint="debug it where it was compiled, with the version and the passes that made it",
         ) from error
     for step in recipe.passes:
         if step.options().get("lowering") == "premul":
             raise InputError(
-                "scales around constant ones (lowering premul) cannot be told from the layers that they are for",
+                "scales folded into constants (lowering premul) cannot be separated from their layers",
                 where=str(bundle.path),
-                hint="compile with insert_qdq.lowering=integer: the plan is the same, and debug that",
+                hint="compile with insert_qdq.lowering=integer, which has the same plan, and debug that bundle",
             )
         if isinstance(step, GraphPass) and "stats" in step.needs:
             raise InputError(
-                f"{step.name} rewrote the float graph by what was measured: its layers have no like in the reference",
+                f"{step.name} rewrote the float graph from statistics: its layers have no counterpart in the reference",
                 where=str(bundle.path),
-                hint=f"compile without {step.name}, and debug that",
+                hint=f"compile without {step.name}, and debug that bundle",
             )
     return recipe
 
 
-def replayed(bundle: Bundle, reference: Path, recipe: Recipe, context: Context) -> Program:
-    """The float graph as it was when the quantizers came in."""
-    signature = bundle.signature
-    program = import_onnx(
-        reference,
-        context.folder,
-        schedule=bundle.schedule,
-        deployment=bundle.deployment,
-        inputs={"sample": signature.sample, "timestep": signature.timestep},
-        output=signature.output,
-        prediction=signature.prediction,
-        size=bundle.sample_shape[1:],
-    )
+def replayed(program: Program, recipe: Recipe, context: Context) -> Program:
+    """Run the recipe's passes on the float graph again, on copies: the graph that the quantizers were inserted into."""
     for step in recipe.passes:
         if isinstance(step, GraphPass):
             program = step.run(replace(program, model=program.model.clone()), context)
     return program
 
 
-def _rows(given: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:
-    return {name: np.repeat(a, n, axis=0) if len(a) == 1 else np.asarray(a[:n]) for name, a in (given or {}).items()}
+def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:
+    arrays = (conditions or {}).items()
+    return {name: np.repeat(a, n, axis=0) if len(a) == 1 else np.asarray(a[:n]) for name, a in arrays}
 
 
 class _Bench:
-    """The session. `switched` are the layers that are quantized in the next call; a context manager."""
+    """The session, a context manager. `switched` are the layers to quantize in the next call, `values` its taps."""
 
     def __init__(self, found: Beside, program: Program, context: Context) -> None:
         self.groups, self._signature = found.groups, program.signature
         self.taps = {name: group.taps for name, group in found.groups.items()}
         taps = list(dict.fromkeys(tap for names in self.taps.values() for tap in names))
-        # Fused, a tapped quantized graph might meet kernels that the bundle does not.
+        # Fusion on a tapped quantized graph might select kernels that the bundle does not use.
         self._executor = Executor(found.model, context.folder, taps=taps, threads=context.threads, level="basic")
         self.switched: Sequence[str] = ()
-        self.told: dict[str, npt.NDArray[Any]] = {}
+        self.values: dict[str, npt.NDArray[Any]] = {}
 
     def __call__(self, x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
-        given = feeds(self._executor.inputs, self._signature, x, t, conditions)
-        given |= {self.groups[name].switch: np.array(True) for name in self.switched}
-        self.told = self._executor.run(given)
-        return np.asarray(self.told[self._signature.output], np.float32)
+        inputs = feeds(self._executor.inputs, self._signature, x, t, conditions)
+        inputs |= {self.groups[name].switch: np.array(True) for name in self.switched}
+        self.values = self._executor.run(inputs)
+        return np.asarray(self.values[self._signature.output], np.float32)
 
     def __enter__(self) -> _Bench:
         return self
@@ -235,7 +225,7 @@ class _Bench:
 
 @dataclass
 class _Probe:
-    """Follows the float trajectory and measures at the chosen calls; only sums are kept."""
+    """The measurements at the chosen calls of the float trajectory; only sums are kept."""
 
     bench: _Bench
     bundle: Bundle
@@ -279,11 +269,11 @@ class _Probe:
         samplers.sample(predict, x, self.bundle.schedule, deployment, noise=noise, callback=look)
 
     def _note(self, call: int) -> None:
-        """What the float call that was just made told of every layer."""
-        told = self.bench.told
+        """Add the facts of every layer from the float call that just ran."""
+        values = self.bench.values
         for name, group in self.bench.groups.items():
-            facts = {fact: float(np.max(told[tap])) for fact, tap in group.facts.items()}
-            parts = [float(told[high] - told[low]) for low, high in group.parts]
+            facts = {fact: float(np.max(values[tap])) for fact, tap in group.facts.items()}
+            parts = [float(values[high] - values[low]) for low, high in group.parts]
             self.facts[name].add(call, facts, parts)
 
     def _quantized(self, predict: Callable[[Images, Timestep], Images], info: StepInfo, names: Sequence[str]) -> Images:

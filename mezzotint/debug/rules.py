@@ -1,4 +1,4 @@
-"""What a layer's measurements say should be done about it (the rules are told in debug.py)."""
+"""From the measurements of a layer to a suggestion (diagnose.py lists the rules)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 
 from mezzotint.compiler.core.pipeline import Recipe
 
-Kind = Literal["range", "table", "split", "bits", "rounding", "island", "-"]
-SMALL = 0.01  # of all costs: such a layer is not worth a change
-MISFIT = 2.0  # the width of a grid over that of what it meets, or the other way round
+SuggestionKind = Literal["range", "table", "split", "bits", "rounding", "island", "-"]
+SMALL = 0.01  # share of all costs below which a layer is not worth a change
+MISFIT = 2.0  # the width of a grid over that of its values, or the inverse
 DRIFT = 2.0  # the widest call over the narrowest
 UNEVEN = 4.0  # the widest part of a Concat over the narrowest
-NO_ROUNDING = 0.1  # relative error of a layer's output that rounding weights does not make
+NO_ROUNDING = 0.1  # relative error of a layer's output that no rounding of weights reaches
 FULL_BITS = 8
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """`what` to change, as words or options, and `why`."""
+    """The suggested change (`what`, as words or options) and its reason (`why`)."""
 
-    kind: Kind
+    kind: SuggestionKind
     what: str
     why: str
 
@@ -34,7 +34,7 @@ class Suggestion:
 
 @dataclass
 class Facts:
-    """What is measured of a layer at each call: `FACTS` of compiler/audit/side_by_side.py, and its input's parts."""
+    """Measurements of a layer at each call (FACTS of compiler/audit/side_by_side.py); widths of its input's parts."""
 
     calls: dict[int, Mapping[str, float]] = field(default_factory=dict)
     parts: list[float] = field(default_factory=list)
@@ -44,32 +44,32 @@ class Facts:
         self.parts = [max(pair) for pair in zip(self.parts or parts, parts, strict=True)]
 
     def local(self) -> dict[int, float]:
-        """SQNR of the output by call, in decibels."""
-        return {call: _db(told["signal"], told["noise"]) for call, told in self.calls.items()}
+        """Return the SQNR of the output by call, in decibels."""
+        return {call: _db(facts["signal"], facts["noise"]) for call, facts in self.calls.items()}
 
     def relative(self) -> dict[str, float]:
-        """Error over signal of all calls: `input` and `output` rounding, and `weights`, the rest."""
+        """Return error over signal of all calls: of `input` and `output` rounding, and of `weights`, the rest."""
         total = _over(self._sum("noise"), self._sum("signal"))
         of_input = _over(self._sum("x_noise"), self._sum("x_signal"))
         of_output = _over(self._sum("y_noise"), self._sum("signal"))
         return {"input": of_input, "output": of_output, "weights": max(0.0, total - of_input - of_output)}
 
     def widths(self, end: Literal["x", "y"]) -> list[float]:
-        """The width of what a grid meets, by call."""
-        return [max(told[f"{end}_high"], 0.0) - min(told[f"{end}_low"], 0.0) for told in self.calls.values()]
+        """Return the width of the values at a grid, by call."""
+        return [max(facts[f"{end}_high"], 0.0) - min(facts[f"{end}_low"], 0.0) for facts in self.calls.values()]
 
     def reaches(self, end: Literal["x", "y"]) -> list[float]:
-        """The width of the grid, by call."""
-        return [told[f"{end}_reach"] for told in self.calls.values()]
+        """Return the width of the grid, by call."""
+        return [facts[f"{end}_reach"] for facts in self.calls.values()]
 
     def _sum(self, name: str) -> float:
-        return sum(told.get(name, 0.0) for told in self.calls.values())
+        return sum(facts.get(name, 0.0) for facts in self.calls.values())
 
 
 def suggest(layer: str, facts: Facts, share: float, recipe: Recipe, weight_bits: int | None) -> Suggestion:
-    """The suggestion for one layer that makes a `share` of all costs; `weight_bits` None for attention."""
+    """Return the suggestion for a layer with this share of all costs. `weight_bits` is None for attention."""
     if share < SMALL:
-        return Suggestion("-", "leave it", f"it makes less than {SMALL:.0%} of the error")
+        return Suggestion("-", "leave it", f"it causes less than {SMALL:.0%} of the error")
     relative = facts.relative()
     part = max(relative, key=lambda name: relative[name])
     if part == "weights":
@@ -82,56 +82,56 @@ def suggest(layer: str, facts: Facts, share: float, recipe: Recipe, weight_bits:
         return Suggestion(
             "range",
             "calibrate again: more samples (--calibration-samples), or choose_scales.activations=minmax or percentile",
-            f"the grid of its {part} is {fits:.2g} times as wide as what it meets",
+            f"the grid of its {part} is {fits:.2g} times as wide as its values",
         )
     drift = max(widths) / max(min(widths), 1e-30)
     if constant and drift > DRIFT:
         return Suggestion(
             "table",
-            "scales that know the timestep: --recipe w8a8-steps, or step_scales in yours",
+            "scales that depend on the timestep: --recipe w8a8-steps, or step_scales in your recipe",
             f"its {part} is {drift:.2g} times as wide at one step as at another, and has one scale",
         )
     uneven = max(facts.parts) / max(min(facts.parts), 1e-30) if facts.parts else 1.0
     if part == "input" and uneven > UNEVEN:
         return Suggestion(
             "split",
-            "put split_shortcuts behind normalize in the recipe",
+            "put split_shortcuts after normalize in the recipe",
             f"one part of its input is {uneven:.2g} times as wide as another, and they share a grid",
         )
-    return Suggestion("island", _island(layer, recipe), f"the rounding of its {part} makes most of its error")
+    return Suggestion("island", _island(layer, recipe), f"the rounding of its {part} causes most of its error")
 
 
 def _of_weights(layer: str, relative: float, recipe: Recipe, bits: int | None) -> Suggestion:
     if bits is None:
-        return Suggestion("island", _island(layer, recipe), "the rounding of its second input makes most of its error")
+        return Suggestion("island", _island(layer, recipe), "the rounding of its second input causes most of its error")
     if relative > NO_ROUNDING:
         return Suggestion(
             "range",
-            "compile again, and compare with the reference it was compiled from",
-            f"its weights, bias or their scales are off by {_db(1.0, relative):.1f} dB: no rounding makes as much",
+            "compile again, and compare with the model that it was compiled from",
+            f"its weights, bias or their scales are off by {_db(1.0, relative):.1f} dB, more than any rounding causes",
         )
     if bits < FULL_BITS:
         return Suggestion(
-            "bits", f"--set choose_scales.weight_bits={FULL_BITS}", f"its weights have {bits} bits and make most of it"
+            "bits", f"--set choose_scales.weight_bits={FULL_BITS}", f"its weights have {bits} bits and cause most of it"
         )
     if all(step.name != "round_weights" for step in recipe.passes):
         return Suggestion(
             "rounding",
-            "round the weights against their inputs: --recipe w8a8-best, or round_weights at the end of yours",
-            "its weights make most of its error, and were rounded to the nearest",
+            "round the weights against their inputs: --recipe w8a8-best, or round_weights at the end of your recipe",
+            "its weights cause most of its error, and were rounded to the nearest",
         )
-    return Suggestion("island", _island(layer, recipe), "its weights make most of its error")
+    return Suggestion("island", _island(layer, recipe), "its weights cause most of its error")
 
 
 def _island(layer: str, recipe: Recipe) -> str:
-    """The options that keep a layer in float besides what the recipe keeps there."""
+    """Return the options that keep a layer in float, in addition to the islands of the recipe."""
     islands = [*recipe.islands, layer]
     named = [step.name for step in recipe.passes if "islands" in step.options()]
     return " ".join(f"--set '{name}.islands=[{', '.join(_quoted(i) for i in islands)}]'" for name in named)
 
 
 def _quoted(name: str) -> str:
-    """A node's name as YAML; what a pattern would take for a wildcard stands in brackets."""
+    """Return a node's name as YAML, with the wildcards of a pattern in brackets."""
     plain = name.replace("[", "[[]")
     return plain if plain.replace("_", "").replace("-", "").isalnum() else f'"{plain}"'
 

@@ -9,18 +9,18 @@ from mezzotint.runtime.compare import StepSQNR
 from ..text import console
 from .diagnose import Diagnosis
 
-COLUMNS = 8  # timesteps that fit beside a name
+COLUMNS = 8  # timesteps that fit next to a name
 
 
-def print_diagnosis(found: Diagnosis, top: int) -> None:
-    """Totals, the `top` dearest layers, what they are advised, and what could not be measured."""
+def print_diagnosis(diagnosis: Diagnosis, top: int) -> None:
+    """Print totals, the `top` most expensive layers with their suggestions, and the layers that were not measured."""
     console.print_pairs(
-        "epsilon, SQNR in dB", {"the bundle": _worst(found.bundle), "its layers": _worst(found.together)}
+        "epsilon, SQNR in dB", {"the bundle": _worst(diagnosis.bundle), "its layers": _worst(diagnosis.together)}
     )
-    if not found.same_weights:
+    if not diagnosis.same_weights:
         console.print_warning("the reference has other weights than the model that the bundle was compiled from")
     rows = []
-    for layer in found.layers[:top]:
+    for layer in diagnosis.layers[:top]:
         step, db = layer.cost.worst()
         call, local = min(layer.local.items(), key=lambda item: item[1])
         cost = f"{layer.cost.pooled():.1f}, worst {db:.1f} at {step}"
@@ -28,28 +28,30 @@ def print_diagnosis(found: Diagnosis, top: int) -> None:
             (layer.name, layer.kernel, f"{layer.share:.1%}", cost, f"{local:.1f} at {call}", layer.suggestion.kind)
         )
     columns = ("layer", "kernel", "share", "cost alone, dB", "own output, worst dB", "advice")
-    console.print_table("layers by what they cost at the output", columns, rows)
-    for layer in found.layers[:top]:
+    console.print_table("layers by their cost at the output", columns, rows)
+    for layer in diagnosis.layers[:top]:
         if layer.suggestion.kind != "-":
-            said = f"{layer.name}: {layer.suggestion.why}. {layer.suggestion.what}"
-            console.out.print(said, highlight=False, markup=False)
-    _print_steps(found, top)
-    for name, why in found.unknown.items():
+            text = f"{layer.name}: {layer.suggestion.why}. {layer.suggestion.what}"
+            console.out.print(text, highlight=False, markup=False)
+    _print_steps(diagnosis, top)
+    for name, why in diagnosis.unknown.items():
         console.out.print(f"{name} was not measured: {why}", highlight=False, markup=False)
-    if len(found.layers) > top:
-        console.out.print(f"{len(found.layers) - top} cheaper layers: see --top, --json", highlight=False)
+    if len(diagnosis.layers) > top:
+        console.out.print(
+            f"{len(diagnosis.layers) - top} layers with smaller costs: see --top, --json", highlight=False
+        )
 
 
-def _print_steps(found: Diagnosis, top: int) -> None:
-    """What each layer costs at up to COLUMNS calls, evenly chosen."""
-    calls = list(found.calls)
+def _print_steps(diagnosis: Diagnosis, top: int) -> None:
+    """Print the cost of each layer at up to COLUMNS calls, evenly chosen."""
+    calls = list(diagnosis.calls)
     chosen = sorted({calls[round(i)] for i in np.linspace(0, len(calls) - 1, min(COLUMNS, len(calls)))})
     rows = [
         (layer.name, *(f"{layer.cost.per_step()[call]:.1f}" for call in chosen))
-        for layer in found.layers[:top]
+        for layer in diagnosis.layers[:top]
         if layer.suggestion.kind != "-"
     ]
-    columns = ("layer", *(f"t={found.calls[call]:g}" for call in chosen))
+    columns = ("layer", *(f"t={diagnosis.calls[call]:g}" for call in chosen))
     console.print_table("cost alone by timestep, SQNR of epsilon in dB", columns, rows)
 
 

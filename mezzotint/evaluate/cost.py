@@ -1,4 +1,4 @@
-"""What a call of a bundle costs beside one of the float model: time, memory, bytes, kernels."""
+"""The cost of a call of a bundle and of its float model: time, memory, bytes, kernels."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ REPEATS, ROUNDS = 7, 2
 
 
 def size(bundle: Bundle, reference: Path) -> dict[str, Any]:
-    """Bytes of the ONNX files with their weights, and the bundle's share of the float model's."""
+    """Return the bytes of the ONNX files with their weights, and the ratio bundle / float."""
     mine, before = model_bytes(bundle), folder_bytes(reference)
     return {"bytes": mine, "float_bytes": before, "share": round(mine / before, 6)}
 
 
 def kernels(bundle: Bundle) -> dict[str, Any]:
-    """Integer and float kernels, and what was kept in float on purpose: from the manifest."""
-    found = bundle.manifest["kernels"]
-    return {"integer": found["integer"], "float": found["float"], "islands": dict(bundle.manifest["islands"])}
+    """Return the numbers of integer and float kernels, and the islands with their reasons, from the manifest."""
+    counts = bundle.manifest["kernels"]
+    return {"integer": counts["integer"], "float": counts["float"], "islands": dict(bundle.manifest["islands"])}
 
 
 def speed(
@@ -43,9 +43,10 @@ def speed(
     repeats: int = REPEATS,
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """Milliseconds of one call of both at the middle timestep, in blocks there and back, and their ratio.
+    """Return the milliseconds of one call of both networks at the middle timestep, and their ratio.
 
-    A bundle of several precisions takes the mean over its calls. Without guidance, which doubles both.
+    Calls are measured in blocks, forwards and backwards over the networks. For a bundle of several precisions the time
+    is the mean over the deployment's calls. Guidance, which doubles both times, is not applied.
     """
     rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in conditions.items()}
 
@@ -54,8 +55,8 @@ def speed(
 
     counted = Counter(bundle.denoisers(threads=threads))
     x, t = initial_noise(FIXED, (batch, *bundle.sample_shape)), middle_timestep(bundle)
-    slow, *found = in_turns([on_rows(net) for net in (exact, *counted)], x, t, repeats=repeats, rounds=rounds)
-    mine, blocks = _mean(found, list(counted.values()))
+    slow, *latencies = in_turns([on_rows(net) for net in (exact, *counted)], x, t, repeats=repeats, rounds=rounds)
+    mine, blocks = _mean(latencies, list(counted.values()))
     each = [slow.median / mine, *(float(e / b) for e, b in zip(slow.blocks, blocks, strict=True))]
     return {
         "batch": batch,
@@ -68,18 +69,19 @@ def speed(
     }
 
 
-def _mean(found: list[Latency], counts: list[int]) -> tuple[float, Any]:
-    """(seconds, seconds in each block) of a call, on average over the networks."""
-    median = float(np.average([latency.median for latency in found], weights=counts))
-    return median, np.average([latency.blocks for latency in found], axis=0, weights=counts)
+def _mean(latencies: list[Latency], counts: list[int]) -> tuple[float, Any]:
+    """Return (seconds, seconds in each block) of a call, averaged over the networks by their number of calls."""
+    median = float(np.average([latency.median for latency in latencies], weights=counts))
+    return median, np.average([latency.blocks for latency in latencies], axis=0, weights=counts)
 
 
 def memory(bundle: Bundle, reference: Path, batch: int, threads: int | None, conditions: Conditions) -> dict[str, Any]:
-    """Bytes of one call of each, in processes of their own (eval_memory.py)."""
+    """Return the memory of one call of each network, measured in a process of its own (memory.py)."""
     files = [MODEL] if bundle.precisions is None else list(dict.fromkeys(bundle.precisions.files.values()))
-    options: dict[str, Any] = {"threads": threads, "conditions": conditions}
-    mine = memory_of_one_call(bundle, [bundle.path / file for file in files], batch, **options)
-    before = memory_of_one_call(bundle, [reference], batch, **options)
+    mine, before = (
+        memory_of_one_call(bundle, models, batch, threads=threads, conditions=conditions)
+        for models in ([bundle.path / file for file in files], [reference])
+    )
     return {
         "bundle": mine.to_json(),
         "float": before.to_json(),

@@ -1,16 +1,15 @@
-"""Networks that see features in pictures, by name or by path, for distances between sets of pictures.
+"""Networks that compute features of images, by name or by path, for distances between sets of images.
 
     digits                   the embedded classifier of 1x32x32 digits: 64 features, ten classes
-    FILE.onnx                one input, float32 pictures as the model makes them; an output `features`, perhaps `logits`
-    inception                torch-fidelity's InceptionV3, 2048 features: what FID is usually computed with
-    package.module:attribute a torch.nn.Module, or a class or function that makes one without arguments
+    FILE.onnx                one input, float32 images as sampled; an output `features`, optionally `logits`
+    inception                torch-fidelity's InceptionV3, 2048 features: the usual network of FID
+    package.module:attribute a torch.nn.Module, or a class or function that returns one without arguments
     none                     no features
 
-A module follows the convention that torchmetrics has for custom extractors and torch-fidelity for its own: it is called
-with uint8 pictures [N, 3, H, W] from 0 to 255 and gives features [N, D]; a tuple of one such tensor is what
-torch-fidelity's FeatureExtractorBase gives for one requested feature. Our pictures from -1 to 1 are rounded to 0..255,
-and grey ones repeated to three channels. Resizing is the module's affair. Naming a module runs its code: that is what
-was asked for, and nothing else here does.
+A module follows the convention of torchmetrics' custom extractors and of torch-fidelity: it is called with uint8 images
+[N, 3, H, W] from 0 to 255 and returns features [N, D], or a tuple of one such tensor, as torch-fidelity's
+FeatureExtractorBase does for one requested feature. Images from -1 to 1 are rounded to 0..255, and grey ones repeated
+to three channels. The module must resize them itself. Naming a module runs its code.
 
 LPIPS (Zhang et al. 2018, arXiv 1801.03924) is taken from `lpips`, or from torchmetrics with torchvision, on AlexNet.
 """
@@ -39,13 +38,13 @@ if TYPE_CHECKING:
 
 DIGITS, INCEPTION, NONE = "digits", "inception", "none"
 DIGITS_SHAPE = (1, 32, 32)
-BATCH = 32  # pictures in one call of a torch module
+TORCH_BATCH = 32  # images in one call of a torch module
 PerceptualDistance = Callable[[Images, Images], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """`features` turns pictures float32 `[n, C, H, W]` in [-1, 1] into `[n, D]`, `classify` into classes `[n]`.
+    """`features` turns images float32 `[n, C, H, W]` in [-1, 1] into `[n, D]`, `classify` into classes `[n]`.
 
     Features of one `digest` can be compared. `classify` is None for a network without classes.
     """
@@ -57,13 +56,13 @@ class Extractor:
 
 
 def open_extractor(name: str, shape: tuple[int, int, int], threads: int | None = None) -> Extractor:
-    """The extractor of this name, tried on a blank picture of `shape` (C, H, W). Raises InputError."""
+    """Return the extractor of this name, after a call with a blank image of `shape` (C, H, W). Raises InputError."""
     if name == DIGITS or name.endswith(".onnx"):
-        found = _onnx(name, threads)
+        extractor = _onnx(name, threads)
     elif name == INCEPTION:
-        found = _torch(name, _inception())
+        extractor = _torch(name, _inception())
     elif ":" in name:
-        found = _torch(name, _module(name))
+        extractor = _torch(name, _module(name))
     else:
         raise InputError(
             f"no feature extractor is called {name!r}",
@@ -72,20 +71,20 @@ def open_extractor(name: str, shape: tuple[int, int, int], threads: int | None =
         )
     if shape[0] not in (1, 3):
         raise InputError(
-            f"samples of {shape[0]} channels are no pictures, which {name} looks at",
+            f"samples of {shape[0]} channels are not images, which {name} needs",
             where="--features",
-            hint="leave --features out: latents have to be decoded first",
+            hint="leave --features out: latents would have to be decoded first",
         )
-    found.features(np.zeros((2, *shape), np.float32))
-    return found
+    extractor.features(np.zeros((2, *shape), np.float32))
+    return extractor
 
 
 def default_extractor(shape: tuple[int, int, int]) -> tuple[str, str]:
-    """(the name that is taken when none is given, why that is `none`)."""
+    """Return (the name of the default extractor, the reason when it is `none`)."""
     if shape == DIGITS_SHAPE:
         return DIGITS, ""
-    told = "x".join(map(str, shape))
-    return NONE, f"no --features were given, and the embedded network sees 1x32x32 pictures, not {told}"
+    size = "x".join(map(str, shape))
+    return NONE, f"no --features were given, and the embedded network is for 1x32x32 images, not {size}"
 
 
 def _onnx(name: str, threads: int | None) -> Extractor:
@@ -101,40 +100,40 @@ def _inception() -> torch.nn.Module:
             hint="pip install torch-fidelity (it downloads the weights at the first use), or name other features",
         )
     try:
-        made = import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-        return made("inception-v3-compat", ["2048"])  # type: ignore[no-any-return]
-    except Exception as error:  # its weights are downloaded: anything may go wrong
+        network = import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+        return network("inception-v3-compat", ["2048"])  # type: ignore[no-any-return]
+    except Exception as error:  # its weights are downloaded, which can fail in many ways
         raise InputError(
             f"inception cannot be made: {type(error).__name__}: {error}",
             where="--features inception",
-            hint="torch-fidelity downloads its weights at the first use: is there a network, and room?",
+            hint="torch-fidelity downloads its weights at the first use: check the network and the free space",
         ) from error
 
 
 def _module(name: str) -> torch.nn.Module:
-    """What `package.module:attribute` names."""
+    """Import the object that `package.module:attribute` names, and call it when it is no module."""
     import torch
 
     place, _, attribute = name.partition(":")
     try:
-        found: Any = import_module(place)
+        module: Any = import_module(place)
         for part in attribute.split("."):
-            found = getattr(found, part)
-        if not isinstance(found, torch.nn.Module) and callable(found):
-            found = found()
-    except Exception as error:  # somebody else's code
+            module = getattr(module, part)
+        if not isinstance(module, torch.nn.Module) and callable(module):
+            module = module()
+    except Exception as error:  # third-party code
         raise InputError(
             f"{name} cannot be made: {type(error).__name__}: {error}",
             where="--features",
             hint="install it, or put its folder into PYTHONPATH; a class or function is called without arguments",
         ) from error
-    if not isinstance(found, torch.nn.Module):
+    if not isinstance(module, torch.nn.Module):
         raise InputError(
-            f"{name} is {type(found).__name__}, not a torch.nn.Module",
+            f"{name} is {type(module).__name__}, not a torch.nn.Module",
             where="--features",
-            hint="name a module, or a class or function that makes one without arguments",
+            hint="name a module, or a class or function that returns one without arguments",
         )
-    return found
+    return module
 
 
 def _torch(name: str, module: torch.nn.Module) -> Extractor:
@@ -149,26 +148,26 @@ def _run(name: str, module: torch.nn.Module, images: Images) -> Features:
     import torch
 
     pixels = to_pixels(images).transpose(0, 3, 1, 2)
-    found = []
-    for first in range(0, len(pixels), BATCH):
-        part = pixels[first : first + BATCH]
+    features = []
+    for first in range(0, len(pixels), TORCH_BATCH):
+        part = pixels[first : first + TORCH_BATCH]
         part = np.ascontiguousarray(np.repeat(part, 3, axis=1) if part.shape[1] == 1 else part)
         try:
             with torch.no_grad():
-                given = module(torch.from_numpy(part))
-        except Exception as error:  # somebody else's code
-            raise _refused(name, f"refused uint8 pictures {list(part.shape)}: {error}") from error
-        if isinstance(given, (tuple, list)) and len(given) == 1:
-            given = given[0]
-        if not isinstance(given, torch.Tensor):
-            raise _refused(name, f"gives {type(given).__name__}, expected one tensor [N, D]")
-        rows = given.detach().cpu().float().numpy()
+                output = module(torch.from_numpy(part))
+        except Exception as error:  # third-party code
+            raise _refused(name, f"refused uint8 images {list(part.shape)}: {error}") from error
+        if isinstance(output, (tuple, list)) and len(output) == 1:
+            output = output[0]
+        if not isinstance(output, torch.Tensor):
+            raise _refused(name, f"returns {type(output).__name__}, expected one tensor [N, D]")
+        rows = output.detach().cpu().float().numpy()
         if rows.ndim < 2 or len(rows) != len(part) or any(size != 1 for size in rows.shape[2:]):
-            raise _refused(name, f"gives {list(rows.shape)} for {len(part)} pictures, expected [N, D]")
+            raise _refused(name, f"returns {list(rows.shape)} for {len(part)} images, expected [N, D]")
         if not np.isfinite(rows).all():
-            raise _refused(name, "gives features that are not finite")
-        found.append(rows.reshape(len(rows), -1))
-    return np.concatenate(found)
+            raise _refused(name, "returns features that are not finite")
+        features.append(rows.reshape(len(rows), -1))
+    return np.concatenate(features)
 
 
 def _refused(name: str, what: str) -> InputError:
@@ -177,7 +176,7 @@ def _refused(name: str, what: str) -> InputError:
 
 
 def perceptual_distance() -> tuple[PerceptualDistance | None, str]:
-    """(LPIPS of each pair of pictures `[n, C, H, W]` in [-1, 1], why there is none)."""
+    """Return (LPIPS of each pair of images `[n, C, H, W]` in [-1, 1], or None; the reason for None)."""
     package = next((name for name in ("lpips", "torchmetrics") if find_spec(name) is not None), None)
     if package is None or find_spec("torch") is None:
         return None, "neither lpips nor torchmetrics is installed"
@@ -193,11 +192,11 @@ def perceptual_distance() -> tuple[PerceptualDistance | None, str]:
     def distance(one: Images, other: Images) -> npt.NDArray[np.float64]:
         import torch
 
-        def colour(picture: Images) -> torch.Tensor:
-            part = np.clip(picture, -1, 1)
+        def colour(image: Images) -> torch.Tensor:
+            part = np.clip(image, -1, 1)
             return torch.from_numpy(np.ascontiguousarray(np.repeat(part, 3, axis=1) if part.shape[1] == 1 else part))
 
-        with torch.no_grad():  # one by one: torchmetrics gives the mean over a batch
+        with torch.no_grad():  # one by one: torchmetrics returns the mean over a batch
             pairs = [(one[i : i + 1], other[i : i + 1]) for i in range(len(one))]
             return np.array([float(net(colour(a), colour(b))) for a, b in pairs], np.float64)
 

@@ -1,12 +1,12 @@
-"""How much memory a model takes to be opened and called once: measured in a fresh process.
+"""The memory that opening a model and calling it once adds to a fresh process.
 
     python -m mezzotint.evaluate.memory '{"bundle": ..., "models": [...], "batch": ..., "threads": ...}'
 
-In one process the second model would be charged with what the first left behind, and with everything else that is
-loaded. The process loads its libraries and makes its inputs, notes its resident memory, opens the model, makes one call
-at the deployment's middle timestep, and prints the peak (the system's high-water mark of that process) and what it had
-before, in bytes. A bundle of several precisions has several models. What is told is the difference: the model,
-onnxruntime's prepacked weights and its activations. A file that is mapped into memory counts as far as it was read.
+In one process, the figure of the second model would include what the first left behind and all other loaded data. The
+process loads its libraries, makes its inputs, notes its resident memory, opens the model, and makes one call at the
+deployment's middle timestep. It prints the peak (the system's high-water mark of that process) and the memory before
+the model was opened, in bytes. A bundle of several precisions has several models. The difference is reported: the
+model, onnxruntime's prepacked weights and its activations. A memory-mapped file counts as far as it was read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..bench.pairs import middle_timestep
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of resident memory: the most there was, and what there was before the model was opened."""
+    """Bytes of resident memory: the peak, and the memory before the model was opened."""
 
     peak: int
     before: int
@@ -56,9 +56,9 @@ def memory_of_one_call(
     threads: int | None = None,
     conditions: Conditions | None = None,
 ) -> Memory:
-    """Of ONNX files with the bundle's inputs, one call of each. Conditions are zeros of the given types and shapes.
+    """Measure one call of each ONNX file with the bundle's inputs, in a new process.
 
-    Raises InputError where the process fails.
+    Conditions are zeros with the types and shapes of `conditions`. Raises InputError where the process fails.
     """
     shapes = {name: [array.dtype.str, [batch, *array.shape[1:]]] for name, array in (conditions or {}).items()}
     task: dict[str, Any] = {
@@ -76,8 +76,8 @@ def memory_of_one_call(
         check=False,
     )
     if done.returncode != 0:
-        told = done.stderr.strip().splitlines()
-        what = told[-1] if told else f"it ended with {done.returncode}"
+        lines = done.stderr.strip().splitlines()
+        what = lines[-1] if lines else f"it ended with {done.returncode}"
         raise InputError(
             f"the memory of a call cannot be measured: {what}", where=str(models[0]), hint="try --no-speed"
         )
@@ -87,19 +87,19 @@ def memory_of_one_call(
 def _measure(task: dict[str, Any]) -> Memory:
     bundle = open_bundle(task["bundle"], verify=False)
     x, t = initial_noise(FIXED, (task["batch"], *bundle.sample_shape)), middle_timestep(bundle)
-    given = {name: np.zeros(shape, dtype) for name, (dtype, shape) in task["conditions"].items()}
+    conditions = {name: np.zeros(shape, dtype) for name, (dtype, shape) in task["conditions"].items()}
     with PeakMemory() as watch:
         before = int(watch.peak_mb * 1e6)
         nets = [Denoiser(model, bundle.signature, threads=task["threads"]) for model in task["models"]]
         for net in nets:
-            net(x, t, **given)
+            net(x, t, **conditions)
     return Memory(max(_high_water(), int(watch.peak_mb * 1e6)), before)
 
 
 def _high_water() -> int:
-    """The process's own mark where the system tells it; what was sampled stands elsewhere.
+    """Return the process's high-water mark where the system reports it, else 0.
 
-    Not getrusage: on Linux a new process begins with the mark of the one that started it.
+    Not from getrusage: on Linux a new process begins with the mark of the process that started it.
     """
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []

@@ -1,28 +1,26 @@
-"""What is told about float and quantized pictures, and how sure it is.
+"""Metrics over paired images, with confidence intervals.
 
-Everything is made of numbers for each picture, so that pictures can be drawn again with replacement: of n pictures, n
-rows are drawn `resamples` times, the metric is computed of each draw, and the interval goes from the 2.5th to the
-97.5th percentile of what was found (Efron's percentile bootstrap). A row stands for both pictures of a pair, and the
-rows are the same for every metric. The interval tells the chance of the noise that the pictures began with, not that
-of the calibration.
+Every metric is computed from numbers of each pair, so that pairs can be resampled: of n pairs, n rows are drawn with
+replacement `resamples` times, the metric is computed for each draw, and the interval spans the 2.5th to the 97.5th
+percentile of the results (Efron's percentile bootstrap). A row stands for both images of a pair, and the rows are the
+same for every metric. The interval covers the randomness of the initial noise, not that of the calibration.
 
-    epsilon          SQNR along the float trajectory, from the sums of squares [steps, n] of each picture
-    pictures         PSNR, SSIM and LPIPS of each pair; SQNR of the final samples, which latents have as well
-    frechet          between the features of both sets (frechet.py)
-    precision        the share of quantized pictures among the float ones, in feature space, and
+    epsilon          SQNR along the float trajectory, from the sums of squares [steps, n] of each image
+    images           PSNR, SSIM and LPIPS of each pair; SQNR of the final samples, also for latents
+    frechet          between the features of both sets (mezzotint/frechet)
+    precision        the share of quantized images among the float ones, in feature space, and
     recall           of float ones among the quantized (Kynkaanniemi et al. 2019, arXiv 1904.06991)
     agreement        the share of pairs that a classifier puts into the same class
 
-Precision: each float picture has a ball that reaches to its k-th nearest neighbour (k = 3) among the float pictures; a
-quantized picture counts that lies in any of them. Recall is the same with the sets exchanged. Their intervals are
-those of the share with the balls as they are: a set drawn with replacement holds pictures twice, whose balls would be
-too small.
+Precision: each float image has a ball that reaches to its k-th nearest neighbour (k = 3) among the float images. A
+quantized image counts when it lies in any of them. Recall is the same with the sets exchanged. Their intervals resample
+the share and keep the balls: a set drawn with replacement holds images twice, and their balls would be too small.
 
-The Frechet distance of resampled rows is larger than that of all: fewer pictures are different ones, and the fewer
-there are, the further it is off (frechet.py). Its interval is therefore scaled by the value over the median of the
-draws. Measured on Gaussian features (8 and 16, of 64 and 200 pairs, 60 sets each): percentiles as they are hold the
-mean distance of that n in 0 to 57 % of the sets, scaled ones in 90 to 97 %. Nothing of it takes away the bias that the
-distance has at n: it is for comparing distances of equal n.
+The Frechet distance of resampled rows is larger than that of all rows: they hold fewer distinct images, and the bias
+of the distance grows as their number falls. Its interval is therefore scaled by the value over the median of the draws.
+Measured on Gaussian features (8 and 16, of 64 and 200 pairs, 60 sets each): unscaled percentiles contain the mean
+distance of that n in 0 to 57 % of the sets, scaled ones in 90 to 97 %. The bias at n remains: compare distances of
+equal n only.
 """
 
 from __future__ import annotations
@@ -42,11 +40,11 @@ from mezzotint.runtime.streams import BOOTSTRAP
 
 from ..frechet import Features, Moments, frechet_distance
 
-Rows = npt.NDArray[np.int64]
-Statistic = Callable[[Rows], float]
+RowIndices = npt.NDArray[np.int64]
+Statistic = Callable[[RowIndices], float]
 
 RESAMPLES = 1000
-FRECHET_RESAMPLES = 200  # it takes some milliseconds for 64 features,
+FRECHET_RESAMPLES = 200  # one takes some milliseconds for 64 features,
 MANY_FEATURES, FEW_RESAMPLES = 256, 40  # and ten seconds for Inception's 2048
 LEVEL = 0.95
 NEIGHBOURS = 3
@@ -54,32 +52,32 @@ BLOCK_BYTES = 64 << 20  # of distances at a time
 
 
 class PictureSQNR(StepSQNR):
-    """A StepSQNR that also keeps the sums of squares of each picture, in the order in which they were added."""
+    """A StepSQNR that also keeps the sums of squares of each image, in the order of the calls of `add`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._pictures: dict[int, list[Doubles]] = {}
+        self._images: dict[int, list[Doubles]] = {}
 
     def add(self, step: int, ref: npt.NDArray[Any], got: npt.NDArray[Any]) -> None:
-        """Two results `[B, ...]` of one shape."""
+        """Add a reference and a result `[B, ...]` of one shape."""
         super().add(step, ref, got)
-        self._pictures.setdefault(int(step), []).append(np.stack(squares(ref, got)))
+        self._images.setdefault(int(step), []).append(np.stack(squares(ref, got)))
 
     def sums(self) -> tuple[Doubles, Doubles]:
-        """Signal and noise, `[steps, pictures]` each."""
-        found = np.stack([np.concatenate(parts, axis=1) for parts in self._pictures.values()])
-        return found[:, 0], found[:, 1]
+        """Return signal and noise, `[steps, n]` each."""
+        sums = np.stack([np.concatenate(batches, axis=1) for batches in self._images.values()])
+        return sums[:, 0], sums[:, 1]
 
 
 def squares(ref: npt.NDArray[Any], got: npt.NDArray[Any]) -> tuple[Doubles, Doubles]:
-    """Sums of squares of each picture `[B, ...]`: of the signal, and of what was added to it; `[B]` each."""
-    wanted = ref.astype(np.float64).reshape(len(ref), -1)
-    noise = got.astype(np.float64).reshape(len(got), -1) - wanted
-    return (wanted**2).sum(axis=1), (noise**2).sum(axis=1)
+    """Return the sums of squares of each image `[B, ...]`: of the signal and of the error; `[B]` each."""
+    signal = ref.astype(np.float64).reshape(len(ref), -1)
+    noise = got.astype(np.float64).reshape(len(got), -1) - signal
+    return (signal**2).sum(axis=1), (noise**2).sum(axis=1)
 
 
 def decibels(signal: Doubles, noise: Doubles) -> float:
-    """10 log10 of the sums' ratio, as runtime/compare.py has it: infinite without noise."""
+    """Return 10 log10 of the ratio of the sums, infinite without noise, as in runtime/compare.py."""
     above, below = float(signal.sum()), float(noise.sum())
     if math.isnan(above) or math.isnan(below):
         return math.nan
@@ -90,7 +88,7 @@ def decibels(signal: Doubles, noise: Doubles) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number with its interval, or `why` there is none. An interval needs two pictures."""
+    """A number with its interval; without a number, `why` is the reason. An interval needs two pairs."""
 
     value: float | None
     low: float | None = None
@@ -108,8 +106,8 @@ class Metric:
         return {"value": self.value, "interval": interval, "resamples": self.resamples}
 
 
-def measured(statistic: Statistic, n: int, resamples: int, seed: int) -> Metric:
-    """The statistic of all rows, with its interval."""
+def with_interval(statistic: Statistic, n: int, resamples: int, seed: int) -> Metric:
+    """Return the statistic of all rows, with its interval."""
     value = statistic(np.arange(n))
     if n < 2 or resamples < 2:
         return Metric(value)
@@ -118,7 +116,10 @@ def measured(statistic: Statistic, n: int, resamples: int, seed: int) -> Metric:
 
 
 def interval(statistic: Statistic, n: int, resamples: int, seed: int) -> tuple[float, float]:
-    """The percentile bootstrap's interval of `LEVEL`; ends that were found, as infinite ones have nothing between."""
+    """Return the percentile bootstrap's interval at `LEVEL`.
+
+    Its ends are draws, not interpolated: between infinite draws there is nothing to interpolate.
+    """
     return _ends(_draws(statistic, n, resamples, seed))
 
 
@@ -127,19 +128,19 @@ def _draws(statistic: Statistic, n: int, resamples: int, seed: int) -> Doubles:
     return np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)], np.float64)
 
 
-def _ends(found: Doubles) -> tuple[float, float]:
-    if np.isnan(found).any():
+def _ends(draws: Doubles) -> tuple[float, float]:
+    if np.isnan(draws).any():
         return math.nan, math.nan
     tail = (1 - LEVEL) / 2
     return (
-        float(np.quantile(found, tail, method="lower")),
-        float(np.quantile(found, 1 - tail, method="higher")),
+        float(np.quantile(draws, tail, method="lower")),
+        float(np.quantile(draws, 1 - tail, method="higher")),
     )
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Numbers for each of n pairs. `missing` says why a field is None."""
+class PairNumbers:
+    """Numbers of each of n pairs. `missing` has the reason for each field that is None."""
 
     signal: Doubles  # [steps, n]
     noise: Doubles
@@ -148,27 +149,27 @@ class Pairs:
     psnr: Doubles | None  # [n]
     ssim: Doubles | None
     lpips: Doubles | None
-    features: tuple[Features, Features] | None  # [n, D] of the float and of the quantized pictures
+    features: tuple[Features, Features] | None  # [n, D] of the float and of the quantized images
     same: npt.NDArray[np.bool_] | None  # [n]
     missing: Mapping[str, str]
 
     def steps(self) -> list[float]:
-        """SQNR of epsilon at each network call."""
+        """Return the SQNR of epsilon at each network call."""
         return [decibels(s, n) for s, n in zip(self.signal, self.noise, strict=True)]
 
     def worst(self) -> int:
-        """The call with the lowest SQNR."""
+        """Return the call with the lowest SQNR."""
         return min(enumerate(self.steps()), key=lambda item: -math.inf if math.isnan(item[1]) else item[1])[0]
 
 
 def metrics(
-    pairs: Pairs,
+    pairs: PairNumbers,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Metric]:
-    """Every metric by name. The same pairs and seed give the same numbers."""
+    """Return every metric by name. The same pairs and seed give the same numbers."""
     n, worst = pairs.signal.shape[1], pairs.worst()
     pooled = pairs.signal.sum(axis=0), pairs.noise.sum(axis=0)
     simple: dict[str, tuple[str, Statistic | None]] = {
@@ -182,25 +183,25 @@ def metrics(
         "lpips_mean": ("lpips", _of(pairs.lpips, np.mean)),
         "agreement": ("agreement", _of(pairs.same, np.mean)),
     }
-    found = {}
+    results = {}
     for done, (name, (field, statistic)) in enumerate(simple.items()):
         progress(done, len(simple) + 3)
         if statistic is None:
-            found[name] = Metric(None, why=pairs.missing[field])
+            results[name] = Metric(None, why=pairs.missing[field])
         else:
-            found[name] = measured(statistic, n, resamples, seed)
+            results[name] = with_interval(statistic, n, resamples, seed)
     if pairs.features is None:
         return {
-            **found,
+            **results,
             **dict.fromkeys(("frechet", "precision", "recall"), Metric(None, why=pairs.missing["features"])),
         }
     one, other = pairs.features
-    found["frechet"] = _frechet(one, other, resamples, seed)
+    results["frechet"] = _frechet(one, other, resamples, seed)
     progress(len(simple) + 1, len(simple) + 3)
     for i, (name, points, manifold) in enumerate((("precision", other, one), ("recall", one, other))):
-        found[name] = _share(points, manifold, resamples, seed)
+        results[name] = _share(points, manifold, resamples, seed)
         progress(len(simple) + 2 + i, len(simple) + 3)
-    return found
+    return results
 
 
 def _of(values: npt.NDArray[Any] | None, function: Callable[[npt.NDArray[Any]], Any]) -> Statistic | None:
@@ -210,7 +211,7 @@ def _of(values: npt.NDArray[Any] | None, function: Callable[[npt.NDArray[Any]], 
 def _frechet(one: Features, other: Features, resamples: int, seed: int) -> Metric:
     most = FRECHET_RESAMPLES if one.shape[1] <= MANY_FEATURES else FEW_RESAMPLES
 
-    def distance(rows: Rows) -> float:
+    def distance(rows: RowIndices) -> float:
         both = Moments(), Moments()
         for moments, features in zip(both, (one, other), strict=True):
             moments.add(features[rows])
@@ -229,19 +230,20 @@ def _frechet(one: Features, other: Features, resamples: int, seed: int) -> Metri
 
 def _share(points: Features, manifold: Features, resamples: int, seed: int) -> Metric:
     if len(manifold) <= NEIGHBOURS:
-        return Metric(None, why=f"{len(manifold)} pictures have no {NEIGHBOURS} neighbours; take more")
-    found = inside(points, manifold)
-    return measured(lambda rows: float(found[rows].mean()), len(found), resamples, seed)
+        return Metric(None, why=f"{len(manifold)} images have no {NEIGHBOURS} neighbours; take more")
+    members = inside(points, manifold)
+    return with_interval(lambda rows: float(members[rows].mean()), len(members), resamples, seed)
 
 
 def inside(points: npt.NDArray[Any], manifold: npt.NDArray[Any], k: int = NEIGHBOURS) -> npt.NDArray[np.bool_]:
-    """Which of the points `[n, D]` lie in a ball around one of `[m, D]` that reaches to its k-th neighbour; `[n]`.
+    """Return whether each point `[n, D]` lies in a ball of the manifold `[m, D]`; `[n]`.
 
-    Distances are computed in blocks of BLOCK_BYTES. Raises InputError for k neighbours among m - 1 others, k > m - 1.
+    The ball around a point of the manifold reaches to its k-th neighbour there. Distances are computed in blocks of
+    BLOCK_BYTES. Raises InputError for k > m - 1.
     """
     if not 0 < k < len(manifold):
-        raise InputError(f"{len(manifold)} points have no {k} neighbours each", hint="take more pictures")
-    # Each is its own nearest neighbour, so that the k-th other one comes at index k.
+        raise InputError(f"{len(manifold)} points have no {k} neighbours each", hint="take more images")
+    # Each point is its own nearest neighbour at index 0, so its k-th other neighbour is at index k.
     reach = np.concatenate([np.partition(part, k, axis=1)[:, k] for part in _distances(manifold, manifold)])
     return np.concatenate([(part <= reach).any(axis=1) for part in _distances(points, manifold)])
 

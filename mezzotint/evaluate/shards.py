@@ -1,11 +1,11 @@
-"""The pairs of pictures that `mezzotint eval` has drawn, shard by shard on disk, so that it can go on after a stop.
+"""The pairs of images that `mezzotint eval` has sampled, shard by shard on disk, so that a stopped run can continue.
 
-    FOLDER/sampling.json               what the pictures depend on (shard_run.py)
-    FOLDER/pairs_00000.safetensors     float and quantized pictures, and each step's sums of squares for each picture
-    FOLDER/eval.json, eval.md          what was found
+    FOLDER/sampling.json               the settings that the images depend on (shards/run.py)
+    FOLDER/pairs_00000.safetensors     float and quantized images, and the sums of squares of each step and image
+    FOLDER/eval.json, eval.md          the result
 
-A shard is written beside its place and moved there, and holds the digest of its run and a hash of its own numbers: one
-that is cut, changed, or of another run is drawn again. The same pairs make the same bytes.
+A shard is written to a temporary file and moved into place. It holds the digest of its run and a hash of its numbers:
+a shard that is truncated, changed, or of another run is sampled again. The same pairs give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from safetensors.numpy import save
 
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.sampling.guidance import Conditions
-from mezzotint.runtime.sampling.samplers import Denoiser
 from mezzotint.runtime.signature import Images
 
 from ..bench.pairs import parallel_run
+from ..bench.reference import Reference
 from ..io.files import replacing
 from ..shards.run import Run
 from .metrics import PictureSQNR
 
 SHARD_SIZE = 64
-FORMAT = "pairs"
+PAIR_FORMAT = "pairs"
 _KEY = "mezzotint.pairs"
 _NAMES = ("exact", "quantized", "signal", "noise")
-Report = Callable[[int, int], None]
+CallProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pictures of one noise, float32 `[m, C, H, W]`; sums of squares of epsilon and of its error, `[steps, m]`."""
+class ImagePairs:
+    """Images of the same noise, float32 `[m, C, H, W]`; sums of squares of epsilon and of its error, `[steps, m]`."""
 
     exact: Images
     quantized: Images
@@ -50,11 +50,11 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pairs are drawn: everything but which ones."""
+class PairSampler:
+    """All settings of the sampling of pairs, except their numbers."""
 
     bundle: Bundle
-    exact: Denoiser
+    reference: Reference
     seed: int
     batch: int
     threads: int | None
@@ -62,21 +62,21 @@ class Drawing:
     conditions: Conditions
     unconditional: Conditions
 
-    def draw(self, first: int, stop: int, progress: Report) -> Pairs:
-        """Pairs first .. stop - 1 of the seed; `progress` hears of network calls."""
-        given, other = _rows(self.conditions, first, stop), _rows(self.unconditional, first, stop)
+    def sample(self, first: int, stop: int, progress: CallProgress) -> ImagePairs:
+        """Return pairs first .. stop - 1 of the seed. `progress` receives (network calls done, all calls)."""
+        conditions, unconditional = _rows(self.conditions, first, stop), _rows(self.unconditional, first, stop)
         n, calls = stop - first, len(self.bundle.deployment.calls)
         total = 2 * calls * -(-n // self.batch)
         sums = PictureSQNR()
         exact, _ = parallel_run(
-            self.exact,
+            self.reference.network,
             {"": self.bundle.denoisers(threads=self.threads)},
             self.bundle,
             n,
             seed=self.seed,
             batch=self.batch,
-            conditions=given,
-            unconditional=other,
+            conditions=conditions,
+            unconditional=unconditional,
             start=first,
             progress=lambda stage, done, of: progress(done, total),
             measure=lambda: sums,
@@ -87,16 +87,16 @@ class Drawing:
             first=first,
             batch=self.batch,
             correction=self.correction,
-            conditions=given,
-            unconditional=other,
+            conditions=conditions,
+            unconditional=unconditional,
             threads=self.threads,
             progress=lambda done, of: progress(total - of + done, total),
         )
-        return Pairs(exact, quantized, *sums.sums())
+        return ImagePairs(exact, quantized, *sums.sums())
 
 
 class PairShard:
-    """Pairs first .. stop - 1 of a run, at their place in its folder."""
+    """The file of pairs first .. stop - 1 of a run."""
 
     def __init__(self, run: Run, number: int) -> None:
         size = run.settings["shard_size"]
@@ -104,15 +104,18 @@ class PairShard:
         self.path = run.folder / f"pairs_{number:05d}.safetensors"
         self._run = run
 
-    def write(self, pairs: Pairs) -> None:
-        """Raises OutputError."""
+    def write(self, pairs: ImagePairs) -> None:
+        """Write the file. Raises OutputError."""
         tensors = {name: np.ascontiguousarray(getattr(pairs, name)) for name in _NAMES}
         facts = {"run": self._run.digest, "first": self.first, "sha256": _hash(tensors)}
         with replacing(self.path) as part:
             part.write_bytes(save(tensors, {_KEY: json.dumps(facts)}))
 
-    def load(self) -> Pairs | None:
-        """None where it is missing, damaged, or of another run. Half a file that a killed run left is removed."""
+    def load(self) -> ImagePairs | None:
+        """Return the pairs, None where the file is missing, damaged, or of another run.
+
+        The partial file of a killed run is removed.
+        """
         for part in self.path.parent.glob(f".{self.path.name}.partial-*"):
             pid = part.name.rpartition("-")[2]
             if not pid.isdigit() or not psutil.pid_exists(int(pid)):
@@ -121,10 +124,10 @@ class PairShard:
             with safe_open(self.path, framework="numpy") as file:
                 facts = json.loads((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in _NAMES}
-            wanted = {"run": self._run.digest, "first": self.first, "sha256": _hash(tensors)}
+            expected = {"run": self._run.digest, "first": self.first, "sha256": _hash(tensors)}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        return Pairs(**tensors) if facts == wanted else None
+        return ImagePairs(**tensors) if facts == expected else None
 
 
 def _hash(tensors: dict[str, npt.NDArray[Any]]) -> str:

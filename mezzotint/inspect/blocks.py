@@ -1,14 +1,15 @@
 """The blocks of a graph: a tree whose leaves are nodes, each block small enough to be drawn and read.
 
-Names of nodes tell the modules that they come from, separated by slashes (`mid_block/resnets.0/conv1/Conv`). A block is
-a module; one with hardly anything in it is dissolved in the block around it, one that only holds another block is
-merged with it, and one with too much is cut up.
+The name of a node holds its modules, separated by slashes (`mid_block/resnets.0/conv1/Conv`). A block is a module. A
+block with very few nodes is dissolved in the block around it, a block that only holds another block is merged with it,
+and a block with too many items is cut into parts.
 
-Cutting, and graphs whose names tell nothing, go by dominators: what a node dominates is what can be reached through it
-only, so whole subtrees of the dominator tree stay together as long as they are small enough. Where that finds nothing
-(a graph with long shortcuts everywhere), runs of the topological order are as good as anything.
+Cutting, and graphs without module names, use dominators: a node dominates the nodes that can be reached through it
+only, so whole subtrees of the dominator tree stay together while they are small enough. Nodes for which this finds no
+part (in a graph with long shortcuts everywhere) are cut into runs of the topological order.
 
-Nodes that depend on the timestep only, or on no input at all, stand apart (TABLES): their edges lead everywhere.
+Nodes that depend on the timestep only, or on no input at all, have a block of their own (TIMESTEP_TABLES): their edges
+lead everywhere.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-TABLES = "timestep tables"
-SMALL, LARGE = 5, 60  # items of a block: with fewer nodes it is dissolved, with more items it is cut up
-_PART = 24  # nodes that a cut aims at
+TIMESTEP_TABLES = "timestep tables"
+SMALL, LARGE = 5, 60  # items of a block: with fewer nodes it is dissolved, with more items it is cut
+_PART = 24  # the number of nodes of a part that a cut aims at
 
 
 @dataclass
 class Block:
-    """`nodes` are indices; the items of a block are its children and its nodes."""
+    """A block of the tree. `nodes` are indices; the items of a block are its children and its nodes."""
 
     name: str
     nodes: list[int] = field(default_factory=list)
@@ -41,7 +42,7 @@ class Block:
 
 
 def make_blocks(names: Sequence[str], edges: Sequence[tuple[int, int]], tables: frozenset[int]) -> Block:
-    """The tree of the nodes `0 .. len(names) - 1`, which are in topological order; `edges` are (from, to)."""
+    """Return the tree of the nodes `0 .. len(names) - 1`, which are in topological order; `edges` are (from, to)."""
     rest = [i for i in range(len(names)) if i not in tables]
     scopes = _scopes(names, rest, edges)
     root = Block("")
@@ -49,7 +50,7 @@ def make_blocks(names: Sequence[str], edges: Sequence[tuple[int, int]], tables: 
     for i in rest:
         _block_of(scopes[i], known).nodes.append(i)
     if tables:
-        root.children.append(Block(TABLES, sorted(tables)))
+        root.children.append(Block(TIMESTEP_TABLES, sorted(tables)))
     _tidy(root)
     _cut(root, edges)
     _sort(root)
@@ -57,27 +58,27 @@ def make_blocks(names: Sequence[str], edges: Sequence[tuple[int, int]], tables: 
 
 
 def _scopes(names: Sequence[str], nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> dict[int, tuple[str, ...]]:
-    """The module of each node. Nodes without a name of the kind go where the nodes beside them belong."""
-    found = {i: tuple(names[i].strip("/").split("/")[:-1]) for i in nodes}
-    homeless = {i for i in nodes if not found[i]}
-    if 2 * len(homeless) > len(nodes):  # the names tell nothing
+    """Return the module of each node. A node without one gets the common module of its consumers or producers."""
+    scopes = {i: tuple(names[i].strip("/").split("/")[:-1]) for i in nodes}
+    unnamed = {i for i in nodes if not scopes[i]}
+    if 2 * len(unnamed) > len(nodes):  # the names hold no modules
         return dict.fromkeys(nodes, ())
-    after: dict[int, list[int]] = {i: [] for i in homeless}
-    before: dict[int, list[int]] = {i: [] for i in homeless}
+    after: dict[int, list[int]] = {i: [] for i in unnamed}
+    before: dict[int, list[int]] = {i: [] for i in unnamed}
     for a, b in edges:
-        if a in after and b in found:
+        if a in after and b in scopes:
             after[a].append(b)
-        if b in before and a in found:
+        if b in before and a in scopes:
             before[b].append(a)
-    for beside, order in ((after, sorted(homeless, reverse=True)), (before, sorted(homeless))):
+    for neighbours, order in ((after, sorted(unnamed, reverse=True)), (before, sorted(unnamed))):
         for i in order:
-            if not found[i]:
-                found[i] = _common([found[j] for j in beside[i] if found[j]])
-    return found
+            if not scopes[i]:
+                scopes[i] = _common([scopes[j] for j in neighbours[i] if scopes[j]])
+    return scopes
 
 
 def _common(scopes: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """What all scopes begin with."""
+    """Return the common beginning of all scopes."""
     if not scopes:
         return ()
     first, last = min(scopes), max(scopes)
@@ -99,7 +100,7 @@ def _tidy(block: Block) -> None:
     kept = []
     for child in block.children:
         count = sum(1 for _ in child.all_nodes())
-        if child.name != TABLES and not child.children and count < SMALL and block.items + count <= LARGE:
+        if child.name != TIMESTEP_TABLES and not child.children and count < SMALL and block.items + count <= LARGE:
             block.nodes += child.nodes
         else:
             kept.append(child)
@@ -110,7 +111,7 @@ def _tidy(block: Block) -> None:
 
 
 def _cut(block: Block, edges: Sequence[tuple[int, int]]) -> None:
-    """Put the nodes of a block with too many items into parts; and parts into parts, where there are too many."""
+    """Put the nodes of a block with too many items into parts, and the parts into parts where there are too many."""
     for child in block.children:
         _cut(child, edges)
     if block.items <= LARGE:
@@ -126,8 +127,8 @@ def _cut(block: Block, edges: Sequence[tuple[int, int]]) -> None:
     parts.sort(key=lambda part: part.nodes[0])
     for number, part in enumerate(parts, 1):
         part.name = f"part {number}"
-    apart = [child for child in block.children if child.name == TABLES]  # where every drawing looks for them
-    rest = [*(child for child in block.children if child.name != TABLES), *parts]
+    apart = [child for child in block.children if child.name == TIMESTEP_TABLES]  # they stay in the root
+    rest = [*(child for child in block.children if child.name != TIMESTEP_TABLES), *parts]
     while len(rest) > 1 and len(loose) + len(apart) + len(rest) > LARGE:
         rest = [Block("", [], [rest[i] for i in run]) for run in _runs(range(len(rest)))]
         for group in rest:
@@ -136,14 +137,14 @@ def _cut(block: Block, edges: Sequence[tuple[int, int]]) -> None:
 
 
 def _runs(items: Sequence[int]) -> list[list[int]]:
-    """Consecutive runs of about _PART items."""
+    """Return consecutive runs of about _PART items."""
     count = max(1, round(len(items) / _PART))
     size = max(1, -(-len(items) // count))
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def _regions(nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Nodes by what dominates them: subtrees of at most 2 * _PART nodes, as large as they get."""
+    """Return subtrees of the dominator tree, as large as possible with at most 2 * _PART nodes."""
     import networkx as nx
 
     start = -1
@@ -152,9 +153,9 @@ def _regions(nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[lis
     graph.add_edges_from(edges)
     graph.add_edges_from([(start, i) for i in nodes if graph.in_degree(i) == 0])
     parent = nx.immediate_dominators(graph, start)
-    open_: dict[int, list[int]] = {i: [i] for i in nodes}  # what hangs at a node and has no region yet
+    open_: dict[int, list[int]] = {i: [i] for i in nodes}  # the nodes below a node that have no region yet
     regions = []
-    for i in reversed(nodes):  # topological: what a node dominates comes behind it
+    for i in reversed(nodes):  # topological order: a node comes before the nodes that it dominates
         whole = len(open_[i]) >= _PART or parent[i] == start
         if whole or len(open_[parent[i]]) + len(open_[i]) > 2 * _PART:
             regions.append(sorted(open_.pop(i)))
@@ -164,13 +165,13 @@ def _regions(nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[lis
 
 
 def _sort(block: Block) -> None:
-    """Children in the order of the graph; the tables first."""
+    """Sort children in the order of the graph, the tables first."""
     for child in block.children:
         _sort(child)
     block.nodes.sort()
-    block.children.sort(key=lambda child: (child.name != TABLES, min(child.all_nodes(), default=0)))
+    block.children.sort(key=lambda child: (child.name != TIMESTEP_TABLES, min(child.all_nodes(), default=0)))
 
 
-def mix(block: Block, kinds: Sequence[str]) -> Mapping[str, int]:
-    """How many nodes of each kind are in a block, all the way down."""
+def count_kinds(block: Block, kinds: Sequence[str]) -> Mapping[str, int]:
+    """Return the number of nodes of each kind in a block and all blocks below it."""
     return Counter(kinds[i] for i in block.all_nodes())

@@ -23,7 +23,7 @@ from ..text.report import model_bytes
 _LONGEST_DIFF = 4_000_000  # characters of one pass's difference that the page carries; the file has all of it
 _FIELDS = ("low", "high", "scale", "seen_low", "seen_high")
 
-Data = dict[str, Any]
+PageData = dict[str, Any]
 
 
 def load_ranges(bundle: Bundle) -> Ranges | None:
@@ -31,7 +31,7 @@ def load_ranges(bundle: Bundle) -> Ranges | None:
     return Ranges.load(bundle.path / RANGES) if RANGES in bundle.manifest["files"] else None
 
 
-def summary(bundle: Bundle) -> Data:
+def summary_section(bundle: Bundle) -> PageData:
     """What the bundle is, and its sizes."""
     m = bundle.manifest
     kernels, before, size = m["kernels"], m["source"]["parameter_bytes"], model_bytes(bundle)
@@ -63,7 +63,7 @@ def summary(bundle: Bundle) -> Data:
     }
 
 
-def passes(bundle: Bundle) -> Data:
+def passes_section(bundle: Bundle) -> PageData:
     """One row for each pass, with its difference as compressed text."""
     rows = []
     for number, row in enumerate(bundle.manifest["history"], 1):
@@ -84,13 +84,13 @@ def passes(bundle: Bundle) -> Data:
     return {"rows": rows}
 
 
-def _diff(file: Path) -> Data:
+def _diff(file: Path) -> PageData:
     """{added, removed, text}: the text as zlib in base64; empty where the pass left the graph as it was."""
     if not file.is_file():
         return {"note": "the bundle has no diff of this pass"}
     text = file.read_text(encoding="utf-8")
     lines = text.splitlines()
-    found: Data = {
+    found: PageData = {
         "added": sum(line.startswith("+") and not line.startswith("+++ ") for line in lines),
         "removed": sum(line.startswith("-") and not line.startswith("--- ") for line in lines),
     }
@@ -100,7 +100,7 @@ def _diff(file: Path) -> Data:
     return {**found, "text": base64.b64encode(zlib.compress(text.encode(), 9)).decode() if text else ""}
 
 
-def verdicts(bundle: Bundle) -> list[Data]:
+def verdict_rows(bundle: Bundle) -> list[PageData]:
     """What the compilation found: {name, op, kernel, integer, rule, why, fix} for each layer, those in float first."""
     rows = [
         {
@@ -117,7 +117,7 @@ def verdicts(bundle: Bundle) -> list[Data]:
     return sorted(rows, key=lambda row: row["integer"])
 
 
-def quantizers(bundle: Bundle) -> list[Data]:
+def quantizer_rows(bundle: Bundle) -> list[PageData]:
     """The manifest's quantizers, their lists of zero points cut short."""
     rows = []
     for q in bundle.manifest["quantizers"]:
@@ -138,7 +138,7 @@ def quantizers(bundle: Bundle) -> list[Data]:
     return rows
 
 
-def ranges(bundle: Bundle, table: Ranges | None) -> Data:
+def range_section(bundle: Bundle, table: Ranges | None) -> PageData:
     """The range of each quantizer at each timestep; a row that never changes is one number instead of a list."""
     count = len(bundle.manifest["quantizers"])
     if not count:
@@ -149,13 +149,13 @@ def ranges(bundle: Bundle, table: Ranges | None) -> Data:
         }
     if len(table.low) != count:
         return {"note": f"{RANGES} tells of {len(table.low)} quantizers, the manifest lists {count}"}
-    data: Data = {"timesteps": [_round(t, 8) for t in table.timesteps.tolist()]}
+    data: PageData = {"timesteps": [_round(t, 8) for t in table.timesteps.tolist()]}
     for name in _FIELDS:
         data[name] = [_collapsed([_round(v) for v in row]) for row in getattr(table, name).tolist()]
     return data
 
 
-def noise(bundle: Bundle) -> Data:
+def noise_section(bundle: Bundle) -> PageData:
     found = bundle.manifest.get("noise")
     if not found:
         return {"note": "no noise was fitted: the recipe has no fit_noise pass, so that nothing is known of its parts"}
@@ -163,7 +163,7 @@ def noise(bundle: Bundle) -> Data:
     return {"form": found["form"], "summary": found["summary"], "calls": calls}
 
 
-def manifest(bundle: Bundle) -> Data:
+def manifest_section(bundle: Bundle) -> PageData:
     m = bundle.manifest
     try:
         recipe = to_yaml(recipe_from_json(m["recipe"], where=str(bundle.path)))
@@ -179,16 +179,16 @@ def manifest(bundle: Bundle) -> Data:
     }
 
 
-def _storage(found: Mapping[str, Any] | None) -> list[Data]:
+def _storage(found: Mapping[str, Any] | None) -> list[PageData]:
     return [] if found is None else [{"type": kind, **row} for kind, row in found["types"].items()]
 
 
-def answers(bundle: Bundle, rows: Sequence[Data], measured: Mapping[str, Any]) -> list[Data]:
+def answers(bundle: Bundle, rows: Sequence[PageData], measured: Mapping[str, Any]) -> list[PageData]:
     """The four questions that readers come with: why float, why slow, what changed, where the error comes from."""
     return [_why_float(rows), _why_slow(measured), _what_changed(bundle), _which_error(measured)]
 
 
-def _why_float(rows: Sequence[Data]) -> Data:
+def _why_float(rows: Sequence[PageData]) -> PageData:
     kept = [row for row in rows if not row["integer"]]
     counted = Counter(row["why"] or row["rule"] or "no reason is known" for row in kept)
     lines = [f"{n} x {why}" if n > 1 else why for why, n in counted.most_common(4)]
@@ -196,16 +196,16 @@ def _why_float(rows: Sequence[Data]) -> Data:
     return {"question": "Why is a layer in float?", "head": head, "lines": lines, "section": "audit"}
 
 
-def _why_slow(measured: Mapping[str, Any]) -> Data:
+def _why_slow(measured: Mapping[str, Any]) -> PageData:
     speed = measured["speed"]
-    card: Data = {"question": "Why is it slow?", "section": "graph", "lines": []}
+    card: PageData = {"question": "Why is it slow?", "section": "graph", "lines": []}
     if "note" in speed:
         return {**card, "head": "not measured", "lines": [speed["note"]]}
     lines = [f"{group['share']:.0%} {group['group']} ({group['nodes']} nodes)" for group in speed["groups"][:4]]
     return {**card, "head": f"{speed['call_ms']:.4g} ms a call", "lines": lines}
 
 
-def _what_changed(bundle: Bundle) -> Data:
+def _what_changed(bundle: Bundle) -> PageData:
     history = bundle.manifest["history"]
     changed = [r for r in history if r["nodes_before"] != r["nodes_after"]]
     largest = sorted(changed, key=lambda r: -abs(r["nodes_after"] - r["nodes_before"]))[:4]
@@ -214,9 +214,9 @@ def _what_changed(bundle: Bundle) -> Data:
     return {"question": "What changed?", "head": head, "lines": lines, "section": "passes"}
 
 
-def _which_error(measured: Mapping[str, Any]) -> Data:
+def _which_error(measured: Mapping[str, Any]) -> PageData:
     cost = measured["cost"]
-    card: Data = {"question": "Where does the error come from?", "section": "cost", "lines": []}
+    card: PageData = {"question": "Where does the error come from?", "section": "cost", "lines": []}
     if "note" in cost:
         return {**card, "head": "not measured", "lines": [cost["note"]]}
     rows = cost["rows"][:4]

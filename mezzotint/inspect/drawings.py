@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .blocks import TABLES, Block, mix
-from .layout import draw
+from .blocks import TIMESTEP_TABLES, Block, count_kinds
+from .layout import place_items
 
 NODE, BLOCK, PORT = (186, 40), (206, 58), (170, 24)  # width and height of items, pixels
-Key = tuple[str, int | str]
+ItemKey = tuple[str, int | str]
 
 
 class Drawings:
@@ -40,7 +40,9 @@ class Drawings:
         self.blocks: list[dict[str, Any]] = []
         self.homes: dict[int, tuple[int, ...]] = {}  # node -> the blocks around it, from the outside in
         self._number(root, -1, "", ())
-        self.quiet = frozenset(i for i, b in enumerate(self.blocks) if b["name"] == TABLES and b["parent"] == 0)
+        self.quiet = frozenset(
+            i for i, b in enumerate(self.blocks) if b["name"] == TIMESTEP_TABLES and b["parent"] == 0
+        )
         self.edges: list[list[tuple[int, int]]] = [[] for _ in self.blocks]
         self.ends: list[list[tuple[str, int, bool]]] = [[] for _ in self.blocks]
         for a, b in edges:
@@ -53,7 +55,7 @@ class Drawings:
     def _number(self, block: Block, parent: int, path: str, trail: tuple[int, ...]) -> None:
         mine = len(self.blocks)
         trail = (*trail, mine)
-        counted = mix(block, self.kinds)
+        counted = count_kinds(block, self.kinds)
         row: dict[str, Any] = {"name": block.name, "path": path, "parent": parent, "nodes": block.nodes}
         self.blocks.append(row | {"mix": [counted.get(kind, 0) for kind in self.all_kinds], "children": []})
         self.homes.update(dict.fromkeys(block.nodes, trail))
@@ -72,7 +74,7 @@ class _Sheet:
         self.all, self.mine = all_, mine
         block = all_.blocks[mine]
         self.items: list[tuple[str, int, str]] = []
-        self.places: dict[Key, int] = {}
+        self.places: dict[ItemKey, int] = {}
         for child in block["children"]:
             self._item(("b", child), child, all_.blocks[child]["name"])
         for node in block["nodes"]:
@@ -81,7 +83,7 @@ class _Sheet:
         while (parent := all_.blocks[self.around[-1]]["parent"]) >= 0:
             self.around.append(parent)
 
-    def _item(self, key: Key, number: int, text: str) -> int:
+    def _item(self, key: ItemKey, number: int, text: str) -> int:
         if key not in self.places:
             self.places[key] = len(self.items)
             self.items.append((key[0], number, text))
@@ -130,7 +132,7 @@ class _Sheet:
 
     def to_json(self) -> dict[str, Any]:
         counts = self._joined()
-        drawn = draw([{"n": NODE, "b": BLOCK}.get(kind, PORT) for kind, _, _ in self.items], list(counts))
+        drawn = place_items([{"n": NODE, "b": BLOCK}.get(kind, PORT) for kind, _, _ in self.items], list(counts))
         return {
             "items": [[*item, *place] for item, place in zip(self.items, drawn.places, strict=True)],
             "edges": [[*pair, count, [xy for p in drawn.ways[pair] for xy in p]] for pair, count in counts.items()],

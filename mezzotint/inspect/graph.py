@@ -14,18 +14,20 @@ from mezzotint.compiler.audit.kernels import FLOAT_KERNELS, INTEGER_KERNELS
 
 from ..bench.trace import group_of
 from .blocks import make_blocks
+from .data import PageData
 from .drawings import Drawings, ends_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-KINDS = ("integer", "island", "unfused", "float", "quantize", "layout", "table")
-Data = dict[str, Any]
+NODE_KINDS = ("integer", "island", "unfused", "float", "quantize", "layout", "table")
 _LONGEST = 120  # characters of an attribute
 _SHAPES = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "Constant"})
 
 
-def read_graph(model: Path, timestep: str, layers: Mapping[str, Mapping[str, Any]], islands: Mapping[str, str]) -> Data:
+def read_graph(
+    model: Path, timestep: str, layers: Mapping[str, Mapping[str, Any]], islands: Mapping[str, str]
+) -> PageData:
     """Read a bundle's ONNX file. `layers` are the rows of the fusion audit by name, `islands` the reasons by name."""
     import onnx_ir as ir
 
@@ -48,7 +50,7 @@ def read_graph(model: Path, timestep: str, layers: Mapping[str, Mapping[str, Any
         row: dict[str, Any] = {
             "name": names[i],
             "op": node.op_type,
-            "kind": KINDS.index(kinds[i]),
+            "kind": NODE_KINDS.index(kinds[i]),
             "in": [-1 if v is None else number(v) for v in node.inputs],
             "out": [number(v) for v in node.outputs],
         }
@@ -61,8 +63,8 @@ def read_graph(model: Path, timestep: str, layers: Mapping[str, Mapping[str, Any
     inputs = [number(v) for v in graph.inputs]
     table = [[v.name or "", _type(v), -1 if (p := v.producer()) is None else numbers.get(p, -1)] for v in values]
     tree = make_blocks(names, edges, tables)
-    blocks = Drawings(tree, edges, ends_of(rows, table, inputs, outputs), kinds, names, KINDS).to_json()
-    return {"kinds": KINDS, "nodes": rows, "values": table, "inputs": inputs, "outputs": outputs, "blocks": blocks}
+    blocks = Drawings(tree, edges, ends_of(rows, table, inputs, outputs), kinds, names, NODE_KINDS).to_json()
+    return {"kinds": NODE_KINDS, "nodes": rows, "values": table, "inputs": inputs, "outputs": outputs, "blocks": blocks}
 
 
 def _tables(nodes: Sequence[ir.Node], others: Sequence[ir.Value]) -> frozenset[int]:

@@ -20,7 +20,7 @@ def base_style() -> str:
     return (ASSETS / "base.css").read_text(encoding="utf-8")
 
 
-def page(title: str, parts: Sequence[str]) -> str:
+def document(title: str, parts: Sequence[str]) -> str:
     """A whole document from pieces of HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -30,7 +30,7 @@ def page(title: str, parts: Sequence[str]) -> str:
     )
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table_section(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A heading and a table below it, or the word that there is nothing to tell."""
     if not rows:
         return f'<h2>{escape(title)}</h2>\n<p class="nothing">no difference</p>'
@@ -42,7 +42,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     )
 
 
-def diff(title: str, text: str) -> str:
+def diff_section(title: str, text: str) -> str:
     """A difference as text, its lines coloured, behind a line that opens it."""
     kinds = {"+": "added", "-": "removed"}
     lines = [

@@ -24,7 +24,7 @@ _WIDE = 900  # pixels that a row of small parts may take at least
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Placement:
     """Top left corners by item, way points by edge, and the size of it all, in pixels."""
 
     places: tuple[Point, ...]
@@ -51,7 +51,7 @@ class _Line:
         self.points = [(float(x), float(y)) for x, y in points]
 
 
-def draw(sizes: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]) -> Drawing:
+def place_items(sizes: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]) -> Placement:
     """Lay out items of `sizes` (width, height), joined by `edges` (from, to): no loops, no edge twice."""
     import networkx as nx
     from grandalf.graphs import Edge, Vertex, graph_core
@@ -83,7 +83,7 @@ def draw(sizes: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]) -> 
             ways[link.data] = tuple((round(x + right), round(y + down)) for x, y in link.view.points)
     xs = [x + sizes[i][0] for i, (x, _) in enumerate(places)] + [x for way in ways.values() for x, _ in way]
     height = max((y + sizes[i][1] for i, (_, y) in enumerate(places)), default=0)
-    return Drawing(tuple(places), {edge: ways[edge] for edge in edges}, max(xs, default=0), height)
+    return Placement(tuple(places), {edge: ways[edge] for edge in edges}, max(xs, default=0), height)
 
 
 def _lay_out(part: Any) -> None:

@@ -20,35 +20,34 @@ from mezzotint.runtime.progress import Progress, silent
 
 from ..io.files import replacing
 from . import data as inspect_data
+from .data import PageData
 from .graph import read_graph
 from .html import ASSETS, base_style
-from .measure import Wishes, measure
+from .measure import PageOptions, measure_sections
 from .sites import quantizers_of
 
 SCRIPTS = ("core", "charts", "tables", "graph", "panel", "search", "heat", "sections", "main")
 
-Data = dict[str, Any]
 
-
-def write_page(bundle: Bundle, target: Path, wishes: Wishes | None = None, progress: Progress = silent) -> None:
+def write_page(bundle: Bundle, target: Path, options: PageOptions | None = None, progress: Progress = silent) -> None:
     """Measure what is wished for and write the page; an earlier one stays until the new one is whole.
 
     Raises InputError for a reference that is not there, OutputError where nothing can be written.
     """
-    data = page_data(bundle, measure(bundle, wishes or Wishes(), progress))
+    data = page_data(bundle, measure_sections(bundle, options or PageOptions(), progress))
     with replacing(target) as part:
-        part.write_text(page(data), encoding="utf-8", newline="\n")
+        part.write_text(render_page(data), encoding="utf-8", newline="\n")
 
 
-def page_data(bundle: Bundle, measured: Data, ranges: Ranges | None = None) -> Data:
+def page_data(bundle: Bundle, measured: PageData, ranges: Ranges | None = None) -> PageData:
     """All that the page shows, as plain data. `ranges` stand in for those of the bundle.
 
     Where nothing was audited, the compilation's own audit is told.
     """
-    audit = measured.get("audit") or inspect_data.verdicts(bundle)
+    audit = measured.get("audit") or inspect_data.verdict_rows(bundle)
     islands = bundle.manifest["islands"]
     drawn = read_graph(bundle.model_path, bundle.signature.timestep, {row["name"]: row for row in audit}, islands)
-    quantizers = inspect_data.quantizers(bundle)
+    quantizers = inspect_data.quantizer_rows(bundle)
     rows = quantizers_of(drawn, [q["site"] for q in quantizers])
     for node, found in zip(drawn["nodes"], rows, strict=True):
         if found:
@@ -64,23 +63,23 @@ def page_data(bundle: Bundle, measured: Data, ranges: Ranges | None = None) -> D
     return {
         "title": f"{bundle.manifest['source']['name']}, {bundle.manifest['recipe']['name']}",
         "version": bundle.manifest["mezzotint"],
-        "summary": inspect_data.summary(bundle),
+        "summary": inspect_data.summary_section(bundle),
         "answers": inspect_data.answers(bundle, audit, measured),
         "pictures": measured["pictures"],
         "speed": {key: value for key, value in measured["speed"].items() if key != "nodes"},
         "cost": measured["cost"],
-        "passes": inspect_data.passes(bundle),
+        "passes": inspect_data.passes_section(bundle),
         "graph": drawn,
         "audit": audit,
-        "ranges": inspect_data.ranges(bundle, table),
-        "noise": inspect_data.noise(bundle),
+        "ranges": inspect_data.range_section(bundle, table),
+        "noise": inspect_data.noise_section(bundle),
         "islands": [{"name": name, "why": why} for name, why in islands.items()],
         "quantizers": quantizers,
-        "manifest": inspect_data.manifest(bundle),
+        "manifest": inspect_data.manifest_section(bundle),
     }
 
 
-def _kinds(rows: list[list[tuple[int, str]]], quantizers: list[Data]) -> dict[int, str]:
+def _kinds(rows: list[list[tuple[int, str]]], quantizers: list[PageData]) -> dict[int, str]:
     """Whether a quantizer is of a weight: its nodes say so; one that no node tells of is judged by its format."""
     weights = {row for found in rows for row, role in found if role == "weight"}
     others = {row for found in rows for row, role in found if role != "weight"}
@@ -92,7 +91,7 @@ def _kinds(rows: list[list[tuple[int, str]]], quantizers: list[Data]) -> dict[in
     }
 
 
-def _add_times(graph: Data, speed: Data) -> None:
+def _add_times(graph: PageData, speed: PageData) -> None:
     """Each node's time; what onnxruntime made itself (transposes, layouts) has no node here and is summed up."""
     if "nodes" not in speed:
         return
@@ -104,7 +103,7 @@ def _add_times(graph: Data, speed: Data) -> None:
     speed["other_ms"] = round(sum(times.values()), 4)
 
 
-def page(data: Data) -> str:
+def render_page(data: PageData) -> str:
     """The whole document."""
     script = "\n".join((ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

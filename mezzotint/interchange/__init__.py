@@ -14,7 +14,7 @@ from mezzotint.runtime.errors import InputError
 from ..io.files import replacing
 
 OVERRIDES = "TensorQuantOverrides"
-FORMAT = 1
+OVERRIDES_FORMAT = 1
 
 
 def write_json(path: Path, data: Any, *, force: bool = False) -> None:
@@ -70,7 +70,11 @@ def _read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"the overrides are not readable JSON: {error}", where=str(path)) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not {OVERRIDES, "arguments"} <= set(data):
+    if (
+        not isinstance(data, dict)
+        or data.get("format") != OVERRIDES_FORMAT
+        or not {OVERRIDES, "arguments"} <= set(data)
+    ):
         raise InputError(
             "this is no file of overrides", where=str(path), hint="write it with `mezzotint overrides BUNDLE`"
         )

@@ -29,7 +29,7 @@ from mezzotint.runtime.errors import InputError
 
 What = Literal["precision", "kernel", "scale", "time", "cost"]
 Value = str | float
-PROFILED_CALLS = 8
+OVERLAY_CALLS = 8
 _GRADIENT = ({"stop": 0, "bgColor": "#ffffff"}, {"stop": 1, "bgColor": "#d9480f"})
 _COLOURS = ("#a5d8ff", "#b2f2bb", "#ffec99", "#d0bfff", "#99e9f2", "#fcc2d7", "#eebefa", "#c0eb75")
 _FLOAT, _ISLAND, _DATA = "#ffc9c9", "#ffd8a8", "#f1f3f5"
@@ -177,7 +177,7 @@ def _times(bundle: Bundle, graph: Any, threads: int | None) -> tuple[dict[str, V
     net = bundle.denoiser(threads)
     batch = net.fixed_batch or 1
     rows = {name: array for name, (array, _) in make_conditions(net, bundle, batch).items()}
-    spent = node_seconds(profile(bundle, batch, rows, threads, PROFILED_CALLS))
+    spent = node_seconds(profile(bundle, batch, rows, threads, OVERLAY_CALLS))
     total, found = sum(spent.values()), dict[str, Value]()
     for node in graph:
         # onnxruntime calls some nodes like what they make.

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.signature import Timestep
 from mezzotint.runtime.streams import FIXED
 
+from ..bench.reference import Reference
 from ..debug.diagnose import checked_recipe, replayed
-from . import FORMAT, OVERRIDES
+from . import OVERRIDES, OVERRIDES_FORMAT
 from .overrides_read import ScaleReader, Scales
 
 OPERATIONS = ("Conv", "Gemm", "MatMul")
@@ -60,7 +61,7 @@ class Overrides:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": OVERRIDES_FORMAT,
             "bundle": self.bundle,
             "note": NOTE,
             "arguments": {
@@ -94,16 +95,14 @@ def make_overrides(
     from mezzotint.compiler.graph.nodes import name_of
     from mezzotint.compiler.graph.ops import layers
 
-    if not float_model.is_file():
-        raise InputError(
-            "there is no such float model", where=str(float_model), hint="write it with `mezzotint export MODEL`"
-        )
+    reference = Reference(bundle, float_model, threads=threads)
+    reference.check()
     recipe = checked_recipe(bundle)
     raw = ir.load(float_model).graph
     with tempfile.TemporaryDirectory(prefix="mezzotint-overrides-") as work:
         context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads)
-        before = replayed(bundle, float_model, replace(recipe, passes=()), context)
-        after = replayed(bundle, float_model, recipe, context)
+        before = reference.program(context.folder)
+        after = replayed(before, recipe, context)
         found = list(layers(after.graph))
         reader = ScaleReader(ir.load(bundle.model_path), bundle)
         activations, weights, quantized = reader.read(found, Path(work), threads)

@@ -36,7 +36,7 @@ from mezzotint.runtime.streams import FIXED, SeedOffset
 from ..bench.pairs import in_turns, middle_timestep, parallel_run
 from .write import calibration_seed, write_mix
 
-RULES = ("schedule", "picture")
+CHOICE_RULES = ("schedule", "picture")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # model.NAME.onnx must be no part of model.onnx either
 
 
@@ -98,8 +98,8 @@ def mix_bundles(
     _check_alike(given)
     if budget is not None and relax is not None:
         raise InputError("a budget and relaxed calls are two rules", hint="give one of them")
-    if rule not in RULES:
-        raise InputError(f"there is no rule {rule!r}", hint=f"use one of {', '.join(RULES)}")
+    if rule not in CHOICE_RULES:
+        raise InputError(f"there is no rule {rule!r}", hint=f"use one of {', '.join(CHOICE_RULES)}")
     if rule == "picture" and budget is None:
         raise InputError("the rule picture has no threshold of its own", hint="give a budget")
     if relax_first and relax is None:

@@ -10,7 +10,7 @@ import pytest
 
 from mezzotint import compile_model
 from mezzotint.diff import Difference, Table, compare_bundles, compare_passes
-from mezzotint.inspect.html import diff, page, table
+from mezzotint.inspect.html import diff_section, document, table_section
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from tests.helpers.models import SMALL, Cli, Compiled
@@ -139,7 +139,7 @@ class TestPasses:
 class TestPages:
     def test_a_page_holds_every_row(self, plain: Bundle, narrow: Bundle) -> None:
         found = compare_bundles(plain, narrow)
-        html = page(found.title, [table(t.title, t.columns, t.rows) for t in found.tables.values()])
+        html = document(found.title, [table_section(t.title, t.columns, t.rows) for t in found.tables.values()])
 
         reader = read(html)
         rows = sum(len(t.rows) for t in found.tables.values())
@@ -149,14 +149,16 @@ class TestPages:
 
     def test_names_are_no_markup(self) -> None:
         evil = '</td><script>alert("x")</script>&amp;'
-        html = page(evil, [table(evil, (evil,), [(evil,)]), diff(evil, f"+{evil}\n-{evil}\n {evil}")])
+        html = document(
+            evil, [table_section(evil, (evil,), [(evil,)]), diff_section(evil, f"+{evil}\n-{evil}\n {evil}")]
+        )
 
         reader = read(html)
         assert "script" not in reader.seen and reader.text.count(evil) == 9
         assert {"added", "removed"} <= set(html.replace('"', " ").split())
 
     def test_nothing_is_said_to_differ(self) -> None:
-        assert "no difference" in table("nodes", ("a",), [])
+        assert "no difference" in table_section("nodes", ("a",), [])
 
 
 class TestCommand:

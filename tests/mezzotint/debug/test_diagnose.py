@@ -1,4 +1,4 @@
-"""`mezzotint debug`: the layer that costs most comes first, and what is said of it is measured."""
+"""`mezzotint debug`: the layer that costs most comes first, and its suggestion follows from measurements."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class TestMeasures:
             assert found.together.per_step()[call] == pytest.approx(db, abs=0.05)
         assert sum(layer.share for layer in found.layers) == pytest.approx(1)
 
-    def test_a_cost_is_what_the_bundle_with_other_layers_in_float_says(
+    def test_a_cost_is_the_error_of_the_bundle_with_all_other_layers_in_float(
         self, variant: Bundle, hand: Compiled, tmp_path: Path
     ) -> None:
         steps = {step["pass"]: step.get("options", {}) for step in variant.manifest["recipe"]["passes"]}
@@ -157,7 +157,7 @@ class TestMeasures:
             assert found["second"].cost.per_step()[call] == pytest.approx(db, abs=0.05)
         assert abs(found["third"].cost.pooled() - wanted.pooled()) > 0.5
 
-    def test_calls_are_spread_and_measured_alike(self, hand: Compiled) -> None:
+    def test_calls_are_spread_and_measured_in_the_same_way(self, hand: Compiled) -> None:
         whole, few = (examined(hand.bundle, hand.exported, calls=calls) for calls in (None, 2))
 
         timesteps = hand.bundle.deployment.calls
@@ -211,7 +211,7 @@ class TestAdvice:
         assert self.advised({"noise": 0.5}, weight_bits=None) == "island"
         assert self.advised(loud, share=0.009) == "-"
 
-    def test_an_island_can_be_typed_as_it_is_said(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
+    def test_the_options_of_an_island_can_be_typed_as_printed(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
         import shlex
 
         found = examined(hand.bundle, hand.exported)
@@ -226,7 +226,7 @@ class TestRefusals:
     def test_recipes_that_cannot_be_taken_apart(self, hand: Compiled, tmp_path: Path) -> None:
         for recipe, match in (
             ("w8a8-premul", "lowering premul"),
-            ("smoothquant", "rewrote the float graph by what was measured"),
+            ("smoothquant", "rewrote the float graph from statistics"),
             ("float", "no layer of the bundle is quantized"),
         ):
             bundle = compile_model(hand.exported, tmp_path / recipe, recipe=recipe, **SMALL)
@@ -245,7 +245,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="mixes several precisions"):
             examined(mixed, hand.exported)
 
-    def test_a_pass_of_somebody_elses(self, hand: Compiled, tmp_path: Path) -> None:
+    def test_a_pass_that_is_not_known_here(self, hand: Compiled, tmp_path: Path) -> None:
         class Own(InsertQdq):
             pass
 
@@ -258,14 +258,14 @@ class TestRefusals:
         with pytest.raises(SignatureError, match="no input is called 'x'"):
             examined(hand.bundle, unet.exported)
 
-    def test_other_weights_are_told(self, hand: Compiled, tmp_path: Path, cli: Cli) -> None:
+    def test_other_weights_are_reported(self, hand: Compiled, tmp_path: Path, cli: Cli) -> None:
         model = onnx.load(hand.exported)
         tensor = next(t for t in model.graph.initializer if t.name == "second.w")
         tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), "second.w"))
         other = write(model, tmp_path / "other.onnx")
 
         answer = cli("debug", hand.bundle.path, "--reference", other)
-        assert answer.code == 0 and "other weights" in answer.err
+        assert answer.code == 0 and "other weights" in " ".join(answer.err.split())
         found = examined(hand.bundle, other)
         assert not found.same_weights and examined(hand.bundle, hand.exported).same_weights
         assert (found.layers[0].name, found.layers[0].suggestion.kind) == ("second", "range")
@@ -285,4 +285,4 @@ class TestCommand:
         assert answer.code == 0, answer.err
         assert json.loads(answer.out) == json.loads(json.dumps(found.to_json()))
         told = cli(*words, "--top", 1)
-        assert told.code == 0 and "1 cheaper layers" in told.out and found.layers[0].name in told.out
+        assert told.code == 0 and "1 layers with smaller costs" in told.out and found.layers[0].name in told.out

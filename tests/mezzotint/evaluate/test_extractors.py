@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mezzotint.evaluate.extractors import BATCH, DIGITS, NONE, default_extractor, open_extractor, perceptual_distance
+from mezzotint.evaluate.extractors import (
+    DIGITS,
+    NONE,
+    TORCH_BATCH,
+    default_extractor,
+    open_extractor,
+    perceptual_distance,
+)
 from mezzotint.frechet import FeatureNet
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import Images
@@ -22,7 +29,7 @@ HERE = "tests.helpers.feature_nets"
 GREY, COLOUR = (1, 8, 8), (3, 8, 8)
 
 
-def pictures(n: int, shape: tuple[int, int, int] = GREY) -> Images:
+def random_images(n: int, shape: tuple[int, int, int] = GREY) -> Images:
     return np.random.default_rng(0).uniform(-1, 1, (n, *shape)).astype(np.float32)
 
 
@@ -43,12 +50,12 @@ class TestTorch:
 
     @pytest.mark.parametrize("name", ["OfFidelity", "INSTANCE", "made", "another"])
     def test_classes_instances_and_functions(self, name: str) -> None:
-        images = pictures(BATCH + 3)
+        images = random_images(TORCH_BATCH + 3)
 
         found = open_extractor(f"{HERE}:{name}", GREY)
 
         np.testing.assert_array_equal(found.features(images), open_extractor(f"{HERE}:Means", GREY).features(images))
-        assert found.features(images).shape == (BATCH + 3, 3)
+        assert found.features(images).shape == (TORCH_BATCH + 3, 3)
         assert found.classify is None
 
     def test_the_digest_is_of_the_weights(self) -> None:
@@ -60,12 +67,12 @@ class TestTorch:
     @pytest.mark.parametrize(
         ("name", "words"),
         [
-            ("TwoOutputs", "gives tuple, expected one tensor"),
-            ("OneTooMany", r"gives \[3, 3\] for 2 pictures"),
-            ("Flat", r"gives \[6\] for 2 pictures"),
-            ("Maps", r"gives \[2, 3, 8, 8\] for 2 pictures"),
+            ("TwoOutputs", "returns tuple, expected one tensor"),
+            ("OneTooMany", r"returns \[3, 3\] for 2 images"),
+            ("Flat", r"returns \[6\] for 2 images"),
+            ("Maps", r"returns \[2, 3, 8, 8\] for 2 images"),
             ("Nothing", "features that are not finite"),
-            ("WantsFloats", "refused uint8 pictures .*expected Float"),
+            ("WantsFloats", "refused uint8 images .*expected Float"),
             ("NO_MODULE", "is int, not a torch.nn.Module"),
             ("number", "is int, not a torch.nn.Module"),
             ("Weighted", "cannot be made: TypeError: .*weight"),
@@ -87,7 +94,7 @@ class TestNames:
     """The other names."""
 
     def test_digits_are_the_embedded_classifier(self) -> None:
-        images, net = pictures(3, (1, 32, 32)), FeatureNet()
+        images, net = random_images(3, (1, 32, 32)), FeatureNet()
 
         found = open_extractor(DIGITS, (1, 32, 32), threads=1)
 
@@ -99,8 +106,8 @@ class TestNames:
         found = open_extractor(str(feature_net(tmp_path / "net.onnx")), GREY)
         plain = open_extractor(str(feature_net(tmp_path / "plain.onnx", logits=False)), GREY)
 
-        assert found.features(pictures(3)).shape == (3, FEATURES)
-        assert found.classify is not None and found.classify(pictures(3)).shape == (3,)
+        assert found.features(random_images(3)).shape == (3, FEATURES)
+        assert found.classify is not None and found.classify(random_images(3)).shape == (3,)
         assert plain.classify is None
 
     @pytest.mark.parametrize(
@@ -109,7 +116,7 @@ class TestNames:
             ("none.onnx", GREY, "onnxruntime cannot open"),
             (DIGITS, GREY, "the network takes"),
             ("mnist", GREY, "no feature extractor is called 'mnist'"),
-            (f"{HERE}:Means", (4, 8, 8), "samples of 4 channels are no pictures"),
+            (f"{HERE}:Means", (4, 8, 8), "samples of 4 channels are not images"),
         ],
     )
     def test_refusals(self, name: str, shape: tuple[int, int, int], words: str) -> None:
@@ -134,7 +141,7 @@ class TestNames:
         pretend(monkeypatch, "torch_fidelity")
         pretend(monkeypatch, place, FeatureExtractorInceptionV3=extractor)
 
-        assert open_extractor("inception", GREY).features(pictures(2)).shape == (2, 3)
+        assert open_extractor("inception", GREY).features(random_images(2)).shape == (2, 3)
         pretend(monkeypatch, place, FeatureExtractorInceptionV3=lambda *a: 1 / 0)
         with pytest.raises(InputError, match="inception cannot be made: ZeroDivisionError"):
             open_extractor("inception", GREY)
@@ -171,7 +178,7 @@ class TestLPIPS:
 
     def test_pairs_are_compared_one_by_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pretend(monkeypatch, "lpips", LPIPS=lambda net, verbose: SquaredDistance())
-        one, other = pictures(3), pictures(6)[3:] * 1.5
+        one, other = random_images(3), random_images(6)[3:] * 1.5
 
         distance, why = perceptual_distance()
 
@@ -193,7 +200,7 @@ class TestLPIPS:
 
         distance, _ = perceptual_distance()
 
-        assert distance is not None and distance(pictures(2), pictures(2)).shape == (2,)
+        assert distance is not None and distance(random_images(2), random_images(2)).shape == (2,)
 
     def test_a_package_that_cannot_be_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pretend(monkeypatch, "lpips", LPIPS=lambda net, verbose: 1 / 0)

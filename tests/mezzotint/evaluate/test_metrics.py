@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from mezzotint.evaluate import metrics as eval_metrics
-from mezzotint.evaluate.metrics import Metric, Pairs, PictureSQNR, decibels, inside, interval, metrics, squares
+from mezzotint.evaluate.metrics import Metric, PairNumbers, PictureSQNR, decibels, inside, interval, metrics, squares
 from mezzotint.frechet import Moments, frechet_distance
 from mezzotint.runtime.compare import StepSQNR, psnr_db, sqnr_db
 from mezzotint.runtime.errors import InputError
@@ -24,13 +24,13 @@ def pictures(seed: int, n: int = N) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).uniform(-1, 1, (n, 1, 2, 2)).astype(np.float32)
 
 
-def pairs_of(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> Pairs:
+def pairs_of(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> PairNumbers:
     """The pixels are the features, the brightest one the class."""
     signal, noise = squares(exact, other)
     psnr = psnr_db(exact, other, 2.0)
     features = exact.reshape(len(exact), -1), other.reshape(len(other), -1)
     same = features[0].argmax(axis=1) == features[1].argmax(axis=1)
-    return Pairs(signal[None], noise[None], signal, noise, psnr, psnr / 100, None, features, same, MISSING)
+    return PairNumbers(signal[None], noise[None], signal, noise, psnr, psnr / 100, None, features, same, MISSING)
 
 
 def near(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -16,8 +16,9 @@ from mezzotint.bench.pairs import compare
 from mezzotint.compiler.errors import OutputError
 from mezzotint.evaluate.memory import memory_of_one_call
 from mezzotint.evaluate.report import METRICS, OTHER_WEIGHTS, markdown
-from mezzotint.evaluate.run import FACTS, PAGE, evaluate
-from mezzotint.evaluate.shards import Drawing
+from mezzotint.evaluate.result import Evaluation
+from mezzotint.evaluate.run import PAGE_FILE, RESULT_FILE, evaluate_bundle
+from mezzotint.evaluate.shards import PairSampler
 from mezzotint.runtime.errors import InputError
 from tests.helpers.feature_nets import feature_net
 from tests.helpers.models import SMALL, THREADS, Cli, Compiled, hand_written, write
@@ -28,7 +29,7 @@ FEW: dict[str, Any] = {"batch": 2, "threads": THREADS, "speed": False, "resample
 
 
 class Stopped(Exception):
-    """Somebody pressed Ctrl-C."""
+    """The run was interrupted, as by Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,19 @@ class Case:
     reference: Path
     net: str
     folder: Path
-    found: dict[str, Any]
+    found: Evaluation
 
-    def evaluate(self, folder: Path | None = None, n: int = N, **options: Any) -> dict[str, Any]:
-        return evaluate(self.bundle, self.reference, n, output=folder, **{**FEW, "features": self.net, **options})
+    def evaluate(self, folder: Path | None = None, n: int = N, **options: Any) -> Evaluation:
+        settings = {**FEW, "features": self.net, **options}
+        return evaluate_bundle(self.bundle, self.reference, n, output=folder, **settings)
 
 
 @pytest.fixture(scope="module")
 def case(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("eval")
     net = str(feature_net(folder / "net.onnx"))
-    case = Case(hand.bundle, hand.exported, net, folder / "whole", {})
-    return Case(hand.bundle, hand.exported, net, folder / "whole", case.evaluate(folder / "whole"))
+    found = evaluate_bundle(hand.bundle, hand.exported, N, output=folder / "whole", **FEW, features=net)
+    return Case(hand.bundle, hand.exported, net, folder / "whole", found)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -59,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def stopping_after(pictures: int) -> Any:
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "pairs of pictures" and done >= pictures:
+        if stage == "pairs of images" and done >= pictures:
             raise Stopped
 
     return progress
@@ -69,18 +71,18 @@ class TestNumbers:
     """What is found."""
 
     def test_they_are_those_of_compare(self, case: Case) -> None:
-        wanted, metrics = compare(case.bundle, case.reference, N, batch=2, threads=THREADS), case.found["metrics"]
+        wanted, metrics = compare(case.bundle, case.reference, N, batch=2, threads=THREADS), case.found.metrics
 
         assert metrics["eps_sqnr_db"]["value"] == pytest.approx(wanted.sqnr.pooled(), rel=1e-9)
         assert metrics["psnr_db_median"]["value"] == pytest.approx(float(np.median(wanted.psnr)), rel=1e-9)
         assert metrics["psnr_db_p10"]["value"] in wanted.psnr
-        assert case.found["worst_step"] == wanted.sqnr.worst()[0]
-        steps = case.found["eps_sqnr_db_per_step"]
+        assert case.found.worst_step == wanted.sqnr.worst()[0]
+        steps = case.found.eps_sqnr_db_per_step
         assert [s["db"] for s in steps] == pytest.approx(list(wanted.sqnr.per_step().values()), rel=1e-9)
         assert [s["timestep"] for s in steps] == list(case.bundle.deployment.calls)
 
     def test_every_metric_is_told_or_says_why_not(self, case: Case) -> None:
-        metrics = case.found["metrics"]
+        metrics = case.found.metrics
 
         assert set(metrics) == set(METRICS)
         for name, metric in metrics.items():
@@ -91,24 +93,24 @@ class TestNumbers:
                 assert low <= high and metric["resamples"] == 20
         assert 0 <= metrics["agreement"]["value"] <= 1
         assert metrics["frechet"]["value"] < 0.1 and metrics["precision"]["value"] > 0.8
-        assert json.loads(json.dumps(case.found, allow_nan=False)) == case.found
+        assert json.loads(json.dumps(case.found.to_json(), allow_nan=False)) == case.found.to_json()
 
     def test_what_it_was_measured_on(self, case: Case) -> None:
         found, manifest = case.found, case.bundle.manifest
 
-        assert found["reference"]["same_weights"] is True
-        assert found["kernels"]["integer"] == manifest["kernels"]["integer"] > 0
-        assert found["kernels"]["islands"] == manifest["islands"]
-        size = found["size"]
+        assert found.reference["same_weights"] is True
+        assert found.kernels["integer"] == manifest["kernels"]["integer"] > 0
+        assert found.kernels["islands"] == manifest["islands"]
+        size = found.size
         assert size["float_bytes"] == case.reference.stat().st_size
         assert size["share"] == pytest.approx(size["bytes"] / size["float_bytes"], abs=1e-6)
-        assert (found["speed"], found["memory"], found["correction"]) == (None, None, False)
+        assert (found.speed, found.memory, found.correction) == (None, None, False)
 
     def test_shards_and_folders_change_nothing(self, case: Case) -> None:
-        assert case.evaluate()["metrics"] == case.found["metrics"]
+        assert case.evaluate().metrics == case.found.metrics
         whole = case.evaluate(shard_size=64)
-        assert whole["metrics"] == case.found["metrics"]
-        assert case.evaluate(seed=5)["metrics"] != case.found["metrics"]
+        assert whole.metrics == case.found.metrics
+        assert case.evaluate(seed=5).metrics != case.found.metrics
 
     def test_conditions_are_cut_like_the_shards(self, tmp_path: Path) -> None:
         source = write(hand_written(context="context"), tmp_path / "m.onnx")
@@ -117,7 +119,7 @@ class TestNumbers:
 
         def found(rows: slice, **options: Any) -> Any:
             here = {"context": given["context"][rows].copy()}
-            return evaluate(bundle, source, 3, **{**FEW, "conditions": here, "batch": 1, **options})["metrics"]
+            return evaluate_bundle(bundle, source, 3, **{**FEW, "conditions": here, "batch": 1, **options}).metrics
 
         parts, whole, other = found(slice(None), shard_size=1), found(slice(None)), found(slice(None, None, -1))
         assert parts == whole
@@ -132,17 +134,17 @@ class TestNumbers:
         rows: dict[str, Any] = {"conditions": given, "unconditional": empty}
         bundle = compile_model(source, tmp_path / "b", guidance=5.0, **rows, **SMALL)
 
-        found = evaluate(bundle, source, 3, **rows, **FEW)
+        found = evaluate_bundle(bundle, source, 3, **rows, **FEW)
 
         wanted = compare(bundle, source, 3, batch=2, threads=THREADS, **rows)
-        assert found["metrics"]["eps_sqnr_db"]["value"] == pytest.approx(wanted.sqnr.pooled(), rel=1e-9)
+        assert found.metrics["eps_sqnr_db"]["value"] == pytest.approx(wanted.sqnr.pooled(), rel=1e-9)
         with pytest.raises(InputError, match="guidance needs unconditional rows"):
-            evaluate(bundle, source, 3, conditions=given, **FEW)
+            evaluate_bundle(bundle, source, 3, conditions=given, **FEW)
 
     def test_the_float_bundle_has_no_difference(self, hand: Compiled, tmp_path: Path) -> None:
         bundle = compile_model(hand.exported, tmp_path / "b", recipe="float", **SMALL)
 
-        metrics = evaluate(bundle, bundle.model_path, 5, **FEW)["metrics"]
+        metrics = evaluate_bundle(bundle, bundle.model_path, 5, **FEW).metrics
 
         assert metrics["eps_sqnr_db"] == {"value": None, "why": "there is no difference"}
         assert metrics["psnr_db_median"] == metrics["psnr_db_p10"] == metrics["eps_sqnr_db"]
@@ -153,11 +155,11 @@ class TestNumbers:
         source = write(hand_written(), tmp_path / "m.onnx")
         bundle = compile_model(source, tmp_path / "b", recipe="ptqd-w8a8", **{**SMALL, "eta": 0.5})
 
-        on, off = (evaluate(bundle, source, 4, correction=wish, **FEW) for wish in (None, False))
+        on, off = (evaluate_bundle(bundle, source, 4, correction=wish, **FEW) for wish in (None, False))
 
-        assert (on["correction"], off["correction"]) == (True, False)
-        assert on["metrics"]["eps_sqnr_db"] == off["metrics"]["eps_sqnr_db"]
-        assert on["metrics"]["sample_sqnr_db"] != off["metrics"]["sample_sqnr_db"]
+        assert (on.correction, off.correction) == (True, False)
+        assert on.metrics["eps_sqnr_db"] == off.metrics["eps_sqnr_db"]
+        assert on.metrics["sample_sqnr_db"] != off.metrics["sample_sqnr_db"]
 
     def test_several_precisions(self, hand: Compiled, tmp_path: Path) -> None:
         exact = compile_model(hand.exported, tmp_path / "float", recipe="float", **SMALL)
@@ -165,30 +167,31 @@ class TestNumbers:
         options: dict[str, Any] = {"costs": {"float": 1.0, "w8a8": 0.5}, "pictures": 2, "threads": THREADS}
         mixed = mix_bundles(parts, tmp_path / "m", reference=hand.exported, budget=0.75, **options)
 
-        found = evaluate(mixed, hand.exported, 2, **{**FEW, "speed": True})
+        found = evaluate_bundle(mixed, hand.exported, 2, **{**FEW, "speed": True})
 
-        by_call = zip(mixed.manifest["precision_of_call"], found["eps_sqnr_db_per_step"], strict=True)
+        by_call = zip(mixed.manifest["precision_of_call"], found.eps_sqnr_db_per_step, strict=True)
         exact_calls = {name: step["db"] is None or step["db"] > 80 for name, step in by_call}
         assert exact_calls == {"float": True, "w8a8": False}
-        assert found["speed"]["ratio"]["value"] > 0 and found["memory"]["bundle"]["added"] > 0
+        assert found.speed is not None and found.memory is not None
+        assert found.speed["ratio"]["value"] > 0 and found.memory["bundle"]["added"] > 0
 
     def test_latents(self, tmp_path: Path) -> None:
         source = write(onnx_of(tiny_model(4)), tmp_path / "m.onnx")
         bundle = compile_model(source, tmp_path / "b", recipe="w8a8", **SMALL)
 
-        metrics = evaluate(bundle, source, 2, **FEW)["metrics"]
+        metrics = evaluate_bundle(bundle, source, 2, **FEW).metrics
 
         assert metrics["sample_sqnr_db"]["value"] > 0
         assert "4 channels are latents" in metrics["psnr_db_mean"]["why"]
-        with pytest.raises(InputError, match="4 channels are no pictures"):
-            evaluate(bundle, source, 2, **{**FEW, "features": "tests.helpers.feature_nets:Means"})
+        with pytest.raises(InputError, match="4 channels are not images"):
+            evaluate_bundle(bundle, source, 2, **{**FEW, "features": "tests.helpers.feature_nets:Means"})
 
     def test_a_torch_extractor(self, case: Case) -> None:
         found = case.evaluate(features="tests.helpers.feature_nets:Means")
 
-        assert found["features"]["name"] == "tests.helpers.feature_nets:Means"
-        assert found["metrics"]["agreement"]["why"] == "tests.helpers.feature_nets:Means has no classes"
-        assert found["metrics"]["precision"]["value"] is not None
+        assert found.features is not None and found.features["name"] == "tests.helpers.feature_nets:Means"
+        assert found.metrics["agreement"]["why"] == "tests.helpers.feature_nets:Means has no classes"
+        assert found.metrics["precision"]["value"] is not None
 
 
 def other_weights(case: Case, folder: Path) -> Path:
@@ -223,7 +226,7 @@ class TestFolder:
         assert {name: (tmp_path / "f" / name).stat().st_mtime_ns for name in before} == before
 
     def test_a_finished_one_is_told_at_once(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Drawing, "draw", lambda *a: pytest.fail("it drew"))
+        monkeypatch.setattr(PairSampler, "sample", lambda *a: pytest.fail("it drew"))
         monkeypatch.setattr("mezzotint.evaluate.metrics.metrics", lambda *a, **k: pytest.fail("it measured"))
 
         assert case.evaluate(case.folder) == case.found
@@ -232,20 +235,20 @@ class TestFolder:
         self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         case.evaluate(tmp_path / "f")
-        monkeypatch.setattr(Drawing, "draw", lambda *a: pytest.fail("it drew"))
+        monkeypatch.setattr(PairSampler, "sample", lambda *a: pytest.fail("it drew"))
 
         found = case.evaluate(tmp_path / "f", features="none", resamples=9)
 
-        assert found["metrics"]["frechet"] == {"value": None, "why": "no features were asked for"}
-        assert found["metrics"]["eps_sqnr_db"]["resamples"] == 9
-        assert json.loads((tmp_path / "f" / FACTS).read_text()) == found
+        assert found.metrics["frechet"] == {"value": None, "why": "no features were requested"}
+        assert found.metrics["eps_sqnr_db"]["resamples"] == 9
+        assert json.loads((tmp_path / "f" / RESULT_FILE).read_text()) == found.to_json()
 
     @pytest.mark.parametrize("fault", ["cut", "changed", "foreign", "lost", "killed"])
     def test_a_shard_that_is_not_whole_is_drawn_again(self, case: Case, tmp_path: Path, fault: str) -> None:
         case.evaluate(tmp_path / "f")
         file = tmp_path / "f" / "pairs_00001.safetensors"
         data = file.read_bytes()
-        (tmp_path / "f" / FACTS).unlink()
+        (tmp_path / "f" / RESULT_FILE).unlink()
         if fault == "cut":
             file.write_bytes(data[: len(data) // 2])
         elif fault == "changed":
@@ -276,7 +279,7 @@ class TestFolder:
             case.evaluate(case.folder, **options)
         assert contents(case.folder) == before
 
-    def test_somebody_elses_folder(self, case: Case, tmp_path: Path) -> None:
+    def test_a_folder_with_other_files(self, case: Case, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("mine")
         with pytest.raises(OutputError, match="the folder exists"):
             case.evaluate(tmp_path)
@@ -287,34 +290,34 @@ class TestRefusals:
     """What cannot be evaluated, and what is warned about."""
 
     def test_other_weights(self, case: Case, tmp_path: Path) -> None:
-        found = evaluate(case.bundle, other_weights(case, tmp_path), 2, **FEW)
+        found = evaluate_bundle(case.bundle, other_weights(case, tmp_path), 2, **FEW)
 
-        assert found["reference"]["same_weights"] is False
+        assert found.reference["same_weights"] is False
         assert OTHER_WEIGHTS in markdown(found) and OTHER_WEIGHTS not in markdown(case.found)
 
     def test_another_network(self, case: Case, tmp_path: Path) -> None:
         write(hand_written(sample="other"), tmp_path / "m.onnx")
         with pytest.raises(InputError, match="the signature names"):
-            evaluate(case.bundle, tmp_path / "m.onnx", 2, **FEW)
+            evaluate_bundle(case.bundle, tmp_path / "m.onnx", 2, **FEW)
 
     def test_no_reference(self, case: Case) -> None:
         with pytest.raises(InputError, match="no such float model"):
-            evaluate(case.bundle, "none.onnx", 2, **FEW)
-        with pytest.raises(InputError, match="0 pictures"):
+            evaluate_bundle(case.bundle, "none.onnx", 2, **FEW)
+        with pytest.raises(InputError, match="0 images"):
             case.evaluate(n=0)
 
     def test_pictures_that_are_no_numbers(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Bundle, "sample", lambda self, n, **k: np.full((n, 1, 8, 8), np.nan, np.float32))
-        with pytest.raises(InputError, match="the bundle makes pictures that are not finite"):
+        with pytest.raises(InputError, match="the bundle makes images that are not finite"):
             case.evaluate(n=2)
 
     def test_a_batch_that_is_written_into_the_graph(self, tmp_path: Path) -> None:
         source = write(hand_written(batch=2), tmp_path / "m.onnx")
         bundle = compile_model(source, tmp_path / "b", **{**SMALL, "calibration_batch": 2})
 
-        assert evaluate(bundle, source, 4, **{**FEW, "batch": 16})["pictures"] == 4
-        with pytest.raises(InputError, match="batches of 2 are written into the graphs, which cannot draw 3") as told:
-            evaluate(bundle, source, 3, **FEW)
+        assert evaluate_bundle(bundle, source, 4, **{**FEW, "batch": 16}).pictures == 4
+        with pytest.raises(InputError, match="fixed batches of 2, which cannot sample 3") as told:
+            evaluate_bundle(bundle, source, 3, **FEW)
         assert "a multiple of 2" in str(told.value.hint)
 
 
@@ -324,14 +327,15 @@ class TestCost:
     def test_one_picture_with_its_cost(self, case: Case) -> None:
         found = case.evaluate(n=1, speed=True)
 
-        speed, memory = found["speed"], found["memory"]
+        speed, memory = found.speed, found.memory
+        assert speed is not None and memory is not None
         assert speed["ratio"]["low"] <= speed["ratio"]["value"] <= speed["ratio"]["high"]
         assert speed["ratio"]["value"] == pytest.approx(speed["float_call_ms"] / speed["call_ms"], rel=0.01)
         assert (speed["batch"], speed["threads"], speed["blocks"], speed["calls"]) == (2, THREADS, 4, 28)
         for who in ("bundle", "float"):
             assert memory[who]["peak"] - memory[who]["before"] == memory[who]["added"] > 0
             assert memory[who]["before"] < 300e6, "the process begins with little"
-        assert found["metrics"]["psnr_db_mean"]["interval"] is None, "one picture"
+        assert found.metrics["psnr_db_mean"]["interval"] is None, "one picture"
         assert "28 calls in 4 blocks" in markdown(found)
 
     def test_memory_grows_with_the_batch(self, case: Case) -> None:
@@ -357,7 +361,7 @@ class TestCommand:
         assert answer.code == 0, answer.err
         for word in ("SQNR of epsilon", "PSNR", "resamples", "worst", "not measured (--no-speed)", "islands"):
             assert word in answer.out, (word, answer.out)
-        page = (tmp_path / "f" / PAGE).read_text()
+        page = (tmp_path / "f" / PAGE_FILE).read_text()
         assert page.startswith(f"# Evaluation of {case.bundle.path.name}\n")
         assert "| recall | 1.000 | " in page and "lpips" in page
         assert "| 3 | " in page and str(tmp_path) not in page
@@ -366,14 +370,14 @@ class TestCommand:
         answer = cli(*self.line(case, "--features", case.net, "--json"))
 
         found = json.loads(answer.out)
-        assert found["metrics"]["eps_sqnr_db"] == case.found["metrics"]["eps_sqnr_db"]
+        assert found["metrics"]["eps_sqnr_db"] == case.found.metrics["eps_sqnr_db"]
         assert answer.err == ""
 
     def test_other_weights_are_warned_about(self, cli: Cli, case: Case, tmp_path: Path) -> None:
         other = other_weights(case, tmp_path)
         line = ["eval", case.bundle.path, "--reference", other, "-n", 1, "--no-speed", "--json"]
 
-        assert OTHER_WEIGHTS in cli(*line).err.replace("\n", " ")
+        assert OTHER_WEIGHTS in " ".join(cli(*line).err.split())
 
     def test_a_refusal(self, cli: Cli, case: Case) -> None:
         answer = cli(*self.line(case, "--features", "nonsense"))

@@ -21,9 +21,9 @@ from mezzotint import Bundle
 from mezzotint.bench import bench
 from mezzotint.bench.trace import node_seconds
 from mezzotint.inspect import data as inspect_data
-from mezzotint.inspect.blocks import LARGE, TABLES, Block, make_blocks
-from mezzotint.inspect.graph import KINDS, read_graph
-from mezzotint.inspect.layout import Drawing, draw
+from mezzotint.inspect.blocks import LARGE, TIMESTEP_TABLES, Block, make_blocks
+from mezzotint.inspect.graph import NODE_KINDS, read_graph
+from mezzotint.inspect.layout import Placement, place_items
 from mezzotint.inspect.page import page_data
 from mezzotint.inspect.sites import quantizers_of
 from mezzotint.runtime.bundle.ranges import RANGES
@@ -49,7 +49,7 @@ def check_tree(tree: Block, count: int) -> None:
     assert max(block.items for block in blocks(tree)) <= 80
 
 
-def overlapping(drawn: Drawing, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def overlapping(drawn: Placement, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(drawn.places, sizes, strict=True)]
     return [
         (i, j)
@@ -64,7 +64,7 @@ class TestLayout:
         rng = np.random.default_rng(seed)
         sizes = [(int(w), int(h)) for w, h in 2 * rng.integers(10, 100, (40, 2))]
         pairs = {(min(a, b), max(a, b)) for a, b in rng.integers(0, 40, (60, 2)).tolist() if a != b}
-        drawn = draw(sizes, sorted(pairs))
+        drawn = place_items(sizes, sorted(pairs))
 
         assert overlapping(drawn, sizes) == []
         for (a, b), way in drawn.ways.items():
@@ -75,19 +75,19 @@ class TestLayout:
         assert all(x + w <= drawn.width for (x, _), (w, _) in zip(drawn.places, sizes, strict=True))
 
     def test_the_check_sees_what_overlaps(self) -> None:
-        assert overlapping(Drawing(((0, 0), (5, 5)), {}, 0, 0), [(10, 10), (10, 10)]) == [(0, 1)]
+        assert overlapping(Placement(((0, 0), (5, 5)), {}, 0, 0), [(10, 10), (10, 10)]) == [(0, 1)]
 
     def test_cycles_and_parts(self) -> None:
         sizes = [(100, 40)] * 7
-        drawn = draw(sizes, [(0, 1), (1, 2), (2, 0), (3, 4)])
+        drawn = place_items(sizes, [(0, 1), (1, 2), (2, 0), (3, 4)])
         assert overlapping(drawn, sizes) == [] and set(drawn.ways) == {(0, 1), (1, 2), (2, 0), (3, 4)}
 
     def test_nothing_at_all(self) -> None:
-        assert draw([], []) == Drawing((), {}, 0, 0)
+        assert place_items([], []) == Placement((), {}, 0, 0)
 
     def test_long_edges_stay_beside_what_they_pass(self) -> None:
         sizes = [(100, 40)] * 5
-        drawn = draw(sizes, [*chain(5), (0, 4)])
+        drawn = place_items(sizes, [*chain(5), (0, 4)])
         way = drawn.ways[0, 4]
         passed = [(drawn.places[i][0], drawn.places[i][0] + 100) for i in (1, 2, 3)]
         assert len(way) == 2 + 2 * len(passed)
@@ -143,15 +143,15 @@ class TestBlocks:
 
     def test_tables_stand_apart(self) -> None:
         tree = make_blocks([f"a/Op_{i}" for i in range(20)], chain(20), frozenset({0, 3}))
-        assert tree.children[0].name == TABLES and tree.children[0].nodes == [0, 3]
+        assert tree.children[0].name == TIMESTEP_TABLES and tree.children[0].nodes == [0, 3]
         tree = make_blocks([f"n{i}" for i in range(7000)], chain(7000), frozenset(range(100)))
-        assert [child.name for child in tree.children].count(TABLES) == 1 and tree.items > 5
+        assert [child.name for child in tree.children].count(TIMESTEP_TABLES) == 1 and tree.items > 5
         check_tree(tree, 7000)
 
 
 @pytest.fixture(scope="module")
 def graph(hand: Compiled) -> dict[str, Any]:
-    rows = {row["name"]: row for row in inspect_data.verdicts(hand.bundle)}
+    rows = {row["name"]: row for row in inspect_data.verdict_rows(hand.bundle)}
     return read_graph(hand.bundle.model_path, "t", rows, hand.bundle.manifest["islands"])
 
 
@@ -167,7 +167,7 @@ class TestGraph:
         assert [names[v] for v in graph["inputs"]] == ["x", "t"]
 
     def test_kinds(self, graph: dict[str, Any]) -> None:
-        kinds = [KINDS[node["kind"]] for node in graph["nodes"]]
+        kinds = [NODE_KINDS[node["kind"]] for node in graph["nodes"]]
         assert kinds.count("integer") == INTEGER and kinds.count("island") == CONVS - INTEGER
         assert kinds.count("unfused") == 0 and kinds.count("float") >= 3
         assert {n["op"] for n, k in zip(graph["nodes"], kinds, strict=True) if k == "quantize"} == {
@@ -176,9 +176,9 @@ class TestGraph:
         }
 
     def test_a_layer_that_was_not_fused(self, hand: Compiled) -> None:
-        rows = {row["name"]: {**row, "integer": False} for row in inspect_data.verdicts(hand.bundle)}
+        rows = {row["name"]: {**row, "integer": False} for row in inspect_data.verdict_rows(hand.bundle)}
         told = read_graph(hand.bundle.model_path, "t", rows, {})
-        assert [KINDS[node["kind"]] for node in told["nodes"]].count("unfused") == CONVS
+        assert [NODE_KINDS[node["kind"]] for node in told["nodes"]].count("unfused") == CONVS
 
     def test_every_edge_is_drawn_or_leads_out(self, hand: Compiled, tmp_path: Path) -> None:
         bundle, _ = named_bundle(hand.bundle, tmp_path / "named")
@@ -202,7 +202,7 @@ class TestGraph:
         layers = {
             node["name"]: {role: sites[row] for row, role in found}
             for node, found in zip(graph["nodes"], rows, strict=True)
-            if KINDS[node["kind"]] == "integer"
+            if NODE_KINDS[node["kind"]] == "integer"
         }
         assert len(layers) == INTEGER
         for name, told in layers.items():
@@ -226,7 +226,7 @@ class TestGraph:
 class TestData:
     def test_ranges_are_rows_of_the_manifest(self, hand: Compiled) -> None:
         table = made_up_ranges(hand.bundle)
-        told = inspect_data.ranges(hand.bundle, table)
+        told = inspect_data.range_section(hand.bundle, table)
         count = len(hand.bundle.manifest["quantizers"])
         assert {len(told[name]) for name in ("low", "high", "scale", "seen_low", "seen_high")} == {count}
         moving = next(i for i, row in enumerate(told["low"]) if isinstance(row, list))
@@ -235,16 +235,16 @@ class TestData:
         json.dumps(told, allow_nan=False)
 
     def test_ranges_of_another_bundle(self, hand: Compiled, unet: Compiled) -> None:
-        told = inspect_data.ranges(hand.bundle, made_up_ranges(unet.bundle))
+        told = inspect_data.range_section(hand.bundle, made_up_ranges(unet.bundle))
         assert "the manifest lists" in told["note"]
 
     def test_a_bundle_without_ranges(self, hand: Compiled, tmp_path: Path) -> None:
-        assert RANGES in inspect_data.ranges(hand.bundle, None)["note"]
+        assert RANGES in inspect_data.range_section(hand.bundle, None)["note"]
         bare = changed_bundle(hand.bundle, tmp_path / "b", onnx.load(hand.bundle.model_path), quantizers=[])
-        assert inspect_data.ranges(bare, None)["note"] == "nothing in this bundle is quantized"
+        assert inspect_data.range_section(bare, None)["note"] == "nothing in this bundle is quantized"
 
     def test_differences_come_back(self, hand: Compiled) -> None:
-        for row in inspect_data.passes(hand.bundle)["rows"]:
+        for row in inspect_data.passes_section(hand.bundle)["rows"]:
             text = (hand.bundle.path / "passes" / f"{row['number']:03d}_{row['name']}.diff").read_text()
             assert (
                 zlib.decompress(base64.b64decode(row["diff"]["text"])).decode() == text
@@ -255,7 +255,7 @@ class TestData:
     def test_the_four_questions(self, hand: Compiled) -> None:
         cost = {"rows": [{"name": "a", "share": 0.7, "kind": "bits"}, {"name": "b", "share": 0.3, "kind": "-"}]}
         speed = {"call_ms": 1.25, "groups": [{"group": "layout", "nodes": 3, "share": 0.6}]}
-        told = inspect_data.answers(hand.bundle, inspect_data.verdicts(hand.bundle), {"speed": speed, "cost": cost})
+        told = inspect_data.answers(hand.bundle, inspect_data.verdict_rows(hand.bundle), {"speed": speed, "cost": cost})
         kept, slow, changed, error = told
         assert kept["head"] == f"{CONVS - INTEGER} of {CONVS} quantized groups and layers" and any(
             "island" in line for line in kept["lines"]

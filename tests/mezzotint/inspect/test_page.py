@@ -14,9 +14,9 @@ import pytest
 
 from mezzotint import Bundle, compile_model
 from mezzotint.inspect import page as inspect_page
-from mezzotint.inspect.blocks import TABLES
-from mezzotint.inspect.measure import NO_REFERENCE, Wishes, measure
-from mezzotint.inspect.page import json_for_html, page, page_data, write_page
+from mezzotint.inspect.blocks import TIMESTEP_TABLES
+from mezzotint.inspect.measure import NO_REFERENCE, PageOptions, measure_sections
+from mezzotint.inspect.page import json_for_html, page_data, render_page, write_page
 from mezzotint.runtime.bundle.ranges import RANGES, Ranges
 from mezzotint.runtime.errors import InputError
 from tests.helpers.browser import (
@@ -53,11 +53,11 @@ class Made:
 @pytest.fixture(scope="module")
 def made(unet: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A small UNet2DModel with everything measured; its scales are static, so ranges that move are made up."""
-    measured = measure(unet.bundle, Wishes(unet.exported, pictures=2, calls=2, threads=THREADS))
+    measured = measure_sections(unet.bundle, PageOptions(unet.exported, pictures=2, calls=2, threads=THREADS))
     ranges = made_up_ranges(unet.bundle)
     data = page_data(unet.bundle, measured, ranges)
     file = tmp_path_factory.mktemp("page") / "page.html"
-    file.write_text(page(data), encoding="utf-8")
+    file.write_text(render_page(data), encoding="utf-8")
     return Made(file, data, unet.bundle, ranges)
 
 
@@ -120,7 +120,9 @@ class TestPage:
 
     def test_blocks_open_and_close(self, made: Made, shown: Page) -> None:
         blocks = made.data["graph"]["blocks"]
-        inner = next(i for i, b in enumerate(blocks) if b["children"] and b["parent"] == 0 and b["name"] != TABLES)
+        inner = next(
+            i for i, b in enumerate(blocks) if b["children"] and b["parent"] == 0 and b["name"] != TIMESTEP_TABLES
+        )
         shown.locator(".crumbs button").first.click()
         assert shown.locator(".item.block").count() == len(blocks[0]["children"])
         shown.locator(f'.item.block[data-block="{blocks[inner]["path"]}"]').click()
@@ -322,7 +324,7 @@ class TestSafety:
 
     def test_names_are_only_text(self, hostile: Bundle, chromium: Browser, tmp_path: Path) -> None:
         data = page_data(hostile, UNMEASURED, made_up_ranges(hostile))
-        (tmp_path / "page.html").write_text(page(data), encoding="utf-8")
+        (tmp_path / "page.html").write_text(render_page(data), encoding="utf-8")
         with opened(chromium, tmp_path / "page.html") as seen:
             assert seen.page.title().startswith(EVIL) and seen.page.inner_text("h1").startswith(EVIL)
             find(seen.page, f"{data['graph']['nodes'][-1]['name']}")
@@ -334,7 +336,7 @@ class TestSafety:
         self, hostile: Bundle, chromium: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(inspect_page, "json_for_html", json.dumps)
-        (tmp_path / "page.html").write_text(page(page_data(hostile, UNMEASURED)), encoding="utf-8")
+        (tmp_path / "page.html").write_text(render_page(page_data(hostile, UNMEASURED)), encoding="utf-8")
         context = chromium.new_context()
         broken = context.new_page()
         broken.goto((tmp_path / "page.html").as_uri())
@@ -367,7 +369,7 @@ class TestSize:
         data = page_data(bundle, UNMEASURED, made_up_ranges(bundle))
         assert len(data["graph"]["nodes"]) == 8001
         assert max(len(block["items"]) for block in data["graph"]["blocks"]) <= 80
-        (tmp_path / "page.html").write_text(page(data), encoding="utf-8")
+        (tmp_path / "page.html").write_text(render_page(data), encoding="utf-8")
 
         with opened(chromium, tmp_path / "page.html") as seen:
             name = data["graph"]["nodes"][5000]["name"]
@@ -397,7 +399,7 @@ class TestCommand:
     def test_without_a_reference_it_says_what_is_missing(
         self, hand: Compiled, tmp_path: Path, chromium: Browser
     ) -> None:
-        write_page(hand.bundle, tmp_path / "page.html", Wishes(pictures=1, profile=False))
+        write_page(hand.bundle, tmp_path / "page.html", PageOptions(pictures=1, profile=False))
         with opened(chromium, tmp_path / "page.html") as seen:
             assert NO_REFERENCE in seen.page.inner_text("#cost") and NO_REFERENCE in seen.page.inner_text("#pictures")
             assert "--no-profile" in seen.page.inner_text("#graph")
@@ -410,9 +412,9 @@ class TestCommand:
         source = write(hand_written(context="words"), tmp_path / "conditional.onnx")
         given = {"words": np.ones((2, CONTEXT), np.float32)}
         bundle = compile_model(source, tmp_path / "bundle", recipe="w8a8", conditions=given, **SMALL)
-        found = measure(bundle, Wishes(pictures=1, profile=False, threads=THREADS))
+        found = measure_sections(bundle, PageOptions(pictures=1, profile=False, threads=THREADS))
         assert "words" in found["pictures"]["note"]
-        found = measure(bundle, Wishes(pictures=1, conditions=given, threads=THREADS))
+        found = measure_sections(bundle, PageOptions(pictures=1, conditions=given, threads=THREADS))
         assert len(found["pictures"]["rows"]) == 1 and found["speed"]["call_ms"] > 0
 
     def test_a_bundle_that_cannot_be_debugged(self, hand: Compiled) -> None:
@@ -422,7 +424,7 @@ class TestCommand:
             if step["pass"] == "insert_qdq":
                 step.setdefault("options", {})["lowering"] = "premul"
         bundle.manifest["recipe"] = recipe
-        found = measure(bundle, Wishes(hand.exported, pictures=0, profile=False))
+        found = measure_sections(bundle, PageOptions(hand.exported, pictures=0, profile=False))
         assert "premul" in found["cost"]["note"] and "-n 0" in found["pictures"]["note"]
 
     def test_a_reference_that_is_not_there(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
@@ -430,12 +432,12 @@ class TestCommand:
         assert answer.code == 2 and "there is no such float model" in answer.err
         assert not (tmp_path / "p.html").exists()
         with pytest.raises(InputError, match="no such float model"):
-            measure(hand.bundle, Wishes(tmp_path / "no.onnx"))
+            measure_sections(hand.bundle, PageOptions(tmp_path / "no.onnx"))
 
     def test_a_place_where_no_file_can_be_is_told_before_anything_is_measured(
         self, hand: Compiled, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(inspect_page, "measure", None)
+        monkeypatch.setattr(inspect_page, "measure_sections", None)
         (tmp_path / "file").write_text("")
         for place, words in ((tmp_path, "a folder of that name"), (tmp_path / "file" / "p.html", "cannot write there")):
             answer = cli("inspect", hand.bundle.path, "--html", place)
@@ -464,5 +466,5 @@ class TestCommand:
             assert answer.code == 2 and f"{option} is for the page" in answer.err
 
     def test_twice_the_same(self, hand: Compiled) -> None:
-        data = [page(page_data(hand.bundle, UNMEASURED, made_up_ranges(hand.bundle))) for _ in range(2)]
+        data = [render_page(page_data(hand.bundle, UNMEASURED, made_up_ranges(hand.bundle))) for _ in range(2)]
         assert data[0] == data[1]

@@ -1,0 +1,60 @@
+"""The reference: the float ONNX model that a bundle was compiled from, as a network and as a graph."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.frontend.from_onnx import import_onnx
+from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.session import Denoiser
+
+
+class Reference:
+    """The float .onnx file of a bundle. Nothing is read before it is needed, and the network is opened once."""
+
+    def __init__(self, bundle: Bundle, path: str | Path, *, threads: int | None = None) -> None:
+        self.path = Path(path)
+        self._bundle, self._threads = bundle, threads
+
+    def check(self) -> None:
+        """Raise InputError when there is no such file."""
+        if not self.path.is_file():
+            raise InputError(
+                "there is no such float model",
+                where=str(self.path),
+                hint="write it with `mezzotint export MODEL -o FILE.onnx`, from the model that the bundle was made of",
+            )
+
+    @cached_property
+    def network(self) -> Denoiser:
+        """The session, opened at the first use and kept until `close`."""
+        return Denoiser(self.path, self._bundle.signature, threads=self._threads)
+
+    def close(self) -> None:
+        """Drop the session: its memory is free once no caller holds the network."""
+        self.__dict__.pop("network", None)
+
+    def program(self, folder: Path) -> Program:
+        """Import the graph with the bundle's signature, schedule and deployment; `folder` receives the weights.
+
+        Raises ModelError, SignatureError.
+        """
+        signature = self._bundle.signature
+        return import_onnx(
+            self.path,
+            folder,
+            schedule=self._bundle.schedule,
+            deployment=self._bundle.deployment,
+            inputs={"sample": signature.sample, "timestep": signature.timestep},
+            output=signature.output,
+            prediction=signature.prediction,
+            size=self._bundle.sample_shape[1:],
+        )
+
+    def has_weights_of(self, program: Program) -> bool:
+        """Return whether an imported program has the weights that the bundle was compiled from."""
+        compiled_from = self._bundle.manifest["source"].get("weights_sha256")
+        return bool(program.source.get("weights_sha256") == compiled_from)

@@ -1,0 +1,48 @@
+"""The result of `mezzotint eval`, as it is kept in eval.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A bundle compared with its float model. Fields are plain data; their order is that of the JSON.
+
+    `key` has everything that the numbers depend on. A metric without a value has a `why`. `speed` and `memory` are None
+    where they were not measured.
+    """
+
+    key: Json
+    bundle: Json
+    reference: Json
+    deployment: str
+    pictures: int
+    seed: int
+    correction: bool
+    features: Json | None
+    onnxruntime: str
+    metrics: Mapping[str, Json]
+    eps_sqnr_db_per_step: Sequence[Json]
+    worst_step: int
+    size: Json
+    kernels: Json
+    speed: Json | None
+    memory: Json | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def load(cls, file: Path) -> Evaluation | None:
+        """Return the evaluation of a file, None where the file is missing or holds something else."""
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
