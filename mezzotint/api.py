@@ -118,7 +118,7 @@ def compile_model(
             cache=None if cache is None else Path(cache).absolute(),
         )
         check_conditions(program, context)
-        program = pipeline.run(
+        program = pipeline.run_passes(
             program,
             chosen.passes,
             context,

@@ -21,7 +21,7 @@ from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import is_constant, name_of
 from mezzotint.compiler.graph.ops import Layer, layers
-from mezzotint.compiler.scales.ranges import Method, check_percentile, range_of
+from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, range_of
 from mezzotint.compiler.scales.weights import WeightMethod, weight_format, weight_quantizer
 
 
@@ -32,7 +32,7 @@ class ChooseScales(Pass):
     `weight_bits`: 2 and 4 are what the file spends on them, too; 3 are stored in 4, and 5 to 7 in 8.
     """
 
-    activations: Method = "percentile"
+    activations: RangeMethod = "percentile"
     weights: WeightMethod = "mse"
     percentile: float = 99.999
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8

@@ -37,7 +37,7 @@ from mezzotint.compiler.correction.channel_means import ChannelMeans, with_means
 from mezzotint.compiler.correction.trial import judged
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import Builder, Names, is_op, name_of
-from mezzotint.compiler.graph.scopes import TABLES
+from mezzotint.compiler.graph.scopes import TABLES_SCOPE
 from mezzotint.compiler.lowering.qdq import dequantizer
 from mezzotint.compiler.scales.timetable import deployed_rows, lookup, nearest_row_of_timestep, step_index
 from mezzotint.runtime.arrays import Doubles
@@ -150,7 +150,7 @@ def _attentions(program: Program) -> list[_Attention]:
 
 def _look_up(program: Program, names: Names, betas: Sequence[Doubles]) -> list[ir.Value]:
     """The betas `[heads]` of the call at hand: one lookup for all of them."""
-    build = Builder(program.graph, names, program.graph[0], scope=TABLES)
+    build = Builder(program.graph, names, program.graph[0], scope=TABLES_SCOPE)
     row_of = nearest_row_of_timestep(program)
     row = step_index(build, program, row_of, "softmax")
     table = np.concatenate(betas, axis=1).astype(np.float32)

@@ -24,7 +24,7 @@ from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph.nodes import DEFAULT_DOMAINS, Builder, Names, consumers, name_of, remove_dead, replace_use
-from mezzotint.compiler.graph.scopes import TABLES
+from mezzotint.compiler.graph.scopes import TABLES_SCOPE
 from mezzotint.compiler.graph.topology import time_branch
 from mezzotint.compiler.scales.timetable import deployed_rows, nearest_row_of_timestep, step_index
 from mezzotint.runtime.signature import Timestep
@@ -51,7 +51,7 @@ class FreezeTime(GraphPass):
         frontier = [v for v in frontier if not _open(v) or tables[name_of(v)].shape[1] == (program.fixed_batch or 1)]
         graph = program.graph
         names = Names(graph)
-        build = Builder(graph, names, graph[0], scope=TABLES)
+        build = Builder(graph, names, graph[0], scope=TABLES_SCOPE)
         row = step_index(build, program, nearest_row_of_timestep(program), "time")
         for value in frontier:
             _replace(build, names, program, value, tables[name_of(value)], row)

@@ -43,7 +43,7 @@ from mezzotint.compiler.graph.nodes import (
 )
 from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table
 from mezzotint.compiler.graph.require import required
-from mezzotint.compiler.graph.scopes import TABLES
+from mezzotint.compiler.graph.scopes import TABLES_SCOPE
 from mezzotint.compiler.scales.timetable import deployed_rows, group_of_train, lookup, step_index
 
 STORED_BITS = 8  # every format is stored in whole bytes
@@ -220,7 +220,7 @@ class _Writer:
 
 def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
     """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep."""
-    build = Builder(program.graph, names, program.graph[0], scope=TABLES)
+    build = Builder(program.graph, names, program.graph[0], scope=TABLES_SCOPE)
     row = step_index(build, program, group_of_train(program), "group")
     found: dict[int, tuple[ir.Value, ir.Value]] = {}
     for stem, axis_free in (("", True), ("channel_", False)):

@@ -35,7 +35,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import name_of
-from mezzotint.compiler.scales.ranges import Method, check_percentile, range_of
+from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, range_of
 from mezzotint.compiler.scales.row_inputs import find_tables, replace_tables, stacked, table_quantizers, with_row_inputs
 from mezzotint.runtime.arrays import Floats, Integers
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -46,7 +46,7 @@ from mezzotint.runtime.signature import Images, Timestep
 class SettleScales(Pass):
     """`activations` and `percentile` as in step_scales, whose tables get new rows."""
 
-    activations: Method = "percentile"
+    activations: RangeMethod = "percentile"
     percentile: float = 99.999
 
     needs: ClassVar[frozenset[str]] = frozenset({"qdq", "tables"})

@@ -34,7 +34,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Summary
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.scales.ranges import Method, check_percentile, expected_error, range_of
+from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, expected_error, range_of
 from mezzotint.compiler.scales.tdq import learned_ranges
 from mezzotint.runtime.arrays import Floats, Integers
 
@@ -51,7 +51,7 @@ class StepScales(Pass):
     better pictures than the measured ranges. `zero_point`: one for each row, or one for all.
     """
 
-    activations: Method = "percentile"
+    activations: RangeMethod = "percentile"
     percentile: float = 99.999
     gain: float = 0.2
     source: Literal["measured", "learned"] = "measured"

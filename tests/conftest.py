@@ -64,7 +64,7 @@ def check_golden(request: pytest.FixtureRequest, context: Context) -> Check:
         model = model if raw else infer_shapes(model)
         program = program_of(model, shape=shape, num_train=6, steps=3, conditions=tuple(given))
         program = prepare(program) if prepare is not None else program
-        after = pipeline.run(program, [step], replace(context, conditions=given))
+        after = pipeline.run_passes(program, [step], replace(context, conditions=given))
         golden.compare(step.name, case, after.model, update=bool(request.config.getoption("--update-golden")))
         x = np.zeros((2, *shape), np.float32)
         with Executor(after.model, context.folder, threads=2) as executor:

@@ -222,13 +222,13 @@ CLEAN = {
     "compiler/graph/topology.py": "import networkx as nx",
     "compiler/frontend/__init__.py": '"""Front ends."""',
     "compiler/frontend/from_torch.py": "def run():\n    import torch.export, diffusers\n"
-    "    from ..graph.nodes import text",
+    "    from ..graph.nodes import model_text",
     "passes/__init__.py": "",
     "passes/normalize.py": "import onnx_ir\nfrom mezzotint.compiler.graph import nodes",
     "passes/recipes/__init__.py": '"""Recipes."""',
     "passes/recipes/catalog.py": "from ..normalize import Normalize",
     "passes/recipes/files.py": "import yaml\nfrom .catalog import RECIPES",
-    "mezzotint/__init__.py": "def load():\n    import torch\n    from mezzotint.compiler.graph.nodes import text",
+    "mezzotint/__init__.py": "def load():\n    import torch\n    from mezzotint.compiler.graph.nodes import model_text",
     "tests/test_tables.py": "import torch\nfrom mezzotint.runtime import tables",
     "tools/bench.py": "import onnxruntime\nfrom mezzotint.compiler.graph import nodes",
 }
@@ -345,7 +345,7 @@ def test_a_planted_arrow_is_reported(tmp_path: Path, name: str, line: str, probl
     assert wrong_arrows(plant(tmp_path, {name: line}), CLEAN_ARROWS) == [problem]
 
 
-@pytest.mark.parametrize("lazily", ["from .nodes import text", "def f():\n    from . import nodes"])
+@pytest.mark.parametrize("lazily", ["from .nodes import model_text", "def f():\n    from . import nodes"])
 def test_a_planted_ring_of_files_is_reported(tmp_path: Path, lazily: str) -> None:
     files = {NODES: "from .ops import traits", "compiler/graph/ops.py": lazily}
     ring = "compiler/graph/nodes.py -> compiler/graph/ops.py -> compiler/graph/nodes.py"

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=4, help="calibration samples of the passes that run the model")
     args = parser.parse_args(argv)
     try:
-        program, pending = snapshot.load(args.folder)
+        program, pending = snapshot.load_program(args.folder)
         passes = [make_pass(p["pass"], p["options"]) for p in pending[: args.only]]
         with progress() as report:
             context = pipeline.Context(
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress=report,
             )
             dump = None if args.dump is None else pipeline.Dump(args.dump, models=True)
-            done = pipeline.run(program, passes, context, dump=dump)
+            done = pipeline.run_passes(program, passes, context, dump=dump)
     except MezzotintError as error:
         print_error(error)
         return 2

@@ -33,7 +33,7 @@ from ..core.execute import Executor, Feeds
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..graph.nodes import Builder, Names, name_of, numpy_of
-from ..scales.weights import rounded
+from ..scales.weights import rounded_weight
 from .simulate import Scene, Simulator, signal
 from .units import FLOAT, Choice, Unit, WeightQuantizers
 
@@ -85,7 +85,7 @@ class Profiler:
 
     def rounded(self, unit: Unit, bits: int) -> npt.NDArray[np.float32]:
         assert unit.weight is not None
-        return rounded(numpy_of(unit.weight), self.quantizers(unit.layers[0], bits))
+        return rounded_weight(numpy_of(unit.weight), self.quantizers(unit.layers[0], bits))
 
     def simulator(self) -> Simulator:
         return Simulator(

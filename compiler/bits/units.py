@@ -16,7 +16,7 @@ from ..core.pipeline import Context
 from ..core.program import Plan, Program, Quantizer, Site
 from ..graph.nodes import Builder, Names, name_of, numpy_of
 from ..graph.ops import Layer, float_reason
-from ..scales.weights import WeightMethod, rounded, weight_format, weight_quantizer
+from ..scales.weights import WeightMethod, rounded_weight, weight_format, weight_quantizer
 
 FLOAT_BITS = 32
 RowBits = npt.NDArray[np.int8]
@@ -238,7 +238,7 @@ def quantized_model(program: Program, units: Sequence[Unit], plan: Plan) -> ir.M
 def _lazily(weight: ir.Value, quantizer: Quantizer) -> ir.LazyTensor:
     assert weight.shape is not None
     return ir.LazyTensor(
-        lambda: ir.tensor(rounded(numpy_of(weight), quantizer)),
+        lambda: ir.tensor(rounded_weight(numpy_of(weight), quantizer)),
         dtype=ir.DataType.FLOAT,
         shape=ir.Shape(weight.shape.numpy()),
         name=weight.name,

@@ -29,7 +29,7 @@ from ..errors import StatsError
 from ..graph import nodes as graph
 from ..graph import weight_store as store
 
-FACTS = "stats.json"
+STATS_FILE = "stats.json"
 
 
 def measured_once(
@@ -44,7 +44,7 @@ def measured_once(
     entry = context.cache / f"stats-{_key(program, context, options)}"
     if entry.exists():
         try:
-            return snapshot.load_stats(json.loads((entry / FACTS).read_text(encoding="utf-8")), entry), True
+            return snapshot.load_stats(json.loads((entry / STATS_FILE).read_text(encoding="utf-8")), entry), True
         except (OSError, ValueError, KeyError) as error:
             raise StatsError(
                 f"statistics in the cache cannot be read: {error}", where=str(entry), hint="delete this folder"
@@ -58,7 +58,9 @@ def _keep(stats: Stats, entry: Path) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     try:
-        (partial / FACTS).write_text(json.dumps(snapshot.save_stats(stats, partial)), encoding="utf-8", newline="\n")
+        (partial / STATS_FILE).write_text(
+            json.dumps(snapshot.save_stats(stats, partial)), encoding="utf-8", newline="\n"
+        )
         if not entry.exists():  # somebody else may have measured the same meanwhile
             partial.rename(entry)
     finally:

@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats, Integers
 
-"""Stored grid points: int8 or uint8."""
-
 # A scale this small would make int32 biases overflow; a tensor that is all zeros gets it.
 SMALLEST_SCALE = np.float32(1e-10)
 

@@ -1,4 +1,4 @@
-"""Pass, Recipe, run(): order check, clone, verify, time, dump, reproducer."""
+"""Pass, Recipe, run_passes(): order check, clone, verify, time, dump, reproducer."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Dump:
     models: bool = False
 
 
-def run(
+def run_passes(
     program: Program,
     passes: Sequence[Pass],
     context: Context,
@@ -168,7 +168,7 @@ def run(
     On failure the program before the failing pass is saved to `reproducer`, for `tools/replay.py`.
     """
     checker = verify.ExactChecker(context.folder, threads=context.threads, seed=context.seed)
-    before = graph.text(program.model)
+    before = graph.model_text(program.model)
     if dump:
         _dump(dump, len(program.history), "imported", program, before, "", context)
     for i, step in enumerate(passes):
@@ -178,10 +178,10 @@ def run(
         except Exception as error:
             _explain(error, program, step, passes[i:], reproducer)
             raise
-        after = graph.text(after_program.model)
+        after = graph.model_text(after_program.model)
         if dump:
             number = len(after_program.history)
-            _dump(dump, number, step.name, after_program, after, graph.diff(before, after, step.name), context)
+            _dump(dump, number, step.name, after_program, after, graph.text_diff(before, after, step.name), context)
         program, before = after_program, after
     context.progress("passes", len(passes), len(passes))
     return program
@@ -209,7 +209,7 @@ def _explain(error: Exception, program: Program, step: Pass, rest: Sequence[Pass
     history = " -> ".join([*(r.name for r in program.history), step.name])
     hint = None
     if reproducer is not None:
-        snapshot.save(program, reproducer, pending=[{"pass": p.name, "options": p.options()} for p in rest])
+        snapshot.save_program(program, reproducer, pending=[{"pass": p.name, "options": p.options()} for p in rest])
         hint = f"run it again with: python tools/replay.py {reproducer}"
     if isinstance(error, PassError):
         error.where, error.hint = f"{error.where or step.name} (history: {history})", error.hint or hint

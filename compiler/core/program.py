@@ -30,7 +30,7 @@ __all__ = ["Lowering", "Plan", "Program", "Quantizer", "Record", "Schedule", "Si
 Lowering = Literal["qdq", "integer", "premul"]
 """The forms of a quantized graph that a target can get: one file each in compiler/lowering."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, order=True)
@@ -191,7 +191,7 @@ class Program:
         """Return the timesteps of the tables in the graph. Raise PassError when there are no tables."""
         return self._require(self.frozen, "timestep tables", "freeze_time")
 
-    def _require(self, thing: T | None, what: str, giver: str) -> T:
+    def _require(self, thing: _T | None, what: str, giver: str) -> _T:
         if thing is None:
             raise PassError(
                 f"the program has no {what}, which {giver} gives",

@@ -34,7 +34,7 @@ from .stats import Stats, Summary
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = ()) -> None:
+def save_program(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write a program, and the passes it still has before it, to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     home = home_of(program.model)
@@ -67,8 +67,8 @@ def save(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = 
     (folder / "program.json").write_text(json.dumps(data, indent=1), encoding="utf-8", newline="\n")
 
 
-def load(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
-    """The program that `save` wrote, and the passes that were still to run. Raises ModelError."""
+def load_program(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
+    """The program that `save_program` wrote, and the passes that were still to run. Raises ModelError."""
     try:
         data = json.loads((folder / "program.json").read_text(encoding="utf-8"))
         model = ir.load(folder / "program.onnx")

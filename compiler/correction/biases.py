@@ -20,7 +20,7 @@ from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, replace_use
 from ..graph.ops import Layer, layers, time_table
 from ..lowering.qdq import INT32_LIMIT, dequantizer
-from ..scales.timetable import rows_of
+from ..scales.timetable import rows_and_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class QuantizedLayer:
         """Whether a bias, in the form of `values`, is an int32 at the scale that the kernel accumulates in."""
         x, w = (dequantizer(v) for v in self.node.inputs[:2])
         assert x is not None and w is not None and x.inputs[1] is not None and w.inputs[1] is not None
-        finest = rows_of(x.inputs[1])[0].astype(np.float64).min() * numpy_of(w.inputs[1]).astype(np.float64)
+        finest = rows_and_index(x.inputs[1])[0].astype(np.float64).min() * numpy_of(w.inputs[1]).astype(np.float64)
         return bool(np.all(np.abs(values) <= INT32_LIMIT * finest))
 
     def with_bias(self, graph: ir.Graph, names: Names, values: Doubles) -> QuantizedLayer:

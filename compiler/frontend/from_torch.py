@@ -30,7 +30,7 @@ from ..core.program import Program
 from ..core.verify import relative_difference
 from ..errors import ModelError
 from .from_onnx import finish_import
-from .torch_example import SUPPORTED, Denoiser, Example, example_of, quiet_exporter, unsupported
+from .torch_example import SUPPORTED, Example, PositionalModel, example_of, quiet_exporter, unsupported
 
 OPSET = 21
 OUTPUT = "out_sample"
@@ -172,7 +172,7 @@ def _torch_outputs(model: torch.nn.Module, example: Example, schedule: Schedule)
     return outputs
 
 
-def _export(denoiser: Denoiser, example: Example) -> tuple[ir.Model, str]:
+def _export(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str]:
     exported = _export_fx(denoiser, example)
     with quiet_exporter():
         program = torch.onnx.export(
@@ -187,7 +187,7 @@ def _export(denoiser: Denoiser, example: Example) -> tuple[ir.Model, str]:
     return program.model, _readable(exported)
 
 
-def _export_fx(denoiser: Denoiser, example: Example) -> torch.export.ExportedProgram:
+def _export_fx(denoiser: PositionalModel, example: Example) -> torch.export.ExportedProgram:
     """With open height and width, or, where the model's arithmetic forbids that, with the example's."""
     batch = torch.export.Dim("batch", max=63)
     height, width = torch.export.Dim("height", min=1, max=512), torch.export.Dim("width", min=1, max=512)

@@ -19,7 +19,7 @@ DIT = "DiTTransformer2DModel"
 SUPPORTED = ("UNet2DModel", "UNet2DConditionModel", DIT)
 
 
-class Denoiser(torch.nn.Module):
+class PositionalModel(torch.nn.Module):
     """A diffusers model behind positional inputs, as torch.export wants them."""
 
     def __init__(self, model: torch.nn.Module, names: tuple[str, ...], channels: int | None) -> None:
@@ -53,8 +53,8 @@ class Example:
     def sample(self) -> str:
         return next(iter(self.tensors))
 
-    def denoiser(self, model: torch.nn.Module) -> Denoiser:
-        return Denoiser(model, tuple(self.tensors), self.channels)
+    def denoiser(self, model: torch.nn.Module) -> PositionalModel:
+        return PositionalModel(model, tuple(self.tensors), self.channels)
 
 
 @contextmanager

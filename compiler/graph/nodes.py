@@ -185,14 +185,14 @@ def counts(graph: ir.Graph) -> Counter[str]:
     return Counter(n.op_type if n.domain in DEFAULT_DOMAINS else f"{n.domain}.{n.op_type}" for n in graph)
 
 
-def text(model: ir.Model) -> str:
+def model_text(model: ir.Model) -> str:
     """The model as ONNX text without the contents of its initializers, one of them a line."""
     raw = ir.to_onnx_text(model, exclude_initializers=True)
     head, brace, body = raw.partition("\n{")
     return re.sub(r", (?=\w+(?:\[[^]]*\])? [\"\w])", ",\n      ", head) + brace + body
 
 
-def diff(before: str, after: str, name: str) -> str:
+def text_diff(before: str, after: str, name: str) -> str:
     """Unified diff of two texts, without context; empty when they are equal."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "before", f"after {name}", lineterm="", n=0)
     return "\n".join(lines)

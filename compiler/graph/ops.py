@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from .nodes import consumers, is_constant, is_op, known_ints, name_of
 
-Kind = Literal["conv", "linear", "attention"]
+LayerKind = Literal["conv", "linear", "attention"]
 
 # Data movers for which quantizing before or after gives the same numbers, and that run on 8-bit data.
 MOVERS = ("Transpose", "Reshape", "Resize", "Squeeze", "Unsqueeze", "Flatten")
@@ -31,7 +31,7 @@ class Layer:
     """
 
     node: ir.Node
-    kind: Kind
+    kind: LayerKind
     activations: tuple[ir.Value, ...]
     weight: ir.Value | None
     weight_axis: int | None

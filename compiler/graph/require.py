@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from ..errors import PassError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def required(thing: T | None, what: str, where: ir.Node | ir.Value | str | None = None) -> T:
+def required(thing: _T | None, what: str, where: ir.Node | ir.Value | str | None = None) -> _T:
     """Return `thing` when there is one. Raise PassError, saying that `what` is missing at `where`, when it is None."""
     if thing is None:
         raise PassError(f"{what} is missing", where=_place(where))

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 SEPARATOR = "/"
-TABLES = "tables"  # where the rows of the timestep are looked up
-CONSTANTS = "constants"  # where weights and tables are unpacked
+TABLES_SCOPE = "tables"  # where the rows of the timestep are looked up
+CONSTANTS_SCOPE = "constants"  # where weights and tables are unpacked
 
 
 def scope_of(node: ir.Node) -> str:

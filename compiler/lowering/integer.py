@@ -31,7 +31,7 @@ import onnx_ir as ir
 from ..core.program import Program
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
 from ..graph.ops import time_table
-from ..scales.timetable import group_of_row, lookup, rows_of
+from ..scales.timetable import group_of_row, lookup, rows_and_index
 from . import qdq as lower_qdq
 from .layout import hide_ranks, split_biases
 
@@ -94,8 +94,8 @@ def _middle(zero: ir.Value) -> npt.NDArray[Any]:
 
 def _shift(scale: ir.Value, zero: ir.Value) -> tuple[npt.NDArray[np.float64], ir.Value | None]:
     """What a bias has to add so that zero points per channel come out of a kernel that has the middle for all."""
-    rows, index = rows_of(scale)
-    zeros, _ = rows_of(zero)
+    rows, index = rows_and_index(scale)
+    zeros, _ = rows_and_index(zero)
     return (zeros.astype(np.float64) - float(_middle(zero))) * rows.astype(np.float64), index
 
 
@@ -180,7 +180,7 @@ class _Writer:
             table, row = numpy_of(timed[0]).astype(np.float64), timed[1]
         else:
             table, row = np.zeros((1, 1)) if group.bias is None else numpy_of(group.bias)[None].astype(np.float64), None
-        scales, index = rows_of(x_scale)
+        scales, index = rows_and_index(x_scale)
         parts = [(scales[:, None].astype(np.float64), index), shift or (np.zeros((1, 1)), None)]
         if timed:
             parts = [(r if index is None else r[group_of_row(self.program)], None) for r, index in parts]

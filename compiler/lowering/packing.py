@@ -33,7 +33,7 @@ import onnx_ir as ir
 from mezzotint.runtime.arrays import Integers
 
 from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
-from ..graph.scopes import CONSTANTS
+from ..graph.scopes import CONSTANTS_SCOPE
 
 INT4_OPSET, INT4_IR = 21, 10
 # A node takes 150 to 250 bytes of the file, mostly names, and a moment of each start: what saves less is not worth it.
@@ -159,7 +159,7 @@ class _Packer:
 
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
-        self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS)
+        self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS_SCOPE)
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
 
     def weight(self, value: ir.Value, axis: int) -> None:

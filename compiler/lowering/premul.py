@@ -31,7 +31,7 @@ from ..core.formats import Format, scale_for_range
 from ..core.program import Program
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_use
 from ..graph.ops import time_table
-from ..scales.timetable import group_of_row, lookup, rows_of
+from ..scales.timetable import group_of_row, lookup, rows_and_index
 from . import qdq as lower_qdq
 from .qdq import dequantizer
 
@@ -74,7 +74,7 @@ def _pair_behind(quantize: ir.Node) -> Iterator[ir.Node]:
 
 def _rows(parameter: ir.Value | None) -> Rows:
     assert parameter is not None  # insert_qdq writes scale and zero point everywhere
-    return rows_of(parameter)[0]
+    return rows_and_index(parameter)[0]
 
 
 class _Writer:
@@ -246,7 +246,7 @@ class _Writer:
         for inverse, scales in self._waiting:
             product = np.prod([_ratio(s) for s in scales], axis=0)
             columns.append(1 / product if inverse else product)
-        indices = {rows_of(s)[1] for _, scales in self._waiting for s in scales}
+        indices = {rows_and_index(s)[1] for _, scales in self._waiting for s in scales}
         (row,) = indices
         assert row is not None
         producer = row.producer()

@@ -16,8 +16,8 @@ from ..core.formats import Format
 from ..core.stats import Summary
 from ..errors import RecipeError
 
-Method = Literal["minmax", "percentile", "mse"]
-SHRINKS = np.linspace(1.0, 0.2, 81)
+RangeMethod = Literal["minmax", "percentile", "mse"]
+RANGE_SHRINKS = np.linspace(1.0, 0.2, 81)
 
 
 def check_percentile(percentile: float, where: str) -> None:
@@ -28,7 +28,7 @@ def check_percentile(percentile: float, where: str) -> None:
         )
 
 
-def range_of(summary: Summary, method: Method, percentile: float, fmt: Format) -> tuple[float, float]:
+def range_of(summary: Summary, method: RangeMethod, percentile: float, fmt: Format) -> tuple[float, float]:
     """(low, high) of a summary by one of the methods; `percentile` is in percent."""
     if method == "minmax":
         return summary.low, summary.high
@@ -42,7 +42,7 @@ def least_error_range(summary: Summary, fmt: Format) -> tuple[float, float]:
     """The shrunk range with the least expected squared quantization error over a summary."""
     bottom, top = min(summary.low, 0.0), max(summary.high, 0.0)
     best, best_error = (bottom, top), np.inf
-    for shrink in SHRINKS:
+    for shrink in RANGE_SHRINKS:
         candidate = (bottom * shrink, top * shrink)
         error = expected_error(summary, *candidate, fmt)
         if error < best_error:

@@ -100,7 +100,7 @@ def lookup(
     return build.split(gathered, sizes, f"{stem}_part")
 
 
-def rows_of(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
+def rows_and_index(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
     """A scale or zero point as rows `[groups]`, or `[groups, C]` of a per-channel one, with the index of the row.
 
     A constant one is one row, `[1]` or `[1, C]`, without an index. Follows `lookup` backwards:

@@ -38,7 +38,7 @@ def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -
     return Quantizer(fmt, scale, zero, by, axis=layer.weight_axis)
 
 
-def rounded(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Floats:
+def rounded_weight(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Floats:
     """A weight as its quantizer leaves it: rounded to the nearest grid point, in float."""
     q = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.grid, quantizer.axis)
     return dequantize(q, quantizer.scale, quantizer.zero_point, quantizer.axis)

@@ -137,7 +137,7 @@ def test_calls_that_are_all_the_same_weigh_the_same() -> None:
 
 @pytest.fixture
 def program(context: Context) -> Program:
-    return pipeline.run(tiny_program(steps=5), [Normalize()], context)
+    return pipeline.run_passes(tiny_program(steps=5), [Normalize()], context)
 
 
 def allotted(program: Program, context: Context, **options: Any) -> tuple[int, ...]:
@@ -177,7 +177,7 @@ def test_the_feature_of_a_real_unet_is_in_its_middle_block(unet: Compiled, conte
     schedule: Schedule = short_schedule()
     deployment = Deployment.of(schedule, "ddim", 3)
     program = import_onnx(unet.exported, context.folder, schedule=schedule, deployment=deployment, size=(8, 8))
-    program = pipeline.run(program, [Normalize(), FreezeTime()], context)
+    program = pipeline.run_passes(program, [Normalize(), FreezeTime()], context)
     name = middle_feature(program, context)
     nodes = list(program.graph)
     reader = next(layer.node for layer in layers(program.graph) if name in [v.name for v in layer.activations])
@@ -194,10 +194,10 @@ def test_the_feature_of_a_real_unet_is_in_its_middle_block(unet: Compiled, conte
 def test_calls_without_samples_are_refused_by_whoever_needs_them(program: Program, context: Context) -> None:
     empty = AllocateSteps(method="skewed", mean=0.0, deviation=0.1, share=0.2).run(program, context)
     assert empty.allocation[0] == 0
-    measured = pipeline.run(empty, [Observe(groups=0), ChooseScales()], context)
+    measured = pipeline.run_passes(empty, [Observe(groups=0), ChooseScales()], context)
     with pytest.raises(StatsError, match=r"were never calibrated: 800 \(nearest calibrated: "):
         GroupSteps().run(measured, context)
-    static = pipeline.run(empty, [Observe(), ChooseScales()], context)
+    static = pipeline.run_passes(empty, [Observe(), ChooseScales()], context)
     assert static.plan is not None  # one scale for all calls can be had from any of them
 
 

@@ -41,11 +41,11 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 @pytest.fixture(scope="module")
 def planned(here: Context) -> Program:
-    return pipeline.run(tiny_program(), [Normalize(), Observe(), ChooseScales()], here)
+    return pipeline.run_passes(tiny_program(), [Normalize(), Observe(), ChooseScales()], here)
 
 
 def assigned(program: Program, context: Context, **options: Any) -> Program:
-    return pipeline.run(program, [AssignBits(**{**QUICK, **options})], context)
+    return pipeline.run_passes(program, [AssignBits(**{**QUICK, **options})], context)
 
 
 def widths(program: Program) -> dict[str, tuple[int, int]]:
@@ -133,7 +133,7 @@ def test_a_loose_budget_leaves_layers_in_float(planned: Program, here: Context) 
     chosen = [name for name, reason in after.plan.islands.items() if reason.startswith("assign_bits:")]
     assert chosen
     assert 0.3 < report_of(after)["chosen"]["takes"] <= 0.7
-    quantized = pipeline.run(after, [InsertQdq(islands=())], here)
+    quantized = pipeline.run_passes(after, [InsertQdq(islands=())], here)
     assert quantized.plan is not None
     assert {name: quantized.plan.islands[name] for name in chosen} == dict.fromkeys(
         chosen, "assign_bits: worth more in float"
@@ -157,7 +157,7 @@ def test_latency_buys_float_layers_and_attention_counts(planned: Program, here: 
 
 def test_bit_operations_with_narrow_activations_and_tables(here: Context) -> None:
     steps = [Normalize(), make_pass("freeze_time"), Observe(groups=0), ChooseScales(), GroupSteps(), StepScales()]
-    program = pipeline.run(tiny_program(), steps, here)
+    program = pipeline.run_passes(tiny_program(), steps, here)
     after = assigned(program, here, bops=0.6, activation_widths=(6, 8))
     assert after.plan is not None
     assert report_of(after)["chosen"]["takes"] <= 0.6
@@ -182,8 +182,8 @@ def test_the_same_twice_and_a_snapshot_keeps_it(planned: Program, here: Context,
     one, two = (assigned(planned, here, mean_bits=5.0) for _ in range(2))
     assert one.plan is not None and two.plan is not None
     assert one.plan.report == two.plan.report and widths(one) == widths(two)
-    snapshot.save(one, tmp_path / "saved")
-    loaded, _ = snapshot.load(tmp_path / "saved")
+    snapshot.save_program(one, tmp_path / "saved")
+    loaded, _ = snapshot.load_program(tmp_path / "saved")
     assert loaded.plan is not None
     assert loaded.plan.report == report_of(one) and loaded.plan.islands == one.plan.islands
     assert widths(loaded) == widths(one)
@@ -231,7 +231,7 @@ def test_the_bundle_tells_it(
     planned: Program, here: Context, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = replace(planned, source={"kind": "test", "name": "tiny", "parameter_bytes": 1})
-    program = pipeline.run(assigned(named, here, mean_bits=5.5), [InsertQdq()], here)
+    program = pipeline.run_passes(assigned(named, here, mean_bits=5.5), [InsertQdq()], here)
     facts = {
         "mezzotint": "test",
         "recipe": {"name": "test", "description": "bits"},

@@ -25,7 +25,7 @@ from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.lowering import qdq as lower_qdq
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights, rows_of
-from mezzotint.compiler.scales.weights import rounded
+from mezzotint.compiler.scales.weights import rounded_weight
 from mezzotint.passes.assign_bits import AssignBits
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.clean_qdq import CleanQdq
@@ -59,17 +59,17 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 @pytest.fixture(scope="module")
 def planned(here: Context) -> Program:
-    return pipeline.run(tiny_program(), [Normalize(), Observe(), ChooseScales()], here)
+    return pipeline.run_passes(tiny_program(), [Normalize(), Observe(), ChooseScales()], here)
 
 
 @pytest.fixture(scope="module")
 def assigned(planned: Program, here: Context) -> Program:
-    return pipeline.run(planned, [AssignBits(**ROWS)], here)
+    return pipeline.run_passes(planned, [AssignBits(**ROWS)], here)
 
 
 @pytest.fixture(scope="module")
 def inserted(assigned: Program, here: Context) -> Program:
-    return pipeline.run(assigned, INSERT, here)
+    return pipeline.run_passes(assigned, INSERT, here)
 
 
 def report_of(program: Program) -> Any:
@@ -99,7 +99,7 @@ def mean_bits(program: Program) -> float:
 
 @pytest.mark.parametrize("options", [{}, {"score": "hawq"}, {"scope": "layer"}, {"order": "kurtosis"}, {"parts": 3}])
 def test_the_budget_is_kept_and_told(planned: Program, here: Context, options: dict[str, Any]) -> None:
-    after = pipeline.run(planned, [AssignBits(**{**ROWS, **options})], here)
+    after = pipeline.run_passes(planned, [AssignBits(**{**ROWS, **options})], here)
     report = report_of(after)
     assert 4.2 < mean_bits(after) <= 4.5
     assert report["chosen"]["mean_bits"] == pytest.approx(mean_bits(after), rel=1e-9)
@@ -118,7 +118,7 @@ def test_the_budget_is_kept_and_told(planned: Program, here: Context, options: d
 
 @pytest.mark.parametrize("budget", [{"size": 0.5}, {"bops": 0.55}])
 def test_other_budgets_go_through_parts(planned: Program, here: Context, budget: dict[str, float]) -> None:
-    after = pipeline.run(planned, [AssignBits(**{**ROWS, "mean_bits": None, **budget})], here)
+    after = pipeline.run_passes(planned, [AssignBits(**{**ROWS, "mean_bits": None, **budget})], here)
     (limit,) = budget.values()
     assert 0.9 * limit < report_of(after)["chosen"]["takes"] <= limit
     assert report_of(after)["chosen"]["layers"]["mixed"] >= 1
@@ -126,7 +126,9 @@ def test_other_budgets_go_through_parts(planned: Program, here: Context, budget:
 
 def test_where_all_parts_agree_nothing_differs(planned: Program, here: Context) -> None:
     """The same plan as without parts, quantizer by quantizer, and as from the other order."""
-    one, ten = (pipeline.run(planned, [AssignBits(**{**QUICK, "mean_bits": 8, "parts": n})], here) for n in (1, 10))
+    one, ten = (
+        pipeline.run_passes(planned, [AssignBits(**{**QUICK, "mean_bits": 8, "parts": n})], here) for n in (1, 10)
+    )
     assert one.plan is not None and ten.plan is not None
     assert {site: q.to_json() for site, q in one.plan.quantizers.items()} == {
         site: q.to_json() for site, q in ten.plan.quantizers.items()
@@ -137,7 +139,7 @@ def test_where_all_parts_agree_nothing_differs(planned: Program, here: Context) 
 
 def test_scales_are_those_of_each_rows_own_width(assigned: Program, planned: Program, here: Context) -> None:
     assert assigned.plan is not None
-    plans = {bits: pipeline.run(planned, [ChooseScales(weight_bits=bits)], here).plan for bits in (2, 4, 8)}
+    plans = {bits: pipeline.run_passes(planned, [ChooseScales(weight_bits=bits)], here).plan for bits in (2, 4, 8)}
     for name, bits in row_bits(assigned).items():
         q = assigned.plan.of(name)
         assert q is not None and q.format.bits == bits.max()
@@ -200,7 +202,7 @@ def test_a_session_computes_what_was_simulated(inserted: Program, here: Context)
         assert layer.weight is not None
         q = inserted.plan.of(name_of(layer.weight), layer.name)
         assert q is not None
-        weight.value.const_value = ir.tensor(rounded(numpy_of(layer.weight), q), name=name_of(weight.value))
+        weight.value.const_value = ir.tensor(rounded_weight(numpy_of(layer.weight), q), name=name_of(weight.value))
         for pair in weight.dequantizers:
             pair.outputs[0].replace_all_uses_with(weight.value)
     x = np.random.default_rng(0).standard_normal((2, *inserted.shape)).astype(np.float32)
@@ -249,7 +251,7 @@ ROUNDINGS: list[dict[str, Any]] = [
 def test_rows_lie_in_their_grids_behind_round_weights(
     inserted: Program, here: Context, options: dict[str, Any]
 ) -> None:
-    after = pipeline.run(inserted, [RoundWeights(**options)], here)
+    after = pipeline.run_passes(inserted, [RoundWeights(**options)], here)
     assert after.plan is not None and after.plan.report, "new scales do not lose what assign_bits told"
     check_inside(after)
     assert {name: b.tolist() for name, b in row_bits(after).items()} == {
@@ -260,11 +262,11 @@ def test_rows_lie_in_their_grids_behind_round_weights(
 
 
 def test_rounding_starts_from_weights_that_are_not_cut_off(inserted: Program, here: Context) -> None:
-    after = pipeline.run(inserted, [RoundWeights(method="nearest")], here)
+    after = pipeline.run_passes(inserted, [RoundWeights(method="nearest")], here)
     assert "100% of nearest's" in after.history[-1].note
     assert inserted.float_model is not None
     floats = {layer.name: layer.weight for layer in layers(inserted.float_model.graph)}
-    wider = pipeline.run(inserted, [RoundWeights(method="nearest", scales="mse")], here)
+    wider = pipeline.run_passes(inserted, [RoundWeights(method="nearest", scales="mse")], here)
     gained = 0
     for weight, before in zip(find_weights(wider.graph), find_weights(inserted.graph), strict=True):
         value = floats[weight.name]
@@ -291,9 +293,9 @@ def with_loud_channels(program: Program) -> Program:
 def test_a_few_loud_channels_get_the_bits(here: Context, planted: bool, least: float, most: float) -> None:
     """What parts are worth at the same mean bits: dB of epsilon, activations in 8 bits and all."""
     made = with_loud_channels(tiny_program()) if planted else tiny_program()
-    before = pipeline.run(made, [Normalize(), Observe(), ChooseScales()], here)
+    before = pipeline.run_passes(made, [Normalize(), Observe(), ChooseScales()], here)
     choose = [AssignBits(**{**QUICK, "widths": (4, 8), "mean_bits": 4.75, "parts": n}) for n in (1, 10)]
-    one, ten = (pipeline.run(before, [step, *INSERT], here) for step in choose)
+    one, ten = (pipeline.run_passes(before, [step, *INSERT], here) for step in choose)
     assert max(mean_bits(one), mean_bits(ten)) <= 4.75 + 1e-9
     assert least < sqnr(ten, here) - sqnr(one, here) < most
     if planted:
@@ -302,8 +304,8 @@ def test_a_few_loud_channels_get_the_bits(here: Context, planted: bool, least: f
 
 
 def test_a_snapshot_keeps_the_widths(assigned: Program, tmp_path: Path) -> None:
-    snapshot.save(assigned, tmp_path / "saved")
-    loaded, _ = snapshot.load(tmp_path / "saved")
+    snapshot.save_program(assigned, tmp_path / "saved")
+    loaded, _ = snapshot.load_program(tmp_path / "saved")
     assert loaded.plan is not None and assigned.plan is not None
     for site, q in assigned.plan.quantizers.items():
         got = loaded.plan.quantizers[site]
@@ -315,7 +317,7 @@ def test_a_snapshot_keeps_the_widths(assigned: Program, tmp_path: Path) -> None:
 
 
 def test_a_second_assignment_starts_from_plain_quantizers(assigned: Program, here: Context) -> None:
-    again = pipeline.run(assigned, [AssignBits(**{**QUICK, "mean_bits": 8})], here)
+    again = pipeline.run_passes(assigned, [AssignBits(**{**QUICK, "mean_bits": 8})], here)
     assert again.plan is not None
     assert all(q.row_bits is None for q in again.plan.quantizers.values())
     assert {int(b) for bits in row_bits(again).values() for b in bits} == {8}
@@ -323,7 +325,7 @@ def test_a_second_assignment_starts_from_plain_quantizers(assigned: Program, her
 
 def test_a_large_weight_is_cut_off_in_a_file(assigned: Program, here: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "INLINE_BYTES", 64)
-    after = pipeline.run(assigned, INSERT, here)
+    after = pipeline.run_passes(assigned, INSERT, here)
     cut = [v.const_value for name, v in after.graph.initializers.items() if name.endswith("_rows")]
     assert cut and all(isinstance(tensor, ir.ExternalTensor) for tensor in cut)
     check_inside(after)

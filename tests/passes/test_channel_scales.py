@@ -196,7 +196,7 @@ def test_without_extremes_of_channels_it_says_how_to_get_them(context: Context) 
     assert "observe.channels=outputs" in str(caught.value.hint)
     unmeasured = with_options(RECIPES["w8a8-steps"], {"observe.channels": "none"}).passes
     with pytest.raises(StatsError, match="no channel was measured"):
-        pipeline.run(tiny_program(), unmeasured, context)
+        pipeline.run_passes(tiny_program(), unmeasured, context)
 
 
 def test_a_graph_without_convolutions_needs_none(context: Context) -> None:
@@ -215,7 +215,7 @@ def test_statistics_that_lack_a_call_are_refused(context: Context) -> None:
 
 def test_the_whole_recipe(context: Context) -> None:
     recipe = with_options(RECIPES["w8a8-steps"], {"channel_scales.gain": -1000.0})
-    program = pipeline.run(tiny_program(), recipe.passes, context)
+    program = pipeline.run_passes(tiny_program(), recipe.passes, context)
     assert program.plan is not None
     made = {site: q for site, q in program.plan.quantizers.items() if q.by == "channel_scales"}
     assert {site.consumer for site in made} >= {"b1_conv1", "b1_conv2", "b2_conv1", "b2_conv2", "conv_in"}

@@ -15,7 +15,7 @@ from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.scales.ranges import Method, least_error_range
+from mezzotint.compiler.scales.ranges import RangeMethod, least_error_range
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
@@ -24,15 +24,15 @@ from mezzotint.runtime.arrays import Floats
 
 @pytest.fixture
 def observed(tiny: Program, context: Context) -> Program:
-    return pipeline.run(tiny, [Normalize(), Observe()], context)
+    return pipeline.run_passes(tiny, [Normalize(), Observe()], context)
 
 
 def planned(program: Program, context: Context, step: ChooseScales) -> Program:
-    return pipeline.run(program, [step], context)
+    return pipeline.run_passes(program, [step], context)
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
-def test_activation_ranges_are_those_of_the_method(observed: Program, context: Context, method: Method) -> None:
+def test_activation_ranges_are_those_of_the_method(observed: Program, context: Context, method: RangeMethod) -> None:
     after = planned(observed, context, ChooseScales(activations=method, percentile=99.0))
     assert after.plan is not None and observed.stats is not None
     for name in ("b1_a1", "weights", "down"):

@@ -38,8 +38,8 @@ def check_equal(before: ir.Model, after: ir.Model, context: Context, shape: tupl
 
 
 def test_the_tiny_denoiser_keeps_every_bit(tiny: Program, context: Context) -> None:
-    before = pipeline.run(tiny, RECIPES["w8a8"].passes[:-1], context)
-    after = pipeline.run(before, [CleanQdq()], context)
+    before = pipeline.run_passes(tiny, RECIPES["w8a8"].passes[:-1], context)
+    after = pipeline.run_passes(before, [CleanQdq()], context)
     check_equal(before.model, after.model, context, tiny.shape)
     assert counts(after.graph)["QuantizeLinear"] < counts(before.graph)["QuantizeLinear"]
     scale = after.graph.initializers["tokens_scale"]
@@ -49,6 +49,6 @@ def test_the_tiny_denoiser_keeps_every_bit(tiny: Program, context: Context) -> N
 
 
 def test_cleaning_twice_is_cleaning_once(tiny: Program, context: Context) -> None:
-    once = pipeline.run(tiny, RECIPES["w8a8"].passes, context)
-    twice = pipeline.run(once, [CleanQdq()], context)
+    once = pipeline.run_passes(tiny, RECIPES["w8a8"].passes, context)
+    twice = pipeline.run_passes(once, [CleanQdq()], context)
     assert golden.to_text(twice.model) == golden.to_text(once.model)

@@ -18,7 +18,7 @@ from mezzotint.compiler.correction.biases import QuantizedLayer, quantized_layer
 from mezzotint.compiler.correction.channel_means import ChannelMeans
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.constant_folding import infer_shapes
-from mezzotint.compiler.graph.nodes import name_of, numpy_of, text
+from mezzotint.compiler.graph.nodes import model_text, name_of, numpy_of
 from mezzotint.passes.correct_bias import CorrectBias
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import make_pass, with_options
@@ -50,7 +50,7 @@ def quantized(context: Context, recipe: str = "w8a8-steps", bits: int = 4) -> Pr
     options: dict[str, Any] = {"choose_scales.weight_bits": bits}
     if recipe == "w8a8-steps":
         options["insert_qdq.islands"] = ["first", "last"]
-    return pipeline.run(tiny_program(), with_options(RECIPES[recipe], options).passes, context)
+    return pipeline.run_passes(tiny_program(), with_options(RECIPES[recipe], options).passes, context)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def program(context: Context) -> Program:
 
 
 def correct(program: Program, context: Context, step: CorrectBias = EACH) -> Program:
-    return pipeline.run(program, [step], context)
+    return pipeline.run_passes(program, [step], context)
 
 
 def errors(program: Program, context: Context) -> dict[str, Any]:
@@ -180,10 +180,10 @@ def test_what_the_pictures_do_not_thank_for_is_thrown_away(
     program: Program, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ChannelMeans, "overall", lambda self: np.full((1, self.channels), 0.5))
-    before = text(program.model)
+    before = model_text(program.model)
     judged = correct(program, context, CorrectBias(held_out=2))
     assert "; thrown away: on held-out noise pictures" in judged.history[-1].note
-    assert text(judged.model) == before
+    assert model_text(judged.model) == before
     for a, b in zip(quantized_layers(judged, "test"), quantized_layers(program, "test"), strict=True):
         np.testing.assert_array_equal(a.values(), b.values())
     unseen = correct(program, context, CorrectBias(held_out=0))
@@ -205,7 +205,7 @@ def test_a_bias_that_would_not_fit_stays(program: Program, context: Context, mon
     monkeypatch.setattr(ChannelMeans, "overall", lambda self: np.full((1, self.channels), 1e9))
     after = correct(program, context, CorrectBias(held_out=0, steps="mean"))
     assert f"; {LAYERS} would not fit into 32 bits and stay" in after.history[-1].note
-    assert text(after.model) == text(program.model)
+    assert model_text(after.model) == model_text(program.model)
 
 
 def test_a_second_run_gives_the_same_biases(program: Program, context: Context) -> None:
@@ -225,7 +225,7 @@ def test_a_program_that_does_not_fit_is_refused(program: Program, context: Conte
 
 def test_nothing_quantized_is_said(context: Context) -> None:
     options = {"insert_qdq.islands": ["*"]}
-    made = pipeline.run(tiny_program(), with_options(RECIPES["w8a8"], options).passes, context)
+    made = pipeline.run_passes(tiny_program(), with_options(RECIPES["w8a8"], options).passes, context)
     assert correct(made, context).history[-1].note == "no layer is quantized: nothing to correct"
 
 

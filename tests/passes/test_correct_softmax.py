@@ -22,7 +22,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.correction.channel_means import ChannelMeans
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.graph.nodes import name_of, text
+from mezzotint.compiler.graph.nodes import model_text, name_of
 from mezzotint.compiler.lowering.lower import lower
 from mezzotint.passes.correct_bias import CorrectBias
 from mezzotint.passes.correct_softmax import CorrectSoftmax
@@ -46,11 +46,11 @@ PLAIN = CorrectSoftmax(steps="mean", heads=False, held_out=0)
 def quantized(context: Context, recipe: str = "w8a8", bits: int = 4, settings: dict[str, Any] | None = None) -> Program:
     """Four-bit probabilities: of 16 tokens, most round to 0."""
     options = {"choose_scales.activation_bits": bits, **(settings or {})}
-    return pipeline.run(tiny_program(), with_options(RECIPES[recipe], options).passes, context)
+    return pipeline.run_passes(tiny_program(), with_options(RECIPES[recipe], options).passes, context)
 
 
 def correct(program: Program, context: Context, *steps: Pass) -> Program:
-    return pipeline.run(program, steps or [PLAIN], context)
+    return pipeline.run_passes(program, steps or [PLAIN], context)
 
 
 def with_float_graph(program: Program) -> Program:
@@ -139,7 +139,7 @@ def test_harm_is_thrown_away(context: Context, monkeypatch: pytest.MonkeyPatch) 
     program = quantized(context)
     judged = correct(program, context, replace(PLAIN, held_out=2))
     assert "; thrown away: on held-out noise pictures" in judged.history[-1].note
-    assert text(judged.model) == text(program.model)
+    assert model_text(judged.model) == model_text(program.model)
 
 
 def test_a_table_has_a_beta_for_each_call(context: Context) -> None:

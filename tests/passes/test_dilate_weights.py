@@ -40,8 +40,8 @@ def test_dilation_moves_into_a_norm(check_golden: Check, case: str, symmetric: b
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_tiny_denoiser_stays_exact_and_so_do_the_ranges(context: Context, symmetric: bool) -> None:
-    program = pipeline.run(tiny_program(), [*FAST, INPUTS], context)
-    after = pipeline.run(program, [DilateWeights(symmetric=symmetric, **EVERYWHERE)], context)
+    program = pipeline.run_passes(tiny_program(), [*FAST, INPUTS], context)
+    after = pipeline.run_passes(program, [DilateWeights(symmetric=symmetric, **EVERYWHERE)], context)
     assert after.history[-1].note.startswith("12 of 12 values scaled (1 linear, 10 run_time, 1 value), ")
     now = {layer.name: layer for layer in layers(after.graph) if layer.weight is not None}
     divided = ("down", "v")  # what the factors of the one linear fold and of the one value fold went into
@@ -68,7 +68,7 @@ def _limits(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def test_a_factor_that_is_one_percent_off_is_refused(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = pipeline.run(tiny_program(), [*FAST, INPUTS], context)
+    program = pipeline.run_passes(tiny_program(), [*FAST, INPUTS], context)
     true = scaling.multiplied_weight
 
     def off(layer: Layer, factors: Factors) -> Any:
@@ -76,12 +76,12 @@ def test_a_factor_that_is_one_percent_off_is_refused(context: Context, monkeypat
 
     monkeypatch.setattr(scaling, "multiplied_weight", off)
     with pytest.raises(NotExact):
-        pipeline.run(program, [DilateWeights(**EVERYWHERE)], context)
+        pipeline.run_passes(program, [DilateWeights(**EVERYWHERE)], context)
 
 
 def test_what_does_not_pay_is_left_alone(context: Context) -> None:
-    program = pipeline.run(tiny_program(), [*FAST, INPUTS], context)
-    after = pipeline.run(program, [DilateWeights(gain=50.0, islands=())], context)
+    program = pipeline.run_passes(tiny_program(), [*FAST, INPUTS], context)
+    after = pipeline.run_passes(program, [DilateWeights(gain=50.0, islands=())], context)
     note = after.history[-1].note
     assert note.startswith("0 of 12 values scaled; left alone: ") and "gains too little" in note
     assert "no fold is exact" in note and "channels have" not in note

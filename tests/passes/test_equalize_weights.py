@@ -43,7 +43,7 @@ def test_golden(check_golden: Check, case: str) -> None:
 
 
 def run(program: Program, folder: Path, step: EqualizeWeights | None = None) -> Program:
-    return pipeline.run(program, [Normalize(), step or EqualizeWeights()], context_in(folder))
+    return pipeline.run_passes(program, [Normalize(), step or EqualizeWeights()], context_in(folder))
 
 
 def first_layer(program: Program) -> Layer:
@@ -87,7 +87,7 @@ def test_an_adaptive_norm_counts_the_rows_of_its_layer(tmp_path: Path) -> None:
     program = factor_program(body, conditions=("cond",))
     rows = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
     context = context_in(tmp_path, conditions={"cond": rows})
-    after = pipeline.run(program, [Normalize(), EqualizeWeights()], context)
+    after = pipeline.run_passes(program, [Normalize(), EqualizeWeights()], context)
     (fold,) = [f for f in find_folds(after.graph) if not f.reason]
     assert fold.kind == "adaln"
     layer = layer_of(fold.edits[0].node)
@@ -111,7 +111,7 @@ def test_no_factor_is_beyond_the_limit(tmp_path: Path) -> None:
 
 
 def test_what_was_refused_is_known_with_its_reason(tiny: Program, context: Context) -> None:
-    after = pipeline.run(tiny, [Normalize(), EqualizeWeights()], context)
+    after = pipeline.run_passes(tiny, [Normalize(), EqualizeWeights()], context)
     assert "SiLU" in after.refused["b1_a1"]
     assert after.history[-1].note.endswith(f"{len(after.refused)} refused")
 
@@ -122,7 +122,7 @@ def test_edits_that_are_one_percent_off_are_refused(
     true = apply_edit
     monkeypatch.setattr(folds, "apply_edit", lambda g, n, edit, m, a: true(g, n, edit, m * 1.01, a))
     with pytest.raises(NotExact, match="equalize_weights changed the function"):
-        pipeline.run(tiny, [Normalize(), EqualizeWeights()], context)
+        pipeline.run_passes(tiny, [Normalize(), EqualizeWeights()], context)
 
 
 @pytest.mark.parametrize(("option", "value"), [("sweeps", 0), ("bound", 0.0), ("limit", 1.0), ("limit", np.inf)])

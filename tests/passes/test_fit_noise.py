@@ -42,7 +42,7 @@ EMPTY = np.zeros((1, CONTEXT), np.float32)
 def quantized(context: Context, sampler: str = "ddim", eta: float = 1.0) -> Program:
     program = tiny_program()
     deployment = Deployment.of(program.schedule, sampler, 4, eta)
-    return pipeline.run(replace(program, deployment=deployment), W8A8, context)
+    return pipeline.run_passes(replace(program, deployment=deployment), W8A8, context)
 
 
 @pytest.fixture
@@ -236,8 +236,8 @@ def test_the_report_is_told_and_the_same_twice(program: Program, context: Contex
     assert after.note == after.noise_report["summary"]
     row = after.noise_report["calls"][0]
     assert set(row) >= {"slope", "bias", "spread", "kept", "sqnr_db", "sigma", "noise", "clamped", "normal_p"}
-    snapshot.save(after, tmp_path / "snapshot")
-    assert snapshot.load(tmp_path / "snapshot")[0].noise_report == json.loads(json.dumps(after.noise_report))
+    snapshot.save_program(after, tmp_path / "snapshot")
+    assert snapshot.load_program(tmp_path / "snapshot")[0].noise_report == json.loads(json.dumps(after.noise_report))
 
 
 def test_refusals(context: Context) -> None:
@@ -258,7 +258,7 @@ def conditional(context: Context, guidance: float, batch: int | str = "batch") -
     program = program_of(model, conditions=("prompt",))
     deployment = Deployment.of(program.schedule, "ddim", 4, 0.5, guidance)
     given = replace(context, conditions={"prompt": ROWS}, unconditional={"prompt": EMPTY})
-    return pipeline.run(replace(program, deployment=deployment), W8A8, given), given
+    return pipeline.run_passes(replace(program, deployment=deployment), W8A8, given), given
 
 
 @pytest.mark.parametrize("batch", ["batch", 4])

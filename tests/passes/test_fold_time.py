@@ -39,7 +39,7 @@ def test_there_is_a_golden_pair_for_each_reason() -> None:
 
 @pytest.fixture
 def frozen(tiny: Program, context: Context) -> Program:
-    return pipeline.run(tiny, [Normalize(), FreezeTime()], context)
+    return pipeline.run_passes(tiny, [Normalize(), FreezeTime()], context)
 
 
 def outputs(model: ir.Model, context: Context, timesteps: tuple[float, ...]) -> Images:
@@ -53,7 +53,7 @@ def check_same(want: Images, got: Images) -> None:
 
 
 def test_the_numbers_stay(frozen: Program, context: Context) -> None:
-    after = pipeline.run(frozen, [FoldTime()], context)
+    after = pipeline.run_passes(frozen, [FoldTime()], context)
     timesteps = frozen.deployment.timesteps
     want = outputs(frozen.model, context, timesteps)
     check_same(want, outputs(after.model, context, timesteps))
@@ -64,7 +64,7 @@ def test_the_numbers_stay(frozen: Program, context: Context) -> None:
 
 
 def test_both_blocks_are_folded_and_stay_layers(frozen: Program, context: Context) -> None:
-    after = pipeline.run(frozen, [FoldTime()], context)
+    after = pipeline.run_passes(frozen, [FoldTime()], context)
     assert counts(after.graph)["Add"] == counts(frozen.graph)["Add"] - 2
     biases = {layer.name: layer.bias for layer in layers(after.graph) if layer.kind == "conv"}
     assert biases.keys() == {layer.name for layer in layers(frozen.graph) if layer.kind == "conv"}

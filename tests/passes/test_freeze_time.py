@@ -41,7 +41,7 @@ def outputs(model: ir.Model, context: Context, timesteps: list[float], shape: tu
 
 @pytest.fixture
 def frozen(tiny: Program, context: Context) -> Program:
-    return pipeline.run(tiny, [Normalize(), FreezeTime()], context)
+    return pipeline.run_passes(tiny, [Normalize(), FreezeTime()], context)
 
 
 def check_same(want: Images, got: Images) -> None:
@@ -83,7 +83,7 @@ def test_the_time_layers_are_gone(tiny: Program, frozen: Program) -> None:
 def test_more_steps_than_one_row_each(tiny: Program, context: Context) -> None:
     """A timestep that occurs twice in the trajectory has one row."""
     twice = replace(tiny, deployment=replace(tiny.deployment, calls=(666, 333, 333)))
-    assert pipeline.run(twice, [Normalize(), FreezeTime()], context).frozen == (333, 666)
+    assert pipeline.run_passes(twice, [Normalize(), FreezeTime()], context).frozen == (333, 666)
 
 
 @pytest.mark.parametrize("opset", [13, 14, 17, 21])
@@ -100,7 +100,7 @@ def test_every_opset_has_what_the_tables_need(context: Context, opset: int, time
         stripe = Expand (column, wide)
         epsilon = Concat <axis = 3> (sample, stripe)
     }}""")
-    program = pipeline.run(program_of(model), [Normalize(), FreezeTime()], context)
+    program = pipeline.run_passes(program_of(model), [Normalize(), FreezeTime()], context)
     timesteps = list(program.deployment.timesteps)
     shape = (2, 1, 8, 8)
     check_same(outputs(model, context, timesteps, shape), outputs(program.model, context, timesteps, shape))
@@ -121,6 +121,6 @@ def test_a_time_map_of_the_pictures_size_fits_other_sizes_too(context: Context) 
         product = Mul (sample, map)
         epsilon = Add (product, map)
     }""")
-    program = pipeline.run(program_of(model), [Normalize(), FreezeTime()], context)
+    program = pipeline.run_passes(program_of(model), [Normalize(), FreezeTime()], context)
     for shape in ((2, 1, 8, 8), (2, 1, 6, 10)):
         check_same(outputs(model, context, [333], shape), outputs(program.model, context, [333], shape))

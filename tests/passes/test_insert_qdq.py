@@ -114,7 +114,7 @@ def test_the_graph_behind_every_pass_runs(tiny: Program, context: Context) -> No
     x = np.zeros((1, *tiny.shape), np.float32)
     program = tiny
     for step in with_options(RECIPES["w8a8-steps"], {"insert_qdq.islands": ["first", "last"]}).passes:
-        program = pipeline.run(program, [step], context)
+        program = pipeline.run_passes(program, [step], context)
         with Executor(program.model, context.folder, threads=2) as executor:
             for t in program.deployment.timesteps:
                 assert np.isfinite(executor.call(program.signature, x, t)["epsilon"]).all(), step.name

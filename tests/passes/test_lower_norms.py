@@ -8,7 +8,7 @@ import pytest
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.graph.constant_folding import infer_shapes
-from mezzotint.compiler.graph.nodes import counts, text
+from mezzotint.compiler.graph.nodes import counts, model_text
 from mezzotint.passes.lower_norms import LowerNorms
 from tests.conftest import Check
 from tests.helpers import golden
@@ -42,7 +42,7 @@ def test_instance_norms_that_only_normalize_are_lowered(
 ) -> None:
     """LayerNormalization is of opset 17; scales and shifts would have to be kept."""
     model = infer_shapes(ir.from_onnx_text(INSTANCE.format(opset=opset, scale=scale, shift=shift)))
-    before = text(model)
-    after = pipeline.run(program_of(model, shape=(4, 4, 4)), [LowerNorms()], context)
+    before = model_text(model)
+    after = pipeline.run_passes(program_of(model, shape=(4, 4, 4)), [LowerNorms()], context)
     assert ("LayerNormalization" in counts(after.graph)) == lowered
-    assert lowered or text(after.model) == before
+    assert lowered or model_text(after.model) == before

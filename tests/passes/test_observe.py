@@ -32,7 +32,7 @@ ALLOCATION = (4, 3, 0)
 
 @pytest.fixture
 def program(context: Context) -> Program:
-    return pipeline.run(tiny_program(), [Normalize()], context)
+    return pipeline.run_passes(tiny_program(), [Normalize()], context)
 
 
 def observed(program: Program, folder: Path, samples: int = 4, groups: int = 0) -> Stats:

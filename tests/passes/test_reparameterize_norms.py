@@ -65,7 +65,7 @@ def test_every_channel_fills_the_range_of_all(tmp_path: Path) -> None:
     middle = extremes.mean(axis=0)
     halves = [np.stack([middle, extremes[1]]), np.stack([extremes[0], middle])]  # of two calls
     program = with_extremes("n", *halves)(program)
-    after = pipeline.run(program, [ReparameterizeNorms()], context_in(tmp_path))
+    after = pipeline.run_passes(program, [ReparameterizeNorms()], context_in(tmp_path))
     low, high = measured(after, tmp_path, "n")
     np.testing.assert_allclose(low, low[0], rtol=1e-4)
     np.testing.assert_allclose(high, high[0], rtol=1e-4)
@@ -78,7 +78,7 @@ def test_every_channel_fills_the_range_of_all(tmp_path: Path) -> None:
 def test_without_shifts_the_largest_magnitudes_are_equal(tmp_path: Path) -> None:
     program = factor_program(f"{BLOCK} {NORM} y = MatMul (n, w0) {END}")
     program = with_extremes("n", measured(program, tmp_path, "n"))(program)
-    after = pipeline.run(program, [ReparameterizeNorms(shifts=False)], context_in(tmp_path))
+    after = pipeline.run_passes(program, [ReparameterizeNorms(shifts=False)], context_in(tmp_path))
     largest = np.abs(measured(after, tmp_path, "n")).max(axis=0)
     np.testing.assert_allclose(largest, largest[0], rtol=1e-4)
     assert graphs.counts(after.graph)["Add"] == 0
@@ -87,7 +87,7 @@ def test_without_shifts_the_largest_magnitudes_are_equal(tmp_path: Path) -> None
 @pytest.mark.parametrize("extremes", [[[0.0] * 4, [0.0] * 4], [[-1.0, 0, 0, 0], [1.0, 0, 0, 0]]])
 def test_channels_that_never_speak(extremes: list[list[float]], tmp_path: Path) -> None:
     program = with_extremes("n", extremes)(factor_program(f"{BLOCK} {NORM} y = MatMul (n, w0) {END}"))
-    after = pipeline.run(program, [ReparameterizeNorms(limit=50.0)], context_in(tmp_path))
+    after = pipeline.run_passes(program, [ReparameterizeNorms(limit=50.0)], context_in(tmp_path))
     assert all(np.isfinite(v.const_value.numpy()).all() for v in after.graph.initializers.values() if v.const_value)
 
 
@@ -96,13 +96,13 @@ def test_a_shift_that_is_one_percent_off_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(folds, "apply_edit", lambda g, n, edit, m, a: true(g, n, edit, m, a * 1.01))
     program = with_extremes("n", EXTREMES["layer_norm"])(factor_program(f"{BLOCK} {NORM} y = MatMul (n, w0) {END}"))
     with pytest.raises(NotExact, match="reparameterize_norms changed the function"):
-        pipeline.run(program, [ReparameterizeNorms()], context_in(tmp_path))
+        pipeline.run_passes(program, [ReparameterizeNorms()], context_in(tmp_path))
 
 
 def test_a_norm_with_another_reader_is_refused_with_the_reason(tmp_path: Path) -> None:
     program = factor_program(f"{BLOCK} {NORM} p = MatMul (n, w0) [late] y = Add (p, n) {END}")
     program = with_extremes("n", EXTREMES["layer_norm"])(program)
-    after = pipeline.run(program, [ReparameterizeNorms()], context_in(tmp_path))
+    after = pipeline.run_passes(program, [ReparameterizeNorms()], context_in(tmp_path))
     assert "Add 'late' reads 'n', too" in after.refused["n"]
     assert graphs.text(after.model) == graphs.text(program.model)
 
@@ -110,11 +110,13 @@ def test_a_norm_with_another_reader_is_refused_with_the_reason(tmp_path: Path) -
 def test_statistics_that_are_missing_or_of_another_graph(tmp_path: Path) -> None:
     program = factor_program(f"{BLOCK} {NORM} y = MatMul (n, w0) {END}")
     with pytest.raises(StatsError, match="channels of 'n' were not measured") as missing:
-        pipeline.run(with_extremes("x", EXTREMES["layer_norm"])(program), [ReparameterizeNorms()], context_in(tmp_path))
+        pipeline.run_passes(
+            with_extremes("x", EXTREMES["layer_norm"])(program), [ReparameterizeNorms()], context_in(tmp_path)
+        )
     assert "observe.channels=inputs" in str(missing.value)
     other = with_extremes("n", EXTREMES["layer_norm"])(factor_program(f"{BLOCK} y = MatMul (x, w0) {END}"))
     with pytest.raises(StatsError, match="another graph"):
-        pipeline.run(replace(program, stats=other.stats), [ReparameterizeNorms()], context_in(tmp_path))
+        pipeline.run_passes(replace(program, stats=other.stats), [ReparameterizeNorms()], context_in(tmp_path))
 
 
 @pytest.mark.parametrize("limit", [1.0, np.inf])

@@ -40,11 +40,11 @@ Wide = npt.NDArray[np.float64]
 def program(context: Context) -> Program:
     """The tiny denoiser with weights of 4 bits, behind the passes of w8a8-steps."""
     steps = with_options(RECIPES["w8a8-steps"], {"choose_scales.weight_bits": 4}).passes
-    return pipeline.run(tiny_program(steps=STEPS), steps, context)
+    return pipeline.run_passes(tiny_program(steps=STEPS), steps, context)
 
 
 def rounded(program: Program, context: Context, **options: Any) -> Program:
-    return pipeline.run(program, [RoundWeights(**options)], context)
+    return pipeline.run_passes(program, [RoundWeights(**options)], context)
 
 
 def sqnr(program: Program, context: Context) -> float:
@@ -215,7 +215,7 @@ def planned(
 
 
 def inserted(made: Program, context: Context) -> Program:
-    return pipeline.run(made, [InsertQdq(islands=()), CleanQdq()], context)
+    return pipeline.run_passes(made, [InsertQdq(islands=()), CleanQdq()], context)
 
 
 @pytest.mark.parametrize("group", [2, 4])
@@ -420,7 +420,7 @@ def test_options_that_are_refused(options: dict[str, Any]) -> None:
 
 def test_a_saved_program_keeps_the_rounded_weights(program: Program, context: Context, tmp_path: Path) -> None:
     made = rounded(program, context)
-    snapshot.save(made, tmp_path / "saved")
-    back, _ = snapshot.load(tmp_path / "saved")
+    snapshot.save_program(made, tmp_path / "saved")
+    back, _ = snapshot.load_program(tmp_path / "saved")
     for a, b in zip(find_weights(made.graph), find_weights(back.graph), strict=True):
         np.testing.assert_array_equal(a.rows(), b.rows())

@@ -17,7 +17,7 @@ from mezzotint.compiler.core.formats import UINT8, scale_for_range
 from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.core.program import Plan, Program, Site
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
-from mezzotint.compiler.graph.nodes import is_constant, numpy_of, text
+from mezzotint.compiler.graph.nodes import is_constant, model_text, numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.lowering.integer import lower
 from mezzotint.compiler.scales.row_inputs import find_tables, stacked, table_quantizers, with_row_inputs
@@ -36,7 +36,7 @@ MINMAX = SettleScales(activations="minmax")
 def quantized(context: Context, steps: int = STEPS, **settings: Any) -> Program:
     """Recipe pcr up to settle_scales, with tables for every activation, and ranges from extremes."""
     options = {"step_scales.gain": -1000.0, "step_scales.activations": "minmax", **settings}
-    return pipeline.run(tiny_program(steps=steps), with_options(RECIPES["pcr"], options).passes[:-1], context)
+    return pipeline.run_passes(tiny_program(steps=steps), with_options(RECIPES["pcr"], options).passes[:-1], context)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def program(context: Context) -> Program:
 
 def settle(program: Program, context: Context) -> Program:
     """On a clone, as in a compilation."""
-    return pipeline.run(program, [MINMAX], context)
+    return pipeline.run_passes(program, [MINMAX], context)
 
 
 def follow_quantized(program: Program, context: Context, calls: int) -> Numbers:
@@ -109,12 +109,12 @@ def check_table(program: Program, factor: float = 1.0) -> None:
 
 
 def test_graph_and_plan_agree_and_the_rest_stays(program: Program, context: Context) -> None:
-    before = text(program.model)
+    before = model_text(program.model)
     settled = settle(program, context)
     check_table(settled)
     with pytest.raises(AssertionError):
         check_table(settled, factor=1.01)
-    assert text(settled.model) == before
+    assert model_text(settled.model) == before
     assert program.plan is not None and settled.plan is not None
     assert list(settled.plan.quantizers) == list(program.plan.quantizers)
     assert (settled.plan.groups, settled.plan.islands) == (program.plan.groups, program.plan.islands)
@@ -179,7 +179,7 @@ def test_biases_of_the_integer_lowering_are_in_the_new_scales(program: Program, 
 def test_what_is_static_stays_static(context: Context) -> None:
     options: dict[str, Any] = {"step_scales.gain": 1000.0}
     program = quantized(context, **options)
-    settled = pipeline.run(program, [SettleScales()], context)
+    settled = pipeline.run_passes(program, [SettleScales()], context)
     assert settled.history[-1].note == "no scale moves with the timestep: nothing to settle"
     assert settled.plan is program.plan
 
@@ -236,7 +236,7 @@ def test_tables_of_another_kind_are_refused(program: Program, context: Context) 
 def test_recipes_with_tables_of_another_kind(context: Context, recipe: str, settings: dict[str, Any]) -> None:
     settings = {"step_scales.gain": -1000.0, **settings}
     steps = [p for p in with_options(RECIPES[recipe], settings).passes if p.name != "settle_scales"]
-    made = pipeline.run(tiny_program(steps=STEPS), steps, context)
+    made = pipeline.run_passes(tiny_program(steps=STEPS), steps, context)
     with pytest.raises(RecipeError, match="tables of another kind"):
         MINMAX.run(made, context)
 

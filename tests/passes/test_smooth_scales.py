@@ -58,7 +58,7 @@ def silu(context: Context, **options: Any) -> str:
     """The note about the model of the golden pair `silu`, whose graph must stay as it is."""
     model = infer_shapes(golden.before("smooth_scales", "silu"))
     program = with_channels("read", 1, (1, 16))(program_of(model, shape=(2, 4, 4)))
-    after = pipeline.run(program, [SmoothScales(**{**PLAIN, "activation_bits": 4, **options})], context)
+    after = pipeline.run_passes(program, [SmoothScales(**{**PLAIN, "activation_bits": 4, **options})], context)
     assert golden.to_text(after.model) == golden.to_text(program.model)
     note = after.history[-1].note
     assert ("no fold is exact" in note) == (set(after.refused) == {"read"})
@@ -80,14 +80,14 @@ def test_what_is_left_alone_is_counted(context: Context, options: dict[str, Any]
 def test_a_value_measured_along_another_axis(context: Context) -> None:
     model = infer_shapes(_norm())
     program = with_channels("normed", 1, (1, 1, 16, 2))(program_of(model, shape=(4, 4, 4)))
-    after = pipeline.run(program, [SmoothScales(**PLAIN)], context)
+    after = pipeline.run_passes(program, [SmoothScales(**PLAIN)], context)
     assert after.history[-1].note.endswith("left alone: 1 its channels were measured along another axis")
     assert after.refused == {"normed": "its channels were measured along another axis"}
 
 
 def test_a_silent_value(context: Context) -> None:
     program = with_channels("normed", -1, (0, 0, 0, 0))(program_of(infer_shapes(_norm()), shape=(4, 4, 4)))
-    after = pipeline.run(program, [SmoothScales(**PLAIN)], context)
+    after = pipeline.run_passes(program, [SmoothScales(**PLAIN)], context)
     assert after.history[-1].note.endswith("left alone: 1 gains too little")
 
 
@@ -96,14 +96,14 @@ def _norm() -> ir.Model:
 
 
 def test_statistics_are_demanded(context: Context) -> None:
-    program = pipeline.run(tiny_program(), [Normalize()], context)
-    measured = pipeline.run(program, [Observe()], context)
+    program = pipeline.run_passes(tiny_program(), [Normalize()], context)
+    measured = pipeline.run_passes(program, [Observe()], context)
     with pytest.raises(StatsError, match="no channel that a layer reads") as caught:
-        pipeline.run(measured, [SmoothScales()], context)
+        pipeline.run_passes(measured, [SmoothScales()], context)
     assert caught.value.hint == "measure them: --set observe.channels=inputs"
-    other = pipeline.run(tiny_program(channels=2), [Normalize(), INPUTS], context)
+    other = pipeline.run_passes(tiny_program(channels=2), [Normalize(), INPUTS], context)
     with pytest.raises(StatsError, match="another graph"):
-        pipeline.run(replace(program, stats=other.stats), [SmoothScales()], context)
+        pipeline.run_passes(replace(program, stats=other.stats), [SmoothScales()], context)
 
 
 @pytest.mark.parametrize("alphas", [(), (0.5, 1.2), -0.1])
@@ -184,14 +184,14 @@ def outliers(context: Context) -> Program:
     arrays |= {name: rng.standard_normal((channels, channels)) / gain[:, None] ** 0.5 for name in ("a_w", "b_w")}
     give(model, arrays)
     program = program_of(infer_shapes(model), shape=(2, 4, channels))
-    return pipeline.run(program, [Normalize(), INPUTS], context)
+    return pipeline.run_passes(program, [Normalize(), INPUTS], context)
 
 
 def quantized_noise(program: Program, context: Context, weight_bits: Any, activation_bits: Any) -> float:
     """Of epsilon, relative to its power, with both layers really quantized."""
     widths = {"weight_bits": weight_bits, "activation_bits": activation_bits}
     steps = [Observe(), ChooseScales(activations="minmax", **widths), InsertQdq(islands=())]
-    after = pipeline.run(program, steps, context)
+    after = pipeline.run_passes(program, steps, context)
     assert after.float_model is not None
     x = np.random.default_rng(8).standard_normal((8, *program.shape)).astype(np.float32)
     with Executor(after.model, context.folder, threads=1) as rough:
@@ -210,9 +210,9 @@ def test_the_search_finds_a_good_alpha(
     tried = {}
     for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         step = SmoothScales(alphas=alpha, gain=-100.0, islands=(), **widths)
-        tried[alpha] = quantized_noise(pipeline.run(outliers, [step], context), context, **widths)
+        tried[alpha] = quantized_noise(pipeline.run_passes(outliers, [step], context), context, **widths)
     none = quantized_noise(outliers, context, **widths)
-    found = pipeline.run(outliers, [SmoothScales(islands=(), **widths)], context)
+    found = pipeline.run_passes(outliers, [SmoothScales(islands=(), **widths)], context)
     assert found.history[-1].note.startswith("1 of 1 values scaled (1 norm), ")
     noise = quantized_noise(found, context, **widths)
     assert noise < min(tried.values()) + 0.5 and noise < none - 1.0
@@ -222,23 +222,23 @@ def test_the_search_finds_a_good_alpha(
 def test_equal_channels_are_left_alone(context: Context) -> None:
     """All factors equal to 1 are a candidate: where no others gain, the graph stays."""
     program = with_channels("normed", -1, (4, 4, 4, 4))(program_of(infer_shapes(_norm()), shape=(4, 4, 4)))
-    after = pipeline.run(program, [SmoothScales(islands=(), gain=0.5, activation_bits=4)], context)
+    after = pipeline.run_passes(program, [SmoothScales(islands=(), gain=0.5, activation_bits=4)], context)
     assert golden.to_text(after.model) == golden.to_text(program.model)
     assert after.history[-1].note == "0 of 1 values scaled; left alone: 1 gains too little"
 
 
 def test_the_tiny_denoiser_stays_exact(context: Context) -> None:
     """Every value that has folds or a Mul, whatever it gains; run by the pipeline against the graph before it."""
-    program = pipeline.run(tiny_program(), [*FAST, INPUTS], context)
+    program = pipeline.run_passes(tiny_program(), [*FAST, INPUTS], context)
     step = SmoothScales(gain=-100.0, run_time=True, run_time_gain=-100.0, islands=())
-    after = pipeline.run(program, [step], context)
+    after = pipeline.run_passes(program, [step], context)
     assert after.history[-1].note.startswith("12 of 12 values scaled (1 linear, 10 run_time, 1 value), ")
-    again = pipeline.run(program, [step], context)
+    again = pipeline.run_passes(program, [step], context)
     assert golden.to_text(after.model) == golden.to_text(again.model)
 
 
 def test_a_factor_that_is_one_percent_off_is_refused(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = pipeline.run(tiny_program(), [*FAST, INPUTS], context)
+    program = pipeline.run_passes(tiny_program(), [*FAST, INPUTS], context)
     true = scaling.multiplied_weight
 
     def off(layer: Layer, factors: Factors) -> Any:
@@ -246,7 +246,7 @@ def test_a_factor_that_is_one_percent_off_is_refused(context: Context, monkeypat
 
     monkeypatch.setattr(scaling, "multiplied_weight", off)
     with pytest.raises(NotExact):
-        pipeline.run(program, [SmoothScales(gain=-100.0, run_time=True, run_time_gain=-100.0)], context)
+        pipeline.run_passes(program, [SmoothScales(gain=-100.0, run_time=True, run_time_gain=-100.0)], context)
 
 
 def test_a_unet_with_conditions_stays_exact(conditional: Compiled, context: Context) -> None:
@@ -255,7 +255,7 @@ def test_a_unet_with_conditions_stays_exact(conditional: Compiled, context: Cont
     given = replace(context, samples=2, conditions={"encoder_hidden_states": prompts(2)})
     deployment = Deployment.of(schedule, "ddim", 2)
     program = import_onnx(conditional.exported, context.folder, schedule=schedule, deployment=deployment, size=(8, 8))
-    after = pipeline.run(program, [*FAST, INPUTS, SmoothScales(gain=-100.0)], given)
+    after = pipeline.run_passes(program, [*FAST, INPUTS, SmoothScales(gain=-100.0)], given)
     note = after.history[-1].note
     assert all(f"{kind}" in note for kind in ("gated", "norm", "value")), note
     assert "no fold is exact" in note
@@ -283,8 +283,10 @@ def test_adaptive_norms_stay_exact(context: Context, first: tuple[Pass, ...]) ->
      {declared}> {{ {ADALN} }}""")
     rng = np.random.default_rng(4)
     give(model, {name: rng.standard_normal(shape) for name, shape in shapes.items()})
-    program = pipeline.run(program_of(infer_shapes(model), shape=(2, 4, 8)), [*first, INPUTS], context)
-    after = pipeline.run(program, [SmoothScales(gain=-100.0, islands=("time*",) if len(first) == 1 else ())], context)
+    program = pipeline.run_passes(program_of(infer_shapes(model), shape=(2, 4, 8)), [*first, INPUTS], context)
+    after = pipeline.run_passes(
+        program, [SmoothScales(gain=-100.0, islands=("time*",) if len(first) == 1 else ())], context
+    )
     assert "(1 adaln)" in after.history[-1].note
 
 
@@ -294,7 +296,7 @@ def test_a_whole_recipe(context: Context) -> None:
     scaled = SmoothScales(weight_bits=4, gain=0.0, run_time=True, run_time_gain=0.0, islands=islands)
     steps = with_options(RECIPES["w8a8-steps"], {"choose_scales.weight_bits": 4, "insert_qdq.islands": islands})
     recipe = Recipe("r", "", (*FAST, INPUTS, scaled, *steps.passes[len(FAST) :]))
-    program = pipeline.run(tiny_program(), recipe.passes, context)
+    program = pipeline.run_passes(tiny_program(), recipe.passes, context)
     assert any("run_time" in record.note for record in program.history if record.name == "smooth_scales")
     x = np.random.default_rng(0).standard_normal((4, *program.shape)).astype(np.float32)
     assert program.float_model is not None

@@ -90,7 +90,7 @@ def test_golden_powers(check_golden: Check) -> None:
 
 @pytest.fixture
 def normal(tiny: Program, context: Context) -> Program:
-    return pipeline.run(tiny, [Normalize(), FreezeTime()], context)
+    return pipeline.run_passes(tiny, [Normalize(), FreezeTime()], context)
 
 
 def outputs(
@@ -115,7 +115,7 @@ def test_the_numbers_stay(
     normal: Program, context: Context, monkeypatch: pytest.MonkeyPatch, method: Any, planted: str
 ) -> None:
     monkeypatch.setattr(Costs, "best_factors", lambda self, step: (1.0, 2.0**-3))
-    after = pipeline.run(normal, [SplitShortcuts(method=method)], context)
+    after = pipeline.run_passes(normal, [SplitShortcuts(method=method)], context)
     want = outputs(normal.model, normal, context)
     check_same(want, outputs(after.model, normal, context))
     weight = after.graph.initializers[planted]
@@ -126,7 +126,7 @@ def test_the_numbers_stay(
 
 def test_layers_of_the_time_branch_are_left_to_freeze_time(tiny: Program, context: Context) -> None:
     """The first time layer reads sines and cosines that are joined, too."""
-    after = pipeline.run(tiny, [Normalize(), SplitShortcuts()], context)
+    after = pipeline.run_passes(tiny, [Normalize(), SplitShortcuts()], context)
     assert after.history[1].note == "1 of 1 layers behind a concatenation taken apart"
     assert {"shortcut_part_0", "shortcut_part_1", "time_1"} <= {layer.name for layer in layers(after.graph)}
 
@@ -137,9 +137,9 @@ def test_every_shortcut_of_a_conditional_unet_is_taken_apart(conditional: Compil
     program = import_onnx(conditional.exported, context.folder, schedule=schedule, deployment=deployment, size=(8, 8))
     given = {"encoder_hidden_states": prompts(2)}
     context = replace(context, conditions=given)
-    before = pipeline.run(program, [Normalize(), FreezeTime()], context)
+    before = pipeline.run_passes(program, [Normalize(), FreezeTime()], context)
     shortcuts = [n for n in before.graph if is_op(n, "Concat") and len(n.outputs[0].shape or ()) == 4]
-    after = pipeline.run(before, [SplitShortcuts()], context)
+    after = pipeline.run_passes(before, [SplitShortcuts()], context)
     count = len(shortcuts)
     assert count == 4
     assert after.history[-1].note == f"{count} of {count} layers behind a concatenation taken apart"
@@ -151,7 +151,7 @@ def test_a_model_without_concatenations_says_so(hand: Compiled, context: Context
     schedule = Schedule.named(SCHEDULER)
     deployment = Deployment.of(schedule, "ddim", 3)
     program = import_onnx(hand.exported, context.folder, schedule=schedule, deployment=deployment)
-    after = pipeline.run(program, [Normalize(), FreezeTime(), SplitShortcuts(method="best")], context)
+    after = pipeline.run_passes(program, [Normalize(), FreezeTime(), SplitShortcuts(method="best")], context)
     assert after.history[-1].note == "no layer reads a concatenation"
 
 
@@ -180,7 +180,7 @@ def bimodal(body: str, loudness: float) -> Program:
 def sqnr(program: Program, step: SplitShortcuts | None, context: Context) -> float:
     """Of what comes out behind quantization, in dB, on the noise that it was calibrated on."""
     steps: list[Pass] = [Normalize(), *([step] if step else []), Observe(), ChooseScales(), InsertQdq(islands=())]
-    after = pipeline.run(program, steps, context)
+    after = pipeline.run_passes(program, steps, context)
     x = initial_noise(context.seed, (context.samples, *program.shape))
     want, got = (outputs(m, program, context, x).astype(np.float64) for m in (program.model, after.model))
     return float(10 * np.log10(np.square(want).sum() / np.square(got - want).sum()))
@@ -197,7 +197,7 @@ def test_a_bimodal_concatenation_gains(context: Context, body: str, least: float
 
 def chosen(program: Program, context: Context, **options: Any) -> str:
     step = SplitShortcuts(method="best", islands=(), **options)
-    return pipeline.run(program, [Normalize(), step], context).history[-1].note
+    return pipeline.run_passes(program, [Normalize(), step], context).history[-1].note
 
 
 @pytest.mark.parametrize("body", [CONV, LINEAR])
@@ -216,7 +216,7 @@ def test_best_takes_a_dearer_form_where_it_pays(context: Context) -> None:
 
 def test_the_expected_error_is_the_measured_one(context: Context) -> None:
     """Within a decibel, for each form."""
-    program = pipeline.run(bimodal(CONV, 50.0), [Normalize()], context)
+    program = pipeline.run_passes(bimodal(CONV, 50.0), [Normalize()], context)
     (joined,), _ = find_joined(program.graph)
     seen = measure(program, context, [joined.name], 4, "test")[joined.name]
     costs = Costs(joined, seen, UINT8, INT8)
@@ -237,7 +237,7 @@ def test_the_expected_error_is_the_measured_one(context: Context) -> None:
 
 def test_each_half_gets_quantizers_of_its_own(tiny: Program, context: Context) -> None:
     steps: list[Pass] = [*EXACT, SplitShortcuts(), Observe(), ChooseScales(), InsertQdq()]
-    after = pipeline.run(tiny, steps, context)
+    after = pipeline.run_passes(tiny, steps, context)
     assert after.plan is not None
     found = {layer.name: layer for layer in layers(after.float_model.graph)} if after.float_model else {}
     halves = [found[f"shortcut_part_{i}"] for i in range(2)]
@@ -309,7 +309,7 @@ def test_an_island_that_matches_nothing_is_refused(normal: Program, context: Con
 
 
 def test_islands_stay_whole(normal: Program, context: Context) -> None:
-    after = pipeline.run(normal, [SplitShortcuts(islands=("short*",))], context)
+    after = pipeline.run_passes(normal, [SplitShortcuts(islands=("short*",))], context)
     note = "0 of 1 layers behind a concatenation taken apart; 1 left (shortcut: island 'short*')"
     assert after.history[-1].note == note
     assert graphs.text(after.model) == graphs.text(normal.model)
@@ -317,7 +317,7 @@ def test_islands_stay_whole(normal: Program, context: Context) -> None:
 
 def test_the_halves_of_a_penultimate_layer_are_penultimate(normal: Program, context: Context) -> None:
     """Islands look through one addition; the sum of two halves is none."""
-    after = pipeline.run(normal, [SplitShortcuts()], context)
+    after = pipeline.run_passes(normal, [SplitShortcuts()], context)
     found = list(layers(after.graph))
     islands = Islands(after, found, ("penultimate",), "test")
     assert {layer.name for layer in found if islands.reason(layer)} == {

@@ -33,7 +33,7 @@ def passes(recipe: str) -> list[Pass]:
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """The tiny net with tables, in the integer spelling, before this pass."""
-    return pipeline.run(tiny_program(), passes("w8a8-steps"), context_in(tmp_path_factory.mktemp("quantized")))
+    return pipeline.run_passes(tiny_program(), passes("w8a8-steps"), context_in(tmp_path_factory.mktemp("quantized")))
 
 
 def changed(before: Program, after: Program) -> set[str]:
@@ -48,7 +48,7 @@ def run(program: Program, context: Context) -> np.ndarray[tuple[int, ...], np.dt
 
 
 def test_weights_of_islands_become_half_and_nothing_else(quantized: Program, context: Context) -> None:
-    after = pipeline.run(quantized, [StoreHalf()], context)
+    after = pipeline.run_passes(quantized, [StoreHalf()], context)
     moved = changed(quantized, after)
     assert {"up_w", "down_w"} <= moved
     assert not moved & {"b1_w1", "b1_w2", "q_w", "gate_w", "scales_table"}
@@ -61,7 +61,7 @@ def test_weights_of_islands_become_half_and_nothing_else(quantized: Program, con
 
 
 def test_the_numbers_move_a_little_and_a_planted_error_is_seen(quantized: Program, context: Context) -> None:
-    after = pipeline.run(quantized, [StoreHalf()], context)
+    after = pipeline.run_passes(quantized, [StoreHalf()], context)
     want, got = run(quantized, context), run(after, context)
     reach = float(np.abs(want).max())
     assert not np.array_equal(got, want)
@@ -73,8 +73,8 @@ def test_the_numbers_move_a_little_and_a_planted_error_is_seen(quantized: Progra
 
 
 def test_again_changes_nothing(quantized: Program, context: Context) -> None:
-    once = pipeline.run(quantized, [StoreHalf()], context)
-    twice = pipeline.run(once, [StoreHalf()], context)
+    once = pipeline.run_passes(quantized, [StoreHalf()], context)
+    twice = pipeline.run_passes(once, [StoreHalf()], context)
     assert changed(once, twice) == set()
     assert twice.history[-1].note.startswith("0 constants rounded")
 
@@ -88,7 +88,7 @@ def test_what_half_does_not_reach_stays_and_is_counted(
     array = numpy_of(weight).copy()
     array[3] *= np.float32(factor)  # one output channel is enough
     weight.const_value = ir.tensor(array, name="up_w")
-    after = pipeline.run(program, [StoreHalf()], context)
+    after = pipeline.run_passes(program, [StoreHalf()], context)
     assert "up_w" not in changed(program, after), why
     assert "; 1 kept in float32, where half precision would move a row by more than 0.001" in after.history[-1].note
 
@@ -97,7 +97,7 @@ def test_scales_when_asked_for(context: Context, quantized: Program) -> None:
     tables = {n for n, v in quantized.graph.initializers.items() if n.endswith("scales_table")}
     large = {n for n in tables if numpy_of(quantized.graph.initializers[n]).nbytes >= 1024}
     assert large
-    after = pipeline.run(quantized, [StoreHalf(scales=True)], context)
+    after = pipeline.run_passes(quantized, [StoreHalf(scales=True)], context)
     assert large == changed(quantized, after) & tables
     want, got = run(quantized, context), run(after, context)
     np.testing.assert_allclose(got, want, rtol=0, atol=0.05 * float(np.abs(want).max()))

@@ -42,11 +42,11 @@ def failed(tiny: Program, context: Context, tmp_path: Path) -> Path:
     passes = RECIPES["w8a8"].passes
     folder = tmp_path / "out.failed"
     with pytest.raises(PassError, match="planted"):
-        pipeline.run(tiny, [*passes[:MEASURED], Breaks(), *passes[MEASURED:]], context, reproducer=folder)
-    program, pending = snapshot.load(folder)
+        pipeline.run_passes(tiny, [*passes[:MEASURED], Breaks(), *passes[MEASURED:]], context, reproducer=folder)
+    program, pending = snapshot.load_program(folder)
     assert [p["pass"] for p in pending] == ["breaks", *(p.name for p in passes[MEASURED:])]
     mended = tmp_path / "mended.failed"
-    snapshot.save(program, mended, pending=pending[1:])
+    snapshot.save_program(program, mended, pending=pending[1:])
     return mended
 
 

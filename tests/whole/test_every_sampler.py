@@ -215,7 +215,7 @@ def test_samples_of_a_guided_call_cannot_be_counted_apart(context: Context) -> N
     with pytest.raises(RecipeError, match="cannot be counted one by one") as caught:
         AllocateSteps().run(guided, context)
     assert "calibrate without guidance" in str(caught.value.hint)
-    assert pipeline.run(program, [AllocateSteps()], context).allocation
+    assert pipeline.run_passes(program, [AllocateSteps()], context).allocation
 
 
 def test_guidance_needs_a_condition(float_time: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mezzotint.compiler.core.pipeline import Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.core.verify import relative_difference
 from mezzotint.compiler.frontend.from_onnx import import_onnx
-from mezzotint.compiler.graph.nodes import text
+from mezzotint.compiler.graph.nodes import model_text
 from mezzotint.passes.dilate_weights import DilateWeights
 from mezzotint.passes.equalize_weights import EqualizeWeights
 from mezzotint.passes.fold_time import FoldTime
@@ -83,8 +83,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         program = import_onnx(request.getfixturevalue("dit"), folder, **deployed)
         conditions = {"class_labels": np.array([1, 7])}
     context = context_in(folder, conditions=conditions)
-    frozen = pipeline.run(program, EXACT[:2], context)
-    return Model(name, program, frozen, pipeline.run(frozen, EXACT[2:], context), conditions)
+    frozen = pipeline.run_passes(program, EXACT[:2], context)
+    return Model(name, program, frozen, pipeline.run_passes(frozen, EXACT[2:], context), conditions)
 
 
 def outputs(program: Program, folder: Path, conditions: dict[str, Any]) -> Images:
@@ -99,9 +99,9 @@ def outputs(program: Program, folder: Path, conditions: dict[str, Any]) -> Image
 def test_the_float_graph_stays(model: Model, name: str, tmp_path: Path) -> None:
     before = model.frozen if name == "fold_time" else model.lowered
 
-    after = pipeline.run(before, PASSES[name], context_in(tmp_path, conditions=model.conditions))
+    after = pipeline.run_passes(before, PASSES[name], context_in(tmp_path, conditions=model.conditions))
 
-    changed = text(after.model) != text(before.model)
+    changed = model_text(after.model) != model_text(before.model)
     assert changed != ((model.name, name) in NOTHING), after.history[-1].note
     wanted = outputs(model.program, tmp_path, model.conditions)
     assert relative_difference(wanted, outputs(after, tmp_path, model.conditions)) < TOLERANCE

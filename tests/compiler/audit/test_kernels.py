@@ -47,7 +47,7 @@ def of(kernels: Counter[str], names: tuple[str, ...]) -> int:
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_all_layers_but_the_islands_are_integer_kernels(channels: int, context: Context) -> None:
-    program = pipeline.run(tiny_program(channels), w8a8(), context)
+    program = pipeline.run_passes(tiny_program(channels), w8a8(), context)
     assert program.plan is not None
     assert set(program.plan.islands) == {"conv_in", "conv_out"}
     kernels = built(program, context.folder)
@@ -57,13 +57,13 @@ def test_all_layers_but_the_islands_are_integer_kernels(channels: int, context: 
 
 
 def test_without_islands_nothing_stays_in_float(tiny: Program, context: Context) -> None:
-    kernels = built(pipeline.run(tiny, w8a8(islands=()), context), context.folder)
+    kernels = built(pipeline.run_passes(tiny, w8a8(islands=()), context), context.folder)
     assert of(kernels, INTEGER_CONVS) == CONVS + 2
     assert of(kernels, FLOAT_LAYERS) == 0
 
 
 def test_attention_may_be_an_island(tiny: Program, context: Context) -> None:
-    program = pipeline.run(tiny, w8a8(islands=("first", "last", "attention")), context)
+    program = pipeline.run_passes(tiny, w8a8(islands=("first", "last", "attention")), context)
     kernels = built(program, context.folder)
     assert of(kernels, INTEGER_CONVS) == CONVS
     assert of(kernels, INTEGER_MATMULS) == LINEARS
@@ -71,14 +71,14 @@ def test_attention_may_be_an_island(tiny: Program, context: Context) -> None:
 
 
 def test_the_time_layers_are_gone_only_when_frozen(tiny: Program, context: Context) -> None:
-    program = pipeline.run(tiny, w8a8(leave_out=("freeze_time",)), context)
+    program = pipeline.run_passes(tiny, w8a8(leave_out=("freeze_time",)), context)
     kernels = built(program, context.folder)
     assert of(kernels, INTEGER_CONVS) == CONVS
     assert of(kernels, INTEGER_MATMULS) == LINEARS + ATTENTIONS + TIME_LAYERS
 
 
 def test_clean_qdq_is_not_needed_for_integer_kernels(tiny: Program, context: Context) -> None:
-    program = pipeline.run(tiny, w8a8(leave_out=("clean_qdq",)), context)
+    program = pipeline.run_passes(tiny, w8a8(leave_out=("clean_qdq",)), context)
     kernels = built(program, context.folder)
     assert of(kernels, INTEGER_CONVS) == CONVS
     assert of(kernels, INTEGER_MATMULS) == LINEARS + ATTENTIONS
@@ -87,7 +87,7 @@ def test_clean_qdq_is_not_needed_for_integer_kernels(tiny: Program, context: Con
 def narrow_program(tiny: Program, context: Context, with_clip: bool) -> Program:
     """The tiny net at W4A4; without the Clip nodes of the activations when asked for."""
     steps = [replace(p, activation_bits=4, weight_bits=4) if isinstance(p, ChooseScales) else p for p in w8a8()]
-    program = pipeline.run(tiny, steps, context)
+    program = pipeline.run_passes(tiny, steps, context)
     if not with_clip:
         for node in [n for n in program.graph if n.op_type == "Clip" and "quantized" in str(n.inputs[0])]:
             assert node.inputs[0] is not None

@@ -22,7 +22,7 @@ from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.matrix import comq, gptq, input_order, inverse_root, nearest
 from mezzotint.compiler.rounding.row_scales import search
-from mezzotint.compiler.scales.weights import rounded, weight_format, weight_quantizer
+from mezzotint.compiler.scales.weights import rounded_weight, weight_format, weight_quantizer
 from mezzotint.runtime.arrays import Floats
 from tests.helpers.tiny import program_of, tiny_program
 
@@ -122,7 +122,7 @@ def test_what_a_quantizer_says() -> None:
     assert plain.grid == one(8) and not plain.widths and "row_bits" not in plain.to_json()
     assert mixed.to_json() == {**plain.to_json(), "row_bits": {"2": 1, "4": 2, "8": 2}}
     weight = np.full((5, 2), 9.9, np.float32)
-    np.testing.assert_array_equal(rounded(weight, mixed)[:, 0], [0.5, 10.0, 3.5, 3.5, 10.0])
+    np.testing.assert_array_equal(rounded_weight(weight, mixed)[:, 0], [0.5, 10.0, 3.5, 3.5, 10.0])
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def conv() -> Unit:
 
 def round_at(unit: Unit, bits: int) -> Floats:
     assert unit.weight is not None
-    return rounded(numpy_of(unit.weight), weight_quantizer(unit.layers[0], weight_format(bits), "mse", "test"))
+    return rounded_weight(numpy_of(unit.weight), weight_quantizer(unit.layers[0], weight_format(bits), "mse", "test"))
 
 
 def cut_conv(unit: Unit, errors: list[float], parts: int, order: str = "error") -> Parts:

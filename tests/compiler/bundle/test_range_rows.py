@@ -68,7 +68,7 @@ def test_a_float_program_has_none(tiny: Program) -> None:
 
 @pytest.mark.parametrize("recipe", ["w8a8-steps", "w4a8"])
 def test_calibrated_ranges_hold_what_was_seen(tiny: Program, context: Context, recipe: str) -> None:
-    program = pipeline.run(tiny, load_recipe(recipe).passes, context)
+    program = pipeline.run_passes(tiny, load_recipe(recipe).passes, context)
     found = range_rows(program)
     assert found is not None and program.plan is not None
     assert len(found.low) == len(program.plan.quantizers)

@@ -49,7 +49,7 @@ def cached(context: Context, tmp_path: Path) -> Context:
 
 
 def measured(program: Program, context: Context) -> tuple[Stats, str]:
-    after = pipeline.run(program, [Normalize(), Observe(groups=0)], context)
+    after = pipeline.run_passes(program, [Normalize(), Observe(groups=0)], context)
     assert after.stats is not None
     return after.stats, after.history[-1].note
 

@@ -66,7 +66,7 @@ LAST = f"[z] epsilon = Conv {PAD} (end, w)"
 )
 def test_roles_of_the_tiny_model(context: Context, stage: str, role: str, names: set[str]) -> None:
     """The same ones, however far the exact passes have come."""
-    assert chosen(pipeline.run(tiny_program(), EXACT[stage], context), role) == names
+    assert chosen(pipeline.run_passes(tiny_program(), EXACT[stage], context), role) == names
 
 
 SECOND = {
@@ -135,12 +135,12 @@ def test_first_and_last_are_seen_through_movers() -> None:
     ],
 )
 def test_names_by_pattern(tiny: Program, context: Context, patterns: tuple[str, ...], names: set[str]) -> None:
-    program = pipeline.run(tiny, EXACT["lowered"], context)
+    program = pipeline.run_passes(tiny, EXACT["lowered"], context)
     assert chosen(program, *patterns) == names
 
 
 def test_the_reason_says_what_was_asked_for(tiny: Program, context: Context) -> None:
-    program = pipeline.run(tiny, EXACT["lowered"], context)
+    program = pipeline.run_passes(tiny, EXACT["lowered"], context)
     found = {layer.name: layer for layer in layers(program.graph)}
     islands = Islands(program, list(found.values()), (*ROLES, "b1_*"), "test")
     assert islands.reason(found["b1_conv1"]) == f"island 'second': {ROLES['second']}"
@@ -150,7 +150,7 @@ def test_the_reason_says_what_was_asked_for(tiny: Program, context: Context) -> 
 
 @pytest.mark.parametrize("pattern", ["seconds", "conv_in?", "nothing*", ""])
 def test_a_pattern_that_matches_nothing(tiny: Program, context: Context, pattern: str) -> None:
-    program = pipeline.run(tiny, EXACT["lowered"], context)
+    program = pipeline.run_passes(tiny, EXACT["lowered"], context)
     with pytest.raises(RecipeError, match="matches no layer") as caught:
         chosen(program, "first", pattern)
     assert caught.value.where == "test"

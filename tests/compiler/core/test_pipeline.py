@@ -89,7 +89,7 @@ def test_names_and_options() -> None:
 
 def test_history_and_notes(tiny: Program, context: Context) -> None:
     stages: list[tuple[str, int, int]] = []
-    after = pipeline.run(tiny, W8A8, replace(context, progress=lambda *args: stages.append(args)))
+    after = pipeline.run_passes(tiny, W8A8, replace(context, progress=lambda *args: stages.append(args)))
     assert [r.name for r in after.history] == [p.name for p in W8A8]
     assert [r.options for r in after.history] == [p.options() for p in W8A8]
     for before, record in zip(after.history, after.history[1:], strict=False):
@@ -110,20 +110,20 @@ def test_no_pass_changes_what_it_was_given(tiny: Program, context: Context) -> N
     program = tiny
     for step in (*W8A8, FitNoise()):
         given = [m for m in (program.model, program.float_model) if m is not None]
-        texts = [graph.text(m) for m in given]
-        after = pipeline.run(program, [step], context)
-        assert [graph.text(m) for m in given] == texts, step.name
+        texts = [graph.model_text(m) for m in given]
+        after = pipeline.run_passes(program, [step], context)
+        assert [graph.model_text(m) for m in given] == texts, step.name
         program = after
 
 
 def test_dumps_can_be_read_and_run(tiny: Program, context: Context, tmp_path: Path) -> None:
     store.adopt(tiny.model, context.folder)
     folder = tmp_path / "dump"
-    after = pipeline.run(tiny, W8A8, context, dump=Dump(folder, models=True))
+    after = pipeline.run_passes(tiny, W8A8, context, dump=Dump(folder, models=True))
     stems = ["000_imported", *(f"{i + 1:03d}_{p.name}" for i, p in enumerate(W8A8))]
     assert sorted({f.name.split(".")[0] for f in folder.glob("0*")}) == stems
     assert (folder / "000_imported.diff").read_text() == ""
-    assert (folder / f"{stems[-1]}.txt").read_text() == graph.text(after.model)
+    assert (folder / f"{stems[-1]}.txt").read_text() == graph.model_text(after.model)
     difference = next(folder.glob("*_lower_norms.diff")).read_text()
     assert "-   b1_n1 = GroupNormalization" in difference.replace("[node_10] ", "")
     assert any(line.startswith("+") and "LayerNormalization" in line for line in difference.splitlines())
@@ -138,7 +138,7 @@ def test_dumps_can_be_read_and_run(tiny: Program, context: Context, tmp_path: Pa
 
 
 def test_dumps_without_models_are_text_only(tiny: Program, context: Context, tmp_path: Path) -> None:
-    pipeline.run(tiny, [Normalize()], context, dump=Dump(tmp_path / "dump"))
+    pipeline.run_passes(tiny, [Normalize()], context, dump=Dump(tmp_path / "dump"))
     names = sorted(f.name for f in (tmp_path / "dump").iterdir())
     assert names == ["000_imported.diff", "000_imported.txt", "001_normalize.diff", "001_normalize.txt"]
 
@@ -154,18 +154,18 @@ def test_a_failing_pass_leaves_a_reproducer(
     folder = tmp_path / "reproducer"
     done, rest = W8A8[:5], W8A8[5:]
     with pytest.raises(PassError, match=message) as caught:
-        pipeline.run(tiny, [*done, Breaks(how), *rest], context, reproducer=folder)
+        pipeline.run_passes(tiny, [*done, Breaks(how), *rest], context, reproducer=folder)
     assert str(folder) in str(caught.value.hint)
     names = " -> ".join(p.name for p in done)
     assert names + " -> breaks" in str(caught.value.where)
 
-    program, pending = snapshot.load(folder)
+    program, pending = snapshot.load_program(folder)
     assert [p["pass"] for p in pending] == ["breaks", *(p.name for p in rest)]
     assert [r.name for r in program.history] == [p.name for p in done]
     remaining = [make_pass(p["pass"], p["options"]) for p in pending[1:]]
     elsewhere = replace(context, folder=folder)
-    again = pipeline.run(program, remaining, elsewhere)
-    straight = pipeline.run(tiny, [*done, *rest], context)
+    again = pipeline.run_passes(program, remaining, elsewhere)
+    straight = pipeline.run_passes(tiny, [*done, *rest], context)
     x = np.random.default_rng(0).standard_normal((2, *tiny.shape)).astype(np.float32)
     found = []
     for finished, where in ((again, folder), (straight, context.folder)):
@@ -179,20 +179,20 @@ def test_statistics_of_a_saved_program_are_still_those_of_its_graph(
 ) -> None:
     """choose_scales compares digests: loading must not change the graph's, whatever moved to other files."""
     store.adopt(tiny.model, context.folder)
-    program = pipeline.run(tiny, W8A8[: [p.name for p in W8A8].index("observe") + 1], context)
-    snapshot.save(program, tmp_path / "saved")
-    loaded, _ = snapshot.load(tmp_path / "saved")
+    program = pipeline.run_passes(tiny, W8A8[: [p.name for p in W8A8].index("observe") + 1], context)
+    snapshot.save_program(program, tmp_path / "saved")
+    loaded, _ = snapshot.load_program(tmp_path / "saved")
     assert graph.digest(loaded.model) == graph.digest(program.model)
-    pipeline.run(loaded, [ChooseScales()], replace(context, folder=tmp_path / "saved"))
+    pipeline.run_passes(loaded, [ChooseScales()], replace(context, folder=tmp_path / "saved"))
 
 
 def test_a_refused_input_is_an_answer_and_leaves_no_reproducer(tiny: Program, context: Context, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not this input"):
-        pipeline.run(tiny, [Breaks("refuse")], context, reproducer=tmp_path / "reproducer")
+        pipeline.run_passes(tiny, [Breaks("refuse")], context, reproducer=tmp_path / "reproducer")
     assert not (tmp_path / "reproducer").exists()
 
 
 def test_the_optimized_names_of_dumps_are_valid_onnx(tiny: Program, context: Context, tmp_path: Path) -> None:
-    pipeline.run(tiny, W8A8[:3], context, dump=Dump(tmp_path / "dump", models=True))
+    pipeline.run_passes(tiny, W8A8[:3], context, dump=Dump(tmp_path / "dump", models=True))
     for file in (tmp_path / "dump").glob("*.onnx"):
         onnx.checker.check_model(str(file), full_check=True)

@@ -30,7 +30,7 @@ def finished(request: pytest.FixtureRequest, tiny: Program, context: Context) ->
     """After every pass there is, with statistics, plan, float model and correction."""
     if request.param == "stored":
         store.adopt(tiny.model, context.folder)
-    program = pipeline.run(tiny, RECIPES["ptqd-w8a8"].passes, context)
+    program = pipeline.run_passes(tiny, RECIPES["ptqd-w8a8"].passes, context)
     assert program.plan is not None
     extra = {Site("start", "b1_conv1"): Quantizer(UINT8, np.array(0.5, np.float32), np.array(3, np.uint8), "test")}
     plan = Plan({**program.plan.quantizers, **extra}, program.plan.islands)
@@ -39,8 +39,8 @@ def finished(request: pytest.FixtureRequest, tiny: Program, context: Context) ->
 
 @pytest.fixture
 def loaded(finished: Program, tmp_path: Path) -> Program:
-    snapshot.save(finished, tmp_path / "saved", [{"pass": "clean_qdq", "options": {}}])
-    program, pending = snapshot.load(tmp_path / "saved")
+    snapshot.save_program(finished, tmp_path / "saved", [{"pass": "clean_qdq", "options": {}}])
+    program, pending = snapshot.load_program(tmp_path / "saved")
     assert pending == [{"pass": "clean_qdq", "options": {}}]
     return program
 
@@ -57,7 +57,7 @@ def test_graphs(finished: Program, loaded: Program, context: Context, tmp_path: 
     assert finished.float_model is not None and loaded.float_model is not None
     x = np.random.default_rng(0).standard_normal((2, *finished.shape)).astype(np.float32)
     for want, got in ((finished.model, loaded.model), (finished.float_model, loaded.float_model)):
-        assert graph.text(got) == graph.text(want)
+        assert graph.model_text(got) == graph.model_text(want)
         assert graph.digest(got) == graph.digest(want)
         with Executor(want, context.folder, threads=2) as a, Executor(got, tmp_path / "saved", threads=2) as b:
             outputs = [e.call(SIGNATURE, x, 333)["epsilon"] for e in (a, b)]
@@ -66,10 +66,10 @@ def test_graphs(finished: Program, loaded: Program, context: Context, tmp_path: 
 
 def test_saving_what_was_loaded_leaves_the_first_folder_alone(loaded: Program, tmp_path: Path) -> None:
     before = {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()}
-    snapshot.save(loaded, tmp_path / "second", [{"pass": "clean_qdq", "options": {}}])
+    snapshot.save_program(loaded, tmp_path / "second", [{"pass": "clean_qdq", "options": {}}])
     assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()} == before
     shutil.rmtree(tmp_path / "saved")
-    again, _ = snapshot.load(tmp_path / "second")
+    again, _ = snapshot.load_program(tmp_path / "second")
     x = np.zeros((1, *again.shape), np.float32)
     with Executor(again.model, tmp_path / "second", threads=2) as executor:
         assert np.isfinite(executor.call(SIGNATURE, x, 333)["epsilon"]).all()
@@ -80,8 +80,8 @@ def test_saving_a_program_where_it_came_from(loaded: Program, tmp_path: Path) ->
     added = np.arange(1024, dtype=np.float32)
     value = ir.Value(name="added", const_value=ir.tensor(added, name="added"))
     loaded.graph.register_initializer(value)
-    snapshot.save(loaded, tmp_path / "saved")
-    again, _ = snapshot.load(tmp_path / "saved")
+    snapshot.save_program(loaded, tmp_path / "saved")
+    again, _ = snapshot.load_program(tmp_path / "saved")
     np.testing.assert_array_equal(numpy_of(again.graph.initializers["added"]), added)
     del again.graph.initializers["added"]
     assert graph.digest(again.model) == want
@@ -152,9 +152,9 @@ def check_squares(want: Program, got: Program) -> None:
 
 
 def test_squares_of_channels(tiny: Program, context: Context, tmp_path: Path) -> None:
-    program = pipeline.run(tiny, [Normalize(), Observe(channels="all")], context)
-    snapshot.save(program, tmp_path / "saved")
-    loaded, _ = snapshot.load(tmp_path / "saved")
+    program = pipeline.run_passes(tiny, [Normalize(), Observe(channels="all")], context)
+    snapshot.save_program(program, tmp_path / "saved")
+    loaded, _ = snapshot.load_program(tmp_path / "saved")
     check_channels(program, loaded)
     check_squares(program, loaded)
     assert loaded.stats is not None
@@ -165,14 +165,14 @@ def test_squares_of_channels(tiny: Program, context: Context, tmp_path: Path) ->
 
 
 def test_tables_groups_and_lowering(tiny: Program, context: Context, tmp_path: Path) -> None:
-    program = pipeline.run(tiny, RECIPES["w8a8-steps"].passes, context)
+    program = pipeline.run_passes(tiny, RECIPES["w8a8-steps"].passes, context)
     assert program.plan is not None
     assert program.lowering == "integer"
     assert len(program.plan.groups) == len(tiny.deployment.timesteps)
     assert any(q.table for q in program.plan.quantizers.values())
     assert any(q.table and q.axis == 1 and q.scale.ndim == 2 for q in program.plan.quantizers.values())
-    snapshot.save(program, tmp_path / "saved")
-    loaded, _ = snapshot.load(tmp_path / "saved")
+    snapshot.save_program(program, tmp_path / "saved")
+    loaded, _ = snapshot.load_program(tmp_path / "saved")
     test_facts(program, loaded)
     check_plan(program, loaded)
     check_channels(program, loaded)
@@ -198,24 +198,24 @@ def test_the_correction(finished: Program, loaded: Program) -> None:
 
 
 def test_a_bare_program(tiny: Program, tmp_path: Path) -> None:
-    snapshot.save(tiny, tmp_path / "saved")
-    program, pending = snapshot.load(tmp_path / "saved")
+    snapshot.save_program(tiny, tmp_path / "saved")
+    program, pending = snapshot.load_program(tmp_path / "saved")
     assert pending == []
     assert (program.stats, program.plan, program.correction, program.frozen, program.float_model) == (None,) * 5
-    assert graph.text(program.model) == graph.text(tiny.model)
+    assert graph.model_text(program.model) == graph.model_text(tiny.model)
 
 
 def test_saving_twice_to_one_folder_keeps_the_last(finished: Program, tmp_path: Path) -> None:
-    snapshot.save(finished, tmp_path / "saved")
-    snapshot.save(replace(finished, frozen=(1, 2)), tmp_path / "saved")
-    assert snapshot.load(tmp_path / "saved")[0].frozen == (1, 2)
+    snapshot.save_program(finished, tmp_path / "saved")
+    snapshot.save_program(replace(finished, frozen=(1, 2)), tmp_path / "saved")
+    assert snapshot.load_program(tmp_path / "saved")[0].frozen == (1, 2)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "not json", "no graph"])
 def test_folders_that_hold_no_program(tiny: Program, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "saved"
     if damage != "missing":
-        snapshot.save(tiny, folder)
+        snapshot.save_program(tiny, folder)
     if damage == "empty":
         (folder / "program.json").unlink()
     if damage == "not json":
@@ -223,5 +223,5 @@ def test_folders_that_hold_no_program(tiny: Program, tmp_path: Path, damage: str
     if damage == "no graph":
         (folder / "program.onnx").unlink()
     with pytest.raises(ModelError, match="no saved program") as caught:
-        snapshot.load(folder)
+        snapshot.load_program(folder)
     assert caught.value.where == str(folder)

@@ -113,7 +113,7 @@ def test_refusals_name_the_pass_and_the_place(
     program: Program, context: Context, edit: Edit, message: str, where: str
 ) -> None:
     with pytest.raises(PassError, match=message) as caught:
-        pipeline.run(program, [Edited(edit)], context)
+        pipeline.run_passes(program, [Edited(edit)], context)
     assert "edited" in str(caught.value)
     assert where in str(caught.value.where)
     assert not list(context.folder.glob("*.onnx")), "files were left behind"
@@ -152,17 +152,17 @@ class Scaled(Pass):
 @pytest.mark.parametrize("weight", ["b1_w1", "time_2_w", "frequencies", "q_w", "out_b"])
 def test_one_percent_is_not_exact(program: Program, context: Context, weight: str) -> None:
     with pytest.raises(NotExact, match="scaled changed the function") as caught:
-        pipeline.run(program, [Scaled(weight)], context)
+        pipeline.run_passes(program, [Scaled(weight)], context)
     assert "history: scaled" in str(caught.value.where)
 
 
 def test_what_is_exact_passes(program: Program, context: Context) -> None:
-    pipeline.run(program, [Scaled(factor=1.0), Scaled(factor=1.0 + 1e-7)], context)
+    pipeline.run_passes(program, [Scaled(factor=1.0), Scaled(factor=1.0 + 1e-7)], context)
 
 
 def test_nan_is_not_exact(program: Program, context: Context) -> None:
     with pytest.raises(NotExact):
-        pipeline.run(program, [Scaled(factor=float("nan"))], context)
+        pipeline.run_passes(program, [Scaled(factor=float("nan"))], context)
 
 
 def test_relative_difference() -> None:

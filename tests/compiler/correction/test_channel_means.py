@@ -13,7 +13,7 @@ from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.correction.channel_means import ChannelMeans, with_means
-from mezzotint.compiler.graph.nodes import text
+from mezzotint.compiler.graph.nodes import model_text
 from mezzotint.passes.normalize import Normalize
 from tests.helpers.tiny import SIGNATURE
 
@@ -23,9 +23,9 @@ VALUES = (("b1_c1", 1), ("q", 2), ("gate_raw", 1), ("epsilon", 1))  # a feature 
 def check_means(program: Program, context: Context, factor: float = 1.0) -> None:
     """Every mean that the graph takes against that of the whole value."""
     x = np.random.default_rng(1).standard_normal((3, 1, 8, 8)).astype(np.float32)
-    before = text(program.model)
+    before = model_text(program.model)
     model, names = with_means(program.model, VALUES)
-    assert text(program.model) == before
+    assert model_text(program.model) == before
     with Executor(program.model, context.folder, taps=[n for n, _ in VALUES], threads=1, level="none") as whole:
         want = whole.call(SIGNATURE, x, 7)
     with Executor(model, context.folder, threads=1, level="none") as executor:
@@ -37,14 +37,14 @@ def check_means(program: Program, context: Context, factor: float = 1.0) -> None
 
 
 def test_the_graph_averages_all_axes_but_the_batch_and_the_channels(tiny: Program, context: Context) -> None:
-    program = pipeline.run(tiny, [Normalize()], context)
+    program = pipeline.run_passes(tiny, [Normalize()], context)
     check_means(program, context)
     with pytest.raises(AssertionError):
         check_means(program, context, factor=1.01)
 
 
 def test_before_opset_18_the_axes_are_an_attribute(tiny: Program, context: Context) -> None:
-    model = pipeline.run(tiny, [Normalize()], context).model.clone()
+    model = pipeline.run_passes(tiny, [Normalize()], context).model.clone()
     model.graph.opset_imports[""] = 13
     made, names = with_means(model, VALUES)
     node = next(n for n in made.graph if n.outputs[0].name == names[0])

@@ -74,7 +74,7 @@ def passes(islands: tuple[str, ...] = ("first", "last"), gain: float | None = No
 
 
 def quantized_layer(body: str, context: Context, tables: bool) -> Program:
-    program = pipeline.run(layer_program(body), passes((), -1000.0 if tables else 1000.0), context)
+    program = pipeline.run_passes(layer_program(body), passes((), -1000.0 if tables else 1000.0), context)
     assert program.plan is not None
     assert any(q.table for q in program.plan.quantizers.values()) == tables
     return program
@@ -147,7 +147,7 @@ def test_a_table_that_is_one_percent_off_is_seen(context: Context, body: str, ta
 
 
 def test_all_bias_tables_of_an_index_are_one_lookup(context: Context) -> None:
-    program = pipeline.run(tiny_program(), passes(), context)
+    program = pipeline.run_passes(tiny_program(), passes(), context)
     lowered = lower(program)
     tables = [n for n, v in lowered.graph.initializers.items() if n.endswith("_bias_table")]
     indices = {name_of(n.inputs[1]) for n in lowered.graph if n.op_type == "Gather" and name_of(n.inputs[0]) in tables}
@@ -169,7 +169,7 @@ def built(model: ir.Model, folder: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("gain", [-1000.0, 0.2, 1000.0])
 def test_all_layers_but_the_islands_are_integer_kernels(gain: float, context: Context) -> None:
-    program = pipeline.run(tiny_program(), passes(gain=gain), context)
+    program = pipeline.run_passes(tiny_program(), passes(gain=gain), context)
     assert program.plan is not None
     assert set(program.plan.islands) == {"conv_in", "conv_out"}
     kernels = built(lower(program), context.folder)
@@ -179,8 +179,8 @@ def test_all_layers_but_the_islands_are_integer_kernels(gain: float, context: Co
 
 
 def test_the_time_additions_are_gone(tiny: Program, context: Context) -> None:
-    with_fold = pipeline.run(tiny, passes(), context)
-    without = pipeline.run(tiny_program(), [p for p in passes() if p.name != "fold_time"], context)
+    with_fold = pipeline.run_passes(tiny, passes(), context)
+    without = pipeline.run_passes(tiny_program(), [p for p in passes() if p.name != "fold_time"], context)
     assert counts(with_fold.graph)["Add"] == counts(without.graph)["Add"] - 2
     biases = {n.name: n.inputs[8] for n in lower(with_fold).graph if n.op_type == "QLinearConv"}
     for name in ("b1_conv1", "b2_conv1"):
@@ -191,7 +191,7 @@ def test_the_time_additions_are_gone(tiny: Program, context: Context) -> None:
 @pytest.mark.parametrize("gain", [-1000.0, 1000.0])
 def test_a_gathered_bias_comes_with_a_gathered_zero_point(gain: float, context: Context) -> None:
     """Older versions of onnxruntime would leave the bias out (tests/compiler/audit/test_versions.py runs one)."""
-    lowered = lower(pipeline.run(tiny_program(), passes(gain=gain), context))
+    lowered = lower(pipeline.run_passes(tiny_program(), passes(gain=gain), context))
     convs = [n for n in lowered.graph if n.op_type == "QLinearConv"]
     gathered = [n for n in convs if not is_constant(n.inputs[8])]
     assert gathered
@@ -204,7 +204,7 @@ def relative_error(want: Images, got: Images) -> float:
 
 def test_the_network_computes_what_its_quantized_graph_computes(context: Context) -> None:
     """Values on the edge of two steps fall to either side, so a deep network agrees to a part of its own noise."""
-    program = pipeline.run(tiny_program(), passes(), context)
+    program = pipeline.run_passes(tiny_program(), passes(), context)
     exact, quantized = (
         outputs(model, context, (4, 1, 8, 8), program.deployment.timesteps)
         for model in (program.float_model, program.model)
@@ -226,14 +226,14 @@ def test_the_network_computes_what_its_quantized_graph_computes(context: Context
 
 def test_without_islands_nothing_stays_in_float(context: Context) -> None:
     """The sample itself has a table then, and is quantized behind the lookup."""
-    kernels = built(lower(pipeline.run(tiny_program(), passes(islands=()), context)), context.folder)
+    kernels = built(lower(pipeline.run_passes(tiny_program(), passes(islands=()), context)), context.folder)
     assert kernels["QLinearConv"] == CONVS + 2
     assert sum(kernels[name] for name in FLOAT_LAYERS) == 0
 
 
 def test_norms_stay_whole_where_the_recipe_leaves_them(context: Context) -> None:
     steps = [p for p in passes() if not isinstance(p, LowerNorms)]
-    kernels = built(lower(pipeline.run(tiny_program(), steps, context)), context.folder)
+    kernels = built(lower(pipeline.run_passes(tiny_program(), steps, context)), context.folder)
     assert kernels["QLinearConv"] == CONVS
 
 
@@ -309,4 +309,4 @@ def test_the_portable_spelling_refuses_what_depends_on_the_timestep(
     steps = [p for p in RECIPES["w8a8-steps"].passes if p.name != left_out]
     portable = [replace(p, lowering="qdq") if isinstance(p, InsertQdq) else p for p in steps]
     with pytest.raises(RecipeError, match="need the integer or the premul lowering"):
-        pipeline.run(tiny, portable, context)
+        pipeline.run_passes(tiny, portable, context)

@@ -119,7 +119,7 @@ def quantized(case: Case, context: Context) -> tuple[Program, Reference]:
     program = layer_program(BODIES[case.bias])
     loud = program.graph.initializers["conv_w"]
     loud.const_value = ir.tensor(numpy_of(loud) * LOUDNESS[:, None, None, None], name="conv_w")
-    program = pipeline.run(program, [Normalize(), FreezeTime(), FoldTime()], context)
+    program = pipeline.run_passes(program, [Normalize(), FreezeTime(), FoldTime()], context)
     layer = the_layer(program)
     assert layer.weight is not None
     w = numpy_of(layer.weight)
@@ -146,7 +146,7 @@ def quantized(case: Case, context: Context) -> tuple[Program, Reference]:
     names = [name_of(v) for v in (layer.activations[0], layer.weight, layer.output)]
     plan = Plan({Site(n): q for n, q in zip(names, (known.x, known.weight, known.y), strict=True)}, groups=GROUPS)
     steps_left = [InsertQdq(islands=(), lowering="integer"), CleanQdq()]
-    return pipeline.run(replace(program, plan=plan), steps_left, context), known
+    return pipeline.run_passes(replace(program, plan=plan), steps_left, context), known
 
 
 @pytest.fixture(scope="module")

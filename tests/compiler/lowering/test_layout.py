@@ -17,7 +17,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.constant_folding import infer_shapes
-from mezzotint.compiler.graph.nodes import counts, name_of, numpy_of, text
+from mezzotint.compiler.graph.nodes import counts, model_text, name_of, numpy_of
 from mezzotint.compiler.lowering import integer as lower_integer
 from mezzotint.compiler.lowering.layout import hide_ranks, split_biases
 from mezzotint.passes.fold_time import FoldTime
@@ -73,7 +73,7 @@ def check_left_alone(graph: onnx.GraphProto) -> None:
 
 @pytest.fixture
 def quantized(context: Context) -> Program:
-    return pipeline.run(tiny_program(), steps(), context)
+    return pipeline.run_passes(tiny_program(), steps(), context)
 
 
 def test_integer_convolutions_are_left_as_they_are(
@@ -105,11 +105,11 @@ def test_every_image_size_and_batch_still_fits(quantized: Program, context: Cont
 
 def test_a_graph_without_a_table_is_left_as_it_is(context: Context) -> None:
     static = [p for p in RECIPES["w8a8"].passes if p.name != "freeze_time"]
-    program = pipeline.run(tiny_program(), static, context)
-    before = text(program.model)
+    program = pipeline.run_passes(tiny_program(), static, context)
+    before = model_text(program.model)
     hide_ranks(program.graph, [n for n in program.graph if n.op_type == "Conv"])
     split_biases(program.graph)
-    assert text(program.model) == before
+    assert model_text(program.model) == before
 
 
 LABELS = """<ir_version: 10, opset_import: ["" : 21]>
@@ -130,9 +130,9 @@ LABELS = """<ir_version: 10, opset_import: ["" : 21]>
 def test_an_embedding_of_labels_is_no_table(label: str, rows: str) -> None:
     """It has a row for each sample, so that its index is no single number."""
     model = infer_shapes(ir.from_onnx_text(LABELS.format(label=label, rows=rows)))
-    before = text(model)
+    before = model_text(model)
     hide_ranks(model.graph, [n for n in model.graph if n.op_type == "Conv"])
-    assert text(model) == before
+    assert model_text(model) == before
 
 
 # Biases of islands
@@ -140,7 +140,7 @@ def test_an_embedding_of_labels_is_no_table(label: str, rows: str) -> None:
 
 def timed_island(context: Context) -> Program:
     """One convolution in float whose bias is a row, and whose output is the graph's."""
-    program = pipeline.run(layer_program(TIMED), [Normalize(), FreezeTime(), FoldTime()], context)
+    program = pipeline.run_passes(layer_program(TIMED), [Normalize(), FreezeTime(), FoldTime()], context)
     assert counts(program.graph)["Conv"] == 1 and "Add" not in counts(program.graph)
     return program
 
@@ -161,7 +161,7 @@ def test_the_bias_of_an_island_is_added_behind_it(context: Context) -> None:
 
 
 def test_all_who_read_an_island_read_behind_its_bias(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = pipeline.run(tiny_program(), steps((*ENDS, "b1_conv1")), context)
+    program = pipeline.run_passes(tiny_program(), steps((*ENDS, "b1_conv1")), context)
     lowered = lower_integer.lower(program)
     (conv,) = (n for n in lowered.graph if n.name == "b1_conv1")
     assert len(conv.inputs) == 2
@@ -173,7 +173,7 @@ def test_all_who_read_an_island_read_behind_its_bias(context: Context, monkeypat
 
 
 def test_constant_biases_stay(context: Context) -> None:
-    program = pipeline.run(tiny_program(), [Normalize()], context)
-    before = text(program.model)
+    program = pipeline.run_passes(tiny_program(), [Normalize()], context)
+    before = model_text(program.model)
     split_biases(program.graph)
-    assert text(program.model) == before
+    assert model_text(program.model) == before

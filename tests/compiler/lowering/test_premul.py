@@ -21,7 +21,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import counts, is_constant, name_of, numpy_of
 from mezzotint.compiler.lowering.premul import lower
 from mezzotint.compiler.lowering.qdq import lower as lower_static
-from mezzotint.compiler.scales.timetable import rows_of
+from mezzotint.compiler.scales.timetable import rows_and_index
 from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
@@ -74,12 +74,12 @@ def output_step(model: ir.Model) -> float:
     Of a logical graph those of the quantizers themselves, of a lowered one those behind its rescaled convolutions.
     """
     widest = 0.0
-    ratios = {name_of(v): rows_of(v)[0] for n in model.graph if n.op_type == "Split" for v in n.outputs}
+    ratios = {name_of(v): rows_and_index(v)[0] for n in model.graph if n.op_type == "Split" for v in n.outputs}
     for node in model.graph:
         reader = next(iter(node.outputs[0].uses()), None)
         if node.op_type != "Conv" or reader is None or reader.node.inputs[1] is None:
             continue
-        step = float(rows_of(reader.node.inputs[1])[0].max())
+        step = float(rows_and_index(reader.node.inputs[1])[0].max())
         behind = next(iter(reader.node.outputs[0].uses())).node
         behind = next(iter(behind.outputs[0].uses())).node if behind.op_type == "Clip" else behind
         muls = [use.node for use in behind.outputs[0].uses() if use.node.op_type == "Mul"]
@@ -125,7 +125,7 @@ def quantized_layer(body: str, context: Context, gain: float, bits: Bits = 8, bi
     value = made.graph.initializers.get("bias")
     if value is not None:
         value.const_value = ir.tensor(numpy_of(value) * np.float32(bias), name="bias")
-    return pipeline.run(made, passes((), gain, bits), context)
+    return pipeline.run_passes(made, passes((), gain, bits), context)
 
 
 def check_same(program: Program, lowered: ir.Model, context: Context, *, slope: float = 0.004) -> None:
@@ -231,7 +231,7 @@ def outputs(model: ir.Model, context: Context, timesteps: Sequence[float]) -> Im
 
 def test_the_network_is_as_close_to_the_float_one_as_its_quantized_graph(context: Context) -> None:
     """Its convolutions round elsewhere, so that the two errors differ; they stay of one size."""
-    program = pipeline.run(tiny_program(), passes(), context)
+    program = pipeline.run_passes(tiny_program(), passes(), context)
     assert program.float_model is not None
     steps = program.deployment.timesteps
     exact, quantized = (outputs(model, context, steps) for model in (program.float_model, program.model))
@@ -262,18 +262,18 @@ def test_the_bundle_runs_in_plain_onnxruntime(hand: Compiled, tmp_path: Path) ->
 def test_zero_points_that_move_are_refused(tiny: Program, context: Context) -> None:
     steps = [replace(p, zero_point="table") if isinstance(p, StepScales) else p for p in passes(gain=-1000.0)]
     with pytest.raises(RecipeError, match="premul has constant ones") as caught:
-        pipeline.run(tiny, steps, context)
+        pipeline.run_passes(tiny, steps, context)
     assert caught.value.hint == "--set step_scales.zero_point=constant"
 
 
 def test_the_recipe_runs_and_refuses_channels(context: Context) -> None:
     """w8a8-premul as it is; with scales per channel in front of insert_qdq it says what to leave out."""
     steps = RECIPES["w8a8-premul"].passes
-    program = pipeline.run(tiny_program(), steps, context)
+    program = pipeline.run_passes(tiny_program(), steps, context)
     assert program.lowering == "premul" and program.plan is not None
     assert any(q.table for q in program.plan.quantizers.values())
     at = next(i for i, step in enumerate(steps) if isinstance(step, InsertQdq))
     wider = [replace(step, channels=True) if isinstance(step, Observe) else step for step in steps[:at]]
     with pytest.raises(RecipeError, match="need the integer lowering, premul has none") as caught:
-        pipeline.run(tiny_program(), [*wider, ChannelScales(gain=-1000.0), *steps[at:]], context)
+        pipeline.run_passes(tiny_program(), [*wider, ChannelScales(gain=-1000.0), *steps[at:]], context)
     assert "w8a8-premul" in str(caught.value.hint)

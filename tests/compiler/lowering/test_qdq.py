@@ -50,7 +50,7 @@ def layer_program(body: str) -> Program:
 
 def quantized_layer(body: str, context: Context) -> Program:
     steps = (Normalize(), Observe(), ChooseScales(), InsertQdq(islands=()))
-    return pipeline.run(layer_program(body), steps, context)
+    return pipeline.run_passes(layer_program(body), steps, context)
 
 
 def outputs(model: ir.Model, context: Context, shape: tuple[int, ...], t: int = 1) -> Images:
@@ -113,7 +113,7 @@ def test_a_bias_that_is_one_percent_off_is_seen(context: Context, body: str) -> 
 
 
 def test_every_weight_is_int8_and_every_bias_int32(tiny: Program, context: Context) -> None:
-    program = pipeline.run(tiny, RECIPES["w8a8"].passes, context)
+    program = pipeline.run_passes(tiny, RECIPES["w8a8"].passes, context)
     lowered = lower(program.model)
     assert program.plan is not None
     for node in lowered.graph:

@@ -66,7 +66,7 @@ def spread(program: Program, folder: Path, conditions: Conditions, *, error: flo
 def check(program: Program, passes: tuple[Pass, ...], context: Context, want: dict[str, int], pairs: int) -> None:
     """Kinds and counts, and that the function stays."""
     given = dict(context.condition_rows(0, 2))
-    found = pipeline.run(program, passes, context)
+    found = pipeline.run_passes(program, passes, context)
     assert Counter(fold.kind for fold in find_folds(found.graph)) == want
     assert sum(not pair.reason for pair in find_pairs(found.graph)) == pairs
     assert spread(found, context.folder, given) < 1e-4
@@ -97,5 +97,7 @@ def test_a_transformer(dit: Path, passes: tuple[Pass, ...], tmp_path: Path) -> N
 
 def test_a_missing_percent_is_seen(dit: Path, tmp_path: Path) -> None:
     conditions = {"class_labels": np.array([1, 7])}
-    program = pipeline.run(import_onnx(dit, tmp_path, **DEPLOYED), HIGH, context_in(tmp_path, conditions=conditions))
+    program = pipeline.run_passes(
+        import_onnx(dit, tmp_path, **DEPLOYED), HIGH, context_in(tmp_path, conditions=conditions)
+    )
     assert spread(program, tmp_path, conditions) < 1e-4 < spread(program, tmp_path, conditions, error=0.01)

@@ -7,7 +7,7 @@ import pytest
 
 from mezzotint.compiler.core.formats import UINT8, dequantize, quantize, scale_for_range
 from mezzotint.compiler.core.stats import Summary
-from mezzotint.compiler.scales.ranges import SHRINKS, expected_error, least_error_range, range_of
+from mezzotint.compiler.scales.ranges import RANGE_SHRINKS, expected_error, least_error_range, range_of
 from mezzotint.runtime.arrays import Floats
 
 KINDS = ["normal", "silu", "outliers", "heavy", "negative"]
@@ -41,7 +41,7 @@ def samples(kind: str) -> Floats:
 def check_is_best(x: Floats, low: float, high: float) -> None:
     """Not more than 5 % above the least error of all shrunk ranges, found by trying them on the values themselves."""
     bottom, top = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    best = min(real_error(x, bottom * s, top * s) for s in SHRINKS)
+    best = min(real_error(x, bottom * s, top * s) for s in RANGE_SHRINKS)
     assert real_error(x, low, high) <= 1.05 * best
 
 

@@ -35,7 +35,7 @@ def steps(gain: float = -1000.0) -> tuple[Pass, ...]:
 
 @pytest.fixture
 def quantized(context: Context) -> Program:
-    return pipeline.run(tiny_program(steps=STEPS), steps(), context)
+    return pipeline.run_passes(tiny_program(steps=STEPS), steps(), context)
 
 
 def outputs(
@@ -89,14 +89,14 @@ def test_tables_are_replaced(quantized: Program) -> None:
 
 def test_one_table_alone(context: Context) -> None:
     """A lookup of one column has no Split behind it."""
-    program = pipeline.run(tiny_program(steps=STEPS), steps()[:-3], context)
+    program = pipeline.run_passes(tiny_program(steps=STEPS), steps()[:-3], context)
     assert program.plan is not None
-    tabled = pipeline.run(program, steps()[-3:-2], context)
+    tabled = pipeline.run_passes(program, steps()[-3:-2], context)
     assert tabled.plan is not None
     kept = Site("gated")  # what the convolution `down` reads
     quantizers = {**program.plan.quantizers, kept: tabled.plan.quantizers[kept]}
     program = replace(program, plan=replace(program.plan, quantizers=quantizers))
-    program = pipeline.run(program, steps()[-2:], context)
+    program = pipeline.run_passes(program, steps()[-2:], context)
     want, got = outputs(program, context, 1)
     np.testing.assert_array_equal(got, want)
 

@@ -18,7 +18,7 @@ from mezzotint.compiler.scales.timetable import (
     group_of_train,
     lookup,
     nearest_row_of_timestep,
-    rows_of,
+    rows_and_index,
     step_index,
 )
 from mezzotint.runtime.errors import ScheduleError
@@ -179,7 +179,7 @@ def test_a_timestep_that_is_called_twice_has_one_row() -> None:
 
 
 def check_found(part: ir.Value, want: npt.NDArray[np.generic], row: ir.Value | None) -> None:
-    found, index = rows_of(part)
+    found, index = rows_and_index(part)
     np.testing.assert_array_equal(found, want)
     assert found.dtype == want.dtype
     assert index is row
