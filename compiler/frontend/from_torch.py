@@ -29,6 +29,7 @@ from ..core.execute import Executor
 from ..core.program import Program
 from ..core.verify import relative_difference
 from ..errors import ModelError
+from ..graph.require import required
 from .from_onnx import finish_import
 from .torch_example import SUPPORTED, Example, PositionalModel, example_of, quiet_exporter, unsupported
 
@@ -183,8 +184,7 @@ def _export(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str]
             input_names=list(denoiser.names),
             output_names=[OUTPUT],
         )
-    assert program is not None
-    return program.model, _readable(exported)
+    return required(program, "the ONNX program", "torch.onnx.export").model, _readable(exported)
 
 
 def _export_fx(denoiser: PositionalModel, example: Example) -> torch.export.ExportedProgram:

@@ -10,6 +10,7 @@ from mezzotint.runtime.signature import Prediction, Signature
 
 from ..errors import ModelError, SignatureError
 from ..graph.nodes import name_of
+from ..graph.require import dtype_of
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_steps", "ts")
 _SAMPLE_NAMES = ("sample", "latent_model_input", "latents", "latent", "x", "x_t", "noisy_sample", "hidden_states")
@@ -88,8 +89,7 @@ def _pick(values: Mapping[str, ir.Value], role: str, names: tuple[str, ...], whe
 
 
 def _is_number(value: ir.Value, role: str) -> bool:
-    dtype = value.dtype
-    assert dtype is not None
+    dtype = dtype_of(value)
     return dtype.is_floating_point() if role == "sample" else dtype.is_floating_point() or dtype.is_integer()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .nodes import Builder, Names, consumers, is_constant, is_op, name_of
+from .require import producer
 
 
 def make_scalars(graph: ir.Graph) -> None:
@@ -18,10 +19,8 @@ def make_scalars(graph: ir.Graph) -> None:
     them."""
     names = Names(graph)
     for value in _around_groups(graph):
-        producer = value.producer()
-        assert producer is not None  # it is neither a constant nor an input
         users = [node for node in consumers(value) if is_op(node, "QuantizeLinear", "DequantizeLinear")]
-        build = Builder(graph, names, after=producer)
+        build = Builder(graph, names, after=producer(value))
         scalar = build.op("Squeeze", [value], f"{name_of(value)}_scalar", like=value, shape=[])
         for node in users:
             for index in (1, 2):

@@ -35,8 +35,7 @@ class ScaleTables:
 
 def table_quantizers(program: Program) -> dict[Site, Quantizer]:
     """The quantizers of the plan whose scales are tables, in the order of the columns."""
-    assert program.plan is not None
-    return {site: q for site, q in program.plan.quantizers.items() if q.table}
+    return {site: q for site, q in program.require_plan().quantizers.items() if q.table}
 
 
 def stacked(program: Program) -> tuple[Floats, Integers]:

@@ -14,6 +14,7 @@ from mezzotint.runtime.tables import nearest_rows
 
 from ..core.program import Program
 from ..graph.nodes import Builder, is_constant, is_op, name_of, numpy_of
+from ..graph.require import inputs, producer
 
 
 def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], stem: str) -> ir.Value:
@@ -51,8 +52,7 @@ def group_of_train(program: Program) -> npt.NDArray[np.int64]:
 
 def group_of_row(program: Program) -> npt.NDArray[np.int64]:
     """The row of the scale tables for each row of the timestep tables, which are finer."""
-    assert program.plan is not None
-    group = dict(zip(program.deployment.timesteps, program.plan.groups, strict=True))
+    group = dict(zip(program.deployment.timesteps, program.require_plan().groups, strict=True))
     return np.array([group[t] for t in deployed_rows(program)], np.int64)
 
 
@@ -109,18 +109,16 @@ def rows_and_index(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | No
     if is_constant(parameter):
         constant = numpy_of(parameter)
         return constant[None] if constant.size > 1 else constant.reshape(1), None
-    part = parameter.producer()
-    if part is not None and is_op(part, "Squeeze") and part.inputs[0] is not None:  # compiler/graph/elementwise.py
-        parameter = part.inputs[0]
-        part = parameter.producer()
-    assert part is not None
+    node = producer(parameter)
+    if is_op(node, "Squeeze"):  # written by compiler/graph/elementwise.py
+        (parameter,) = inputs(node, 1)
+        node = producer(parameter)
     columns = slice(None)
-    if is_op(part, "Split") and part.inputs[1] is not None:
-        index, sizes = list(part.outputs).index(parameter), numpy_of(part.inputs[1])
+    if is_op(node, "Split"):
+        joined, lengths = inputs(node, 2)
+        index, sizes = list(node.outputs).index(parameter), numpy_of(lengths)
         columns = slice(int(sizes[:index].sum()), int(sizes[: index + 1].sum()))
-    gather = part.inputs[0].producer() if is_op(part, "Split") and part.inputs[0] is not None else part
-    assert gather is not None and gather.inputs[0] is not None and gather.inputs[1] is not None
-    scalar = gather.inputs[1].producer()
-    assert scalar is not None
-    rows = numpy_of(gather.inputs[0])[:, columns]
-    return rows[:, 0] if rows.shape[1] == 1 else rows, scalar.inputs[0]
+        node = producer(joined)
+    table, scalar = inputs(node, 2)
+    rows = numpy_of(table)[:, columns]
+    return rows[:, 0] if rows.shape[1] == 1 else rows, producer(scalar).inputs[0]

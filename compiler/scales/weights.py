@@ -17,6 +17,7 @@ from ..core.formats import INT8, Format, dequantize, quantize, scale_for_range
 from ..core.program import Quantizer
 from ..graph.nodes import numpy_of
 from ..graph.ops import Layer
+from ..graph.require import required
 
 WeightMethod = Literal["minmax", "mse"]
 
@@ -28,14 +29,14 @@ def weight_format(bits: int) -> Format:
 
 def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -> Quantizer:
     """The quantizer of a layer's weight along its output channels; `by` names the pass that asked."""
-    assert layer.weight is not None and layer.weight_axis is not None
-    weight = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
+    axis = required(layer.weight_axis, "the output axis of the weight", layer.node)
+    weight = np.moveaxis(numpy_of(required(layer.weight, "the weight", layer.node)), axis, 0)
     rows = weight.reshape(len(weight), -1)
     limit = np.abs(rows).max(axis=1)
     if method == "mse":
         limit = limit * _best_shrinks(rows, limit, fmt)
     scale, zero = scale_for_range(-limit, limit, fmt)
-    return Quantizer(fmt, scale, zero, by, axis=layer.weight_axis)
+    return Quantizer(fmt, scale, zero, by, axis=axis)
 
 
 def rounded_weight(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Floats:
