@@ -1,7 +1,12 @@
-"""Pass, Recipe, run_passes(): order check, clone, verify, time, dump, reproducer."""
+"""Passes and recipes, and the pipeline that runs them.
+
+A recipe checks the order of its passes. run_passes gives each pass a clone of the program, verifies the result, and
+writes the history, dumps and, when a pass fails, a reproducer.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from abc import ABC, abstractmethod
@@ -17,20 +22,22 @@ from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.progress import Progress, silent
 
 from ..errors import PassError, RecipeError
-from ..graph import nodes as graph
 from ..graph import weight_store as store
+from ..graph.nodes import model_text, text_diff
 from . import snapshot, verify
 from .memory import PeakMemory
 from .program import Program, Record
 
+LOG = logging.getLogger("mezzotint")
+
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use besides the program: where to work, what to calibrate on, how many threads.
+    """What a pass may use besides the program: the working folder, the calibration data, the number of threads.
 
-    `conditions` maps each condition to an array `[rows, ...]`; calibration goes through the rows in turn.
-    `unconditional` has the rows of the other half of a guided call, `[1, ...]`. `cache` is a folder where statistics
-    are kept for other compilations (compiler/calibration/stats_cache.py).
+    `conditions` maps each condition to an array `[rows, ...]`; calibration takes the rows in turn. `unconditional` has
+    the rows `[1, ...]` of the unconditional half of a guided call. `cache` is a folder of statistics that compilations
+    share (compiler/calibration/stats_cache.py).
     """
 
     folder: Path
@@ -44,16 +51,17 @@ class Context:
     cache: Path | None = None
 
     def condition_rows(self, first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
-        """`rows` rows of each condition, starting at `first` and beginning again at the end."""
+        """Return `rows` rows of each condition from `first` on, starting over after the last one."""
         return {n: np.take(a, np.arange(first, first + rows) % len(a), axis=0) for n, a in self.conditions.items()}
 
 
 class Pass(ABC):
     """One step of a recipe: a frozen dataclass whose fields are its options.
 
-    `needs` and `gives` name facts about the program (such as "stats" or "qdq"); `before` names facts that must not
-    hold yet; `spoils` names those that no longer hold afterwards. A pass with a `tolerance` is exact: the pipeline
-    runs the graph before and after it and refuses a larger difference, relative to the largest output.
+    Facts are names such as "stats" or "qdq". `needs` are the facts that must hold before the pass, `before` those that
+    must not, `gives` those that hold after it, and `spoils` those that hold no longer. A pass with a `tolerance` is
+    exact: the pipeline runs the graph before and after it, and refuses a larger difference, relative to the largest
+    output.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -64,14 +72,15 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, program: Program, context: Context) -> Program:
-        """The program after this pass. The graph is the pass's own clone: it may be edited in place."""
+        """Return the program after this pass. The graph of `program` is a clone, which the pass may edit in place."""
 
     @property
     def name(self) -> str:
+        """Return the class name in snake case, which is the name of the pass in recipes and of its file."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     def options(self) -> dict[str, Any]:
-        """The options as plain data, in the order of the fields; a class without fields has none."""
+        """Return the options as plain data, in the order of the fields."""
         plain: Any = self
         names = [f.name for f in fields(plain)] if is_dataclass(plain) else []
         values = {name: getattr(self, name) for name in names}
@@ -79,7 +88,7 @@ class Pass(ABC):
 
 
 class GraphPass(Pass):
-    """An exact rewrite of the float graph: it comes before the quantizers, and measurements do not survive it."""
+    """An exact rewrite of the float graph. It comes before the quantizers, and invalidates statistics and plan."""
 
     before = frozenset({"qdq"})
     spoils = frozenset({"stats", "plan"})
@@ -87,10 +96,10 @@ class GraphPass(Pass):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named list of passes. An order that cannot work is refused here, not after an hour of calibration.
+    """A named list of passes. Raises RecipeError at once for an order that cannot work.
 
-    `baseline` names the recipe that is this one without its method, and `claim` the width ("w4a8") for which the paper
-    says that the method beats it; tools/leaderboard.py measures both.
+    `baseline` is the recipe without the method of this one. `claim` is the width ("w4a8") at which, according to the
+    paper, the method is better than the baseline. tools/leaderboard.py measures both.
     """
 
     name: str
@@ -120,7 +129,7 @@ class Recipe:
         self._check_islands()
 
     def _check_islands(self) -> None:
-        """Passes that keep different layers in float would each work for another model."""
+        """Refuse different `islands` in two passes: the scales of one would be those of another model."""
         chosen = {p.name: p.options()["islands"] for p in self.passes if "islands" in p.options()}
         for name, islands in chosen.items():
             first = next(iter(chosen))
@@ -134,7 +143,7 @@ class Recipe:
 
     @property
     def islands(self) -> tuple[str, ...]:
-        """What the recipe keeps in float on purpose: the `islands` of its passes (roles, patterns of node names)."""
+        """Return the `islands` of all passes: the roles and node name patterns that stay in float."""
         return tuple(dict.fromkeys(island for p in self.passes for island in p.options().get("islands", ())))
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +158,7 @@ def _words(facts: frozenset[str] | set[str]) -> str:
 
 @dataclass(frozen=True)
 class Dump:
-    """Where the pipeline writes what each pass did: `NNN_pass.txt` and `.diff`, and `.onnx` when `models` is set."""
+    """The folder for the graph after each pass: `NNN_pass.txt` and `.diff`, and `.onnx` when `models` is set."""
 
     folder: Path
     models: bool = False
@@ -163,12 +172,13 @@ def run_passes(
     dump: Dump | None = None,
     reproducer: Path | None = None,
 ) -> Program:
-    """Run passes in order; the graph is verified after each.
+    """Return the program after all passes, run in order, with the graph verified after each.
 
-    On failure the program before the failing pass is saved to `reproducer`, for `tools/replay.py`.
+    When a pass fails, write the program before it and the passes that were left to the folder `reproducer`, for
+    `tools/replay.py`, and raise PassError. Errors about the input, such as StatsError, are raised as they are.
     """
     checker = verify.ExactChecker(context.folder, threads=context.threads, seed=context.seed)
-    before = graph.model_text(program.model)
+    before = model_text(program.model)
     if dump:
         _dump(dump, len(program.history), "imported", program, before, "", context)
     for i, step in enumerate(passes):
@@ -178,10 +188,10 @@ def run_passes(
         except Exception as error:
             _explain(error, program, step, passes[i:], reproducer)
             raise
-        after = graph.model_text(after_program.model)
+        after = model_text(after_program.model)
         if dump:
             number = len(after_program.history)
-            _dump(dump, number, step.name, after_program, after, graph.text_diff(before, after, step.name), context)
+            _dump(dump, number, step.name, after_program, after, text_diff(before, after, step.name), context)
         program, before = after_program, after
     context.progress("passes", len(passes), len(passes))
     return program
@@ -199,13 +209,14 @@ def _run_one(program: Program, step: Pass, context: Context, checker: verify.Exa
             checker.compare(program, after, step.name, tolerance=step.tolerance, conditions=conditions)
     seconds = time.perf_counter() - start
     record = Record(step.name, step.options(), nodes, after.graph.num_nodes(), seconds, memory.peak_mb, note=after.note)
+    LOG.debug("%s: %.3f s, %d -> %d nodes: %s", record.name, seconds, nodes, record.nodes_after, record.note)
     return replace(after, history=(*program.history, record), note="")
 
 
 def _explain(error: Exception, program: Program, step: Pass, rest: Sequence[Pass], reproducer: Path | None) -> None:
-    """Leave a reproducer, and turn a surprise inside a pass into one of our errors."""
+    """Write a reproducer, and raise PassError for any error that is not one of the compiler's own."""
     if isinstance(error, MezzotintError) and not isinstance(error, PassError):
-        return  # a refused input is an answer, not a defect of the pass
+        return  # the input was refused: the pass has no defect to reproduce
     history = " -> ".join([*(r.name for r in program.history), step.name])
     hint = None
     if reproducer is not None:

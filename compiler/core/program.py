@@ -1,7 +1,7 @@
-"""Program: all that is known and decided about one denoiser, frozen.
+"""Program: one denoiser with its graph, statistics, plan and correction, as a frozen value.
 
-The graph is an `onnx_ir.Model`, which is mutable; the pipeline hands each pass a clone of it, and a pass returns a
-new Program. Everything else (statistics, plan, correction) is typed data beside the graph.
+The graph is an `onnx_ir.Model`, which is mutable: the pipeline gives each pass a clone of it, and the pass returns a
+new Program. Everything else is typed, immutable data next to the graph.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A value of the graph, or one consumer's view of it when `consumer` (a node's name) is given."""
+    """A value of the graph, or the view that one consumer (a node, by name) has of it."""
 
     value: str
     consumer: str = ""
@@ -46,11 +46,11 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Quantizer:
-    """How a site is quantized. `scale` float32 and `zero_point` are scalars, or `[C]` along `axis`.
+    """The parameters that quantize one site, and the name of the pass that chose them (`by`).
 
-    A `table` has one row for each group of timesteps: both are `[groups]`, or `[groups, C]` along `axis`, and one call
-    uses one row. `row_bits` `[C]` are the widths of a weight's output channels where they differ; `format` is then the
-    widest one's.
+    `scale` (float32) and `zero_point` are scalars, or `[C]` along `axis`. With `table` they have one row for each group
+    of timesteps, `[groups]` or `[groups, C]`, and each network call uses one row. `row_bits` `[C]` are the widths of a
+    weight's output channels where they differ; `format` is then the format of the widest channel.
     """
 
     format: Format
@@ -63,12 +63,12 @@ class Quantizer:
 
     @property
     def grid(self) -> Grid:
-        """What values are rounded to."""
+        """Return the grid that values are rounded to."""
         return self.format if self.row_bits is None else RowFormats(self.row_bits)
 
     @property
     def widths(self) -> dict[int, int]:
-        """The number of output channels by bits where they differ, else empty."""
+        """Return the number of output channels of each width, or nothing when all have the same."""
         if self.row_bits is None:
             return {}
         widths, counts = np.unique(self.row_bits, return_counts=True)
@@ -91,10 +91,10 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided: a quantizer for each site, and the nodes kept in float, each with the reason.
+    """The quantizer of each site, and the nodes that stay in float, each with the reason.
 
-    `groups` gives the row of the tables for each timestep of the deployment, in the order of its first call; it is
-    empty while there are no tables. `report` is what assign_bits measured and weighed, as plain data for readers.
+    `groups` is the row of the tables for each timestep of the deployment, in the order of first calls; it is empty
+    without tables. `report` holds the measurements and costs of assign_bits, as plain data for display.
     """
 
     quantizers: Mapping[Site, Quantizer] = field(default_factory=dict)
@@ -103,13 +103,13 @@ class Plan:
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, value: str, consumer: str = "") -> Quantizer | None:
-        """The quantizer of a consumer's view of a value, else of the value itself."""
+        """Return the quantizer of a consumer's view of a value, else that of the value, else None."""
         return self.quantizers.get(Site(value, consumer)) or self.quantizers.get(Site(value))
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a program's history."""
+    """What one pass did: an entry of a program's history."""
 
     name: str
     options: Mapping[str, Any]
@@ -135,14 +135,16 @@ class Record:
 class Program:
     """A denoiser on its way through the compiler.
 
-    `source` says where the model came from, as plain data; its `config` is the configuration that diffusers writes,
-    where there is one. `shape` is (channels, height, width) of the sample that calibration and checks use; where the
-    graph leaves height or width open, other sizes work too. `frozen` lists the timesteps that the tables in the graph
-    hold, in the order of the rows, once freeze_time ran. `float_model` is the graph as it was before the quantizers
-    came in, for passes that compare with it; `lowering` names the spelling in which the target gets the quantized one.
-    `allocation` is the number of calibration samples that count at each timestep of the deployment, in the order of
-    its first call; empty: all of them, everywhere. `refused` maps a value, or a node, to the reason why a pass that
-    moves factors left it alone. `noise_report` is what fit_noise measured, as plain data for readers.
+    source        where the model came from, as plain data; its `config` is the configuration of a diffusers model
+    shape         (channels, height, width) of the sample in calibration and checks; other sizes work too where the
+                  graph leaves height or width open
+    frozen        the timesteps of the tables in the graph, in the order of the rows (set by freeze_time)
+    float_model   the graph before insert_qdq, for passes that compare with it
+    lowering      the form in which the target gets the quantized graph
+    allocation    the number of calibration samples used at each timestep of the deployment, in the order of first
+                  calls; empty: every sample at every timestep
+    refused       the values and nodes that a rescaling pass left unchanged, with the reason
+    noise_report  the measurements of fit_noise, as plain data for display
     """
 
     model: ir.Model
@@ -169,44 +171,45 @@ class Program:
         return self.model.graph
 
     def with_model(self, model: ir.Model, note: str = "") -> Program:
-        """This program with another graph; the note says what the pass did, in one line of the history."""
+        """Return this program with another graph. The note, one line of the history, says what the pass did."""
         return replace(self, model=model, note=note or self.note)
 
     def noted(self, note: str) -> Program:
+        """Return this program with another note for the history."""
         return replace(self, note=note)
 
     def require_plan(self) -> Plan:
-        """Return the plan. Raise PassError when nothing was decided yet."""
+        """Return the plan. Raise PassError when choose_scales has not run."""
         return self._require(self.plan, "plan", "choose_scales")
 
     def require_stats(self) -> Stats:
-        """Return the statistics. Raise PassError when nothing was measured yet, or the graph has changed since."""
+        """Return the statistics. Raise PassError when observe has not run since the graph last changed."""
         return self._require(self.stats, "statistics", "observe")
 
     def require_float_model(self) -> ir.Model:
-        """Return the graph as it was before the quantizers came in. Raise PassError while there are none."""
+        """Return the graph before insert_qdq. Raise PassError when insert_qdq has not run."""
         return self._require(self.float_model, "quantizers", "insert_qdq")
 
     def require_frozen(self) -> tuple[Timestep, ...]:
-        """Return the timesteps of the tables in the graph. Raise PassError when there are no tables."""
+        """Return the timesteps of the tables in the graph. Raise PassError when freeze_time has not run."""
         return self._require(self.frozen, "timestep tables", "freeze_time")
 
-    def _require(self, thing: _T | None, what: str, giver: str) -> _T:
-        if thing is None:
+    def _require(self, fact: _T | None, name: str, giver: str) -> _T:
+        if fact is None:
             raise PassError(
-                f"the program has no {what}, which {giver} gives",
-                hint=f"put {giver} in front of this pass, and declare in its `needs` what it needs",
+                f"the program has no {name}, which {giver} gives",
+                hint=f"put {giver} in front of this pass, and declare the fact in its `needs`",
             )
-        return thing
+        return fact
 
     @property
     def fixed_batch(self) -> int | None:
-        """The batch size that is written into the graph, or None where any will do."""
+        """Return the batch size that the graph fixes, or None when the batch is open."""
         sample = next(v for v in self.graph.inputs if v.name == self.signature.sample)
         size = sample.shape[0] if sample.shape else None
         return size if isinstance(size, int) else None
 
     def conditions(self) -> dict[str, ir.Value]:
-        """The graph inputs that are neither the sample nor the timestep, by name."""
+        """Return the graph inputs other than the sample and the timestep, by name."""
         by_name = {v.name: v for v in self.graph.inputs}
         return {name: by_name[name] for name in self.signature.conditions}

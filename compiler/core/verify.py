@@ -1,7 +1,7 @@
-"""What every graph keeps, and whether an exact pass was exact.
+"""Checks between two passes: a valid graph, and the same function after an exact pass.
 
-`structure` runs after every pass; `ExactChecker` runs the float graph before and after a pass that claims to keep
-the function, on the same inputs at several timesteps.
+`structure` runs after every pass. `ExactChecker` runs the float graph before and after an exact pass on the same inputs
+at several timesteps.
 """
 
 from __future__ import annotations
@@ -27,20 +27,18 @@ from .program import Program
 
 
 def structure(after: Program, name: str, *, before: Program) -> None:
-    """Refuse a graph that is not valid ONNX, assigns a value twice, reads a value nobody makes, changed its inputs
-    or outputs, or forgot a shape that was known.
-
-    Raises PassError with the pass and the node as text.
+    """Raise PassError for a graph that is not valid ONNX, assigns a value twice, reads a value that no node computes,
+    has other inputs or outputs than before, or lost a known shape. The error names the pass and the node.
     """
-    made = {name_of(v) for v in after.graph.inputs} | set(after.graph.initializers)
+    computed = {name_of(v) for v in after.graph.inputs} | set(after.graph.initializers)
     for node in after.graph:
         for value in node.inputs:
-            if name_of(value) and name_of(value) not in made:
-                raise PassError(f"{name} left a value that nobody makes: {name_of(value)!r}", where=str(node))
+            if name_of(value) and name_of(value) not in computed:
+                raise PassError(f"{name} left a value that no node computes: {name_of(value)!r}", where=str(node))
         for value in node.outputs:
-            if name_of(value) and name_of(value) in made:  # absent optional outputs have no name
+            if name_of(value) and name_of(value) in computed:  # absent optional outputs have no name
                 raise PassError(f"{name} left a value that is assigned twice: {name_of(value)!r}", where=str(node))
-            made.add(name_of(value))
+            computed.add(name_of(value))
     for side in ("inputs", "outputs"):
         old, new = _interface(before, side), _interface(after, side)
         if old != new:
@@ -53,7 +51,7 @@ def structure(after: Program, name: str, *, before: Program) -> None:
 
 
 def _interface(program: Program, side: str) -> list[tuple[str, str]]:
-    """Names and types; an input with a default value is a weight in an old spelling, and may become one."""
+    """Return names and types. An input with a default value is left out: it may become an initializer."""
     defaults = program.graph.initializers
     return [(name_of(v), str(v.dtype)) for v in getattr(program.graph, side) if name_of(v) not in defaults]
 
@@ -64,11 +62,11 @@ def _shapes_kept(after: Program, name: str, before: Program) -> None:
         for value in node.outputs:
             shape = known.get(name_of(value))
             if shape is not None and value.shape is None:
-                raise PassError(f"{name} forgot the shape of {name_of(value)!r}, which was {shape}", where=str(node))
+                raise PassError(f"{name} lost the shape of {name_of(value)!r}, which was {shape}", where=str(node))
 
 
 class ExactChecker:
-    """Compares outputs of the graph before and after a pass; remembers the last ones, so each graph runs once."""
+    """Compares outputs of the graph before and after a pass. It keeps the last ones, so that each graph runs once."""
 
     BATCH = 2
 
@@ -86,10 +84,10 @@ class ExactChecker:
         conditions: Mapping[str, npt.NDArray[Any]],
     ) -> None:
         """Raise NotExact when the largest difference exceeds `tolerance` times the largest output."""
-        want = self._outputs(before, conditions)
-        got = self._outputs(after, conditions)
-        for t, expected in want.items():
-            worst = relative_difference(expected, got[t])
+        expected = self._outputs(before, conditions)
+        actual = self._outputs(after, conditions)
+        for t in expected:
+            worst = relative_difference(expected[t], actual[t])
             if not worst <= tolerance:
                 raise NotExact(
                     f"{name} changed the function: relative difference {worst:.2e} at timestep {t}, "
@@ -114,15 +112,15 @@ class ExactChecker:
         return self._last[1]
 
 
-def relative_difference(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> float:
-    """Largest absolute difference over the largest absolute expected value; NaN anywhere gives NaN."""
-    if expected.shape != got.shape:
+def relative_difference(expected: npt.NDArray[np.float32], actual: npt.NDArray[np.float32]) -> float:
+    """Return the largest absolute difference over the largest absolute expected value; NaN anywhere gives NaN."""
+    if expected.shape != actual.shape:
         return float("inf")
-    return float(np.max(np.abs(got - expected)) / max(float(np.max(np.abs(expected))), 1e-30))
+    return float(np.max(np.abs(actual - expected)) / max(float(np.max(np.abs(expected))), 1e-30))
 
 
 def weights_finite(model: ir.Model) -> str | None:
-    """The name of the first initializer that holds NaN or an infinite value, or None. Reads one at a time."""
+    """Return the name of the first initializer with a NaN or infinite value, or None. Read one at a time."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point():

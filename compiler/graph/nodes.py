@@ -1,4 +1,4 @@
-"""Small helpers over onnx_ir: names, constants, insertion, text, diff, digest."""
+"""Helpers over onnx_ir graphs: names, constants, insertion and replacement of nodes, text, digest."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
-    """Whether a node is one of these operations of the standard domain."""
+    """Return whether a node is one of these operations of the standard domain."""
     return node is not None and node.domain in DEFAULT_DOMAINS and node.op_type in op_types
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is known at compile time (an initializer that is not also an input)."""
+    """Return whether a value is known at compile time: an initializer that is not also an input."""
     return value is not None and value.const_value is not None and not value.is_graph_input()
 
 
 def name_of(value: ir.Value | None) -> str:
-    """A value's name; the empty string for an absent optional input."""
+    """Return a value's name, or the empty string for an absent optional input."""
     return "" if value is None or value.name is None else value.name
 
 
 class Names:
-    """Unique, readable names for what a pass adds to a graph."""
+    """Unique, readable names for the values and nodes that a pass adds to a graph."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._taken = set(graph.initializers) | {name_of(v) for v in graph.inputs}
@@ -44,7 +44,7 @@ class Names:
             self._taken.add(node.name or "")
 
     def unique(self, preferred: str) -> str:
-        """Return the preferred name, with a number behind it when it is taken, and take it."""
+        """Return the preferred name, followed by a number when it is taken, and mark it as taken."""
         name, k = preferred, 1
         while name in self._taken:
             name, k = f"{preferred}_{k}", k + 1
@@ -53,7 +53,7 @@ class Names:
 
 
 def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """A new initializer of the graph, with type and shape known."""
+    """Add an initializer to the graph, with type and shape, and return it."""
     shape = ir.Shape(tensor.shape.numpy())
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
@@ -61,9 +61,9 @@ def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Val
 
 
 class Builder:
-    """Adds nodes in front of a given node, or one after another behind it, and initializers, with unique names.
+    """Adds initializers and nodes with unique names, in front of one node (`before`) or in order behind one (`after`).
 
-    Nodes are named in the scope of the given one, or in another one where that is only a place.
+    New nodes get the scope of that node, or `scope` when the node only marks the position.
     """
 
     def __init__(
@@ -77,13 +77,14 @@ class Builder:
     ) -> None:
         anchor = before or after
         if anchor is None or (before is not None and after is not None):
-            raise ValueError("a builder adds in front of a node or behind one")
+            raise ValueError("give a builder either the node to add in front of or the node to add behind")
         self.graph, self.names = graph, names
         self._before, self._after = before, after
         self._scope = scope_of(anchor) if scope is None else scope
 
-    def constant(self, wish: str, array: npt.ArrayLike | ir.TensorProtocol) -> ir.Value:
-        name = self.names.unique(wish)
+    def constant(self, preferred: str, array: npt.ArrayLike | ir.TensorProtocol) -> ir.Value:
+        """Add an initializer with this content."""
+        name = self.names.unique(preferred)
         if isinstance(array, ir.TensorProtocol):
             tensor: ir.TensorProtocol = array
             tensor.name = name
@@ -95,7 +96,7 @@ class Builder:
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
-        wish: str,
+        preferred: str,
         *,
         like: ir.Value | None = None,
         dtype: ir.DataType | None = None,
@@ -104,14 +105,15 @@ class Builder:
         domain: str = "",
         name: str | None = None,
     ) -> ir.Value:
-        """One node with one output, called like it, in the scope of the builder's node, unless `name` is given.
+        """Add a node with one output and return the output.
 
-        `like` gives type and shape where `dtype` and `shape` do not.
+        The output gets the preferred name, and the node the same one in the builder's scope, unless `name` is given.
+        Type and shape are `dtype` and `shape`, else those of `like`.
         """
         known = shape if shape is not None else (like.shape if like is not None else None)
         element = dtype if dtype is not None else (like.dtype if like is not None else None)
         out = ir.Value(
-            name=self.names.unique(wish),
+            name=self.names.unique(preferred),
             shape=None if known is None else ir.Shape(known),
             type=None if element is None else ir.TensorType(element),
         )
@@ -127,17 +129,17 @@ class Builder:
         )
         return out
 
-    def split(self, value: ir.Value, sizes: Sequence[int], wish: str) -> list[ir.Value]:
-        """A vector cut into pieces of these sizes."""
+    def split(self, value: ir.Value, sizes: Sequence[int], preferred: str) -> list[ir.Value]:
+        """Add a Split of a vector and return its parts, of these sizes."""
         kind = None if value.dtype is None else ir.TensorType(value.dtype)
-        parts = [ir.Value(name=self.names.unique(wish), shape=ir.Shape([n]), type=kind) for n in sizes]
-        lengths = self.constant(f"{wish}_sizes", np.array(sizes, np.int64))
+        parts = [ir.Value(name=self.names.unique(preferred), shape=ir.Shape([n]), type=kind) for n in sizes]
+        lengths = self.constant(f"{preferred}_sizes", np.array(sizes, np.int64))
         node = ir.node(
             "Split",
             [value, lengths],
             {"axis": 0},
             outputs=parts,
-            name=within(self._scope, self.names.unique(f"{wish}_split")),
+            name=within(self._scope, self.names.unique(f"{preferred}_split")),
         )
         self._insert(node)
         return parts
@@ -151,7 +153,7 @@ class Builder:
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Make every consumer of `old`, and the graph's outputs, read `new`; a graph output keeps its name."""
+    """Replace `old` by `new` in every consumer and in the graph's outputs. A graph output keeps its name."""
     if old.is_graph_output():
         name = old.name
         old.name = f"{name}_before"
@@ -160,19 +162,19 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_use(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
-    """Make one node read `new` wherever it reads `old`."""
+    """Replace `old` by `new` in the inputs of one node."""
     for i, value in enumerate(node.inputs):
         if value is old:
             node.replace_input_with(i, new)
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:
-    """The distinct nodes that read a value, in a stable order."""
+    """Return the distinct nodes that read a value, in a stable order."""
     return list(dict.fromkeys(use.node for use in value.uses()))
 
 
 def remove_dead(graph: ir.Graph) -> None:
-    """Remove nodes whose outputs nobody reads, and initializers that no node uses."""
+    """Remove the nodes whose outputs are not read, and the initializers that are not used."""
     for node in reversed(list(graph)):
         if all(not out.uses() and not out.is_graph_output() for out in node.outputs):
             graph.remove(node, safe=True)
@@ -181,27 +183,27 @@ def remove_dead(graph: ir.Graph) -> None:
 
 
 def counts(graph: ir.Graph) -> Counter[str]:
-    """How many nodes of each operation a graph has (with the domain in front, unless it is the standard one)."""
+    """Return the number of nodes of each operation, named `domain.op_type` outside the standard domain."""
     return Counter(n.op_type if n.domain in DEFAULT_DOMAINS else f"{n.domain}.{n.op_type}" for n in graph)
 
 
 def model_text(model: ir.Model) -> str:
-    """The model as ONNX text without the contents of its initializers, one of them a line."""
+    """Return the model as ONNX text, one initializer a line, without their contents."""
     raw = ir.to_onnx_text(model, exclude_initializers=True)
     head, brace, body = raw.partition("\n{")
     return re.sub(r", (?=\w+(?:\[[^]]*\])? [\"\w])", ",\n      ", head) + brace + body
 
 
 def text_diff(before: str, after: str, name: str) -> str:
-    """Unified diff of two texts, without context; empty when they are equal."""
+    """Return the unified diff of two texts, without context: empty when they are equal."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "before", f"after {name}", lineterm="", n=0)
     return "\n".join(lines)
 
 
 def digest(model: ir.Model) -> str:
-    """SHA-256 over the graph's text and its constants (stored weights by their place, the others by content).
+    """Return the SHA-256 of the graph's text and constants: stored weights by their offset, the others by content.
 
-    A program that was saved and loaded again has the same digest, though more of its constants lie in files then.
+    A program that was saved and loaded has the same digest, although more of its constants are in files.
     """
     sha = hashlib.sha256(ir.to_onnx_text(model, exclude_initializers=True).encode())
     for name, value in sorted(model.graph.initializers.items()):
@@ -215,7 +217,7 @@ def digest(model: ir.Model) -> str:
 
 
 def known_ints(shape: ir.Shape | None, dims: Iterable[int]) -> list[int] | None:
-    """The sizes of these dimensions when all are known integers, else None."""
+    """Return the sizes of these dimensions when all are known, else None."""
     if shape is None:
         return None
     sizes = [shape[d] for d in dims]
@@ -223,11 +225,14 @@ def known_ints(shape: ir.Shape | None, dims: Iterable[int]) -> list[int] | None:
 
 
 def numpy_of(value: ir.Value) -> npt.NDArray[Any]:
-    """The array of an initializer. Stored weights are mapped for as long as the array lives, and no longer."""
+    """Return the array of an initializer. A stored weight stays mapped as long as the array lives.
+
+    Raises ValueError for a value that is not a constant.
+    """
     tensor = value.const_value
     if tensor is None:
         raise ValueError(f"{value.name} is not a constant")
-    if isinstance(tensor, ir.ExternalTensor):  # which would keep its mapping; a throwaway one goes with the array
+    if isinstance(tensor, ir.ExternalTensor):  # it would keep its mapping: a copy is freed together with the array
         tensor = ir.ExternalTensor(
             tensor.location,
             tensor.offset,

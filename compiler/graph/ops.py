@@ -1,8 +1,8 @@
-"""Traits of operations: which nodes are layers, what quantizes, along which axis, and what only moves data.
+"""Traits of operations: which nodes are layers, which of their inputs are quantized and along which axis, and which
+nodes only move data.
 
-A *layer* is what becomes an integer kernel: a Conv, Gemm or MatMul with constant weights, or a MatMul of two
-activations (attention). What the CPU provider demands of each is in the fields, so that passes do not
-repeat the rules.
+A *layer* can become an integer kernel: a Conv, Gemm or MatMul with constant weights, or a MatMul of two activations
+(attention). The fields of `Layer` state the requirements of the CPU provider, so that passes need not repeat them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from .nodes import consumers, is_constant, is_op, known_ints, name_of
 
 LayerKind = Literal["conv", "linear", "attention"]
 
-# Data movers for which quantizing before or after gives the same numbers, and that run on 8-bit data.
+# Operations that move data: they run on 8-bit values, and quantizing before or after them gives the same numbers.
 MOVERS = ("Transpose", "Reshape", "Resize", "Squeeze", "Unsqueeze", "Flatten")
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One candidate for an integer kernel.
+    """A candidate for an integer kernel.
 
-    `activations` are quantized per tensor; `weight` is constant, quantized per output channel along `weight_axis`;
-    `bias` is a constant `[out]` of the node itself or of the Add behind it (`bias_add`); `output` is what the layer
-    computes with its bias. `output_quantized` says that the kernel exists only when the output is quantized too.
+    activations  the inputs that are quantized per tensor
+    weight       the constant input, quantized per output channel along `weight_axis`
+    bias         a constant `[out]`: an input of the node, or of the Add behind it (`bias_add`)
+    output       the value of the layer with its bias
     """
 
     node: ir.Node
@@ -41,16 +42,17 @@ class Layer:
 
     @property
     def output_quantized(self) -> bool:
-        """Integer convolutions need a quantized output; matmuls with a constant bias fold it into int32, too."""
+        """Return whether the integer kernel exists only with a quantized output, which is so for convolutions."""
         return self.kind == "conv"
 
     @property
     def name(self) -> str:
+        """Return the name of the node, or of its first output where the node has none."""
         return self.node.name or name_of(self.node.outputs[0])
 
 
 def is_mover(node: ir.Node) -> bool:
-    """Whether a node moves 8-bit values without computing: Resize only when it repeats the nearest value."""
+    """Return whether a node only moves 8-bit values. Resize does so when it repeats the nearest value."""
     if not is_op(node, *MOVERS):
         return False
     if node.op_type == "Resize":
@@ -60,7 +62,7 @@ def is_mover(node: ir.Node) -> bool:
 
 
 def layers(graph: ir.Graph) -> Iterator[Layer]:
-    """All layers of a graph, in its order."""
+    """Yield all layers of a graph, in the order of its nodes."""
     for node in graph:
         layer = layer_of(node)
         if layer is not None:
@@ -68,7 +70,7 @@ def layers(graph: ir.Graph) -> Iterator[Layer]:
 
 
 def layer_of(node: ir.Node) -> Layer | None:
-    """The layer that a node is, or None."""
+    """Return the layer of a node, or None for a node that cannot become an integer kernel."""
     if is_op(node, "Conv"):
         return _conv(node)
     if is_op(node, "Gemm"):
@@ -83,9 +85,9 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 
 def time_table(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """(table `[rows, C]`, row index `[1]`) when a value `[C]` is a row that depends on the timestep only.
+    """Return (table `[rows, C]`, row index `[1]`) for a value `[C]` that depends on the timestep only, else None.
 
-    This is the form that fold_time writes: Reshape(Gather(table, row), [-1]).
+    The form is that of fold_time: Reshape(Gather(table, row), [-1]).
     """
     reshape = value.producer()
     if reshape is None or not is_op(reshape, "Reshape") or reshape.inputs[0] is None:
@@ -136,7 +138,7 @@ def _matmul(node: ir.Node) -> Layer | None:
 
 
 def _bias_behind(node: ir.Node, weight: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
-    """The Add of a constant `[out]` that alone reads the MatMul, if there is one."""
+    """Return the Add of a constant `[out]`, if it is the only reader of the MatMul, and the constant; else two None."""
     readers = consumers(node.outputs[0])
     if node.outputs[0].is_graph_output() or len(readers) != 1 or not is_op(readers[0], "Add"):
         return None, None
@@ -150,7 +152,7 @@ def _bias_behind(node: ir.Node, weight: ir.Value) -> tuple[ir.Node | None, ir.Va
 
 
 def float_reason(node: ir.Node) -> str | None:
-    """Why a node that multiplies matrices can not become an integer kernel; None for every other node."""
+    """Return why a matrix multiplication cannot become an integer kernel, or None for every other node."""
     if is_op(node, "Conv", "Gemm", "MatMul") and layer_of(node) is None:
         return "its weights are not constant, or its attributes have no integer kernel"
     if is_op(node, "ConvTranspose"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -104,6 +105,14 @@ def test_history_and_notes(tiny: Program, context: Context) -> None:
     assert after.note == ""
     assert after.frozen == tuple(sorted(tiny.deployment.timesteps))
     assert stages[0] == ("passes", 0, len(W8A8)) and stages[-1] == ("passes", len(W8A8), len(W8A8))
+
+
+def test_each_pass_writes_one_debug_line(tiny: Program, context: Context, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="mezzotint"):
+        after = pipeline.run_passes(tiny, [Normalize(), LowerNorms()], context)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{r.name}: {r.seconds:.3f} s, {r.nodes_before} -> {r.nodes_after} nodes: {r.note}" for r in after.history
+    ]
 
 
 def test_no_pass_changes_what_it_was_given(tiny: Program, context: Context) -> None:

@@ -97,14 +97,14 @@ def program() -> Program:
 @pytest.mark.parametrize(
     ("edit", "message", "where"),
     [
-        (dangling, "nobody makes: 'lost'", "b1_out"),
-        (late, "nobody makes: 'start'", "b1_n1"),
+        (dangling, "no node computes: 'lost'", "b1_out"),
+        (late, "no node computes: 'start'", "b1_n1"),
         (twice, "assigned twice: 'b1_a1'", "b1_a1"),
         (over_a_weight, "assigned twice: 'out_w'", "out_w"),
         (other_output, "changed the outputs", "edited"),
         (fewer_inputs, "changed the inputs", "edited"),
         (other_type, "changed the inputs", "edited"),
-        (forgotten, r"forgot the shape of 'start', which was \[batch,16,8,8\]", "start"),
+        (forgotten, r"lost the shape of 'start', which was \[batch,16,8,8\]", "start"),
         (unknown_operation, "invalid ONNX model", "edited"),
         (wrong_attribute, "invalid ONNX model", "edited"),
     ],
