@@ -1,4 +1,4 @@
-"""`mezzotint mix`: several bundles of one network become one that picks a precision at each call."""
+"""`mezzotint mix`: several bundles of one network combined into one that uses a precision for each call."""
 
 from __future__ import annotations
 

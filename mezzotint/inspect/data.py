@@ -1,6 +1,6 @@
-"""What the page of a bundle tells that stands in the bundle already: nothing is run here.
+"""The sections of a bundle's page that are read from its files: no network runs here.
 
-Each function makes one section's data. Where a bundle has nothing to tell, the section has a `note` that says why.
+Each function returns the data of one section. A section without data has a `note` with the reason.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mezzotint.runtime.bundle.ranges import RANGES, Ranges
 
 from ..text.report import model_bytes
 
-_LONGEST_DIFF = 4_000_000  # characters of one pass's difference that the page carries; the file has all of it
+_LONGEST_DIFF = 4_000_000  # characters of one pass's diff in the page; the file has all of it
 _FIELDS = ("low", "high", "scale", "seen_low", "seen_high")
 
 PageData = dict[str, Any]
 
 
 def load_ranges(bundle: Bundle) -> Ranges | None:
-    """The ranges of a bundle over its timesteps; None where it was written without."""
+    """Return the ranges of a bundle over its timesteps; None for a bundle without."""
     return Ranges.load(bundle.path / RANGES) if RANGES in bundle.manifest["files"] else None
 
 
 def summary_section(bundle: Bundle) -> PageData:
-    """What the bundle is, and its sizes."""
+    """Return the facts and sizes of the bundle."""
     m = bundle.manifest
     kernels, before, size = m["kernels"], m["source"]["parameter_bytes"], model_bytes(bundle)
     shape = "x".join(map(str, bundle.sample_shape))
@@ -64,7 +64,7 @@ def summary_section(bundle: Bundle) -> PageData:
 
 
 def passes_section(bundle: Bundle) -> PageData:
-    """One row for each pass, with its difference as compressed text."""
+    """Return one row for each pass, with its diff as compressed text."""
     rows = []
     for number, row in enumerate(bundle.manifest["history"], 1):
         file = bundle.path / "passes" / f"{number:03d}_{row['pass']}.diff"
@@ -85,23 +85,23 @@ def passes_section(bundle: Bundle) -> PageData:
 
 
 def _diff(file: Path) -> PageData:
-    """{added, removed, text}: the text as zlib in base64; empty where the pass left the graph as it was."""
+    """Return {added, removed, text}: the text as zlib in base64, empty where the pass changed nothing."""
     if not file.is_file():
         return {"note": "the bundle has no diff of this pass"}
     text = file.read_text(encoding="utf-8")
     lines = text.splitlines()
-    found: PageData = {
+    section: PageData = {
         "added": sum(line.startswith("+") and not line.startswith("+++ ") for line in lines),
         "removed": sum(line.startswith("-") and not line.startswith("--- ") for line in lines),
     }
     if len(text) > _LONGEST_DIFF:
         text = text[: text.rfind("\n", 0, _LONGEST_DIFF) + 1]
-        found["note"] = f"cut off here; all of it: passes/{file.name}"
-    return {**found, "text": base64.b64encode(zlib.compress(text.encode(), 9)).decode() if text else ""}
+        section["note"] = f"cut off here; the whole diff is in passes/{file.name}"
+    return {**section, "text": base64.b64encode(zlib.compress(text.encode(), 9)).decode() if text else ""}
 
 
 def verdict_rows(bundle: Bundle) -> list[PageData]:
-    """What the compilation found: {name, op, kernel, integer, rule, why, fix} for each layer, those in float first."""
+    """Return the compilation's audit: {name, op, kernel, integer, rule, why, fix} for each layer, float ones first."""
     rows = [
         {
             "name": name,
@@ -118,7 +118,7 @@ def verdict_rows(bundle: Bundle) -> list[PageData]:
 
 
 def quantizer_rows(bundle: Bundle) -> list[PageData]:
-    """The manifest's quantizers, their lists of zero points cut short."""
+    """Return the manifest's quantizers, each list of zero points reduced to its extremes."""
     rows = []
     for q in bundle.manifest["quantizers"]:
         zero = q["zero_point"] if isinstance(q["zero_point"], list) else [q["zero_point"]]
@@ -139,16 +139,14 @@ def quantizer_rows(bundle: Bundle) -> list[PageData]:
 
 
 def range_section(bundle: Bundle, table: Ranges | None) -> PageData:
-    """The range of each quantizer at each timestep; a row that never changes is one number instead of a list."""
+    """Return the range of each quantizer at each timestep; a constant row is one number instead of a list."""
     count = len(bundle.manifest["quantizers"])
     if not count:
         return {"note": "nothing in this bundle is quantized"}
     if table is None:
-        return {
-            "note": f"the bundle has no {RANGES}: it was compiled by an older version; compile it again to see them"
-        }
+        return {"note": f"the bundle has no {RANGES}: it is of an older version; compile it again to see the ranges"}
     if len(table.low) != count:
-        return {"note": f"{RANGES} tells of {len(table.low)} quantizers, the manifest lists {count}"}
+        return {"note": f"{RANGES} has {len(table.low)} quantizers, the manifest lists {count}"}
     data: PageData = {"timesteps": [_round(t, 8) for t in table.timesteps.tolist()]}
     for name in _FIELDS:
         data[name] = [_collapsed([_round(v) for v in row]) for row in getattr(table, name).tolist()]
@@ -156,14 +154,16 @@ def range_section(bundle: Bundle, table: Ranges | None) -> PageData:
 
 
 def noise_section(bundle: Bundle) -> PageData:
-    found = bundle.manifest.get("noise")
-    if not found:
-        return {"note": "no noise was fitted: the recipe has no fit_noise pass, so that nothing is known of its parts"}
-    calls = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in found["calls"]]
-    return {"form": found["form"], "summary": found["summary"], "calls": calls}
+    """Return the noise of each network call, without its lists."""
+    report = bundle.manifest.get("noise")
+    if not report:
+        return {"note": "no noise was fitted: the recipe has no fit_noise pass"}
+    calls = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in report["calls"]]
+    return {"form": report["form"], "summary": report["summary"], "calls": calls}
 
 
 def manifest_section(bundle: Bundle) -> PageData:
+    """Return files, digest, recipe, versions, storage and refusals."""
     m = bundle.manifest
     try:
         recipe = to_yaml(recipe_from_json(m["recipe"], where=str(bundle.path)))
@@ -179,12 +179,12 @@ def manifest_section(bundle: Bundle) -> PageData:
     }
 
 
-def _storage(found: Mapping[str, Any] | None) -> list[PageData]:
-    return [] if found is None else [{"type": kind, **row} for kind, row in found["types"].items()]
+def _storage(storage: Mapping[str, Any] | None) -> list[PageData]:
+    return [] if storage is None else [{"type": kind, **row} for kind, row in storage["types"].items()]
 
 
 def answers(bundle: Bundle, rows: Sequence[PageData], measured: Mapping[str, Any]) -> list[PageData]:
-    """The four questions that readers come with: why float, why slow, what changed, where the error comes from."""
+    """Return the answers to four questions: why float, why slow, what changed, where the error comes from."""
     return [_why_float(rows), _why_slow(measured), _what_changed(bundle), _which_error(measured)]
 
 
@@ -230,7 +230,7 @@ def _which_error(measured: Mapping[str, Any]) -> PageData:
 
 
 def _round(value: float, digits: int = 4) -> float | None:
-    """`value` with so many digits, None where it is not finite: JSON has no NaN."""
+    """Return `value` rounded to `digits` significant digits, None when it is not finite: JSON has no NaN."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 

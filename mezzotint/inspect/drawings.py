@@ -1,12 +1,12 @@
-"""The drawings of a graph's blocks: what stands in each, what joins it, and what leads out of it.
+"""The drawings of a graph's blocks: the items of each, the edges between them, and the ports that lead out.
 
-A drawing shows the children and the nodes of one block. What an item reads from outside becomes a port, one for each
-block or node that stands beside this block or beside one around it; a click on it leads there. The tables (nodes that
-depend on the timestep only) would be joined with everything: only their own drawings show their edges.
+A drawing shows the children and the nodes of one block. A value that crosses the border of the block becomes a port,
+one for each neighbouring block or node at any level; a click on a port leads there. The tables (nodes that depend on
+the timestep only) would be connected with everything: only their own drawings show their edges.
 
 Items are [kind, number, label, left, top]; kinds are `b` block, `n` node, `i` and `o` ports in and out (number: the
-block, or -1 - node), `I` and `O` the graph's own inputs and outputs (number -1). Edges are [from, to, how many values,
-way], the way as x, y, x, y ...
+block, or -1 - node), `I` and `O` the graph's own inputs and outputs (number -1). Edges are [from, to, number of values,
+path], the path as x, y, x, y ...
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ItemKey = tuple[str, int | str]
 class Drawings:
     """All blocks of a tree, the outermost first.
 
-    `edges` join nodes; `ends` are (value, node, whether it comes in) of the graph's own inputs and outputs.
+    `edges` connect nodes; `ends` are (value, node, whether it is an input) of the graph's own inputs and outputs.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Drawings:
     ) -> None:
         self.names, self.kinds, self.all_kinds = names, kinds, all_kinds
         self.blocks: list[dict[str, Any]] = []
-        self.homes: dict[int, tuple[int, ...]] = {}  # node -> the blocks around it, from the outside in
+        self.homes: dict[int, tuple[int, ...]] = {}  # node -> the blocks around it, outermost first
         self._number(root, -1, "", ())
         self.quiet = frozenset(
             i for i, b in enumerate(self.blocks) if b["name"] == TIMESTEP_TABLES and b["parent"] == 0
@@ -68,7 +68,7 @@ class Drawings:
 
 
 class _Sheet:
-    """One drawing while it is made."""
+    """One drawing under construction."""
 
     def __init__(self, all_: Drawings, mine: int) -> None:
         self.all, self.mine = all_, mine
@@ -79,7 +79,7 @@ class _Sheet:
             self._item(("b", child), child, all_.blocks[child]["name"])
         for node in block["nodes"]:
             self._item(("n", node), node, label(all_.names[node], block["path"]))
-        self.around = [mine]  # this block and those around it, from the inside out
+        self.around = [mine]  # this block and the blocks around it, innermost first
         while (parent := all_.blocks[self.around[-1]]["parent"]) >= 0:
             self.around.append(parent)
 
@@ -90,7 +90,7 @@ class _Sheet:
         return self.places[key]
 
     def _inside(self, node: int) -> int | None:
-        """The item that a node is, or is in; None outside."""
+        """Return the item that is the node or contains it; None for a node outside the block."""
         trail = self.all.homes[node]
         if self.mine not in trail:
             return None
@@ -98,7 +98,7 @@ class _Sheet:
         return self.places[("b", inner[0])] if inner else self.places[("n", node)]
 
     def _port(self, node: int, side: str) -> int:
-        """The port for a node outside."""
+        """Return the port for a node outside the block."""
         trail = self.all.homes[node]
         common = next(block for block in self.around if block in trail)
         inner = trail[trail.index(common) + 1 :]
@@ -107,15 +107,16 @@ class _Sheet:
         return self._item((side, number), number, text)
 
     def _quiet(self, node: int) -> bool:
-        """Whether a node is one of the tables, as seen from outside of them."""
+        """Return whether a node belongs to the tables while this drawing does not."""
         return not self.all.quiet.isdisjoint(self.all.homes[node]) and self.all.quiet.isdisjoint(self.around)
 
-    def _joined(self) -> dict[tuple[int, int], int]:
+    def _connected(self) -> dict[tuple[int, int], int]:
+        """Return the number of values on each edge (from, to) between items."""
         counts: dict[tuple[int, int], int] = {}
-        hushed = not self.all.quiet.isdisjoint(self.around)
+        in_tables = not self.all.quiet.isdisjoint(self.around)
         for a, b in self.all.edges[self.mine]:
             start, end = self._inside(a), self._inside(b)
-            if self._quiet(a) or (hushed and end is None) or (start is not None and start == end):
+            if self._quiet(a) or (in_tables and end is None) or (start is not None and start == end):
                 continue
             pair = (
                 self._port(a, "i") if start is None else start,
@@ -131,7 +132,7 @@ class _Sheet:
         return counts
 
     def to_json(self) -> dict[str, Any]:
-        counts = self._joined()
+        counts = self._connected()
         drawn = place_items([{"n": NODE, "b": BLOCK}.get(kind, PORT) for kind, _, _ in self.items], list(counts))
         return {
             "items": [[*item, *place] for item, place in zip(self.items, drawn.places, strict=True)],
@@ -141,7 +142,7 @@ class _Sheet:
 
 
 def label(name: str, path: str) -> str:
-    """A node's name as seen from inside a block."""
+    """Return a node's name relative to a block."""
     inner = name.strip("/")
     return inner[len(path) + 1 :] if path and inner.startswith(path + "/") else inner
 
@@ -149,10 +150,10 @@ def label(name: str, path: str) -> str:
 def ends_of(
     rows: Sequence[Mapping[str, Any]], values: Sequence[Sequence[Any]], inputs: Sequence[int], outputs: Sequence[int]
 ) -> list[tuple[str, int, bool]]:
-    """(value, node, whether it comes in) of the graph's own inputs and outputs."""
-    wanted, made = set(inputs), set(outputs)
-    found: dict[tuple[str, int, bool], None] = {}
+    """Return (value, node, whether it is an input) of the graph's own inputs and outputs."""
+    entering, leaving = set(inputs), set(outputs)
+    ends: dict[tuple[str, int, bool], None] = {}
     for node, row in enumerate(rows):
-        found |= dict.fromkeys((values[v][0], node, True) for v in row["in"] if v in wanted)
-        found |= dict.fromkeys((values[v][0], node, False) for v in row["out"] if v in made)
-    return list(found)
+        ends |= dict.fromkeys((values[v][0], node, True) for v in row["in"] if v in entering)
+        ends |= dict.fromkeys((values[v][0], node, False) for v in row["out"] if v in leaving)
+    return list(ends)

@@ -1,7 +1,7 @@
-"""The compiled graph as data for the page: nodes, values, and for each block a drawing with places.
+"""The compiled graph as data for the page: nodes, values, and a drawing with positions for each block.
 
-Nothing but names, types and places is taken from the file: weights stay where they are. Values and nodes are numbers in
-the page's data; their tables are `values` ([name, type, node that makes it or -1]) and `nodes`.
+Only names, types and attributes are read from the file, no weights. Values and nodes are numbers in the page's data;
+their tables are `values` ([name, type, the node that computes it or -1]) and `nodes`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHAPES = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "Constant"})
 def read_graph(
     model: Path, timestep: str, layers: Mapping[str, Mapping[str, Any]], islands: Mapping[str, str]
 ) -> PageData:
-    """Read a bundle's ONNX file. `layers` are the rows of the fusion audit by name, `islands` the reasons by name."""
+    """Read a bundle's ONNX file. `layers` has the rows of the fusion audit by name, `islands` the reasons by name."""
     import onnx_ir as ir
 
     graph = ir.load(model).graph
@@ -41,7 +41,7 @@ def read_graph(
 
     tables = _tables(nodes, [v for v in graph.inputs if v.name != timestep])
     edges = sorted(
-        {(numbers[made], i) for i, n in enumerate(nodes) for v in n.inputs if v and (made := v.producer()) in numbers}
+        {(numbers[maker], i) for i, n in enumerate(nodes) for v in n.inputs if v and (maker := v.producer()) in numbers}
     )
     names = tuple(node.name or f"{node.op_type} {i}" for i, node in enumerate(nodes))
     kinds = [_kind(n, names[i], i in tables, layers, islands) for i, n in enumerate(nodes)]
@@ -68,16 +68,16 @@ def read_graph(
 
 
 def _tables(nodes: Sequence[ir.Node], others: Sequence[ir.Value]) -> frozenset[int]:
-    """Nodes that no input but the timestep has a part in."""
+    """Return the nodes that depend on no input but the timestep."""
     foreign = set(others)
-    found = set()
+    tables = set()
     for i, node in enumerate(nodes):
         inner = [v for a in node.attributes.values() if a.type.name == "GRAPH" for n in a.as_graph() for v in n.inputs]
         if foreign.isdisjoint([*node.inputs, *inner]):
-            found.add(i)
+            tables.add(i)
         else:
             foreign.update(node.outputs)
-    return frozenset(found)
+    return frozenset(tables)
 
 
 def _kind(
@@ -100,14 +100,14 @@ def _kind(
 
 
 def _type(value: ir.Value) -> str:
-    shape = "" if value.shape is None else "[" + ", ".join("?" if d is None else str(d) for d in _sizes(value)) + "]"
+    sizes = [] if value.shape is None else ["?" if size is None else str(size) for size in _sizes(value.shape)]
+    shape = "" if value.shape is None else f"[{', '.join(sizes)}]"
     kind = "" if value.dtype is None else value.dtype.name.lower()
     return f"{kind}{shape}" + (" constant" if value.const_value is not None else "")
 
 
-def _sizes(value: ir.Value) -> list[Any]:
-    assert value.shape is not None
-    return [d if isinstance(d, int) else d.value for d in value.shape]
+def _sizes(shape: ir.Shape) -> list[int | str | None]:
+    return [size if isinstance(size, int) else size.value for size in shape]
 
 
 def _attribute(attribute: ir.Attr) -> str:

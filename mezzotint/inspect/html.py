@@ -16,12 +16,12 @@ pre .added, pre .removed { display: block; }
 
 
 def base_style() -> str:
-    """What all pages have in common: colours for light and dark, type, tables, differences, paper."""
+    """Return the style that all pages share: colours for light and dark, type, tables, differences, print."""
     return (ASSETS / "base.css").read_text(encoding="utf-8")
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A whole document from pieces of HTML."""
+    """Return a whole document from pieces of HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -31,7 +31,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def table_section(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A heading and a table below it, or the word that there is nothing to tell."""
+    """Return a heading with a table, or with the words `no difference` when there are no rows."""
     if not rows:
         return f'<h2>{escape(title)}</h2>\n<p class="nothing">no difference</p>'
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
@@ -43,7 +43,7 @@ def table_section(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
 
 
 def diff_section(title: str, text: str) -> str:
-    """A difference as text, its lines coloured, behind a line that opens it."""
+    """Return a heading with a diff as coloured text, folded behind a summary line."""
     kinds = {"+": "added", "-": "removed"}
     lines = [
         f'<span class="{kinds[line[0]]}">{escape(line)}</span>' if line[:1] in kinds else escape(line)

@@ -1,11 +1,10 @@
-"""Where the items of a drawing stand: layers from top to bottom, by the grandalf library.
+"""The positions of a drawing's items, in layers from top to bottom, computed with the grandalf library.
 
-The library does what the literature does for such drawings: cycles are broken, vertices get layers, long edges get a
-vertex in each layer that they cross, and the order in a layer is chosen so that few edges cross (Sugiyama's method).
-For columns it computes the four extreme alignments of Brandes and Koepf. It takes the mean of the middle two as they
-are, though; the method wants them moved to one common side first, so that is done here, and what then overlaps (it
-does where alignments of several parts meet) is pushed apart. What does not hang together is laid out part by part, and
-the parts stand in rows.
+The library implements Sugiyama's method: cycles are broken, vertices get layers, long edges get a vertex in each layer
+that they cross, and the order within a layer is chosen so that few edges cross. For columns it computes the four
+extreme alignments of Brandes and Koepf, and takes the mean of the middle two. The method aligns the four at a common
+side first, which the library leaves out: it is done here. Items that then overlap, where alignments of several parts
+meet, are pushed apart. Connected components are laid out one by one and placed in rows.
 
 Measured on one core: 0.05 s for 80 items, 0.1 s for 150. The same graph gives the same drawing.
 """
@@ -19,13 +18,13 @@ from typing import Any
 Point = tuple[int, int]
 GAP_X, GAP_Y = 22, 34  # pixels between neighbours, and between layers
 _EDGE = 6  # pixels that an edge takes where it passes a layer
-_SWEEPS = 6  # of the crossing reduction; more changes nothing that one sees
-_WIDE = 900  # pixels that a row of small parts may take at least
+_SWEEPS = 6  # of the crossing reduction; more change nothing visible
+_WIDE = 900  # pixels: the least width at which a row of components ends
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Top left corners by item, way points by edge, and the size of it all, in pixels."""
+    """Top left corners by item, waypoints by edge, and the total size, in pixels."""
 
     places: tuple[Point, ...]
     ways: Mapping[tuple[int, int], tuple[Point, ...]]
@@ -34,7 +33,7 @@ class Placement:
 
 
 class _Box:
-    """What the library wants to know of a vertex: its size; and what it tells: its centre."""
+    """A vertex for the library: it reads the size and sets the centre."""
 
     def __init__(self, width: float, height: float) -> None:
         self.w, self.h = width, height
@@ -42,7 +41,7 @@ class _Box:
 
 
 class _Line:
-    """What the library tells of an edge: its way points."""
+    """An edge for the library: it sets the waypoints."""
 
     def __init__(self) -> None:
         self.points: list[tuple[float, float]] = []
@@ -52,7 +51,7 @@ class _Line:
 
 
 def place_items(sizes: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]) -> Placement:
-    """Lay out items of `sizes` (width, height), joined by `edges` (from, to): no loops, no edge twice."""
+    """Lay out items of `sizes` (width, height), connected by distinct `edges` (from, to) without loops."""
     import networkx as nx
     from grandalf.graphs import Edge, Vertex, graph_core
 
@@ -68,7 +67,7 @@ def place_items(sizes: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int
         link = Edge(vertices[a], vertices[b], data=(a, b))
         link.view = _Line()
         links[part_of[a]].append(link)
-    # The library's own search for parts goes through sets of objects, and gives another drawing each time.
+    # The library's own search for components iterates over sets of objects, and gives a different drawing each time.
     parts = [graph_core([vertices[i] for i in part], links[n]) for n, part in enumerate(members)]
     for part in parts:
         _lay_out(part)
@@ -101,7 +100,7 @@ def _lay_out(part: Any) -> None:
 
 
 def _straighten(layout: Any) -> None:
-    """Columns again, from the library's four alignments: those to the left and to the right have a common side."""
+    """Set columns again from the library's four alignments, shifted so that left and right ones share a side."""
     attributes = layout.grx
     inside = [v for layer in layout.layers for v in layer]
     columns = {v: list(attributes[v].x) for v in inside}
@@ -109,35 +108,35 @@ def _straighten(layout: Any) -> None:
     narrow = min(ends, key=lambda end: end[1] - end[0])
     moved = [narrow[0] - left if k % 2 == 0 else narrow[1] - right for k, (left, right) in enumerate(ends)]
     for layer in layout.layers:
-        wanted = []
+        centres = []
         for v in layer:
             middle = sorted(x + by for x, by in zip(columns[v], moved, strict=True))[1:3]
-            wanted.append(sum(middle) / 2)
-        for v, x in zip(layer, _apart(wanted, [v.view.w for v in layer]), strict=True):
+            centres.append(sum(middle) / 2)
+        for v, x in zip(layer, _apart(centres, [v.view.w for v in layer]), strict=True):
             v.view.xy = (x, v.view.xy[1])
 
 
-def _apart(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
-    """Centres as near to those wanted as it gets while nothing overlaps: neighbours that collide share the way."""
-    groups: list[list[float]] = []  # [sum of wished left ends, members, width with gaps]
-    for x, width in zip(wanted, widths, strict=True):
+def _apart(preferred: Sequence[float], widths: Sequence[float]) -> list[float]:
+    """Return the centres nearest to the preferred ones without overlaps; colliding neighbours share the shift."""
+    groups: list[list[float]] = []  # [sum of preferred left ends, members, width with gaps]
+    for x, width in zip(preferred, widths, strict=True):
         groups.append([x - width / 2, 1.0, width + GAP_X])
         while len(groups) > 1 and groups[-2][0] / groups[-2][1] + groups[-2][2] > groups[-1][0] / groups[-1][1]:
             total, members, wide = groups.pop()
             before = groups[-1]
             groups[-1] = [before[0] + total - members * before[2], before[1] + members, before[2] + wide]
-    found: list[float] = []
+    centres: list[float] = []
     for total, members, _ in groups:
         left = total / members
         for _ in range(round(members)):
-            width = widths[len(found)]
-            found.append(left + width / 2)
+            width = widths[len(centres)]
+            centres.append(left + width / 2)
             left += width + GAP_X
-    return found
+    return centres
 
 
 def _route(edge: Any, points: list[tuple[float, float]], layers: Mapping[float, float]) -> None:
-    """Ends on the lower and upper sides of the boxes; between, straight past each layer (half heights by middle)."""
+    """Route an edge between the sides of its boxes, straight past the layers between (half heights by centre)."""
     above, below = edge.v[0].view, edge.v[1].view
     down = 1 if above.xy[1] < below.xy[1] else -1  # an edge that closes a cycle goes up
     passed = [(x, y + side * down * layers[y]) for x, y in points[1:-1] for side in (-1, 1)]
@@ -146,7 +145,7 @@ def _route(edge: Any, points: list[tuple[float, float]], layers: Mapping[float, 
 
 
 def _bounds(part: Any) -> tuple[float, float, float, float]:
-    """(left, top, width, height) of a part, the way points of its edges included."""
+    """Return (left, top, width, height) of a component with the waypoints of its edges."""
     boxes = [(v.view.xy, v.view.w / 2, v.view.h / 2) for v in part.sV]
     points = [p for e in part.sE for p in e.view.points]
     xs = [*(x + side for (x, _), half, _ in boxes for side in (-half, half)), *(x for x, _ in points)]
@@ -155,7 +154,7 @@ def _bounds(part: Any) -> tuple[float, float, float, float]:
 
 
 def _packed(bounds: Sequence[tuple[float, float, float, float]]) -> Iterator[tuple[float, float]]:
-    """How far each part is moved, so that none lies on another."""
+    """Yield the shift of each component, so that none overlaps another."""
     limit = max([_WIDE, *(width for _, _, width, _ in bounds)])
     x = y = tall = 0.0
     for left, top, width, height in bounds:

@@ -1,8 +1,8 @@
-"""`mezzotint inspect BUNDLE --html FILE`: all that is known of a bundle as one page.
+"""`mezzotint inspect BUNDLE --html FILE`: everything known about a bundle, as one page.
 
-The page is one file: style, script and data are in it, and its policy lets it fetch nothing and run no other script.
-Data stands in it as JSON; whatever comes from a model (names, notes) reaches the document as text only, never as HTML.
-The script makes each table and drawing when it is wanted, so that a page of thousands of nodes opens at once.
+The page is one file with style, script and data; its policy forbids requests and every other script. The data is JSON.
+Text from a model (names, notes) reaches the document as text only, never as HTML. The script builds each table and
+drawing when it is needed, so that a page of thousands of nodes opens at once.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SCRIPTS = ("core", "charts", "tables", "graph", "panel", "search", "heat", "sect
 
 
 def write_page(bundle: Bundle, target: Path, options: PageOptions | None = None, progress: Progress = silent) -> None:
-    """Measure what is wished for and write the page; an earlier one stays until the new one is whole.
+    """Measure and write the page; an earlier page stays until the new one is complete.
 
-    Raises InputError for a reference that is not there, OutputError where nothing can be written.
+    Raises InputError for a missing reference, OutputError where the file cannot be written.
     """
     data = page_data(bundle, measure_sections(bundle, options or PageOptions(), progress))
     with replacing(target) as part:
@@ -40,22 +40,22 @@ def write_page(bundle: Bundle, target: Path, options: PageOptions | None = None,
 
 
 def page_data(bundle: Bundle, measured: PageData, ranges: Ranges | None = None) -> PageData:
-    """All that the page shows, as plain data. `ranges` stand in for those of the bundle.
+    """Return everything that the page shows, as plain data. `ranges` replace those of the bundle.
 
-    Where nothing was audited, the compilation's own audit is told.
+    Without an audit in `measured`, the compilation's own audit is shown.
     """
     audit = measured.get("audit") or inspect_data.verdict_rows(bundle)
     islands = bundle.manifest["islands"]
     drawn = read_graph(bundle.model_path, bundle.signature.timestep, {row["name"]: row for row in audit}, islands)
     quantizers = inspect_data.quantizer_rows(bundle)
     rows = quantizers_of(drawn, [q["site"] for q in quantizers])
-    for node, found in zip(drawn["nodes"], rows, strict=True):
-        if found:
-            node["quantizers"] = found
+    for node, roles in zip(drawn["nodes"], rows, strict=True):
+        if roles:
+            node["quantizers"] = roles
     for row, kind in _kinds(rows, quantizers).items():
         quantizers[row]["kind"] = kind
-    for node, found in zip(drawn["nodes"], rows, strict=True):
-        for row, role in found:
+    for node, roles in zip(drawn["nodes"], rows, strict=True):
+        for row, role in roles:
             if role == "output" and drawn["kinds"][node["kind"]] != "table":  # a bias table is named after its layer
                 quantizers[row].setdefault("maker", node["name"])
     _add_times(drawn, measured["speed"])
@@ -80,9 +80,9 @@ def page_data(bundle: Bundle, measured: PageData, ranges: Ranges | None = None) 
 
 
 def _kinds(rows: list[list[tuple[int, str]]], quantizers: list[PageData]) -> dict[int, str]:
-    """Whether a quantizer is of a weight: its nodes say so; one that no node tells of is judged by its format."""
-    weights = {row for found in rows for row, role in found if role == "weight"}
-    others = {row for found in rows for row, role in found if role != "weight"}
+    """Return weight or value for each quantizer: by the roles at its nodes, and without a node by its format."""
+    weights = {row for roles in rows for row, role in roles if role == "weight"}
+    others = {row for roles in rows for row, role in roles if role != "weight"}
     return {
         i: "weight"
         if i in weights or (i not in others and q["rows"] == 1 and q["format"].startswith("int"))
@@ -92,23 +92,23 @@ def _kinds(rows: list[list[tuple[int, str]]], quantizers: list[PageData]) -> dic
 
 
 def _add_times(graph: PageData, speed: PageData) -> None:
-    """Each node's time; what onnxruntime made itself (transposes, layouts) has no node here and is summed up."""
+    """Add each node's time, and the sum for the nodes that onnxruntime added (transposes, layouts)."""
     if "nodes" not in speed:
         return
     times = dict(speed["nodes"])
     for node in graph["nodes"]:
         names = dict.fromkeys([node["name"], *(graph["values"][value][0] for value in node["out"])])
-        if found := [times.pop(name) for name in names if name in times]:
-            node["ms"] = round(sum(found), 4)
+        if taken := [times.pop(name) for name in names if name in times]:
+            node["ms"] = round(sum(taken), 4)
     speed["other_ms"] = round(sum(times.values()), 4)
 
 
 def render_page(data: PageData) -> str:
-    """The whole document."""
+    """Return the whole document."""
     script = "\n".join((ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    parts = {
+    fields = {
         "POLICY": escape(policy),
         "TITLE": escape(data["title"]),
         "STYLE": base_style() + (ASSETS / "page.css").read_text(encoding="utf-8"),
@@ -117,14 +117,14 @@ def render_page(data: PageData) -> str:
     }
     text = (ASSETS / "page.html").read_text(encoding="utf-8")
     head, *rest = text.split("{{")
-    found = [head]
+    pieces = [head]
     for piece in rest:
         name, _, after = piece.partition("}}")
-        found += [parts[name], after]
-    return "".join(found)
+        pieces += [fields[name], after]
+    return "".join(pieces)
 
 
 def json_for_html(data: Any) -> str:
-    """JSON that cannot end the element that it stands in, nor open a comment there: no `<`, `>` and `&` in it."""
+    """Return JSON without `<`, `>` and `&`: it can neither end the element around it nor open a comment there."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,9 +1,9 @@
-"""Which quantizers belong to which node of the compiled graph.
+"""The quantizers of each node of the compiled graph.
 
-The manifest names sites by the values of the float graph. The compiled graph has other values beside those: `conv2d`
-becomes `conv2d_integer`, `conv2d_quantized` and so on, and between a layer and the value that it is about may stand a
-Reshape or a Transpose. So names are tried without such endings, and a layer looks back over nodes that only move or
-rescale their input.
+The manifest names sites by the values of the float graph. The compiled graph has derived values as well: `conv2d`
+becomes `conv2d_integer`, `conv2d_quantized` and so on, and a Reshape or a Transpose may separate a layer from its
+quantized input. So names are also tried without such endings, and the search for a layer's input passes over nodes that
+only move or rescale it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 INPUT, WEIGHT, OUTPUT = "input", "weight", "output"
 _ENDING = re.compile(r"_[a-z]+$")
-_PARAMETER = re.compile(r"_(scale|zero_point)(_[a-z]+)*$")  # of a quantizer, not what is quantized
+_PARAMETER = re.compile(r"_(scale|zero_point)(_[a-z]+)*$")  # a parameter of a quantizer, not a quantized value
 _PASSIVE = frozenset(
     {"Reshape", "Transpose", "QuantizeLinear", "DequantizeLinear", "Cast", "Squeeze", "Unsqueeze", "Identity", "Slice"}
 )
-_STEPS = 6  # that a layer looks back
-_ENDINGS = 3  # that a name may have
+_STEPS = 6  # nodes that the search for a layer's input passes over
+_ENDINGS = 3  # endings that a name may have
 
 
 def quantizers_of(graph: Mapping[str, Any], sites: Sequence[str]) -> list[list[tuple[int, str]]]:
-    """For each node of the page's graph [(row of the manifest's quantizers, input, weight or output), ...]."""
+    """Return for each node of the page's graph [(row of the manifest's quantizers, input, weight or output), ...]."""
     values, nodes = graph["values"], graph["nodes"]
     views: defaultdict[str, list[int]] = defaultdict(list)
     plain: dict[str, int] = {}
@@ -34,7 +34,7 @@ def quantizers_of(graph: Mapping[str, Any], sites: Sequence[str]) -> list[list[t
             views[consumer].append(row)
         plain.setdefault(value, row)
     constants = _constants(graph)
-    found = []
+    quantizers = []
     for node in nodes:
         rows: dict[int, str] = {}
         for value in node["out"]:
@@ -51,12 +51,12 @@ def quantizers_of(graph: Mapping[str, Any], sites: Sequence[str]) -> list[list[t
             outputs = {name for value in node["out"] for name in _names(values[value][0])}
             rows[row] = OUTPUT if sites[row].partition(" -> ")[0] in outputs else INPUT
         order = (INPUT, WEIGHT, OUTPUT)
-        found.append(sorted(rows.items(), key=lambda item: (order.index(item[1]), item[0])))
-    return found
+        quantizers.append(sorted(rows.items(), key=lambda item: (order.index(item[1]), item[0])))
+    return quantizers
 
 
 def _names(value: str) -> Iterator[str]:
-    """The value's name, and what it may have been called before."""
+    """Yield the value's name, and the names it may be derived from."""
     yield value
     if _PARAMETER.search(value):
         return
@@ -73,18 +73,18 @@ def _row(value: str, plain: Mapping[str, int]) -> Iterator[int]:
 
 
 def _constants(graph: Mapping[str, Any]) -> set[int]:
-    """Values that no input of the graph has a part in: weights, and weights that were dequantized."""
-    found = {v for v, (_, _, maker) in enumerate(graph["values"]) if maker < 0} - set(graph["inputs"])
+    """Return the values that depend on no input of the graph: weights, and dequantized weights."""
+    constants = {v for v, (_, _, maker) in enumerate(graph["values"]) if maker < 0} - set(graph["inputs"])
     for node in graph["nodes"]:
-        if found.issuperset(value for value in node["in"] if value >= 0):
-            found.update(node["out"])
-    return found
+        if constants.issuperset(value for value in node["in"] if value >= 0):
+            constants.update(node["out"])
+    return constants
 
 
 def _behind(
     value: int, graph: Mapping[str, Any], plain: Mapping[str, int], constants: set[int]
 ) -> Iterator[tuple[int, str]]:
-    """What quantizes a layer's input: the nearest value behind it that has a quantizer."""
+    """Yield the quantizer of a layer's input: that of the nearest value before it that has one."""
     for _ in range(_STEPS):
         name, _, maker = graph["values"][value]
         if row := list(_row(name, plain)):

@@ -1,4 +1,4 @@
-"""Reading and writing what other tools read: the overrides of onnxruntime's quantizer, and JSON files."""
+"""Files for other tools: the overrides of onnxruntime's quantizer, and JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OVERRIDES_FORMAT = 1
 
 
 def write_json(path: Path, data: Any, *, force: bool = False) -> None:
-    """Write a file beside its target and move it into place. Raises OutputError for one that exists."""
+    """Write a temporary file and move it into place. Raises OutputError for an existing target."""
     if path.exists() and not (force and path.is_file()):
         raise OutputError("the output exists already", where=str(path), hint="choose another file, or add --force")
     with replacing(path) as part:
@@ -26,7 +26,7 @@ def write_json(path: Path, data: Any, *, force: bool = False) -> None:
 
 
 def load_overrides(path: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """What `quantize_static(..., extra_options={"TensorQuantOverrides": ...})` wants, with its QuantType and numpy.
+    """Return the argument of `quantize_static(..., extra_options={"TensorQuantOverrides": ...})`, with its own types.
 
     Raises InputError for a file that `mezzotint overrides` did not write.
     """
@@ -34,33 +34,33 @@ def load_overrides(path: str | Path) -> dict[str, list[dict[str, Any]]]:
 
     data = _read(Path(path))
     types = {"scale": np.float32, "rmin": np.float32, "rmax": np.float32}
-    found: dict[str, list[dict[str, Any]]] = {}
+    overrides: dict[str, list[dict[str, Any]]] = {}
     for name, rows in data[OVERRIDES].items():
         kind = QuantType[rows[0]["quant_type"]]
         zero = {"QInt8": np.int8, "QUInt8": np.uint8}.get(rows[0]["quant_type"])
-        found[name] = []
+        overrides[name] = []
         for row in rows:
-            made = {key: np.array(row[key], types[key]) for key in types if key in row}
+            values: dict[str, Any] = {key: np.array(row[key], types[key]) for key in types if key in row}
             if "zero_point" in row:
-                # numpy has no 4-bit integers of its own; onnxruntime converts what it is given.
-                made["zero_point"] = np.array(row["zero_point"], zero or np.int8)
-            made |= {"axis": row["axis"]} if "axis" in row else {}
-            found[name].append({"quant_type": kind, **made})
-    return found
+                # numpy has no 4-bit integers; onnxruntime converts the value.
+                values["zero_point"] = np.array(row["zero_point"], zero or np.int8)
+            values |= {"axis": row["axis"]} if "axis" in row else {}
+            overrides[name].append({"quant_type": kind, **values})
+    return overrides
 
 
 def load_arguments(path: str | Path) -> dict[str, Any]:
-    """All keyword arguments of `quantize_static` that a file of overrides knows, the overrides among them."""
+    """Return the keyword arguments of `quantize_static` in a file of overrides, with the overrides."""
     from onnxruntime.quantization import QuantFormat, QuantType
 
-    given = _read(Path(path))["arguments"]
+    arguments = _read(Path(path))["arguments"]
     return {
-        "quant_format": QuantFormat[given["quant_format"]],
-        "activation_type": QuantType[given["activation_type"]],
-        "weight_type": QuantType[given["weight_type"]],
-        "per_channel": given["per_channel"],
-        "op_types_to_quantize": given["op_types_to_quantize"],
-        "nodes_to_exclude": given["nodes_to_exclude"],
+        "quant_format": QuantFormat[arguments["quant_format"]],
+        "activation_type": QuantType[arguments["activation_type"]],
+        "weight_type": QuantType[arguments["weight_type"]],
+        "per_channel": arguments["per_channel"],
+        "op_types_to_quantize": arguments["op_types_to_quantize"],
+        "nodes_to_exclude": arguments["nodes_to_exclude"],
         "extra_options": {OVERRIDES: load_overrides(path)},
     }
 
@@ -76,6 +76,6 @@ def _read(path: Path) -> dict[str, Any]:
         or not {OVERRIDES, "arguments"} <= set(data)
     ):
         raise InputError(
-            "this is no file of overrides", where=str(path), hint="write it with `mezzotint overrides BUNDLE`"
+            "this is not a file of overrides", where=str(path), hint="write it with `mezzotint overrides BUNDLE`"
         )
     return data

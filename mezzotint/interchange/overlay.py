@@ -1,19 +1,19 @@
-"""What is known of each node of a bundle, as node data that Google's Model Explorer lays over its drawing.
+"""Facts about each node of a bundle, as node data that Google's Model Explorer shows in its drawing.
 
     model-explorer BUNDLE/unet/model.onnx --node_data_paths=FILE.json --extensions=model_explorer_onnx
 
 A file is {graph: {"name", "results": {node: {"value", "bgColor"}}, "gradient" | nothing}}: the classes ModelNodeData,
 GraphNodeData and NodeDataResult of ai-edge-model-explorer 0.1.34, written by hand. The adapter for ONNX
-(model-explorer-onnx) calls a graph by the graph's name in the file, and a node by the node's.
+(model-explorer-onnx) identifies graphs and nodes by their names in the file.
 
-    precision  words: the format of a layer's weights, or that it is in float or an island; of the rest, what it makes
-    kernel     words: what onnxruntime made of a layer, as the compiler's audit found it
-    scale      numbers: the widest scale of a quantized value over timesteps and channels, at who makes its integers
+    precision  words: the format of a layer's weights, float, or island; for other nodes the type of their output
+    kernel     words: the kernel of a layer, as found by the compiler's audit
+    scale      numbers: the widest scale of a quantized value over timesteps and channels, at the node that rounds it
     time       numbers: milliseconds in one call, by onnxruntime's profiler
-    cost       numbers: the part of all layers' costs at the output, of `mezzotint debug --json`
+    cost       numbers: the share of all layers' costs at the output, of `mezzotint debug --json`
 
-Words have a colour each, numbers a gradient between the smallest and the largest. onnxruntime fuses nodes and names the
-result after one of them: times are of the nodes whose names it kept, and `unknown` tells how much is missing.
+Each word has a colour, numbers a gradient from the smallest to the largest. onnxruntime fuses nodes and names the
+result after one of them: times are those of the nodes whose names it kept, and `unknown` has the share that is missing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STORED = {"INT8": "int8 data", "UINT8": "uint8 data", "FLOAT": "float data", "F
 
 @dataclass(frozen=True)
 class Overlay:
-    """`data` is the file; `nodes` how many nodes have a value, `of` how many there are; `unknown` what is missing."""
+    """Node data as JSON. `nodes` of `of` nodes have a value; `unknown` describes the rest."""
 
     data: dict[str, Any]
     nodes: int
@@ -47,9 +47,9 @@ class Overlay:
 
 
 def make_overlay(bundle: Bundle, what: What, *, debug: Path | None = None, threads: int | None = None) -> Overlay:
-    """The node data of a bundle's (first) network. `debug` is the output of `mezzotint debug --json`, for `cost`.
+    """Return the node data of a bundle's (first) network. `debug` is the output of `mezzotint debug --json` for `cost`.
 
-    Raises InputError for what is not known, for `cost` without such a file, and for a file of another bundle.
+    Raises InputError for an unknown overlay, for `cost` without such a file, and for a file of another bundle.
     """
     if what not in get_args(What):
         raise InputError(
@@ -74,9 +74,9 @@ def make_overlay(bundle: Bundle, what: What, *, debug: Path | None = None, threa
     kept = {name: value for name, value in values.items() if name in known}
     if not kept:
         raise InputError(
-            f"nothing is known of the {what} of any node of this network",
+            f"no node of this network has a known {what}",
             where=str(debug or bundle.path),
-            hint="is the file of another bundle?" if debug else "`mezzotint inspect` says what is known",
+            hint="the file may be of another bundle" if debug else "`mezzotint inspect` prints the known facts",
         )
     data: dict[str, Any] = {"name": f"mezzotint: {what}", "results": _results(bundle, kept)}
     if not isinstance(next(iter(kept.values())), str):
@@ -85,7 +85,7 @@ def make_overlay(bundle: Bundle, what: What, *, debug: Path | None = None, threa
 
 
 def _results(bundle: Bundle, values: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
-    """Words with their colours: layers in float stand out, the rest takes turns."""
+    """Return the values with colours: reserved ones for layers in float, and the palette in turn for other words."""
     words = sorted({value for value in values.values() if isinstance(value, str)})
     layers = bundle.manifest["kernels"]["layers"]
     floating = {str(values[n]) for n, row in layers.items() if n in values and not row["integer"]}
@@ -104,45 +104,45 @@ def _results(bundle: Bundle, values: Mapping[str, Value]) -> dict[str, dict[str,
 
 
 def _precisions(bundle: Bundle, graph: Any) -> dict[str, Value]:
-    """Layers by the width of their weights; everything else by the type of what it makes, where the file says it."""
+    """Return the weight format of layers, and for other nodes the type of their output where the file has it."""
     manifest = bundle.manifest
     formats = {  # of weights: activations are unsigned
         q["site"].partition(" -> ")[0]: ("mixed widths" if q.get("row_bits") else str(q["format"]))
         for q in manifest["quantizers"]
         if not str(q["format"]).startswith("u")
     }
-    found: dict[str, Value] = {}
+    words: dict[str, Value] = {}
     for node in graph:
         dtype = node.outputs[0].dtype
         if node.name and dtype is not None and dtype.name in _STORED:
-            found[node.name] = _STORED[dtype.name]
+            words[node.name] = _STORED[dtype.name]
     weights = _weights(graph, formats)
     for name, row in manifest["kernels"]["layers"].items():
         if row["integer"]:
-            found[name] = weights.get(name, "integer")
+            words[name] = weights.get(name, "integer")
         else:
             why = str(row.get("why", ""))
-            found[name] = why.partition(":")[0] if why.startswith("island") else "float"
-    return found
+            words[name] = why.partition(":")[0] if why.startswith("island") else "float"
+    return words
 
 
 def _weights(graph: Any, formats: Mapping[str, str]) -> dict[str, str]:
-    """The format of each layer's weight: the lowered graph names it after the quantizer's site."""
-    found: dict[str, str] = {}
+    """Return the format of each layer's weight: the lowered graph names it after the quantizer's site."""
+    formats_of: dict[str, str] = {}
     for node in graph:
         for value in node.inputs:
-            seen = value
-            while seen is not None and seen.producer() is not None and not seen.is_initializer():
-                above = seen.producer()
-                # Past what reads a packed or dequantized constant: all its inputs are constants.
+            source = value
+            while source is not None and source.producer() is not None and not source.is_initializer():
+                above = source.producer()
+                # Pass the nodes that unpack or dequantize a constant: all their inputs are constants.
                 if not all(v is None or v.is_initializer() or _constant(v) for v in above.inputs):
                     break
-                seen = above.inputs[0]
-            name = "" if seen is None or not seen.is_initializer() else str(seen.name)
+                source = above.inputs[0]
+            name = "" if source is None or not source.is_initializer() else str(source.name)
             site = max((s for s in formats if name == s or name.startswith(f"{s}_")), key=len, default=None)
             if site is not None and node.name:
-                found.setdefault(node.name, formats[site])
-    return found
+                formats_of.setdefault(node.name, formats[site])
+    return formats_of
 
 
 def _constant(value: Any) -> bool:
@@ -151,12 +151,12 @@ def _constant(value: Any) -> bool:
 
 
 def _scales(bundle: Bundle, graph: Any) -> dict[str, Value]:
-    """At the QuantizeLinear that reads a value, or the integer layer that makes one."""
+    """Return the widest scale of each QuantizeLinear, and of each integer layer with a quantized output."""
     widest = {}
     for quantizer in bundle.manifest["quantizers"]:
         scale = quantizer["scale"]
         widest[quantizer["site"].partition(" -> ")[0]] = max(scale) if isinstance(scale, list) else scale
-    found: dict[str, Value] = {}
+    scales: dict[str, Value] = {}
     for node in graph:
         if node.op_type == "QuantizeLinear":
             site = node.inputs[0].name
@@ -165,12 +165,12 @@ def _scales(bundle: Bundle, graph: Any) -> dict[str, Value]:
             if node.op_type not in ("QLinearConv", "Conv"):
                 continue
         if site in widest and node.name:
-            found[node.name] = widest[site]
-    return found
+            scales[node.name] = widest[site]
+    return scales
 
 
 def _times(bundle: Bundle, graph: Any, threads: int | None) -> tuple[dict[str, Value], str]:
-    """Milliseconds by node, medians over the calls, and the part of the time that belongs to no node of the file."""
+    """Return the milliseconds of each node, medians over the calls, and a note on the time of other nodes."""
     from ..bench.bench import make_conditions, profile
     from ..bench.trace import node_seconds
 
@@ -178,19 +178,19 @@ def _times(bundle: Bundle, graph: Any, threads: int | None) -> tuple[dict[str, V
     batch = net.fixed_batch or 1
     rows = {name: array for name, (array, _) in make_conditions(net, bundle, batch).items()}
     spent = node_seconds(profile(bundle, batch, rows, threads, OVERLAY_CALLS))
-    total, found = sum(spent.values()), dict[str, Value]()
+    total, milliseconds = sum(spent.values()), dict[str, Value]()
     for node in graph:
-        # onnxruntime calls some nodes like what they make.
-        times = [spent.pop(name) for name in {node.name, *(v.name for v in node.outputs)} if name in spent]
-        if times and node.name:
-            found[node.name] = sum(times) * 1e3
-    return found, f"{sum(spent.values()) / total:.1%} of the time belongs to nodes that onnxruntime made by itself"
+        # onnxruntime names some nodes after their outputs.
+        seconds = [spent.pop(name) for name in {node.name, *(v.name for v in node.outputs)} if name in spent]
+        if seconds and node.name:
+            milliseconds[node.name] = sum(seconds) * 1e3
+    return milliseconds, f"{sum(spent.values()) / total:.1%} of the time belongs to nodes that onnxruntime added"
 
 
 def _costs(file: Path | None) -> dict[str, Value]:
     if file is None:
         raise InputError(
-            "the cost of a layer has to be measured first",
+            "the cost of a layer must be measured first",
             where="--what cost",
             hint="`mezzotint debug BUNDLE --reference FLOAT.onnx --json > debug.json`, then --layers debug.json",
         )
@@ -199,7 +199,7 @@ def _costs(file: Path | None) -> dict[str, Value]:
         return {str(row["layer"]): float(row["share"]) for row in layers}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"this is not what `mezzotint debug --json` prints: {type(error).__name__} {error}",
+            f"this is not the output of `mezzotint debug --json`: {type(error).__name__} {error}",
             where=str(file),
             hint="write it again with --json",
         ) from error

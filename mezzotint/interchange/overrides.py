@@ -1,20 +1,19 @@
 """A bundle's scales as TensorQuantOverrides of onnxruntime's own quantizer, `quantize_static`.
 
-The scales are read out of the bundle's graph, at every deployed timestep, layer by layer: what is written there is what
-is shipped. They belong to the tensors of the graph as it was when the quantizers came in, which has the names of the
-float model, but not always its values: a convolution into which the time embedding was folded computes another sum
-under its old name. So the passes on the float graph are run again (debug.py), both graphs are run on the same input,
-and a tensor counts as the same one where extremes, sum and sum of squares agree at two timesteps. Weights are compared
-number by number.
+The scales are read from the shipped graph of the bundle, at every deployed timestep, layer by layer. They belong to the
+tensors of the float graph before the quantizers were inserted, which has the names of the float model, but not always
+its values: a convolution into which the time embedding was folded computes another sum under its old name. So the
+passes on the float graph are run again (debug/diagnose.py), both graphs are run on the same input, and a tensor counts
+as unchanged where extremes, mean and norm agree at two timesteps. Weights are compared number by number.
 
     one scale and zero point         {"quant_type", "scale", "zero_point"}
     tables, or a scale a channel     {"quant_type", "rmin", "rmax"}: the widest range that any row, channel or reader
                                      has. onnxruntime's quantizer knows neither timesteps nor channels of activations
     weights                          {"axis", "quant_type", "scale", "zero_point"} and one entry for each channel more
 
-What cannot be said is left to onnxruntime, and listed with the reason: other values under a name, weights that are not
-constants in the float file, formats that its quantizer has not. 8-bit weights lie on a grid that leaves -128 out;
-onnxruntime's uses it, where a scale cuts a weight off.
+Other tensors are left to onnxruntime, and listed with the reason: changed values, weights that are not constants in the
+float file, formats that its quantizer does not support. The grid of 8-bit weights leaves -128 out; onnxruntime's
+quantizer uses it where a scale clips a weight.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from .overrides_read import ScaleReader, Scales
 OPERATIONS = ("Conv", "Gemm", "MatMul")
 WEIGHT_TYPES = {8: "QInt8", 4: "QInt4"}
 NOTE = (
-    "scales that depend on the timestep, or on the channel of an activation, cannot be said here: these tensors have "
-    "the widest range instead, and are listed as widened"
+    "scales that depend on the timestep, or on the channel of an activation, cannot be written here: these tensors "
+    "have the widest range instead, and are listed as widened"
 )
-_SAME = 1e-3  # relative; the exact passes stay within 1e-4
+_SAME = 1e-3  # relative; exact passes stay within 1e-4
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """`tensors` are plain data by tensor name; `widened` those of them that had several ranges; `skipped` says why a
-    tensor is left out; `excluded` are nodes of the float file that the bundle computes in float, or not at all."""
+    """Overrides by tensor name, as plain data. `widened` tensors had several ranges; `skipped` has the reason for each
+    tensor left out; `excluded` are nodes of the float file that the bundle computes in float, or not at all."""
 
     bundle: str
     tensors: Mapping[str, list[dict[str, Any]]]
@@ -85,9 +84,9 @@ def make_overrides(
     conditions: Mapping[str, AnyArray] | None = None,
     threads: int | None = None,
 ) -> Overrides:
-    """The overrides for the float .onnx that a bundle was compiled from. Works in a temporary folder.
+    """Return the overrides for the float .onnx that a bundle was compiled from. Works in a temporary folder.
 
-    Raises InputError for a bundle that cannot be taken apart (see debug.py), and for a file that is not its own.
+    Raises InputError for a bundle whose layers cannot be separated (debug/diagnose.py), and for the file of another.
     """
     import onnx_ir as ir
 
@@ -103,14 +102,14 @@ def make_overrides(
         context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads)
         before = reference.program(context.folder)
         after = replayed(before, recipe, context)
-        found = list(layers(after.graph))
+        float_layers = list(layers(after.graph))
         reader = ScaleReader(ir.load(bundle.model_path), bundle)
-        activations, weights, quantized = reader.read(found, Path(work), threads)
+        activations, weights, quantized = reader.read(float_layers, Path(work), threads)
         names = [name for name in activations if _in_graph(raw, name)]
-        moved = _moved(before, after, names, bundle, conditions, context)
-        tensors, widened, skipped = _activations(activations, names, moved)
+        changed = _changed(before, after, names, bundle, conditions, context)
+        tensors, widened, skipped = _activations(activations, names, changed)
         formats = {q["site"].partition(" -> ")[0]: q for q in bundle.manifest["quantizers"]}
-        for layer in found:  # while the folder with the weights is there
+        for layer in float_layers:  # in here: the weights are in the temporary folder
             if layer.weight is None or (name := name_of(layer.weight)) not in weights:
                 continue
             why = _weight_problem(raw.initializers.get(name), layer.weight, formats.get(name))
@@ -134,16 +133,16 @@ def make_overrides(
 
 
 def _activations(
-    read: Mapping[str, Scales], names: Sequence[str], moved: set[str]
+    read: Mapping[str, Scales], names: Sequence[str], changed: set[str]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str], dict[str, str]]:
-    """(the entries, the names of those that had several ranges, why the others have none)."""
+    """Return (the entries, the names of those with several ranges, the reasons for the others)."""
     tensors: dict[str, list[dict[str, Any]]] = {}
     widened, skipped = [], {}
     for name, row in read.items():
         if name not in names:
             skipped[name] = "the float file has no tensor of this name"
-        elif name in moved:
-            skipped[name] = "a pass gave this name another value than it has in the float file"
+        elif name in changed:
+            skipped[name] = "a pass changed its value: the float file has another value of this name"
         elif row.narrow:
             skipped[name] = "it has fewer than 8 bits, and onnxruntime's quantizer has no such activations"
         else:
@@ -161,7 +160,7 @@ def _in_graph(graph: Any, name: str) -> bool:
 
 
 def _activation(row: Scales) -> tuple[list[dict[str, Any]], bool]:
-    """(the entry of a tensor, whether several ranges became one)."""
+    """Return (the entry of a tensor, whether several ranges were merged)."""
     pairs = [np.broadcast_arrays(scale, zero) for scale, zero in zip(row.scales, row.zeros, strict=True)]
     scales = np.concatenate([scale.reshape(-1) for scale, _ in pairs]).astype(np.float64)
     zeros = np.concatenate([zero.reshape(-1) for _, zero in pairs])
@@ -175,7 +174,7 @@ def _activation(row: Scales) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _weight(scale: AnyArray, kind: str, axis: int | None) -> list[dict[str, Any]]:
-    """One entry, or one for each channel, the first with the axis; zero points of weights are 0."""
+    """Return one entry, or one for each channel, the first with the axis; zero points of weights are 0."""
     rows: list[dict[str, Any]] = [{"scale": float(s), "zero_point": 0} for s in scale.reshape(-1)]
     if len(rows) == 1:
         return [{"quant_type": kind, **rows[0]}]
@@ -193,13 +192,13 @@ def _weight_problem(raw: Any, weight: Any, quantizer: Mapping[str, Any] | None) 
     if width not in WEIGHT_TYPES:
         return f"it has {width} bits, and onnxruntime's quantizer has 8 and 4"
     if raw is None:
-        return "it is no constant in the float file (onnxruntime's quant_pre_process makes one of it)"
+        return "it is not a constant in the float file (onnxruntime's quant_pre_process folds it into one)"
     if list(raw.shape) != list(weight.shape) or not np.allclose(numpy_of(raw), numpy_of(weight), rtol=1e-6, atol=0):
         return "a pass changed it: the float file has other numbers"
     return None
 
 
-def _moved(
+def _changed(
     before: Any,
     after: Any,
     names: Sequence[str],
@@ -207,7 +206,7 @@ def _moved(
     conditions: Mapping[str, AnyArray] | None,
     context: Any,
 ) -> set[str]:
-    """The tensors that are others in the two graphs."""
+    """Return the tensors whose values differ between the two graphs."""
     from ..bench.bench import make_conditions
 
     net = bundle.denoiser(context.threads)
@@ -237,7 +236,7 @@ def _prints(
     rows: Mapping[str, AnyArray],
     context: Any,
 ) -> dict[str, AnyArray]:
-    """float64 `[times, 4]` for each tensor that the graph has: lowest, highest, sum, root of the sum of squares."""
+    """Return float64 `[times, 4]` for each tensor of the graph: lowest, highest, mean, root of the sum of squares."""
     from mezzotint.compiler.core.execute import Executor
     from mezzotint.compiler.graph.nodes import Builder, Names, name_of
 
@@ -254,5 +253,5 @@ def _prints(
     with Executor(
         model, context.folder, taps=[t for four in taps.values() for t in four], threads=context.threads, level="basic"
     ) as run:
-        told = [run.call(program.signature, x, t, rows) for t in times]
-    return {name: np.array([[float(one[t]) for t in four] for one in told]) for name, four in taps.items()}
+        outputs = [run.call(program.signature, x, t, rows) for t in times]
+    return {name: np.array([[float(one[t]) for t in four] for one in outputs]) for name, four in taps.items()}

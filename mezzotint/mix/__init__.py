@@ -1,1 +1,1 @@
-"""Several bundles of one network become one."""
+"""Several bundles of one network combined into one."""

@@ -1,11 +1,11 @@
-"""Several bundles of one network become one that picks a precision at each call.
+"""Several bundles of one network combined into one that uses a precision for each network call.
 
-What each precision does to the prediction is measured along the float trajectory, on noise that no pass has seen, as
-the error of the noise that the network's output stands for (so that all prediction types mean the same); what a call
-costs is measured, or said. compiler/mixing/choice.py decides. Precisions that no call uses are left out.
+The error of each precision is measured along the float trajectory, on noise that no pass has seen, as the error of the
+noise that follows from the network's output (so that all prediction types are comparable). The cost of a call is
+measured or given. compiler/mixing/choice.py decides. Precisions that no call uses are left out.
 
-The default network, `unet/model.onnx`, is the most precise of those used: whoever opens it without Mezzotint's loop,
-or without saying which call this is, gets at least what the mix promises.
+The default network, `unet/model.onnx`, is the most precise of those used: opened without Mezzotint's loop, or without
+the number of the call, it is at least as precise as the mix.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from ..bench.pairs import in_turns, middle_timestep, parallel_run
 from .write import calibration_seed, write_mix
 
 CHOICE_RULES = ("schedule", "picture")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # model.NAME.onnx must be no part of model.onnx either
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # nor "onnx...": `model.onnx*` must not match model.NAME.onnx
 
 
 @dataclass(frozen=True)
 class _Mixing:
-    """What is mixed, by name, and how it is measured."""
+    """The bundles by precision, and the inputs that they are measured on."""
 
     bundles: Mapping[str, Bundle]
     nets: Mapping[str, Denoiser]
@@ -51,14 +51,15 @@ class _Mixing:
     threads: int | None
 
     @property
-    def some(self) -> Bundle:
+    def first(self) -> Bundle:
+        """The first bundle: schedule, deployment and shape are the same for all."""
         return next(iter(self.bundles.values()))
 
     @property
     def fixed(self) -> int | None:
-        """The pictures of a batch that is written into the graphs."""
+        """The images of a batch size that is fixed in the graphs; None for an open batch."""
         size = next(iter(self.nets.values())).fixed_batch
-        return size and size // (2 if self.some.deployment.guided else 1)
+        return size and size // (2 if self.first.deployment.guided else 1)
 
 
 def mix_bundles(
@@ -83,19 +84,19 @@ def mix_bundles(
 ) -> Bundle:
     """Mix bundles of one network, compiled from one source for one deployment, into `output`, and open it.
 
-    A precision is called by its key, or by its recipe. `reference` is the float ONNX file (`mezzotint export`).
-    `budget` is the mean cost of a call relative to the dearest precision; without it PTQD's own rule decides.
-    `rule` is schedule (the prediction's error beside the schedule's noise, PTQD) or picture (what the error adds to the
-    picture, which needs a budget); compiler/mixing/choice.py compares them. `relax`
-    instead gives the last fraction of the calls (the first with `relax_first`) to the most precise. `costs` says what a
-    call of each precision costs; left out, it is measured (`repeats` calls in a block, at the batch that the graphs
-    have written in, or 1), and the choice may differ from run to run. `pictures`, in batches of `batch`, are what
-    errors are measured on, from `seed`; `conditions` and `unconditional` as in `Bundle.sample`.
+    A precision has the name of its key, or of its recipe. `reference` is the float ONNX file (`mezzotint export`).
+    `budget` is the mean cost of a call relative to the most expensive precision; without it PTQD's own rule decides.
+    `rule` is schedule (the prediction's error relative to the schedule's noise, PTQD) or picture (the error's
+    contribution to the image, which needs a budget); compiler/mixing/choice.py compares them. `relax` instead gives
+    the last fraction of the calls (with `relax_first` the first) to the most precise. `costs` has the cost of a call
+    of each precision. Without it costs are measured (`repeats` calls in a block, at the graphs' fixed batch size or
+    1), and the choice may differ from run to run. Errors are measured on as many images as `pictures`, in batches of
+    `batch`, from `seed`; `conditions` and `unconditional` as in `Bundle.sample`.
 
-    Raises InputError for what does not fit together and for a budget that cannot be met, OutputError, BundleError.
+    Raises InputError for bundles that do not match and for a budget that cannot be met, OutputError, BundleError.
     """
-    given = _named(bundles)
-    _check_alike(given)
+    by_name = _named(bundles)
+    _check_same_network(by_name)
     if budget is not None and relax is not None:
         raise InputError("a budget and relaxed calls are two rules", hint="give one of them")
     if rule not in CHOICE_RULES:
@@ -103,22 +104,22 @@ def mix_bundles(
     if rule == "picture" and budget is None:
         raise InputError("the rule picture has no threshold of its own", hint="give a budget")
     if relax_first and relax is None:
-        raise InputError("the first calls cannot be relaxed without saying how many", hint="add relax=0.2")
+        raise InputError("relax_first needs the fraction of the calls", hint="add relax=0.2")
     if pictures < 1 or batch < 1 or repeats < 1:
-        raise InputError(f"nothing to measure on: {pictures} pictures, batches of {batch}, {repeats} repeats")
+        raise InputError(f"nothing to measure on: {pictures} images, batches of {batch}, {repeats} repeats")
     with staged(Path(output), force=force) as (folder, _):
-        nets = {name: bundle.denoiser(threads) for name, bundle in given.items()}
-        mixing = _Mixing(given, nets, conditions or {}, unconditional or {}, threads)
+        nets = {name: bundle.denoiser(threads) for name, bundle in by_name.items()}
+        mixing = _Mixing(by_name, nets, conditions or {}, unconditional or {}, threads)
         _check_inputs(nets)
         if seed is None:
-            seed = SeedOffset.MIXING.after(max(calibration_seed(bundle) for bundle in given.values()))
+            seed = SeedOffset.MIXING.after(max(calibration_seed(bundle) for bundle in by_name.values()))
         sqnr, raw = _measure(mixing, Path(reference), pictures, batch, seed, progress)
-        prices, how = (_given(costs, given), {"kind": "given"}) if costs else _costs(mixing, repeats, progress)
+        prices, how = (_given_costs(costs, by_name), {"kind": "given"}) if costs else _costs(mixing, repeats, progress)
         choice, facts = _choose(mixing, sqnr, raw if rule == "picture" else None, prices, budget, relax, relax_first)
         measured = {"cost": how, "pictures": pictures, "seed": seed}
-        calls = [list(given)[i] for i in choice.calls]
-        precise = sorted(given, key=lambda name: -sqnr[name].pooled())
-        ordered = {name: given[name] for name in precise if name in calls}
+        calls = [list(by_name)[i] for i in choice.calls]
+        precise = sorted(by_name, key=lambda name: -sqnr[name].pooled())
+        ordered = {name: by_name[name] for name in precise if name in calls}
         progress("write", 0, 1)
         write_mix(ordered, folder, calls, prices, {**facts, **measured}, threads=threads)
         progress("write", 1, 1)
@@ -127,25 +128,30 @@ def mix_bundles(
 
 def _named(bundles: Mapping[str, Bundle | str | Path] | Sequence[Bundle | str | Path]) -> dict[str, Bundle]:
     pairs = list(bundles.items()) if isinstance(bundles, Mapping) else [(None, bundle) for bundle in bundles]
-    found: dict[str, Bundle] = {}
+    by_name: dict[str, Bundle] = {}
     for key, value in pairs:
         bundle = value if isinstance(value, Bundle) else open_bundle(value)
         name = str(bundle.manifest["recipe"]["name"]) if key is None else key
-        if name in found:
+        if name in by_name:
             raise InputError(
                 f"two bundles are called {name!r}", where=str(bundle.path), hint="name them: NAME=BUNDLE on the line"
             )
         if not _NAME.fullmatch(name) or name.startswith("onnx"):
-            raise InputError(f"{name!r} is no name for a file", hint="use letters, digits, points, dashes: NAME=BUNDLE")
+            raise InputError(
+                f"{name!r} cannot be part of a file name", hint="use letters, digits, points, dashes: NAME=BUNDLE"
+            )
         if bundle.precisions is not None:
-            raise InputError("this bundle is a mix itself", where=str(bundle.path), hint="mix what it was made of")
-        found[name] = bundle
-    if len(found) < 2:
-        raise InputError(f"{len(found)} bundles cannot be mixed", hint="give two or more")
-    return found
+            raise InputError(
+                "this bundle is a mix itself", where=str(bundle.path), hint="mix the bundles that it was made of"
+            )
+        by_name[name] = bundle
+    if len(by_name) < 2:
+        raise InputError(f"{len(by_name)} bundles cannot be mixed", hint="give two or more")
+    return by_name
 
 
-def _check_alike(bundles: Mapping[str, Bundle]) -> None:
+def _check_same_network(bundles: Mapping[str, Bundle]) -> None:
+    """Raise InputError where source, signature, schedule, deployment or sample shape differ."""
     (name, first), *others = bundles.items()
     for other, bundle in others:
         pairs = {
@@ -157,14 +163,14 @@ def _check_alike(bundles: Mapping[str, Bundle]) -> None:
         }
         for what, (mine, its) in pairs.items():
             if mine != its:
-                told = f" ({mine} and {its})" if what in ("deployment", "sample shape") else ""
+                values = f" ({mine} and {its})" if what in ("deployment", "sample shape") else ""
                 raise InputError(
-                    f"{name} and {other} differ in their {what}{told}",
+                    f"{name} and {other} differ in their {what}{values}",
                     where=str(bundle.path),
                     hint="compile one model twice, with two recipes and the same other options",
                 )
         if pairs["source"][0] is None:
-            raise BundleError("the manifest does not say which weights it was compiled from", where=str(first.path))
+            raise BundleError("the manifest does not name the weights that it was compiled from", where=str(first.path))
 
 
 def _check_inputs(nets: Mapping[str, Denoiser]) -> None:
@@ -177,9 +183,9 @@ def _check_inputs(nets: Mapping[str, Denoiser]) -> None:
 def _measure(
     mixing: _Mixing, reference: Path, pictures: int, batch: int, seed: int, progress: Progress
 ) -> tuple[dict[str, StepSQNR], dict[str, npt.NDArray[np.float64]]]:
-    """The ratio of the noise that is meant to its error at each call; and the mean square error of the output itself,
-    `[calls]`; for each precision."""
-    bundle = mixing.some
+    """Return the SQNR of the implied noise at each call, and the mean square error of the output, `[calls]`; both for
+    each precision."""
+    bundle = mixing.first
     if not reference.is_file():
         raise InputError("there is no such file", where=str(reference), hint="write it with `mezzotint export`")
     size = mixing.fixed or batch
@@ -188,7 +194,7 @@ def _measure(
         share_x, share_out = noise_of(bundle.schedule, *bundle.schedule.levels(info.timestep))
         return info.x * np.float32(share_x) + output * np.float32(share_out)
 
-    images, found = parallel_run(
+    images, measured = parallel_run(
         Denoiser(reference, bundle.signature, threads=mixing.threads),
         mixing.nets,
         bundle,
@@ -200,38 +206,38 @@ def _measure(
         progress=progress,
         view=noise,
     )
-    for name, sqnr in found.items():
+    for name, sqnr in measured.items():
         if bad := [call for call, db in sqnr.per_step().items() if math.isnan(db)]:
-            raise InputError(f"{name} predicts what is not a number at call {bad[0]}", hint="leave it out of the mix")
+            raise InputError(f"{name} predicts NaN at call {bad[0]}", hint="leave it out of the mix")
     shares = [noise_of(bundle.schedule, *bundle.schedule.levels(t))[1] for t in bundle.deployment.calls]
-    # Where the noise in x is known without the network its error says nothing; there is none at such a call then.
+    # Where x alone determines the noise, the output does not enter it: its error counts as 0 at such a call.
     scale = np.array([1 / share**2 if share else 0.0 for share in shares]) / images.size
-    return found, {name: scale * list(sqnr.noise().values()) for name, sqnr in found.items()}
+    return measured, {name: scale * list(sqnr.noise().values()) for name, sqnr in measured.items()}
 
 
 def _costs(mixing: _Mixing, repeats: int, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
-    """Seconds of a call of each precision, and how they were measured."""
-    bundle, rows = mixing.some, mixing.fixed or 1
-    here, other = (
-        {name: np.repeat(array[:1], rows, axis=0) for name, array in given.items()}
-        for given in (mixing.conditions, mixing.unconditional)
+    """Return the seconds of a call of each precision, and how they were measured."""
+    bundle, rows = mixing.first, mixing.fixed or 1
+    conditions, unconditional = (
+        {name: np.repeat(array[:1], rows, axis=0) for name, array in arrays.items()}
+        for arrays in (mixing.conditions, mixing.unconditional)
     )
-    progress("what a call costs", 0, 1)
-    calls = predictors(list(mixing.nets.values()), bundle.deployment, here, other)
+    progress("cost of a call", 0, 1)
+    calls = predictors(list(mixing.nets.values()), bundle.deployment, conditions, unconditional)
     x = initial_noise(FIXED, (rows, *bundle.sample_shape))
-    found = in_turns(calls, x, middle_timestep(bundle), repeats=repeats)
-    progress("what a call costs", 1, 1)
-    seconds = dict(zip(mixing.nets, (latency.median for latency in found), strict=True))
+    latencies = in_turns(calls, x, middle_timestep(bundle), repeats=repeats)
+    progress("cost of a call", 1, 1)
+    seconds = dict(zip(mixing.nets, (latency.median for latency in latencies), strict=True))
     milliseconds = {name: 1e3 * value for name, value in seconds.items()}
     how = {"kind": "measured", "threads": mixing.threads, "batch": rows, "repeats": repeats, "call_ms": milliseconds}
     return seconds, how
 
 
-def _given(costs: Mapping[str, float], bundles: Mapping[str, Bundle]) -> dict[str, float]:
+def _given_costs(costs: Mapping[str, float], bundles: Mapping[str, Bundle]) -> dict[str, float]:
     if set(costs) != set(bundles):
         raise InputError(
             f"costs are given for {sorted(costs)}, the precisions are {sorted(bundles)}",
-            hint="say one for each, or none to measure them",
+            hint="give one for each precision, or none to measure them",
         )
     return {name: float(costs[name]) for name in bundles}
 
@@ -245,8 +251,8 @@ def _choose(
     relax: float | None,
     relax_first: bool,
 ) -> tuple[Choice, dict[str, Any]]:
-    """The choice, and what the manifest says of it."""
-    bundle, names, prices = mixing.some, list(mixing.bundles), list(costs.values())
+    """Return the choice, and its facts for the manifest."""
+    bundle, names, prices = mixing.first, list(mixing.bundles), list(costs.values())
     levels = [bundle.schedule.levels(t) for t in bundle.deployment.calls]
     schedule_db = np.array([_db(alpha, sigma) for alpha, sigma in levels])
     table = np.array([list(sqnr[name].per_step().values()) for name in names])
@@ -259,7 +265,7 @@ def _choose(
         choice = relaxed(len(levels), prices, precise, relax, first=relax_first)
         rule: dict[str, Any] = {"rule": "relaxed first" if relax_first else "relaxed last", "fraction": relax}
     else:
-        # No error at all is enough, whatever it is measured with.
+        # A precision without any error always suffices: its margin is infinite.
         with np.errstate(invalid="ignore", divide="ignore"):
             if raw is None:
                 margins = 10 ** (np.where(np.isposinf(table), np.inf, table - schedule_db) / 10)
@@ -267,9 +273,8 @@ def _choose(
                 weights = picture_weights(bundle.deployment.solver(bundle.schedule).steps, bundle.schedule)
                 margins = 1 / (weights * np.array([raw[name] for name in names]))
         choice = by_margin(margins, prices, budget)
-        assert choice.threshold is not None
-        tau = 10 * math.log10(choice.threshold) if choice.threshold > 0 else -math.inf
-        rule = {"rule": "schedule" if raw is None else "picture", "budget": budget, "threshold_db": json_db(tau)}
+        name = "schedule" if raw is None else "picture"
+        rule = {"rule": name, "budget": budget, "threshold_db": _threshold_db(choice.threshold)}
     used = {names[i] for i in choice.calls}
     return choice, {
         **rule,
@@ -279,8 +284,15 @@ def _choose(
     }
 
 
+def _threshold_db(threshold: float | None) -> float | None:
+    """Return the margin of a choice in decibels, as JSON; None for a choice without a threshold."""
+    if threshold is None:
+        return None
+    return json_db(10 * math.log10(threshold) if threshold > 0 else -math.inf)
+
+
 def _db(signal: float, noise: float) -> float:
-    """The schedule's own ratio; infinite where there is no noise, minus infinite where there is nothing else."""
+    """Return signal over noise of the schedule in decibels: infinite without noise, minus infinite without signal."""
     if noise == 0:
         return math.inf
     return 20 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -25,7 +25,7 @@ from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import folder_bytes
 
-# What a manifest says of its own bundle only.
+# Entries of a manifest that hold for its own bundle only.
 _OWN = ("format", "files", "digest", "noise", "measured", "digests_before")
 
 
@@ -40,8 +40,8 @@ def write_mix(
 ) -> None:
     """Write the bundle that runs precision `calls[i]` at call i. The first of `bundles` becomes the default network.
 
-    What the manifest tells of layers, quantizers and storage is told of that one, as it was compiled. `facts` is how
-    the choice was made. Raises CompileError where a file computes anything else than its bundle.
+    Layers, quantizers and storage in the manifest are those of the default network, as it was compiled. `facts` is how
+    the choice was made. Raises CompileError where a file does not compute the same as its bundle.
     """
     default = next(iter(bundles.values()))
     names = list(bundles)
@@ -56,7 +56,7 @@ def write_mix(
         shutil.copyfile(default.path / CONFIG, folder / CONFIG)
     steps = default.deployment.solver(default.schedule).steps
     noise = {name: _noise_of(bundle) for name, bundle in bundles.items()}
-    correction, told = mixed_correction(noise, calls, default.deployment, steps)
+    correction, correction_facts = mixed_correction(noise, calls, default.deployment, steps)
     report = None if correction is None else mixed_report(noise, calls, steps)
     if correction is not None:
         correction.save(folder / CORRECTION)
@@ -91,7 +91,7 @@ def write_mix(
         },
         "precision_of_call": list(calls),
         "shared_bytes": shared,
-        "precision_choice": {**facts, "correction": told},
+        "precision_choice": {**facts, "correction": correction_facts},
         **({"noise": report} if report else {}),
     }
     write_text(folder / CARD, card(manifest, folder))
@@ -99,32 +99,32 @@ def write_mix(
 
 
 def calibration_seed(bundle: Bundle) -> int:
-    """The seed that a compilation drew from; its passes drew from the few behind it."""
+    """Return the seed of a compilation; its passes draw from the few seeds after it."""
     return int(bundle.manifest["calibration"]["seed"])
 
 
 def _check_same(name: str, bundle: Bundle, file: Path, threads: int | None) -> None:
-    """The network of `file` computes bit for bit what it computed before its constants were moved."""
+    """Raise CompileError unless the network of `file` computes bit for bit the same as that of its bundle."""
     before, after = bundle.denoiser(threads), Denoiser(file, bundle.signature, threads=threads)
     rows = before.fixed_batch or 1
     rng = streams.MIX_CHECK.generator(FIXED)
-    given = {}
+    conditions = {}
     for condition in bundle.signature.conditions:
         dtype, shape = before.inputs[condition]
         sizes = [rows if axis == 0 else size if isinstance(size, int) else 2 for axis, size in enumerate(shape)]
-        given[condition] = (rng.standard_normal(sizes) if dtype.kind == "f" else np.zeros(sizes)).astype(dtype)
+        conditions[condition] = (rng.standard_normal(sizes) if dtype.kind == "f" else np.zeros(sizes)).astype(dtype)
     x = initial_noise(FIXED, (rows, *bundle.sample_shape))
     for t in bundle.deployment.calls[:: max(1, len(bundle.deployment.calls) - 1)]:
-        if not np.array_equal(before(x, t, **given), after(x, t, **given), equal_nan=True):
+        if not np.array_equal(before(x, t, **conditions), after(x, t, **conditions), equal_nan=True):
             raise CompileError(
-                f"the network {name} computes something else in its new place",
+                f"the network {name} computes other values after it was moved",
                 where=str(file),
                 hint="this is a bug of onnxruntime or of Mezzotint: please report it with both bundles",
             )
 
 
 def _copy_passes(source: Path, target: Path) -> None:
-    """The text of all passes; the models after each pass, where somebody kept them, stay behind."""
+    """Copy the text of all passes, without the models after each pass, which are kept on request."""
     for file in sorted(source.glob("*")) if source.is_dir() else ():
         if file.suffix in (".txt", ".diff"):
             target.mkdir(parents=True, exist_ok=True)
@@ -136,6 +136,6 @@ def _noise_of(bundle: Bundle) -> NoiseTables:
 
 
 def _deployed(bundles: Mapping[str, Bundle]) -> list[float] | None:
-    """The timesteps that every network with tables has a row for."""
-    found = [bundle.deployed_timesteps for bundle in bundles.values() if bundle.deployed_timesteps is not None]
-    return [t for t in found[0] if all(t in others for others in found)] if found else None
+    """Return the timesteps that every network with tables has a row for."""
+    tables = [bundle.deployed_timesteps for bundle in bundles.values() if bundle.deployed_timesteps is not None]
+    return [t for t in tables[0] if all(t in others for others in tables)] if tables else None

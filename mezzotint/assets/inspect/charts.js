@@ -14,7 +14,7 @@
     return [low, high];
   };
 
-  /** Runs of points without a gap: what was not measured is not drawn. */
+  /** Runs of points without a gap: points that were not measured are not drawn. */
   const runs = (points) => {
     const found = [[]];
     for (const point of points) {
@@ -76,7 +76,7 @@
 
   const over = (row, columns) => columns.map((column) => M.at(row, column));
 
-  /** How a quantizer's grid follows its values over the timesteps. */
+  /** A quantizer's grid and its measured values over the timesteps. */
   M.rangePlot = (row) => {
     const { ranges } = M.data, columns = M.columns();
     const pick = (name) => over(ranges[name][row], columns);
@@ -85,7 +85,7 @@
       x: columns.map((i) => ranges.timesteps[i]),
       series: [{ name: "grid low", y: pick("low") }, { name: "grid high", y: pick("high") }],
       bands: seen ? [{ name: "seen", low: pick("seen_low"), high: pick("seen_high") }] : [],
-      caption: seen ? "range by timestep" : "range of the grid by timestep (what was seen is not known)",
+      caption: seen ? "range by timestep" : "range of the grid by timestep (the measured range is not known)",
     });
   };
   M.scalePlot = (row) => {

@@ -1,5 +1,5 @@
 "use strict";
-/* What all parts of the page share. Text from the model only ever becomes text: nothing here takes HTML. */
+/* Helpers that all parts of the page share. Text from the model stays text: nothing here accepts HTML. */
 const Mezzotint = {};
 (() => {
   const M = Mezzotint;
@@ -25,7 +25,7 @@ const Mezzotint = {};
   M.link = (text, onclick, attributes) => M.el("button", { class: "link", type: "button", onclick, ...attributes }, M.path(text));
   M.tool = (text, onclick, attributes) => M.el("button", { class: "tool", type: "button", onclick, ...attributes }, text);
 
-  /** A number with at most so many digits that mean something; null is a dash. */
+  /** A number with at most `digits` significant digits; null is a dash. */
   M.number = (value, digits = 4) => {
     if (value === null || value === undefined) return "–";
     if (Number.isInteger(value) && Math.abs(value) < 1e7) return String(value);
@@ -41,22 +41,22 @@ const Mezzotint = {};
   };
   M.db = (value) => (value === null || value === undefined ? "no error" : `${value.toFixed(1)} dB`);
 
-  /** A long name shortened in its middle: both ends of a path tell more than its inside. */
+  /** A long name shortened in its middle: the ends of a path identify it. */
   M.short = (text, length) => {
     if (text.length <= length) return text;
     const tail = Math.ceil((length - 1) * 0.62);
     return `${text.slice(0, length - 1 - tail)}…${text.slice(-tail)}`;
   };
 
-  /** A name that may be broken behind its slashes and dots. */
+  /** A name that may wrap after its slashes and dots. */
   M.path = (text) => text.split(/(?<=[/.])/).flatMap((part, i) => (i ? [M.el("wbr"), part] : [part]));
 
-  /** A description list of [name, text or element]; what is empty is left out. */
+  /** A description list of [name, text or element]; empty entries are left out. */
   M.facts = (pairs) => M.el("dl", { class: "facts" },
     pairs.filter(([, value]) => value !== null && value !== undefined && value !== "")
       .map(([name, value]) => [M.el("dt", null, name), M.el("dd", null, value)]));
 
-  /** The text behind zlib in base64. */
+  /** The text of zlib data in base64. */
   M.inflate = async (packed) => {
     const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -85,14 +85,14 @@ const Mezzotint = {};
   M.costOf = new Map((M.data.cost.rows ?? []).map((row) => [row.name, row]));
   M.nodesOfQuantizer = new Map();
   graph.nodes.forEach((node, i) => (node.quantizers ?? []).forEach(([row, role]) => {
-    // A layer says more about a quantizer than the nodes that carry it out.
+    // A layer is a better target for a quantizer than the nodes that implement it.
     const layer = M.auditOf.has(node.name) && role !== "output" || M.kinds[node.kind] === "integer";
     if (layer && !M.nodesOfQuantizer.get(row)?.layer || !M.nodesOfQuantizer.has(row)) {
       M.nodesOfQuantizer.set(row, { node: i, layer });
     }
   }));
 
-  /** Who reads each value, made at the first question. */
+  /** The nodes that read a value; the index is built at the first call. */
   M.readers = (value) => {
     if (!M.readersOf) {
       M.readersOf = graph.values.map(() => []);
@@ -101,7 +101,7 @@ const Mezzotint = {};
     return M.readersOf[value];
   };
 
-  /** A name that leads to its node, or only the name where the built graph has no such node. */
+  /** A link to the node of a name, or only the name when the compiled graph has no such node. */
   M.nodeLink = (name, text = name) => (M.nodeOfName.has(name)
     ? M.link(text, () => M.graph.show(M.nodeOfName.get(name)), { "data-node-link": name })
     : M.el("span", null, M.path(text)));

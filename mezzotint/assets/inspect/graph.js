@@ -1,4 +1,4 @@
-/* The drawing of one block: pan, zoom, go in, go out. Places come with the data; nothing is laid out here. */
+/* The drawing of one block: pan, zoom, enter, leave. Positions come with the data; nothing is laid out here. */
 (() => {
   const M = Mezzotint;
   const { blocks, nodes, values } = M.data.graph;
@@ -7,7 +7,7 @@
   const state = { block: 0, chosen: null, colour: "kind", view: { x: 0, y: 0, width: 1, height: 1 } };
   const parts = {};
 
-  // What a block weighs is the sum over its nodes, all the way down.
+  // The weight of a block is the sum over its nodes and those of all blocks below it.
   const weights = { time: new Map(), cost: new Map() };
   const nodeWeight = {
     time: (node) => nodes[node].ms ?? 0,
@@ -24,7 +24,7 @@
   M.blockTime = (block) => blockWeight("time", block);
 
   const curve = (way) => {
-    // Smooth between way points: each piece leaves and arrives upright, as the layers do.
+    // Smooth between waypoints: each piece starts and ends vertically.
     let d = `M${way[0]} ${way[1]}`;
     for (let i = 2; i < way.length; i += 2) {
       const middle = (way[i - 1] + way[i + 1]) / 2;
@@ -56,16 +56,16 @@
   };
 
   const drawItem = (item, index, most) => {
-    const [kind, number, , x, y] = item, [width, height] = SIZE[kind], told = caption(item);
+    const [kind, number, , x, y] = item, [width, height] = SIZE[kind], text = caption(item);
     const group = M.svg("g", {
       class: `item ${{ n: "node", b: "block" }[kind] ?? "port"} ${kind === "n" ? M.kindClass(nodes[number].kind) : ""}`,
-      transform: `translate(${x} ${y})`, tabindex: 0, role: "button", "aria-label": told.aria, "data-item": index,
+      transform: `translate(${x} ${y})`, tabindex: 0, role: "button", "aria-label": text.aria, "data-item": index,
       "data-node": kind === "n" ? nodes[number].name : null, "data-block": kind === "b" ? blocks[number].path : null,
       onclick: (event) => !parts.dragged && openItem(item, event),
       onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); openItem(item, event); } },
       onmouseenter: () => near(index, true), onmouseleave: () => near(index, false),
       onfocus: () => near(index, true), onblur: () => near(index, false),
-    }, M.svg("title", null, told.title));
+    }, M.svg("title", null, text.title));
     const box = M.svg("rect", { class: "box", width, height, rx: kind === "b" ? 8 : 5 });
     if (state.colour !== "kind" && (kind === "n" || kind === "b")) {
       const share = most ? itemWeight(item) / most : 0;
@@ -74,8 +74,8 @@
     group.append(box);
     if (kind === "n") group.append(M.svg("rect", { class: "tag", width: 5, height, rx: 2 }));
     const left = kind === "n" ? 14 : 10;
-    group.append(M.svg("text", { x: left, y: kind === "n" ? 17 : kind === "b" ? 20 : 16 }, told.first));
-    if (told.second) group.append(M.svg("text", { class: "op", x: left, y: kind === "n" ? 32 : 36 }, told.second));
+    group.append(M.svg("text", { x: left, y: kind === "n" ? 17 : kind === "b" ? 20 : 16 }, text.first));
+    if (text.second) group.append(M.svg("text", { class: "op", x: left, y: kind === "n" ? 32 : 36 }, text.second));
     if (kind === "b") group.append(M.svg("g", null, M.mixBar(blocks[number].mix, 10, 43, width - 20, 6)));
     if (kind === "n" && number === state.chosen) group.classList.add("chosen");
     return group;
@@ -95,7 +95,7 @@
   };
   const room = () => ({ width: parts.svg.clientWidth || 800, height: parts.svg.clientHeight || 500 });
 
-  /** All of it, but no smaller than can be read: then its upper middle. */
+  /** Show the whole drawing; where it would be too small to read, show its upper middle. */
   const fit = () => {
     const [wide, tall] = blocks[state.block].size, { width, height } = room();
     const whole = Math.min(width / (wide + 2 * MARGIN), height / (tall + 2 * MARGIN));
@@ -105,7 +105,7 @@
     state.view = { ...view, x: centre - view.width / 2, y: tall + 2 * MARGIN > view.height ? -MARGIN : tall / 2 - view.height / 2 };
     look();
   };
-  /** Where a view begins that has `middle` in its middle, but does not look beyond the drawing. */
+  /** The start of a view centred at `middle` that stays within the drawing. */
   const within = (middle, length, all) => (all + 2 * MARGIN < length ? (all - length) / 2
     : Math.min(Math.max(middle - length / 2, -MARGIN), all + MARGIN - length));
   const centreOn = (index) => {
@@ -148,7 +148,7 @@
   };
   const onUp = (event) => { pointers.delete(event.pointerId); setTimeout(() => { parts.dragged = false; }); };
   const onWheel = (event) => {
-    // Whoever scrolls the page should not be caught here: the wheel zooms once the drawing was clicked, or with Ctrl.
+    // Scrolling the page must not stop at the drawing: the wheel zooms after a click on the drawing, or with Ctrl.
     if (!event.ctrlKey && !parts.stage.contains(document.activeElement)) return;
     event.preventDefault();
     zoom(Math.exp(-event.deltaY * 0.0016), event.offsetX, event.offsetY);
@@ -181,7 +181,7 @@
   };
 
   M.graph = {
-    /** Show a block; `from` is the block that one comes from, which is then in the middle and has the focus. */
+    /** Show a block; `from` is the block that was shown before: it is centred and gets the focus. */
     enter(block, from) {
       state.block = block;
       draw();
@@ -202,7 +202,7 @@
       const index = blocks[state.block].items.findIndex(([kind, number]) => kind === "n" && number === node);
       if (index >= 0) parts.svg.querySelector(`[data-item="${index}"]`).classList.add("chosen");
     },
-    /** Go to a node wherever it is. */
+    /** Show a node in the drawing of its block. */
     show(node) {
       document.getElementById("graph").scrollIntoView({ block: "start" });
       if (state.block !== M.blockOfNode[node]) M.graph.enter(M.blockOfNode[node]);
@@ -216,7 +216,7 @@
     },
     build() {
       parts.svg = M.svg("svg", {
-        tabindex: 0, role: "group", "aria-label": "Drawing of the graph: Tab goes through its items, Enter opens one, Escape goes out, arrows move, + and - zoom",
+        tabindex: 0, role: "group", "aria-label": "Drawing of the graph: Tab moves through its items, Enter opens one, Escape leaves the block, arrows pan, + and - zoom",
         onpointerdown: onDown, onpointermove: onMove, onpointerup: onUp, onpointercancel: onUp, onpointerleave: onUp,
       });
       parts.svg.addEventListener("wheel", onWheel, { passive: false });
@@ -226,7 +226,7 @@
         buttons.forEach((button, i) => button.setAttribute("aria-pressed", modes[i][0] === mode));
         draw();
       }, { "aria-pressed": mode === state.colour }));
-      parts.crumbs = M.el("nav", { class: "crumbs", "aria-label": "Blocks around this one" });
+      parts.crumbs = M.el("nav", { class: "crumbs", "aria-label": "Enclosing blocks" });
       parts.stage = M.el("div", { class: "stage" }, parts.svg, M.el("div", { class: "zoom" },
         M.tool("+", () => zoom(1.3), { "aria-label": "zoom in" }), M.tool("−", () => zoom(1 / 1.3), { "aria-label": "zoom out" }), M.tool("fit", fit)));
       parts.panel = M.el("aside", { "aria-label": "Node", "aria-live": "polite" });
@@ -234,7 +234,7 @@
       return [
         M.el("div", { class: "tools" }, parts.crumbs, modes.length > 1 ? M.el("span", { class: "soft" }, "colour by") : null, modes.length > 1 ? buttons : null),
         parts.box, M.legend(),
-        M.el("p", { class: "soft hint" }, "A block opens on click, a node tells all about itself. Drag moves, Ctrl and the wheel (or two fingers) zoom, Escape goes out."),
+        M.el("p", { class: "soft hint" }, "Click a block to open it, a node for its details. Drag to pan, use Ctrl and the wheel (or two fingers) to zoom, Escape to leave a block."),
       ];
     },
     start() { draw(); fit(); },

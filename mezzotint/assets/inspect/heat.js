@@ -1,4 +1,4 @@
-/* The heat map: quantizers by timesteps. Only the rows in sight are painted; the canvas stays, the rows move below it. */
+/* The heat map: quantizers by timesteps. Only the visible rows are painted; the canvas stays while the rows scroll. */
 (() => {
   const M = Mezzotint;
   const ROW = 15, HEAD = 20, PRINT = 900;
@@ -21,7 +21,7 @@
     return low === null || high === null ? null : high - low;
   };
 
-  /** A row is called by the node that makes the value, for values have names like `conv2d_7`. Rows in order: values first, then weights, each as the manifest lists them. */
+  /** Rows: values first, then weights, each in the order of the manifest. A row is labelled by the node that computes the value: values have names like `conv2d_7`. */
   const order = (kind) => M.data.quantizers.map((q, i) => i)
     .filter((i) => kind === "all" || M.data.quantizers[i].kind === kind)
     .sort((a, b) => (M.data.quantizers[a].kind === "weight") - (M.data.quantizers[b].kind === "weight") || a - b);
@@ -41,11 +41,11 @@
     }
   };
 
-  const tell = (row, column) => {
+  const facts = (row, column) => {
     const { ranges, quantizers } = M.data, q = quantizers[row], at = (name) => M.at(ranges[name][row], column);
     const seen = at("seen_low") === null ? "not measured" : `${M.number(at("seen_low"))} .. ${M.number(at("seen_high"))}`;
     return M.facts([
-      ["quantizer", M.link(q.site, () => M.showQuantizer(row))], ["made by", q.maker ? M.nodeLink(q.maker) : "-"], ["timestep", M.number(ranges.timesteps[column])],
+      ["quantizer", M.link(q.site, () => M.showQuantizer(row))], ["computed by", q.maker ? M.nodeLink(q.maker) : "-"], ["timestep", M.number(ranges.timesteps[column])],
       ["grid", `${M.number(at("low"))} .. ${M.number(at("high"))}, scale ${M.number(at("scale"))}`], ["seen", seen],
     ]);
   };
@@ -62,7 +62,7 @@
       if (!wide) return;
       canvas.width = wide * ratio; canvas.height = tall * ratio;
       canvas.style.width = `${wide}px`; canvas.style.height = `${tall}px`;
-      // The canvas takes its own height in the flow, and the rows begin below the head.
+      // The canvas has its own height in the flow, and the rows begin below the head.
       spacer.style.height = `${HEAD + state.rows.length * ROW}px`;
       context.setTransform(ratio, 0, 0, ratio, 0, 0);
       context.fillStyle = css("--card"); context.fillRect(0, 0, wide, tall);
@@ -84,7 +84,7 @@
       const last = M.number(M.data.ranges.timesteps[columns[columns.length - 1]]);
       context.fillText(last, wide - 14 - context.measureText(last).width, HEAD / 2);
     };
-    const say = () => { if (state.rows.length) readout.replaceChildren(tell(state.rows[state.row], columns[state.column])); };
+    const say = () => { if (state.rows.length) readout.replaceChildren(facts(state.rows[state.row], columns[state.column])); };
     const to = (row, column) => {
       state.row = Math.min(Math.max(row, 0), state.rows.length - 1);
       state.column = Math.min(Math.max(column, 0), columns.length - 1);
@@ -129,6 +129,6 @@
     new ResizeObserver(draw).observe(box);
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { colours = palette(); draw(); drawSheet(); });
     choose("all");
-    return [M.el("div", { class: "tools" }, buttons, M.el("span", { class: "soft" }, "narrow ", M.el("i", { class: "ramp" }), " the row's widest")), box, sheet, readout, tips];
+    return [M.el("div", { class: "tools" }, buttons, M.el("span", { class: "soft" }, "narrow ", M.el("i", { class: "ramp" }), " the row's largest width")), box, sheet, readout, tips];
   };
 })();

@@ -1,4 +1,4 @@
-/* Puts the sections up: the first ones at once, the others as soon as the browser has time, all of them before printing. */
+/* Builds the sections: the first ones at once, the others when the browser is idle, all of them before printing. */
 (() => {
   const M = Mezzotint;
   const main = document.getElementById("main"), nav = document.getElementById("nav");
@@ -25,7 +25,7 @@
     nav.append(M.el("a", { href: `#${id}` }, name));
     waiting.push(() => build(id, make, section));
   }
-  // A jump must know how tall everything above its target is.
+  // A jump needs the height of everything above its target.
   document.addEventListener("click", (event) => { if (event.target.closest?.("a[href^='#']")) buildAll(); }, true);
   window.addEventListener("beforeprint", buildAll);
   M.startSearch();
@@ -35,7 +35,7 @@
   if (location.hash) { buildAll(); document.getElementById(location.hash.slice(1))?.scrollIntoView(); }
   else later();
 
-  // The section in sight is marked among the names above.
+  // The visible section is marked in the navigation.
   const seen = new IntersectionObserver((changes) => {
     for (const change of changes) {
       if (!change.isIntersecting) continue;

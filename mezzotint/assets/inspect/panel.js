@@ -1,4 +1,4 @@
-/* What the graph knows of one node. */
+/* The details of one node. */
 (() => {
   const M = Mezzotint;
   const { nodes, values, inputs, outputs } = M.data.graph;
@@ -18,7 +18,7 @@
       others.length ? M.el("div", null, others) : null);
   };
   const inputLine = (value) => {
-    if (value < 0) return M.el("li", { class: "soft" }, "left out");
+    if (value < 0) return M.el("li", { class: "soft" }, "absent");
     const maker = values[value][2];
     const from = maker >= 0 ? ["from ", M.nodeLink(nodes[maker].name)] : inputs.includes(value) ? ["an input of the graph"] : [];
     return valueLine(value, from);

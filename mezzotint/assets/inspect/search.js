@@ -18,7 +18,7 @@
     return found;
   };
 
-  /** 0 the whole name, 1 a last part of it, 2 a beginning, 3 anywhere. */
+  /** 0: the whole name, 1: its last part, 2: its beginning, 3: anywhere. */
   const rank = (entry, word) => {
     if (entry.lower === word) return 0;
     if (entry.lower.endsWith(`/${word}`)) return 1;
@@ -52,8 +52,8 @@
       list.replaceChildren(...shown.map((entry, i) => M.el("li", {
         role: "option", id: `found-${i}`, onmousedown: (event) => event.preventDefault(), onclick: () => open(entry),
       }, M.short(entry.name, 70), M.el("small", null, `${KINDS[entry.kind]} ${entry.more}`))));
-      if (box.value.trim() && !shown.length) list.append(M.el("li", { class: "soft" }, "nothing has such a name"));
-      if (all.length > MOST) list.append(M.el("li", { class: "soft" }, `${all.length - MOST} more: type on`));
+      if (box.value.trim() && !shown.length) list.append(M.el("li", { class: "soft" }, "no name matches"));
+      if (all.length > MOST) list.append(M.el("li", { class: "soft" }, `${all.length - MOST} more: continue typing`));
       list.hidden = !box.value.trim();
       box.setAttribute("aria-expanded", String(!list.hidden));
       if (shown.length) mark();

@@ -1,4 +1,4 @@
-/* The sections, from top to bottom: [id, name, what it is good for, function that makes its content]. */
+/* The sections, from top to bottom: [id, name, purpose, function that makes its content]. */
 (() => {
   const M = Mezzotint;
   const D = M.data;
@@ -18,7 +18,7 @@
     }
     if (figures) {
       tiles.push(tile(M.db(figures.eps_sqnr_db), `SQNR of epsilon; worst step ${M.db(figures.eps_sqnr_db_worst_step)}`),
-        tile(M.db(figures.psnr_db_median), "PSNR of pictures, median"));
+        tile(M.db(figures.psnr_db_median), "PSNR of images, median"));
     }
     const cards = D.answers.map((card) => M.el("div", { class: "answer" }, M.el("h3", null, card.question), M.el("b", null, card.head),
       M.el("ul", null, card.lines.map((line) => M.el("li", null, line.node ? [line.before, " ", M.nodeLink(line.node), " ", line.after] : line))), M.el("a", { href: `#${card.section}` }, "more")));
@@ -29,14 +29,14 @@
     const p = D.pictures;
     if (p.note) return M.note(p.note);
     const strips = p.rows.map((row) => M.el("div", { class: "strip", style: `--n: ${row.images.length}` }, M.el("span", null, row.label),
-      row.images.map((source, i) => M.el("img", { src: source, alt: `${row.label}, picture ${i + 1}` }))));
-    const psnr = p.psnr ? M.el("p", null, `PSNR by picture: ${p.psnr.map((db) => M.db(db)).join(", ")}.`) : M.note(`The float pictures beside these: ${p.hint}`);
+      row.images.map((source, i) => M.el("img", { src: source, alt: `${row.label}, image ${i + 1}` }))));
+    const psnr = p.psnr ? M.el("p", null, `PSNR by image: ${p.psnr.map((db) => M.db(db)).join(", ")}.`) : M.note(`The float images for comparison: ${p.hint}`);
     const plot = p.sqnr ? M.el("div", { class: "plots" }, M.plot({
       x: p.sqnr.map(([t]) => t), series: [{ name: "SQNR", y: p.sqnr.map(([, db]) => db) }],
-      caption: "SQNR of epsilon by timestep, dB: both see the float trajectory",
+      caption: "SQNR of epsilon by timestep, dB: both networks on the float trajectory",
     })) : null;
-    const latents = p.latents ? M.el("p", { class: "soft" }, "These are latents, not decoded: their first three channels as colours.") : null;
-    return [M.el("p", { class: "soft" }, `Same noise in each column, seed ${p.seed}.`), latents, M.el("div", { class: "strips" }, strips), psnr, plot];
+    const latents = p.latents ? M.el("p", { class: "soft" }, "These are latents, not decoded: the first three channels are shown as colours.") : null;
+    return [M.el("p", { class: "soft" }, `The same noise in each column, seed ${p.seed}.`), latents, M.el("div", { class: "strips" }, strips), psnr, plot];
   };
 
   const cost = () => {
@@ -52,7 +52,7 @@
     const unknown = Object.entries(c.unknown);
     return [
       M.facts([["all layers quantized at once", M.db(c.together)], ["the bundle itself", M.db(c.bundle)],
-        ["reference", c.same_weights ? "has the very weights of the bundle" : "has other weights than the bundle was compiled from"]]),
+        ["reference", c.same_weights ? "has the weights that the bundle was compiled from" : "has other weights than those that the bundle was compiled from"]]),
       M.table({ columns, rows: c.rows, label: "layers by error", filter: true, page: 15 }),
       unknown.length ? [M.el("h3", null, "not measured"), M.facts(unknown)] : null,
     ];
@@ -64,8 +64,8 @@
     place.replaceChildren();
     if (open) return;
     const { diff } = row, note = diff.note ? M.note(diff.note) : null;
-    const heading = M.el("h3", null, `what ${row.name} changed: ${diff.added ?? 0} lines added, ${diff.removed ?? 0} removed`);
-    if (!diff.text) { place.append(heading, note ?? M.note("the graph is as it was before")); return; }
+    const heading = M.el("h3", null, `changes by ${row.name}: ${diff.added ?? 0} lines added, ${diff.removed ?? 0} removed`);
+    if (!diff.text) { place.append(heading, note ?? M.note("the pass did not change the graph")); return; }
     place.append(heading, M.diffText(await M.inflate(diff.text)), ...(note ? [note] : []));
   };
 
@@ -81,7 +81,7 @@
         }, { "aria-expanded": "false", "data-pass": r.name });
         return button;
       } },
-      { title: "what it did", name: true, value: (r) => r.note }, { title: "nodes", tight: true, value: (r) => r.after, show: (r) => `${r.before} → ${r.after}` },
+      { title: "result", name: true, value: (r) => r.note }, { title: "nodes", tight: true, value: (r) => r.after, show: (r) => `${r.before} → ${r.after}` },
       { title: "diff", tight: true, value: changed }, { title: "seconds", number: true, value: (r) => r.seconds, show: (r) => r.seconds.toFixed(1) },
       { title: "peak MB", number: true, value: (r) => r.peak, show: (r) => r.peak.toFixed(0) },
       { title: "options", value: (r) => Object.entries(r.options).map(([k, v]) => `${k}=${v}`).join(", ") },
@@ -94,7 +94,7 @@
     const s = D.speed;
     if (s.note) return M.note(`times: ${s.note}`);
     const words = s.groups.slice(0, 6).map((g) => `${g.group} ${M.percent(g.share)}`).join(", ");
-    return M.el("p", { class: "soft" }, `Time in kernels: ${words}. Times are the profiler's: compare their shares. ${M.number(s.other_ms, 3)} ms are in nodes that onnxruntime made itself (transposes, layouts), which have no node here; what it fused is told at one of its nodes.`);
+    return M.el("p", { class: "soft" }, `Time in kernels: ${words}. The times are the profiler's: compare their shares. ${M.number(s.other_ms, 3)} ms are in nodes that onnxruntime added (transposes, layouts) and that are not in this graph; the time of fused nodes is shown at one of them.`);
   };
 
   const audit = () => {
@@ -120,15 +120,15 @@
     return [M.el("p", null, n.summary), M.el("div", { class: "plots" },
       M.plot({ x, series: [{ name: "slope", y: pick("slope") }], caption: "slope of the error on the prediction, by timestep", zero: true }),
       M.plot({ x, series: [{ name: "bias", y: pick("bias") }], caption: "bias (root of the mean square over channels)", zero: true }),
-      M.plot({ x, series: [{ name: "spread", y: pick("spread") }], caption: "spread of what is left", zero: true }),
-      M.plot({ x, series: [{ name: "as it is", y: none }, { name: "corrected", y: kept }], caption: "SQNR of epsilon, held out, dB" }),
+      M.plot({ x, series: [{ name: "spread", y: pick("spread") }], caption: "spread of the rest", zero: true }),
+      M.plot({ x, series: [{ name: "uncorrected", y: none }, { name: "corrected", y: kept }], caption: "SQNR of epsilon, held out, dB" }),
       M.plot({ x, series: [{ name: "planned", y: pick("sigma") }, { name: "added", y: pick("noise") }], caption: "the sampler's own noise", zero: true }))];
   };
 
   const islands = () => {
     if (!D.islands.length) return M.note("no layer was kept in float on purpose");
     return M.table({ label: "islands", rows: D.islands, columns: [
-      { title: "layer", name: true, value: (r) => r.name, show: (r) => M.nodeLink(r.name) }, { title: "why it stays in float", value: (r) => r.why },
+      { title: "layer", name: true, value: (r) => r.name, show: (r) => M.nodeLink(r.name) }, { title: "reason", value: (r) => r.why },
     ] });
   };
 
@@ -143,7 +143,7 @@
     };
     const columns = [
       { title: "site", name: true, value: (q) => q.site, show: (q) => M.link(q.site, () => M.showQuantizer(q.row)) },
-      { title: "made by", name: true, value: (q) => q.maker ?? "", show: (q) => q.maker ? M.nodeLink(q.maker) : "" },
+      { title: "computed by", name: true, value: (q) => q.maker ?? "", show: (q) => q.maker ? M.nodeLink(q.maker) : "" },
       { title: "of", value: (q) => (q.kind === "weight" ? "weight" : "activation") }, { title: "format", tight: true, value: M.formatOf }, { title: "grain", value: M.grainOf },
       { title: "scale", tight: true, value: (q) => q.scale[0], show: M.scaleOf }, { title: "zero point", tight: true, value: M.zeroOf }, { title: "chosen by", value: (q) => q.by },
     ];
@@ -152,7 +152,7 @@
     ];
     return [M.table({ columns, rows, label: "quantizers", filter: true, choices, attributes: (q) => ({ "data-quantizer": q.site }) }), place];
   };
-  /** A quantizer's node with its panel, or its row where no node tells of it. */
+  /** Show a quantizer's node with its panel, or its row when no node has it. */
   M.showQuantizer = (row) => {
     M.openQuantizer(row);
     const there = M.nodesOfQuantizer.get(row);
@@ -168,7 +168,7 @@
       m.storage.length ? [M.el("h3", null, "storage"), M.table({ label: "storage", rows: m.storage, columns: [
         { title: "type", value: (r) => r.type }, { title: "size", number: true, value: (r) => r.bytes, show: (r) => M.bytes(r.bytes) },
         { title: "constants", number: true, value: (r) => r.constants }, { title: "values", number: true, value: (r) => r.values }] })] : null,
-      refused.length ? [M.el("h3", null, "factors that found no place"), M.facts(refused)] : null,
+      refused.length ? [M.el("h3", null, "refused factors"), M.facts(refused)] : null,
       M.el("h3", null, "files"), M.table({ label: "files", rows: m.files, page: 15, columns: [
         { title: "file", name: true, value: (r) => r.name }, { title: "size", number: true, value: (r) => r.bytes, show: (r) => M.bytes(r.bytes) },
         { title: "sha256", value: (r) => r.sha256, show: (r) => M.el("code", null, r.sha256) }] }),
@@ -177,15 +177,15 @@
 
   M.sections = [
     ["summary", "Summary", "", summary],
-    ["pictures", "Pictures", "What quantization does to pictures drawn from the same noise.", pictures],
-    ["cost", "Error by layer", "What each layer's quantization costs at the output, measured one by one.", cost],
-    ["passes", "Passes", "What the compiler did, in this order. A pass opens the difference that it made to the graph.", passes],
+    ["pictures", "Images", "Images of both networks, sampled from the same noise.", pictures],
+    ["cost", "Error by layer", "The error at the output that each layer's quantization causes, measured one by one.", cost],
+    ["passes", "Passes", "The passes of the compiler, in order. Click a pass to see its changes to the graph.", passes],
     ["graph", "Graph", "The compiled graph, block by block.", graph],
-    ["audit", "Fusion audit", "The kernel that runs each layer, or what kept it from an integer one.", audit],
-    ["ranges", "Ranges", "How wide the grid of each quantizer is at each timestep, relative to its own widest.", ranges],
-    ["noise", "Noise", "What quantization adds to the prediction, by network call, and what the sampler undoes.", noise],
+    ["audit", "Fusion audit", "The kernel that runs each layer, or the reason why it is not an integer kernel.", audit],
+    ["ranges", "Ranges", "The width of each quantizer's grid at each timestep, relative to its largest width.", ranges],
+    ["noise", "Noise", "The error that quantization adds to the prediction, by network call, and the part that the sampler corrects.", noise],
     ["islands", "Islands", "Layers that stay in float on purpose.", islands],
     ["quantizers", "Quantizers", "", quantizers],
-    ["manifest", "Manifest", "How to know this bundle again, and how to make it.", manifest],
+    ["manifest", "Manifest", "The identity of this bundle, its recipe and its files.", manifest],
   ];
 })();

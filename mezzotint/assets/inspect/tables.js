@@ -1,4 +1,4 @@
-/* Tables that show some rows at a time: thousands of rows are kept as data, and become elements when asked for. */
+/* Tables that show some rows at a time: thousands of rows are kept as data, and become elements on request. */
 (() => {
   const M = Mezzotint;
   const PRINTED = 120;
@@ -38,7 +38,7 @@
       const found = kept();
       body.replaceChildren(...found.slice(0, shown).map((row) => M.el("tr", attributes(row), columns.map((column) => cell(column, row)))));
       if (!found.length) body.append(M.el("tr", null, M.el("td", { colspan: columns.length, class: "soft" }, empty)));
-      left.textContent = found.length > shown ? `${found.length - shown} more rows: only on a screen` : "";
+      left.textContent = found.length > shown ? `${found.length - shown} more rows: on a screen only` : "";
       count.textContent = `${found.length} of ${rows.length}`;
       const rest = found.length - shown;
       more.replaceChildren(...(rest > 0 ? [M.tool(`${Math.min(rest, 100)} more of ${rest}`, () => { shown += 100; draw(); })] : []));
@@ -72,12 +72,12 @@
       M.el("div", { class: "wide" }, M.el("table", { "aria-label": label }, M.el("thead", null, M.el("tr", null, heads)), body)), more, left);
   };
 
-  /** Paper cannot be asked for more. */
+  /** Print more rows: paper has no buttons. */
   let restore = [];
   window.addEventListener("beforeprint", () => { restore = printed.map((expand) => expand()); });
   window.addEventListener("afterprint", () => { restore.forEach((back) => back()); restore = []; });
 
-  /** A pass's difference, coloured, by pieces: a million lines at once would stop the page. */
+  /** A pass's diff, coloured, in pieces: a million lines at once would block the page. */
   M.diffText = (text, piece = 1500) => {
     const lines = text.split("\n");
     if (lines[lines.length - 1] === "") lines.pop();

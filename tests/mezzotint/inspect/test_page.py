@@ -87,7 +87,7 @@ def find(page: Page, words: str) -> None:
 
 
 class TestPage:
-    def test_every_section_tells_something(self, shown: Page) -> None:
+    def test_every_section_has_text(self, shown: Page) -> None:
         for name in SECTIONS:
             text = shown.inner_text(f"#{name}")
             assert len(text.splitlines()) >= 3, (name, text)
@@ -115,7 +115,7 @@ class TestPage:
             shown.fill("#search", words)
             assert any(kind in text for text in shown.locator("#found li").all_inner_texts()), words
         shown.fill("#search", "nothing is called so")
-        assert shown.inner_text("#found") == "nothing has such a name"
+        assert shown.inner_text("#found") == "no name matches"
         shown.fill("#search", "")
 
     def test_blocks_open_and_close(self, made: Made, shown: Page) -> None:
@@ -230,7 +230,7 @@ class TestPage:
         assert shown.locator(".diff .added").count() > 10
         shown.click("[data-pass=observe]")
         shown.wait_for_selector("#diff .note")
-        assert "as it was before" in shown.inner_text("#diff")
+        assert "did not change the graph" in shown.inner_text("#diff")
 
     def test_tables_are_filtered_and_sorted(self, made: Made, shown: Page) -> None:
         shown.locator("#quantizers input").fill("weight int8")
@@ -253,7 +253,7 @@ class TestPage:
         assert shown.locator(".panel").get_attribute("data-panel") == rows[0]["name"]
         shown.keyboard.press("Escape")
 
-    def test_pictures_stand_beside_each_other(self, shown: Page) -> None:
+    def test_images_stand_side_by_side(self, shown: Page) -> None:
         assert shown.locator(".strip").count() == 3
         sizes = shown.evaluate("[...document.querySelectorAll('.strip img')].map((i) => i.naturalWidth)")
         assert sizes == [8] * 6
@@ -287,7 +287,7 @@ class TestReaders:
             seen.page.emulate_media(media="print")
             count = len(made.data["quantizers"])
             assert seen.page.locator("#quantizers tbody tr").count() == 120 > rows
-            assert f"{count - 120} more rows: only on a screen" in seen.page.inner_text("#quantizers")
+            assert f"{count - 120} more rows: on a screen only" in seen.page.inner_text("#quantizers")
             for name in SECTIONS:
                 assert seen.page.inner_text(f"#{name}").count("\n") >= 2, name
             assert not seen.page.locator("#search").is_visible() and seen.page.locator("canvas.printed").is_visible()
@@ -310,7 +310,7 @@ class TestReaders:
 class TestSafety:
     @pytest.fixture
     def hostile(self, hand: Compiled, tmp_path: Path) -> Bundle:
-        """A bundle whose names and notes would like to be markup."""
+        """A bundle whose names and notes are markup."""
         model = onnx.load(hand.bundle.model_path)
         for node in model.graph.node[-3:]:
             node.name = f"{EVIL}/{node.name}"
@@ -346,7 +346,7 @@ class TestSafety:
 
     @pytest.mark.parametrize(
         "planted",
-        ["<script>window.harmed = 1</script>", '<img src="https://example.org/x.png" alt="">', '<p onclick="x()">'],
+        ["<script>window.harmed = 1</script>", '<img src="https://example.org/x.png" alt="">'],
     )
     def test_the_policy_lets_nothing_else_in(self, made: Made, chromium: Browser, tmp_path: Path, planted: str) -> None:
         text = made.file.read_text(encoding="utf-8")
@@ -354,6 +354,24 @@ class TestSafety:
         (tmp_path / "page.html").write_text(text.replace("<main", f"{planted}<main"), encoding="utf-8")
         with pytest.raises(AssertionError, match="Content Security Policy"), opened(chromium, tmp_path / "page.html"):
             pass
+
+    def test_the_policy_stops_an_inline_handler(self, made: Made, chromium: Browser, tmp_path: Path) -> None:
+        """Whether the console reports it, and when, differs between versions of Chromium."""
+        planted = made.file.read_text(encoding="utf-8").replace(
+            "<main", '<p id="planted" onclick="window.harmed = 1">planted</p><main'
+        )
+        harmed = []
+        for name, text in (("page", planted), ("open", planted.replace("Content-Security-Policy", "X-No-Policy"))):
+            file = tmp_path / f"{name}.html"
+            file.write_text(text, encoding="utf-8")
+            context = chromium.new_context()
+            page = context.new_page()
+            page.goto(file.as_uri())
+            page.wait_for_selector(READY)
+            page.locator("#planted").dispatch_event("click")
+            harmed.append(page.evaluate("window.harmed"))
+            context.close()
+        assert harmed == [None, 1]
 
     def test_json_survives(self) -> None:
         data = {"a": [EVIL, "\u2028", "é"], "b": None}
@@ -434,7 +452,7 @@ class TestCommand:
         with pytest.raises(InputError, match="no such float model"):
             measure_sections(hand.bundle, PageOptions(tmp_path / "no.onnx"))
 
-    def test_a_place_where_no_file_can_be_is_told_before_anything_is_measured(
+    def test_an_impossible_place_is_refused_before_anything_is_measured(
         self, hand: Compiled, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(inspect_page, "measure_sections", None)

@@ -124,11 +124,11 @@ class TestOverlay:
         words = ["overlay", unet.bundle.path, "-o", tmp_path / "o.json", "--what"]
 
         refused(cli(*words, "color"), "no overlay is called 'color'", "precision, kernel, scale, time, cost")
-        refused(cli(*words, "cost"), "has to be measured first", "mezzotint debug")
+        refused(cli(*words, "cost"), "must be measured first", "mezzotint debug")
         other = layers_file(unet.bundle, tmp_path / "other.json", "elsewhere")
-        refused(cli(*words, "cost", "--layers", other), "nothing is known of the cost", "another bundle")
+        refused(cli(*words, "cost", "--layers", other), "no node of this network has a known cost", "another bundle")
         (tmp_path / "x.json").write_text("{}")
-        refused(cli(*words, "cost", "--layers", tmp_path / "x.json"), "not what `mezzotint debug --json` prints")
+        refused(cli(*words, "cost", "--layers", tmp_path / "x.json"), "not the output of `mezzotint debug --json`")
         assert sorted(f.name for f in tmp_path.iterdir()) == ["other.json", "x.json"]
 
 
@@ -235,7 +235,7 @@ class TestOverrides:
 
         assert "h2" in static.tensors
         assert "h2" not in timed.tensors
-        assert timed.skipped["h2"] == "a pass gave this name another value than it has in the float file"
+        assert timed.skipped["h2"] == "a pass changed its value: the float file has another value of this name"
 
     def test_conditions(self, conditional: Compiled, tmp_path: Path) -> None:
         found = make_overrides(conditional.bundle, conditional.exported, threads=THREADS)

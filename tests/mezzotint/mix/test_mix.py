@@ -1,4 +1,4 @@
-"""Bundles of one network, mixed: the files, the choice, the pictures, the refusals, the command."""
+"""Bundles of one network, mixed: the files, the choice, the images, the refusals, the command."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["../x", "", "a b", "onnx", ".hidden"])
     def test_a_name_that_is_none(self, made: Made, tmp_path: Path, name: str) -> None:
-        with pytest.raises(InputError, match="no name for a file"):
+        with pytest.raises(InputError, match="cannot be part of a file name"):
             mix_bundles({name: made.bundles["w8a8"], "b": made.bundles["float"]}, tmp_path / "m", reference=made.source)
 
     def test_a_mix_of_a_mix(self, made: Made, mixed: Bundle, tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ class TestRefusals:
 
     def test_a_source_that_nobody_knows(self, made: Made, tmp_path: Path) -> None:
         pair = {n: reseal(made.bundles[n], tmp_path / n, source={}) for n in COSTS}
-        with pytest.raises(BundleError, match="does not say which weights"):
+        with pytest.raises(BundleError, match="does not name the weights"):
             mix_bundles(pair, tmp_path / "m", reference=made.source)
 
     @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ class TestRefusals:
             ({"budget": 0.7, "relax": 0.2}, "two rules"),
             ({"rule": "fid"}, r"no rule 'fid'[\s\S]*schedule, picture"),
             ({"rule": "picture"}, "no threshold of its own"),
-            ({"relax_first": True}, "without saying how many"),
+            ({"relax_first": True}, "needs the fraction of the calls"),
             ({"relax": 1.0}, "relaxing"),
             ({"costs": {"float": 1.0}}, r"given for \['float'\], the precisions are \['float', 'w8a8'\]"),
             ({"costs": {"float": 1.0, "w8a8": -1.0}}, "positive"),
@@ -389,7 +389,7 @@ class TestRefusals:
             return write_sharing(dict(zip(sources, list(sources.values())[::-1], strict=True)), folder)
 
         monkeypatch.setattr("mezzotint.mix.write.write_sharing", swapped)
-        with pytest.raises(CompileError, match="computes something else"):
+        with pytest.raises(CompileError, match="computes other values"):
             made.mix(tmp_path / "m", budget=0.75)
 
     def test_a_network_that_predicts_no_numbers(
@@ -398,7 +398,7 @@ class TestRefusals:
         broken = open_bundle(made.bundles["w8a8"].path)
         net = broken.denoiser(THREADS)
         monkeypatch.setattr(type(net), "__call__", lambda self, x, *a, **k: np.full_like(x, np.nan))
-        with pytest.raises(InputError, match="predicts what is not a number at call 0"):
+        with pytest.raises(InputError, match="predicts NaN at call 0"):
             made.mix(tmp_path / "m")
 
 
