@@ -12,7 +12,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.session import Denoiser
 
 
-class Reference:
+class ReferenceModel:
     """The float .onnx file of a bundle. Nothing is read before it is needed, and the network is opened once."""
 
     def __init__(self, bundle: Bundle, path: str | Path, *, threads: int | None = None) -> None:

@@ -1,1 +1,1 @@
-"""What each layer's quantization costs at the output, and what to do about it."""
+"""The cost of each layer's quantization at the output, with suggestions."""

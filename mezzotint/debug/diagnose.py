@@ -57,7 +57,7 @@ from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.signature import Images, Timestep
 
 from ..bench.pairs import unseen_seed
-from ..bench.reference import Reference
+from ..bench.reference import ReferenceModel
 from .rules import FULL_BITS, Facts, Suggestion, suggest
 
 
@@ -136,21 +136,21 @@ def diagnose(
     count = len(bundle.deployment.calls)
     chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(calls or count, count))})
     rows, unconditional_rows = _rows(conditions, n), _rows(unconditional, n)
-    float_model = Reference(bundle, reference, threads=threads)
+    float_model = ReferenceModel(bundle, reference, threads=threads)
     with tempfile.TemporaryDirectory() as work:
         context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads, conditions=rows)
         program = replayed(float_model.program(context.folder), recipe, context)
-        found = put_beside(program, bundle.model_path)
-        if not found.groups:
+        compared = put_beside(program, bundle.model_path)
+        if not compared.groups:
             raise InputError(
                 "no layer of the bundle is quantized and has a float layer of the same name in the reference",
                 where=str(bundle.path),
                 hint="`mezzotint inspect` lists the layers and why each is in float; check the reference, too",
             )
-        with _Bench(found, program, context) as bench:
+        with _Bench(compared, program, context) as bench:
             probe = _Probe(bench, bundle, rows, unconditional_rows, chosen, progress)
             probe.follow(n, unseen_seed(bundle) if seed is None else seed, threads)
-    return probe.diagnosis(found, recipe, float_model.has_weights_of(program))
+    return probe.diagnosis(compared, recipe, float_model.has_weights_of(program))
 
 
 def checked_recipe(bundle: Bundle) -> Recipe:
@@ -201,12 +201,12 @@ def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:
 class _Bench:
     """The session, a context manager. `switched` are the layers to quantize in the next call, `values` its taps."""
 
-    def __init__(self, found: Beside, program: Program, context: Context) -> None:
-        self.groups, self._signature = found.groups, program.signature
-        self.taps = {name: group.taps for name, group in found.groups.items()}
+    def __init__(self, compared: Beside, program: Program, context: Context) -> None:
+        self.groups, self._signature = compared.groups, program.signature
+        self.taps = {name: group.taps for name, group in compared.groups.items()}
         taps = list(dict.fromkeys(tap for names in self.taps.values() for tap in names))
         # Fusion on a tapped quantized graph might select kernels that the bundle does not use.
-        self._executor = Executor(found.model, context.folder, taps=taps, threads=context.threads, level="basic")
+        self._executor = Executor(compared.model, context.folder, taps=taps, threads=context.threads, level="basic")
         self.switched: Sequence[str] = ()
         self.values: dict[str, npt.NDArray[Any]] = {}
 
@@ -283,7 +283,7 @@ class _Probe:
         finally:
             self.bench.switched = ()
 
-    def diagnosis(self, found: Beside, recipe: Recipe, same_weights: bool) -> Diagnosis:
+    def diagnosis(self, compared: Beside, recipe: Recipe, same_weights: bool) -> Diagnosis:
         manifest = self.bundle.manifest
         noise = {name: sum(cost.noise().values()) for name, cost in self.costs.items()}
         everything = sum(noise.values())
@@ -292,10 +292,12 @@ class _Probe:
         layers = []
         for name in sorted(noise, key=lambda name: -noise[name]):
             facts, share = self.facts[name], noise[name] / everything if everything else 0.0
-            weight = found.groups[name].weight
+            weight = compared.groups[name].weight
             width = bits.get(weight, FULL_BITS) if weight else None
             suggestion = suggest(name, facts, share, recipe, width)
             kernel = kernels.get(name, {}).get("kernel", "unknown")
             layers.append(LayerCost(name, kernel, self.costs[name], share, facts.local(), suggestion))
         islands = dict(manifest["islands"])
-        return Diagnosis(tuple(layers), self.together, self.shipped, self.calls, found.unknown, islands, same_weights)
+        return Diagnosis(
+            tuple(layers), self.together, self.shipped, self.calls, compared.unknown, islands, same_weights
+        )

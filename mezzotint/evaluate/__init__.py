@@ -1,1 +1,1 @@
-"""A bundle beside its float model, in pairs of pictures, with intervals."""
+"""A bundle compared with its float model, in pairs of images, with confidence intervals."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .result import Evaluation, Json
+from .result import Evaluation, JsonObject
 
 ReportTable = tuple[str, Sequence[str], list[tuple[str, ...]]]
 
@@ -102,7 +102,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
     }
 
 
-def _metric(name: str, metric: Json) -> tuple[str, ...]:
+def _metric(name: str, metric: JsonObject) -> tuple[str, ...]:
     label, form = METRICS[name]
     if metric["value"] is None:
         return label, metric["why"], "", ""

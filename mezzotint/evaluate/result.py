@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-Json = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,22 +19,22 @@ class Evaluation:
     where they were not measured.
     """
 
-    key: Json
-    bundle: Json
-    reference: Json
+    key: JsonObject
+    bundle: JsonObject
+    reference: JsonObject
     deployment: str
     pictures: int
     seed: int
     correction: bool
-    features: Json | None
+    features: JsonObject | None
     onnxruntime: str
-    metrics: Mapping[str, Json]
-    eps_sqnr_db_per_step: Sequence[Json]
+    metrics: Mapping[str, JsonObject]
+    eps_sqnr_db_per_step: Sequence[JsonObject]
     worst_step: int
-    size: Json
-    kernels: Json
-    speed: Json | None
-    memory: Json | None
+    size: JsonObject
+    kernels: JsonObject
+    speed: JsonObject | None
+    memory: JsonObject | None
 
     def to_json(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -28,7 +28,7 @@ from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.session import Denoiser, running_version
 
 from ..bench.pairs import PEAK, unseen_seed
-from ..bench.reference import Reference
+from ..bench.reference import ReferenceModel
 from ..frechet import network_digest
 from ..io.files import replacing
 from ..shards.run import Run, belongs, condition_facts
@@ -70,7 +70,7 @@ def evaluate_bundle(
     """
     if n < 1 or batch < 1 or shard_size < 1:
         raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
-    float_model = Reference(bundle, reference, threads=threads)
+    float_model = ReferenceModel(bundle, reference, threads=threads)
     float_model.check()
     batch = _batch(bundle, float_model.network, batch, n, threads)
     sampler = PairSampler(

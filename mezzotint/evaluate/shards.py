@@ -27,7 +27,7 @@ from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images
 
 from ..bench.pairs import parallel_run
-from ..bench.reference import Reference
+from ..bench.reference import ReferenceModel
 from ..io.files import replacing
 from ..shards.run import Run
 from .metrics import PictureSQNR
@@ -54,7 +54,7 @@ class PairSampler:
     """All settings of the sampling of pairs, except their numbers."""
 
     bundle: Bundle
-    reference: Reference
+    reference: ReferenceModel
     seed: int
     batch: int
     threads: int | None

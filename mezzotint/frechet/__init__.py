@@ -1,30 +1,30 @@
-"""Are two sets of pictures alike as sets? The Frechet distance between the features that a network sees in them.
+"""The Frechet distance between two sets of images, computed from the features of a network.
 
-A network turns each picture into D features. Each set is summed up as a Gaussian, mean m and covariance S, and
+A network maps each image to D features. Each set is described by a Gaussian with mean m and covariance S, and
 
     d = |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)
 
-is the squared Frechet (2-Wasserstein) distance of the two Gaussians (Heusel et al. 2017, arXiv 1706.08500, who take
-Inception's pooled features and call it FID). Pictures need not be paired: other noise, other samplers and other numbers
-of steps can be compared, which PSNR cannot.
+is the squared Frechet (2-Wasserstein) distance of the two Gaussians (Heusel et al. 2017, arXiv 1706.08500, with
+Inception's pooled features as the FID). Images need not be paired: unlike PSNR, the distance compares different noise,
+samplers and numbers of steps.
 
 Deviations. The trace of the root is computed as the sum of the singular values of S1^1/2 S2^1/2, which is the same
 number: a direction without spread then costs 1e-16, where the root of the product's eigenvalues costs 1e-8. Both roots
-are symmetric, from eigen-decompositions. Means and centred products are merged as Chan, Golub and LeVeque (1983) do it,
-so that features far from 0 keep their digits.
+are symmetric, from eigen-decompositions. Means and centred products are merged as in Chan, Golub and LeVeque (1983), so
+that features far from 0 keep their precision.
 
-**The distance depends on how many pictures there are.** An estimated mean and covariance are scattered around the true
-ones, which adds a bias of about 1/N: two sets drawn from one source are not at 0. Compare distances of equal N only,
-and distances by one network only; `Moments` know which one they came from. The distance scatters as well: small
-differences show when the sets that are compared begin with the same noise, or with thousands of pictures.
+**The distance depends on the number of images.** An estimated mean and covariance scatter around the true ones, which
+adds a bias of about 1/N: two sets from one source are not at 0. Compare distances of equal N only, and distances of one
+network only; `Moments` records its network. The distance scatters as well: small differences show when the compared
+sets begin with the same noise, or with thousands of images.
 
-The embedded network (tools/train_classifier.py) is a classifier of digits: 99.39 % of MNIST's test pictures right, 64
-features of mean 0 and variance 1 over the training pictures. Measured with it:
+The embedded network (tools/train_classifier.py) is a classifier of digits: 99.39 % correct on MNIST's test images, 64
+features of mean 0 and variance 1 over the training images. Measured with it:
 
-    training against test pictures, N each    5000: 0.12   2000: 0.32   1000: 0.40   500: 0.88   100: 4.1
-    5000 test pictures against the same with noise added, sigma 0.02: 0.0001   0.05: 0.002   0.1: 0.033   0.2: 0.45
-    ... moved by one pixel: 0.48   blurred, sigma half a pixel: 1.0   5000 training pictures against test without 7: 2.7
-    all training pictures against 500 of the test set: 0.27 to 0.82 (eight draws), of the digits model, 20 steps: 1.6
+    training against test images, N each    5000: 0.12   2000: 0.32   1000: 0.40   500: 0.88   100: 4.1
+    5000 test images against the same with noise added, sigma 0.02: 0.0001   0.05: 0.002   0.1: 0.033   0.2: 0.45
+    ... moved by one pixel: 0.48   blurred, sigma half a pixel: 1.0   5000 training images against test without 7: 2.7
+    all training images against 500 of the test set: 0.27 to 0.82 (eight draws), of the digits model, 20 steps: 1.6
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _METADATA_KEY = "mezzotint.moments"
 
 
 class Moments:
-    """Mean and covariance of features, streaming: nothing raw is kept, and two of them add up to that of both sets.
+    """Mean and covariance of features, streaming: no features are kept, and the sum of two is that of both sets.
 
-    `net` says which network the features come from (`FeatureNet.digest`); empty where that is not known. Moments of two
-    known networks are never mixed.
+    `net` identifies the network of the features (`FeatureNet.digest`); it is empty for an unknown network. Moments of
+    two different known networks cannot be added.
     """
 
     def __init__(self, net: str = "") -> None:
@@ -68,7 +68,7 @@ class Moments:
 
     @property
     def dimensions(self) -> int:
-        """How many features a picture has; 0 before the first."""
+        """The number of features of an image; 0 before the first image."""
         return len(self._mean)
 
     @property
@@ -78,19 +78,19 @@ class Moments:
 
     @property
     def covariance(self) -> Doubles:
-        """`[D, D]`, without bias (divided by N - 1). Raises InputError for fewer than two pictures."""
+        """`[D, D]`, without bias (divided by N - 1). Raises InputError for fewer than two images."""
         if self.count < 2:
-            raise InputError(f"{self.count} pictures have no covariance", hint="add more")
+            raise InputError(f"{self.count} images have no covariance", hint="add more")
         covariance: Doubles = self._scatter / (self.count - 1)
         return covariance
 
     def add(self, features: npt.NDArray[Any]) -> None:
-        """Features `[n, D]` of any real dtype; summed in float64. Raises InputError, then nothing was added."""
+        """Add features `[n, D]` of any real dtype, in float64. Raises InputError; then nothing was added."""
         if features.ndim != 2 or features.size == 0 or features.dtype.kind not in "fiu":
             raise InputError(f"features are {features.dtype} {list(features.shape)}, expected numbers [n, D]")
         rows = features.astype(np.float64)
         if not np.isfinite(rows).all():
-            raise InputError("features are not finite", hint="look for NaN in the pictures")
+            raise InputError("features are not finite", hint="look for NaN in the images")
         mean = rows.mean(axis=0)
         centred = rows - mean
         self._merge(len(rows), mean, centred.T @ centred)
@@ -104,8 +104,10 @@ class Moments:
         return merged
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; the same moments give the same bytes. A file that exists is replaced when all is
-        well. Raises OutputError."""
+        """Write a safetensors file; the same moments give the same bytes. An existing file is replaced at the end.
+
+        Raises OutputError.
+        """
         facts = {"count": self.count, "net": self.net}
         data = to_bytes({"mean": self._mean, "scatter": self._scatter}, {_METADATA_KEY: json.dumps(facts)})
         with replacing(Path(path)) as part:
@@ -113,7 +115,7 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """Read what `save` wrote. Raises InputError where it is something else."""
+        """Read a file of `save`. Raises InputError for other files."""
         try:
             with safe_open(path, framework="numpy") as file:
                 facts: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])
@@ -125,7 +127,7 @@ class Moments:
         finite = np.isfinite(mean).all() and np.isfinite(scatter).all()
         whole = mean.ndim == 1 and scatter.shape == 2 * mean.shape and {mean.dtype, scatter.dtype} == {np.dtype("f8")}
         if not finite or not whole or moments.count < 0 or (moments.count == 0) != (mean.size == 0):
-            raise InputError("these are no moments of features", where=str(path))
+            raise InputError("the file holds no moments of features", where=str(path))
         moments._mean, moments._scatter = mean, scatter
         return moments
 
@@ -143,10 +145,10 @@ class Moments:
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """The distance of the module's docstring, in squared units of the features; 0 for the same moments.
+    """Return the distance of the module's docstring, in squared units of the features; 0 for the same moments.
 
-    Raises InputError for moments of different networks or sizes, and for fewer pictures than features: a covariance
-    that is mostly made up of directions that no picture went to says more about N than about the pictures.
+    Raises InputError for moments of different networks or sizes, and for fewer images than features: such a covariance
+    is singular, and depends more on N than on the images.
     """
     _same_net(one, other)
     if one.dimensions != other.dimensions:
@@ -154,7 +156,7 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     few = min(one.count, other.count)
     if few < max(2, one.dimensions):
         raise InputError(
-            f"{few} pictures are too few for {one.dimensions} features",
+            f"{few} images are too few for {one.dimensions} features",
             hint=f"take at least {max(2, one.dimensions)}, better ten times as many",
         )
     gap = one.mean - other.mean
@@ -172,13 +174,13 @@ def _root(covariance: Doubles) -> Doubles:
 def _same_net(one: Moments, other: Moments) -> None:
     if one.net and other.net and one.net != other.net:
         raise InputError(
-            f"features of two networks, {one.net[:12]} and {other.net[:12]}, mean different things",
+            f"features of two networks, {one.net[:12]} and {other.net[:12]}, cannot be compared",
             hint="compute both with one network",
         )
 
 
 def network_digest(path: Path) -> str:
-    """SHA-256 of an ONNX file, and of the weights in `<name>.data` where those lie beside it."""
+    """Return the SHA-256 of an ONNX file, together with the weights in `<name>.data` next to it."""
     from mezzotint.runtime.bundle.bundle import file_sha256
 
     weights = path.with_name(f"{path.name}.data")
@@ -188,12 +190,11 @@ def network_digest(path: Path) -> str:
 
 
 class FeatureNet:
-    """An ONNX network with one input, float32 pictures `[batch, C, H, W]`, and an output `[batch, D]` of features.
+    """An ONNX network with one input, float32 images `[batch, C, H, W]`, and an output `[batch, D]` of features.
 
-    The default is the embedded digits classifier: `[batch, 1, 32, 32]` in [-1, 1]. Any other one may be given, with
-    the name of its output where that is not `features`; pictures are handed over as they are, so their range and size
-    are for the caller to bring about. A batch size that is written into the graph is filled up, and cut again.
-    Raises InputError where the file is no such network.
+    The default is the embedded digits classifier: `[batch, 1, 32, 32]` in [-1, 1]. For another network, `output` names
+    an output other than `features`. Images are passed on unchanged: their range and size are up to the caller. A batch
+    is padded to the batch size that is fixed in the graph, and the result cut. Raises InputError for other networks.
     """
 
     def __init__(self, path: str | Path = CLASSIFIER, *, output: str = FEATURES, threads: int | None = None) -> None:
@@ -205,10 +206,10 @@ class FeatureNet:
         inputs = self._session.get_inputs()
         self._outputs = {value.name: value.type for value in self._session.get_outputs()}
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-            told = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
-            raise self._refused(f"the network takes {told}, expected float32 [batch, channels, height, width] alone")
+            names = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
+            raise self._refused(f"the network takes {names}, expected float32 [batch, channels, height, width] alone")
         self._input = inputs[0].name
-        self._batch, *self._picture = (size if isinstance(size, int) else None for size in inputs[0].shape)
+        self._batch, *self._size = (size if isinstance(size, int) else None for size in inputs[0].shape)
         self._check_output(output)
 
     @property
@@ -217,36 +218,36 @@ class FeatureNet:
         return LOGITS in self._outputs
 
     def features(self, images: Images, batch: int = 256) -> Features:
-        """Features float32 `[n, D]` of pictures float32 `[n, C, H, W]`. Raises InputError."""
+        """Return features float32 `[n, D]` of images float32 `[n, C, H, W]`. Raises InputError."""
         return self._rows(self.output, images, batch)
 
     def moments(self, images: Images, batch: int = 256) -> Moments:
-        """Moments of the features, without ever keeping those of more than one batch."""
+        """Return the moments of the features, with the features of one batch in memory at a time."""
         moments = Moments(self.digest)
-        for part in self._parts(self.output, images, batch):
-            moments.add(part)
+        for rows in self._batches(self.output, images, batch):
+            moments.add(rows)
         return moments
 
     def classify(self, images: Images, batch: int = 256) -> npt.NDArray[np.int64]:
-        """The likeliest class `[n]` of each picture. Raises InputError, also where the network has no `logits`."""
+        """Return the likeliest class `[n]` of each image. Raises InputError, also for a network without `logits`."""
         self._check_output(LOGITS)
         classes: npt.NDArray[np.int64] = self._rows(LOGITS, images, batch).argmax(axis=1)
         return classes
 
     def agreement(self, one: Images, other: Images, batch: int = 256) -> float:
-        """Of pictures in pairs (one noise, two denoisers, say), the share that shows one class in both: 0 to 1."""
+        """Return the share of image pairs (of two denoisers from one noise, say) with the same class: 0 to 1."""
         if len(one) != len(other):
-            raise InputError(f"{len(one)} and {len(other)} pictures are no pairs")
+            raise InputError(f"{len(one)} and {len(other)} images are not pairs")
         return float(np.mean(self.classify(one, batch) == self.classify(other, batch)))
 
     def _rows(self, output: str, images: Images, batch: int) -> Features:
-        return np.concatenate(list(self._parts(output, images, batch)))
+        return np.concatenate(list(self._batches(output, images, batch)))
 
-    def _parts(self, output: str, images: Images, batch: int) -> Iterator[Features]:
-        """The output `[rows, D]` of each batch."""
+    def _batches(self, output: str, images: Images, batch: int) -> Iterator[Features]:
+        """Yield the output `[rows, D]` of each batch."""
         self._check_images(images)
         if batch < 1:
-            raise InputError(f"batches of {batch} pictures are not possible", hint="take 1 or more")
+            raise InputError(f"batches of {batch} images are not possible", hint="take 1 or more")
         batch = self._batch or batch
         for first in range(0, len(images), batch):
             part = np.ascontiguousarray(images[first : first + batch])
@@ -254,22 +255,22 @@ class FeatureNet:
             if self._batch:
                 part = np.concatenate([part, np.repeat(part[-1:], batch - rows, axis=0)])
             try:
-                found: Features = self._session.run([output], {self._input: part})[0]
+                values: Features = self._session.run([output], {self._input: part})[0]
             except Exception as error:  # onnxruntime's errors have no common base
-                raise self._refused(f"onnxruntime refused pictures {list(part.shape)}: {error}") from error
-            if found.ndim < 2 or len(found) != len(part) or any(size != 1 for size in found.shape[2:]):
-                raise self._refused(f"{output!r} is {list(found.shape)} for {len(part)} pictures, expected [batch, D]")
-            if not np.isfinite(found).all():
-                raise self._refused(f"{output!r} is not finite", hint="look for NaN in the pictures")
-            yield found[:rows].reshape(rows, -1)
+                raise self._refused(f"onnxruntime refused images {list(part.shape)}: {error}") from error
+            if values.ndim < 2 or len(values) != len(part) or any(size != 1 for size in values.shape[2:]):
+                raise self._refused(f"{output!r} is {list(values.shape)} for {len(part)} images, expected [batch, D]")
+            if not np.isfinite(values).all():
+                raise self._refused(f"{output!r} is not finite", hint="look for NaN in the images")
+            yield values[:rows].reshape(rows, -1)
 
     def _check_images(self, images: Images) -> None:
-        told = f"{images.dtype} {list(images.shape)}"
-        wanted = ["n", *(size or "any" for size in self._picture)]
+        actual = f"{images.dtype} {list(images.shape)}"
+        expected = ["n", *(size or "any" for size in self._size)]
         if images.dtype != np.float32 or images.ndim != 4 or images.size == 0:
-            raise self._refused(f"pictures are {told}, expected float32 {wanted}")
-        if any(size not in (None, got) for size, got in zip(self._picture, images.shape[1:], strict=True)):
-            raise self._refused(f"pictures are {told}, the network takes {wanted}", hint="resize them first")
+            raise self._refused(f"images are {actual}, expected float32 {expected}")
+        if any(size not in (None, actual_size) for size, actual_size in zip(self._size, images.shape[1:], strict=True)):
+            raise self._refused(f"images are {actual}, the network takes {expected}", hint="resize them first")
 
     def _check_output(self, name: str) -> None:
         if self._outputs.get(name) != "tensor(float)":

@@ -26,7 +26,7 @@ from mezzotint.runtime.signature import Images
 
 from ..bench import bench
 from ..bench.pairs import Comparison, compare, latencies, unseen_seed
-from ..bench.reference import Reference
+from ..bench.reference import ReferenceModel
 from ..bench.trace import node_seconds
 from ..debug.diagnose import diagnose
 from ..io.images import picture, to_pixels
@@ -53,7 +53,9 @@ class PageOptions:
 
 def measure_sections(bundle: Bundle, options: PageOptions, progress: Progress = silent) -> PageData:
     """Return {"audit", "pictures", "speed", "cost"}. Raises InputError where the reference is missing."""
-    reference = None if options.reference is None else Reference(bundle, options.reference, threads=options.threads)
+    reference = (
+        None if options.reference is None else ReferenceModel(bundle, options.reference, threads=options.threads)
+    )
     if reference is not None:
         reference.check()
     data = {
@@ -81,7 +83,7 @@ def _or_note(measurement: Callable[[], PageData]) -> PageData:
         return {"note": f"{error.what}; {error.hint}" if error.hint else error.what}
 
 
-def _images(bundle: Bundle, reference: Reference | None, options: PageOptions, progress: Progress) -> PageData:
+def _images(bundle: Bundle, reference: ReferenceModel | None, options: PageOptions, progress: Progress) -> PageData:
     if not options.pictures:
         return {"note": "no images were requested (-n 0)"}
     seed = unseen_seed(bundle) if options.seed is None else options.seed
@@ -163,7 +165,7 @@ def _urls(images: Images) -> list[str]:
     return urls
 
 
-def _speed(bundle: Bundle, reference: Reference | None, options: PageOptions, progress: Progress) -> PageData:
+def _speed(bundle: Bundle, reference: ReferenceModel | None, options: PageOptions, progress: Progress) -> PageData:
     if not options.profile:
         return {"note": "times were not requested (--no-profile)"}
     progress("times", 0, 2)

@@ -33,7 +33,7 @@ from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.signature import Timestep
 from mezzotint.runtime.streams import FIXED
 
-from ..bench.reference import Reference
+from ..bench.reference import ReferenceModel
 from ..debug.diagnose import checked_recipe, replayed
 from . import OVERRIDES, OVERRIDES_FORMAT
 from .overrides_read import ScaleReader, Scales
@@ -94,7 +94,7 @@ def make_overrides(
     from mezzotint.compiler.graph.nodes import name_of
     from mezzotint.compiler.graph.ops import layers
 
-    reference = Reference(bundle, float_model, threads=threads)
+    reference = ReferenceModel(bundle, float_model, threads=threads)
     reference.check()
     recipe = checked_recipe(bundle)
     raw = ir.load(float_model).graph

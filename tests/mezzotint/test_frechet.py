@@ -126,13 +126,13 @@ def test_another_spread_is_seen_though_the_means_agree() -> None:
 
 def test_few_pictures_and_other_sizes_are_refused() -> None:
     enough = moments_of(features(4))
-    with pytest.raises(InputError, match="4 pictures are too few for 5 features") as caught:
+    with pytest.raises(InputError, match="4 images are too few for 5 features") as caught:
         frechet_distance(moments_of(features(4, n=4)), enough)
     assert "at least 5" in (caught.value.hint or "")
-    with pytest.raises(InputError, match="4 pictures are too few"):
+    with pytest.raises(InputError, match="4 images are too few"):
         frechet_distance(enough, moments_of(features(4, n=4)))
     assert frechet_distance(moments_of(features(4, n=5)), enough) > 0
-    with pytest.raises(InputError, match="0 pictures are too few"):
+    with pytest.raises(InputError, match="0 images are too few"):
         frechet_distance(Moments(), Moments())
     with pytest.raises(InputError, match="of 5 and of 4 features"):
         frechet_distance(enough, moments_of(features(4, d=4)))
@@ -265,7 +265,7 @@ def test_what_are_no_features_is_refused_and_not_added(rows: npt.NDArray[np.gene
 def test_moments_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(InputError, match="4 features cannot be added to 5"):
         moments_of(features(16)).add(features(16, d=4))
-    with pytest.raises(InputError, match="1 pictures have no covariance"):
+    with pytest.raises(InputError, match="1 images have no covariance"):
         _ = moments_of(features(16, n=1)).covariance
     one, other, unknown = Moments("a" * 64), Moments("b" * 64), Moments()
     for moments in (one, other, unknown):
@@ -354,7 +354,7 @@ def test_agreement_is_a_share_of_pairs(net: FeatureNet) -> None:
     other[:5] = images[5:10]  # each another digit
     assert net.agreement(images, other) == 0.75
     assert net.agreement(images, np.roll(images, 1, axis=0)) == 0.0
-    with pytest.raises(InputError, match="20 and 19 pictures are no pairs"):
+    with pytest.raises(InputError, match="20 and 19 images are not pairs"):
         net.agreement(images, images[1:])
 
 
@@ -378,7 +378,7 @@ def test_other_pictures_are_refused(net: FeatureNet, images: Images, told: str) 
 
 
 def test_a_batch_of_none_is_refused(net: FeatureNet) -> None:
-    with pytest.raises(InputError, match="batches of 0 pictures"):
+    with pytest.raises(InputError, match="batches of 0 images"):
         net.features(digits(), batch=0)
 
 
@@ -446,7 +446,7 @@ def test_networks_without_one_input_of_pictures_are_refused(tmp_path: Path, text
     ("text", "told"),
     [
         ("(float[N,1,2,2] x) => (float[N,1,2,2] features) { features = Relu (x) }", r"expected \[batch, D\]"),
-        ("(float[N,1,A,B] x) => (float[N,M] features) { features = Reshape (x, s) }", "onnxruntime refused pictures"),
+        ("(float[N,1,A,B] x) => (float[N,M] features) { features = Reshape (x, s) }", "onnxruntime refused images"),
     ],
 )
 def test_networks_that_give_no_rows_are_refused(tmp_path: Path, text: str, told: str) -> None:

@@ -225,7 +225,7 @@ class TestMetrics:
         exact, other = near()
         found = metrics(pairs_of(exact[:3], other[:3]), resamples=5)
 
-        assert found["frechet"].value is None and "3 pictures are too few for 4 features" in found["frechet"].why
+        assert found["frechet"].value is None and "3 images are too few for 4 features" in found["frechet"].why
         assert found["precision"].value is None and "no 3 neighbours" in found["precision"].why
         one = metrics(pairs_of(exact[:1], other[:1]), resamples=5)["psnr_db_mean"]
         assert one.value is not None and one.low is None, "one picture has no interval"
