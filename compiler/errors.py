@@ -1,14 +1,14 @@
-"""What can go wrong while compiling (the root of the tree is in runtime/errors.py).
+"""The errors of the compiler (the root of the tree is in runtime/errors.py).
 
 CompileError
 |-- ModelError          the source model cannot be read, or holds NaN or infinite weights
-|-- SignatureError      the roles of its inputs and outputs cannot be told
+|-- SignatureError      the roles of its inputs and outputs cannot be inferred
 |-- ConditionError      calibration data for the model's conditions is missing or does not fit
 |-- RecipeError         an unknown pass, a misspelt option, an order that cannot work
-|-- PassError           a pass broke something it promised to keep
+|-- PassError           a pass left an invalid graph, or relied on a fact that does not hold
 |   `-- NotExact        an exact pass changed the function
-|-- StatsError          statistics that were measured on another graph, or are missing
-`-- OutputError         the bundle cannot be written where it should be
+|-- StatsError          statistics are missing, or were measured on another graph
+`-- OutputError         the output folder cannot be written
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mezzotint.runtime.errors import MezzotintError
 
 
 class CompileError(MezzotintError):
-    """Something went wrong on the way from a model to a bundle."""
+    """The compilation of a model into a bundle failed."""
 
 
 class ModelError(CompileError):
@@ -25,11 +25,11 @@ class ModelError(CompileError):
 
 
 class SignatureError(CompileError):
-    """No input can be recognised as the sample or the timestep, or a named one does not exist."""
+    """The sample or the timestep cannot be recognised among the inputs, or a named input does not exist."""
 
 
 class ConditionError(CompileError):
-    """A conditional model was given no conditions to calibrate on, or some that do not fit."""
+    """A conditional model has no conditions to calibrate on, or conditions that do not fit its inputs."""
 
 
 class RecipeError(CompileError):
@@ -37,15 +37,15 @@ class RecipeError(CompileError):
 
 
 class PassError(CompileError):
-    """A pass left an invalid graph behind; the message names the pass, the history and the node."""
+    """A pass left an invalid graph, or relied on a fact that does not hold. It names pass, history and node."""
 
 
 class NotExact(PassError):
-    """A pass that claims to keep the function changed what the graph computes."""
+    """An exact pass changed the function that the graph computes."""
 
 
 class StatsError(CompileError):
-    """Statistics are missing, or were measured on another graph than the one at hand."""
+    """Statistics are missing, or were measured on another graph."""
 
 
 class OutputError(CompileError):

@@ -1,4 +1,4 @@
-"""Runs a graph on onnxruntime with taps on any value. The numbers are those that users get."""
+"""Execution of a graph on onnxruntime, with any of its values as outputs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ Feeds = Mapping[str, AnyArray]
 
 
 class Executor:
-    """A session on a graph whose chosen values are outputs as well. A context manager: it writes files.
+    """A session on a graph that also returns chosen values. A context manager, because it writes files.
 
-    `taps` are names of values to return beside the graph's outputs. `level` is onnxruntime's optimization level;
-    taps make onnxruntime keep the tapped values, so a tapped quantized graph may fuse less than the untapped one.
-    `spinning` is that of `open_session`: without it the cores are free for a Collector. With `only_taps` the outputs,
-    and all that nobody needs for the taps, are left out: the prefix of a graph up to them. A quantized one must not be
-    fused then (level "basic"): what has lost a reader may match a kernel that does not know its scales.
+    taps       names of values to return besides the graph's outputs. onnxruntime has to compute them as such, so a
+               tapped quantized graph may fuse less than the same graph without taps
+    level      onnxruntime's optimization level
+    spinning   as in `open_session`; without it the cores are free for a Collector
+    only_taps  leave out the outputs and all nodes that the taps do not need. A quantized graph then needs the level
+               "basic": a value that lost a reader may match a fused kernel that does not know its scales
     """
 
     def __init__(
@@ -50,14 +51,14 @@ class Executor:
         self._session = open_session(self._path, threads=threads, level=level, spinning=spinning)
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """All outputs and taps of one call, by name."""
+        """Return all outputs and taps of one call, by name."""
         names = list(dict.fromkeys([*self.outputs, *self._taps]))
         return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
 
     def call(
         self, signature: Signature, x: npt.NDArray[np.float32], t: Timestep, conditions: Feeds | None = None
     ) -> dict[str, npt.NDArray[Any]]:
-        """One network call: `x` float32 `[batch, C, H, W]` at timestep `t` for the whole batch."""
+        """Return all outputs and taps of one network call, `x` float32 `[batch, C, H, W]` at timestep `t`, by name."""
         return self.run(feeds(self.inputs, signature, x, t, conditions))
 
     def close(self) -> None:
@@ -81,7 +82,7 @@ def feeds(
     t: Timestep,
     conditions: Feeds | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Inputs of one call, the timestep in the shape and type that the graph asks for."""
+    """Return the inputs of one call, the timestep in the shape and type of the graph's input."""
     time = inputs[signature.timestep]
     dtype = np.dtype(np.int64) if time.dtype is None else time.dtype.numpy()
     rank = 0 if time.shape is None else len(time.shape)
@@ -93,14 +94,14 @@ def _tapped(model: ir.Model, taps: Sequence[str]) -> ir.Model:
     if not taps:
         return model
     clone = model.clone()
-    have = {name_of(v) for v in clone.graph.outputs}
+    outputs = {name_of(v) for v in clone.graph.outputs}
     by_name = {name_of(out): out for node in clone.graph for out in node.outputs}
-    clone.graph.outputs.extend(by_name[name] for name in taps if name not in have)
+    clone.graph.outputs.extend(by_name[name] for name in taps if name not in outputs)
     return clone
 
 
 def _prefix(model: ir.Model, taps: Sequence[str]) -> ir.Model:
-    """A clone that computes the taps and nothing else; the inputs stay, whether they are read or not."""
+    """Return a clone that computes the taps only. All inputs stay, read or not."""
     clone = _tapped(model, taps)
     clone = model.clone() if clone is model else clone
     by_name = {name_of(v): v for v in clone.graph.outputs}

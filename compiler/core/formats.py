@@ -1,10 +1,10 @@
-"""Formats and their arithmetic: range to scale, quantize, dequantize.
+"""Integer formats and their arithmetic: scale of a range, quantize, dequantize.
 
 Affine:     q = clamp(round(x / s) + z, qmin, qmax),   x' = s (q - z)
 Symmetric:  z = 0 and the grid is [-(2^(b-1) - 1), 2^(b-1) - 1], so that -x is as representable as x.
 
-Every range is widened to contain 0, for the scale and the zero point alike: zero padding of a convolution
-must be represented exactly.
+Every range is widened to contain 0, for both scale and zero point, because the zero padding of a convolution must be
+represented exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats, Integers
 
-# A scale this small would make int32 biases overflow; a tensor that is all zeros gets it.
+# The scale of a tensor of zeros. A smaller one would make int32 biases overflow.
 SMALLEST_SCALE = np.float32(1e-10)
 
 
@@ -43,7 +43,7 @@ class Format:
 
     @property
     def dtype(self) -> np.dtype[np.int8] | np.dtype[np.uint8]:
-        """The storage type: one byte for every width up to 8 bits."""
+        """Return the storage type: one byte for every width up to 8 bits."""
         return np.dtype(np.int8) if self.signed else np.dtype(np.uint8)
 
 
@@ -74,13 +74,13 @@ Grid = Format | RowFormats
 
 
 def ends(grid: Grid, axis: int | None, rank: int) -> tuple[Floats, Floats]:
-    """The lowest and the highest integer, so that they broadcast along `axis` of a tensor of that rank."""
+    """Return the lowest and the highest integer, shaped to broadcast along `axis` of a tensor of that rank."""
     low, high = np.asarray(grid.qmin, np.float32), np.asarray(grid.qmax, np.float32)
     return along(low, axis, rank), along(high, axis, rank)
 
 
 def of_rows(grid: Grid, rows: slice) -> Grid:
-    """The grid of some rows."""
+    """Return the grid of a slice of rows."""
     return grid if isinstance(grid, Format) else grid[rows]
 
 
@@ -89,7 +89,7 @@ INT8 = Format(8, signed=True, symmetric=True)
 
 
 def scale_for_range(low: npt.ArrayLike, high: npt.ArrayLike, fmt: Format) -> tuple[Floats, Integers]:
-    """Scale (float32) and zero point (storage type) for values in [low, high], elementwise over arrays."""
+    """Return scale (float32) and zero point (storage type) for values in [low, high], elementwise over arrays."""
     lo = np.minimum(np.asarray(low, np.float64), 0.0)
     hi = np.maximum(np.asarray(high, np.float64), 0.0)
     width = np.maximum(-lo, hi) / fmt.qmax if fmt.symmetric else (hi - lo) / (fmt.qmax - fmt.qmin)
@@ -99,14 +99,14 @@ def scale_for_range(low: npt.ArrayLike, high: npt.ArrayLike, fmt: Format) -> tup
 
 
 def along(values: npt.NDArray[Any], axis: int | None, rank: int) -> npt.NDArray[Any]:
-    """Reshape per-channel values `[C]` so that they broadcast along `axis` of a tensor of that rank."""
+    """Return per-channel values `[C]`, reshaped to broadcast along `axis` of a tensor of that rank."""
     if values.ndim == 0 or axis is None:
         return values
     return values.reshape([-1 if d == axis % rank else 1 for d in range(rank)])
 
 
 def quantize(x: Floats, scale: Floats, zero_point: Integers, grid: Grid, axis: int | None = None) -> Integers:
-    """Round to the nearest grid point (ties to even, as QuantizeLinear does) and clamp. Shape is kept."""
+    """Return integers of the same shape: rounded to the nearest (ties to even, like QuantizeLinear) and clamped."""
     s, z = along(scale, axis, x.ndim), along(zero_point, axis, x.ndim)
     q = np.rint(x / s) + z.astype(np.float32)
     integers: Integers = np.clip(q, *ends(grid, axis, x.ndim)).astype(grid.dtype)
@@ -114,7 +114,7 @@ def quantize(x: Floats, scale: Floats, zero_point: Integers, grid: Grid, axis: i
 
 
 def dequantize(q: Integers, scale: Floats, zero_point: Integers, axis: int | None = None) -> Floats:
-    """Back to float32. Shape is kept."""
+    """Return the float32 values of integers, of the same shape."""
     s, z = along(scale, axis, q.ndim), along(zero_point, axis, q.ndim)
     values: Floats = ((q.astype(np.float32) - z.astype(np.float32)) * s).astype(np.float32)
     return values

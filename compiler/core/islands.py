@@ -1,17 +1,17 @@
-"""Islands: the layers that a recipe keeps in float, by role or by name.
+"""Islands: the layers that a recipe keeps in float, by role or by a pattern of names.
 
-first        reads the sample, whose last bits are the noise that the model must predict
-second       reads what a first layer made, through norms and activations only: at the last timesteps that noise is a
-             hundredth of the picture in it, less than one step of an 8-bit grid over the picture's range
-penultimate  what a last layer reads, through norms, activations and one addition, is made by it: a residual branch and
-             the shortcut beside it, behind which nothing averages their errors out
-last         makes the output
+first        reads the sample, whose lowest bits are the noise that the model must predict
+second       reads the output of a first layer, through norms and activations only. At the last timesteps the noise in
+             that output is a hundredth of the image: less than one step of an 8-bit grid over the range of the image
+penultimate  computes what a last layer reads, through norms, activations and one addition: a residual branch and the
+             shortcut next to it, whose errors no later layer averages out
+last         computes the output
 attention    matmuls of two activations
 
-On the digits the second and the two penultimate layers make 80 to 90 % of the error of epsilon at the last step, and
-three quarters of it in the middle of the trajectory.
+On the digits model the second and the two penultimate layers cause 80 to 90 % of the error of epsilon at the last step,
+and three quarters of it in the middle of the trajectory.
 
-Anything else is a pattern of node names, as in a shell (`*`, `?`).
+Any other name is a pattern of node names, as in a shell (`*`, `?`).
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ ROLES = {
 
 
 class Islands:
-    """The chosen islands of one program. Raises RecipeError for a pattern that matches no layer."""
+    """The layers of one program that stay in float. Raises RecipeError for a pattern that matches no layer."""
 
     def __init__(self, program: Program, layers: list[Layer], chosen: tuple[str, ...], where: str) -> None:
         self._chosen = chosen
         sample = program.signature.sample
         first = [layer for layer in layers if any(_reaches_up(v, sample) for v in layer.activations)]
         last = [layer for layer in layers if _reaches_down(layer.output)]
-        made = _made_of([layer.output for layer in first], layers)
-        read = _read_by([v for layer in last for v in layer.activations], layers)
+        from_first = _computed_from([layer.output for layer in first], layers)
+        to_last = _read_by([v for layer in last for v in layer.activations], layers)
         members = {
             "first": first,
-            "second": [layer for layer in layers if any(v in made for v in layer.activations)],
-            "penultimate": [layer for layer in layers if layer.output in read],
+            "second": [layer for layer in layers if any(v in from_first for v in layer.activations)],
+            "penultimate": [layer for layer in layers if layer.output in to_last],
             "last": last,
             "attention": [layer for layer in layers if layer.kind == "attention"],
         }
-        self._names = {role: {layer.name for layer in found} for role, found in members.items()}
+        self._names = {role: {layer.name for layer in group} for role, group in members.items()}
         for pattern in chosen:
             if pattern not in ROLES and not any(fnmatchcase(layer.name, pattern) for layer in layers):
                 raise RecipeError(
@@ -62,46 +62,46 @@ class Islands:
                 )
 
     def reason(self, layer: Layer) -> str | None:
-        """Why a layer stays in float, or None for one that is quantized."""
-        for wish in self._chosen:
-            if layer.name in self._names.get(wish, ()):
-                return f"island {wish!r}: {ROLES[wish]}"
-            if wish not in ROLES and fnmatchcase(layer.name, wish):
-                return f"island {wish!r}"
+        """Return why a layer stays in float, or None for a layer that is quantized."""
+        for island in self._chosen:
+            if layer.name in self._names.get(island, ()):
+                return f"island {island!r}: {ROLES[island]}"
+            if island not in ROLES and fnmatchcase(layer.name, island):
+                return f"island {island!r}"
         return None
 
 
-def _made_of(sources: list[ir.Value], layers: list[Layer]) -> set[ir.Value]:
-    """The sources and what is computed from them and constants alone, up to the next layers."""
+def _computed_from(sources: list[ir.Value], layers: list[Layer]) -> set[ir.Value]:
+    """Return the sources and the values computed from them and constants alone, up to the next layers."""
     ends = {node for layer in layers for node in (layer.node, layer.bias_add) if node is not None}
-    made, waiting = set(sources), list(sources)
+    computed, waiting = set(sources), list(sources)
     while waiting:
         for node in consumers(waiting.pop()):
-            if node in ends or not all(v is None or v in made or _carries_nothing(v) for v in node.inputs):
+            if node in ends or not all(v is None or v in computed or _carries_no_data(v) for v in node.inputs):
                 continue
-            fresh = [out for out in node.outputs if out not in made]
-            made.update(fresh)
+            fresh = [out for out in node.outputs if out not in computed]
+            computed.update(fresh)
             waiting.extend(fresh)
-    return made
+    return computed
 
 
-def _carries_nothing(value: ir.Value) -> bool:
-    """Whether a value is constant, a size (of a feature map, for a Reshape), or that many ones (from lower_norms)."""
+def _carries_no_data(value: ir.Value) -> bool:
+    """Return whether a value is constant, a size of a feature map, or ones of such a size (from lower_norms)."""
     return is_constant(value) or value.dtype == ir.DataType.INT64 or is_op(value.producer(), "ConstantOfShape")
 
 
 def _read_by(targets: list[ir.Value], layers: list[Layer]) -> set[ir.Value]:
-    """The targets and what they are computed from, up to the layers before, through one addition of feature maps."""
-    made = {layer.output for layer in layers}
+    """Return the targets and the values they are computed from, up to the layers before, through one addition."""
+    outputs = {layer.output for layer in layers}
     read: set[ir.Value] = set()
     waiting = [(value, False) for value in targets]
     while waiting:
         value, joined = waiting.pop()
         read.add(value)
         node = value.producer()
-        if value in made or node is None or is_op(node, "Concat"):
+        if value in outputs or node is None or is_op(node, "Concat"):
             continue
-        data = [v for v in node.inputs if v is not None and not _carries_nothing(v)]
+        data = [v for v in node.inputs if v is not None and not _carries_no_data(v)]
         join = is_op(node, "Add") and len(data) > 1
         if not (join and joined):
             waiting.extend((v, joined or join) for v in data)
@@ -109,7 +109,7 @@ def _read_by(targets: list[ir.Value], layers: list[Layer]) -> set[ir.Value]:
 
 
 def _reaches_up(value: ir.Value, name: str) -> bool:
-    """Whether a value is the input of that name, seen through nodes that only move data."""
+    """Return whether a value is the input of that name, apart from nodes that only move data."""
     producer = value.producer()
     if producer is None:
         return name_of(value) == name
@@ -118,7 +118,7 @@ def _reaches_up(value: ir.Value, name: str) -> bool:
 
 
 def _reaches_down(value: ir.Value) -> bool:
-    """Whether a value is a graph output, seen through nodes that only move data."""
+    """Return whether a value is a graph output, apart from nodes that only move data."""
     if value.is_graph_output():
         return True
     readers = consumers(value)

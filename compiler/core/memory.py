@@ -1,4 +1,4 @@
-"""Peak resident memory of a stretch of code, by sampling."""
+"""Peak resident memory of a block of code, by sampling."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import psutil
 
 
 class PeakMemory:
-    """Context manager; `peak_mb` is the largest resident set seen while it was open, in megabytes (1e6 bytes).
+    """A context manager whose `peak_mb` is the largest resident set while it was open, in megabytes (1e6 bytes).
 
-    The system's own high-water mark cannot be reset, so it would charge every pass with the largest one before it.
+    The high-water mark of the system cannot be reset: it would charge each pass with the largest one before it.
     """
 
     INTERVAL = 0.05  # seconds between samples

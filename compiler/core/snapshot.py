@@ -1,7 +1,7 @@
-"""A Program as a folder: to run passes again from where they stopped, without importing or calibrating again.
+"""A Program as a folder, to resume its passes without importing or calibrating again.
 
 program.json          signature, schedule, deployment, shape, source, history, pending passes, plan
-program.onnx          the graph; float.onnx too when there is a float model to compare with
+program.onnx          the graph; float.onnx too when the program has a float model
 weights.data          the stored weights of both
 stats.safetensors     summaries (exact integers and float64)
 plan.safetensors      scales and zero points
@@ -35,7 +35,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def save_program(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write a program, and the passes it still has before it, to a folder."""
+    """Write a program to a folder, with the passes that are still to run."""
     folder.mkdir(parents=True, exist_ok=True)
     home = home_of(program.model)
     if home is not None and home != folder and not (folder / store.WEIGHTS).exists():
@@ -68,7 +68,7 @@ def save_program(program: Program, folder: Path, pending: Sequence[Mapping[str, 
 
 
 def load_program(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
-    """The program that `save_program` wrote, and the passes that were still to run. Raises ModelError."""
+    """Return the program that `save_program` wrote, and the passes that are still to run. Raises ModelError."""
     try:
         data = json.loads((folder / "program.json").read_text(encoding="utf-8"))
         model = ir.load(folder / "program.onnx")
@@ -109,7 +109,7 @@ def load_program(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
 
 
 def home_of(model: ir.Model) -> Path | None:
-    """The folder whose stored weights a model refers to."""
+    """Return the folder whose stored weights a model refers to, or None."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             return Path(value.const_value.base_dir)
@@ -117,7 +117,7 @@ def home_of(model: ir.Model) -> Path | None:
 
 
 def save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
-    """Write the arrays of statistics to a folder; returns the rest as plain data, for `load_stats`."""
+    """Write the arrays of statistics to a folder; return the rest as plain data, for `load_stats`."""
     arrays: Arrays = {}
     keys = []
     for i, ((name, group), s) in enumerate(stats.summaries.items()):
@@ -144,7 +144,7 @@ def save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
 
 
 def load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
-    """The statistics that `save_stats` wrote."""
+    """Return the statistics that `save_stats` wrote."""
     arrays = load_file(folder / "stats.safetensors")
     summaries: dict[tuple[str, int], Summary] = {}
     for i, (name, group) in enumerate(data["keys"]):

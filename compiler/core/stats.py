@@ -1,9 +1,8 @@
-"""Mergeable summaries of values, for each value and group of network calls.
+"""Mergeable summaries of activations, for each value and group of network calls.
 
-A summary never keeps an activation. Its histogram has one bin for every combination of sign, exponent and the four
-highest mantissa bits of a float32, so the bins are the same for everything that was ever measured: two histograms merge
-by addition, whatever ranges they saw, and a bin is at most 1/16 octave wide. Magnitudes below 2^-24 share the lowest
-bin, those above 2^17 the highest (the extremes themselves are kept exactly).
+A summary keeps no activations. Its histogram has one bin for each combination of sign, exponent and the four highest
+mantissa bits of a float32. The bins never depend on the data: two histograms merge by addition, and a bin is at most
+1/16 octave wide. Magnitudes below 2^-24 share the lowest bin, those above 2^17 the highest. The extremes are exact.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _HALF = int(_HIGHEST - _LOWEST) + 1
 _BINS = 2 * _HALF
 _KEYS = 2 << (8 + _MANTISSA_BITS)  # of a whole float32: sign, exponent and the highest mantissa bits
 _NAMED = 5  # timesteps that an error lists
-_BLOCK = 1 << 16  # values folded at once: everything made of them stays in the cache of one core
+_BLOCK = 1 << 16  # values added at once: all temporaries fit into the cache of one core
 
 Counts = npt.NDArray[np.int64]
 
@@ -54,7 +53,7 @@ class Summary:
     histogram: Counts = field(default_factory=lambda: np.zeros(_BINS, np.int64))
 
     def add(self, values: npt.NDArray[np.float32]) -> None:
-        """Fold in an array of any shape. NaN is refused by the caller, which knows the value's name."""
+        """Add an array of any shape. The caller refuses NaN, because it knows the name of the value."""
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if not flat.size:
             return
@@ -69,16 +68,16 @@ class Summary:
             self.high = max(self.high, float(part.max()))
             np.copyto(wide[:size], part)
             self.total += float(wide[:size].sum())
-            # Not `dot`: BLAS would share it out among threads, and the last bits would depend on their number.
+            # Not `dot`: BLAS divides it among threads, and the last bits would depend on their number.
             self.square += float(np.einsum("i,i->", wide[:size], wide[:size]))
             np.right_shift(bits[first : first + _BLOCK], _SHIFT, out=short[:size])
-            np.copyto(keys[:size], short[:size])  # the type that bincount would convert to by itself, slower
+            np.copyto(keys[:size], short[:size])  # int64: bincount would convert to it, more slowly
             counts += np.bincount(keys[:size], minlength=_KEYS)
         self.count += flat.size
         self._fold(counts)
 
     def _fold(self, counts: Counts) -> None:
-        """Add the counts of whole float32 keys `[_KEYS]`; magnitudes beyond the bins go to those at the ends."""
+        """Add counts by float32 key `[_KEYS]`. Magnitudes beyond the bins go to the first or last bin."""
         for sign, half in enumerate(counts.reshape(2, -1)):
             bins = self.histogram[sign * _HALF : (sign + 1) * _HALF]
             bins += half[_LOWEST : _HIGHEST + 1]
@@ -97,10 +96,11 @@ class Summary:
 
     @property
     def finite(self) -> bool:
+        """Return whether no value was NaN or infinite."""
         return bool(np.isfinite(self.total) and np.isfinite(self.low) and np.isfinite(self.high))
 
     def bins(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], Counts]:
-        """(low edges, high edges, counts) of the bins that hold something, ascending in value."""
+        """Return (low edges, high edges, counts) of the bins that are not empty, ascending in value."""
         used = np.flatnonzero(self.histogram)
         order = used[np.argsort(BIN_LOW[used], kind="stable")]
         low = np.clip(BIN_LOW[order], self.low, self.high)
@@ -108,7 +108,7 @@ class Summary:
         return low, high, self.histogram[order]
 
     def percentile(self, share: float) -> float:
-        """The value below which `share` (0..1) of the values lie, linear within a bin."""
+        """Return the value below which `share` (0..1) of the values lie, linear within a bin."""
         low, high, counts = self.bins()
         cumulative = np.cumsum(counts)
         i = min(int(np.searchsorted(cumulative, share * self.count)), len(counts) - 1)
@@ -118,12 +118,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Stats:
-    """Summaries keyed by (value name, group of calls), and what they were measured on.
+    """Summaries keyed by (value name, group of calls), and the graph and calls that they were measured on.
 
-    `digest` is that of the graph, so that statistics of another graph are refused; `calls` counts network calls.
-    `timesteps` are those of the calls of one trajectory, in their order, which the groups divide; empty where whoever
-    measured did not say. `channels` has the extremes `[2, C]` of each channel of the values that were measured so,
-    `squares` the sums of their squares `[C]` where those were asked for, too, and `axes` which axis counts channels.
+    digest     the digest of the graph; statistics of another graph are refused
+    calls      the number of network calls
+    timesteps  those of the calls of one trajectory, in order, which the groups divide; empty when not recorded
+    channels   the extremes `[2, C]` of each channel, for values that were measured by channel
+    squares    the sums of squares `[C]` of each channel, where requested
+    axes       the channel axis of each value that was measured by channel
     """
 
     digest: str
@@ -136,32 +138,33 @@ class Stats:
     axes: Mapping[str, int] = field(default_factory=dict)
 
     def check_graph(self, digest: str, where: str) -> None:
-        """Raise StatsError unless they were measured on the graph with this digest."""
+        """Raise StatsError unless the statistics were measured on the graph with this digest."""
         if self.digest != digest:
             raise StatsError(
                 "the statistics were measured on another graph", where=where, hint="run observe on this graph first"
             )
 
     def values(self) -> Iterable[str]:
+        """Return the names of the measured values, in order."""
         return dict.fromkeys(name for name, _ in self.summaries)
 
     def summary(self, value: str) -> Summary | None:
-        """The summary of a value over all calls, or None when it was not measured."""
+        """Return the summary of a value over all calls, or None when it was not measured."""
         parts = [self.summaries[value, g] for g in range(self.groups) if (value, g) in self.summaries]
         return sum(parts[1:], parts[0]) if parts else None
 
     def extremes(self, value: str, axis: int) -> npt.NDArray[np.float64] | None:
-        """The extremes `[groups, 2, C]` of each channel along that axis, or None when they were not measured.
+        """Return the extremes `[groups, 2, C]` of each channel along that axis, or None when they were not measured.
 
-        Groups without a sample are left out.
+        Groups without samples are left out.
         """
         if self.axes.get(value) != axis:
             return None
-        found = [self.channels[value, g] for g in range(self.groups) if (value, g) in self.channels]
-        return np.stack(found).astype(np.float64) if found else None
+        by_group = [self.channels[value, g] for g in range(self.groups) if (value, g) in self.channels]
+        return np.stack(by_group).astype(np.float64) if by_group else None
 
     def mean_squares(self, value: str, axis: int) -> npt.NDArray[np.float64] | None:
-        """The mean square `[C]` of each channel along that axis over all calls, or None when it was not measured."""
+        """Return the mean square `[C]` of each channel along that axis over all calls, or None when not measured."""
         if self.axes.get(value) != axis:
             return None
         keys = [(value, g) for g in range(self.groups) if (value, g) in self.squares]
@@ -191,9 +194,9 @@ class Stats:
         return Stats(self.digest, self.groups, calls, merged, self.timesteps, channels, squares, axes)
 
     def check_every_call(self, timesteps: Sequence[Timestep], where: str) -> None:
-        """Refuse, for a pass that needs each of these network calls by itself, statistics that do not have them all.
+        """Raise StatsError unless the statistics have each of these network calls as a group of its own.
 
-        Raises StatsError: it names the timesteps that were never calibrated, each with the nearest one that was.
+        The error names the timesteps without samples, each with the nearest timestep that has some.
         """
         known = self.timesteps or tuple(timesteps)
         if self.groups != len(known):

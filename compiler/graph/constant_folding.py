@@ -1,4 +1,4 @@
-"""Constant folding and shape inference, by the libraries that do them best."""
+"""Constant folding (onnxscript) and shape inference (onnx)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDED_OUTPUT_BYTES = 1 << 20
 
 
 def upgrade_group_norms(model: ir.Model) -> ir.Model:
-    """Convert to opset 21 where GroupNormalization takes a scale per group: that form is deprecated, not valid."""
+    """Convert a model to opset 21 when its GroupNormalizations take one scale per group, which is a deprecated form."""
     epsilons = {
         name_of(n.outputs[0]): n.attributes.get("epsilon") for n in model.graph if is_op(n, "GroupNormalization")
     }
@@ -26,13 +26,13 @@ def upgrade_group_norms(model: ir.Model) -> ir.Model:
         convert_version(model, 21)
         for node in model.graph:
             epsilon = epsilons.get(name_of(node.outputs[0])) if is_op(node, "GroupNormalization") else None
-            if epsilon is not None:  # the converter of onnxscript 0.7 forgets it
+            if epsilon is not None:  # the converter of onnxscript 0.7 drops it
                 node.attributes.add(epsilon)
     return model
 
 
 def fold_constants(model: ir.Model) -> ir.Model:
-    """Compute what only constants feed, up to a megabyte; weights stay where they are."""
+    """Compute the nodes that read constants only, up to a megabyte. Weights are not touched."""
     logger = logging.getLogger("onnxscript.optimizer")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -49,10 +49,10 @@ def fold_constants(model: ir.Model) -> ir.Model:
 
 
 def infer_shapes(model: ir.Model) -> ir.Model:
-    """Fill in shapes and types by ONNX's shape inference; what was known before stays."""
+    """Fill in missing shapes and types by ONNX's shape inference. Known ones stay."""
     bare = store.bare(model)  # inference wants everything in one buffer
     for node in bare.graph:
-        if is_op(node, "GroupNormalization"):  # ONNX infers nothing for it nor behind it; its output is like its input
+        if is_op(node, "GroupNormalization"):  # ONNX infers nothing for it nor behind it; it keeps shape and type
             node.op_type = "Identity"
             node.attributes.clear()
             node.resize_inputs(1)
@@ -64,15 +64,15 @@ def infer_shapes(model: ir.Model) -> ir.Model:
             info = known.get(name_of(value))
             if info is None or not info.type.HasField("tensor_type"):
                 continue
-            found = ir.serde.deserialize_value_info_proto(info, None)
-            value.type = value.type or found.type
-            if value.shape is None or not _as_known(value.shape, found.shape):
-                value.shape = found.shape
+            inferred_value = ir.serde.deserialize_value_info_proto(info, None)
+            value.type = value.type or inferred_value.type
+            if value.shape is None or not _as_known(value.shape, inferred_value.shape):
+                value.shape = inferred_value.shape
     return model
 
 
-def _as_known(have: ir.Shape, found: ir.Shape | None) -> bool:
-    """Whether the known shape has no fewer integers than the inferred one."""
-    if found is None or len(have) != len(found):
+def _as_known(known: ir.Shape, inferred: ir.Shape | None) -> bool:
+    """Return whether the known shape has an integer in every place where the inferred one has."""
+    if inferred is None or len(known) != len(inferred):
         return True
-    return all(isinstance(h, int) or not isinstance(f, int) for h, f in zip(have, found, strict=True))
+    return all(isinstance(k, int) or not isinstance(i, int) for k, i in zip(known, inferred, strict=True))

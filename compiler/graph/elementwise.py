@@ -1,9 +1,9 @@
-"""Elementwise groups: what onnxruntime joins into one integer kernel between DequantizeLinear and QuantizeLinear.
+"""Scalar parameters around elementwise groups, which onnxruntime fuses into one integer kernel:
 
     DQ(a), DQ(b) -> Add -> Q          becomes QLinearAdd
 
-whoever meant it or not, and QLinearAdd refuses a scale `[1]`, which is what a lookup of timestep tables gives. So the
-parameters around such a group are scalars, everywhere where they are used, or else the graph could not be run.
+onnxruntime fuses every such group, intended or not, and QLinearAdd refuses a scale of shape `[1]`, the shape that a
+lookup in timestep tables gives. The graph runs only when the parameters around each group are scalars.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .require import producer
 
 
 def make_scalars(graph: ir.Graph) -> None:
-    """Turn rows `[1]` of scales and zero points around elementwise groups into scalars, for all Q and DQ that read
+    """Squeeze the scales and zero points `[1]` around elementwise groups into scalars, for every Q and DQ that reads
     them."""
     names = Names(graph)
     for value in _around_groups(graph):
@@ -29,8 +29,8 @@ def make_scalars(graph: ir.Graph) -> None:
 
 
 def _around_groups(graph: ir.Graph) -> list[ir.Value]:
-    """The parameters `[1]`, found at run time, of the Q and DQ around a node that reads DQs only and feeds one Q."""
-    found: dict[ir.Value, None] = {}
+    """Return the non-constant parameters `[1]` of the Q and DQ around each node that reads DQs only and feeds one Q."""
+    values: dict[ir.Value, None] = {}
     for node in graph:
         before = [None if v is None else v.producer() for v in node.inputs]
         after = consumers(node.outputs[0]) if len(node.outputs) == 1 else []
@@ -40,5 +40,5 @@ def _around_groups(graph: ir.Graph) -> list[ir.Value]:
             continue
         for pair in (*before, after[0]):
             parameters = pair.inputs[1:] if pair is not None else ()
-            found |= {v: None for v in parameters if v and not is_constant(v) and list(v.shape or ()) == [1]}
-    return list(found)
+            values |= {v: None for v in parameters if v and not is_constant(v) and list(v.shape or ()) == [1]}
+    return list(values)

@@ -1,6 +1,6 @@
-"""What a rewrite relies on, or one PassError that names the node: for what the graph or an earlier check guarantees.
+"""Access to the parts of a graph that an earlier check guarantees; PassError, with the node, where the part is missing.
 
-`assert` is not used for this: `python -O` removes it, and its message names no node.
+`assert` does not serve here: `python -O` removes it, and its message names no node.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ..errors import PassError
 _T = TypeVar("_T")
 
 
-def required(thing: _T | None, what: str, where: ir.Node | ir.Value | str | None = None) -> _T:
-    """Return `thing` when there is one. Raise PassError, saying that `what` is missing at `where`, when it is None."""
-    if thing is None:
-        raise PassError(f"{what} is missing", where=_place(where))
-    return thing
+def required(part: _T | None, name: str, where: ir.Node | ir.Value | str | None = None) -> _T:
+    """Return `part`. Raise PassError when it is None: `name` is missing at `where`."""
+    if part is None:
+        raise PassError(f"{name} is missing", where=_place(where))
+    return part
 
 
 def inputs(node: ir.Node, count: int) -> tuple[ir.Value, ...]:
@@ -45,7 +45,7 @@ def dtype_of(value: ir.Value | None) -> ir.DataType:
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
-    """Return the contents of a constant. Raise PassError when the value is none."""
+    """Return the contents of a constant. Raise PassError for a value that is not a constant."""
     return required(None if value is None else value.const_value, "the constant", value)
 
 

@@ -1,9 +1,9 @@
-"""Names that say where a node is: the path of its module and its operation, `down_blocks.0/resnets.1/conv1/Conv`.
+"""Node names with the path of the module and the operation, such as `down_blocks.0/resnets.1/conv1/Conv`.
 
-torch's exporter calls nodes `node_conv2d_17` and notes the modules that each came from. Slashes divide the modules that
-call one another, as torch's older exporter wrote it (there with one more in front), so that viewers fold a graph into
-its modules, and a layer that a report names can be found in the model's source. Values keep their names: each stands in
-the file as often as it is read.
+torch's exporter names nodes `node_conv2d_17` and records the modules of each in its metadata. The names here separate
+nested modules by slashes, like torch's older exporter (which wrote one more in front), so that viewers group a graph by
+modules and a layer of a report can be found in the model's source. Values keep their names, because the file repeats
+each name at every reader.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 SEPARATOR = "/"
-TABLES_SCOPE = "tables"  # where the rows of the timestep are looked up
-CONSTANTS_SCOPE = "constants"  # where weights and tables are unpacked
+TABLES_SCOPE = "tables"  # of the nodes that look up the rows of the timestep
+CONSTANTS_SCOPE = "constants"  # of the nodes that unpack weights and tables
 
 
 def scope_of(node: ir.Node) -> str:
-    """The path of the modules that a node is in; empty for one at the top, or in a model that does not tell."""
+    """Return the path of the modules that contain a node; empty at the top, or where names have no path."""
     return (node.name or "").rpartition(SEPARATOR)[0]
 
 
 def within(scope: str, name: str) -> str:
-    """A name inside a scope; one that is inside already stays as it is."""
+    """Return a name inside a scope. A name that is inside already stays unchanged."""
     prefix = f"{scope}{SEPARATOR}" if scope else ""
     return name if name.startswith(prefix) else prefix + name
 
 
 def name_by_module(graph: ir.Graph) -> int:
-    """Name the nodes that the exporter noted modules of; returns how many. Others keep their names, if they are unique.
+    """Rename the nodes whose modules the exporter recorded, and return their number.
 
-    The module that all nodes lie in has nothing to say and is left out.
+    The other nodes keep their names. A root module that contains all nodes is left out of the path.
     """
-    noted = {node: modules for node in graph if (modules := _modules(node)) is not None}
-    roots = {modules[0] for modules in noted.values() if modules}
-    taken = {node.name for node in graph if node not in noted}
-    for node, modules in noted.items():
+    recorded = {node: modules for node in graph if (modules := _modules(node)) is not None}
+    roots = {modules[0] for modules in recorded.values() if modules}
+    taken = {node.name for node in graph if node not in recorded}
+    for node, modules in recorded.items():
         path, inside = [], ""
         for module in modules:
             path.append(module.removeprefix(f"{inside}.") if inside else module)
             inside = module
-        wish = within(SEPARATOR.join(path[1:] if len(roots) == 1 else path), node.op_type)
-        name, k = wish, 1
+        preferred = within(SEPARATOR.join(path[1:] if len(roots) == 1 else path), node.op_type)
+        name, k = preferred, 1
         while name in taken:
-            name, k = f"{wish}_{k}", k + 1
+            name, k = f"{preferred}_{k}", k + 1
         taken.add(name)
         node.name = name
-    return len(noted)
+    return len(recorded)
 
 
 def _modules(node: ir.Node) -> list[str] | None:
-    """The dotted names of the modules around a node, from the outermost; None where the exporter told of none."""
+    """Return the dotted names of the modules around a node, outermost first, or None where none are recorded."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, ""))
     except (SyntaxError, ValueError):
         return None
     if not isinstance(scopes, list) or len(scopes) < 2 or not all(isinstance(scope, str) for scope in scopes):
         return None
-    # The last one is the call in the FX graph; the model itself has no name. Sizes that torch traced have no module.
+    # The last scope is the call in the FX graph, and the first, of the model itself, is empty. Traced sizes have none.
     return [scope for scope in scopes[:-1] if scope] if scopes[0] == "" else []

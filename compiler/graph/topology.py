@@ -1,4 +1,4 @@
-"""networkx views of a graph: what depends on the timestep only, and who reads it."""
+"""Dependencies in a graph, by networkx: the values that depend on the timestep only, and their readers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .nodes import is_constant, is_op, name_of
 
 @dataclass(frozen=True, eq=False)
 class TimeBranch:
-    """What a denoiser computes from its timestep alone.
+    """The part of a denoiser that depends on the timestep alone.
 
-    `values` depend on the timestep's values (and perhaps on the batch size) but on no other input's values;
-    `frontier` are those of them that something else reads.
+    `values` depend on the contents of the timestep, and perhaps on the batch size, but on the contents of no other
+    input. `frontier` are the values that nodes outside the branch read.
     """
 
     values: tuple[ir.Value, ...]
@@ -26,7 +26,7 @@ class TimeBranch:
 
 
 def digraph(graph: ir.Graph) -> nx.DiGraph:
-    """Values and nodes of a graph as one bipartite networkx graph (keys: `v:name` and `n:index`)."""
+    """Return the values and nodes of a graph as a bipartite networkx graph (keys: `v:name` and `n:index`)."""
     g = nx.DiGraph()
     for i, node in enumerate(graph):
         g.add_node(f"n:{i}", node=node)
@@ -38,7 +38,7 @@ def digraph(graph: ir.Graph) -> nx.DiGraph:
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads: its inputs, and what the subgraphs of an If or Loop take from outside."""
+    """Yield the values that a node reads: its inputs, and those that subgraphs of an If or Loop read from outside."""
     yield from (v for v in node.inputs if v is not None)
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -48,22 +48,22 @@ def _read(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _sizes_known(value: ir.Value) -> bool:
-    """Whether all sizes behind the first dimension, which may be the batch, are known."""
+    """Return whether all sizes after the first dimension, which may be the batch, are known."""
     return value.shape is not None and all(isinstance(d, int) for d in list(value.shape)[1:])
 
 
 def time_branch(graph: ir.Graph, signature: Signature) -> TimeBranch:
-    """Taint analysis over the graph, not over names.
+    """Return the branch that depends on the timestep alone, by taint analysis of the graph.
 
-    A value belongs to the branch when the timestep reaches it and no other input's *contents* do; a Shape node
-    passes on sizes and no contents. A node with several inputs belongs only when all of them do. A value that takes
-    its height and width from an open sample does not belong: no table can hold it.
+    A value belongs to the branch when the timestep reaches it and the *contents* of no other input do; a Shape node
+    passes on sizes, not contents. A value whose height and width come from an open sample does not belong, because no
+    table can hold it.
     """
     g = digraph(graph)
     timestep = f"v:{signature.timestep}"
     if timestep not in g:
         return TimeBranch((), ())
-    # A Shape node hands on sizes and no contents: what is behind it counts as neither timely nor foreign.
+    # A Shape node passes on no contents: the values behind it are neither timely nor foreign.
     g.remove_nodes_from([key for key, data in g.nodes(data=True) if "node" in data and is_op(data["node"], "Shape")])
     others = [f"v:{name_of(v)}" for v in graph.inputs if name_of(v) != signature.timestep]
     foreign = set().union(*(nx.descendants(g, key) for key in others if key in g))

@@ -1,8 +1,8 @@
-"""Where the weights lie while a program is compiled.
+"""The file that holds the weights while a program is compiled.
 
-At import every weight is streamed once into one file of the working folder. From then on a graph, after any pass,
-is a small ONNX file beside it: a model of several gigabytes is never held in memory whole, a clone costs
-milliseconds, and the sessions of all passes read the same bytes.
+The import streams every weight once into one file of the working folder. After any pass, the graph is a small ONNX file
+next to it. A model of several gigabytes is never in memory as a whole, a clone costs milliseconds, and the sessions of
+all passes read the same bytes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import onnx_ir as ir
 
 WEIGHTS = "weights.data"
 INLINE_BYTES = 1024  # smaller constants (shapes, scales) stay in the ONNX file, where shape inference reads them
-ALIGNMENT = 4096  # of what is appended to the stored weights: onnxruntime maps whole pages
+ALIGNMENT = 4096  # of appended weights: onnxruntime maps whole pages
 SIZES_BYTES = 1 << 14  # the same for integers: a Split of all rows of tables has as many sizes as the graph has tables
 
 
 def adopt(model: ir.Model, folder: Path) -> None:
-    """Stream all weights of a freshly imported model into `folder/weights.data` and refer to them there."""
+    """Stream all weights of a freshly imported model into `folder/weights.data`, and refer to them there."""
     externalize(model, folder, WEIGHTS)
 
 
 def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
-    """Write a graph beside the stored weights as `stem.onnx`, ready for onnxruntime; the model is not changed.
+    """Write a graph next to the stored weights as `stem.onnx`, and return its path. The model is not changed.
 
-    Constants that are not in the folder yet go to `stem.onnx.data`.
+    Large constants that are not in the folder yet go to `stem.onnx.data`.
     """
     stem = stem or uuid.uuid4().hex
     clone = model.clone()
@@ -41,7 +41,7 @@ def write(model: ir.Model, folder: Path, stem: str | None = None) -> Path:
 
 
 def kept(array: npt.NDArray[Any], name: str, folder: Path) -> ir.TensorProtocol:
-    """A new constant, stored behind the weights of the folder where it is large, so that nobody has to hold it."""
+    """Return a new constant. A large one is appended to the stored weights of the folder and not kept in memory."""
     tensor = ir.tensor(array, name=name)
     if not is_large(tensor):
         return tensor
@@ -55,7 +55,7 @@ def kept(array: npt.NDArray[Any], name: str, folder: Path) -> ir.TensorProtocol:
 
 
 def bare(model: ir.Model) -> ir.Model:
-    """A clone whose weights are inputs: all that a checker or shape inference needs, however large the model is."""
+    """Return a clone whose large constants are inputs, small enough for a checker or shape inference."""
     clone = model.clone()
     inputs = set(clone.graph.inputs)
     for name, value in list(clone.graph.initializers.items()):
@@ -68,9 +68,8 @@ def bare(model: ir.Model) -> ir.Model:
 
 
 def rehomed(model: ir.Model, folder: Path) -> ir.Model:
-    """A clone that refers to a copy of the stored weights in `folder`; what lies in other files is read into memory.
-
-    Such a file belongs to a graph that was written before, and may be about to be written again.
+    """Return a clone that refers to a copy of the stored weights in `folder`. Constants in other files are read into
+    memory, because such a file belongs to a graph that may be written again.
     """
     clone = model.clone()
     for value in clone.graph.initializers.values():
@@ -86,19 +85,19 @@ def rehomed(model: ir.Model, folder: Path) -> ir.Model:
 
 
 def discard(path: Path) -> None:
-    """Remove what `write` wrote."""
+    """Remove the files that `write` wrote."""
     path.unlink(missing_ok=True)
     path.with_name(path.name + ".data").unlink(missing_ok=True)
 
 
 def parameter_bytes(model: ir.Model) -> int:
-    """Sum of the bytes of all float initializers."""
+    """Return the sum of the bytes of all float initializers."""
     tensors = (v.const_value for v in model.graph.initializers.values())
     return sum(t.nbytes for t in tensors if t is not None and t.dtype.is_floating_point())
 
 
 def externalize(model: ir.Model, folder: Path, name: str) -> None:
-    """Move the large constants of a model to `folder/name`, but for those that lie in a file of that folder already."""
+    """Move the large constants of a model to `folder/name`, except those that are in a file of that folder already."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor) and not is_large(value.const_value):
             value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name)
@@ -112,7 +111,7 @@ def externalize(model: ir.Model, folder: Path, name: str) -> None:
 
 
 def is_large(tensor: ir.TensorProtocol) -> bool:
-    """Whether a constant may lie outside the ONNX file."""
+    """Return whether a constant may be stored outside the ONNX file."""
     return tensor.nbytes >= (SIZES_BYTES if tensor.dtype == ir.DataType.INT64 else INLINE_BYTES)
 
 
@@ -123,13 +122,13 @@ def _is_elsewhere(tensor: ir.TensorProtocol | None, folder: Path) -> bool:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file of stored weights, if there is one. Not a link: onnx and onnx_ir refuse to read a linked file."""
+    """Copy a file of stored weights, if it exists. Not a link: onnx and onnx_ir refuse to read linked files."""
     if source.exists():
         shutil.copyfile(source, target)
 
 
 def move(path: Path, folder: Path) -> Path:
-    """Move what `write` wrote into another folder; the stored weights are expected beside it there."""
+    """Move the files that `write` wrote into another folder, which has the stored weights too; return the path."""
     for part in (path, path.with_name(path.name + ".data")):
         if part.exists():
             shutil.move(part, folder / part.name)
