@@ -1,7 +1,7 @@
-"""The graph that onnxruntime really built, and which of its operations multiply matrices on integers or in float.
+"""The graph that onnxruntime builds of a model, and the operations that multiply matrices on integers or in float.
 
-No private API: a session is asked to save the graph that it made (`optimized_model_filepath`), large constants beside
-it. What it saved is read and removed again.
+The public option `optimized_model_filepath` makes a session save its graph, with large constants in a second file. Both
+files are read and removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "ConvTranspose", "MatMul", "Fuse
 
 
 def built_graph(model: Path, folder: Path, *, threads: int | None = None) -> ir.Graph:
-    """The graph of a session for a model file; `folder` holds it for a moment, its constants are not to be read.
+    """Return the graph of a session for a model file. `folder` holds it for a moment; its constants cannot be read.
 
     Raises InputError for a model that onnxruntime refuses, OutputError where it cannot write.
     """
@@ -40,7 +40,7 @@ def _build(model: Path, built: Path, threads: int | None) -> None:
     try:
         open_session(model, threads=threads, optimized=built)
     except InputError as error:
-        open_session(model, threads=threads)  # raises again if the model is the trouble
+        open_session(model, threads=threads)  # raises again if the model is the cause
         raise OutputError(
             "onnxruntime cannot write the graph that it built: the disk is full, or the folder is gone",
             where=str(built.parent),

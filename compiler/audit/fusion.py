@@ -1,12 +1,12 @@
-"""The fusion audit: for each quantized group of an ONNX file the kernel that onnxruntime built, or why there is none.
+"""The fusion audit: for each quantized group of an ONNX file its integer kernel in onnxruntime, or why it has none.
 
-Which kernel runs a group is read from the graph that onnxruntime saved after all its optimizations; it is never
-predicted. The rules of rules.py then give the reason why a group stayed in float, and the fix. Where no rule
+The kernel of a group is read from the graph that onnxruntime saves after all its optimizations; it is never predicted.
+ The rules of rules.py then give the reason why a group stayed in float, and the fix. Where no rule
 explains a group, its verdict is `unknown`.
 
-An integer kernel that computes something else than the file says (measured: a Gemm whose bias has another scale than
-x_scale * w_scale, a weight whose scales run along the wrong axis), or that refuses to run, is no success: its verdict
-is not `integer`, and names the rule.
+Some integer kernels compute something else than the file says (measured: a Gemm whose bias has another scale than
+x_scale * w_scale, a weight whose scales run along the wrong axis), or refuse to run. Their verdict is not `integer`,
+and names the rule.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mezzotint.runtime.session import running_version
 from ..errors import ModelError
 from ..graph.nodes import is_op, name_of
 from .built import built_graph
-from .groups import Group, called, groups, is_moving
+from .groups import FusionGroup, groups, is_ort_mover, node_label
 from .match import Match, is_integer_kernel, moves_integers
 from .rules import NO_KERNEL, first_explanation
 
@@ -33,10 +33,11 @@ ISLAND, UNQUANTIZED, GONE, UNKNOWN = "island", "not-quantized", "gone", "unknown
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one node of a file.
+    """The kernel of one node of a file.
 
-    `name` is its name, or that of its first output; `op` what it is in the file; `kernel` the operation that runs it,
-    "" when no node of the built graph does; `integer` whether that computes on, or moves, integers as the file says.
+    `name` is the node's name, or that of its first output; `op` is its operation in the file; `kernel` is the operation
+    that runs it, "" when no node of the built graph does; `integer` is whether that one computes on, or moves, integers
+    as the file says.
     `rule`, `why` and `fix` are empty where it does; for a node that is gone, `why` says what became of it. `built` is
     the first output of the kernel in the built graph, `output` that of the node in the file.
     """
@@ -53,9 +54,9 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        """Whether integers were possible and meant, and onnxruntime computes in float (or nonsense).
+        """Return whether integers were possible and intended, and onnxruntime computes in float, or wrong numbers.
 
-        A norm between two integer layers reads and makes quantized data because its neighbours do: no failure.
+        A norm between two integer layers reads and writes quantized data because of its neighbours: no failure.
         """
         return not self.integer and self.rule not in (ISLAND, UNQUANTIZED, GONE, NO_KERNEL)
 
@@ -73,8 +74,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Fusion:
-    """The verdicts in the order of the file. `strays` are kernels of the built graph that no node of the file explains
-    (parts of operations that onnxruntime takes apart)."""
+    """The verdicts in the order of the file.
+
+    `strays` are kernels of the built graph without a node in the file: parts of operations that onnxruntime takes
+    apart.
+    """
 
     verdicts: tuple[Verdict, ...]
     strays: tuple[str, ...]
@@ -85,7 +89,7 @@ class Fusion:
         return tuple(v for v in self.verdicts if v.failed)
 
     def of(self, name: str) -> Verdict | None:
-        """The verdict on a node, by its name."""
+        """Return the verdict on a node by its name, or None."""
         return next((v for v in self.verdicts if v.name == name), None)
 
     @property
@@ -115,9 +119,9 @@ def audit_fusion(
 ) -> Fusion:
     """Build a session for an ONNX file and judge each of its quantized groups, and each layer that is in float.
 
-    `folder` takes the built graph for a moment; `islands` says why nodes are in float on purpose. Raises ModelError for
-    a file that is missing or has functions of its own, InputError for one that onnxruntime refuses, OutputError where
-    the folder cannot be written.
+    `folder` takes the built graph for a moment; `islands` gives the reasons why nodes are in float on purpose. Raises
+    ModelError for a file that is missing or has functions of its own, InputError for one that onnxruntime refuses,
+    OutputError where the folder cannot be written.
     """
     if not model.is_file():
         raise ModelError("no such file", where=str(model), hint="give an .onnx file, or a bundle's folder")
@@ -126,19 +130,19 @@ def audit_fusion(
 
 
 def load_graph(model: Path) -> ir.Graph:
-    """The graph of a file whose nodes can be found again in what onnxruntime builds. Raises ModelError."""
-    read = ir.load(model)
-    if read.functions:
+    """Return the graph of a file. Raises ModelError for functions: onnxruntime renames the nodes inside them."""
+    loaded = ir.load(model)
+    if loaded.functions:
         raise ModelError(
-            f"the file has functions of its own ({next(iter(read.functions))[1]!r}), whose nodes onnxruntime renames",
+            f"the file has functions of its own ({next(iter(loaded.functions))[1]!r}), whose nodes onnxruntime renames",
             where=str(model),
             hint="inline them first: onnx.inliner.inline_local_functions",
         )
-    return read.graph
+    return loaded.graph
 
 
 def judge(file: ir.Graph, built: ir.Graph, islands: Mapping[str, str]) -> Fusion:
-    """Verdicts on the groups of a file's graph, given the graph that onnxruntime built of it."""
+    """Return verdicts on the groups of a file's graph, given the graph that onnxruntime built of it."""
     match = Match(file, built)
 
     def kernel_of(node: ir.Node) -> str:
@@ -146,52 +150,53 @@ def judge(file: ir.Graph, built: ir.Graph, islands: Mapping[str, str]) -> Fusion
         return "" if kernel is None else kernel.op_type
 
     verdicts = tuple(_verdict(group, match, islands) for group in groups(file, kernel_of))
-    return Fusion(verdicts, tuple(f"{n.op_type} {called(n)}" for n in match.strays), running_version())
+    return Fusion(verdicts, tuple(f"{n.op_type} {node_label(n)}" for n in match.strays), running_version())
 
 
-def _verdict(group: Group, match: Match, islands: Mapping[str, str]) -> Verdict:
+def _verdict(group: FusionGroup, match: Match, islands: Mapping[str, str]) -> Verdict:
     kernel = match.of(group.node)
-    told = Verdict(group.name, group.node.op_type, "", False, output=name_of(group.node.outputs[0]))
+    verdict = Verdict(group.name, group.node.op_type, "", False, output=name_of(group.node.outputs[0]))
     if kernel is None:
-        return _gone(group, match, told)
-    told = replace(told, kernel=kernel.op_type, built=name_of(kernel.outputs[0]))
-    if is_integer_kernel(kernel) or (is_moving(group.node) and moves_integers(kernel)):
-        said = None if group.written else first_explanation(group, broken=True)
-        return _with(told, said) if said else replace(told, integer=True)
-    if told.name in islands:
-        return _with(told, (ISLAND, islands[told.name], "none is needed: it is in float on purpose"))
+        return _gone(group, match, verdict)
+    verdict = replace(verdict, kernel=kernel.op_type, built=name_of(kernel.outputs[0]))
+    if is_integer_kernel(kernel) or (is_ort_mover(group.node) and moves_integers(kernel)):
+        explanation = None if group.written else first_explanation(group, broken=True)
+        return _with(verdict, explanation) if explanation else replace(verdict, integer=True)
+    if verdict.name in islands:
+        return _with(verdict, (ISLAND, islands[verdict.name], "none is needed: it is in float on purpose"))
     if not group.meant:
-        return _with(told, _unquantized(group))
-    return _with(told, first_explanation(group) or _unknown(told))
+        return _with(verdict, _unquantized(group))
+    return _with(verdict, first_explanation(group) or _unknown(verdict))
 
 
-def _with(told: Verdict, said: tuple[str, str, str]) -> Verdict:
-    return replace(told, rule=said[0], why=said[1], fix=said[2])
+def _with(verdict: Verdict, explanation: tuple[str, str, str]) -> Verdict:
+    rule, why, fix = explanation
+    return replace(verdict, rule=rule, why=why, fix=fix)
 
 
-def _unknown(told: Verdict) -> tuple[str, str, str]:
+def _unknown(verdict: Verdict) -> tuple[str, str, str]:
     return (
         UNKNOWN,
-        f"no rule explains why onnxruntime {running_version()} runs it as {told.kernel}: "
+        f"no rule explains why onnxruntime {running_version()} runs it as {verdict.kernel}: "
         "the rules were measured on 1.31.1",
-        "compare it with a group that is fused, and tell us",
+        "compare it with a group that is fused, and report it",
     )
 
 
-def _unquantized(group: Group) -> tuple[str, str, str]:
+def _unquantized(group: FusionGroup) -> tuple[str, str, str]:
     loose = next((name_of(s.value) for s in group.data if s.dequantizer is None), "")
     return (
         UNQUANTIZED,
         f"it is float in the file: {loose!r} is not quantized",
-        "quantize its activations and weights, and a convolution's output, if it shall run on integers",
+        "to run it on integers, quantize its activations and weights, and a convolution's output",
     )
 
 
-def _gone(group: Group, match: Match, told: Verdict) -> Verdict:
-    """A node that nothing runs: a mover that was merged into a neighbour, or what onnxruntime computed beforehand."""
+def _gone(group: FusionGroup, match: Match, verdict: Verdict) -> Verdict:
+    """Return the verdict on a node without a kernel: a mover merged into a neighbour, or a node computed beforehand."""
     makers = [match.makes(q.outputs[0]) for q, _ in group.readers.quantizers]
-    if is_moving(group.node) and not any(is_op(maker, "QuantizeLinear") for maker in makers):
-        return replace(told, integer=True, why="it is gone with the quantizers around it")
-    if is_moving(group.node) and (said := first_explanation(group)):
-        return _with(told, said)
-    return _with(told, (GONE, "no node runs it: it was computed beforehand, or merged with another", ""))
+    if is_ort_mover(group.node) and not any(is_op(maker, "QuantizeLinear") for maker in makers):
+        return replace(verdict, integer=True, why="it is gone with the quantizers around it")
+    if is_ort_mover(group.node) and (explanation := first_explanation(group)):
+        return _with(verdict, explanation)
+    return _with(verdict, (GONE, "no node runs it: it was computed beforehand, or merged with another", ""))

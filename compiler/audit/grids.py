@@ -1,7 +1,8 @@
-"""How a layer of a lowered graph makes integers of its input and reads those of its output.
+"""The scales and zero points with which a layer of a lowered graph quantizes its input and its output is read.
 
 Integers are written by one node and read by another, past Clips (formats of fewer than 8 bits) and nodes that only move
-data. Both ends are taken as they are in the file: where they disagree, what is computed is wrong, and shall be.
+data. The parameters of both ends are read from the file: if they differ, the file computes wrong numbers, and a copy of
+the layer has to compute the same ones.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import onnx_ir as ir
 
 from ..graph.nodes import consumers, is_op
 from ..graph.ops import is_mover
+from ..graph.require import dtype_of, inputs, tensor_of
 
-INTEGER = ("QLinearConv", "MatMulIntegerToFloat")
+LOWERED_LAYERS = ("QLinearConv", "MatMulIntegerToFloat")
 
 
 class UnknownForm(Exception):
-    """This group is written in a way that is not known here."""
+    """A layer is written in a form that this module cannot read; the message says which."""
 
 
 def is_quantized(node: ir.Node) -> bool:
-    return node.op_type in INTEGER or any(_dequantizer(v) for v in node.inputs[:2])
+    """Return whether a node of a lowered graph is an integer operation, or reads a DequantizeLinear."""
+    return node.op_type in LOWERED_LAYERS or any(_dequantizer(v) for v in node.inputs[:2])
 
 
 def _dequantizer(value: ir.Value | None) -> ir.Node | None:
@@ -31,7 +34,7 @@ def _dequantizer(value: ir.Value | None) -> ir.Node | None:
 
 
 def above(value: ir.Value | None) -> ir.Node | None:
-    """The node that makes a value, past those that only move data."""
+    """Return the node that computes a value, past nodes that only move data; None for a constant or graph input."""
     node = None if value is None else value.producer()
     while node is not None and is_mover(node):
         node = None if node.inputs[0] is None else node.inputs[0].producer()
@@ -39,8 +42,8 @@ def above(value: ir.Value | None) -> ir.Node | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
-    """How integers are made and read: parameters in the lowered graph, of writing and of reading."""
+class LoweredGrid:
+    """The quantization of one activation: values of the lowered graph that integers are written and read with."""
 
     scale: ir.Value | None
     zero: ir.Value | None
@@ -50,36 +53,40 @@ class Grid:
     read_zero: ir.Value | None
 
 
-def axis_of(grid: Grid) -> dict[str, int]:
+def axis_of(grid: LoweredGrid) -> dict[str, int]:
+    """Return the attributes of a quantizer with this grid: its axis, if the grid has one scale for each channel."""
     return {} if grid.axis is None else {"axis": grid.axis}
 
 
-def input_grid(node: ir.Node, index: int) -> Grid | None:
-    """How a node's input comes to be integers; None for a float one. A layer before it may have made them: then they
-    are written as this node reads them."""
+def input_grid(node: ir.Node, index: int) -> LoweredGrid | None:
+    """Return the grid of a node's input, or None for a float input.
+
+    If another layer's kernel writes the integers, writing and reading have the parameters of reading. Raises
+    UnknownForm.
+    """
     if node.op_type == "QLinearConv":
-        read, made = node.inputs[1:3], above(node.inputs[0])
+        reading, writer = node.inputs[1:3], above(node.inputs[0])
     elif node.op_type == "MatMulIntegerToFloat":
-        read, made = (node.inputs[2], node.inputs[4]), above(node.inputs[0])
+        reading, writer = (node.inputs[2], node.inputs[4]), above(node.inputs[0])
     else:
         dequantizer = _dequantizer(node.inputs[index])
         if dequantizer is None:
             return None
-        read, made = dequantizer.inputs[1:3], above(dequantizer.inputs[0])
-    read_scale, read_zero = read
-    clip = made if is_op(made, "Clip") else None
+        reading, writer = dequantizer.inputs[1:3], above(dequantizer.inputs[0])
+    read_scale, read_zero = reading
+    clip = writer if is_op(writer, "Clip") else None
     if clip is not None:
-        made = above(clip.inputs[0])
+        writer = above(clip.inputs[0])
     scale, zero = read_scale, read_zero
-    if made is not None and is_op(made, "QuantizeLinear"):
-        scale, zero = made.inputs[1:3]
+    if writer is not None and is_op(writer, "QuantizeLinear"):
+        scale, zero = writer.inputs[1:3]
     if any(v is not None and list(v.shape or ()) not in ([], [1]) for v in (scale, read_scale)):
         raise UnknownForm("its input has a scale for each channel")
-    return Grid(scale, zero, clip, None, read_scale, read_zero)
+    return LoweredGrid(scale, zero, clip, None, read_scale, read_zero)
 
 
-def output_grid(node: ir.Node) -> Grid | None:
-    """How a node's output becomes integers; None where it stays float."""
+def output_grid(node: ir.Node) -> LoweredGrid | None:
+    """Return the grid of a node's output, or None where it stays float. Raises UnknownForm."""
     out = node.outputs[0]
     readers = consumers(out)
     scale: ir.Value | None
@@ -92,23 +99,23 @@ def output_grid(node: ir.Node) -> Grid | None:
         return None
     clip = readers[0] if len(readers) == 1 and is_op(readers[0], "Clip") else None
     read_scale, read_zero, axis = _reading(out if clip is None else clip.outputs[0], scale, zero)
-    return Grid(scale, zero, clip, axis, read_scale, read_zero)
+    return LoweredGrid(scale, zero, clip, axis, read_scale, read_zero)
 
 
 def _reading(
     out: ir.Value, scale: ir.Value | None, zero: ir.Value | None
 ) -> tuple[ir.Value | None, ir.Value | None, int | None]:
-    """(scale, zero point, axis) with which integers are read, by the first that reads them."""
+    """Return (scale, zero point, axis) of the first node that reads the integers, else `scale` and `zero`."""
     for reader in consumers(out):
         if is_op(reader, "DequantizeLinear"):
             channels = list(reader.inputs[1].shape or ()) not in ([], [1]) if reader.inputs[1] is not None else False
             axis = reader.attributes["axis"].as_int() if channels and "axis" in reader.attributes else 1
             return reader.inputs[1], reader.inputs[2], axis if channels else None
         if is_mover(reader) and reader.inputs[0] is out:
-            found = _reading(reader.outputs[0], scale, zero)
-            if found[2] is not None and reader.op_type != "Resize":
+            reading = _reading(reader.outputs[0], scale, zero)
+            if reading[2] is not None and reader.op_type != "Resize":
                 raise UnknownForm("its output has a scale for each channel, and is moved")
-            return found
+            return reading
         if reader.op_type == "QLinearConv" and reader.inputs[0] is out:
             return reader.inputs[1], reader.inputs[2], None
         if reader.op_type == "MatMulIntegerToFloat" and reader.inputs[0] is out:
@@ -116,12 +123,10 @@ def _reading(
     return scale, zero, None
 
 
-def steps_of(grid: Grid) -> int:
-    """The number of steps of a grid: its highest integer less its lowest."""
+def steps_of(grid: LoweredGrid) -> int:
+    """Return the number of steps of a grid: its highest integer minus its lowest."""
     if grid.clip is not None:
-        low, high = (v.const_value for v in grid.clip.inputs[1:] if v is not None)
-        assert low is not None and high is not None
-        return int(high.numpy()) - int(low.numpy())
-    assert grid.read_zero is not None and grid.read_zero.dtype is not None
-    limits = np.iinfo(grid.read_zero.dtype.numpy())
+        _, low, high = inputs(grid.clip, 3)
+        return int(tensor_of(high).numpy()) - int(tensor_of(low).numpy())
+    limits = np.iinfo(dtype_of(grid.read_zero).numpy())
     return int(limits.max) - int(limits.min)

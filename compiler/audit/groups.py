@@ -1,15 +1,16 @@
-"""Quantized groups of an ONNX file: what computes between DequantizeLinear and QuantizeLinear.
+"""Quantized groups of an ONNX file: nodes between DequantizeLinear and QuantizeLinear.
 
-A file means a node to run on integers when it says so in one of three ways:
+A node of a file is meant to run on integers in one of three cases:
 
-    an integer operation written directly          QLinearConv, QGemm, MatMulIntegerToFloat, ...
-    a Conv, Gemm or MatMul with a dequantized input (a float constant beside it counts where a quantizer is behind)
-    any other operation with all its data dequantized (by one scale each, no kernel has more), and read by quantizers
-    alone
+1. It is an integer operation written directly: QLinearConv, QGemm, MatMulIntegerToFloat, ...
+2. It is a Conv, Gemm or MatMul with a dequantized input. If the other input is a float constant, its output must be
+   quantized too.
+3. It is any other operation, all its data is dequantized by one scale each (no kernel has more), and all readers of its
+   output are quantizers.
 
-Data is dequantized, or quantized, also where operations that only move it lie between. A float operation that reads
-dequantized data and hands float on (a norm behind a convolution, a sum that a shortcut reads, too) is meant to be
-float: the quantizer behind it is its reader's.
+Data also counts as dequantized, or quantized, where operations that only move it lie between. A float operation on
+dequantized data with a float reader (a norm behind a convolution, a sum that a shortcut also reads) is meant to be
+float: the quantizer behind it belongs to that quantizer's reader.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ..graph.nodes import consumers, is_op
+from ..graph.require import required
 
 MATRICES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# Written directly, they are integers whatever stands around them.
+# Case 1: operations on integers, whatever surrounds them.
 WRITTEN = frozenset(
     {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"}
     | {"DynamicQuantizeMatMul", "QAttention", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSoftmax"}
@@ -30,27 +32,27 @@ WRITTEN = frozenset(
     | {"QLinearReduceMean"}
 )
 # onnxruntime drops the quantizers around these and moves the integers (measured).
-MOVERS = (
+ORT_MOVERS = (
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Flatten", "Gather", "Expand", "Tile"),
     *("DepthToSpace", "SpaceToDepth", "ReduceMax", "ReduceMin", "Resize", "Split", "Identity"),
 )
 PROPAGATING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Identity")
-"""Of the movers, those past which onnxruntime carries a lone DequantizeLinear, or QuantizeLinear (measured)."""
+"""The movers past which onnxruntime carries a lone DequantizeLinear, or QuantizeLinear (measured)."""
 ALL_INPUTS = ("Add", "Sub", "Mul", "Div", "Concat", "Where", "Min", "Max", "Sum", "Mean", "Pow")
-# What computes nothing, or is a part of how scales are made.
+# Nodes that compute nothing, or only scales.
 _SILENT = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "Cast", "Shape", "Size")
 
 
-def is_moving(node: ir.Node | None) -> bool:
-    """Whether a node only moves data: Resize when it repeats the nearest value."""
-    if node is None or not is_op(node, *MOVERS):
+def is_ort_mover(node: ir.Node | None) -> bool:
+    """Return whether a node is one of ORT_MOVERS; a Resize only with mode "nearest"."""
+    if node is None or not is_op(node, *ORT_MOVERS):
         return False
     mode = node.attributes.get("mode") if node.op_type == "Resize" else None
     return mode is None or mode.as_string() == "nearest"
 
 
 def is_known(value: ir.Value | None) -> bool:
-    """Whether a value follows from the file's constants alone, as onnxruntime sees when it builds the graph."""
+    """Return whether a value depends on the file's constants only: onnxruntime computes it when it builds the graph."""
     todo, seen = [value], set[ir.Value]()
     while todo:
         value = todo.pop()
@@ -68,13 +70,12 @@ def is_known(value: ir.Value | None) -> bool:
 
 
 def scale_of(node: ir.Node) -> ir.Value:
-    scale = node.inputs[1]
-    assert scale is not None  # the operator's second input is not optional
-    return scale
+    """Return a quantizer's scale."""
+    return required(node.inputs[1], "the scale", node)
 
 
 def per_channel(node: ir.Node) -> bool:
-    """Whether a quantizer has more than one scale, as far as the file says."""
+    """Return whether a quantizer has more than one scale, as far as the file states shapes."""
     scale = scale_of(node)
     shape = scale.const_value.shape if scale.const_value is not None else scale.shape
     sizes = [] if shape is None else list(shape)
@@ -82,8 +83,8 @@ def per_channel(node: ir.Node) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Where a value comes from: the DequantizeLinear behind it, if there is one, and what moves its data between."""
+class DataOrigin:
+    """The origin of a value's data: its DequantizeLinear, or None, and the movers between the two."""
 
     value: ir.Value
     dequantizer: ir.Node | None
@@ -91,21 +92,23 @@ class Source:
 
     @property
     def known(self) -> bool:
+        """Return whether the value depends on constants only."""
         return is_known(self.value)
 
 
-def source_of(value: ir.Value) -> Source:
+def origin_of(value: ir.Value) -> DataOrigin:
+    """Follow a value's data back past movers."""
     moved: list[ir.Node] = []
     node = value.producer()
-    while node is not None and is_moving(node) and node.inputs[0] is not None:
+    while node is not None and is_ort_mover(node) and node.inputs[0] is not None:
         moved.append(node)
         node = node.inputs[0].producer()
-    return Source(value, node if is_op(node, "DequantizeLinear") else None, tuple(moved))
+    return DataOrigin(value, node if is_op(node, "DequantizeLinear") else None, tuple(moved))
 
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """What reads a value, also through what moves its data: quantizers (with what lies between), others, the graph."""
+    """The readers of a value, past movers: quantizers (each with the movers between), other nodes, the graph."""
 
     quantizers: tuple[tuple[ir.Node, tuple[ir.Node, ...]], ...]
     others: tuple[ir.Node, ...]
@@ -113,6 +116,7 @@ class Readers:
 
 
 def readers_of(value: ir.Value) -> Readers:
+    """Follow a value's data to its readers, past movers."""
     quantizers: list[tuple[ir.Node, tuple[ir.Node, ...]]] = []
     others: list[ir.Node] = []
     output = False
@@ -123,7 +127,7 @@ def readers_of(value: ir.Value) -> Readers:
         for node in consumers(at):
             if is_op(node, "QuantizeLinear"):
                 quantizers.append((node, path))
-            elif is_moving(node) and node.inputs[0] is at:
+            elif is_ort_mover(node) and node.inputs[0] is at:
                 todo += [(out, (*path, node)) for out in node.outputs]
             else:
                 others.append(node)
@@ -131,20 +135,22 @@ def readers_of(value: ir.Value) -> Readers:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """One node that computes. `data` are its inputs but for biases and parameters; `meant` says that it is quantized.
+class FusionGroup:
+    """One node that computes. `data` are its inputs without biases and parameters.
 
-    `kernel` is the operation that runs it, "" when none does.
+    `meant` is whether the file means it to run on integers (see the module's cases); `kernel` is the operation that
+    runs it, "" when none does.
     """
 
     node: ir.Node
-    data: tuple[Source, ...]
+    data: tuple[DataOrigin, ...]
     readers: Readers
     meant: bool
     kernel: str = ""
 
     @property
     def written(self) -> bool:
+        """Return whether the file itself has an integer operation here (case 1)."""
         return self.node.op_type in WRITTEN
 
     @property
@@ -153,53 +159,53 @@ class Group:
 
     @property
     def name(self) -> str:
-        return called(self.node)
+        return node_label(self.node)
 
 
-def called(node: ir.Node) -> str:
-    """A node's name, or that of what it makes: files may leave nodes unnamed."""
+def node_label(node: ir.Node) -> str:
+    """Return a node's name, or that of its first named output: files may leave nodes unnamed."""
     return node.name or next((v.name for v in node.outputs if v.name), "")
 
 
-def groups(graph: ir.Graph, kernel_of: Callable[[ir.Node], str]) -> list[Group]:
-    """All quantized groups of a file, and what else multiplies matrices in it, in the file's order."""
-    found = []
+def groups(graph: ir.Graph, kernel_of: Callable[[ir.Node], str]) -> list[FusionGroup]:
+    """Return all quantized groups of a file, and its other matrix products, in the file's order."""
+    result = []
     for node in graph.all_nodes():
         if is_op(node, *_SILENT):
             continue
         group = _group(node, kernel_of(node))
         if group.meant or group.matrix:
-            found.append(group)
-    return found
+            result.append(group)
+    return result
 
 
-def _group(node: ir.Node, kernel: str) -> Group:
+def _group(node: ir.Node, kernel: str) -> FusionGroup:
     data = _data(node)
-    parts = [readers_of(v) for v in node.outputs]
+    by_output = [readers_of(v) for v in node.outputs]
     readers = Readers(
-        tuple(q for part in parts for q in part.quantizers),
-        tuple(n for part in parts for n in part.others),
-        any(part.graph_output for part in parts),
+        tuple(q for part in by_output for q in part.quantizers),
+        tuple(n for part in by_output for n in part.others),
+        any(part.graph_output for part in by_output),
     )
     if node.op_type in WRITTEN or kernel in WRITTEN:
-        meant = True
-    elif is_op(node, *MATRICES):
-        loose = [source for source in data if source.dequantizer is None]
-        weight = len(loose) == 1 and loose[0] is data[1] and loose[0].known
-        meant = len(loose) < len(data) and (not weight or bool(readers.quantizers))
-    else:
-        fed = [source.dequantizer is not None for source in data if not source.known or source.dequantizer is not None]
-        alike = not any(per_channel(source.dequantizer) for source in data if source.dequantizer is not None)
-        alone = bool(readers.quantizers) and not readers.others and not readers.graph_output
-        meant = bool(fed) and all(fed) and alike and alone
-    return Group(node, data, readers, meant, kernel)
+        meant = True  # case 1
+    elif is_op(node, *MATRICES):  # case 2
+        in_float = [origin for origin in data if origin.dequantizer is None]
+        float_weight = len(in_float) == 1 and in_float[0] is data[1] and in_float[0].known
+        meant = len(in_float) < len(data) and (not float_weight or bool(readers.quantizers))
+    else:  # case 3
+        dequantizers = [origin.dequantizer for origin in data if not origin.known or origin.dequantizer is not None]
+        one_scale_each = all(dq is not None and not per_channel(dq) for dq in dequantizers)
+        all_quantized = bool(readers.quantizers) and not readers.others and not readers.graph_output
+        meant = bool(dequantizers) and one_scale_each and all_quantized
+    return FusionGroup(node, data, readers, meant, kernel)
 
 
-def _data(node: ir.Node) -> tuple[Source, ...]:
+def _data(node: ir.Node) -> tuple[DataOrigin, ...]:
     if is_op(node, *MATRICES):
         inputs = list(node.inputs[:2])
     elif is_op(node, "Where"):
         inputs = list(node.inputs[1:])
     else:
         inputs = list(node.inputs) if is_op(node, *ALL_INPUTS) else list(node.inputs[:1])
-    return tuple(source_of(value) for value in inputs if value is not None)
+    return tuple(origin_of(value) for value in inputs if value is not None)

@@ -1,4 +1,4 @@
-"""Which layers onnxruntime really runs on integer kernels, read from the graph that it built."""
+"""The layers that onnxruntime runs on integer kernels, read from the graph that it built."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..graph.ops import Layer
 from .built import FLOAT_KERNELS, INTEGER_KERNELS, built_graph
 from .fusion import Fusion, Verdict, judge, load_graph
 
-__all__ = ["FLOAT_KERNELS", "INTEGER_KERNELS", "Audit", "audit"]
+__all__ = ["FLOAT_KERNELS", "INTEGER_KERNELS", "KernelAudit", "audit_kernels"]
 
 
 @dataclass(frozen=True)
-class Audit:
-    """Kernels by operation; the verdict on each layer (None where the file has no such node any more); and on all."""
+class KernelAudit:
+    """Counts of kernels by operation, and verdicts. A layer without a node in the file has None."""
 
     operations: Mapping[str, int]
     layers: Mapping[str, Verdict | None]
@@ -32,7 +32,7 @@ class Audit:
         return sum(n for op, n in self.operations.items() if op.rpartition(".")[2] in FLOAT_KERNELS)
 
     def to_json(self, islands: Mapping[str, str]) -> dict[str, Any]:
-        """`islands` says why a layer is in float on purpose; where onnxruntime left it in float, a rule says why."""
+        """Return the manifest's `kernels`. `islands` gives the reasons why layers are in float on purpose."""
         rows = {}
         for name, verdict in self.layers.items():
             kernel = "" if verdict is None else verdict.kernel
@@ -43,9 +43,9 @@ class Audit:
             if not row["integer"]:
                 row["why"] = islands.get(name) or _why(verdict)
             rows[name] = row
-        for name, why in islands.items():  # what multiplies matrices but is no layer: it could not be quantized at all
-            found = self.fusion.of(name)
-            kernel = found.kernel if found is not None and found.kernel else "float"
+        for name, why in islands.items():  # matrix products that are no layers cannot be quantized at all
+            verdict = self.fusion.of(name)
+            kernel = verdict.kernel if verdict is not None and verdict.kernel else "float"
             rows.setdefault(name, {"kernel": kernel, "integer": False, "why": why})
         return {
             "integer": self.integer,
@@ -61,18 +61,18 @@ def _why(verdict: Verdict | None) -> str:
     return f"{verdict.why} ({verdict.fix})" if verdict.failed else verdict.why
 
 
-def audit(model: Path, layers: list[Layer], folder: Path, *, threads: int | None = None) -> Audit:
-    """Build a session for a model file, and look at the graph that came out (the files are removed again).
+def audit_kernels(model: Path, layers: list[Layer], folder: Path, *, threads: int | None = None) -> KernelAudit:
+    """Build a session for a model file and return the kernels of its graph. Files that onnxruntime saves are removed.
 
     `layers` may be those of the float graph: a lowering keeps their names, or those of their outputs.
     """
     built = built_graph(model, folder, threads=threads)
     file = load_graph(model)
     fusion = judge(file, built, {})
-    named = {verdict.name: verdict for verdict in fusion.verdicts}
-    made = {verdict.output: verdict for verdict in fusion.verdicts}
-    found = {}
+    by_name = {verdict.name: verdict for verdict in fusion.verdicts}
+    by_output = {verdict.output: verdict for verdict in fusion.verdicts}
+    verdicts = {}
     for layer in layers:
         outputs = (layer.node.outputs[0].name or "", layer.output.name or "")
-        found[layer.name] = named.get(layer.name) or next((made[o] for o in outputs if o in made), None)
-    return Audit(dict(counts(built)), found, fusion)
+        verdicts[layer.name] = by_name.get(layer.name) or next((by_output[o] for o in outputs if o in by_output), None)
+    return KernelAudit(dict(counts(built)), verdicts, fusion)

@@ -1,8 +1,9 @@
 """Which node of the graph that onnxruntime built runs which node of the file.
 
-onnxruntime keeps names as far as it can, and says in suffixes what it did; that is the first try. Where a node has no
-name, or lost it, the names of values tell: what a kernel's output flows into under a name that the file knows is made
-in the file by the same node, or by something between it and what the kernel reads.
+1. By name: onnxruntime keeps the names of nodes where it can, and appends suffixes for its changes.
+2. By values, where a node has no name or lost it: from the first values behind the kernel whose names the file has, the
+   search goes up in the file's graph, as far as the values that the kernel reads, until a node of the kernel's kind.
+3. By origins, where the names of values are lost too: the node that reads all values that the kernel reads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import onnx_ir as ir
 
 from ..graph.nodes import is_op, name_of
 from .built import FLOAT_KERNELS
-from .groups import MATRICES, WRITTEN, is_moving
+from .groups import MATRICES, WRITTEN, is_ort_mover
 
 _CONVOLUTIONS = ("Conv", "QLinearConv", "ConvInteger")
 _PRODUCTS = ("MatMul", "Gemm", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger")
@@ -24,23 +25,23 @@ _FAMILIES = (
     (frozenset({*_PRODUCTS, *_BECOME}), frozenset(_PRODUCTS)),
 )
 _SUFFIX = re.compile(r"(_token_\d+|_nhwc|_transpose|/[A-Za-z]+Fusion/?)$")
-_BLOCKED = re.compile(r"_nchwc(_token_\d+)?$")  # such a node is called like the value that it made
+_BLOCKED = re.compile(r"_nchwc(_token_\d+)?$")  # such a node has the name of the value that it makes
 
 
 def is_float_kernel(node: ir.Node) -> bool:
-    """Whether a node of a built graph multiplies matrices in float (4-bit weights included)."""
+    """Return whether a node of a built graph multiplies matrices in float (4-bit weights included)."""
     return node.op_type in FLOAT_KERNELS or node.op_type == "MatMulNBits"
 
 
 def is_integer_kernel(node: ir.Node) -> bool:
-    """Whether a node of a built graph computes on integers; what only moves them is not counted."""
+    """Return whether a node of a built graph computes on integers. Nodes that only move integers do not count."""
     return node.op_type in WRITTEN
 
 
 def moves_integers(node: ir.Node) -> bool:
-    """Whether a node of a built graph moves integers: the graph says no types, so its data is followed back."""
+    """Return whether a node of a built graph moves integers. The graph has no types, so its data is followed back."""
     at: ir.Node | None = node
-    while at is not None and is_moving(at) and at.inputs[0] is not None:
+    while at is not None and is_ort_mover(at) and at.inputs[0] is not None:
         value = at.inputs[0]
         at = value.producer()
         if at is None:
@@ -51,7 +52,7 @@ def moves_integers(node: ir.Node) -> bool:
 
 
 class Match:
-    """`of(node)` is the built node that runs a node of the file, or None; `strays` belong to no node of the file."""
+    """The kernels of a file's nodes: `of(node)` is a node of the built graph, or None. `strays` match no node."""
 
     def __init__(self, file: ir.Graph, built: ir.Graph) -> None:
         nodes = list(file.all_nodes())
@@ -87,7 +88,7 @@ class Match:
         return None
 
     def makes(self, value: ir.Value) -> ir.Node | None:
-        """The node of the built graph that makes a value of the file, when it still has its name."""
+        """Return the node of the built graph that makes a value of the file, or None when its name is gone."""
         return self._built.get(name_of(value))
 
     def _claim(self, node: ir.Node | None, kernel: ir.Node) -> None:
@@ -122,19 +123,21 @@ class Match:
             if _same(node, kernel) and node not in self._runs:
                 return node
             if is_op(node, *MATRICES):
-                continue  # a path through another layer leads elsewhere
+                continue  # beyond another layer is not what this kernel computes
             inputs = [v for v in node.inputs if v is not None and name_of(v) not in starts]
             todo += [maker for v in inputs if (maker := v.producer()) is not None]
         return None
 
     def _by_origins(self, kernel: ir.Node) -> ir.Node | None:
-        """Where names are lost on both sides (unnamed nodes that onnxruntime runs channels last, one after another):
-        the node that reads all that the kernel reads, as made by kernels that were found before it."""
-        found: list[ir.Node] | None = None
+        """Return the node that reads all that the kernel reads, as computed by kernels that were matched before it.
+
+        Names are lost on both sides where onnxruntime runs unnamed nodes channels last, one after another.
+        """
+        candidates: list[ir.Node] | None = None
         for origin in self._origins(kernel):
             reached = self._reached(origin, kernel)
-            found = reached if found is None else [node for node in found if node in reached]
-        return found[0] if found else None
+            candidates = reached if candidates is None else [node for node in candidates if node in reached]
+        return candidates[0] if candidates else None
 
     def _origins(self, kernel: ir.Node) -> list[tuple[ir.Value, ...]]:
         todo, origins = [v for v in kernel.inputs if v is not None], list[tuple[ir.Value, ...]]()
@@ -150,18 +153,18 @@ class Match:
         return origins
 
     def _reached(self, origin: tuple[ir.Value, ...], kernel: ir.Node) -> list[ir.Node]:
-        """Nodes of the file that may have become a kernel, and read values with nothing but quantizers between."""
+        """Return nodes of the file that the kernel may run, and that read an origin directly or through quantizers."""
         todo, reached = list(origin), list[ir.Node]()
         while todo:
             for node in todo.pop(0).consumers():
-                if is_op(node, "QuantizeLinear", "DequantizeLinear") or is_moving(node):
+                if is_op(node, "QuantizeLinear", "DequantizeLinear") or is_ort_mover(node):
                     todo += node.outputs
                 elif _same(node, kernel) and node not in self._runs:
                     reached.append(node)
         return reached
 
     def _ends(self, kernel: ir.Node) -> list[str]:
-        """The first values behind a kernel that the file knows; not past another kernel."""
+        """Return the first values behind a kernel whose names the file has, without passing another kernel."""
         todo, ends = list(kernel.outputs), list[str]()
         while todo:
             value = todo.pop(0)
@@ -174,7 +177,7 @@ class Match:
         return ends
 
     def _starts(self, kernel: ir.Node) -> set[str]:
-        """The last activations in front of a kernel that the file knows."""
+        """Return the last values in front of a kernel whose names the file has."""
         todo, starts = [v for v in kernel.inputs if v is not None], set[str]()
         while todo:
             value = todo.pop(0)
@@ -186,7 +189,7 @@ class Match:
 
 
 def _same(node: ir.Node, kernel: ir.Node) -> bool:
-    """Whether a kernel can be what became of a node: the same operation, or one of its integer and fused forms."""
+    """Return whether a kernel can run a node: it is the same operation, or one of its integer and fused forms."""
     if kernel.op_type in (node.op_type, f"QLinear{node.op_type}"):
         return True
     return any(kernel.op_type in kernels and node.op_type in nodes for kernels, nodes in _FAMILIES)

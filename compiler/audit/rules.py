@@ -23,13 +23,13 @@ from .facts import (
     bias_of,
     bits_of,
     constant_scale,
+    group_quantizers,
     is_signed,
-    quantizers,
     stored_type,
     weight_axis,
     zero_point_of,
 )
-from .groups import PROPAGATING, Group, called, is_known, is_moving, per_channel, scale_of
+from .groups import PROPAGATING, FusionGroup, is_known, is_ort_mover, node_label, per_channel, scale_of
 from .rules_bias import bias_scale, bias_type, float_bias, product_and_sum
 from .rules_output import also_in_float, graph_output, no_output, two_scales
 
@@ -46,29 +46,29 @@ class Rule:
 
     id: str
     source: str
-    explain: Callable[[Group], Explanation | None]
+    explain: Callable[[FusionGroup], Explanation | None]
     broken: bool = False
 
 
-def first_explanation(group: Group, *, broken: bool = False) -> tuple[str, str, str] | None:
+def first_explanation(group: FusionGroup, *, broken: bool = False) -> tuple[str, str, str] | None:
     """Return (rule, reason, fix) of the first rule that explains a group, or None. `broken`: of those rules only."""
     for rule in RULES:
-        said = rule.explain(group) if rule.broken or not broken else None
-        if said is not None:
-            return (rule.id, *said)
+        explanation = rule.explain(group) if rule.broken or not broken else None
+        if explanation is not None:
+            return (rule.id, *explanation)
     return None
 
 
-def _block_matmul(group: Group) -> Explanation | None:
+def _block_matmul(group: FusionGroup) -> Explanation | None:
     if group.kernel != "MatMulNBits" or not activations(group) or activations(group)[0].dequantizer is None:
         return None
-    cause = next((said for rule in RULES[1:] if (said := rule.explain(group)) is not None), None)
-    why = "onnxruntime made it a MatMulNBits, which dequantizes the weight block by block"
-    hint = "quantize its output too, or write MatMulIntegerToFloat"
-    return (f"{why}, because {cause[0]}", cause[1]) if cause else (why, hint)
+    cause = next((found for rule in RULES[1:] if (found := rule.explain(group)) is not None), None)
+    reason = "onnxruntime made it a MatMulNBits, which dequantizes the weight block by block"
+    fix = "quantize its output too, or write MatMulIntegerToFloat"
+    return (f"{reason}, because {cause[0]}", cause[1]) if cause else (reason, fix)
 
 
-def _transposed(group: Group) -> Explanation | None:
+def _transposed(group: FusionGroup) -> Explanation | None:
     if not is_op(group.node, "ConvTranspose"):
         return None
     return (
@@ -77,8 +77,8 @@ def _transposed(group: Group) -> Explanation | None:
     )
 
 
-def _no_kernel(group: Group) -> Explanation | None:
-    if group.matrix or group.written or is_op(group.node, *FUSED) or is_moving(group.node):
+def _no_kernel(group: FusionGroup) -> Explanation | None:
+    if group.matrix or group.written or is_op(group.node, *FUSED) or is_ort_mover(group.node):
         return None
     mode = "" if not is_op(group.node, "Resize") else " in this mode"
     return (
@@ -87,7 +87,7 @@ def _no_kernel(group: Group) -> Explanation | None:
     )
 
 
-def _weight_only(group: Group) -> Explanation | None:
+def _weight_only(group: FusionGroup) -> Explanation | None:
     if not group.matrix or any(s.dequantizer is not None for s in activations(group)):
         return None
     weights = [s for s in group.data if s.dequantizer is not None]
@@ -100,7 +100,7 @@ def _weight_only(group: Group) -> Explanation | None:
     )
 
 
-def _float_input(group: Group) -> Explanation | None:
+def _float_input(group: FusionGroup) -> Explanation | None:
     if not group.matrix and not is_op(group.node, *FUSED):
         return None
     loose = next((s for s in group.data if s.dequantizer is None), None)
@@ -111,8 +111,8 @@ def _float_input(group: Group) -> Explanation | None:
     return f"its {kind} {x!r} does not come from a DequantizeLinear", f"quantize {x!r}, too"
 
 
-def _half(group: Group) -> Explanation | None:
-    for node in quantizers(group):
+def _half(group: FusionGroup) -> Explanation | None:
+    for node in group_quantizers(group):
         scale = scale_of(node)
         if scale.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             return (
@@ -122,7 +122,7 @@ def _half(group: Group) -> Explanation | None:
     return None
 
 
-def _narrow_weight(group: Group) -> Explanation | None:
+def _narrow_weight(group: FusionGroup) -> Explanation | None:
     for source in group.data:
         bits = 8 if source.dequantizer is None else bits_of(source.dequantizer)
         if bits < 8 and source.dequantizer is not None:
@@ -134,10 +134,10 @@ def _narrow_weight(group: Group) -> Explanation | None:
     return None
 
 
-def _wide(group: Group) -> Explanation | None:
-    if is_moving(group.node):
+def _wide(group: FusionGroup) -> Explanation | None:
+    if is_ort_mover(group.node):
         return None
-    for node in quantizers(group):
+    for node in group_quantizers(group):
         if bits_of(node) == 16:
             return (
                 f"{name_of(node.outputs[0])!r} is quantized to 16 bits ({stored_type(node).name}), kernels have 8",
@@ -146,10 +146,10 @@ def _wide(group: Group) -> Explanation | None:
     return None
 
 
-def _activation_per_channel(group: Group) -> Explanation | None:
-    if is_moving(group.node) or group.written:
+def _activation_per_channel(group: FusionGroup) -> Explanation | None:
+    if is_ort_mover(group.node) or group.written:
         return None
-    for node in quantizers(group, weights=False):
+    for node in group_quantizers(group, weights=False):
         if per_channel(node):
             return (
                 f"the scale {name_of(scale_of(node))!r} of an activation has one entry for each channel: onnxruntime "
@@ -159,27 +159,27 @@ def _activation_per_channel(group: Group) -> Explanation | None:
     return None
 
 
-def _axis_of_weight(group: Group) -> Explanation | None:
+def _axis_of_weight(group: FusionGroup) -> Explanation | None:
     axis = weight_axis(group)
     if axis is None or not group.matrix or (dq := group.data[1].dequantizer) is None or not per_channel(dq):
         return None
     rank = len(group.data[1].value.shape or dq.inputs[0].shape or ())  # type: ignore[union-attr]
-    given = dq.attributes["axis"].as_int() if "axis" in dq.attributes else 1
+    stored = dq.attributes["axis"].as_int() if "axis" in dq.attributes else 1
     blocked = "block_size" in dq.attributes and dq.attributes["block_size"].as_int() > 0
-    if not rank or group.data[1].moved or (given % rank == axis % rank and not blocked):
+    if not rank or group.data[1].moved or (stored % rank == axis % rank and not blocked):
         return None
     along = "in blocks along" if blocked else "along"
     return (
-        f"the weight's scale {name_of(scale_of(dq))!r} runs {along} axis {given}, the kernel takes it as one along "
+        f"the weight's scale {name_of(scale_of(dq))!r} runs {along} axis {stored}, the kernel takes it as one along "
         f"axis {axis % rank}: it fails or computes other numbers",
         f"quantize the weight along its output axis, {axis % rank}",
     )
 
 
-def _signed_run_time(group: Group) -> Explanation | None:
+def _signed_run_time(group: FusionGroup) -> Explanation | None:
     if not group.matrix:
         return None
-    for node in quantizers(group, weights=False):
+    for node in group_quantizers(group, weights=False):
         zero = zero_point_of(node)
         if is_signed(node) and zero is not None and not is_known(zero):
             return (
@@ -190,8 +190,8 @@ def _signed_run_time(group: Group) -> Explanation | None:
     return None
 
 
-def _mover_between(group: Group) -> Explanation | None:
-    """A lone quantizer is carried past a mover when its scale is constant, and the mover one of a few."""
+def _mover_between(group: FusionGroup) -> Explanation | None:
+    """onnxruntime carries a lone quantizer past a mover of PROPAGATING, and only if its scale is constant."""
     if not group.matrix and not is_op(group.node, *FUSED):
         return None
     for source in group.data:
@@ -203,7 +203,7 @@ def _mover_between(group: Group) -> Explanation | None:
             mover = odd or source.moved[0]
             reason = f"it is a {mover.op_type}" if odd is not None else "its scale is known at run time only"
             return (
-                f"{mover.op_type} ({called(mover)!r}) lies between it and its DequantizeLinear, which onnxruntime "
+                f"{mover.op_type} ({node_label(mover)!r}) lies between it and its DequantizeLinear, which onnxruntime "
                 f"does not carry past it: {reason}",
                 f"put QuantizeLinear and DequantizeLinear behind the {mover.op_type}",
             )
@@ -213,27 +213,27 @@ def _mover_between(group: Group) -> Explanation | None:
     odd = next((node for node in behind if not is_op(node, *PROPAGATING)), None)
     if odd is not None:
         return (
-            f"{odd.op_type} ({called(odd)!r}) lies between it and its QuantizeLinear, which onnxruntime does not carry "
-            "past it",
+            f"{odd.op_type} ({node_label(odd)!r}) lies between it and its QuantizeLinear, which onnxruntime does not "
+            "carry past it",
             f"put QuantizeLinear and DequantizeLinear in front of the {odd.op_type}",
         )
     return None
 
 
-def _scaled_sum(group: Group) -> Explanation | None:
-    """Measured: QGemm knows alpha and transA, but with a bias alpha must be 1, and beta always."""
+def _scaled_sum(group: FusionGroup) -> Explanation | None:
+    """Measured: QGemm has alpha and transA, but with a bias alpha must be 1; beta must be 1 always."""
     if not is_op(group.node, "Gemm") or bias_of(group) is None:
         return None
     values = {n: group.node.attributes[n].as_float() for n in ("alpha", "beta") if n in group.node.attributes}
     odd = {name: value for name, value in values.items() if value != 1.0}
     if not odd:
         return None
-    said = ", ".join(f"{name} is {value:g}" for name, value in odd.items())
-    return f"{said}, and an integer Gemm adds its bias as it is", "multiply these factors into the weight and the bias"
+    text = ", ".join(f"{name} is {value:g}" for name, value in odd.items())
+    return f"{text}, and an integer Gemm adds its bias as it is", "multiply these factors into the weight and the bias"
 
 
-def _moved_scales(group: Group) -> Explanation | None:
-    if not is_moving(group.node) or not group.data or group.data[0].dequantizer is None:
+def _moved_scales(group: FusionGroup) -> Explanation | None:
+    if not is_ort_mover(group.node) or not group.data or group.data[0].dequantizer is None:
         return None
     first = group.data[0].dequantizer
     for last, _ in group.readers.quantizers:

@@ -13,7 +13,7 @@ from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, seal_b
 from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.bundle.ranges import RANGES
 
-from ..audit.kernels import audit
+from ..audit.kernels import audit_kernels
 from ..core.program import Program
 from ..graph import weight_store as store
 from ..graph.nodes import counts, name_of, numpy_of
@@ -78,7 +78,7 @@ def write_bundle(
     if program.fx_text is not None:
         write_text(bundle / "passes" / "000_fx.txt", program.fx_text)
     source_layers = list(layers((program.float_model or program.model).graph))
-    kernels = audit(bundle / MODEL, source_layers, work, threads=threads).to_json(islands if quantized else {})
+    kernels = audit_kernels(bundle / MODEL, source_layers, work, threads=threads).to_json(islands if quantized else {})
     manifest = {
         **facts,
         "source": source,

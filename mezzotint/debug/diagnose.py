@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.audit.side_by_side import Beside, put_beside
+from mezzotint.compiler.audit.side_by_side import SideBySide, put_side_by_side
 from mezzotint.compiler.core.execute import Executor, feeds
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
@@ -140,7 +140,7 @@ def diagnose(
     with tempfile.TemporaryDirectory() as work:
         context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads, conditions=rows)
         program = replayed(float_model.program(context.folder), recipe, context)
-        compared = put_beside(program, bundle.model_path)
+        compared = put_side_by_side(program, bundle.model_path)
         if not compared.groups:
             raise InputError(
                 "no layer of the bundle is quantized and has a float layer of the same name in the reference",
@@ -201,7 +201,7 @@ def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:
 class _Bench:
     """The session, a context manager. `switched` are the layers to quantize in the next call, `values` its taps."""
 
-    def __init__(self, compared: Beside, program: Program, context: Context) -> None:
+    def __init__(self, compared: SideBySide, program: Program, context: Context) -> None:
         self.groups, self._signature = compared.groups, program.signature
         self.taps = {name: group.taps for name, group in compared.groups.items()}
         taps = list(dict.fromkeys(tap for names in self.taps.values() for tap in names))
@@ -272,7 +272,7 @@ class _Probe:
         """Add the facts of every layer from the float call that just ran."""
         values = self.bench.values
         for name, group in self.bench.groups.items():
-            facts = {fact: float(np.max(values[tap])) for fact, tap in group.facts.items()}
+            facts = {fact: float(np.max(values[tap])) for fact, tap in group.measurements.items()}
             parts = [float(values[high] - values[low]) for low, high in group.parts]
             self.facts[name].add(call, facts, parts)
 
@@ -283,7 +283,7 @@ class _Probe:
         finally:
             self.bench.switched = ()
 
-    def diagnosis(self, compared: Beside, recipe: Recipe, same_weights: bool) -> Diagnosis:
+    def diagnosis(self, compared: SideBySide, recipe: Recipe, same_weights: bool) -> Diagnosis:
         manifest = self.bundle.manifest
         noise = {name: sum(cost.noise().values()) for name, cost in self.costs.items()}
         everything = sum(noise.values())

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
 
-from mezzotint.compiler.audit.side_by_side import FACTS, Beside, put_beside
+from mezzotint.compiler.audit.side_by_side import MEASUREMENTS, SideBySide, put_side_by_side
 from mezzotint.compiler.core.execute import Executor, feeds
 from mezzotint.compiler.core.pipeline import GraphPass
 from mezzotint.compiler.core.program import Program
@@ -40,11 +39,11 @@ def x() -> Floats:
     return np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
 
 
-def run(found: Beside, program: Program, x: Floats, folder: Path, *switched: str) -> dict[str, npt.NDArray[np.float32]]:
-    taps = [tap for group in found.groups.values() for tap in group.taps]
+def run(found: SideBySide, program: Program, x: Floats, folder: Path, *switched: str) -> dict[str, Floats]:
+    taps = [tap for layer in found.layers.values() for tap in layer.taps]
     with Executor(found.model, folder, taps=taps, threads=THREADS, level="basic") as executor:
         given = feeds(executor.inputs, program.signature, x, T)
-        return executor.run({**given, **{found.groups[name].switch: np.array(True) for name in switched}})
+        return executor.run({**given, **{found.layers[name].switch: np.array(True) for name in switched}})
 
 
 class TestBothForms:
@@ -52,12 +51,12 @@ class TestBothForms:
         self, hand: Compiled, program: Program, x: Floats, tmp_path: Path
     ) -> None:
         before = digest(program.model)
-        found = put_beside(program, hand.bundle.model_path)
+        found = put_side_by_side(program, hand.bundle.model_path)
         signature = hand.bundle.signature
         exact = Denoiser(hand.exported, signature, threads=THREADS)(x, T)
         shipped = hand.bundle.denoiser(THREADS)(x, T)
         off, one, both = (
-            run(found, program, x, tmp_path, *names)[signature.output] for names in ((), ("second",), found.groups)
+            run(found, program, x, tmp_path, *names)[signature.output] for names in ((), ("second",), found.layers)
         )
 
         assert digest(program.model) == before
@@ -69,9 +68,9 @@ class TestBothForms:
     def test_what_is_told_is_what_the_values_say(
         self, hand: Compiled, program: Program, x: Floats, tmp_path: Path
     ) -> None:
-        found = put_beside(program, hand.bundle.model_path)
+        found = put_side_by_side(program, hand.bundle.model_path)
         told = run(found, program, x, tmp_path)
-        group = found.groups["second"]
+        group = found.layers["second"]
         values = ["h1.act", "h1.act_dequantized", "h2", "h2_dequantized"]
         model = onnx.load(hand.bundle.model_path)
         kinds = {name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in values}
@@ -86,9 +85,9 @@ class TestBothForms:
         _, seen, made = session.run(["y", "h1.act_dequantized", "h2_dequantized"], feed)
 
         def of(fact: str) -> float:
-            return float(told[group.facts[fact]])
+            return float(told[group.measurements[fact]])
 
-        assert set(group.facts) == set(FACTS) and all(told[tap].size == 1 for tap in group.taps)
+        assert set(group.measurements) == set(MEASUREMENTS) and all(told[tap].size == 1 for tap in group.taps)
         assert of("signal") == pytest.approx(np.sum(exact["h2"] ** 2), rel=1e-4)
         assert of("noise") == pytest.approx(np.sum((made - exact["h2"]) ** 2), rel=1e-2)
         assert of("x_signal") == pytest.approx(np.sum(exact["h1.act"] ** 2), rel=1e-4)
@@ -104,6 +103,6 @@ class TestBothForms:
         next(node for node in model.graph.node if node.name == "second").name = "other"
         onnx.save(model, tmp_path / "renamed.onnx")
 
-        found = put_beside(program, tmp_path / "renamed.onnx")
-        assert list(found.groups) == ["third"]
+        found = put_side_by_side(program, tmp_path / "renamed.onnx")
+        assert list(found.layers) == ["third"]
         assert found.unknown == {"second": "the bundle has no node of this name"}

@@ -18,7 +18,7 @@ from mezzotint import compile_model, doctor
 from mezzotint.bench import bench, peers
 from mezzotint.bench.pairs import Latency, Ratio, paired_run, ratio, unseen_seed
 from mezzotint.bench.trace import GROUPS, INTEGER_GROUP, Breakdown, group_of, read_trace
-from mezzotint.compiler.audit.kernels import audit
+from mezzotint.compiler.audit.kernels import audit_kernels
 from mezzotint.compiler.errors import OutputError
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
@@ -38,7 +38,7 @@ def measured(hand: Compiled) -> bench.Bench:
 def built_operations(bundle: Bundle, folder: Path) -> Counter[str]:
     """The operations of the graph that onnxruntime built, from the file that it saved: not from the profiler."""
     found: Counter[str] = Counter()
-    for op, count in audit(bundle.model_path, [], folder, threads=THREADS).operations.items():
+    for op, count in audit_kernels(bundle.model_path, [], folder, threads=THREADS).operations.items():
         found[op.rpartition(".")[2]] += count
     return found
 

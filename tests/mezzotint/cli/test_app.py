@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from mezzotint import __version__, open_bundle
 from mezzotint.cli.options import plain_warnings
-from mezzotint.compiler.audit.kernels import audit
+from mezzotint.compiler.audit.kernels import audit_kernels
 from mezzotint.compiler.errors import CompileError, OutputError
 from mezzotint.io.settings import parse_output, parse_roles, parse_settings, parse_size
 from mezzotint.passes.recipes.catalog import DEFAULT, RECIPES
@@ -537,10 +537,10 @@ class TestAccidents:
     def test_a_disk_that_is_full_for_onnxruntime(self, hand: Compiled, tmp_path: Path) -> None:
         """It writes a graph too, and would speak of a model that it cannot open."""
         with pytest.raises(OutputError, match="the disk is full") as caught:
-            audit(hand.bundle.model_path, [], tmp_path / "gone")
+            audit_kernels(hand.bundle.model_path, [], tmp_path / "gone")
         assert caught.value.hint
         with pytest.raises(InputError, match="cannot open the model"):
-            audit(tmp_path / "gone.onnx", [], tmp_path)
+            audit_kernels(tmp_path / "gone.onnx", [], tmp_path)
 
     def test_a_kill(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
         target = Path(shutil.copytree(hand.bundle.path, tmp_path / "bundle"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from mezzotint.compiler.audit.kernels import audit
+from mezzotint.compiler.audit.kernels import audit_kernels
 from mezzotint.compiler.graph.ops import Layer
 from mezzotint.runtime.session import running_version
 from tests.helpers.groups import CONV, W, X, Y, write_groups
@@ -73,14 +73,16 @@ def test_refusals(cli: Cli, tmp_path: Path, name: str, words: str) -> None:
 
 def test_the_manifest_says_why(faulty: Path, tmp_path: Path) -> None:
     """A layer that onnxruntime left in float has the rule's reason and fix; an island its own reason."""
-    known = audit(faulty, [], tmp_path, threads=1)
+    known = audit_kernels(faulty, [], tmp_path, threads=1)
     node = next(node for node in ir.load(faulty).graph if node.op_type == "Conv")
     layer = Layer(node, "conv", (), None, None, None, None, node.outputs[0])
-    found = audit(faulty, [layer], tmp_path, threads=1)
+    found = audit_kernels(faulty, [layer], tmp_path, threads=1)
     row = found.to_json({})["layers"]["node"]
     assert (row["kernel"], row["integer"]) == ("Conv", False)
     verdict = known.fusion.failed[0]
     assert row["why"] == f"{verdict.why} ({verdict.fix})"
     assert found.to_json({"node": "told so"})["layers"]["node"]["why"] == "told so"
-    gone = audit(write_groups(tmp_path, "y = Exp (x)"), [layer], tmp_path, threads=1).to_json({})["layers"]["node"]
+    gone = audit_kernels(write_groups(tmp_path, "y = Exp (x)"), [layer], tmp_path, threads=1).to_json({})["layers"][
+        "node"
+    ]
     assert gone == {"kernel": "unknown", "integer": False, "why": "the file has no such node any more"}
