@@ -34,7 +34,7 @@ class Suggestion:
 
 @dataclass
 class Facts:
-    """Measurements of a layer at each call (MEASUREMENTS of compiler/audit/side_by_side.py); widths of its input's parts."""
+    """Measurements of a layer at each call (MEASUREMENTS of audit/side_by_side.py); widths of its input's parts."""
 
     calls: dict[int, Mapping[str, float]] = field(default_factory=dict)
     parts: list[float] = field(default_factory=list)
