@@ -141,7 +141,7 @@ def diagnose(
         context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads, conditions=rows)
         program = replayed(float_model.program(context.folder), recipe, context)
         compared = put_side_by_side(program, bundle.model_path)
-        if not compared.groups:
+        if not compared.layers:
             raise InputError(
                 "no layer of the bundle is quantized and has a float layer of the same name in the reference",
                 where=str(bundle.path),
@@ -202,8 +202,8 @@ class _Bench:
     """The session, a context manager. `switched` are the layers to quantize in the next call, `values` its taps."""
 
     def __init__(self, compared: SideBySide, program: Program, context: Context) -> None:
-        self.groups, self._signature = compared.groups, program.signature
-        self.taps = {name: group.taps for name, group in compared.groups.items()}
+        self.groups, self._signature = compared.layers, program.signature
+        self.taps = {name: group.taps for name, group in compared.layers.items()}
         taps = list(dict.fromkeys(tap for names in self.taps.values() for tap in names))
         # Fusion on a tapped quantized graph might select kernels that the bundle does not use.
         self._executor = Executor(compared.model, context.folder, taps=taps, threads=context.threads, level="basic")
@@ -292,7 +292,7 @@ class _Probe:
         layers = []
         for name in sorted(noise, key=lambda name: -noise[name]):
             facts, share = self.facts[name], noise[name] / everything if everything else 0.0
-            weight = compared.groups[name].weight
+            weight = compared.layers[name].weight
             width = bits.get(weight, FULL_BITS) if weight else None
             suggestion = suggest(name, facts, share, recipe, width)
             kernel = kernels.get(name, {}).get("kernel", "unknown")
