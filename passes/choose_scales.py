@@ -1,12 +1,13 @@
-"""choose_scales: a quantizer for every site, from measured ranges and from the weights themselves.
+"""choose_scales: choose a quantizer for each activation from its measured range, and for each weight from its values.
 
-Activations (uint8, per tensor) from the summaries of observe, by `minmax`, `percentile` or `mse`
-(compiler/scales/ranges.py has the formulas).
-
-Weights (int8, symmetric, per output channel) from the tensor: `minmax`, or `mse`, the same search on |w| per channel
-(compiler/scales/weights.py).
+- Activations (uint8, per tensor): from the summaries of observe, by `minmax`, `percentile` or `mse`
+  (compiler/scales/ranges.py has the formulas).
+- Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
+  channel (compiler/scales/weights.py).
 
 Every range contains 0.
+
+Errors: StatsError if the graph changed after observe, or a value was not measured.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from mezzotint.compiler.scales.weights import WeightMethod, weight_format, weigh
 
 @dataclass(frozen=True)
 class ChooseScales(Pass):
-    """`activations` and `weights` are the methods; `percentile` is in percent and used by that method only.
+    """Static quantizers: the methods and the widths.
 
-    `weight_bits`: 2 and 4 are what the file spends on them, too; 3 are stored in 4, and 5 to 7 in 8.
+    - `activations`, `weights`: the methods.
+    - `percentile`: in percent; used by the method `percentile` only.
+    - `activation_bits`, `weight_bits`: widths in bits. The file stores weights of 2 bits in 2, of 3 and 4 bits in 4,
+      and of 5 to 8 bits in 8.
     """
 
     activations: RangeMethod = "percentile"
@@ -68,7 +72,7 @@ class ChooseScales(Pass):
         return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
 
     def _add_weight(self, quantizers: dict[Site, Quantizer], layer: Layer, fmt: Format) -> None:
-        """One quantizer for a weight; a layer that shares it along another axis gets its own view."""
+        """Add one quantizer for a weight; a layer that shares the weight along another axis gets its own."""
         site = Site(name_of(layer.weight))
         shared = quantizers.get(site)
         if shared is None:

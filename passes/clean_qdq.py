@@ -1,11 +1,12 @@
-"""clean_qdq: fewer quantizers, the same numbers.
+"""clean_qdq: remove quantizers that change no number.
 
-1. Q(move(x)) -> move(Q(x)): a Transpose, Reshape or nearest Resize whose only readers quantize it with one quantizer
-   works on 8-bit data instead, a quarter of the bytes (a per-tensor quantizer does not see where a value lies).
-2. Q(DQ(q)) with the same parameters is q.
-3. DequantizeLinear nodes with equal inputs are one.
-4. Shape(DQ(q)) is Shape(q): onnxruntime gives every reader of a DQ one of its own, and would compute a whole feature
-   map for its size.
+1. Q(move(x)) -> move(Q(x)), where all readers of a Transpose, Reshape or nearest Resize quantize it with the same
+   per-tensor quantizer. The data mover then works on 8-bit data, a quarter of the bytes. A per-tensor quantizer does
+   not depend on the position of a value; a per-channel one does and stays.
+2. Q(DQ(q)) -> q, where both have the same scale and zero point.
+3. Q and DQ nodes with the same inputs become one node.
+4. Shape(DQ(q)) -> Shape(q). onnxruntime copies a DQ for each of its readers, and would dequantize a whole feature map
+   only to read its size.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from mezzotint.compiler.graph.ops import is_mover
 
 @dataclass(frozen=True)
 class CleanQdq(Pass):
-    """See the module's docstring for the cases."""
+    """It has no options; the cases are numbered in the module's docstring."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
 
     def run(self, program: Program, context: Context) -> Program:
         graph = program.graph
         names = Names(graph)
-        moved = _hoist_until_still(graph, names)
-        undone = _drop_round_trips(graph)
-        merged = _merge_equal(graph)
-        measured = _measure_integers(graph)
+        moved = _hoist_until_still(graph, names)  # case 1
+        undone = _drop_round_trips(graph)  # case 2
+        merged = _merge_equal(graph)  # case 3
+        measured = _measure_integers(graph)  # case 4
         make_scalars(graph)
         remove_dead(graph)
         return program.noted(
@@ -51,7 +52,7 @@ def _hoist_until_still(graph: ir.Graph, names: Names) -> int:
 
 
 def _same_parameters(a: ir.Node, b: ir.Node) -> bool:
-    """Whether two Q or DQ nodes use the same scale and zero point values (per tensor ones, or the same values)."""
+    """Return whether two Q or DQ nodes have the same scale and zero point: the same values, or equal scalars."""
     return all(x is y or _equal_scalars(x, y) for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True))
 
 
@@ -72,7 +73,7 @@ def _hoist(graph: ir.Graph, names: Names, mover: ir.Node) -> bool:
         return False
     scale, zero = first.inputs[1], first.inputs[2]
     if scale is None or zero is None or scale.shape is None or list(scale.shape) not in ([], [1]):
-        return False  # a per-channel quantizer does see where a value lies
+        return False  # a per-channel quantizer depends on the position of a value
     integer = first.outputs[0].dtype
     build = Builder(graph, names, mover)
     early = build.op("QuantizeLinear", [source, scale, zero], f"{name_of(source)}_early", like=source, dtype=integer)
@@ -112,7 +113,7 @@ def _measure_integers(graph: ir.Graph) -> int:
 
 
 def _identity(value: ir.Value | None) -> object:
-    """What makes two parameters the same: the value itself, or equal scalars stored twice."""
+    """Return a key that equal parameters share: the value itself, or the contents of a scalar that is stored twice."""
     tensor = None if value is None else value.const_value
     return (tensor.dtype, tensor.tobytes()) if tensor is not None and tensor.size == 1 else value
 

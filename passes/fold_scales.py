@@ -1,14 +1,16 @@
-"""fold_scales: a number that multiplies what a layer computed moves into its weights.
+"""fold_scales: move constant factors behind a layer into its weights.
 
-    Mul(move(layer(x, w, b)), c)  ->  move(layer(x, c w, c b))
+1. A scalar factor, with only data movers between it and the layer:
 
-Exported attention multiplies queries and keys by the fourth root of 1 / width each, behind the Transposes that sort
-them into heads. Folded, two passes over the activations are gone, and what is left between layer and matmul only moves
-data, so that clean_qdq can let it move 8-bit values.
+       Mul(move(layer(x, w, b)), c)  ->  move(layer(x, c w, c b))
 
-    Transpose(x) -> Reshape(x)  where only dimensions of size 1 change their places
+   Exported attention multiplies queries and keys by the fourth root of 1 / width each, behind the Transposes that
+   split them into heads. Folding saves two passes over the activations. Only data movers remain between layer and
+   matmul, so clean_qdq can make them move 8-bit values.
 
-(attention with one head): a Transpose copies, a Reshape does not.
+2. A Transpose that only moves dimensions of size 1 (attention with one head), because a Reshape does not copy:
+
+       Transpose(x)  ->  Reshape(x)
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from mezzotint.compiler.graph.ops import Layer, is_mover, layers
 
 @dataclass(frozen=True)
 class FoldScales(GraphPass):
-    """See the module's docstring for the cases."""
+    """It has no options; the cases are numbered in the module's docstring."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"normal"})
     tolerance: ClassVar[float | None] = 1e-4  # products are rounded in another order
@@ -46,6 +48,7 @@ class FoldScales(GraphPass):
         graph = program.graph
         names = Names(graph)
         by_output = {layer.output: layer for layer in layers(graph) if layer.weight is not None}
+        # Cases 1 and 2.
         folded = sum(_fold(graph, names, node, by_output) for node in list(graph) if is_op(node, "Mul"))
         turned = sum(_reshape(graph, names, node) for node in list(graph) if is_op(node, "Transpose"))
         remove_dead(graph)
@@ -74,7 +77,7 @@ def _fold(graph: ir.Graph, names: Names, mul: ir.Node, by_output: dict[ir.Value,
 
 
 def _layer_behind(value: ir.Value, by_output: dict[ir.Value, Layer]) -> Layer | None:
-    """The layer whose output a value is, seen through data movers, when nobody else reads anything on the way."""
+    """Return the layer that computes a value, seen through data movers; None if a value on the way has two readers."""
     if len(consumers(value)) != 1 or value.is_graph_output():
         return None
     if value in by_output:
@@ -92,7 +95,7 @@ def _reshape(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
     order = list(node.attributes["perm"].as_ints())
     if [d for d in order if x.shape[d] != 1] != sorted(d for d in order if x.shape[d] != 1):
         return False
-    # 0 copies the size at the same place; of the sizes that are unknown and move, one can be left to -1.
+    # In a Reshape 0 copies the size of the same dimension. Of the unknown sizes that move, -1 can stand for one.
     sizes = [0 if d == place else (n if isinstance(n := x.shape[d], int) else -1) for place, d in enumerate(order)]
     if sizes.count(-1) > 1:
         return False

@@ -1,11 +1,12 @@
-"""fold_time: what is added after a convolution and depends on the timestep only moves into its bias.
+"""fold_time: move additions that depend only on the timestep into the bias of the convolution before them.
 
     Conv(x, w, b) + table[row]  ->  Conv(x, w, (b + table)[row])
 
-The time embedding of a ResBlock is such a table once freeze_time ran. An integer convolution gathers its int32 bias row
-anyway once its scales are tables, so the addition, a pass over the whole feature map, disappears from the graph.
-Needs the `integer` or the `premul` lowering: a QDQ convolution whose bias is not constant would stay in float. A
-convolution that is an island gets its addition back in the end (compiler/lowering/layout.py).
+After freeze_time the time embedding of a ResBlock is such a table. An integer convolution with tables of scales gathers
+a row of its int32 bias in any case, so the addition, one pass over the whole feature map, disappears from the graph.
+
+The pass needs the lowering `integer` or `premul`: with `qdq` a convolution whose bias is not constant would stay in
+float. A convolution that stays in float as an island gets its addition back at the end (compiler/lowering/layout.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from mezzotint.compiler.graph.topology import time_branch
 
 @dataclass(frozen=True)
 class FoldTime(GraphPass):
-    """Rewrites Conv -> Add(row of a table) where nobody else reads the convolution."""
+    """It has no options. Only convolutions whose output has no other reader are rewritten."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"frozen"})
     tolerance: ClassVar[float | None] = 1e-4  # the bias is added in another order

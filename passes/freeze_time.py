@@ -1,14 +1,15 @@
-"""freeze_time: what depends on the timestep only becomes a table over the deployed timesteps.
+"""freeze_time: replace everything that depends only on the timestep by tables over the deployed timesteps.
 
-TFMQ-DM (arXiv 2311.16503) and its journal version observe that the time embedding and every block's projection of it
-have a finite input set. Here the whole branch is found by taint analysis over the graph, evaluated in float32 once for
-each deployed timestep, and replaced by rows:
+Source: TFMQ-DM (arXiv 2311.16503) and its journal version, which observe that the time embedding and each block's
+projection of it have a finite set of inputs. Here the whole branch is found by taint analysis over the graph, evaluated
+in float32 once for each deployed timestep, and replaced by rows:
 
     row = nearest[clip(timestep[0], 0, num_train - 1)]       [num_train] integers -> one row index, shape [1]
     value = table[row]                                       [rows, ...] -> [1, ...], broadcast over the batch
 
-Parts that also depend on a class or a prompt stay. In plain onnxruntime a timestep outside the table takes the
-nearest row; Mezzotint's runtime refuses it. The time layers leave the graph, and with them their quantization error.
+Values that also depend on a class or a prompt stay in the graph. For a timestep outside the table plain onnxruntime
+takes the nearest row; Mezzotint's runtime refuses it. The time layers leave the graph, and their quantization error
+with them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
 
 @dataclass(frozen=True)
 class FreezeTime(GraphPass):
-    """Replaces the time branch by tables; a model whose timestep nobody reads is left as it is."""
+    """It has no options. A model in which nothing depends on the timestep alone stays as it is."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"normal"})
     gives: ClassVar[frozenset[str]] = frozenset({"frozen"})
@@ -47,7 +48,7 @@ class FreezeTime(GraphPass):
             return program.noted("nothing depends on the timestep alone")
         rows = deployed_rows(program)
         tables = _evaluate(program, frontier, rows, context)
-        # An open first dimension that is not the batch (a flattened [batch * k]) is left to the graph.
+        # A value whose open first dimension is not the batch (a flattened [batch * k]) stays in the graph.
         frontier = [v for v in frontier if not _open(v) or tables[name_of(v)].shape[1] == (program.fixed_batch or 1)]
         graph = program.graph
         names = Names(graph)
@@ -71,7 +72,7 @@ def _open(value: ir.Value) -> bool:
 def _evaluate(
     program: Program, frontier: list[ir.Value], rows: tuple[Timestep, ...], context: Context
 ) -> dict[str, npt.NDArray[Any]]:
-    """The frontier's values at each deployed timestep, `[rows, ...]` without the batch."""
+    """Return the frontier's values at each deployed timestep, `[rows, ...]`."""
     branch = ir.convenience.extract(program.graph, list(program.graph.inputs), [name_of(v) for v in frontier])
     model = ir.Model(branch, ir_version=program.model.ir_version)
     batch = program.fixed_batch or 1
@@ -85,13 +86,13 @@ def _evaluate(
         for name, value in program.conditions().items()
         if value.dtype is not None
     }
-    found: dict[str, list[npt.NDArray[Any]]] = {name_of(v): [] for v in frontier}
+    values: dict[str, list[npt.NDArray[Any]]] = {name_of(v): [] for v in frontier}
     with Executor(model, context.folder, threads=context.threads) as executor:
         for i, t in enumerate(rows):
             for name, array in executor.call(program.signature, x, t, conditions).items():
-                found[name].append(array)
+                values[name].append(array)
             context.progress("freeze_time", i + 1, len(rows))
-    return {name: np.stack(arrays) for name, arrays in found.items()}
+    return {name: np.stack(arrays) for name, arrays in values.items()}
 
 
 def _replace(
@@ -102,10 +103,10 @@ def _replace(
     table: npt.NDArray[Any],
     row: ir.Value,
 ) -> None:
-    """Let the readers of a frontier value read its row instead."""
+    """Make the readers of a frontier value read its table's row instead."""
     batched = _open(value)
     stem = name_of(value)
-    # [rows, 1, ...] of a batched value: its own batch of 1 goes, and the gathered row takes its place.
+    # The table of a batched value is [rows, 1, ...]: its batch of 1 is dropped, the gathered row has one again.
     data = table[:, 0] if batched else table
     shape = [1, *data.shape[1:]]
     gathered = build.op(
@@ -133,7 +134,7 @@ def _replace(
 
 
 def _expanded(build: Builder, program: Program, gathered: ir.Value, value: ir.Value) -> ir.Value:
-    """The row repeated over the batch, for readers that do not broadcast."""
+    """Return the row repeated over the batch, for readers that do not broadcast."""
     sample = next(v for v in program.graph.inputs if name_of(v) == program.signature.sample)
     stem, int64 = name_of(value), ir.DataType.INT64
     sizes = build.op("Shape", [sample], f"{stem}_sizes", dtype=int64, shape=[4])  # `start` and `end` are of opset 15

@@ -1,14 +1,15 @@
-"""group_steps: which network calls share one row of the scale tables.
+"""group_steps: choose which network calls share one row of the scale tables.
 
-Contiguous groups of calls, chosen by dynamic programming on the expected quantization error. For a value v and a call k
-with range R_vk and mean square P_vk, quantizing call k with the range of a group costs (R_vg / n)^2 / 12 where
-R_vg = max over the group, relative to P_vk; a group costs
+The groups are contiguous and minimise the expected quantization error. For a value v and a call k with range R_vk and
+mean square P_vk, quantizing with the range of the call's group g costs (R_vg / n)^2 / 12 relative to P_vk, where n is
+the number of steps of the grid and R_vg the largest range of the group. Up to a constant, the group of calls i to j
+costs
 
     C(i, j) = sum_v sum_{k in i..j} (max_{l in i..j} R_vl)^2 / P_vk
 
-and the cheapest way to cut T calls into G groups is found exactly in O(T^2 G). (TDQ, arXiv 2306.02316, has one
-interval for each step; few groups are as good and smaller.) `even` cuts into equal groups, `each` gives every call its
-own.
+Dynamic programming (`dp`) finds the cheapest cut of T calls into G groups exactly, in O(T^2 G). `even` cuts into groups
+of equal size, and `each` gives every call its own row. TDQ (arXiv 2306.02316) has one interval for each step; a few
+groups are as good and smaller.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from mezzotint.compiler.scales.ranges import check_percentile, range_of
 
 @dataclass(frozen=True)
 class GroupSteps(Pass):
-    """`groups` rows at most; needs statistics of every call (observe.groups = 0)."""
+    """Groups of network calls, for the rows of the scale tables.
+
+    - `method`: `dp`, `even` or `each`.
+    - `groups`: the largest number of rows.
+    - `percentile`: in percent; the range R of a call.
+
+    The pass needs statistics of each call (`observe.groups` = 0).
+    """
 
     method: Literal["dp", "even", "each"] = "dp"
     groups: int = 10
@@ -62,7 +70,7 @@ class GroupSteps(Pass):
         return cheapest_cut(*self._ranges_and_powers(stats, calls), count)
 
     def _ranges_and_powers(self, stats: Stats, calls: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Widths of the ranges and mean squares, both `[values, calls]`."""
+        """Return (widths of the ranges, mean squares), both `[values, calls]`."""
         names = list(stats.values())
         widths, powers = np.ones((len(names), calls)), np.ones((len(names), calls))
         for v, name in enumerate(names):
@@ -75,7 +83,7 @@ class GroupSteps(Pass):
 
 
 def cheapest_cut(widths: npt.NDArray[np.float64], powers: npt.NDArray[np.float64], groups: int) -> tuple[int, ...]:
-    """The group of each call, `groups` of them, contiguous, with the least total cost (see the module's docstring)."""
+    """Return the group of each call: `groups` contiguous groups of least total cost (see the module's docstring)."""
     calls = widths.shape[1]
     cost = np.full((calls, calls), np.inf)
     for first in range(calls):

@@ -1,18 +1,31 @@
-"""insert_qdq: the plan becomes QuantizeLinear and DequantizeLinear nodes, once.
+"""insert_qdq: write the plan into the graph as QuantizeLinear (Q) and DequantizeLinear (DQ) nodes.
 
-Around every layer that is not an island:
+Each layer that is not an island is rewritten by its kind:
 
-    x -> Q -> DQ -> layer(., w -> Q -> DQ, bias)                     linear and attention layers
-    x -> Q -> DQ -> Conv(., w -> Q -> DQ, bias) -> Q -> DQ -> all readers
+1. linear and attention layers:
 
-Output policy: an integer convolution exists only when its output is quantized, with one quantizer, and when nobody
-reads the raw output; so every reader, in float too, reads behind the same DequantizeLinear. Matmuls accumulate in
-int32 and leave in float, so their outputs are not quantized. A format of fewer than 8 bits is simulated on the same
-kernels: a Clip behind Q keeps its integers inside the narrower grid. A Clip ends all rows of a weight alike, so where
-assign_bits gave rows widths of their own, Q reads a copy of the weight that is cut off at each row's ends.
+       x -> Q -> DQ -> layer(., w -> Q -> DQ, bias)
 
-Islands are kept in float on purpose and listed; compiler/core/islands.py has the roles, and the plan may hold some with
-their reasons (assign_bits). A layer without a plan, and everything that cannot be an integer kernel, is listed too.
+2. convolutions, whose output is quantized as well:
+
+       x -> Q -> DQ -> Conv(., w -> Q -> DQ, bias) -> Q -> DQ -> all readers
+
+3. A value whose readers use one quantizer gets one Q/DQ pair, shared by all of them. A reader of a convolution's output
+   that uses the quantizer of case 2 needs no pair of its own.
+4. Formats of fewer than 8 bits are simulated on the 8-bit kernels: a Clip behind Q keeps the integers inside the
+   narrower grid.
+5. Weights whose rows have different widths (assign_bits): a Clip has the same ends for all rows, so Q reads a copy of
+   the weight that is clipped at the ends of each row's grid.
+
+onnxruntime has an integer convolution only if the output is quantized with one quantizer and nothing reads the raw
+output. So all readers in case 2, those in float too, read behind the same DQ. Matmuls accumulate in int32 and return
+float, so their outputs are not quantized.
+
+The plan's list of islands gets every layer that stays in float, with the reason: the roles and patterns of `islands`
+(compiler/core/islands.py), the islands that the plan already has (assign_bits), layers without a quantizer in the plan,
+and operators without an integer kernel.
+
+Errors: RecipeError if the lowering cannot express the plan's tables.
 """
 
 from __future__ import annotations
@@ -51,11 +64,12 @@ STORED_BITS = 8  # every format is stored in whole bytes
 
 @dataclass(frozen=True)
 class InsertQdq(Pass):
-    """`islands` are roles or patterns of node names (as in a shell: `*`, `?`) that stay in float.
+    """The quantized graph: which layers stay in float, and the form for the target.
 
-    `lowering` is the spelling that the target gets: `qdq` (portable, static), `integer` (onnxruntime's integer
-    operations with gathered scales and biases) or `premul` (tables, too, for providers that demand constant scales and
-    zero points: the timestep is in float Muls around them).
+    - `islands`: roles, or patterns of node names (as in a shell: `*`, `?`), of the layers that stay in float.
+    - `lowering`: the form of the quantized graph for its target. `qdq` is portable and static. `integer` writes
+      onnxruntime's integer operations, with scales and biases gathered from tables. `premul` has tables too, for
+      providers that accept only constant scales and zero points: float Muls around the quantizers carry the timestep.
     """
 
     islands: tuple[str, ...] = ("first", "last")
@@ -96,7 +110,10 @@ class InsertQdq(Pass):
         )
 
     def _check_lowering(self, found: list[Layer], plan: Plan) -> None:
-        """`qdq` has nothing that depends on the timestep: its convolutions would silently stay in float."""
+        """Raise RecipeError if the lowering cannot express the plan's tables.
+
+        With `qdq` a convolution with a table would stay in float without a warning.
+        """
         timed = any(layer.bias is not None and time_table(layer.bias) is not None for layer in found)
         tables = [q for q in plan.quantizers.values() if q.table]
         if self.lowering == "qdq" and (timed or tables):
@@ -108,7 +125,7 @@ class InsertQdq(Pass):
             )
         if self.lowering != "integer" and any(q.axis is not None for q in tables):
             raise RecipeError(
-                f"scales for each channel of an activation need the integer lowering, {self.lowering} has none",
+                f"scales for each channel of an activation need the integer lowering; {self.lowering} has none",
                 where=self.name,
                 hint="leave out channel_scales, as the recipe w8a8-premul does",
             )
@@ -116,7 +133,7 @@ class InsertQdq(Pass):
             raise RecipeError(
                 "zero points that depend on the timestep need the integer lowering: premul has constant ones",
                 where=self.name,
-                hint="--set step_scales.zero_point=constant",
+                hint="give all rows one zero point: --set step_scales.zero_point=constant",
             )
 
 
@@ -128,14 +145,16 @@ def _planned(layer: Layer, plan: Plan) -> bool:
 
 
 class _Writer:
-    """Writes Q/DQ pairs; the pair of a value is shared by everyone who wants the same quantizer."""
+    """A writer of Q/DQ pairs; readers of one value with one quantizer share its pair."""
 
     def __init__(self, program: Program, plan: Plan, folder: Path) -> None:
         self.graph, self.plan, self.names, self.folder = program.graph, plan, Names(program.graph), folder
         self._cut: list[ir.Value] = []
         tables = [q for q in plan.quantizers.values() if q.table]
         self.has_tables = bool(tables)
-        self._start = self.graph[0]  # the lookups come in front of it, what reads graph inputs behind them
+        self._start = self.graph[
+            0
+        ]  # lookups of tables go in front of it; pairs of graph inputs too, behind the lookups
         self._rows = _table_rows(program, self.names, tables) if tables else {}
         self._pairs: dict[tuple[ir.Value, int], ir.Value] = {}
         self._outputs: dict[ir.Value, tuple[ir.Value, Quantizer]] = {}
@@ -145,7 +164,7 @@ class _Writer:
             self._quantize_input(value, layer)
         if layer.weight is not None:
             self._quantize_input(layer.weight, layer)
-        if layer.output_quantized:
+        if layer.output_quantized:  # case 2
             self._quantize_output(layer.output, layer)
 
     def _quantizer(self, value: ir.Value, layer: Layer) -> Quantizer:
@@ -153,8 +172,8 @@ class _Writer:
 
     def _quantize_input(self, value: ir.Value, layer: Layer) -> None:
         quantizer = self._quantizer(value, layer)
-        source, held = self._outputs.get(value, (value, None))
-        if held is not quantizer:  # a convolution's output that is wanted as it was quantized there needs nothing more
+        source, present = self._outputs.get(value, (value, None))
+        if present is not quantizer:  # case 3: a convolution's output that already has this quantizer needs no more
             replace_use(layer.node, source, self._pair(source, quantizer, layer.node))
 
     def _quantize_output(self, value: ir.Value, layer: Layer) -> None:
@@ -172,7 +191,7 @@ class _Writer:
         self._outputs[value] = (dequantized, quantizer)
 
     def _pair(self, value: ir.Value, quantizer: Quantizer, reader: ir.Node) -> ir.Value:
-        """The dequantized view of a value, right behind its producer (a constant's: in front of its first reader)."""
+        """Return the dequantized view of a value, behind its producer (for a constant: before its first reader)."""
         key = (value, id(quantizer))
         if key not in self._pairs:
             producer = value.producer()
@@ -180,7 +199,7 @@ class _Writer:
                 build = Builder(self.graph, self.names, after=producer)
             else:
                 first = self._start if value.is_graph_input() else reader
-                scope = "" if value.is_graph_input() else None  # it stands first, but for no reader alone
+                scope = "" if value.is_graph_input() else None  # several readers share it: it is in no module's scope
                 build = Builder(self.graph, self.names, before=first, scope=scope)
             self._pairs[key] = self._write_pair(build, value, quantizer)
         return self._pairs[key]
@@ -192,12 +211,12 @@ class _Writer:
         else:
             scale = build.constant(f"{stem}_scale", quantizer.scale)
             zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
-        if quantizer.row_bits is not None:
+        if quantizer.row_bits is not None:  # case 5
             value = self._cut_off(value, quantizer)
         return _pair_nodes(build, value, quantizer, scale, zero)
 
     def _cut_off(self, value: ir.Value, quantizer: Quantizer) -> ir.Value:
-        """A weight whose rows end where their grids do; a large one is appended to the stored weights."""
+        """Return a copy of a weight, clipped at the ends of each row's grid; large ones go to the weight store."""
         if not is_constant(value) or quantizer.axis is None:
             raise PassError(
                 "only the output channels of a weight have widths of their own",
@@ -212,17 +231,17 @@ class _Writer:
         return initializer(self.graph, name, store.kept(np.clip(array, low * scale, high * scale), name, self.folder))
 
     def drop_unread(self) -> None:
-        """Remove the weights that only stand beside copies of them now."""
+        """Remove the weights that only their clipped copies replaced (case 5)."""
         for value in self._cut:
             if not value.uses() and not value.is_graph_output():
                 self.graph.initializers.pop(name_of(value), None)
 
 
 def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
-    """(scale `[1]` or `[C]`, zero point alike) of each table quantizer at the call's timestep."""
+    """Return (scale `[1]` or `[C]`, zero point of that shape) of each table quantizer at the call's timestep."""
     build = Builder(program.graph, names, program.graph[0], scope=TABLES_SCOPE)
     row = step_index(build, program, group_of_train(program), "group")
-    found: dict[int, tuple[ir.Value, ir.Value]] = {}
+    rows: dict[int, tuple[ir.Value, ir.Value]] = {}
     for stem, axis_free in (("", True), ("channel_", False)):
         chosen = [q for q in tables if (q.axis is None) == axis_free]
         if not chosen:
@@ -231,8 +250,8 @@ def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict
         sizes = [scale.shape[1] for scale, _ in columns]
         scales = lookup(build, np.concatenate([scale for scale, _ in columns], axis=1), row, sizes, f"{stem}scales")
         zeros = lookup(build, np.concatenate([zero for _, zero in columns], axis=1), row, sizes, f"{stem}zero_points")
-        found |= {id(q): pair for q, pair in zip(chosen, zip(scales, zeros, strict=True), strict=True)}
-    return found
+        rows |= {id(q): pair for q, pair in zip(chosen, zip(scales, zeros, strict=True), strict=True)}
+    return rows
 
 
 def _pair_nodes(build: Builder, value: ir.Value, quantizer: Quantizer, scale: ir.Value, zero: ir.Value) -> ir.Value:
@@ -244,7 +263,7 @@ def _pair_nodes(build: Builder, value: ir.Value, quantizer: Quantizer, scale: ir
     )
     fmt = quantizer.format
     if fmt.bits < STORED_BITS:
-        # QuantizeLinear saturates where its storage type ends; a narrower format ends earlier.
+        # Case 4: QuantizeLinear saturates at the ends of its storage type; a narrower format ends earlier.
         ends = (("qmin", fmt.qmin), ("qmax", fmt.qmax))
         limits = [build.constant(f"{stem}_{end}", np.array(q, fmt.dtype)) for end, q in ends]
         integers = build.op("Clip", [integers, *limits], f"{stem}_narrowed", like=integers)

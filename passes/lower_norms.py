@@ -1,14 +1,19 @@
-"""lower_norms: GroupNormalization in the form that onnxruntime's CPU provider runs best.
+"""lower_norms: rewrite group normalizations into the form that onnxruntime's CPU provider runs fastest.
 
-GroupNormalization has no kernel there and is expanded into some 25 primitive nodes. Written as
+GroupNormalization has no kernel there and is expanded into about 25 primitive nodes. The form
 
     y = LayerNormalization(x as [batch, groups, rest]) as x's shape * gamma + beta
 
-it is one normalization kernel and two elementwise ones. An InstanceNormalization without scale and shift, which is how
-older exporters write the same thing, becomes a LayerNormalization too: its own kernel uses one thread only (digits,
-batch 16, two threads: 12.4 ms of a call in 27 InstanceNormalizations, 7.1 ms in 27 LayerNormalizations). Gamma and beta
-inside of the LayerNormalization, one value for each element, were measured as well: that kernel is four times slower.
-Up to opset 20 gamma and beta are given per group, from opset 21 per channel; both are expanded to [channels, 1, ...].
+is one normalization kernel and two elementwise ones.
+
+1. A GroupNormalization with constant gamma and beta becomes this form. Up to opset 20 gamma and beta are given per
+   group, from opset 21 on per channel; both are expanded to `[channels, 1, ...]`.
+2. An InstanceNormalization of `[batch, groups, rest]` without scale and shift, which older exporters write for the same
+   thing, becomes the LayerNormalization alone. Its own kernel uses one thread only: on the digits (batch 16, two
+   threads) 27 of them take 12.4 ms of a call, and 27 LayerNormalizations 7.1 ms.
+
+With gamma and beta inside the LayerNormalization, one value for each element, the kernel is four times slower
+(measured).
 """
 
 from __future__ import annotations
@@ -37,12 +42,12 @@ from mezzotint.compiler.graph.require import inputs, shape_of
 LAYER_NORMALIZATION = 17  # the opset that brought it
 
 Sizes = dict[tuple[str, ...], ir.Value]
-"""What norms over feature maps of equal dimensions share: their shape, and the ones of a LayerNormalization."""
+"""Values that norms over feature maps of equal dimensions share: the shape, and the ones of a LayerNormalization."""
 
 
 @dataclass(frozen=True)
 class LowerNorms(GraphPass):
-    """Rewrites every GroupNormalization whose gamma and beta are constant, and every plain InstanceNormalization."""
+    """It has no options; the cases are numbered in the module's docstring."""
 
     tolerance: ClassVar[float | None] = 1e-4  # sums in another order
 
@@ -53,9 +58,9 @@ class LowerNorms(GraphPass):
         lowered, modern = 0, graph.opset_imports.get("", 0) >= LAYER_NORMALIZATION
         for node in list(graph):
             if is_op(node, "GroupNormalization") and is_constant(node.inputs[1]):
-                lowered += _lower(graph, names, node, sizes)
+                lowered += _lower(graph, names, node, sizes)  # case 1
             elif modern and is_op(node, "InstanceNormalization") and _is_plain(node):
-                lowered += _lower_plain(graph, names, node, sizes)
+                lowered += _lower_plain(graph, names, node, sizes)  # case 2
         remove_dead(graph)
         return program.noted(f"{lowered} group normalizations lowered")
 
@@ -95,7 +100,7 @@ def _lower(graph: ir.Graph, names: Names, node: ir.Node, sizes: Sizes) -> bool:
 
 
 def _dims(x: ir.Value) -> tuple[str, ...]:
-    """The dimensions by which a shape can be shared; one that has no name is like no other."""
+    """Return the dimensions by which norms share a shape; an open dimension without a name is equal to no other."""
     dims = [str(d) if isinstance(d, int) or d.value is not None else f"? of {name_of(x)}" for d in shape_of(x)]
     return tuple(dims)
 
@@ -103,7 +108,7 @@ def _dims(x: ir.Value) -> tuple[str, ...]:
 def _normalized(
     build: Builder, flat: ir.Value, epsilon: float, stem: str, sizes: Sizes, key: tuple[str, ...]
 ) -> ir.Value:
-    """x `[batch, groups, rest]` with mean 0 and variance 1 over `rest`; norms of one `key` share their ones."""
+    """Return x `[batch, groups, rest]` with mean 0 and variance 1 over `rest`; norms of one `key` share their ones."""
     rest = known_ints(flat.shape, [2])
     int64 = ir.DataType.INT64
     key = key if rest is None else ("ones", str(rest[0]))
@@ -112,7 +117,7 @@ def _normalized(
             size = build.constant(f"{stem}_rest", np.array(rest))
         else:
             size = build.op("Shape", [flat], f"{stem}_rest", dtype=int64, shape=[1], attributes={"start": 2, "end": 3})
-        # A node, though it may be constant: the ones are as many as a feature map has pixels, and would fill the file.
+        # A node even where the size is constant: stored ones would take as many numbers as a feature map has pixels.
         one = {"value": ir.tensor(np.ones(1, np.float32))}
         shape = [None] if rest is None else rest
         sizes[key] = build.op("ConstantOfShape", [size], f"{stem}_ones", dtype=flat.dtype, shape=shape, attributes=one)
@@ -126,7 +131,7 @@ def _normalized(
 
 
 def _is_plain(node: ir.Node) -> bool:
-    """An InstanceNormalization of `[batch, groups, rest]` that neither scales nor shifts."""
+    """Return whether a node is an InstanceNormalization `[batch, groups, rest]` without scale and shift (case 2)."""
     x, scale, shift = inputs(node, 3)
     if x.shape is None or len(x.shape) != 3 or not (is_constant(scale) and is_constant(shift)):
         return False
@@ -146,7 +151,7 @@ def _epsilon(node: ir.Node) -> float:
 
 
 def _shape_of(build: Builder, x: ir.Value, stem: str) -> ir.Value:
-    """A constant shape with the batch copied (0) where the other sizes are known, else the shape of x."""
+    """Return a constant shape with the batch copied (0) where the other sizes are known, else the shape of x."""
     shape = shape_of(x)
     sizes = known_ints(shape, range(1, len(shape)))
     if sizes is not None:

@@ -1,13 +1,13 @@
-"""normalize: one graph form, whoever exported it.
+"""normalize: bring graphs of all exporters into one form.
 
-1. functions are inlined, Constant nodes become initializers, initializers stop being inputs, GroupNormalization
-   with a scale per group (opset 18 to 20) becomes that of opset 21;
-2. what only constants feed is folded, equal subexpressions and Identity nodes are merged, dead nodes removed;
-3. Dropout (which does nothing at inference) disappears;
-4. open dimensions of the inputs get the field's names, shapes are inferred, nodes are sorted and named by their
-   modules.
+1. Inline functions, turn Constant nodes into initializers, and remove initializers from the graph's inputs.
+   GroupNormalization with a scale per group (opsets 18 to 20) becomes that of opset 21, with a scale per channel.
+2. Remove Dropout, which does nothing at inference.
+3. Name the open dimensions of the inputs `batch`, `channels`, `height`, `width`.
+4. Fold nodes that only constants feed, merge equal subexpressions, remove Identity nodes and dead nodes.
+5. Sort the nodes, name them after their modules, and infer shapes.
 
-Notes of the exporter that name files of its machine are dropped; module names are kept.
+The exporter's notes are dropped, because they name files of its machine. The names of modules are kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DIMENSIONS = ("batch", "channels", "height", "width")
 
 @dataclass(frozen=True)
 class Normalize(GraphPass):
-    """See the module's docstring for the cases."""
+    """It has no options; the steps are numbered in the module's docstring."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"normal"})
     tolerance: ClassVar[float | None] = 1e-4  # folding computes in numpy what onnxruntime computed in its kernels
@@ -86,13 +86,13 @@ def _drop_dropout(graph: ir.Graph) -> None:
 
 
 def _name_dimensions(graph: ir.Graph, program: Program) -> None:
-    """Give open dimensions of the inputs and outputs names that do not depend on the exporter's run."""
+    """Name the open dimensions of the inputs and outputs, independently of the exporter's run."""
     batch_like = {program.signature.sample: DIMENSIONS, program.signature.output: DIMENSIONS}
     for value in [*graph.inputs, *graph.outputs]:
         if value.shape is None:
             continue
-        wishes = batch_like.get(name_of(value), ("batch",))
+        preferred = batch_like.get(name_of(value), ("batch",))
         value.shape = ir.Shape(
-            dim if isinstance(dim, int) else (wishes[i] if i < len(wishes) else f"{name_of(value)}_{i}")
+            dim if isinstance(dim, int) else (preferred[i] if i < len(preferred) else f"{name_of(value)}_{i}")
             for i, dim in enumerate(value.shape)
         )

@@ -1,9 +1,11 @@
-"""observe: the sampler runs on the float graph, and statistics of every activation that could be quantized stream in.
+"""observe: run the sampler on the float graph and collect statistics of every activation that can be quantized.
 
-Calibration follows the deployed sampler from noise to picture, so that every timestep is seen with the latents that
-really occur there (Q-Diffusion, arXiv 2302.04304, samples calibration data along the trajectory for the same reason).
-Each call's activations go into mergeable summaries and are dropped. Where allocate_steps ran, only the first so many
-samples of each call enter them; the others are sampled all the same, so that the trajectories do not depend on it.
+Calibration follows the deployed sampler from noise to image, so each timestep sees the latents that occur there
+(Q-Diffusion, arXiv 2302.04304, samples calibration data along the trajectory for the same reason). The activations of
+each call are added to mergeable summaries and then dropped.
+
+After allocate_steps only the first n samples of each call enter the summaries, n being the call's allocation. The
+others are sampled as well, so the trajectories do not depend on the allocation.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from mezzotint.runtime.signature import Images, Timestep
 
 @dataclass(frozen=True)
 class Observe(Pass):
-    """`groups` contiguous groups of network calls get summaries of their own; 0 means every call.
+    """Measured statistics: how fine over the calls, and which of them by channel.
 
-    `channels` says for what each channel is measured by itself as well: extremes of what convolutions compute
-    (`outputs`), extremes and mean squares of what layers with weights read (`inputs`), or both (`all`). True is
-    `outputs`, as older recipes have it.
+    - `groups`: the number of contiguous groups of network calls with summaries of their own; 0 gives each call its own.
+    - `channels`: the values that are also measured by channel. `outputs`: extremes of the outputs of convolutions;
+      `inputs`: extremes and mean squares of the inputs of layers with weights; `all`: both. True means `outputs`, as in
+      older recipes.
     """
 
     groups: int = 1
@@ -54,18 +57,18 @@ class Observe(Pass):
             )
 
     def axes(self, program: Program) -> tuple[dict[str, int], list[str]]:
-        """Which values are measured by channel, along which axis; and the names of those that layers read.
+        """Return (the axis of each value that is measured by channel, the names of those that layers read).
 
-        A value that a convolution and a matmul read has two such axes: that of the first reader counts.
+        A value that a convolution and a matmul read has two such axes; the axis of the first reader counts.
         """
-        wish = "outputs" if self.channels is True else self.channels
-        found = list(layers(program.graph))
+        kind = "outputs" if self.channels is True else self.channels
+        every_layer = list(layers(program.graph))
         read: dict[str, int] = {}
         axes: dict[str, int] = {}
-        if wish in ("outputs", "all"):
-            axes = {name_of(layer.output): 1 for layer in found if layer.output_quantized}
-        if wish in ("inputs", "all"):
-            for layer in found:
+        if kind in ("outputs", "all"):
+            axes = {name_of(layer.output): 1 for layer in every_layer if layer.output_quantized}
+        if kind in ("inputs", "all"):
+            for layer in every_layer:
                 if layer.weight is not None:
                     read.setdefault(name_of(layer.activations[0]), channel_axis(layer))
         return {**read, **axes}, list(read)
@@ -107,8 +110,9 @@ class Observe(Pass):
 class _Observer:
     """A denoiser that collects statistics of the first samples of each call, as many as the allocation says.
 
-    All samples follow their trajectories to the end. Those that do not count run through a session without taps, which
-    is faster; rows are never cut out of activations, whose first dimension need not be the batch.
+    All samples follow their trajectories to the end. Samples that do not count run through a session without taps,
+    which is faster. Rows are never cut out of activations, because the first dimension of an activation need not be the
+    batch.
     """
 
     def __init__(
@@ -135,7 +139,7 @@ class _Observer:
             return self._observe(x, t, conditions)
         if left == 0:
             return self._skip(x, t, conditions)
-        if self._fixed:  # whole batches only: the samples that count, again and again
+        if self._fixed:  # a fixed batch size: the samples that count are repeated to fill the batch
             rows = np.arange(len(x)) % left
             self._observe(x[rows], t, {n: a[rows] for n, a in conditions.items()})
             return self._skip(x, t, conditions)

@@ -1,24 +1,23 @@
-"""step_scales: activation scales that know the timestep, only where that pays.
+"""step_scales: give activations scales that depend on the timestep, where that pays.
 
-For every activation the ranges of each group of calls are found like those of choose_scales, from that group's own
-statistics. The quantizer becomes a table of scales and zero points, one row for each group, when the expected error
-over all calls falls by `gain` or more in dB; one whose range does not move stays static, and the report says how many
-moved. (TFMQ-DM, arXiv 2311.16503, has one scale for each timestep in this way.)
+The range of each activation is chosen as in choose_scales, but for each group of calls from the statistics of that
+group. The quantizer becomes a table of scales and zero points with one row for each group, if the expected error over
+all calls falls by `gain` dB or more. Other activations stay static, and the note says how many got tables. (TFMQ-DM,
+arXiv 2311.16503, has one scale for each timestep in this way.)
 
-With `source: learned` what moves gets its ranges from a small network over the timestep that is fitted here and not
-kept (TDQ, arXiv 2306.02316; compiler/scales/tdq.py has the formulas). It is asked at the timestep of every call; calls
-that share a row get the widest range of them, so `group_steps.method: each` is what TDQ means.
+With `source: learned` the ranges in the tables come from a small network over the timestep, which is fitted here and
+not kept (TDQ, arXiv 2306.02316; compiler/scales/tdq.py has the formulas). It is evaluated at the timestep of every
+call. Calls that share a row get the widest of their ranges, so TDQ itself is `group_steps.method: each`.
 
-Zero points are in the table too. On the digits one shared zero point, chosen as below, costs 0.01 dB of epsilon.
-
-The lowering `premul` has constant ones only. `zero_point: constant` gives all rows of a table one zero
-point z, with a scale for each row so wide that the grid reaches both ends of its range within half a step, which is
-what rounding a zero point of its own costs a row as well:
+Zero points are in the table as well. The lowering `premul` has constant ones only: `zero_point: constant` gives all
+rows of a table one zero point z. The scale of each row is then so wide that the grid reaches both ends of the row's
+range within half a step, which is also what rounding a zero point of its own costs a row:
 
     s = max(-low / (z - qmin + 1/2), high / (qmax - z + 1/2))
 
-z is the one with the least expected error over all rows: the static quantizer's, or one of a few between the lowest and
-the highest that a row would choose for itself.
+z is the candidate with the least expected error over all rows: the static quantizer's zero point, or one of 17 evenly
+spaced between the lowest and the highest that the rows would have by themselves. On the digits one shared zero point
+costs 0.01 dB of epsilon.
 """
 
 from __future__ import annotations
@@ -43,12 +42,15 @@ CANDIDATES = 17  # shared zero points that are tried between the extremes
 
 @dataclass(frozen=True)
 class StepScales(Pass):
-    """`activations` and `percentile` as in choose_scales; `gain` in dB.
+    """Tables of activation scales over the timestep.
 
-    `source` says where the ranges come from: `measured`, by that method, or `learned`, starting from there. Then
-    `clip_weight` (1 or more) is how much worse a squared error by clipping is than one by rounding, which averages out
-    along the trajectory: on the digits 1 gave a better epsilon but worse pictures than 2 to 4, and none of them gave
-    better pictures than the measured ranges. `zero_point`: one for each row, or one for all.
+    - `activations`, `percentile`: as in choose_scales.
+    - `gain`: in dB, the least gain for which an activation gets a table.
+    - `source`: `measured` ranges, or ranges `learned` from there.
+    - `clip_weight` (1 or more; for `learned`): how much worse a squared error by clipping counts than one by rounding,
+      which averages out along the trajectory. On the digits 1 gave a better epsilon but worse images than 2 to 4, and
+      none of them gave better images than the measured ranges.
+    - `zero_point`: one for each row (`table`), or one for all (`constant`).
     """
 
     activations: RangeMethod = "percentile"
@@ -107,7 +109,7 @@ class StepScales(Pass):
     def _rows(
         self, groups: list[Summary], ranges: list[tuple[float, float]], quantizer: Quantizer
     ) -> tuple[Floats, Integers]:
-        """Scale and zero point `[rows]` for the range of each."""
+        """Return (scales, zero points) `[rows]`, one of each for each range."""
         fmt = quantizer.format
         scale, zero = scale_for_range([r[0] for r in ranges], [r[1] for r in ranges], fmt)
         if self.zero_point == "table":
@@ -117,7 +119,7 @@ class StepScales(Pass):
     def _learned(
         self, program: Program, moving: dict[Site, list[Summary]], members: list[list[int]], context: Context
     ) -> dict[Site, Quantizer]:
-        """The tables of what moves, from networks that learned the ranges of all calls."""
+        """Return the tables of the activations in `moving`, with ranges from networks fitted to all calls."""
         planned = program.require_plan().quantizers
         tables: dict[Site, Quantizer] = {}
         formats = {site: planned[site].format for site in moving}
@@ -143,30 +145,30 @@ class StepScales(Pass):
 
 
 def _around_one_zero_point(
-    groups: list[Summary], ranges: list[tuple[float, float]], wishes: Integers, fmt: Format
+    groups: list[Summary], ranges: list[tuple[float, float]], zeros: Integers, fmt: Format
 ) -> tuple[Floats, Integers]:
-    """Scales and equal zero points `[groups]` of the least expected error; `wishes` has the static zero point last."""
+    """Return scales and equal zero points `[groups]` of least expected error; the last of `zeros` is the static one."""
     low, high = (np.array(ends, np.float64) for ends in zip(*ranges, strict=True))
-    between = np.unique(np.rint(np.linspace(int(wishes.min()), int(wishes.max()), CANDIDATES)).astype(wishes.dtype))
-    rows = [_scales_around(int(z), low, high, fmt) for z in (wishes[-1], *between)]
+    between = np.unique(np.rint(np.linspace(int(zeros.min()), int(zeros.max()), CANDIDATES)).astype(zeros.dtype))
+    rows = [_scales_around(int(z), low, high, fmt) for z in (zeros[-1], *between)]
     return min(rows, key=lambda row: _relative_error(groups, _grids(row[0], row[1], fmt), fmt))
 
 
 def _scales_around(
     zero: int, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], fmt: Format
 ) -> tuple[Floats, Integers]:
-    """The smallest scales with which a grid around `zero` reaches from `low` to `high`, within half a step."""
+    """Return the smallest scales with which a grid around `zero` reaches from `low` to `high`, within half a step."""
     width = np.maximum(-low / (zero - fmt.qmin + 0.5), high / (fmt.qmax - zero + 0.5))
     return np.maximum(width, SMALLEST_SCALE).astype(np.float32), np.full(len(low), zero, fmt.dtype)
 
 
 def _grids(scale: Floats, zero: Integers, fmt: Format) -> list[tuple[float, float]]:
-    """The ends of each row's grid."""
+    """Return the ends of each row's grid."""
     return [((fmt.qmin - int(z)) * float(s), (fmt.qmax - int(z)) * float(s)) for s, z in zip(scale, zero, strict=True)]
 
 
 def _relative_error(groups: list[Summary], ranges: list[tuple[float, float]], fmt: Format) -> float:
-    """The expected squared error of every group, relative to its mean square, summed."""
+    """Return the sum over groups of the expected squared error relative to the group's mean square."""
     power = [max(s.square / max(s.count, 1), 1e-20) for s in groups]
     return sum(expected_error(s, *r, fmt) / p for s, r, p in zip(groups, ranges, power, strict=True))
 
