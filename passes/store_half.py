@@ -28,7 +28,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import is_op, name_of, numpy_of
-from mezzotint.compiler.lowering.packing import SMALLEST_SAVING, is_float_constant, rounded
+from mezzotint.compiler.lowering.packing import SMALLEST_SAVING, is_float_constant, rounded_to_half
 
 _PASSED_ON = ("Gather", "Split", "Squeeze", "Reshape")  # what stands between a table and its readers
 
@@ -53,7 +53,7 @@ class StoreHalf(Pass):
         chosen = [v for v in program.graph.initializers.values() if self._is_stored(v)]
         for i, value in enumerate(chosen):
             array = numpy_of(value)
-            half = rounded(array)
+            half = rounded_to_half(array)
             if np.array_equal(half, array):
                 exact += 1
             elif _error(array, half) > self.largest_error:

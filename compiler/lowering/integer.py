@@ -32,16 +32,16 @@ from ..core.program import Program
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
 from ..graph.ops import time_table
 from ..scales.timetable import group_of_row, lookup, rows_and_index
-from . import qdq as lower_qdq
 from .layout import hide_ranks, split_biases
+from .qdq import INT32_LIMIT, dequantizer, fold_weights
 
 CONTRIB = "com.microsoft"
 
 
-def lower(program: Program) -> ir.Model:
+def lower_integer(program: Program) -> ir.Model:
     """A lowered clone of a program's graph that insert_qdq wrote; the program is not changed."""
     model = program.model.clone()
-    lower_qdq.fold_weights(model.graph)
+    fold_weights(model.graph)
     writer = _Writer(program, model.graph)
     for node in list(model.graph):
         layer = _quantized_layer(node)
@@ -57,7 +57,7 @@ def lower(program: Program) -> ir.Model:
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
+class _QuantizedLayer:
     """A layer between its DequantizeLinear nodes."""
 
     node: ir.Node
@@ -67,22 +67,22 @@ class _Group:
     bias_add: ir.Node | None
 
 
-def _quantized_layer(node: ir.Node) -> _Group | None:
+def _quantized_layer(node: ir.Node) -> _QuantizedLayer | None:
     """The group around a Conv, Gemm or MatMul whose input and constant weight are dequantized."""
     if not is_op(node, "Conv", "Gemm", "MatMul"):
         return None
-    x, w = (lower_qdq.dequantizer(v) for v in node.inputs[:2])
+    x, w = (dequantizer(v) for v in node.inputs[:2])
     if x is None or w is None or not is_constant(w.inputs[0]):
         return None
     if not is_op(node, "MatMul"):
-        return _Group(node, x, w, node.inputs[2] if len(node.inputs) > 2 else None, None)
+        return _QuantizedLayer(node, x, w, node.inputs[2] if len(node.inputs) > 2 else None, None)
     readers = consumers(node.outputs[0])
     if len(readers) == 1 and is_op(readers[0], "Add") and not node.outputs[0].is_graph_output():
         bias = next((v for v in readers[0].inputs if v is not node.outputs[0]), None)
         width = w.inputs[0].shape[-1] if w.inputs[0] is not None and w.inputs[0].shape is not None else None
         if bias is not None and is_constant(bias) and bias.shape is not None and list(bias.shape) == [width]:
-            return _Group(node, x, w, bias, readers[0])
-    return _Group(node, x, w, None, None)
+            return _QuantizedLayer(node, x, w, bias, readers[0])
+    return _QuantizedLayer(node, x, w, None, None)
 
 
 def _middle(zero: ir.Value) -> npt.NDArray[Any]:
@@ -108,13 +108,13 @@ class _Writer:
         self._rows: dict[str, ir.Value] = {}
         self._divided: dict[ir.Node, list[tuple[ir.Node, int]]] = {}
 
-    def lower(self, group: _Group) -> None:
+    def lower(self, group: _QuantizedLayer) -> None:
         if is_op(group.node, "Conv"):
             self._conv(group)
         else:
             self._matmul(group)
 
-    def _conv(self, group: _Group) -> None:
+    def _conv(self, group: _QuantizedLayer) -> None:
         out = group.node.outputs[0]
         readers = consumers(out)
         if len(readers) != 1 or not is_op(readers[0], "QuantizeLinear") or out.is_graph_output():
@@ -165,7 +165,7 @@ class _Writer:
             self._waiting.setdefault(name_of(row), []).append((conv, rows))
 
     def _int32_bias(
-        self, group: _Group, shift: tuple[npt.NDArray[np.float64], ir.Value | None] | None
+        self, group: _QuantizedLayer, shift: tuple[npt.NDArray[np.float64], ir.Value | None] | None
     ) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
         """(rows `[n, C]`, row index) of a bias in the scale that the kernel accumulates in; no index when n is 1.
 
@@ -187,11 +187,11 @@ class _Writer:
         else:
             row = next((index for _, index in parts if index is not None), None)
         rows = np.rint((table + parts[1][0]) / (parts[0][0] * numpy_of(w_scale)))
-        if np.abs(rows).max(initial=0.0) > lower_qdq.INT32_LIMIT:
+        if np.abs(rows).max(initial=0.0) > INT32_LIMIT:
             return None
         return rows.astype(np.int32), row
 
-    def _matmul(self, group: _Group) -> None:
+    def _matmul(self, group: _QuantizedLayer) -> None:
         weight = group.w.inputs[0]
         w_scale, w_zero = group.w.inputs[1], group.w.inputs[2]
         assert weight is not None and w_scale is not None and w_zero is not None

@@ -8,12 +8,15 @@ import onnx_ir as ir
 
 from ..core.program import Lowering, Program
 from ..errors import RecipeError
-from . import integer, packing, premul, qdq
+from . import packing
+from .integer import lower_integer
+from .premul import lower_premul
+from .qdq import lower_qdq
 
 LOWERINGS: Mapping[Lowering, Callable[[Program], ir.Model]] = {
-    "qdq": lambda program: qdq.lower(program.model),
-    "integer": integer.lower,
-    "premul": premul.lower,
+    "qdq": lambda program: lower_qdq(program.model),
+    "integer": lower_integer,
+    "premul": lower_premul,
 }
 
 

@@ -67,7 +67,7 @@ def is_half(value: ir.Value) -> bool:
         return False
     array = numpy_of(value)
     first = array.reshape(-1)[:_LOOK_FIRST]
-    return all(np.array_equal(part, rounded(part)) for part in (first, array))
+    return all(np.array_equal(part, rounded_to_half(part)) for part in (first, array))
 
 
 def is_float_constant(value: ir.Value) -> bool:
@@ -77,7 +77,7 @@ def is_float_constant(value: ir.Value) -> bool:
     return bool(value.uses()) and not any(node.op_type in _INTEGER_OPS for node, _ in value.uses())
 
 
-def rounded(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def rounded_to_half(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The nearest values that half precision has, as float32; infinite beyond 65504."""
     with np.errstate(over="ignore"):
         return array.astype(np.float16).astype(np.float32)

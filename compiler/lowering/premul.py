@@ -32,19 +32,18 @@ from ..core.program import Program
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_use
 from ..graph.ops import time_table
 from ..scales.timetable import group_of_row, lookup, rows_and_index
-from . import qdq as lower_qdq
-from .qdq import dequantizer
+from .qdq import clip_behind, dequantizer, fold_weights, grid_ends, lower_qdq
 
-Rows = npt.NDArray[Any]
+ParameterRows = npt.NDArray[Any]
 
 
-def lower(program: Program) -> ir.Model:
+def lower_premul(program: Program) -> ir.Model:
     """A lowered clone of a program's graph that insert_qdq wrote; the program is not changed."""
     model = program.model.clone()
-    lower_qdq.fold_weights(model.graph)
+    fold_weights(model.graph)
     _Writer(program, model.graph).write()
     remove_dead(model.graph)
-    return lower_qdq.lower(model)
+    return lower_qdq(model)
 
 
 def _is_layer(node: ir.Node) -> bool:
@@ -72,7 +71,7 @@ def _pair_behind(quantize: ir.Node) -> Iterator[ir.Node]:
             yield from (node for node in _pair_behind(reader) if node is not reader)
 
 
-def _rows(parameter: ir.Value | None) -> Rows:
+def _rows(parameter: ir.Value | None) -> ParameterRows:
     assert parameter is not None  # insert_qdq writes scale and zero point everywhere
     return rows_and_index(parameter)[0]
 
@@ -122,7 +121,7 @@ class _Writer:
             ratio = ratio * _ratio(scale)
         build = Builder(self.graph, self.names, after=conv)
         scale, zero = self._output_parameters(build, quantize, ratio, bias)
-        clip = lower_qdq.clip_behind(quantize)
+        clip = clip_behind(quantize)
         value = build.op("QuantizeLinear", [out, scale, zero], f"{stem}_rescaled", like=out, dtype=zero.dtype)
         if clip is not None:
             value = build.op("Clip", [value, *clip.inputs[1:]], f"{stem}_narrow", like=value)
@@ -150,7 +149,7 @@ class _Writer:
         return build.op("Reshape", [bias, shape], f"{stem}_column", like=bias, shape=[1, size, *ones])
 
     def _output_parameters(
-        self, build: Builder, quantize: ir.Node, ratio: Rows, bias: ir.Value | None
+        self, build: Builder, quantize: ir.Node, ratio: ParameterRows, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
         """A constant scale and zero point for `ratio` times a convolution's output without its bias.
 
@@ -158,7 +157,7 @@ class _Writer:
         [low - max b, high - min b]; the range is the union over all rows.
         """
         scale, zero = _rows(quantize.inputs[1]), _rows(quantize.inputs[2])
-        lowest, highest = lower_qdq.grid_ends(quantize)
+        lowest, highest = grid_ends(quantize)
         low, high = ((end - zero.astype(np.float64)) * scale for end in (lowest, highest))
         if bias is not None:
             timed = time_table(bias)

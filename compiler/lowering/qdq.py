@@ -16,7 +16,7 @@ from ..graph.nodes import Builder, Names, consumers, initializer, is_constant, i
 INT32_LIMIT = 2**31 - 1
 
 
-def lower(model: ir.Model) -> ir.Model:
+def lower_qdq(model: ir.Model) -> ir.Model:
     """A lowered clone of a model that insert_qdq wrote; the model itself is not changed."""
     lowered = model.clone()
     names = Names(lowered.graph)

@@ -22,7 +22,7 @@ from mezzotint.compiler.errors import PassError, RecipeError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.lowering import qdq as lower_qdq
+from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights, rows_of
 from mezzotint.compiler.scales.weights import rounded_weight
@@ -163,7 +163,7 @@ def check_inside(program: Program, least: int = 3) -> None:
             assert np.abs(q).max() > 7 or wanted[name].max() < 8, "the widest rows use their width"
             checked += 1
     assert checked == len(wanted) >= least
-    folded = lower_qdq.lower(program.model).graph.initializers.values()
+    folded = lower_qdq(program.model).graph.initializers.values()
     stored = {
         name_of(v).partition("_rows_")[0]: v for v in folded if v.dtype == ir.DataType.INT8 and len(v.shape or ()) > 1
     }

@@ -21,7 +21,7 @@ from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.lowering.integer import lower
+from mezzotint.compiler.lowering.integer import lower_integer
 from mezzotint.compiler.rounding.gram import Unfold
 from mezzotint.compiler.rounding.layer_inputs import Inputs, Latents, chosen_latents, gather
 from mezzotint.compiler.rounding.weights import find_weights, layer_name
@@ -118,7 +118,7 @@ def test_the_float_model_keeps_its_weights(program: Program, context: Context) -
 
 def test_the_integer_kernels_hold_the_chosen_integers(program: Program, context: Context) -> None:
     after = rounded(program, context)
-    kernels = {n.name: n for n in lower(after).graph if n.op_type == "QLinearConv"}
+    kernels = {n.name: n for n in lower_integer(after).graph if n.op_type == "QLinearConv"}
     checked = 0
     for weight in find_weights(after.graph):
         if weight.name in kernels:

@@ -19,7 +19,7 @@ from mezzotint.compiler.core.program import Plan, Program, Site
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import is_constant, model_text, numpy_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.lowering.integer import lower
+from mezzotint.compiler.lowering.integer import lower_integer
 from mezzotint.compiler.scales.row_inputs import find_tables, stacked, table_quantizers, with_row_inputs
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import make_pass, with_options
@@ -149,7 +149,7 @@ def check_shared(apart: Program, shared: Program, factor: float = 1.0) -> None:
 def check_biases(program: Program, other: Program) -> None:
     """The biases of convolutions in the lowered `program`, `[rows, C]`, are round(b / (x_scale w_scale)) by `other`."""
     assert program.float_model is not None and other.plan is not None
-    kernels = {node.name: node for node in lower(program).graph if node.op_type == "QLinearConv"}
+    kernels = {node.name: node for node in lower_integer(program).graph if node.op_type == "QLinearConv"}
     checked = 0
     for layer in layers(program.float_model.graph):
         if layer.name not in kernels or layer.bias is None or not is_constant(layer.bias):

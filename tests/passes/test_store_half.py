@@ -15,7 +15,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.lowering.lower import lower
-from mezzotint.compiler.lowering.packing import rounded
+from mezzotint.compiler.lowering.packing import rounded_to_half
 from mezzotint.passes import store_half
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.recipes.catalog import RECIPES
@@ -54,7 +54,7 @@ def test_weights_of_islands_become_half_and_nothing_else(quantized: Program, con
     assert not moved & {"b1_w1", "b1_w2", "q_w", "gate_w", "scales_table"}
     for name in moved:
         old, new = (numpy_of(p.graph.initializers[name]) for p in (quantized, after))
-        np.testing.assert_array_equal(new, rounded(old))
+        np.testing.assert_array_equal(new, rounded_to_half(old))
     halves = [n for n, v in lower(after).graph.initializers.items() if v.dtype == ir.DataType.FLOAT16]
     assert sorted(halves) == sorted(f"{name}_half" for name in moved)
     assert after.history[-1].note.startswith(f"{len(moved)} constants rounded to half precision, 0 had it already; ")

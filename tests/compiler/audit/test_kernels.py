@@ -17,7 +17,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
-from mezzotint.compiler.lowering.qdq import lower
+from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.recipes.catalog import RECIPES
@@ -37,7 +37,7 @@ def w8a8(islands: tuple[str, ...] = ("first", "last"), leave_out: tuple[str, ...
 def built(program: Program, folder: Path) -> Counter[str]:
     """Operations of the graph that onnxruntime built for a program."""
     file = folder / "optimized.onnx"
-    open_session(store.write(lower(program.model), folder, "lowered"), threads=2, optimized=file)
+    open_session(store.write(lower_qdq(program.model), folder, "lowered"), threads=2, optimized=file)
     return Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
 
 
@@ -112,7 +112,7 @@ def test_fewer_than_8_bits_stay_inside_their_grid_on_integer_kernels(tiny: Progr
     program = narrow_program(tiny, context, with_clip=True)
     weights = [
         numpy_of(v)
-        for v in lower(program.model).graph.initializers.values()
+        for v in lower_qdq(program.model).graph.initializers.values()
         if v.dtype == ir.DataType.INT8 and v.shape is not None and len(v.shape) > 1
     ]
     assert max(int(np.abs(w).max()) for w in weights) == 7

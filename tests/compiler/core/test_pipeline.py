@@ -18,7 +18,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError
 from mezzotint.compiler.graph import nodes as graph
 from mezzotint.compiler.graph import weight_store as store
-from mezzotint.compiler.lowering.qdq import lower
+from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.clean_qdq import CleanQdq
 from mezzotint.passes.fit_noise import FitNoise
@@ -178,7 +178,7 @@ def test_a_failing_pass_leaves_a_reproducer(
     x = np.random.default_rng(0).standard_normal((2, *tiny.shape)).astype(np.float32)
     found = []
     for finished, where in ((again, folder), (straight, context.folder)):
-        with Executor(lower(finished.model), where, threads=2) as executor:
+        with Executor(lower_qdq(finished.model), where, threads=2) as executor:
             found.append(executor.call(SIGNATURE, x, 333)["epsilon"])
     np.testing.assert_array_equal(found[0], found[1])
 

@@ -21,8 +21,8 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import counts, is_constant, name_of
-from mezzotint.compiler.lowering.integer import lower
-from mezzotint.compiler.lowering.lower import lower as lower_as_asked
+from mezzotint.compiler.lowering.integer import lower_integer
+from mezzotint.compiler.lowering.lower import lower
 from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.lower_norms import LowerNorms
@@ -48,7 +48,7 @@ def outputs(model: ir.Model, context: Context, shape: tuple[int, ...], timesteps
 @pytest.mark.parametrize("case", golden.cases(GOLDEN))
 def test_golden(request: pytest.FixtureRequest, context: Context, case: str) -> None:
     update = bool(request.config.getoption("--update-golden"))
-    program, after = lowered_golden(GOLDEN, case, lower, update)
+    program, after = lowered_golden(GOLDEN, case, lower_integer, update)
     want, got = (outputs(m, context, (2, 2, 4, 4), (4, 2, 0)) for m in (program.model, after.model))
     # The biases are multiples of the accumulator's step, so that not even they are rounded.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
@@ -115,7 +115,7 @@ def check_same(program: Program, lowered: ir.Model, context: Context) -> None:
 @pytest.mark.parametrize("body", [CONV, TIMED, LINEAR, PLAIN, GEMM], ids=["conv", "timed", "linear", "plain", "gemm"])
 def test_lowering_keeps_the_numbers(context: Context, body: str, tables: bool) -> None:
     program = quantized_layer(body, context, tables)
-    lowered = lower(program)
+    lowered = lower_integer(program)
     assert not set(counts(lowered.graph)) & {"Conv", "Gemm", "MatMul"}
     check_same(program, lowered, context)
     weights = "_factors_weights" if tables else "conv_w_scale"  # over the output's scales, or as they are
@@ -140,7 +140,7 @@ def test_lowering_keeps_the_numbers(context: Context, body: str, tables: bool) -
 )
 def test_a_table_that_is_one_percent_off_is_seen(context: Context, body: str, tables: bool, ending: str) -> None:
     program = quantized_layer(body, context, tables)
-    lowered = lower(program)
+    lowered = lower_integer(program)
     plant(lowered, ending)
     with pytest.raises(AssertionError):
         check_same(program, lowered, context)
@@ -148,7 +148,7 @@ def test_a_table_that_is_one_percent_off_is_seen(context: Context, body: str, ta
 
 def test_all_bias_tables_of_an_index_are_one_lookup(context: Context) -> None:
     program = pipeline.run_passes(tiny_program(), passes(), context)
-    lowered = lower(program)
+    lowered = lower_integer(program)
     tables = [n for n, v in lowered.graph.initializers.items() if n.endswith("_bias_table")]
     indices = {name_of(n.inputs[1]) for n in lowered.graph if n.op_type == "Gather" and name_of(n.inputs[0]) in tables}
     assert 1 <= len(tables) == len(indices) <= 2
@@ -172,7 +172,7 @@ def test_all_layers_but_the_islands_are_integer_kernels(gain: float, context: Co
     program = pipeline.run_passes(tiny_program(), passes(gain=gain), context)
     assert program.plan is not None
     assert set(program.plan.islands) == {"conv_in", "conv_out"}
-    kernels = built(lower(program), context.folder)
+    kernels = built(lower_integer(program), context.folder)
     assert kernels["QLinearConv"] == CONVS
     assert sum(kernels[name] for name in INTEGER_MATMULS) == LINEARS + ATTENTIONS
     assert sum(kernels[name] for name in FLOAT_LAYERS) == len(program.plan.islands)
@@ -182,7 +182,7 @@ def test_the_time_additions_are_gone(tiny: Program, context: Context) -> None:
     with_fold = pipeline.run_passes(tiny, passes(), context)
     without = pipeline.run_passes(tiny_program(), [p for p in passes() if p.name != "fold_time"], context)
     assert counts(with_fold.graph)["Add"] == counts(without.graph)["Add"] - 2
-    biases = {n.name: n.inputs[8] for n in lower(with_fold).graph if n.op_type == "QLinearConv"}
+    biases = {n.name: n.inputs[8] for n in lower_integer(with_fold).graph if n.op_type == "QLinearConv"}
     for name in ("b1_conv1", "b2_conv1"):
         bias = biases[name]
         assert bias is not None and bias.producer() is not None, f"the bias of {name} does not know the timestep"
@@ -191,7 +191,7 @@ def test_the_time_additions_are_gone(tiny: Program, context: Context) -> None:
 @pytest.mark.parametrize("gain", [-1000.0, 1000.0])
 def test_a_gathered_bias_comes_with_a_gathered_zero_point(gain: float, context: Context) -> None:
     """Older versions of onnxruntime would leave the bias out (tests/compiler/audit/test_versions.py runs one)."""
-    lowered = lower(pipeline.run_passes(tiny_program(), passes(gain=gain), context))
+    lowered = lower_integer(pipeline.run_passes(tiny_program(), passes(gain=gain), context))
     convs = [n for n in lowered.graph if n.op_type == "QLinearConv"]
     gathered = [n for n in convs if not is_constant(n.inputs[8])]
     assert gathered
@@ -216,9 +216,9 @@ def test_the_network_computes_what_its_quantized_graph_computes(context: Context
         got = outputs(lowered, context, (4, 1, 8, 8), program.deployment.timesteps)
         assert relative_error(quantized, got) < limit
 
-    check(lower_as_asked(program))
+    check(lower(program))
     for ending in ("scales_table", "_bias_table"):
-        planted = lower_as_asked(program)
+        planted = lower(program)
         plant(planted, ending)
         with pytest.raises(AssertionError):
             check(planted)
@@ -226,14 +226,14 @@ def test_the_network_computes_what_its_quantized_graph_computes(context: Context
 
 def test_without_islands_nothing_stays_in_float(context: Context) -> None:
     """The sample itself has a table then, and is quantized behind the lookup."""
-    kernels = built(lower(pipeline.run_passes(tiny_program(), passes(islands=()), context)), context.folder)
+    kernels = built(lower_integer(pipeline.run_passes(tiny_program(), passes(islands=()), context)), context.folder)
     assert kernels["QLinearConv"] == CONVS + 2
     assert sum(kernels[name] for name in FLOAT_LAYERS) == 0
 
 
 def test_norms_stay_whole_where_the_recipe_leaves_them(context: Context) -> None:
     steps = [p for p in passes() if not isinstance(p, LowerNorms)]
-    kernels = built(lower(pipeline.run_passes(tiny_program(), steps, context)), context.folder)
+    kernels = built(lower_integer(pipeline.run_passes(tiny_program(), steps, context)), context.folder)
     assert kernels["QLinearConv"] == CONVS
 
 

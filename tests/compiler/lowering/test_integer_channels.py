@@ -20,7 +20,7 @@ from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import counts, is_constant, name_of, numpy_of
 from mezzotint.compiler.graph.ops import Layer, layers, time_table
-from mezzotint.compiler.lowering.integer import lower
+from mezzotint.compiler.lowering.integer import lower_integer
 from mezzotint.compiler.scales.timetable import deployed_rows
 from mezzotint.passes.clean_qdq import CleanQdq
 from mezzotint.passes.fold_time import FoldTime
@@ -155,7 +155,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Program, R
     found = {}
     for case in CASES:
         program, known = quantized(case, Context(tmp_path_factory.mktemp("case"), threads=1))
-        found[str(case)] = (program, known, lower(program))
+        found[str(case)] = (program, known, lower_integer(program))
     return found
 
 
@@ -248,12 +248,12 @@ def test_a_table_in_the_graph_that_is_off_is_seen(
 def test_a_bias_that_is_too_large_for_the_accumulator_stays_in_float(context: Context) -> None:
     """Zero points go into the bias: where the input's grid is so fine that they overflow, nothing is lowered."""
     program, known = quantized(Case("bare"), context)
-    assert "QLinearConv" in counts(lower(program).graph)
+    assert "QLinearConv" in counts(lower_integer(program).graph)
     fine = program.model.clone()
     for name in ("sample_scale", "conv_w_scale"):
         value = fine.graph.initializers[name]
         value.const_value = ir.tensor(numpy_of(value) * np.float32(1e-5), name=name)
-    kernels = counts(lower(program.with_model(fine)).graph)
+    kernels = counts(lower_integer(program.with_model(fine)).graph)
     assert kernels["Conv"] == 1 and "QLinearConv" not in kernels
     assert known.y.table
 

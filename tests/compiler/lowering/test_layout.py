@@ -18,7 +18,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import counts, model_text, name_of, numpy_of
-from mezzotint.compiler.lowering import integer as lower_integer
+from mezzotint.compiler.lowering import integer
 from mezzotint.compiler.lowering.layout import hide_ranks, split_biases
 from mezzotint.passes.fold_time import FoldTime
 from mezzotint.passes.freeze_time import FreezeTime
@@ -40,8 +40,8 @@ def without(name: str, monkeypatch: pytest.MonkeyPatch, program: Program) -> ir.
     """Lowered as if one of the two did nothing."""
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(lower_integer, name, nothing)
-        return lower_integer.lower(program)
+        patch.setattr(integer, name, nothing)
+        return integer.lower_integer(program)
 
 
 def built(model: ir.Model, folder: Path) -> onnx.GraphProto:
@@ -79,13 +79,13 @@ def quantized(context: Context) -> Program:
 def test_integer_convolutions_are_left_as_they_are(
     quantized: Program, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_left_alone(built(lower_integer.lower(quantized), context.folder))
+    check_left_alone(built(integer.lower_integer(quantized), context.folder))
     with pytest.raises(AssertionError):
         check_left_alone(built(without("hide_ranks", monkeypatch, quantized), context.folder))
 
 
 def test_hidden_ranks_change_no_bit(quantized: Program, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered = lower_integer.lower(quantized)
+    lowered = integer.lower_integer(quantized)
     got, want = (outputs(quantized, m, context) for m in (lowered, without("hide_ranks", monkeypatch, quantized)))
     np.testing.assert_array_equal(got, want)
     scale = next(v for n, v in lowered.graph.initializers.items() if n == "scales_table")
@@ -94,7 +94,7 @@ def test_hidden_ranks_change_no_bit(quantized: Program, context: Context, monkey
 
 
 def test_every_image_size_and_batch_still_fits(quantized: Program, context: Context) -> None:
-    lowered = lower_integer.lower(quantized)
+    lowered = integer.lower_integer(quantized)
     reshapes = [n for n in lowered.graph if n.op_type == "Reshape" and n.outputs[0].shape is None]
     assert len(reshapes) == CONVS
     with Executor(lowered, context.folder, threads=1) as executor:
@@ -162,7 +162,7 @@ def test_the_bias_of_an_island_is_added_behind_it(context: Context) -> None:
 
 def test_all_who_read_an_island_read_behind_its_bias(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     program = pipeline.run_passes(tiny_program(), steps((*ENDS, "b1_conv1")), context)
-    lowered = lower_integer.lower(program)
+    lowered = integer.lower_integer(program)
     (conv,) = (n for n in lowered.graph if n.name == "b1_conv1")
     assert len(conv.inputs) == 2
     (add,) = (use.node for use in conv.outputs[0].uses())

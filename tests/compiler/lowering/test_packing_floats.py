@@ -181,5 +181,5 @@ def test_the_oldest_onnxruntime_folds_them_too(tmp_path: Path) -> None:
 
 
 def test_a_value_is_half_or_not() -> None:
-    assert np.array_equal(packing.rounded(np.array([1.5, 65504], np.float32)), [1.5, 65504])
-    assert np.isinf(packing.rounded(np.array([65520], np.float32))).all()
+    assert np.array_equal(packing.rounded_to_half(np.array([1.5, 65504], np.float32)), [1.5, 65504])
+    assert np.isinf(packing.rounded_to_half(np.array([65520], np.float32))).all()

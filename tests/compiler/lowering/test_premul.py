@@ -19,8 +19,8 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import counts, is_constant, name_of, numpy_of
-from mezzotint.compiler.lowering.premul import lower
-from mezzotint.compiler.lowering.qdq import lower as lower_static
+from mezzotint.compiler.lowering.premul import lower_premul
+from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.compiler.scales.timetable import rows_and_index
 from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.choose_scales import ChooseScales
@@ -91,7 +91,7 @@ def output_step(model: ir.Model) -> float:
 @pytest.mark.parametrize("case", golden.cases(GOLDEN))
 def test_golden(request: pytest.FixtureRequest, context: Context, case: str) -> None:
     update = bool(request.config.getoption("--update-golden"))
-    program, after = lowered_golden(GOLDEN, case, lower, update)
+    program, after = lowered_golden(GOLDEN, case, lower_premul, update)
     check_constant(after.model)
     x = np.random.default_rng(3).standard_normal((2, 2, 4, 4)).astype(np.float32)
     # A convolution is rounded by half a step in either spelling; what reads two of them sees both.
@@ -159,7 +159,7 @@ BODIES = {"conv": CONV, "timed": TIMED, "linear": LINEAR, "plain": PLAIN, "gemm"
 @pytest.mark.parametrize(("body", "gain"), [*((body, -1000.0) for body in BODIES), ("conv", 1000.0), ("timed", 1000.0)])
 def test_lowering_keeps_the_numbers(context: Context, body: str, gain: float) -> None:
     program = quantized_layer(BODIES[body], context, gain)
-    lowered = lower(program)
+    lowered = lower_premul(program)
     check_constant(lowered)
     check_same(program, lowered, context)
     scale = {"conv": "conv_w_scale", "timed": "conv_w_scale", "attention": "_reference"}.get(body, "square_scale")
@@ -180,7 +180,7 @@ def test_lowering_keeps_the_numbers(context: Context, body: str, gain: float) ->
 )
 def test_a_constant_that_is_one_percent_off_is_seen(context: Context, body: str, ending: str, bias: float) -> None:
     program = quantized_layer(BODIES[body], context, -1000.0, bias=bias)
-    lowered = lower(program)
+    lowered = lower_premul(program)
     check_same(program, lowered, context)
     plant(lowered, ending)
     with pytest.raises(AssertionError):
@@ -189,7 +189,7 @@ def test_a_constant_that_is_one_percent_off_is_seen(context: Context, body: str,
 
 def test_narrow_grids_stay_narrow(context: Context) -> None:
     program = quantized_layer(CONV, context, -1000.0, bits=4)
-    lowered = lower(program)
+    lowered = lower_premul(program)
     assert counts(lowered.graph)["Clip"] == 3  # the timestep, and both activations
     check_same(program, lowered, context, slope=0.064)  # the steps are 16 times as wide
 
@@ -197,7 +197,7 @@ def test_narrow_grids_stay_narrow(context: Context) -> None:
 def test_what_the_plan_allows_is_not_clipped(context: Context) -> None:
     """The output's grid covers each group's range, rescaled by the input's ratio, wherever the bias lies."""
     program = quantized_layer(CONV, context, -1000.0, bias=20.0)
-    lowered = lower(program)
+    lowered = lower_premul(program)
     x, y = (program.plan.of(name) for name in ("sample", "epsilon")) if program.plan else (None, None)
     assert x is not None and y is not None
     bias = numpy_of(program.graph.initializers["bias"])
@@ -214,7 +214,7 @@ def test_what_the_plan_allows_is_not_clipped(context: Context) -> None:
 @pytest.mark.parametrize("body", [CONV, LINEAR, GEMM, ATTENTION])
 def test_without_tables_it_is_the_portable_spelling(context: Context, body: str) -> None:
     program = quantized_layer(body, context, 1000.0)
-    assert golden.to_text(lower(program)) == golden.to_text(lower_static(program.model))
+    assert golden.to_text(lower_premul(program)) == golden.to_text(lower_qdq(program.model))
 
 
 # The whole network
@@ -240,8 +240,8 @@ def test_the_network_is_as_close_to_the_float_one_as_its_quantized_graph(context
     def check(lowered: ir.Model) -> None:
         assert relative_error(exact, outputs(lowered, context, steps)) < limit
 
-    check(lower(program))
-    planted = lower(program)
+    check(lower_premul(program))
+    planted = lower_premul(program)
     plant(planted, "ratios_table")
     with pytest.raises(AssertionError):
         check(planted)

@@ -14,7 +14,7 @@ from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import numpy_of
-from mezzotint.compiler.lowering.qdq import lower
+from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
@@ -82,7 +82,7 @@ def test_golden(request: pytest.FixtureRequest, context: Context, case: str) -> 
     before = infer_shapes(golden.before(GOLDEN, case))
     text = golden.to_text(before)
     program = program_of(before)
-    after = replace(program, model=lower(before))
+    after = replace(program, model=lower_qdq(before))
     assert golden.to_text(before) == text, "the model that came in was changed"
     verify.structure(after, GOLDEN, before=program)
     golden.compare(GOLDEN, case, after.model, update=bool(request.config.getoption("--update-golden")))
@@ -94,7 +94,7 @@ def test_golden(request: pytest.FixtureRequest, context: Context, case: str) -> 
 @pytest.mark.parametrize("body", [CONV, LINEAR, GEMM])
 def test_lowering_keeps_the_numbers(context: Context, body: str) -> None:
     program = quantized_layer(body, context)
-    lowered = lower(program.model)
+    lowered = lower_qdq(program.model)
     check_same(program.model, lowered, context)
     scale = next(v for n, v in lowered.graph.initializers.items() if n in ("conv_w_scale", "square_scale"))
     scale.const_value = ir.tensor(numpy_of(scale) * np.float32(1.01), name=scale.name)
@@ -105,7 +105,7 @@ def test_lowering_keeps_the_numbers(context: Context, body: str) -> None:
 @pytest.mark.parametrize("body", [LINEAR, GEMM])
 def test_a_bias_that_is_one_percent_off_is_seen(context: Context, body: str) -> None:
     program = quantized_layer(body, context)
-    lowered = lower(program.model)
+    lowered = lower_qdq(program.model)
     bias = next(v for n, v in lowered.graph.initializers.items() if n.endswith("_int32"))
     bias.const_value = ir.tensor(np.rint(numpy_of(bias) * 1.01).astype(np.int32), name=bias.name)
     with pytest.raises(AssertionError):
@@ -114,7 +114,7 @@ def test_a_bias_that_is_one_percent_off_is_seen(context: Context, body: str) -> 
 
 def test_every_weight_is_int8_and_every_bias_int32(tiny: Program, context: Context) -> None:
     program = pipeline.run_passes(tiny, RECIPES["w8a8"].passes, context)
-    lowered = lower(program.model)
+    lowered = lower_qdq(program.model)
     assert program.plan is not None
     for node in lowered.graph:
         if node.op_type in ("Conv", "Gemm") and node.name not in program.plan.islands:
