@@ -1,1 +1,1 @@
-"""The sampling loop runs, and statistics of its activations stream."""
+"""The sampling loop of the compiler, and the statistics of its activations."""

@@ -1,4 +1,4 @@
-"""Drives the sampling loop with a denoiser of the compiler: calibration and fitting see what production sees."""
+"""The sampling loop with a denoiser of the compiler: calibration and fitting run the loop of production."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def follow_trajectories(
     callback: samplers.Callback | None = None,
     correction: Correction | None = None,
 ) -> int:
-    """Sample `context.samples` images with the deployed sampler from seeded noise; returns the number of calls.
+    """Sample `context.samples` images with the deployed sampler from seeded noise; return the number of calls.
 
-    A graph with its batch written in gets whole batches, a few images more than asked for perhaps.
-    The denoiser is called as `(x [B, C, H, W], timestep, conditions of the same rows) -> output`; nothing is kept.
-    Under guidance B is both halves, and what comes back is combined for the sampler. `callback` and `correction` are
-    those of the sampling loop.
+    A graph with a fixed batch gets whole batches, and so perhaps a few images more. The denoiser is called as
+    `(x [B, C, H, W], timestep, conditions of the same rows) -> output`; no image is kept. Under guidance B counts both
+    halves, and their outputs are combined for the sampler. `callback` and `correction` are those of the sampling loop.
+    Raises ConditionError, ModelError.
     """
     deployment = program.deployment
     check_conditions(program, context)
@@ -57,7 +57,7 @@ def follow_trajectories(
 
 
 def batch_spans(program: Program, context: Context) -> list[tuple[int, int]]:
-    """(first sample, number of samples) of each calibration batch; a batch that is written into the graph is whole."""
+    """Return (first sample, number of samples) of each calibration batch. A batch that the graph fixes is whole."""
     fixed = program.fixed_batch
     if fixed and program.deployment.guided:
         if fixed % 2:
@@ -72,26 +72,26 @@ def batch_spans(program: Program, context: Context) -> list[tuple[int, int]]:
 
 
 def batch_conditions(program: Program, context: Context, first: int, rows: int) -> Conditions:
-    """The conditions of one call: of these samples, and under guidance the unconditional ones before them."""
+    """Return the conditions of one call for these samples, under guidance with the unconditional rows before them."""
     conditions = context.condition_rows(first, rows)
     return doubled_conditions(conditions, context.unconditional) if program.deployment.guided else conditions
 
 
 def both_halves(program: Program, x: Images) -> Images:
-    """What the network sees of x: twice the batch under guidance."""
+    """Return the input of the network for x: twice the batch under guidance."""
     return doubled(x) if program.deployment.guided else x
 
 
 def guided_output(program: Program, output: Images) -> Images:
-    """The prediction that the sampler gets: both halves combined under guidance."""
+    """Return the prediction for the sampler: both halves combined under guidance."""
     return combine(output, program.deployment.guidance) if program.deployment.guided else output
 
 
 class LockStep:
-    """The latents of all calibration samples, which take each step of the sampler together.
+    """The latents of all calibration samples, advanced together through each step of the sampler.
 
-    The noise is that of `follow_trajectories`, and so is every picture when both advance with the same denoiser.
-    Latents are all that is kept: memory grows with the samples by those alone.
+    The noise is that of `follow_trajectories`, and with the same denoiser so are the images. Only latents are kept for
+    each sample.
     """
 
     def __init__(self, program: Program, context: Context) -> None:
@@ -106,11 +106,11 @@ class LockStep:
         self._index = 0
 
     def __len__(self) -> int:
-        """The number of batches."""
+        """Return the number of batches."""
         return len(self._spans)
 
     def batches(self) -> Iterator[tuple[Images, Conditions]]:
-        """(what the network sees `[B, C, H, W]`, conditions of the same rows) of each batch, where they stand now."""
+        """Yield (input of the network `[B, C, H, W]`, conditions of the same rows) of each batch for the next call."""
         for (first, rows), state in zip(self._spans, self._states, strict=True):
             yield both_halves(self._program, state["x"]), batch_conditions(self._program, self._context, first, rows)
 
@@ -125,7 +125,7 @@ class LockStep:
 
 
 def check_conditions(program: Program, context: Context) -> None:
-    """Refuse to calibrate a conditional model on conditions that nobody chose, or that do not fit its inputs."""
+    """Raise ConditionError when conditions or unconditional rows are missing, or do not fit the model's inputs."""
     for name, value in program.conditions().items():
         rows = context.conditions.get(name)
         if rows is None:
@@ -142,7 +142,7 @@ def check_conditions(program: Program, context: Context) -> None:
             )
         fixed = [] if value.shape is None else list(value.shape)[1:]
         fits = rows.ndim == len(fixed) + 1 and all(
-            not isinstance(want, int) or want == have for want, have in zip(fixed, rows.shape[1:], strict=False)
+            not isinstance(size, int) or size == actual for size, actual in zip(fixed, rows.shape[1:], strict=False)
         )
         if not fits or not len(rows):
             raise ConditionError(
@@ -167,7 +167,7 @@ def check_conditions(program: Program, context: Context) -> None:
 
 
 def _check_channels(program: Program) -> None:
-    """Refuse to sample with a model that predicts other channels than it takes (inpainting: mask and masked image)."""
+    """Raise ModelError for a model that predicts fewer channels than it takes (inpainting: mask and masked image)."""
     output = next(v for v in program.graph.outputs if v.name == program.signature.output)
     channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
     if isinstance(channels, int) and channels != program.shape[0]:
@@ -179,9 +179,9 @@ def _check_channels(program: Program) -> None:
 
 
 def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
-    """Standard normal rows for every float condition: for speed and size, not for quality.
+    """Return standard normal rows for every float condition: enough for speed and size, not for quality.
 
-    Integer conditions (class labels) are refused: nobody knows their range. Open dimensions too.
+    Raises ConditionError for integer conditions (class labels), whose range is unknown, and for open dimensions.
     """
     rng = streams.CONDITIONS.generator(seed)
     conditions: dict[str, AnyArray] = {}

@@ -1,9 +1,9 @@
-"""Folds the activations of network calls into summaries beside the calls themselves.
+"""Summaries of the activations of network calls, computed in a thread while the next call runs.
 
-Summarizing what a call computed takes about half as long as the call, and needs nothing of the next one. So one thread
-folds while the caller runs on: numpy and onnxruntime both work outside of the interpreter's lock most of the time.
-There is one such thread and it takes the calls in their order, so the sums are to the last bit those of a plain loop.
-One call may wait, no more: memory is that of two calls' values, however many samples there are.
+Summarizing the values of a call takes about half as long as the call and does not need the next one. numpy and
+onnxruntime mostly work outside of the interpreter's lock, so the thread and the caller run at the same time. The one
+thread takes the calls in order: its sums equal those of a plain loop to the last bit. At most one call waits, so memory
+holds the values of two calls, for any number of samples.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Values = Mapping[str, npt.NDArray[Any]]
 
 
 class Collector:
-    """Summaries by (name of a value, group of calls). A context manager: it has a thread.
+    """Summaries by (name of a value, group of calls). A context manager, because it has a thread.
 
-    `axes` says for which values each channel is measured by itself, and along which axis; `squared` for which of
-    those the sums of squares are taken, too. `summaries`, `channels` (extremes `[2, C]`) and `squares` (`[C]`) may be
-    read after `settle`, and until the next `add`.
+    `axes` maps the values that are measured by channel to their channel axis. `squared` names those among them whose
+    sums of squares are measured too. `summaries`, `channels` (extremes `[2, C]`) and `squares` (`[C]`) may be read
+    between `settle` and the next `add`.
     """
 
     def __init__(self, axes: Mapping[str, int] | None = None, squared: Collection[str] = ()) -> None:
@@ -41,15 +41,15 @@ class Collector:
         self._waiting: Future[None] | None = None
 
     def add(self, group: int, timestep: Timestep, values: Values) -> None:
-        """Fold one call's values, of any shape and number type, into a group. The arrays must not change afterwards.
+        """Add one call's values, of any shape and number type, to a group. The arrays must not change afterwards.
 
-        Raises StatsError when the call before it had computed NaN or infinity.
+        Raises StatsError when the call before this one computed NaN or infinite values.
         """
         self.settle()
         self._waiting = self._thread.submit(self._fold, group, timestep, dict(values))
 
     def settle(self) -> None:
-        """Wait until everything is folded in. Raises StatsError for values that are not finite."""
+        """Wait until every call is added. Raises StatsError for NaN or infinite values."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.result()
@@ -68,13 +68,13 @@ class Collector:
                 self._fold_channels((name, group), np.asarray(array, np.float32))
 
     def _fold_channels(self, key: tuple[str, int], array: npt.NDArray[np.float32]) -> None:
-        last = self._axes[key[0]] % array.ndim == array.ndim - 1  # tokens [..., C]; else feature maps [batch, C, ...]
+        last = self._axes[key[0]] % array.ndim == array.ndim - 1  # tokens [..., C], not feature maps [batch, C, ...]
         rows = array.reshape(-1, array.shape[-1]) if last else array.reshape(*array.shape[:2], -1)
         low, high = (rows.min(axis=0), rows.max(axis=0)) if last else (_each(np.min, rows), _each(np.max, rows))
         seen = self.channels.setdefault(key, np.stack([low, high]))
         np.minimum(seen[0], low, out=seen[0])
         np.maximum(seen[1], high, out=seen[1])
-        if key[0] in self._squared:  # not `dot`: see Summary.add; nor a copy in float64: einsum casts piece by piece
+        if key[0] in self._squared:  # einsum casts in blocks, without a float64 copy; not `dot`: see Summary.add
             sums = np.einsum("nc,nc->c" if last else "bcn,bcn->c", rows, rows, dtype=np.float64)
             self.squares[key] = self.squares[key] + sums if key in self.squares else sums
 
@@ -88,5 +88,5 @@ class Collector:
 
 
 def _each(extreme: Callable[..., npt.NDArray[np.float32]], rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The extreme `[C]` of each channel of `[batch, C, rest]`: along memory first, which is ten times faster."""
+    """Return the extreme `[C]` of each channel of `[batch, C, rest]`: along memory first, which is ten times faster."""
     return extreme(extreme(rows, axis=2), axis=0)

@@ -1,9 +1,10 @@
-"""Statistics that were measured before: calibration is the longest part of most compilations, and many share it.
+"""A cache of statistics: calibration takes most of the time of a compilation, and many compilations share it.
 
-An entry is a folder `stats-<key>` of the cache: `stats.json`, and the arrays in safetensors. The key is a digest of all
-that the statistics depend on: the graph and its weights, the schedule and the calls of the deployment, the samples and
-their conditions, the options of the pass, onnxruntime's version. Entries are written beside their place and moved
-there, so a killed compilation leaves no half of one, and they never change: whoever wants room deletes folders.
+An entry is the folder `stats-<key>` of the cache, with `stats.json` and the arrays in safetensors. The key is a digest
+of everything that the statistics depend on: the graph and its weights, the schedule and the calls of the deployment,
+the samples and their conditions, the options of the pass, the version of onnxruntime. An entry is written to a
+temporary folder and then renamed, so that a killed compilation leaves no partial entry. Entries never change: delete
+folders to free space.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ STATS_FILE = "stats.json"
 def measured_once(
     program: Program, context: Context, options: Mapping[str, Any], measure: Callable[[], Stats]
 ) -> tuple[Stats, bool]:
-    """(statistics, whether they came from the cache of the context); measured and kept where it has none yet.
+    """Return (statistics, whether they came from the cache). Without an entry, measure and store one.
 
     Raises StatsError for an entry that cannot be read.
     """
@@ -61,7 +62,7 @@ def _keep(stats: Stats, entry: Path) -> None:
         (partial / STATS_FILE).write_text(
             json.dumps(snapshot.save_stats(stats, partial)), encoding="utf-8", newline="\n"
         )
-        if not entry.exists():  # somebody else may have measured the same meanwhile
+        if not entry.exists():  # another process may have measured the same meanwhile
             partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Program, Pass and Recipe, the pipeline, and what it checks between two passes."""
+"""Program, Pass and Recipe, the pipeline, and its checks between two passes."""

@@ -1,1 +1,1 @@
-"""A model, from an ONNX file or from torch, becomes a Program."""
+"""Import of a model, from an ONNX file or from torch, as a Program."""

@@ -1,4 +1,4 @@
-"""ONNX file -> Program. Weights are streamed to the working folder, never loaded whole."""
+"""Import of an ONNX file as a Program. The weights are streamed to the working folder, never loaded as a whole."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def import_onnx(
     size: tuple[int, int] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Program:
-    """Read an ONNX denoiser (opset 13 or later, external data too) into a Program.
+    """Return the Program of an ONNX denoiser (opset 13 or later, with or without external data).
 
-    `inputs`, `output` and `prediction` say what cannot be inferred; `size` is (height, width) where the graph leaves
-    them open; `config` is the diffusers configuration of the model it was exported from. Raises ModelError,
-    SignatureError.
+    `inputs`, `output` and `prediction` name roles that cannot be inferred (see `infer_signature`). `size` is (height,
+    width) where the graph leaves them open. `config` is the diffusers configuration of the model that was exported.
+    Raises ModelError, SignatureError.
     """
     model = load_onnx(path)
     signature = infer_signature(
@@ -75,7 +75,7 @@ def finish_import(
     where: str,
     fx_text: str | None = None,
 ) -> Program:
-    """What both front ends do last: store the weights, check that they are finite, settle the sample's shape."""
+    """Return the Program of an imported graph, for both front ends: store the weights, check them, find the shape."""
     shape = _sample_shape(model.graph, signature, size, where)
     _check_timestep(model.graph, signature, deployment)
     try:
@@ -109,12 +109,12 @@ def _check_timestep(graph: ir.Graph, signature: Signature, deployment: Deploymen
 
 
 def load_onnx(path: Path) -> ir.Model:
-    """The graph of an ONNX file, its external weights still on disk. Raises ModelError for what cannot be compiled."""
+    """Return the model of an ONNX file, external weights still on disk. Raises ModelError if it cannot be compiled."""
     if not path.exists():
         raise ModelError("the model file does not exist", where=str(path), hint="check the path")
     try:
         model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds for bytes that are not a model
+    except Exception as error:  # protobuf and onnx_ir raise many kinds of errors for bytes that are not a model
         raise ModelError(
             f"this is not an ONNX model, or it is truncated ({type(error).__name__})",
             where=str(path),
@@ -155,9 +155,11 @@ def _check_external(name: str, tensor: ir.TensorProtocol | None, path: Path) -> 
         )
 
 
-def _missing_data(what: str, where: str) -> ModelError:
+def _missing_data(file: str, where: str) -> ModelError:
     return ModelError(
-        f"the model's external data is missing: {what}", where=where, hint="put the file beside the .onnx file"
+        f"the model's external data is missing: {file}",
+        where=where,
+        hint="put the file next to the .onnx file",
     )
 
 
@@ -172,7 +174,7 @@ def _sample_shape(
         raise ModelError(
             f"the sample {signature.sample!r} has the open shape {value.shape}",
             where=where,
-            hint="say the height and width to calibrate at: --size HxW (the number of channels must be in the graph)",
+            hint="give the height and width to calibrate at: --size HxW (the number of channels must be in the graph)",
         )
     if size is not None and (chosen[1], chosen[2]) != size:
         raise ModelError(

@@ -1,8 +1,8 @@
-"""diffusers model -> torch.export (an FX graph) -> ONNX by the dynamo exporter -> Program.
+"""Import of a diffusers model as a Program: torch.export (an FX graph), then ONNX by the dynamo exporter.
 
-Checked at every import: the exported graph holds as many parameter bytes as the module, and its outputs agree with
-torch at three timesteps. A DiT that learned its variances predicts them behind the noise, in channels of their own. No
-sampler here reads those (nor does diffusers' DiTPipeline), so the graph ends with the channels of the noise.
+Every import is checked: the exported graph has as many parameter bytes as the module, and its outputs agree with torch
+at three timesteps. A DiT with learned variances predicts them in channels after those of the noise. No sampler here
+reads them (nor does diffusers' DiTPipeline), so the graph keeps the channels of the noise only.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from .torch_example import SUPPORTED, Example, PositionalModel, example_of, quie
 
 OPSET = 21
 OUTPUT = "out_sample"
-PARITY = 2e-3  # of the largest output: float32 kernels of two libraries, some hundred layers deep
+PARITY = 2e-3  # of the largest output: float32 kernels of two libraries over some hundred layers
 
 
 def load_model(folder: Path) -> torch.nn.Module:
-    """A diffusers model from a model folder (config.json and weights), in float32, in eval mode."""
+    """Return the diffusers model of a folder (config.json and weights), in float32 and eval mode. Raises ModelError."""
     import diffusers
 
     config_file = folder / "config.json"
     try:
         name = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no object
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is not an object
         raise ModelError(
             f"cannot read the model's configuration: {error}", where=str(config_file), hint="download the model again"
         ) from error
@@ -54,7 +54,7 @@ def load_model(folder: Path) -> torch.nn.Module:
     diffusers.logging.set_verbosity_error()
     try:
         model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    except Exception as error:  # diffusers and safetensors raise many kinds for missing or truncated weights
+    except Exception as error:  # diffusers and safetensors raise many kinds of errors for missing or truncated weights
         raise ModelError(
             f"diffusers cannot load the model: {str(error).splitlines()[0]}",
             where=str(folder),
@@ -64,8 +64,10 @@ def load_model(folder: Path) -> torch.nn.Module:
 
 
 def import_folder(path: Path, folder: Path, **options: Any) -> Program:
-    """Like `import_torch`, for a diffusers model folder; torch's copy of the weights is gone before onnxruntime's
-    comes, so that only one of them is in memory."""
+    """Return the Program of a diffusers model folder; options as in `import_torch`.
+
+    torch's copy of the weights is freed before onnxruntime loads its own: only one is in memory at a time.
+    """
     reading = _read(load_model(path), options["schedule"], options["deployment"], options.get("size"), str(path))
     return _finish(reading, folder, **options)
 
@@ -80,9 +82,9 @@ def import_torch(
     name: str = "module",
     threads: int | None = None,
 ) -> Program:
-    """Export a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel` into a Program.
+    """Return the Program of a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`.
 
-    The inputs keep their diffusers names; the batch stays open, height and width too where the model allows.
+    The inputs keep their diffusers names. The batch stays open, and so do height and width where the model allows.
     Raises ModelError for other classes, and when the export lost weights or disagrees with torch.
     """
     reading = _read(model, schedule, deployment, size, name)
@@ -91,7 +93,7 @@ def import_torch(
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """A module as its export saw it, and what torch computed with it at three timesteps."""
+    """An exported module, and the outputs of torch at three timesteps."""
 
     model: ir.Model
     fx_text: str
@@ -111,7 +113,7 @@ def _read(
     training = model.training
     model.eval()
     try:
-        # A sampler of interpolated timesteps needs an input that can say them.
+        # A sampler with interpolated timesteps needs a float input for them.
         example = example_of(model, size, torch.int64 if deployment.whole else torch.float32)
         parity = _torch_outputs(model, example, schedule)
         onnx_model, fx_text = _export(example.denoiser(model), example)
@@ -144,16 +146,16 @@ def _finish(
         where=name,
         fx_text=reading.fx_text,
     )
-    held = int(program.source["parameter_bytes"])
-    if held < reading.parameters:
-        raise ModelError(f"the export holds {held} bytes of weights, the module {reading.parameters}", where=name)
-    gc.collect()  # what the exporter knew of torch's weights is tied in cycles
+    exported = int(program.source["parameter_bytes"])
+    if exported < reading.parameters:
+        raise ModelError(f"the export holds {exported} bytes of weights, the module {reading.parameters}", where=name)
+    gc.collect()  # the exporter's references to torch's weights are in cycles
     _check_parity(program, folder, reading.parity, reading.example, threads)
     return program
 
 
 def _distinct_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the module's parameters, equal ones counted once: the exporter stores them once."""
+    """Return the bytes of the module's parameters, equal ones counted once, because the exporter stores them once."""
     sizes: dict[tuple[int, bytes], int] = {}
     for parameter in model.parameters():
         data = parameter.detach().contiguous().numpy().reshape(-1).view(np.uint8)
@@ -188,7 +190,7 @@ def _export(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str]
 
 
 def _export_fx(denoiser: PositionalModel, example: Example) -> torch.export.ExportedProgram:
-    """With open height and width, or, where the model's arithmetic forbids that, with the example's."""
+    """Export with open height and width or, where the model's arithmetic forbids that, with those of the example."""
     batch = torch.export.Dim("batch", max=63)
     height, width = torch.export.Dim("height", min=1, max=512), torch.export.Dim("width", min=1, max=512)
     spatial = {2: example.multiple * height, 3: example.multiple * width} if example.multiple else {}
@@ -198,13 +200,13 @@ def _export_fx(denoiser: PositionalModel, example: Example) -> torch.export.Expo
         shapes = tuple({0: batch, **(extra if name == example.sample else {})} for name in example.tensors)
         try:
             return torch.export.export(denoiser, tensors, dynamic_shapes=(shapes,), strict=False)
-        except Exception as problem:  # torch.export reports guards that fail by many kinds of errors
+        except Exception as problem:  # torch.export reports failing guards by many kinds of errors
             error = problem
     raise ModelError(f"torch.export cannot trace the model: {str(error).splitlines()[0]}") from error
 
 
 def _readable(exported: torch.export.ExportedProgram) -> str:
-    """The FX graph as code, without the comments that name files of this machine."""
+    """Return the FX graph as code, without the comments, which contain paths of this machine."""
     code = exported.graph_module.print_readable(print_output=False)
     return "\n".join(line.rstrip() for line in code.splitlines() if not line.lstrip().startswith("#")) + "\n"
 

@@ -1,4 +1,4 @@
-"""Which input is the sample, which the timestep, and what is a condition."""
+"""Roles of a graph's inputs and outputs: the sample, the timestep, the conditions, the prediction."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ def infer_signature(
     prediction: Prediction = "epsilon",
     where: str = "the model",
 ) -> Signature:
-    """Roles that the user said (`inputs` maps a role, "sample" or "timestep", to an input's name), else inferred.
+    """Return the signature of a graph. `inputs` maps roles ("sample", "timestep") to names; other roles are inferred.
 
-    The sample is a float input of rank 4; the timestep a number or a vector, recognised by its name when several
-    inputs look like one. Raises SignatureError when a role cannot be told, ModelError for a sample that is not float32.
+    The sample is a float input of rank 4. The timestep is a number or a vector, recognised by its name when several
+    inputs have such a shape. Raises SignatureError when a role cannot be inferred, ModelError for a sample that is not
+    float32.
     """
-    said = dict(inputs or {})
-    if unknown := set(said) - {"sample", "timestep"}:
+    given = dict(inputs or {})
+    if unknown := set(given) - {"sample", "timestep"}:
         raise SignatureError(
             f"unknown input role {sorted(unknown)[0]!r}", where=where, hint="roles are sample and timestep"
         )
     values = {name_of(v): v for v in graph.inputs if name_of(v) not in graph.initializers}
     listing = ", ".join(f"{n} {v.dtype}{v.shape}" for n, v in values.items())
-    for role, name in said.items():
+    for role, name in given.items():
         if name not in values:
             raise SignatureError(
                 f"no input is called {name!r}", where=where, hint=f"for {role}, choose from: {listing}"
             )
-    sample = said.get("sample") or _pick(values, "sample", _SAMPLE_NAMES, where, listing)
+    sample = given.get("sample") or _pick(values, "sample", _SAMPLE_NAMES, where, listing)
     rest = {n: v for n, v in values.items() if n != sample}
-    timestep = said.get("timestep") or _pick(rest, "timestep", _TIMESTEP_NAMES, where, listing)
+    timestep = given.get("timestep") or _pick(rest, "timestep", _TIMESTEP_NAMES, where, listing)
     for role, name, ranks in (("sample", sample, (4,)), ("timestep", timestep, (0, 1))):
         if _rank(values[name]) not in (*ranks, None):
             raise SignatureError(
@@ -73,18 +74,18 @@ def _rank(value: ir.Value) -> int | None:
 def _pick(values: Mapping[str, ir.Value], role: str, names: tuple[str, ...], where: str, listing: str) -> str:
     ranks = (4,) if role == "sample" else (0, 1)
     fitting = [n for n, v in values.items() if _rank(v) in ranks and v.dtype is not None and _is_number(v, role)]
-    named = [n for wish in names for n in fitting if n.lower() == wish]
+    named = [n for known in names for n in fitting if n.lower() == known]
     if named:
         return named[0]
     if role == "sample" and len(fitting) == 1:
         return fitting[0]
     if role == "timestep" and len(fitting) == 1 and "label" not in fitting[0].lower():
         return fitting[0]
-    found = f"candidates: {', '.join(fitting)}" if fitting else "no input has a fitting shape"
+    candidates = f"candidates: {', '.join(fitting)}" if fitting else "no input has a fitting shape"
     raise SignatureError(
-        f"no input can be recognised as the {role} ({found})",
+        f"no input can be recognised as the {role} ({candidates})",
         where=f"{where}, inputs: {listing}",
-        hint=f"say which one it is: --input {role}=NAME",
+        hint=f"name it: --input {role}=NAME",
     )
 
 
@@ -107,5 +108,5 @@ def _pick_output(graph: ir.Graph, output: str | None, where: str) -> str:
     raise SignatureError(
         f"the model has several outputs: {', '.join(names)}",
         where=where,
-        hint="say which one predicts: --output epsilon=NAME",
+        hint="name the one that predicts: --output epsilon=NAME",
     )

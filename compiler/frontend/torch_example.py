@@ -1,4 +1,4 @@
-"""Inputs that a diffusers model is exported with: what it takes, and which dimensions stay open."""
+"""Example inputs for the export of a diffusers model, and the dimensions that stay open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUPPORTED = ("UNet2DModel", "UNet2DConditionModel", DIT)
 
 
 class PositionalModel(torch.nn.Module):
-    """A diffusers model behind positional inputs, as torch.export wants them."""
+    """A diffusers model with positional inputs, which torch.export needs, cut to the first `channels` of its output."""
 
     def __init__(self, model: torch.nn.Module, names: tuple[str, ...], channels: int | None) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class PositionalModel(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Example:
-    """Inputs by name, the sample and the timestep first, and which of their dimensions stay open.
+    """Inputs by name, the sample and the timestep first, and the dimensions that stay open.
 
-    Height and width may be any multiple of `multiple`, or are fixed where that is None. Of the output the first
-    `channels` are wanted, or all.
+    Height and width are multiples of `multiple`, or fixed when that is None. `channels` is the number of channels that
+    are kept of the output; None keeps all.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -51,15 +51,17 @@ class Example:
 
     @property
     def sample(self) -> str:
+        """Return the name of the sample."""
         return next(iter(self.tensors))
 
     def denoiser(self, model: torch.nn.Module) -> PositionalModel:
+        """Return the model, to be called with these inputs by position."""
         return PositionalModel(model, tuple(self.tensors), self.channels)
 
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the remarks of torch's ONNX exporter about itself."""
+    """Silence the log lines and warnings of torch's ONNX exporter."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -72,7 +74,7 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def unsupported(name: str, where: str) -> ModelError:
-    """The error for a class that is not in SUPPORTED."""
+    """Return the error for a class that is not in SUPPORTED."""
     return ModelError(
         f"{name} cannot be exported yet; {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]} can",
         where=where,
@@ -81,7 +83,7 @@ def unsupported(name: str, where: str) -> ModelError:
 
 
 def example_of(model: torch.nn.Module, size: tuple[int, int] | None, timestep: torch.dtype) -> Example:
-    """Inputs of two samples, seeded, the timestep of that type. Raises ModelError for what no export was tried with."""
+    """Return seeded inputs of two samples, the timestep of that type. Raises ModelError for untested configurations."""
     config: Any = model.config
     side = config.sample_size or 32
     height, width = size or ((side, side) if isinstance(side, int) else tuple(side))

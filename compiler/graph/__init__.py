@@ -1,1 +1,1 @@
-"""Helpers over onnx-ir graphs, and the file that all graphs keep their weights in. No Program here."""
+"""Helpers over onnx-ir graphs, and the file of their weights. Nothing here knows Program."""

@@ -1,1 +1,1 @@
-"""From statistics to scales: ranges, weights, and tables over the timestep."""
+"""Scales from statistics: ranges, weights, and tables over the timestep."""

@@ -1,4 +1,4 @@
-"""From a summary to a range: the methods that every pass choosing activation scales shares.
+"""Ranges of activations from summaries: the methods shared by all passes that choose activation scales.
 
 minmax      the measured extremes
 percentile  the values between which `percentile` of the mass lies, symmetric in probability
@@ -21,7 +21,7 @@ RANGE_SHRINKS = np.linspace(1.0, 0.2, 81)
 
 
 def check_percentile(percentile: float, where: str) -> None:
-    """Refuse a percentile option that keeps less than half of the values, or more than all. Raises RecipeError."""
+    """Raise RecipeError for a percentile option outside of 50 (exclusive) to 100."""
     if not 50 < percentile <= 100:
         raise RecipeError(
             f"{where}.percentile is {percentile}", where=where, hint="choose between 50 and 100, such as 99.999"
@@ -29,7 +29,7 @@ def check_percentile(percentile: float, where: str) -> None:
 
 
 def range_of(summary: Summary, method: RangeMethod, percentile: float, fmt: Format) -> tuple[float, float]:
-    """(low, high) of a summary by one of the methods; `percentile` is in percent."""
+    """Return (low, high) of a summary by one of the methods; `percentile` is in percent."""
     if method == "minmax":
         return summary.low, summary.high
     if method == "percentile":
@@ -39,7 +39,7 @@ def range_of(summary: Summary, method: RangeMethod, percentile: float, fmt: Form
 
 
 def least_error_range(summary: Summary, fmt: Format) -> tuple[float, float]:
-    """The shrunk range with the least expected squared quantization error over a summary."""
+    """Return the shrunk range with the least expected squared quantization error over a summary."""
     bottom, top = min(summary.low, 0.0), max(summary.high, 0.0)
     best, best_error = (bottom, top), np.inf
     for shrink in RANGE_SHRINKS:
@@ -51,11 +51,11 @@ def least_error_range(summary: Summary, fmt: Format) -> tuple[float, float]:
 
 
 def expected_error(summary: Summary, low: float, high: float, fmt: Format) -> float:
-    """Mean squared error of quantizing what a summary saw with the range [low, high]."""
+    """Return the mean squared error of quantizing the values of a summary with the range [low, high]."""
     low_edges, high_edges, counts = summary.bins()
     centre, width = (low_edges + high_edges) / 2, high_edges - low_edges
     step = max((high - low) / (fmt.qmax - fmt.qmin), 1e-30)
-    # A bin narrower than a step sits somewhere on the grid; a wider one sees the whole sawtooth.
+    # A bin narrower than a step has one position on the grid; a wider one averages over the whole sawtooth.
     inside = np.where(width < step, (centre - step * np.rint(centre / step)) ** 2 + width**2 / 12, step**2 / 12)
     outside = np.maximum(low - centre, 0) + np.maximum(centre - high, 0)
     error = np.where(outside > 0, outside**2, np.minimum(inside, step**2 / 4))

@@ -1,24 +1,24 @@
-"""TDQ: a small network from the timestep to each quantizer's range, learned offline and thrown away (arXiv 2306.02316).
+"""TDQ: ranges from a small network of the timestep, trained offline and then discarded (arXiv 2306.02316).
 
     (-low, high)(t) = unit * softplus(W4 relu(W3 relu(W2 relu(W1 PE(t) + b1) + b2) + b3) + b4)
 
 `unit` is the widest measured range of each side, and W4 = 0, b4 = softplus^-1(1): learning starts from the static
-range, where little is clipped. Low is never above 0, high never below; a side that is never used (the low one of a
-softmax) stays 0. TDQ learns one symmetric interval by backpropagating through the quantized network. Here the loss
-needs no network: it is the expected error of quantizing what the histograms of the calls saw, relative to the mean
-square P of each call,
+range, where little is clipped. Low is never above 0, high never below, and a side without values (the low side of a
+softmax) stays 0. TDQ learns one symmetric interval by backpropagation through the quantized network. Here the loss
+needs no denoiser: it is the expected error of quantizing the histograms of the calls, relative to the mean square P of
+each call,
 
     L = sum_calls 1/P (s^2 / 12  +  clip_weight * sum_bins mass E[(|x| - reach)+^2]),    s = (high - low) / (levels - 1)
 
-with the values spread evenly over their bin: over [a, b], with p = (b - reach)+ and q = (a - reach)+,
+with the values spread evenly over their bin [a, b]. With p = (b - reach)+ and q = (a - reach)+,
 
     E = (p^3 - q^3) / (3 (b - a)),       dE/dreach = -(p^2 - q^2) / (b - a).
 
-The rounding error is charged for clipped values too, of which there are few, which makes L differentiable.
+Clipped values, which are few, are charged with the rounding error too: this makes L differentiable.
 
-Why a network and not the best range of each call: neighbouring calls share it, so what one of them saw by chance
-counts less, and it has a value at timesteps that were never measured. The embedding has no wave shorter than sixteen
-calls, because between two of them nothing holds a faster one in place.
+A network instead of the best range of each call has two advantages. Neighbouring calls share it, which averages out the
+noise of one call, and it has a value at timesteps without measurements. The embedding has no wave shorter than sixteen
+calls, because the measurements do not constrain faster ones.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ Numbers = npt.NDArray[np.floating]
 HIDDEN = 64
 WAVES = 16
 SHORTEST = 16  # calls
-BINS = 40  # 2.5 octaves under each call's extreme; what is smaller shares the last bin
+BINS = 40  # 2.5 octaves below each call's extreme; smaller values share the last bin
 ITERATIONS = 300
 RATE = 4e-3
 DECAYS = (0.9, 0.99)
-AT_ONCE = 16  # networks that learn together: few enough for the cache
+AT_ONCE = 16  # networks trained together: few enough for the cache
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What some quantizers saw in each call, as magnitudes on the low (0) and the high side (1).
+    """Histograms of the values of some quantizers in each call, as magnitudes on the low (0) and the high side (1).
 
-    `inner` and `outer` are the edges of the bins and `mass` the share of values in them, all `[values, calls, 2,
-    bins]`; a call's own mean square divides its mass and its `rounding` `[values, calls]`, 1 / 12 P (levels - 1)^2.
-    `unit` `[values, 1, 2]` is what a network's output 1 stands for. All lengths are in units of `size` `[values, 1,
-    1]`, so that single precision is enough for what is very small.
+    inner, outer  the edges of the bins, `[values, calls, 2, bins]`
+    mass          the share of values in each bin over the mean square of the call, of the same shape
+    rounding      1 / 12 P (levels - 1)^2, `[values, calls]`
+    unit          the range for a network's output of 1, `[values, 1, 2]`
+    size          the unit of all lengths, `[values, 1, 1]`, which keeps small ones within single precision
     """
 
     inner: Numbers
@@ -69,7 +70,7 @@ class Observed:
     def of(
         calls: Sequence[Sequence[Summary]], ranges: npt.NDArray[np.float64], fmt: Format, dtype: npt.DTypeLike
     ) -> Observed:
-        """From the summaries of each value and call and their measured ranges `[values, calls, 2]`."""
+        """Return the histograms of the summaries of each value and call, with measured ranges `[values, calls, 2]`."""
         unit = np.maximum(ranges * [-1.0, 1.0], 0.0).max(axis=1, keepdims=True)
         size = np.maximum(unit.max(axis=2, keepdims=True), 1e-12)
         bins = np.zeros((3, *ranges.shape, BINS))
@@ -84,25 +85,25 @@ class Observed:
 
 
 def _sides(summary: Summary, size: float) -> npt.NDArray[np.float64]:
-    """(inner edges, outer edges, shares) `[3, 2, BINS]` of the values below and above 0, the largest ones first."""
+    """Return (inner edges, outer edges, shares) `[3, 2, BINS]` of the values below and above 0, largest first."""
     low, high, counts = summary.bins()
     low, high = low / size, high / size
-    found = np.zeros((3, 2, BINS))
-    found[1] = 1.0  # an empty bin has a width too
+    sides = np.zeros((3, 2, BINS))
+    sides[1] = 1.0  # an empty bin has a width too
     for side, (inner, outer) in enumerate(((-high, -low), (low[::-1], high[::-1]))):
         share = (counts if side == 0 else counts[::-1]) / max(summary.count, 1)
-        held = outer > 0
-        inner, outer, share = np.maximum(inner[held], 0.0), outer[held], share[held]
+        above = outer > 0
+        inner, outer, share = np.maximum(inner[above], 0.0), outer[above], share[above]
         if outer.size > BINS:
             share[BINS - 1] = share[BINS - 1 :].sum()
             inner[BINS - 1] = 0.0
         size = min(outer.size, BINS)
-        found[:, side, :size] = np.minimum(inner, outer * (1 - 1e-3))[:size], outer[:size], share[:size]
-    return found
+        sides[:, side, :size] = np.minimum(inner, outer * (1 - 1e-3))[:size], outer[:size], share[:size]
+    return sides
 
 
 def loss_and_gradient(seen: Observed, reach: Numbers, clip_weight: float) -> tuple[Numbers, Numbers]:
-    """The loss `[values]` of ranges (-low, high) `[values, calls, 2]`, and its gradient by them."""
+    """Return the loss `[values]` of ranges (-low, high) `[values, calls, 2]`, and its gradient by the ranges."""
     width = reach.sum(axis=2)
     far = np.maximum(seen.outer - reach[..., None], 0)
     near = np.maximum(seen.inner - reach[..., None], 0)
@@ -114,14 +115,14 @@ def loss_and_gradient(seen: Observed, reach: Numbers, clip_weight: float) -> tup
 
 
 def embed(timesteps: Sequence[float], span: float, calls: int, dtype: npt.DTypeLike) -> Numbers:
-    """PE(t): sines and cosines `[timesteps, 2 WAVES]`, from half a wave over `span` to one for every SHORTEST calls."""
+    """Return PE(t), sines and cosines `[timesteps, 2 WAVES]`: half a wave over `span` up to one per SHORTEST calls."""
     fastest = max(2 * np.pi * calls / SHORTEST, np.pi)
     angles = np.asarray(timesteps, np.float64)[:, None] / span * np.geomspace(np.pi, fastest, WAVES)
     return np.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), dtype)
 
 
 class Networks:
-    """One network for each value, side by side: weights `[values, in, out]`, biases `[values, 1, out]`."""
+    """One network for each value, in stacked arrays: weights `[values, in, out]`, biases `[values, 1, out]`."""
 
     def __init__(self, seeds: Sequence[tuple[int, int]], dtype: npt.DTypeLike) -> None:
         sizes = (2 * WAVES, HIDDEN, HIDDEN, HIDDEN)
@@ -134,7 +135,7 @@ class Networks:
         self.parameters += [np.zeros((len(seeds), HIDDEN, 2), dtype), np.full((len(seeds), 1, 2), start, dtype)]
 
     def forward(self, embedding: Numbers) -> tuple[Numbers, list[Numbers]]:
-        """Softplus of the last layer `[values, timesteps, 2]`, and what each layer read, last its raw output."""
+        """Return the softplus of the output `[values, timesteps, 2]`, and the layers' inputs with the raw output last."""
         read = [embedding]
         for weight, bias in zip(self.parameters[0:-2:2], self.parameters[1:-2:2], strict=True):
             read.append(np.maximum(read[-1] @ weight + bias, 0))
@@ -142,14 +143,14 @@ class Networks:
         return np.logaddexp(read[-1], 0), read
 
     def backward(self, gradient: Numbers, read: list[Numbers]) -> list[Numbers]:
-        """The gradients by the parameters, from the one by the output of forward."""
-        found: list[Numbers] = []
+        """Return the gradients by the parameters, from the gradient by the output of forward."""
+        gradients: list[Numbers] = []
         back = gradient * (1 + np.tanh(read[-1] / 2)) / 2
         for layer in range(len(read) - 2, -1, -1):
-            found = [np.swapaxes(read[layer], -1, -2) @ back, back.sum(axis=1, keepdims=True), *found]
+            gradients = [np.swapaxes(read[layer], -1, -2) @ back, back.sum(axis=1, keepdims=True), *gradients]
             if layer:
                 back = (back @ np.swapaxes(self.parameters[2 * layer], -1, -2)) * (read[layer] > 0)
-        return found
+        return gradients
 
 
 def learn(
@@ -159,10 +160,10 @@ def learn(
     clip_weight: float,
     progress: Callable[[int], None],
 ) -> None:
-    """Adam on all parameters, all calls at once, the rate falling to 0 as half a cosine; edits the networks.
+    """Train the networks in place: Adam on all parameters and calls at once, the rate falling to 0 as half a cosine.
 
-    It descends log L, and no value's gradient is longer than 1: one step into clipping raises L a thousandfold, and
-    Adam, which would remember that gradient, could not come back from the wide range it jumps to.
+    The objective is log L, and the gradient of each value is clipped to length 1: one step into clipping raises L a
+    thousandfold, and Adam's memory of that gradient would keep the range too wide.
     """
     first = [np.zeros_like(p) for p in networks.parameters]
     second = [np.zeros_like(p) for p in networks.parameters]
@@ -193,25 +194,25 @@ def learned_ranges(
     at: Sequence[float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> npt.NDArray[np.float64]:
-    """(low, high) of each value at each timestep, `[values, timesteps, 2]`, low <= 0 <= high.
+    """Return the learned (low, high) of each value at each timestep, `[values, timesteps, 2]`, low <= 0 <= high.
 
-    `calls` are the summaries of each value and call, `ranges` `[values, calls, 2]` what was measured directly (where
-    learning starts), `timesteps` those of the calls, within 0 .. `span`. `at` are the timesteps to evaluate, those of
-    the calls unless given. The same seed gives the same bytes.
+    `calls` are the summaries of each value and call, `ranges` `[values, calls, 2]` the measured ranges that learning
+    starts from, `timesteps` those of the calls, within 0 .. `span`. `at` are the timesteps of the result, by default
+    those of the calls. The same seed gives the same bytes.
     """
     total = len(calls) * ITERATIONS
     embedding = embed(timesteps, span, len(timesteps), np.float32)
-    asked = embedding if at is None else embed(at, span, len(timesteps), np.float32)
-    found = [np.zeros((0, len(asked), 2))]
+    evaluated = embedding if at is None else embed(at, span, len(timesteps), np.float32)
+    learned = [np.zeros((0, len(evaluated), 2))]
     for start in range(0, len(calls), AT_ONCE):
         part = slice(start, min(start + AT_ONCE, len(calls)))
         seen = Observed.of(calls[part], ranges[part], fmt, np.float32)
         networks = Networks([(seed, v) for v in range(part.start, part.stop)], np.float32)
         learn(seen, networks, embedding, clip_weight, partial(_report, progress, part, total))
-        found.append((networks.forward(asked)[0] * seen.unit * seen.size).astype(np.float64) * [-1.0, 1.0])
-    return np.concatenate(found)
+        learned.append((networks.forward(evaluated)[0] * seen.unit * seen.size).astype(np.float64) * [-1.0, 1.0])
+    return np.concatenate(learned)
 
 
 def _report(progress: Callable[[int, int], None], part: slice, total: int, iteration: int) -> None:
-    """Progress over all networks, from an iteration of those of one part."""
+    """Report an iteration of one part of the networks as progress over all of them."""
     progress(part.start * ITERATIONS + iteration * (part.stop - part.start), total)

@@ -1,4 +1,4 @@
-"""Tables over the timestep: how a graph finds the row that belongs to the call at hand."""
+"""Tables over the timestep: how a graph looks up the row of the current call."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..graph.require import inputs, producer
 
 
 def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], stem: str) -> ir.Value:
-    """Nodes that turn the timestep input (a number or a batch of equal ones, of any type) into one row index `[1]`.
+    """Add nodes that turn the timestep input (a number or a batch of equal ones, of any type) into a row index `[1]`.
 
-    `row_of` is that of `nearest_row_of_timestep`; a timestep outside of the training schedule takes the nearest.
+    `row_of` is that of `nearest_row_of_timestep`. A timestep outside of the training schedule is clipped to it.
     """
     timestep = next(v for v in program.graph.inputs if name_of(v) == program.signature.timestep)
     int64 = ir.DataType.INT64
@@ -46,25 +46,25 @@ def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], 
 
 
 def group_of_train(program: Program) -> npt.NDArray[np.int64]:
-    """The scale tables' row of each timestep: that of the nearest one which the deployed sampler calls."""
+    """Return the row of the scale tables for each timestep: that of the nearest timestep of the deployed sampler."""
     return group_of_row(program)[nearest_row_of_timestep(program)]
 
 
 def group_of_row(program: Program) -> npt.NDArray[np.int64]:
-    """The row of the scale tables for each row of the timestep tables, which are finer."""
+    """Return the row of the scale tables for each row of the timestep tables, which are finer."""
     group = dict(zip(program.deployment.timesteps, program.require_plan().groups, strict=True))
     return np.array([group[t] for t in deployed_rows(program)], np.int64)
 
 
 def deployed_rows(program: Program) -> tuple[Timestep, ...]:
-    """The timesteps that tables hold, in the order of the rows."""
+    """Return the timesteps of the tables, in the order of the rows."""
     return tuple(sorted(program.deployment.timesteps))
 
 
 def nearest_row_of_timestep(program: Program) -> npt.NDArray[np.int64]:
-    """For each whole timestep the nearest row; one between two training timesteps is looked up where it rounds to.
+    """Return the nearest row of each whole timestep. A timestep between two of these is rounded before the lookup.
 
-    Where two deployed timesteps round to the same, halves (quarters, ...) are counted instead of whole timesteps.
+    When two deployed timesteps round to the same one, the map counts halves (quarters, ...) of timesteps.
     """
     fine = _fineness(program)
     rounded = np.rint(np.array(deployed_rows(program)) * fine).astype(np.int64)
@@ -72,7 +72,10 @@ def nearest_row_of_timestep(program: Program) -> npt.NDArray[np.int64]:
 
 
 def _fineness(program: Program) -> int:
-    """How many rows of the map one training timestep takes, so that each deployed timestep has its own."""
+    """Return the number of entries of the map for one training timestep, so that each deployed one has its own.
+
+    Raises ScheduleError.
+    """
     times = np.array(deployed_rows(program))
     for fine in (1, 2, 4, 8, 16, 32, 64):  # 64 is enough for 1000 steps of Karras' sigmas
         if len(np.unique(np.rint(times * fine))) == len(times):
@@ -86,7 +89,7 @@ def _fineness(program: Program) -> int:
 def lookup(
     build: Builder, table: npt.NDArray[np.generic], row: ir.Value, sizes: list[int], stem: str
 ) -> list[ir.Value]:
-    """One row of a table `[rows, sum(sizes)]`, cut into parts `[sizes[i]]`: one Gather and one Split for them all."""
+    """Add one Gather and one Split; return a row of a table `[rows, sum(sizes)]` in parts `[sizes[i]]`."""
     scalar = build.op(
         "Reshape", [row, build.constant(f"{stem}_scalar", np.array([], np.int64))], f"{stem}_index", like=row, shape=[]
     )
@@ -101,10 +104,10 @@ def lookup(
 
 
 def rows_and_index(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
-    """A scale or zero point as rows `[groups]`, or `[groups, C]` of a per-channel one, with the index of the row.
+    """Return the rows of a scale or zero point, `[groups]` or `[groups, C]` when per channel, and the row index.
 
-    A constant one is one row, `[1]` or `[1, C]`, without an index. Follows `lookup` backwards:
-    Split(Gather(table, Reshape(row))), without the Split when the table has one part.
+    A constant is one row, `[1]` or `[1, C]`, without an index. Otherwise the nodes are those of `lookup`,
+    Split(Gather(table, Reshape(row))), without the Split when the table has one part. Raises PassError for others.
     """
     if is_constant(parameter):
         constant = numpy_of(parameter)

@@ -1,7 +1,8 @@
-"""The quantizer of a layer's weight, from the tensor itself: symmetric, one scale for each output channel.
+"""Quantizers of weights: symmetric, one scale for each output channel.
 
-`minmax` takes the largest magnitude of a channel; `mse` the share of it, in 21 steps down to 0.6, at which rounding
-and clipping cost least together (the shrink search that Q-Diffusion and PTQD inherit from BRECQ, with p = 2).
+minmax  the largest magnitude of the channel
+mse     the share of it, in 21 steps from 1 to 0.6, with the least squared error of rounding and clipping together (the
+        shrink search that Q-Diffusion and PTQD inherit from BRECQ, with p = 2)
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ WeightMethod = Literal["minmax", "mse"]
 
 
 def weight_format(bits: int) -> Format:
-    """The format of weights of that many bits, 2 to 8."""
+    """Return the format of weights of that many bits, 2 to 8."""
     return INT8 if bits == 8 else Format(bits, signed=True, symmetric=True)
 
 
 def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -> Quantizer:
-    """The quantizer of a layer's weight along its output channels; `by` names the pass that asked."""
+    """Return the quantizer of a layer's weight along its output channels; `by` is the name of the pass."""
     axis = required(layer.weight_axis, "the output axis of the weight", layer.node)
     weight = np.moveaxis(numpy_of(required(layer.weight, "the weight", layer.node)), axis, 0)
     rows = weight.reshape(len(weight), -1)
@@ -40,7 +41,7 @@ def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -
 
 
 def rounded_weight(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Floats:
-    """A weight as its quantizer leaves it: rounded to the nearest grid point, in float."""
+    """Return a weight rounded to the nearest grid points of its quantizer, in float."""
     q = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.grid, quantizer.axis)
     return dequantize(q, quantizer.scale, quantizer.zero_point, quantizer.axis)
 
@@ -48,7 +49,7 @@ def rounded_weight(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Flo
 def _best_shrinks(
     rows: npt.NDArray[np.float32], limit: npt.NDArray[np.float32], fmt: Format
 ) -> npt.NDArray[np.float32]:
-    """For each row, the share of its largest magnitude at which rounding and clipping cost least together."""
+    """Return, for each row, the share of its largest magnitude with the least error of rounding and clipping."""
     best = np.ones(len(rows), np.float32)
     error = np.full(len(rows), np.inf)
     for shrink in np.linspace(1.0, 0.6, 21):
