@@ -1,4 +1,4 @@
-"""What a MODEL argument means: the embedded model, a diffusers folder, an ONNX file, a module in memory."""
+"""The MODEL argument: the embedded model, a diffusers folder, an ONNX file, or a module in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mezzotint.compiler.errors import ModelError
 from mezzotint.runtime.bundle.bundle import MANIFEST
@@ -17,32 +17,53 @@ from mezzotint.runtime.sampling.schedule import NAMED, Schedule
 if TYPE_CHECKING:
     import torch
 
+    Model = str | Path | torch.nn.Module
+
 DIGITS = Path(__file__).parents[1] / "assets" / "digits"
 SCHEDULER_FILE = "scheduler_config.json"
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.onnx"
-NETWORKS = ("unet", "transformer")  # what a pipeline's folder calls its denoiser
+NETWORKS = ("unet", "transformer")  # the folder of the denoiser in a pipeline's folder
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Where a model comes from. `path` is the .onnx file or the folder with config.json; None for a module.
+class OnnxSource:
+    """An .onnx file, with the diffusers configuration next to it if there is one."""
 
-    `config` is the diffusers configuration that lies beside an .onnx file, where one does.
-    """
-
-    kind: Literal["onnx", "diffusers", "module"]
+    kind: ClassVar[str] = "onnx"
     name: str
-    path: Path | None
     schedule: Schedule
-    module: torch.nn.Module | None = None
+    path: Path
     config: Mapping[str, Any] | None = None
 
 
-def resolve(model: str | Path | torch.nn.Module, scheduler: str | Path | Schedule | None = None) -> Source:
-    """Find the model and its scheduler. Raises ModelError or ScheduleError that says what is missing and where."""
+@dataclass(frozen=True, eq=False)
+class FolderSource:
+    """A diffusers model: the folder with its config.json."""
+
+    kind: ClassVar[str] = "diffusers"
+    name: str
+    schedule: Schedule
+    path: Path
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSource:
+    """A torch module in memory."""
+
+    kind: ClassVar[str] = "module"
+    name: str
+    schedule: Schedule
+    module: torch.nn.Module
+
+
+ModelSource = OnnxSource | FolderSource | ModuleSource
+
+
+def resolve(model: Model, scheduler: str | Path | Schedule | None = None) -> ModelSource:
+    """Return the model's source with its schedule. Raises ModelError or ScheduleError for missing files."""
     if not isinstance(model, (str, Path)):
-        return Source("module", type(model).__name__, None, _schedule(scheduler, None, "the module"), model)
+        return ModuleSource(type(model).__name__, _schedule(scheduler, None, "the module"), model)
     path = DIGITS if str(model) == "digits" else Path(model)
     name = "digits" if path == DIGITS else path.name
     if not path.exists():
@@ -53,16 +74,16 @@ def resolve(model: str | Path | torch.nn.Module, scheduler: str | Path | Schedul
         return _onnx(name, path, scheduler, str(path))
     if bundle := next((folder for folder in (path, path.parent) if (folder / MANIFEST).is_file()), None):
         raise ModelError(
-            "this is a bundle: it is compiled already, and the weights it was made from are not in it",
+            "this is a bundle: it is compiled already, and does not contain the original weights",
             where=str(bundle),
-            hint="compile the model it was made from; `mezzotint inspect` says which one that was",
+            hint="compile the original model; `mezzotint inspect` prints its name",
         )
     for folder in (*(path / network for network in NETWORKS), path):
         file = folder / MODEL_FILE
         if file.is_file() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             return _onnx(name, file, scheduler, str(path))
         if (folder / CONFIG_FILE).is_file():
-            return Source("diffusers", name, folder, _schedule(scheduler, _own_scheduler(folder), str(path)))
+            return FolderSource(name, _schedule(scheduler, _own_scheduler(folder), str(path)), folder)
     raise ModelError(
         "the folder holds neither a diffusers model (config.json) nor an ONNX one (model.onnx)",
         where=str(path),
@@ -70,20 +91,20 @@ def resolve(model: str | Path | torch.nn.Module, scheduler: str | Path | Schedul
     )
 
 
-def _onnx(name: str, file: Path, scheduler: str | Path | Schedule | None, where: str) -> Source:
+def _onnx(name: str, file: Path, scheduler: str | Path | Schedule | None, where: str) -> OnnxSource:
     schedule = _schedule(scheduler, _own_scheduler(file.parent), where)
-    return Source("onnx", name, file, schedule, config=_own_config(file.parent / CONFIG_FILE))
+    return OnnxSource(name, schedule, file, config=_own_config(file.parent / CONFIG_FILE))
 
 
 def _own_config(file: Path) -> dict[str, Any] | None:
-    """The configuration beside an ONNX file; others than diffusers write files of that name too."""
+    """Return the diffusers configuration next to an ONNX file, None for a file of another tool with that name."""
     if not file.is_file():
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the configuration beside the model is not readable JSON: {error}",
+            f"the configuration next to the model is not readable JSON: {error}",
             where=str(file),
             hint="download it again, or move it away: the graph does not need it",
         ) from error
@@ -91,7 +112,7 @@ def _own_config(file: Path) -> dict[str, Any] | None:
 
 
 def _own_scheduler(folder: Path) -> Path | None:
-    """The scheduler configuration that belongs to a model: beside it, or in the pipeline's scheduler folder."""
+    """Return the scheduler configuration of a model: next to it, or in the pipeline's scheduler folder."""
     candidates = (
         folder / SCHEDULER_FILE,
         folder / "scheduler" / SCHEDULER_FILE,
@@ -100,26 +121,27 @@ def _own_scheduler(folder: Path) -> Path | None:
     return next((c for c in candidates if c.is_file()), None)
 
 
-def _schedule(wish: str | Path | Schedule | None, own: Path | None, where: str) -> Schedule:
-    if wish is None:
+def _schedule(requested: str | Path | Schedule | None, own: Path | None, where: str) -> Schedule:
+    """Return the requested schedule, or the model's own. Raises ScheduleError where they differ in length."""
+    if requested is None:
         if own is None:
             raise ScheduleError(
                 "the model comes without a scheduler configuration",
                 where=where,
-                hint=f"say which schedule it was trained with: --scheduler FILE, or one of {', '.join(NAMED)}",
+                hint=f"name the schedule that it was trained with: --scheduler FILE, or one of {', '.join(NAMED)}",
             )
         return Schedule.load(own)
-    if isinstance(wish, Schedule):
-        chosen = wish
+    if isinstance(requested, Schedule):
+        chosen = requested
     else:
-        chosen = Schedule.named(str(wish)) if str(wish) in NAMED else Schedule.load(wish)
+        chosen = Schedule.named(str(requested)) if str(requested) in NAMED else Schedule.load(requested)
     if own is not None:
         trained = Schedule.load(own)
         if trained.num_train_timesteps != chosen.num_train_timesteps:
             raise ScheduleError(
                 f"the scheduler has {chosen.num_train_timesteps} timesteps, the model was trained with "
                 f"{trained.num_train_timesteps}",
-                where=str(wish),
+                where=str(requested),
                 hint=f"leave out --scheduler to use the model's own ({own.name})",
             )
     return chosen

@@ -1,0 +1,115 @@
+"""The options of a compilation, in groups. `compile_model` and `mezzotint compile` both build these values.
+
+The file loads neither numpy nor torch; defaults that have a home elsewhere are repeated here, and a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.compiler.errors import ConditionError
+
+if TYPE_CHECKING:
+    from mezzotint.compiler.core.pipeline import Recipe
+    from mezzotint.runtime.sampling.deployment import Deployment
+    from mezzotint.runtime.sampling.guidance import Conditions
+    from mezzotint.runtime.sampling.schedule import Schedule
+    from mezzotint.runtime.signature import Prediction
+
+    ConditionSource = Conditions | str | Path | None  # arrays, RANDOM, or an .npz file
+
+RECIPE = "w8a8-steps"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """A recipe (its name, a YAML file, or the value) and settings for it: "pass.option" to a value."""
+
+    recipe: str | Recipe = RECIPE
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def chosen(self) -> Recipe:
+        """Return the recipe with its settings. Raises RecipeError."""
+        from mezzotint.passes.recipes.files import load_recipe, with_options
+
+        recipe = load_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
+        return with_options(recipe, dict(self.settings))
+
+
+@dataclass(frozen=True)
+class DeploymentOptions:
+    """The sampler that the bundle is compiled for. None is the schedule's usual sampler, and the model's scheduler."""
+
+    sampler: str | None = None
+    steps: int = 50
+    eta: float = 0.0
+    guidance: float = 1.0
+    scheduler: str | Path | Schedule | None = None
+
+    def on(self, schedule: Schedule) -> Deployment:
+        """Return the deployment on a schedule. Raises ScheduleError."""
+        from mezzotint.runtime.sampling.deployment import Deployment, usual_sampler
+
+        return Deployment.of(schedule, self.sampler or usual_sampler(schedule), self.steps, self.eta, self.guidance)
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationOptions:
+    """The data of the calibration, and the folder that keeps its statistics. Raises ConditionError for no data."""
+
+    samples: int = 32
+    batch: int = 8
+    conditions: ConditionSource = None
+    unconditional: ConditionSource = None
+    seed: int = 0
+    cache: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch < 1:
+            raise ConditionError(
+                f"nothing to calibrate on: {self.samples} samples in batches of {self.batch}",
+                hint="both must be at least 1",
+            )
+
+
+@dataclass(frozen=True)
+class ImportRoles:
+    """Facts that the front end cannot infer from an ONNX file, and the size (height, width) that a graph leaves open.
+
+    `inputs` maps a role ("sample", "timestep") to the name of an input.
+    """
+
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    output_name: str | None = None
+    prediction: Prediction | None = None
+    size: tuple[int, int] | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether an input, the output or the prediction is given. Models of diffusers take none of these."""
+        return bool(self.inputs or self.output_name or self.prediction)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written besides the bundle's usual files, and whether an existing bundle is replaced."""
+
+    dump_passes: bool = False
+    export: str | Path | None = None
+    license: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Every option of a compilation that can change its result or its files."""
+
+    recipe: RecipeOptions = field(default_factory=RecipeOptions)
+    deployment: DeploymentOptions = field(default_factory=DeploymentOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    roles: ImportRoles = field(default_factory=ImportRoles)
+    output: OutputOptions = field(default_factory=OutputOptions)
