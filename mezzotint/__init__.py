@@ -5,16 +5,18 @@
     bundle = compile_model("digits", "out/digits")
     images = sample(bundle, 16, seed=0)          # float32 [16, 1, 32, 32] in [-1, 1]
 
-Everything here is loaded on first use: importing the package loads neither torch nor onnxruntime.
+Every name is loaded on first use: importing the package loads neither torch nor onnxruntime. Functions that take long
+accept a function `progress`, see mezzotint/progress.py; log messages go to the logger "mezzotint".
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-_DOORS = {
+_HOMES = {
     "compile_model": "mezzotint.api",
     "export_model": "mezzotint.api",
     "mix_bundles": "mezzotint.mix.mix",
@@ -27,6 +29,7 @@ _DOORS = {
     "MezzotintError": "mezzotint.runtime.errors",
     "Recipe": "mezzotint.compiler.core.pipeline",
     "RECIPES": "mezzotint.passes.recipes.catalog",
+    "progress": "mezzotint.progress",
 }
 __all__ = [
     "RECIPES",
@@ -39,6 +42,7 @@ __all__ = [
     "export_model",
     "mix_bundles",
     "open_bundle",
+    "progress",
     "read_shards",
     "sample",
     "sample_to_folder",
@@ -49,6 +53,8 @@ if not (Path(__file__).parent / "runtime").is_dir():  # a checkout where links c
 
 from mezzotint.runtime import __version__  # noqa: E402 (found by the line above where there are no links)
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 if TYPE_CHECKING:
     from mezzotint.compiler.core.pipeline import Recipe
     from mezzotint.passes.recipes.catalog import RECIPES
@@ -56,15 +62,17 @@ if TYPE_CHECKING:
     from mezzotint.runtime.errors import MezzotintError
     from mezzotint.runtime.sampling.schedule import Schedule
 
+    from . import progress
     from .api import compile_model, export_model, sample
     from .mix.mix import mix_bundles
     from .shards.shards import read_shards, sample_to_folder
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_DOORS[name]), name)
+    module = importlib.import_module(_HOMES[name])
+    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,16 +1,14 @@
-"""compile_model, export_model, sample: what the command line does, from Python."""
+"""compile_model, export_model, sample: the work of the command line, from Python."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.bundle.writer import save_model, write_bundle
@@ -18,29 +16,37 @@ from mezzotint.compiler.calibration.calibrate import check_conditions, random_co
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.errors import ConditionError, ModelError
+from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
-from mezzotint.passes.recipes.catalog import DEFAULT
-from mezzotint.passes.recipes.files import load_recipe, with_options
 from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.deployment import UNGUIDED, Deployment, usual_sampler
+from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.signature import Images, Prediction
 from mezzotint.runtime.streams import SeedOffset
 
 from .io.hub import card_fields
 from .io.settings import load_conditions
-from .io.sources import Source, resolve
+from .io.sources import ModelSource, ModuleSource, OnnxSource, resolve
+from .options import (
+    RANDOM,
+    RECIPE,
+    CalibrationOptions,
+    CompileOptions,
+    DeploymentOptions,
+    ImportRoles,
+    OutputOptions,
+    RecipeOptions,
+)
+from .progress import stage
 
 if TYPE_CHECKING:
-    import torch
+    from .io.sources import Model
+    from .options import ConditionSource
 
-    from mezzotint.runtime.signature import Prediction
-
-    Model = str | Path | torch.nn.Module
-RANDOM = "random"
 VERSIONED = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -48,17 +54,17 @@ def compile_model(
     model: Model,
     output: str | Path,
     *,
-    recipe: str | Recipe = DEFAULT,
+    recipe: str | Recipe = RECIPE,
     settings: Mapping[str, Any] | None = None,
     scheduler: str | Path | Schedule | None = None,
     sampler: str | None = None,
     steps: int = 50,
     eta: float = 0.0,
-    guidance: float = UNGUIDED,
+    guidance: float = 1.0,
     calibration_samples: int = 32,
     calibration_batch: int = 8,
-    conditions: Conditions | str | Path | None = None,
-    unconditional: Conditions | str | Path | None = None,
+    conditions: ConditionSource = None,
+    unconditional: ConditionSource = None,
     seed: int = 0,
     threads: int | None = None,
     inputs: Mapping[str, str] | None = None,
@@ -77,63 +83,70 @@ def compile_model(
     `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a `UNet2DModel`,
     `UNet2DConditionModel` or `DiTTransformer2DModel` in memory. `settings` maps "pass.option" to a value. `sampler`
     (ddim, or flow-euler for flow matching, when left out), `steps`, `eta` and `guidance` are the deployment: tables
-    hold the timesteps it calls.
+    hold the timesteps that it calls.
     `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
-    the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` say roles of
-    an ONNX file that cannot be inferred; `size` is (height, width) where it leaves them open. `export` also writes the
-    imported float graph there. `cache` is a folder where statistics are kept: compilations that calibrate on the same
-    graph in the same way measure once. `license` is the identifier of the model's licence, for the bundle's card; when
-    left out, what the card in the model's own folder says.
+    the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` name the roles
+    of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open. `export` is a
+    path for the imported float graph. `cache` is a folder of calibration statistics: compilations that calibrate on the
+    same graph in the same way measure once. `license` is the identifier of the model's licence, for the bundle's card;
+    when left out, that of the card in the model's own folder.
+    `progress` is a function of (stage, done, total); `mezzotint.progress.auto()` shows bars in a terminal and lines in
+    a notebook. By default nothing is shown.
 
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
-    if isinstance(conditions, (str, Path)) and str(conditions) != RANDOM:
-        conditions = load_conditions(Path(conditions))
-    if isinstance(unconditional, (str, Path)) and str(unconditional) != RANDOM:
-        unconditional = load_conditions(Path(unconditional))
-    if calibration_samples < 1 or calibration_batch < 1:
-        raise ConditionError(
-            f"nothing to calibrate on: {calibration_samples} samples in batches of {calibration_batch}",
-            hint="both must be at least 1",
-        )
-    chosen = with_options(load_recipe(recipe) if isinstance(recipe, str) else recipe, dict(settings or {}))
-    source = resolve(model, scheduler)
-    deployment = Deployment.of(source.schedule, sampler or usual_sampler(source.schedule), steps, eta, guidance)
-    target = Path(output)
-    told = card_fields(model if isinstance(model, (str, Path)) else None, license)
-    with staged(target, force=force) as (bundle, work):
-        program = _import(source, work, deployment, inputs, output_name, prediction, size, threads, progress)
-        if export is not None:
-            save_model(program.model, Path(export))
-        rows = _conditions(program, conditions, calibration_samples, seed)
+    options = CompileOptions(
+        RecipeOptions(recipe, settings or {}),
+        DeploymentOptions(sampler, steps, eta, guidance, scheduler),
+        CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
+        ImportRoles(inputs or {}, output_name, prediction, size),
+        OutputOptions(dump_passes, export, license, force),
+    )
+    return compile_with(model, Path(output), options, threads=threads, progress=progress)
+
+
+def compile_with(
+    model: Model, target: Path, options: CompileOptions, *, threads: int | None = None, progress: Progress = silent
+) -> Bundle:
+    """Do the work of `compile_model`, for its options as one value."""
+    calibration, output = options.calibration, options.output
+    conditions, unconditional = (_read(rows) for rows in (calibration.conditions, calibration.unconditional))
+    recipe = options.recipe.chosen()
+    source = resolve(model, options.deployment.scheduler)
+    deployment = options.deployment.on(source.schedule)
+    card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
+    with staged(target, force=output.force) as (bundle, work):
+        program = _import(source, work, deployment, options.roles, threads, progress)
+        if output.export is not None:
+            save_model(program.model, Path(output.export))
         context = Context(
             work,
-            seed=seed,
+            seed=calibration.seed,
             threads=threads,
-            samples=calibration_samples,
-            batch=calibration_batch,
-            conditions=rows,
-            unconditional=_conditions(program, unconditional, 1, SeedOffset.UNCONDITIONAL.after(seed)),
+            samples=calibration.samples,
+            batch=calibration.batch,
+            conditions=_arrays(program, conditions, calibration.samples, calibration.seed),
+            unconditional=_arrays(program, unconditional, 1, SeedOffset.UNCONDITIONAL.after(calibration.seed)),
             progress=progress,
-            cache=None if cache is None else Path(cache).absolute(),
+            cache=None if calibration.cache is None else Path(calibration.cache).absolute(),
         )
         check_conditions(program, context)
         program = pipeline.run_passes(
             program,
-            chosen.passes,
+            recipe.passes,
             context,
-            dump=pipeline.Dump(bundle / "passes", models=dump_passes),
+            dump=pipeline.Dump(bundle / "passes", models=output.dump_passes),
             reproducer=target.absolute().with_name(f"{target.name}.failed"),
         )
         facts = {
             "mezzotint": __version__,
-            "recipe": chosen.to_json(),
-            "calibration": {"seed": seed, "samples": calibration_samples, "batch": calibration_batch},
+            "recipe": recipe.to_json(),
+            "calibration": {"seed": calibration.seed, "samples": calibration.samples, "batch": calibration.batch},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
-            **({"card": told} if told else {}),
+            **({"card": card} if card else {}),
         }
         write_bundle(program, bundle, work, facts, threads=threads)
-    return open_bundle(target, verify=False)  # written a moment ago, and hashed while writing
+    return open_bundle(target, verify=False)  # its files were hashed while they were written
 
 
 def export_model(
@@ -146,87 +159,105 @@ def export_model(
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Write the float ONNX file that a compile starts from: the model as its front end reads it, no pass applied."""
+    """Write the float ONNX file that a compilation starts from: the imported model, before any pass."""
     target = Path(output)
     source = resolve(model, scheduler)
-    deployment = Deployment.of(source.schedule, usual_sampler(source.schedule), 1)
+    deployment = DeploymentOptions(steps=1).on(source.schedule)
     with staged_file(target, force=force) as (file, work):
-        program = _import(source, work, deployment, None, None, None, size, threads, progress)
+        program = _import(source, work, deployment, ImportRoles(size=size), threads, progress)
         save_model(program.model, file)
     return target
 
 
-def sample(bundle: Bundle | str | Path, n: int, **options: Any) -> npt.NDArray[np.float32]:
-    """`n` pictures from a bundle, float32 `[n, C, H, W]`; options as in `Bundle.sample`."""
+def sample(
+    bundle: Bundle | str | Path,
+    n: int,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    first: int = 0,
+    batch: int = 16,
+    correction: bool | None = None,
+    conditions: Conditions | None = None,
+    unconditional: Conditions | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Images:
+    """Return `n` images from a bundle, float32 `[n, C, H, W]`. The options are those of `Bundle.sample`."""
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    return opened.sample(n, **options)
+    plan = (sampler, steps, eta, guidance)
+    options = SamplingOptions(*plan, seed, batch, correction, conditions or {}, unconditional or {})
+    return opened.sample_with(options, n, first=first, threads=threads, progress=progress)
 
 
 def _import(
-    source: Source,
+    source: ModelSource,
     work: Path,
     deployment: Deployment,
-    inputs: Mapping[str, str] | None,
-    output_name: str | None,
-    prediction: Prediction | None,
-    size: tuple[int, int] | None,
+    roles: ImportRoles,
     threads: int | None,
     progress: Progress,
 ) -> Program:
-    with _stage(progress, f"import {source.name}"):
-        if source.kind == "onnx":
-            assert source.path is not None
+    """Return the model as a program. Raises ModelError, SignatureError."""
+    if isinstance(source, OnnxSource):
+        with stage(progress, f"import {source.name}"):
             return import_onnx(
                 source.path,
                 work,
                 schedule=source.schedule,
                 deployment=deployment,
-                inputs=inputs,
-                output=output_name,
-                prediction=prediction,
-                size=size,
+                inputs=roles.inputs,
+                output=roles.output_name,
+                prediction=roles.prediction,
+                size=roles.size,
                 config=source.config,
             )
-        if inputs or output_name or prediction:
-            raise ModelError(
-                "roles of inputs and outputs are for ONNX files", hint="a diffusers model knows its own; leave them out"
-            )
-        torch_front = _torch_front_end()
-        options: dict[str, Any] = {
-            "schedule": source.schedule,
-            "deployment": deployment,
-            "size": size,
-            "name": source.name,
-            "threads": threads,
-        }
-        program: Program
-        if source.module is not None:
-            program = torch_front.import_torch(source.module, work, **options)
+    if roles.named:
+        raise ModelError(
+            "roles of inputs and outputs are for ONNX files", hint="a diffusers model knows its own; leave them out"
+        )
+    with stage(progress, "load torch"):
+        from_torch = _from_torch()
+    options: dict[str, Any] = {
+        "schedule": source.schedule,
+        "deployment": deployment,
+        "size": roles.size,
+        "name": source.name,
+        "threads": threads,
+    }
+    program: Program
+    with stage(progress, f"import {source.name}"):
+        if isinstance(source, ModuleSource):
+            program = from_torch.import_torch(source.module, work, **options)
         else:
-            program = torch_front.import_folder(source.path, work, **options)
-        return program
+            program = from_torch.import_folder(source.path, work, **options)
+    return program
 
 
-def _torch_front_end() -> Any:
+def _from_torch() -> Any:
+    """Return the front end for torch, which takes seconds to load. Raises ModelError where torch is missing."""
     try:
-        from mezzotint.compiler.frontend import from_torch as import_torch
+        from mezzotint.compiler.frontend import from_torch
     except ModuleNotFoundError as error:
         raise ModelError(
             f"compiling a diffusers model needs {error.name}, which is not installed",
             hint="install the extra: pip install 'mezzotint[torch]', or compile an .onnx file",
         ) from error
-    return import_torch
+    return from_torch
 
 
-def _conditions(program: Program, wish: Conditions | str | Path | None, rows: int, seed: int) -> Conditions:
-    if isinstance(wish, (str, Path)):
+def _read(conditions: ConditionSource) -> Conditions | None:
+    """Return the arrays of an .npz file or of a mapping; None for RANDOM ones. Raises ConditionError."""
+    if isinstance(conditions, (str, Path)):
+        return None if str(conditions) == RANDOM else load_conditions(Path(conditions))
+    return conditions or {}
+
+
+def _arrays(program: Program, conditions: Conditions | None, rows: int, seed: int) -> Conditions:
+    """Return the conditions as arrays; for None, `rows` random ones."""
+    if conditions is None:
         return random_conditions(program, rows, seed)
-    return {name: np.asarray(array) for name, array in (wish or {}).items()}
-
-
-@contextmanager
-def _stage(progress: Progress, name: str) -> Iterator[None]:
-    """Report a stage of one step that cannot say how far it is; one that fails is not reported as done."""
-    progress(name, 0, 1)
-    yield
-    progress(name, 1, 1)
+    return {name: np.asarray(array) for name, array in conditions.items()}

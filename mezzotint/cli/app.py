@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from ..options import (
+    RECIPE,
+    CalibrationOptions,
+    CompileOptions,
+    DeploymentOptions,
+    ImportRoles,
+    OutputOptions,
+    RecipeOptions,
+)
+from ..progress import shown
 from .audit import audit
 from .bench import bench
 from .card import card
@@ -16,14 +26,11 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .interchange import overlay, overrides
 from .mix import mix
-from .options import Conditions, Force, Group, Json, Threads, Unconditional
-
-# Spelled out, so that --help need not load numpy.
-SAMPLERS = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
+from .options import SAMPLER_NAMES, CommandGroup, ConditionsFile, Force, Json, Quiet, Threads, UnconditionalFile
 
 app = typer.Typer(
     name="mezzotint",
-    cls=Group,
+    cls=CommandGroup,
     help="A quantizing graph compiler for diffusion models.",
     epilog="Add --debug to any command for a traceback. Nothing is ever sent anywhere.",
     no_args_is_help=True,
@@ -39,13 +46,14 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("out/demo"),
     threads: Threads = 2,
     force: Annotated[bool, typer.Option("--force/--no-force", help="Replace an earlier demo.")] = True,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Compile the embedded digits model to W8A8 and draw 64 digits twice from the same noise."""
     from ..demo import demo_rows, run_demo
     from ..text import console
 
-    with console.progress(quiet=json) as report:
+    with shown(quiet=quiet or json) as report:
         summary = run_demo(output, threads=threads, force=force, progress=report)
     if json:
         console.print_json(summary)
@@ -58,10 +66,10 @@ def demo(
 def compile_(
     model: ModelArgument,
     bundle: Annotated[Path, typer.Option("-o", "--bundle", help="Bundle folder to write.")],
-    recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `mezzotint recipes`.")] = "w8a8-steps",
+    recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `mezzotint recipes`.")] = RECIPE,
     set_: Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"The deployed sampler: {SAMPLERS}.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"The deployed sampler: {SAMPLER_NAMES}.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the deployed sampler.")] = 50,
     eta: Annotated[float, typer.Option(help="DDIM's eta.")] = 0.0,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 1.0,
@@ -86,53 +94,33 @@ def compile_(
     license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     force: Force = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Compile a denoiser into a bundle: passes over its graph, an integer ONNX file, and what the sampler needs."""
     from ..io import settings
     from ..text import console
 
-    output_name, prediction = settings.parse_output(output, prediction)
+    output_name, predicted = settings.parse_output(output, prediction)
     _warn_of_untested_onnxruntime()
-    options: dict[str, Any] = {
-        "recipe": recipe,
-        "settings": settings.parse_settings(set_ or []),
-        "scheduler": scheduler,
-        "sampler": sampler,
-        "steps": steps,
-        "eta": eta,
-        "guidance": guidance,
-        "calibration_samples": calibration_samples,
-        "calibration_batch": calibration_batch,
-        "seed": seed,
-        "inputs": settings.parse_roles(input_ or []),
-        "output_name": output_name,
-        "prediction": prediction,
-        "size": settings.parse_size(size),
-    }
+    options = CompileOptions(
+        RecipeOptions(recipe, settings.parse_settings(set_ or [])),
+        DeploymentOptions(sampler, steps, eta, guidance, scheduler),
+        CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
+        ImportRoles(settings.parse_roles(input_ or []), output_name, predicted, settings.parse_size(size)),
+        OutputOptions(dump_passes, license=license, force=force),
+    )
     if dry_run:
         from ..dry_run import plan_compile
 
-        plan = plan_compile(model, bundle, force=force, **options)
+        plan = plan_compile(model, bundle, options)
         console.print_json(plan) if json else console.print_pairs("would compile", plan)
         return
-    from ..api import compile_model
+    from ..api import compile_with
     from ..text.report import compile_rows, compile_summary
 
-    with console.progress(quiet=json) as report:
-        compiled = compile_model(
-            model,
-            bundle,
-            conditions=conditions,
-            unconditional=unconditional,
-            threads=threads,
-            dump_passes=dump_passes,
-            cache=cache,
-            license=license,
-            force=force,
-            progress=report,
-            **options,
-        )
+    with shown(quiet=quiet or json) as report:
+        compiled = compile_with(model, bundle, options, threads=threads, progress=report)
     summary = compile_summary(compiled)
     console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(summary))
 
@@ -145,13 +133,14 @@ def export(
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the model leaves it open.")] = None,
     threads: Threads = None,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the float ONNX model that a compile starts from, to compare with or to give to other tools."""
     from ..api import export_model
     from ..io import settings
     from ..text import console
 
-    with console.progress() as report:
+    with shown(quiet=quiet) as report:
         export_model(
             model,
             output,
@@ -179,13 +168,14 @@ def sample(
         bool | None,
         typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
     ] = None,
-    conditions: Conditions = None,
-    unconditional: Unconditional = None,
+    conditions: ConditionsFile = None,
+    unconditional: UnconditionalFile = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Folder: pictures in one shard; 256.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
     shards: Annotated[str | None, typer.Option(help="Folder: only these, as 3 or 3:8 (3 to 7).")] = None,
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Folder: make shards that are there again.")] = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Draw pictures with a bundle. Into a folder: shard by shard; the same command again goes on where it stopped."""
@@ -211,7 +201,7 @@ def sample(
         unconditional={} if unconditional is None else load_conditions(unconditional),
     )
     shard_options = ShardOptions(shard_size or IMAGES_PER_SHARD, format_ or "npz", force=force)
-    with console.progress(quiet=json) as report:
+    with shown(quiet=quiet or json) as report:
         summary = sample_to_path(
             opened, output, n, options, shard_options, shards=shards, threads=threads, progress=report
         )

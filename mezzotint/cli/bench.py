@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Json
+from ..progress import shown
+from .options import Json, Quiet
 
 
 def bench(
@@ -23,6 +24,7 @@ def bench(
     calibration: Annotated[int, typer.Option(min=1, help="Float calls that peers are calibrated on.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Calls in one block of the measurement.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often the blocks are gone through, there and back.")] = 2,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """How long one call takes, which operations take the time, and how far that is from the integer kernels alone."""
@@ -36,7 +38,7 @@ def bench(
 
     if warning := untested_onnxruntime():
         console.print_warning(warning)
-    with console.progress(quiet=json) as report:
+    with shown(quiet=quiet or json) as report:
         found = run_bench(
             open_bundle(bundle),
             batch=batch,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Conditions, Json, Noise, Reference, Threads, Unconditional
+from ..progress import shown
+from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile
 
 
 def debug(
@@ -16,10 +17,11 @@ def debug(
     pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures in the trajectory.")] = 1,
     calls: Annotated[int | None, typer.Option(min=1, help="Measure at so many network calls only, evenly.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Layers to print; --json has them all.")] = 20,
-    seed: Noise = None,
-    conditions: Conditions = None,
-    unconditional: Unconditional = None,
+    seed: NoiseSeed = None,
+    conditions: ConditionsFile = None,
+    unconditional: UnconditionalFile = None,
     threads: Threads = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """The error of each quantized layer at each step, ranked by what it costs at the output, and what would help."""
@@ -30,7 +32,7 @@ def debug(
     from ..io.settings import load_conditions
     from ..text import console
 
-    with console.progress(quiet=json) as report:
+    with shown(quiet=quiet or json) as report:
         found = diagnose(
             open_bundle(bundle),
             reference,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Conditions, Json, Noise, Reference, Threads, Unconditional
+from ..progress import shown
+from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile
 
 
 def evaluate(
@@ -17,7 +18,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder that keeps the pictures: can be stopped, and go on.")
     ] = None,
-    seed: Noise = None,
+    seed: NoiseSeed = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
     features: Annotated[
         str | None, typer.Option(help="digits, inception, none, FILE.onnx, or package.module:attribute (torch).")
@@ -28,9 +29,10 @@ def evaluate(
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure time and memory of a call.")] = True,
     resamples: Annotated[int, typer.Option(min=2, help="Draws of the bootstrap; fewer for Frechet.")] = 1000,
-    conditions: Conditions = None,
-    unconditional: Unconditional = None,
+    conditions: ConditionsFile = None,
+    unconditional: UnconditionalFile = None,
     threads: Threads = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """How near to the float model a bundle's pictures are, with intervals, and what a call costs beside it."""
@@ -41,7 +43,7 @@ def evaluate(
     from ..io.settings import load_conditions
     from ..text import console
 
-    with console.progress(quiet=json) as report:
+    with shown(quiet=quiet or json) as report:
         evaluation = evaluate_bundle(
             open_bundle(bundle),
             reference,

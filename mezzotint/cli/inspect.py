@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Json
+from ..progress import shown
+from .options import Json, Quiet
 
 
 def inspect(
@@ -31,6 +32,7 @@ def inspect(
         Path | None, typer.Option(help="Page: the same of the empty prompt, for guidance.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Page: threads of onnxruntime.")] = 2,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """What was done to a bundle: passes, quantizers, what runs as integers, and why the rest does not."""
@@ -51,7 +53,7 @@ def inspect(
         check_place(html)
         rows = [None if file is None else load_conditions(file) for file in (conditions, unconditional)]
         options = PageOptions(reference, pictures, calls, profile, rows[0], rows[1], seed, threads)
-        with console.progress(quiet=json) as report:
+        with shown(quiet=quiet or json) as report:
             write_page(opened, html, options, report)
         if not json:
             console.out.print(f"wrote {html}", highlight=False, markup=False, soft_wrap=True)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Conditions, Force, Json, Noise, Reference, Threads, Unconditional
+from ..progress import shown
+from .options import ConditionsFile, Force, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile
 
 
 def mix(
@@ -27,11 +28,12 @@ def mix(
     ] = None,
     pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures to measure errors on.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 8,
-    seed: Noise = None,
-    conditions: Conditions = None,
-    unconditional: Unconditional = None,
+    seed: NoiseSeed = None,
+    conditions: ConditionsFile = None,
+    unconditional: UnconditionalFile = None,
     threads: Threads = None,
     force: Force = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Mix bundles of one network: one bundle that picks a precision at each network call."""
@@ -40,7 +42,7 @@ def mix(
     from ..text import console
     from ..text.report_mix import mix_rows, mix_summary, print_precisions
 
-    with console.progress(quiet=json) as report:
+    with shown(quiet=quiet or json) as report:
         mixed = mix_bundles(
             parse_bundles(bundles),
             output,

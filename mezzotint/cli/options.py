@@ -1,4 +1,4 @@
-"""What all commands share: how errors are answered, and options that several have."""
+"""What every command shares: options that several commands have, and how errors and warnings are printed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from typer.core import TyperGroup
 
 from mezzotint.runtime.errors import InterpolatedCorrection, MezzotintError
 
+# Spelled out, because --help must not load numpy; a test compares them with runtime/sampling/deployment.py.
+SAMPLER_NAMES = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress. --json implies it.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
-Noise = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the noise; one that nothing drew from.")]
-Conditions = Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")]
-Unconditional = Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")]
+NoiseSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the noise; an unused one when left out.")]
+ConditionsFile = Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")]
+UnconditionalFile = Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")]
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Our own warnings are for whoever typed the command: without the place in the code, which Python would print."""
+    """Print warnings of Mezzotint as one line, without the place in the code that Python adds."""
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -44,15 +48,15 @@ def plain_warnings() -> Iterator[None]:
         warnings.showwarning = usual
 
 
-class Group(TyperGroup):
-    """Prints our errors as answers (exit code 2); `--debug`, anywhere on the line, adds the traceback."""
+class CommandGroup(TyperGroup):
+    """The commands. An error of Mezzotint is printed as a message (exit code 2); `--debug` adds the traceback."""
 
     def main(self, args: list[str] | None = None, *rest: Any, **extra: Any) -> Any:  # type: ignore[override]
-        given = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in given
+        words = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in words
         try:
             with plain_warnings():
-                return super().main([a for a in given if a != "--debug"], *rest, **extra)
+                return super().main([word for word in words if word != "--debug"], *rest, **extra)
         except MezzotintError as error:
             if debug:
                 traceback.print_exc()

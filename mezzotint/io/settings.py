@@ -1,10 +1,10 @@
-"""What people write on the command line, as data: --set, --input, --size, condition files."""
+"""Values of the command line as data: --set, --input, --output, --size, --cost, and condition files."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -13,11 +13,11 @@ import yaml
 
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.signature import PREDICTIONS
+from mezzotint.runtime.signature import PREDICTIONS, Prediction
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:
-    """`pass.option=value` items; values are YAML, so numbers, true/false and [lists] mean what they look like."""
+    """Return settings of `pass.option=value` items. Values are YAML: numbers, true or false, [lists], text."""
     settings: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -31,7 +31,7 @@ def parse_settings(items: list[str]) -> dict[str, Any]:
 
 
 def parse_roles(items: list[str]) -> dict[str, str]:
-    """`sample=x`, `timestep=t` items."""
+    """Return roles of `sample=x`, `timestep=t` items."""
     roles: dict[str, str] = {}
     for item in items:
         role, equals, name = item.partition("=")
@@ -41,10 +41,13 @@ def parse_roles(items: list[str]) -> dict[str, str]:
     return roles
 
 
-def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, str | None]:
-    """`epsilon=NAME` (or `v_prediction=`, `sample=`) as (output name, prediction); --prediction has the last word."""
+def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, Prediction | None]:
+    """Return (output name, prediction) of `epsilon=NAME` (or `v_prediction=`, `sample=`). `prediction` has priority.
+
+    The front end checks the prediction's name.
+    """
     if text is None:
-        return None, prediction
+        return None, cast("Prediction | None", prediction)
     role, equals, name = text.partition("=")
     if not equals or not name or role not in PREDICTIONS:
         raise SignatureError(
@@ -52,21 +55,21 @@ def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, 
             where="--output",
             hint=f"the form is --output epsilon=NAME ({', '.join(PREDICTIONS)}); the bundle's folder is -o FOLDER",
         )
-    return name, prediction or (role if role != "epsilon" else None)
+    return name, cast("Prediction | None", prediction or (role if role != "epsilon" else None))
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """`HEIGHTxWIDTH`, or one number for a square."""
+    """Return (height, width) of `HEIGHTxWIDTH`, or of one number for a square."""
     if text is None:
         return None
-    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if not found:
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
         raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def parse_bundles(items: list[str]) -> list[str] | dict[str, str]:
-    """Folders, or folders by name where each is given as `NAME=FOLDER`."""
+    """Return the folders, or the folders by name where each is given as `NAME=FOLDER`."""
     named = {item: item.partition("=") for item in items if "=" in item and not Path(item).exists()}
     if not named:
         return items
@@ -79,7 +82,7 @@ def parse_bundles(items: list[str]) -> list[str] | dict[str, str]:
 
 
 def parse_costs(items: list[str]) -> dict[str, float]:
-    """`NAME=NUMBER` items."""
+    """Return costs by name of `NAME=NUMBER` items."""
     costs: dict[str, float] = {}
     for item in items:
         name, _, number = item.partition("=")
@@ -91,11 +94,18 @@ def parse_costs(items: list[str]) -> dict[str, float]:
 
 
 def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Arrays by name from an .npz file; pickled objects are refused. Raises ConditionError."""
+    """Return the arrays of an .npz file by name; pickled objects are refused. Raises ConditionError."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
-    except (OSError, ValueError, AttributeError, TypeError, EOFError, BadZipFile) as error:  # the last four: no archive
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        EOFError,
+        BadZipFile,
+    ) as error:  # the last four: no archive
         raise ConditionError(
             f"cannot read the conditions: {error}",
             where=str(path),

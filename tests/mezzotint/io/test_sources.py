@@ -1,4 +1,4 @@
-"""What a MODEL argument may be, and which scheduler it gets."""
+"""The forms of a MODEL argument, and the scheduler of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mezzotint.compiler.errors import ModelError
-from mezzotint.io.sources import DIGITS, resolve
+from mezzotint.io.sources import DIGITS, FolderSource, ModuleSource, OnnxSource, resolve
 from mezzotint.runtime.errors import ScheduleError
 from mezzotint.runtime.sampling.schedule import Schedule
 
@@ -26,6 +26,7 @@ def scheduler(folder: Path, **changes: Any) -> Path:
 def test_digits_are_in_the_package() -> None:
     source = resolve("digits")
 
+    assert isinstance(source, FolderSource)
     assert (source.kind, source.name, source.path) == ("diffusers", "digits", DIGITS / "unet")
     assert source.schedule.num_train_timesteps == 1000
 
@@ -40,7 +41,8 @@ def test_a_diffusers_folder(tmp_path: Path, model: str, schedule: str) -> None:
 
     source = resolve(tmp_path)
 
-    assert (source.kind, source.path) == ("diffusers", tmp_path / model)
+    assert isinstance(source, FolderSource)
+    assert source.path == tmp_path / model
     assert source.schedule.num_train_timesteps == 77
 
 
@@ -51,6 +53,7 @@ def test_a_folder_with_an_onnx_model(tmp_path: Path) -> None:
 
     source = resolve(tmp_path)
 
+    assert isinstance(source, OnnxSource)
     assert (source.kind, source.path) == ("onnx", tmp_path / "unet" / "model.onnx")
 
 
@@ -59,7 +62,10 @@ def test_the_transformer_of_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "transformer" / "config.json").write_text("{}")
     scheduler(tmp_path / "scheduler")
 
-    assert resolve(tmp_path).path == tmp_path / "transformer"
+    source = resolve(tmp_path)
+
+    assert isinstance(source, FolderSource)
+    assert source.path == tmp_path / "transformer"
 
 
 def test_a_configuration_beside_an_onnx_model_belongs_to_it(tmp_path: Path) -> None:
@@ -70,10 +76,11 @@ def test_a_configuration_beside_an_onnx_model_belongs_to_it(tmp_path: Path) -> N
 
     for path in (tmp_path, model):
         source = resolve(path)
-        assert (source.kind, source.path) == ("onnx", model)
+        assert isinstance(source, OnnxSource)
+        assert source.path == model
         assert source.config == {"_class_name": "UNet2DModel", "sample_size": 8}
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    assert resolve(tmp_path).kind == "diffusers", "there are weights"
+    assert isinstance(resolve(tmp_path), FolderSource), "there are weights"
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "bert"}', "[]", '{"_class_name": 3}'])
@@ -82,7 +89,10 @@ def test_the_configuration_of_something_else_is_left_alone(tmp_path: Path, conte
     (tmp_path / "model.onnx").write_bytes(b"")
     (tmp_path / "config.json").write_text(content)
 
-    assert resolve(tmp_path / "model.onnx").config is None
+    source = resolve(tmp_path / "model.onnx")
+
+    assert isinstance(source, OnnxSource)
+    assert source.config is None
 
 
 def test_a_broken_configuration_beside_an_onnx_model(tmp_path: Path) -> None:
@@ -139,7 +149,8 @@ def test_a_module_in_memory_needs_a_scheduler() -> None:
 
     source = resolve(module, "sd")
 
-    assert (source.kind, source.name, source.path, source.module) == ("module", "Linear", None, module)
+    assert isinstance(source, ModuleSource)
+    assert (source.kind, source.name, source.module) == ("module", "Linear", module)
     with pytest.raises(ScheduleError, match="without a scheduler") as caught:
         resolve(module)
     assert "--scheduler" in (caught.value.hint or "")
