@@ -30,21 +30,21 @@ def infer_signature(
     inputs have such a shape. Raises SignatureError when a role cannot be inferred, ModelError for a sample that is not
     float32.
     """
-    given = dict(inputs or {})
-    if unknown := set(given) - {"sample", "timestep"}:
+    named_roles = dict(inputs or {})
+    if unknown := set(named_roles) - {"sample", "timestep"}:
         raise SignatureError(
             f"unknown input role {sorted(unknown)[0]!r}", where=where, hint="roles are sample and timestep"
         )
     values = {name_of(v): v for v in graph.inputs if name_of(v) not in graph.initializers}
     listing = ", ".join(f"{n} {v.dtype}{v.shape}" for n, v in values.items())
-    for role, name in given.items():
+    for role, name in named_roles.items():
         if name not in values:
             raise SignatureError(
                 f"no input is called {name!r}", where=where, hint=f"for {role}, choose from: {listing}"
             )
-    sample = given.get("sample") or _pick(values, "sample", _SAMPLE_NAMES, where, listing)
+    sample = named_roles.get("sample") or _pick(values, "sample", _SAMPLE_NAMES, where, listing)
     rest = {n: v for n, v in values.items() if n != sample}
-    timestep = given.get("timestep") or _pick(rest, "timestep", _TIMESTEP_NAMES, where, listing)
+    timestep = named_roles.get("timestep") or _pick(rest, "timestep", _TIMESTEP_NAMES, where, listing)
     for role, name, ranks in (("sample", sample, (4,)), ("timestep", timestep, (0, 1))):
         if _rank(values[name]) not in (*ranks, None):
             raise SignatureError(

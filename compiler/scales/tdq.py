@@ -135,7 +135,7 @@ class Networks:
         self.parameters += [np.zeros((len(seeds), HIDDEN, 2), dtype), np.full((len(seeds), 1, 2), start, dtype)]
 
     def forward(self, embedding: Numbers) -> tuple[Numbers, list[Numbers]]:
-        """Return the softplus of the output `[values, timesteps, 2]`, and the layers' inputs with the raw output last."""
+        """Return softplus(output) `[values, timesteps, 2]`, and the list of the layers' inputs and the raw output."""
         read = [embedding]
         for weight, bias in zip(self.parameters[0:-2:2], self.parameters[1:-2:2], strict=True):
             read.append(np.maximum(read[-1] @ weight + bias, 0))
