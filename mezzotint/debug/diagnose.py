@@ -147,8 +147,8 @@ def diagnose(
                 where=str(bundle.path),
                 hint="`mezzotint inspect` lists the layers and why each is in float; check the reference, too",
             )
-        with _Bench(compared, program, context) as bench:
-            probe = _Probe(bench, bundle, rows, unconditional_rows, chosen, progress)
+        with _SwitchedNetwork(compared, program, context) as network:
+            probe = _Probe(network, bundle, rows, unconditional_rows, chosen, progress)
             probe.follow(n, unseen_seed(bundle) if seed is None else seed, threads)
     return probe.diagnosis(compared, recipe, float_model.has_weights_of(program))
 
@@ -198,8 +198,11 @@ def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:
     return {name: np.repeat(a, n, axis=0) if len(a) == 1 else np.asarray(a[:n]) for name, a in arrays}
 
 
-class _Bench:
-    """The session, a context manager. `switched` are the layers to quantize in the next call, `values` its taps."""
+class _SwitchedNetwork:
+    """The session of the joint graph, a context manager.
+
+    `switched` are the layers to quantize in the next call, `values` the taps of the last one.
+    """
 
     def __init__(self, compared: SideBySide, program: Program, context: Context) -> None:
         self.groups, self._signature = compared.layers, program.signature
@@ -216,7 +219,7 @@ class _Bench:
         self.values = self._executor.run(inputs)
         return np.asarray(self.values[self._signature.output], np.float32)
 
-    def __enter__(self) -> _Bench:
+    def __enter__(self) -> _SwitchedNetwork:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -227,7 +230,7 @@ class _Bench:
 class _Probe:
     """The measurements at the chosen calls of the float trajectory; only sums are kept."""
 
-    bench: _Bench
+    network: _SwitchedNetwork
     bundle: Bundle
     conditions: Conditions
     unconditional: Conditions
@@ -240,50 +243,53 @@ class _Probe:
     calls: dict[int, Timestep] = field(default_factory=dict)
 
     def follow(self, n: int, seed: int, threads: int | None) -> None:
-        names = list(self.bench.taps)
+        """Sample `n` images with the float network, and measure every layer at the chosen calls."""
+        names = list(self.network.taps)
         self.costs = {name: StepSQNR() for name in names}
         self.facts = {name: Facts() for name in names}
         deployment = self.bundle.deployment
-        predict = predictor(self.bench, deployment, self.conditions, self.unconditional)
+        predict = predictor(self.network, deployment, self.conditions, self.unconditional)
         whole = predictor(self.bundle.denoiser(threads), deployment, self.conditions, self.unconditional)
         total, done = len(self.chosen) * (len(names) + 2), 0
 
-        def ticked(measure: StepSQNR, info: StepInfo, output: Images) -> None:
+        def add(measure: StepSQNR, info: StepInfo, output: Images) -> None:
             nonlocal done
             measure.add(info.index, info.output, output)
             done += 1
             self.progress("layers, one by one", done, total)
 
-        def look(info: StepInfo) -> None:
+        def measure_call(info: StepInfo) -> None:
             if info.index not in self.chosen:
                 return
             self.calls[info.index] = info.timestep
             self._note(info.index)
             for name in names:
-                ticked(self.costs[name], info, self._quantized(predict, info, [name]))
-            ticked(self.together, info, self._quantized(predict, info, names))
-            ticked(self.shipped, info, whole(info.x, info.timestep))
+                add(self.costs[name], info, self._quantized(predict, info, [name]))
+            add(self.together, info, self._quantized(predict, info, names))
+            add(self.shipped, info, whole(info.x, info.timestep))
 
         x = samplers.initial_noise(seed, (n, *self.bundle.sample_shape))
         noise = samplers.seeded_noise(seed)
-        samplers.sample(predict, x, self.bundle.schedule, deployment, noise=noise, callback=look)
+        samplers.sample(predict, x, self.bundle.schedule, deployment, noise=noise, callback=measure_call)
 
     def _note(self, call: int) -> None:
         """Add the facts of every layer from the float call that just ran."""
-        values = self.bench.values
-        for name, group in self.bench.groups.items():
+        values = self.network.values
+        for name, group in self.network.groups.items():
             facts = {fact: float(np.max(values[tap])) for fact, tap in group.measurements.items()}
             parts = [float(values[high] - values[low]) for low, high in group.parts]
             self.facts[name].add(call, facts, parts)
 
     def _quantized(self, predict: Callable[[Images, Timestep], Images], info: StepInfo, names: Sequence[str]) -> Images:
-        self.bench.switched = names
+        """Return the prediction with the named layers quantized."""
+        self.network.switched = names
         try:
             return predict(info.x, info.timestep)
         finally:
-            self.bench.switched = ()
+            self.network.switched = ()
 
     def diagnosis(self, compared: SideBySide, recipe: Recipe, same_weights: bool) -> Diagnosis:
+        """Return the measurements with a suggestion for each layer."""
         manifest = self.bundle.manifest
         noise = {name: sum(cost.noise().values()) for name, cost in self.costs.items()}
         everything = sum(noise.values())

@@ -40,7 +40,7 @@ class Drawings:
         self.blocks: list[dict[str, Any]] = []
         self.homes: dict[int, tuple[int, ...]] = {}  # node -> the blocks around it, outermost first
         self._number(root, -1, "", ())
-        self.quiet = frozenset(
+        self.table_blocks = frozenset(
             i for i, b in enumerate(self.blocks) if b["name"] == TIMESTEP_TABLES and b["parent"] == 0
         )
         self.edges: list[list[tuple[int, int]]] = [[] for _ in self.blocks]
@@ -106,17 +106,19 @@ class _Sheet:
         text = self.all.blocks[inner[0]]["name"] if inner else label(self.all.names[node], "")
         return self._item((side, number), number, text)
 
-    def _quiet(self, node: int) -> bool:
+    def _from_tables(self, node: int) -> bool:
         """Return whether a node belongs to the tables while this drawing does not."""
-        return not self.all.quiet.isdisjoint(self.all.homes[node]) and self.all.quiet.isdisjoint(self.around)
+        return not self.all.table_blocks.isdisjoint(self.all.homes[node]) and self.all.table_blocks.isdisjoint(
+            self.around
+        )
 
     def _connected(self) -> dict[tuple[int, int], int]:
         """Return the number of values on each edge (from, to) between items."""
         counts: dict[tuple[int, int], int] = {}
-        in_tables = not self.all.quiet.isdisjoint(self.around)
+        in_tables = not self.all.table_blocks.isdisjoint(self.around)
         for a, b in self.all.edges[self.mine]:
             start, end = self._inside(a), self._inside(b)
-            if self._quiet(a) or (in_tables and end is None) or (start is not None and start == end):
+            if self._from_tables(a) or (in_tables and end is None) or (start is not None and start == end):
                 continue
             pair = (
                 self._port(a, "i") if start is None else start,
@@ -125,7 +127,7 @@ class _Sheet:
             counts[pair] = counts.get(pair, 0) + 1
         for name, node, comes in self.all.ends[self.mine]:
             at = self._inside(node)
-            if at is None or self._quiet(node):
+            if at is None or self._from_tables(node):
                 continue
             end = self._item(("I" if comes else "O", name), -1, name)
             counts[(end, at) if comes else (at, end)] = 1

@@ -34,6 +34,7 @@ from mezzotint.runtime.signature import Images
 from mezzotint.runtime.streams import FIXED, SeedOffset
 
 from ..bench.pairs import in_turns, middle_timestep, parallel_run
+from ..bench.reference import ReferenceModel
 from .write import calibration_seed, write_mix
 
 CHOICE_RULES = ("schedule", "picture")
@@ -186,8 +187,8 @@ def _measure(
     """Return the SQNR of the implied noise at each call, and the mean square error of the output, `[calls]`; both for
     each precision."""
     bundle = mixing.first
-    if not reference.is_file():
-        raise InputError("there is no such file", where=str(reference), hint="write it with `mezzotint export`")
+    float_model = ReferenceModel(bundle, reference, threads=mixing.threads)
+    float_model.check()
     size = mixing.fixed or batch
 
     def noise(info: StepInfo, output: Images) -> Images:
@@ -195,7 +196,7 @@ def _measure(
         return info.x * np.float32(share_x) + output * np.float32(share_out)
 
     images, measured = parallel_run(
-        Denoiser(reference, bundle.signature, threads=mixing.threads),
+        float_model.network,
         mixing.nets,
         bundle,
         -(-pictures // size) * size if mixing.fixed else pictures,

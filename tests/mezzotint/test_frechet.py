@@ -124,7 +124,7 @@ def test_another_spread_is_seen_though_the_means_agree() -> None:
     assert frechet_distance(moments_of(one), moments_of(one * 1.5)) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_few_pictures_and_other_sizes_are_refused() -> None:
+def test_few_images_and_other_sizes_are_refused() -> None:
     enough = moments_of(features(4))
     with pytest.raises(InputError, match="4 images are too few for 5 features") as caught:
         frechet_distance(moments_of(features(4, n=4)), enough)
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch: 
         np.ones((2, 5), "c8"),
     ],
 )
-def test_what_are_no_features_is_refused_and_not_added(rows: npt.NDArray[np.generic]) -> None:
+def test_other_arrays_are_refused_and_not_added(rows: npt.NDArray[np.generic]) -> None:
     moments = moments_of(features(15))
     with pytest.raises(InputError, match="features are"):
         moments.add(rows)
@@ -317,7 +317,7 @@ def test_features_are_float32_and_the_same_twice(net: FeatureNet, n: int) -> Non
     np.testing.assert_array_equal(found, FeatureNet(threads=1).features(images))
 
 
-def test_a_picture_s_features_do_not_depend_on_its_batch(net: FeatureNet) -> None:
+def test_the_features_of_an_image_do_not_depend_on_its_batch(net: FeatureNet) -> None:
     whole, parts = net.features(digits()), net.features(digits(), batch=3)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
     with pytest.raises(AssertionError):
@@ -325,12 +325,12 @@ def test_a_picture_s_features_do_not_depend_on_its_batch(net: FeatureNet) -> Non
 
 
 def test_features_of_digits_are_of_size_one(net: FeatureNet) -> None:
-    """Standardized over MNIST's training pictures: a mean square of 1, which twenty pictures show roughly."""
+    """Standardized over MNIST's training images: a mean square of 1, roughly so for twenty images."""
     assert 0.7 < float(np.mean(net.features(digits()) ** 2)) < 1.4
 
 
 def test_noise_is_seen_and_more_noise_more(net: FeatureNet) -> None:
-    """Each digit at 25 places and no two alike: enough pictures for 64 features."""
+    """Each digit at 25 places, all different: enough images for 64 features."""
     moved = np.concatenate([np.roll(digits(), (y, x), (2, 3)) for y in range(-2, 3) for x in range(-2, 3)])
     noise = np.random.default_rng(0).standard_normal(moved.shape).astype(np.float32)
     clean = net.moments(moved)
@@ -339,7 +339,7 @@ def test_noise_is_seen_and_more_noise_more(net: FeatureNet) -> None:
     assert 0.01 < distances[1] < 0.2 and distances[2] > 10 * distances[1]
 
 
-def test_moments_of_pictures_are_those_of_their_features(net: FeatureNet) -> None:
+def test_moments_of_images_are_those_of_their_features(net: FeatureNet) -> None:
     images = digits()
     found = net.moments(images, batch=6)
     check = moments_of(net.features(images, batch=6))
@@ -359,7 +359,7 @@ def test_agreement_is_a_share_of_pairs(net: FeatureNet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [
         (np.zeros((2, 3, 32, 32), np.float32), r"\[2, 3, 32, 32\], the network takes \['n', 1, 32, 32\]"),
         (np.zeros((2, 1, 28, 28), np.float32), r"\[2, 1, 28, 28\], the network takes"),
@@ -370,9 +370,9 @@ def test_agreement_is_a_share_of_pairs(net: FeatureNet) -> None:
         (np.full((2, 1, 32, 32), np.nan, np.float32), "is not finite"),
     ],
 )
-def test_other_pictures_are_refused(net: FeatureNet, images: Images, told: str) -> None:
+def test_other_images_are_refused(net: FeatureNet, images: Images, message: str) -> None:
     for call in (net.features, net.classify, net.moments):
-        with pytest.raises(InputError, match=told) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             call(images)
         assert caught.value.where == str(CLASSIFIER)
 
@@ -401,7 +401,7 @@ def test_another_network_and_another_output(tmp_path: Path) -> None:
     assert caught.value.where == str(path)
 
 
-def test_weights_beside_the_graph_belong_to_its_digest(tmp_path: Path) -> None:
+def test_weights_next_to_the_graph_belong_to_its_digest(tmp_path: Path) -> None:
     path = network(
         tmp_path,
         "(float[N,1,1,2] picture) => (float[N,2] features) <float[1] gain = {0}>"
@@ -430,28 +430,28 @@ def test_a_batch_that_is_written_into_the_graph(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("(float[N,2] x) => (float[N,2] features) { features = Relu (x) }", "the network takes x .* expected float32"),
         ("(double[N,1,2,2] x) => (double[N,1,2,2] features) { features = Relu (x) }", "expected float32"),
         ("(float[N,1,2,2] x, float[N,1,2,2] y) => (float[N,1,2,2] features) { features = Add (x, y) }", "alone"),
     ],
 )
-def test_networks_without_one_input_of_pictures_are_refused(tmp_path: Path, text: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_networks_without_one_input_of_images_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         FeatureNet(network(tmp_path, text))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("(float[N,1,2,2] x) => (float[N,1,2,2] features) { features = Relu (x) }", r"expected \[batch, D\]"),
         ("(float[N,1,A,B] x) => (float[N,M] features) { features = Reshape (x, s) }", "onnxruntime refused images"),
     ],
 )
-def test_networks_that_give_no_rows_are_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_networks_that_return_no_rows_are_refused(tmp_path: Path, text: str, message: str) -> None:
     text = text.replace("{ features = Reshape", "{ s = Constant <value_ints = [-1, 3]> () features = Reshape")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         FeatureNet(network(tmp_path, text), threads=1).features(np.zeros((2, 1, 2, 2), np.float32))
 
 

@@ -284,5 +284,5 @@ class TestCommand:
         answer = cli(*words, "--json")
         assert answer.code == 0, answer.err
         assert json.loads(answer.out) == json.loads(json.dumps(found.to_json()))
-        told = cli(*words, "--top", 1)
-        assert told.code == 0 and "1 layers with smaller costs" in told.out and found.layers[0].name in told.out
+        answer = cli(*words, "--top", 1)
+        assert answer.code == 0 and "1 layers with smaller costs" in answer.out and found.layers[0].name in answer.out

@@ -36,7 +36,7 @@ def random_images(n: int, shape: tuple[int, int, int] = GREY) -> Images:
 class TestTorch:
     """Modules that follow the conventions of torchmetrics and torch-fidelity."""
 
-    def test_grey_pictures_come_as_three_channels_of_bytes(self) -> None:
+    def test_grey_images_are_passed_as_three_channels_of_bytes(self) -> None:
         net = open_extractor(f"{HERE}:Means", GREY)
         levels = np.stack([np.full(GREY, value, np.float32) for value in (-1, -0.5, 1, 3)])
 
@@ -129,7 +129,7 @@ class TestNames:
             open_extractor("inception", GREY)
         assert "pip install torch-fidelity" in str(refused.value.hint)
 
-    def test_inception_is_what_torch_fidelity_makes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_inception_is_the_network_of_torch_fidelity(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A stand-in of its interface: the real one downloads its weights."""
         from tests.helpers.feature_nets import OfFidelity
 

@@ -1,4 +1,4 @@
-"""Numbers for each picture, what they add up to, and intervals around them."""
+"""Numbers of each pair, the metrics computed from them, and their intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N, D = 40, 4
 MISSING = {"psnr": "latents", "ssim": "latents", "lpips": "not here", "features": "none", "agreement": "no classes"}
 
 
-def pictures(seed: int, n: int = N) -> npt.NDArray[np.float32]:
+def random_images(seed: int, n: int = N) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).uniform(-1, 1, (n, 1, 2, 2)).astype(np.float32)
 
 
@@ -34,8 +34,8 @@ def pairs_of(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> 
 
 
 def near(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    exact = pictures(seed)
-    return exact, exact + np.float32(0.05) * pictures(seed + 1)
+    exact = random_images(seed)
+    return exact, exact + np.float32(0.05) * random_images(seed + 1)
 
 
 def distance(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
@@ -46,13 +46,13 @@ def distance(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> fl
 
 
 class TestSums:
-    """Sums of squares of each picture."""
+    """Sums of squares of each image."""
 
     def test_they_add_up_to_the_steps(self) -> None:
         found, plain = PictureSQNR(), StepSQNR()
         for step in (3, 1):
             for seed, rows in ((step, 2), (step + 10, 3)):
-                signal = pictures(seed, rows)
+                signal = random_images(seed, rows)
                 for measure in (found, plain):
                     measure.add(step, signal, signal + np.float32(0.1 * step))
         sums, noise = found.sums()
@@ -99,7 +99,7 @@ class TestInterval:
 
         assert first == again != other
 
-    def test_what_is_infinite_has_an_infinite_end(self) -> None:
+    def test_an_infinite_value_has_an_infinite_end(self) -> None:
         low, high = interval(lambda rows: math.inf if (rows == 0).any() else float(rows.mean()), 5, 100, seed=0)
         assert math.isfinite(low) and high == math.inf
         assert all(map(math.isnan, interval(lambda rows: math.nan, 5, 10, seed=0)))
@@ -145,7 +145,7 @@ class TestInside:
 
 
 class TestMetrics:
-    """All of them, and what plants of faults do to them."""
+    """All metrics, and the effect of planted faults."""
 
     def test_values_are_those_of_the_functions(self) -> None:
         exact, other = near()
@@ -206,9 +206,9 @@ class TestMetrics:
         assert found.high / found.low == pytest.approx(draws.max() / draws.min(), rel=0.2)
 
     def test_a_set_that_lost_its_variety(self) -> None:
-        """Every picture is a good one, and most of the others are not met."""
-        exact = pictures(0)
-        found = metrics(pairs_of(exact, exact[:1] + np.float32(1e-3) * pictures(1)), resamples=2)
+        """Every quantized image is near a float one, and most float images are near none."""
+        exact = random_images(0)
+        found = metrics(pairs_of(exact, exact[:1] + np.float32(1e-3) * random_images(1)), resamples=2)
 
         assert found["precision"].value == 1
         assert found["recall"].value is not None and found["recall"].value < 0.3
@@ -221,7 +221,7 @@ class TestMetrics:
         assert pairs.steps() == pytest.approx([30, 10, 20])
         assert metrics(pairs, resamples=2)["eps_sqnr_db_worst_step"].value == pytest.approx(10)
 
-    def test_too_few_pictures_say_why(self) -> None:
+    def test_too_few_images_give_a_reason(self) -> None:
         exact, other = near()
         found = metrics(pairs_of(exact[:3], other[:3]), resamples=5)
 
@@ -234,9 +234,9 @@ class TestMetrics:
         pairs = replace(pairs_of(*near()), psnr=None, ssim=None, features=None, same=None)
         found = metrics(pairs, resamples=2)
 
-        told = {name: metric.why for name, metric in found.items() if metric.value is None}
-        assert set(found) - set(told) == {"eps_sqnr_db", "eps_sqnr_db_worst_step", "sample_sqnr_db"}
-        assert told["psnr_db_mean"] == "latents" and told["recall"] == "none" and told["agreement"] == "no classes"
+        reasons = {name: metric.why for name, metric in found.items() if metric.value is None}
+        assert set(found) - set(reasons) == {"eps_sqnr_db", "eps_sqnr_db_worst_step", "sample_sqnr_db"}
+        assert (reasons["psnr_db_mean"], reasons["recall"], reasons["agreement"]) == ("latents", "none", "no classes")
 
     def test_progress_ends(self) -> None:
         seen: list[tuple[int, int]] = []

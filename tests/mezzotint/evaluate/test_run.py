@@ -1,4 +1,4 @@
-"""`mezzotint eval`: paired numbers, a folder that goes on where it stopped, what is refused, the command."""
+"""`mezzotint eval`: paired numbers, a folder that continues where it stopped, refusals, the command."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def stopping_after(pictures: int) -> Any:
 
 
 class TestNumbers:
-    """What is found."""
+    """The numbers."""
 
     def test_they_are_those_of_compare(self, case: Case) -> None:
         wanted, metrics = compare(case.bundle, case.reference, N, batch=2, threads=THREADS), case.found.metrics
@@ -81,7 +81,7 @@ class TestNumbers:
         assert [s["db"] for s in steps] == pytest.approx(list(wanted.sqnr.per_step().values()), rel=1e-9)
         assert [s["timestep"] for s in steps] == list(case.bundle.deployment.calls)
 
-    def test_every_metric_is_told_or_says_why_not(self, case: Case) -> None:
+    def test_every_metric_has_a_value_or_a_reason(self, case: Case) -> None:
         metrics = case.found.metrics
 
         assert set(metrics) == set(METRICS)
@@ -95,7 +95,7 @@ class TestNumbers:
         assert metrics["frechet"]["value"] < 0.1 and metrics["precision"]["value"] > 0.8
         assert json.loads(json.dumps(case.found.to_json(), allow_nan=False)) == case.found.to_json()
 
-    def test_what_it_was_measured_on(self, case: Case) -> None:
+    def test_the_facts_of_the_measurement(self, case: Case) -> None:
         found, manifest = case.found, case.bundle.manifest
 
         assert found.reference["same_weights"] is True
@@ -128,7 +128,7 @@ class TestNumbers:
             found(slice(0, 2))
 
     def test_guidance(self, tmp_path: Path) -> None:
-        """The guided predictions are compared, whose errors are larger."""
+        """The guided predictions are compared; their errors are larger."""
         source = write(hand_written(context="context"), tmp_path / "m.onnx")
         given, empty = ({"context": np.full((1, 6), value, np.float32)} for value in (1, 0))
         rows: dict[str, Any] = {"conditions": given, "unconditional": empty}
@@ -151,11 +151,11 @@ class TestNumbers:
         assert metrics["ssim_mean"]["value"] == pytest.approx(1)
         assert "no --features were given" in metrics["frechet"]["why"]
 
-    def test_the_correction_is_in_the_pictures_only(self, tmp_path: Path) -> None:
+    def test_the_correction_affects_the_images_only(self, tmp_path: Path) -> None:
         source = write(hand_written(), tmp_path / "m.onnx")
         bundle = compile_model(source, tmp_path / "b", recipe="ptqd-w8a8", **{**SMALL, "eta": 0.5})
 
-        on, off = (evaluate_bundle(bundle, source, 4, correction=wish, **FEW) for wish in (None, False))
+        on, off = (evaluate_bundle(bundle, source, 4, correction=choice, **FEW) for choice in (None, False))
 
         assert (on.correction, off.correction) == (True, False)
         assert on.metrics["eps_sqnr_db"] == off.metrics["eps_sqnr_db"]
@@ -211,7 +211,7 @@ def onnx_of(model: Any) -> onnx.ModelProto:
 
 
 class TestFolder:
-    """Stopped, it goes on; finished, it is told at once."""
+    """A stopped run continues; a finished one is returned at once."""
 
     def test_a_run_that_was_stopped(self, case: Case, tmp_path: Path) -> None:
         with pytest.raises(Stopped):
@@ -225,13 +225,13 @@ class TestFolder:
         assert contents(tmp_path / "f") == contents(case.folder)
         assert {name: (tmp_path / "f" / name).stat().st_mtime_ns for name in before} == before
 
-    def test_a_finished_one_is_told_at_once(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_finished_one_is_returned_at_once(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(PairSampler, "sample", lambda *a: pytest.fail("it drew"))
         monkeypatch.setattr("mezzotint.evaluate.metrics.metrics", lambda *a, **k: pytest.fail("it measured"))
 
         assert case.evaluate(case.folder) == case.found
 
-    def test_other_features_are_measured_on_the_same_pictures(
+    def test_other_features_are_measured_on_the_same_images(
         self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         case.evaluate(tmp_path / "f")
@@ -244,7 +244,7 @@ class TestFolder:
         assert json.loads((tmp_path / "f" / RESULT_FILE).read_text()) == found.to_json()
 
     @pytest.mark.parametrize("fault", ["cut", "changed", "foreign", "lost", "killed"])
-    def test_a_shard_that_is_not_whole_is_drawn_again(self, case: Case, tmp_path: Path, fault: str) -> None:
+    def test_an_incomplete_shard_is_sampled_again(self, case: Case, tmp_path: Path, fault: str) -> None:
         case.evaluate(tmp_path / "f")
         file = tmp_path / "f" / "pairs_00001.safetensors"
         data = file.read_bytes()
@@ -287,7 +287,7 @@ class TestFolder:
 
 
 class TestRefusals:
-    """What cannot be evaluated, and what is warned about."""
+    """Refusals and warnings."""
 
     def test_other_weights(self, case: Case, tmp_path: Path) -> None:
         found = evaluate_bundle(case.bundle, other_weights(case, tmp_path), 2, **FEW)
@@ -306,7 +306,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="0 images"):
             case.evaluate(n=0)
 
-    def test_pictures_that_are_no_numbers(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_images_with_nan(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Bundle, "sample", lambda self, n, **k: np.full((n, 1, 8, 8), np.nan, np.float32))
         with pytest.raises(InputError, match="the bundle makes images that are not finite"):
             case.evaluate(n=2)
@@ -316,15 +316,15 @@ class TestRefusals:
         bundle = compile_model(source, tmp_path / "b", **{**SMALL, "calibration_batch": 2})
 
         assert evaluate_bundle(bundle, source, 4, **{**FEW, "batch": 16}).pictures == 4
-        with pytest.raises(InputError, match="fixed batches of 2, which cannot sample 3") as told:
+        with pytest.raises(InputError, match="fixed batches of 2, which cannot sample 3") as refusal:
             evaluate_bundle(bundle, source, 3, **FEW)
-        assert "a multiple of 2" in str(told.value.hint)
+        assert "a multiple of 2" in str(refusal.value.hint)
 
 
 class TestCost:
     """Time and memory."""
 
-    def test_one_picture_with_its_cost(self, case: Case) -> None:
+    def test_one_image_with_its_cost(self, case: Case) -> None:
         found = case.evaluate(n=1, speed=True)
 
         speed, memory = found.speed, found.memory
@@ -335,7 +335,7 @@ class TestCost:
         for who in ("bundle", "float"):
             assert memory[who]["peak"] - memory[who]["before"] == memory[who]["added"] > 0
             assert memory[who]["before"] < 300e6, "the process begins with little"
-        assert found.metrics["psnr_db_mean"]["interval"] is None, "one picture"
+        assert found.metrics["psnr_db_mean"]["interval"] is None, "one image"
         assert "28 calls in 4 blocks" in markdown(found)
 
     def test_memory_grows_with_the_batch(self, case: Case) -> None:

@@ -1,4 +1,4 @@
-"""The compiled graph as data: blocks, drawings, whose quantizers are whose, and times by node."""
+"""The compiled graph as data: blocks, drawings, the quantizers of each node, and times by node."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestLayout:
         assert min(x for x, _ in points) >= 0 and min(y for _, y in points) >= 0
         assert all(x + w <= drawn.width for (x, _), (w, _) in zip(drawn.places, sizes, strict=True))
 
-    def test_the_check_sees_what_overlaps(self) -> None:
+    def test_the_check_finds_overlaps(self) -> None:
         assert overlapping(Placement(((0, 0), (5, 5)), {}, 0, 0), [(10, 10), (10, 10)]) == [(0, 1)]
 
     def test_cycles_and_parts(self) -> None:
@@ -85,7 +85,7 @@ class TestLayout:
     def test_nothing_at_all(self) -> None:
         assert place_items([], []) == Placement((), {}, 0, 0)
 
-    def test_long_edges_stay_beside_what_they_pass(self) -> None:
+    def test_long_edges_pass_next_to_items(self) -> None:
         sizes = [(100, 40)] * 5
         drawn = place_items(sizes, [*chain(5), (0, 4)])
         way = drawn.ways[0, 4]
@@ -117,7 +117,7 @@ class TestBlocks:
         assert {child.name: 6 in child.nodes for child in tree.children} == {"a": False, "b": True}
 
     def test_names_that_tell_nothing(self) -> None:
-        """A chain of diamonds: what stands between two narrow places stays together."""
+        """A chain of diamonds: the nodes between two narrow places stay together."""
         edges: Edges = []
         for start in range(0, 400, 20):
             edges += [(start, start + k) for k in (1, 2, 3)]
@@ -160,10 +160,10 @@ class TestGraph:
         model = onnx.load(hand.bundle.model_path)
         assert [n["name"] for n in graph["nodes"]] == [n.name for n in model.graph.node]
         names = [value[0] for value in graph["values"]]
-        for told, node in zip(graph["nodes"], model.graph.node, strict=True):
-            assert told["op"] == node.op_type
-            assert [names[v] for v in told["out"]] == list(node.output)
-            assert ["" if v < 0 else names[v] for v in told["in"]] == list(node.input)
+        for row, node in zip(graph["nodes"], model.graph.node, strict=True):
+            assert row["op"] == node.op_type
+            assert [names[v] for v in row["out"]] == list(node.output)
+            assert ["" if v < 0 else names[v] for v in row["in"]] == list(node.input)
         assert [names[v] for v in graph["inputs"]] == ["x", "t"]
 
     def test_kinds(self, graph: dict[str, Any]) -> None:
@@ -177,23 +177,23 @@ class TestGraph:
 
     def test_a_layer_that_was_not_fused(self, hand: Compiled) -> None:
         rows = {row["name"]: {**row, "integer": False} for row in inspect_data.verdict_rows(hand.bundle)}
-        told = read_graph(hand.bundle.model_path, "t", rows, {})
-        assert [NODE_KINDS[node["kind"]] for node in told["nodes"]].count("unfused") == CONVS
+        data = read_graph(hand.bundle.model_path, "t", rows, {})
+        assert [NODE_KINDS[node["kind"]] for node in data["nodes"]].count("unfused") == CONVS
 
     def test_every_edge_is_drawn_or_leads_out(self, hand: Compiled, tmp_path: Path) -> None:
         bundle, _ = named_bundle(hand.bundle, tmp_path / "named")
-        told = read_graph(bundle.model_path, "t", {}, {})
-        made = {v: i for i, node in enumerate(told["nodes"]) for v in node["out"]}
-        wanted = {(made[v], i) for i, node in enumerate(told["nodes"]) for v in node["in"] if v in made}
+        data = read_graph(bundle.model_path, "t", {}, {})
+        made = {v: i for i, node in enumerate(data["nodes"]) for v in node["out"]}
+        wanted = {(made[v], i) for i, node in enumerate(data["nodes"]) for v in node["in"] if v in made}
         inside = {
             tuple(block["items"][end][1] for end in edge[:2])
-            for block in told["blocks"]
+            for block in data["blocks"]
             for edge in block["edges"]
             if all(block["items"][end][0] == "n" for end in edge[:2])
         }
-        home = {node: i for i, block in enumerate(told["blocks"]) for node in block["nodes"]}
+        home = {node: i for i, block in enumerate(data["blocks"]) for node in block["nodes"]}
         assert inside == {(a, b) for a, b in wanted if home[a] == home[b]}
-        root = told["blocks"][0]
+        root = data["blocks"][0]
         assert {item[2] for item in root["items"] if item[0] in "IO"} == {"x", "y"}
 
     def test_quantizers_find_their_nodes(self, hand: Compiled, graph: dict[str, Any]) -> None:
@@ -205,14 +205,14 @@ class TestGraph:
             if NODE_KINDS[node["kind"]] == "integer"
         }
         assert len(layers) == INTEGER
-        for name, told in layers.items():
-            assert told["weight"] == f"{name}.w" and told["input"].endswith(".act")
+        for name, roles in layers.items():
+            assert roles["weight"] == f"{name}.w" and roles["input"].endswith(".act")
 
     def test_two_runs_of_python_draw_the_same(self, hand: Compiled) -> None:
         code = (
             "import hashlib, json, sys; from pathlib import Path; from mezzotint.inspect.graph import read_graph; "
-            "told = read_graph(Path(sys.argv[1]), 't', {}, {}); "
-            "print(hashlib.sha256(json.dumps(told).encode()).hexdigest())"
+            "data = read_graph(Path(sys.argv[1]), 't', {}, {}); "
+            "print(hashlib.sha256(json.dumps(data).encode()).hexdigest())"
         )
         command = [sys.executable, "-c", code, str(hand.bundle.model_path)]
         runs = [
@@ -226,17 +226,17 @@ class TestGraph:
 class TestData:
     def test_ranges_are_rows_of_the_manifest(self, hand: Compiled) -> None:
         table = made_up_ranges(hand.bundle)
-        told = inspect_data.range_section(hand.bundle, table)
+        section = inspect_data.range_section(hand.bundle, table)
         count = len(hand.bundle.manifest["quantizers"])
-        assert {len(told[name]) for name in ("low", "high", "scale", "seen_low", "seen_high")} == {count}
-        moving = next(i for i, row in enumerate(told["low"]) if isinstance(row, list))
-        assert told["low"][moving] == pytest.approx(table.low[moving].tolist(), rel=1e-3)
-        assert any(row is None for row in told["seen_low"])  # what was not measured
-        json.dumps(told, allow_nan=False)
+        assert {len(section[name]) for name in ("low", "high", "scale", "seen_low", "seen_high")} == {count}
+        moving = next(i for i, row in enumerate(section["low"]) if isinstance(row, list))
+        assert section["low"][moving] == pytest.approx(table.low[moving].tolist(), rel=1e-3)
+        assert any(row is None for row in section["seen_low"])  # what was not measured
+        json.dumps(section, allow_nan=False)
 
     def test_ranges_of_another_bundle(self, hand: Compiled, unet: Compiled) -> None:
-        told = inspect_data.range_section(hand.bundle, made_up_ranges(unet.bundle))
-        assert "the manifest lists" in told["note"]
+        section = inspect_data.range_section(hand.bundle, made_up_ranges(unet.bundle))
+        assert "the manifest lists" in section["note"]
 
     def test_a_bundle_without_ranges(self, hand: Compiled, tmp_path: Path) -> None:
         assert RANGES in inspect_data.range_section(hand.bundle, None)["note"]
@@ -255,8 +255,8 @@ class TestData:
     def test_the_four_questions(self, hand: Compiled) -> None:
         cost = {"rows": [{"name": "a", "share": 0.7, "kind": "bits"}, {"name": "b", "share": 0.3, "kind": "-"}]}
         speed = {"call_ms": 1.25, "groups": [{"group": "layout", "nodes": 3, "share": 0.6}]}
-        told = inspect_data.answers(hand.bundle, inspect_data.verdict_rows(hand.bundle), {"speed": speed, "cost": cost})
-        kept, slow, changed, error = told
+        rows = inspect_data.verdict_rows(hand.bundle)
+        kept, slow, changed, error = inspect_data.answers(hand.bundle, rows, {"speed": speed, "cost": cost})
         assert kept["head"] == f"{CONVS - INTEGER} of {CONVS} quantized groups and layers" and any(
             "island" in line for line in kept["lines"]
         )

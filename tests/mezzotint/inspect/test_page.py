@@ -42,7 +42,7 @@ EVIL = '</script><img src="x" onerror="window.harmed = 1"><!--'
 
 @dataclass(frozen=True)
 class Made:
-    """A page on disk, the data that it shows, and what they were made of."""
+    """A page on disk, the data that it shows, and their sources."""
 
     file: Path
     data: dict[str, Any]
@@ -99,9 +99,9 @@ class TestPage:
         panel = shown.locator(".panel")
         assert panel.get_attribute("data-panel") == name
         assert shown.locator(".item.chosen").get_attribute("data-node") == name
-        told = panel.inner_text()
-        assert all(word in told for word in ("QLinearConv", "input:", "weight:", "share of all error", "uint8", "int8"))
-        assert " ms (" in told
+        text = panel.inner_text()
+        assert all(word in text for word in ("QLinearConv", "input:", "weight:", "share of all error", "uint8", "int8"))
+        assert " ms (" in text
         captions = panel.locator("figcaption").all_inner_texts()
         assert any("scale by timestep" in caption for caption in captions)
         assert panel.locator("svg.plot path.s1").count() >= 2
@@ -165,12 +165,12 @@ class TestPage:
         shown.get_by_role("button", name="precision", exact=True).click()
         assert shown.locator(".item rect.box[style]").count() == 0
 
-    def test_quantizers_are_called_by_what_makes_their_values(self, made: Made) -> None:
+    def test_quantizers_are_labelled_by_the_node_of_their_value(self, made: Made) -> None:
         graph, places = made.data["graph"], dict[str, str]()
         for node in graph["nodes"]:
             places |= {graph["values"][value][0]: node["name"] for value in node["out"]}
-        told = {q["site"]: q["maker"] for q in made.data["quantizers"] if "maker" in q}
-        exact = {site: maker for site, maker in told.items() if site in places}
+        makers = {q["site"]: q["maker"] for q in made.data["quantizers"] if "maker" in q}
+        exact = {site: maker for site, maker in makers.items() if site in places}
         assert len(exact) > 10 and all(places[site] == maker for site, maker in exact.items())
 
     def test_the_heat_map_has_a_row_for_each_quantizer(self, made: Made, shown: Page) -> None:
@@ -186,7 +186,7 @@ class TestPage:
         assert canvas.get_attribute("data-rows") == str(len(rows) - weights)
         shown.get_by_role("button", name=f"all ({len(rows)})").click()
 
-    def test_the_heat_map_tells_numbers(self, made: Made, shown: Page) -> None:
+    def test_the_heat_map_shows_numbers(self, made: Made, shown: Page) -> None:
         canvas = shown.locator(".heat canvas")
         canvas.focus()
         shown.keyboard.press("ArrowDown")
@@ -194,11 +194,11 @@ class TestPage:
 
         values = [i for i, q in enumerate(made.data["quantizers"]) if q["kind"] == "value"]
         row, column = values[1], int(np.argsort(-made.ranges.timesteps)[1])  # the noisiest step comes first
-        told = shown.inner_text(".readout")
-        assert made.data["quantizers"][row]["site"] in told
-        assert f"{made.ranges.timesteps[column]:g}" in told
+        text = shown.inner_text(".readout")
+        assert made.data["quantizers"][row]["site"] in text
+        assert f"{made.ranges.timesteps[column]:g}" in text
         low, high = (float(f"{table[row, column]:.4g}") for table in (made.ranges.low, made.ranges.high))
-        assert f"{low:g} .. {high:g}" in told
+        assert f"{low:g} .. {high:g}" in text
         shown.keyboard.press("Enter")
         assert shown.locator("#ranges svg.plot").count() == 1
 
@@ -225,8 +225,8 @@ class TestPage:
         lines = (made.bundle.path / "passes" / f"{number:03d}_insert_qdq.diff").read_text().splitlines()
         shown.click("[data-pass=insert_qdq]")
         shown.wait_for_selector(".diff .line")
-        told = shown.locator(".diff .line").all_text_contents()
-        assert told == [line or " " for line in lines][: len(told)] and len(told) == min(len(lines), 1500)
+        texts = shown.locator(".diff .line").all_text_contents()
+        assert texts == [line or " " for line in lines][: len(texts)] and len(texts) == min(len(lines), 1500)
         assert shown.locator(".diff .added").count() > 10
         shown.click("[data-pass=observe]")
         shown.wait_for_selector("#diff .note")
@@ -414,7 +414,7 @@ class TestCommand:
             assert f"{INTEGER} / " in text and "PSNR" in text and "times as fast as float" in text
             assert seen.page.locator("#cost tbody tr").count() == INTEGER
 
-    def test_without_a_reference_it_says_what_is_missing(
+    def test_without_a_reference_it_names_the_missing_parts(
         self, hand: Compiled, tmp_path: Path, chromium: Browser
     ) -> None:
         write_page(hand.bundle, tmp_path / "page.html", PageOptions(pictures=1, profile=False))
@@ -461,7 +461,7 @@ class TestCommand:
             answer = cli("inspect", hand.bundle.path, "--html", place)
             assert answer.code == 2 and words in answer.err
 
-    def test_what_goes_wrong_leaves_the_earlier_page(
+    def test_a_failure_leaves_the_earlier_page(
         self, hand: Compiled, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "p.html").write_text("earlier")

@@ -38,7 +38,7 @@ def stepped(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def layers_file(bundle: Bundle, path: Path, *names: str) -> Path:
-    """What `mezzotint debug --json` prints, as far as an overlay reads it."""
+    """Write the fields of `mezzotint debug --json` that an overlay reads."""
     known = names or [n for n, row in bundle.manifest["kernels"]["layers"].items() if row["integer"]]
     path.write_text(json.dumps({"layers": [{"layer": n, "share": 1 / (2 + i)} for i, n in enumerate(known)]}))
     return path
@@ -51,18 +51,18 @@ def check_node_data(data: Any, model: Path) -> dict[str, Any]:
     """
     graph = onnx.load(model, load_external_data=False).graph
     assert list(data) == [graph.name]
-    told = data[graph.name]
-    assert set(told) <= {"name", "results", "gradient", "thresholds"}
-    assert isinstance(told["name"], str)
-    results: dict[str, Any] = told["results"]
+    node_data = data[graph.name]
+    assert set(node_data) <= {"name", "results", "gradient", "thresholds"}
+    assert isinstance(node_data["name"], str)
+    results: dict[str, Any] = node_data["results"]
     assert results and set(results) <= {node.name for node in graph.node}
     for row in results.values():
         assert set(row) <= {"value", "bgColor", "textColor"}
         assert isinstance(row["value"], (str, float))
         assert row.get("bgColor", "#000000").startswith("#") and len(row.get("bgColor", "#000000")) == 7
-    for item in told.get("gradient", []):
+    for item in node_data.get("gradient", []):
         assert set(item) == {"stop", "bgColor"} and 0 <= item["stop"] <= 1
-    assert {item["stop"] for item in told.get("gradient", [])} in (set(), {0, 1})
+    assert {item["stop"] for item in node_data.get("gradient", [])} in (set(), {0, 1})
     return results
 
 
@@ -106,7 +106,7 @@ class TestOverlay:
         rows = bundle.manifest["kernels"]["layers"]
         assert {n: row["value"] for n, row in kernel.items()} == {n: rows[n]["kernel"] for n in kernel}
 
-    def test_four_bits_are_told_from_eight(self, hand: Compiled, tmp_path: Path) -> None:
+    def test_four_bits_are_distinguished_from_eight(self, hand: Compiled, tmp_path: Path) -> None:
         options: dict[str, Any] = {**SMALL, "settings": {"choose_scales.weight_bits": 4, **ENDS}}
         bundle = compile_model(hand.exported, tmp_path / "b", recipe="w8a8-steps", **options)
         [data] = make_overlay(bundle, "precision").data.values()
@@ -120,7 +120,7 @@ class TestOverlay:
 
         assert {row["value"] for row in data["results"].values()} <= widest
 
-    def test_what_is_refused(self, cli: Cli, unet: Compiled, tmp_path: Path) -> None:
+    def test_refusals(self, cli: Cli, unet: Compiled, tmp_path: Path) -> None:
         words = ["overlay", unet.bundle.path, "-o", tmp_path / "o.json", "--what"]
 
         refused(cli(*words, "color"), "no overlay is called 'color'", "precision, kernel, scale, time, cost")
@@ -190,7 +190,7 @@ class TestOverrides:
         assert nearness(unet.exported, tmp_path / "mine.onnx", unet.bundle) > 20
 
     def test_scales_are_those_of_the_plan(self, hand: Compiled) -> None:
-        """Against the manifest, and weights against what choose_scales does with a layer's largest numbers."""
+        """Compared with the manifest; weights with the scales of choose_scales for a layer's largest numbers."""
         found = make_overrides(hand.bundle, hand.exported)
         known = {q["site"]: q for q in hand.bundle.manifest["quantizers"]}
 
@@ -198,8 +198,8 @@ class TestOverrides:
         assert not found.widened
         for name, rows in found.tensors.items():
             scale = np.array([row["scale"] for row in rows])
-            told = known[name]["scale"]
-            low, high = told if isinstance(told, list) else (told, told)
+            scales = known[name]["scale"]
+            low, high = scales if isinstance(scales, list) else (scales, scales)
             np.testing.assert_allclose([scale.min(), scale.max()], [low, high], rtol=1e-6)
             if rows[0]["quant_type"] == "QUInt8":
                 assert [rows[0]["zero_point"]] == known[name]["zero_point"]
@@ -264,7 +264,7 @@ class TestOverrides:
         got = scales(tmp_path / "q.onnx")["third.w"]
         np.testing.assert_allclose(got, wanted(load_overrides(tmp_path / "o.json")["third.w"]), rtol=1e-5)
 
-    def test_what_is_refused(self, cli: Cli, hand: Compiled, unet: Compiled, tmp_path: Path) -> None:
+    def test_refusals(self, cli: Cli, hand: Compiled, unet: Compiled, tmp_path: Path) -> None:
         words = ["overrides", hand.bundle.path, "-o", tmp_path / "o.json", "--float"]
         premul = compile_model(hand.exported, tmp_path / "p", recipe="w8a8-premul", **SMALL)
 

@@ -31,7 +31,7 @@ NOISY: dict[str, Any] = {**SMALL, "eta": 0.5}
 
 @dataclass(frozen=True)
 class Made:
-    """A float ONNX file, and what its recipes made of it, all for the same deployment."""
+    """A float ONNX file and the bundles of several recipes, all for the same deployment."""
 
     source: Path
     bundles: Mapping[str, Bundle]
@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def reseal(bundle: Bundle, folder: Path, **changes: Any) -> Bundle:
-    """A copy of a bundle whose manifest says something else."""
+    """A copy of a bundle with a changed manifest."""
     shutil.copytree(bundle.path, folder)
     manifest = {**bundle.manifest, **changes}
     manifest["digest"] = manifest_digest(manifest)
@@ -78,7 +78,7 @@ def reseal(bundle: Bundle, folder: Path, **changes: Any) -> Bundle:
 class TestMix:
     """What a mix is."""
 
-    def test_every_network_computes_what_its_bundle_did(self, made: Made, mixed: Bundle) -> None:
+    def test_every_network_computes_the_same_as_its_bundle(self, made: Made, mixed: Bundle) -> None:
         x = samplers.initial_noise(3, (2, *mixed.sample_shape))
         for name in COSTS:
             for t in mixed.deployment.calls:
@@ -160,7 +160,7 @@ class TestMix:
         assert first.manifest["precision_of_call"] == ["float"] + ["w8a8"] * 3
         assert first.manifest["precision_choice"]["rule"] == "relaxed first"
 
-    def test_the_picture_decides(self, made: Made, mixed: Bundle, tmp_path: Path) -> None:
+    def test_the_picture_rule(self, made: Made, mixed: Bundle, tmp_path: Path) -> None:
         """By hand: errors of the raw output, times how far the step carries them into x / alpha."""
         found = made.mix(tmp_path / "m", budget=0.75, rule="picture")
         steps = found.deployment.solver(found.schedule).steps
@@ -334,7 +334,7 @@ class TestRefusals:
             with pytest.raises(InputError, match=f"float and w8a8 differ in their {what}"):
                 mix_bundles({"float": other, "w8a8": made.bundles["w8a8"]}, tmp_path / "m", reference=made.source)
 
-    def test_a_source_that_nobody_knows(self, made: Made, tmp_path: Path) -> None:
+    def test_an_unknown_source(self, made: Made, tmp_path: Path) -> None:
         pair = {n: reseal(made.bundles[n], tmp_path / n, source={}) for n in COSTS}
         with pytest.raises(BundleError, match="does not name the weights"):
             mix_bundles(pair, tmp_path / "m", reference=made.source)
@@ -352,7 +352,7 @@ class TestRefusals:
             ({"costs": {"float": 1.0}}, r"given for \['float'\], the precisions are \['float', 'w8a8'\]"),
             ({"costs": {"float": 1.0, "w8a8": -1.0}}, "positive"),
             ({"pictures": 0}, "nothing to measure on"),
-            ({"reference": Path("gone.onnx")}, "no such file"),
+            ({"reference": Path("gone.onnx")}, "no such float model"),
         ],
     )
     def test_choices_that_cannot_be_made(
@@ -415,14 +415,14 @@ def test_calls_take_turns_there_and_back() -> None:
 
 
 class TestCommand:
-    """`mezzotint mix`, and what other commands say of its bundles."""
+    """`mezzotint mix`, and the output of other commands for its bundles."""
 
     def line(self, made: Made, target: Path, *more: object) -> tuple[object, ...]:
         folders = [made.bundles[name].path for name in COSTS]
         costs = [part for name, cost in COSTS.items() for part in ("--cost", f"{name}={cost}")]
         return ("mix", *folders, "-o", target, "--reference", made.source, "-n", 2, "--threads", THREADS, *costs, *more)
 
-    def test_it_says_what_it_did(self, cli: Cli, made: Made, mixed: Bundle, tmp_path: Path) -> None:
+    def test_it_reports_the_mix(self, cli: Cli, made: Made, mixed: Bundle, tmp_path: Path) -> None:
         answer = cli(*self.line(made, tmp_path / "m", "--budget", "0.75", "--json"))
         said = json.loads(answer.out)
         assert answer.code == 0
@@ -445,9 +445,9 @@ class TestCommand:
     def test_every_precision_is_audited(self, cli: Cli, mixed: Bundle) -> None:
         answer = cli("audit", mixed.path, "--json", "--strict")
         assert answer.code == 0, answer.err
-        told = json.loads(answer.out)["files"]
-        assert mixed.precisions is not None and set(told) == set(mixed.precisions.files.values())
-        integers = {name: told[file]["totals"]["integer"] for name, file in mixed.precisions.files.items()}
+        files = json.loads(answer.out)["files"]
+        assert mixed.precisions is not None and set(files) == set(mixed.precisions.files.values())
+        integers = {name: files[file]["totals"]["integer"] for name, file in mixed.precisions.files.items()}
         assert integers["float"] == 0 < integers["w8a8"]
 
     def test_inspect_shows_the_precisions(self, cli: Cli, mixed: Bundle) -> None:
