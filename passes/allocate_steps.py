@@ -1,23 +1,25 @@
-"""allocate_steps: how many of the calibration samples count at each network call.
+"""allocate_steps: choose how many of the calibration samples count at each network call.
 
-A static scale must serve every call, and the statistics behind it weigh the calls by how many samples each of them
-contributes. Three ways to spend a budget of B = share * samples * calls:
+A static scale serves every call, and the statistics behind it weight each call by the number of its samples. Three
+methods spend a budget of B = share * samples * calls:
 
-uniform   the same number at every call, B / T
-skewed    as if timesteps were drawn from a normal distribution that leans to the clean end, and clamped (PTQ4DM,
-          arXiv 2211.15736): t ~ N(mean * T, (deviation * T)^2), both shares of the training timesteps. The expected
-          number of draws is what a call gets; nothing is drawn, so a second compile agrees with the first.
-density   EDA-DM's allocation (arXiv 2401.04585): with f_t a feature of the middle block, on the first batch,
+- `uniform`: the same number at every call, B / T.
+- `skewed`: as if timesteps were drawn from a normal distribution that leans to the clean end, and clamped (PTQ4DM,
+  arXiv 2211.15736): t ~ N(mean * T, (deviation * T)^2), both as shares of the training timesteps. A call gets the
+  expected number of draws. Nothing is drawn, so two compilations agree.
+- `density`: EDA-DM's allocation (arXiv 2401.04585). With f_t a feature of the middle block on the first batch,
 
-              D_t = #{u != t: MSE(f_t, f_u) <= r}       how many calls look like this one
-              V_t = sum_u (1 - cos(f_t, f_u))           how much it differs from the others
-              w_t = norm(D_t) + diversity * norm(V_t)   norm: from 0, the least, to 1, the most
+      D_t = #{u != t: MSE(f_t, f_u) <= r}       the number of calls like this one
+      V_t = sum_u (1 - cos(f_t, f_u))           its difference from the others
+      w_t = norm(D_t) + diversity * norm(V_t)   norm: maps the least to 0 and the most to 1
 
-          and call t gets B w_t / sum(w). The paper sets r for each model (3.0, 0.3); here r = radius * the mean
-          squared distance of two calls, which needs no such knowledge.
+  and call t gets B w_t / sum(w). The paper sets r for each model (3.0, 0.3). Here r is `radius` times the mean squared
+  distance of two calls, so that one value serves all models.
 
-No call gets more samples than there are; what is left over goes to the others in proportion. The trajectories are the
-same ones in every case: only which activations enter the statistics is decided here.
+No call gets more samples than exist; the remainder goes to the other calls in proportion. The trajectories are the same
+with every method: the allocation only decides which activations enter the statistics.
+
+Errors: RecipeError for a guided deployment, whose calls have two rows for each sample, and for an unknown feature.
 """
 
 from __future__ import annotations
@@ -44,10 +46,13 @@ from mezzotint.runtime.signature import Images, Timestep
 
 @dataclass(frozen=True)
 class AllocateSteps(Pass):
-    """`share` (above 0, to 1) is the budget as a share of all samples at all calls.
+    """The allocation of calibration samples to network calls.
 
-    `mean` and `deviation` belong to skewed; `radius`, `diversity` and `feature`, the name of a value to take in place
-    of the middle block's, to density.
+    - `method`: as above.
+    - `share`: the budget as a share of all samples at all calls, above 0 and up to 1.
+    - `mean`, `deviation`: of skewed, as shares of the training timesteps.
+    - `radius`, `diversity`: of density.
+    - `feature`: of density; the name of a value to use in place of the middle block's.
     """
 
     method: Literal["uniform", "skewed", "density"] = "uniform"
@@ -113,35 +118,35 @@ class AllocateSteps(Pass):
 
 
 def even(calls: int, budget: int) -> tuple[int, ...]:
-    """`budget` cut into `calls` parts that differ by 1 at most, the larger ones spread over all."""
+    """Return `budget` cut into `calls` counts that differ by 1 at most, the larger ones spread evenly."""
     return tuple((k + 1) * budget // calls - k * budget // calls for k in range(calls))
 
 
 def apportion(weights: Doubles, budget: int, most: int) -> tuple[int, ...]:
-    """`budget` cut in proportion to weights `[calls]` (not negative), no part above `most`; they add up to `budget`.
+    """Return `budget` cut in proportion to weights `[calls]` (not negative), with no count above `most`.
 
-    What a full call cannot take goes to the others, evenly where all of those have the weight 0. Rounding is by
-    largest remainders, the earlier call first.
+    The rest of a full call goes to the others in proportion, evenly where all of those have the weight 0. Rounding is
+    by largest remainders, the earlier call first. The counts add up to `budget`.
     """
-    parts, free, left = np.zeros(len(weights)), np.ones(len(weights), bool), float(budget)
+    amounts, free, left = np.zeros(len(weights)), np.ones(len(weights), bool), float(budget)
     while free.any():
-        wish = np.where(free, weights, 0.0)
-        wish = np.where(free, 1.0, 0.0) if wish.sum() <= 0 else wish
-        wish = wish * (left / wish.sum())
-        full = free & (wish >= most)
+        shares = np.where(free, weights, 0.0)
+        shares = np.where(free, 1.0, 0.0) if shares.sum() <= 0 else shares
+        shares = shares * (left / shares.sum())
+        full = free & (shares >= most)
         if not full.any():
-            parts[free] = wish[free]
+            amounts[free] = shares[free]
             break
-        parts[full], left = most, left - most * int(full.sum())
+        amounts[full], left = most, left - most * int(full.sum())
         free &= ~full
-    counts = np.floor(parts + 1e-9).astype(np.int64)
-    by_remainder = np.argsort(counts - parts, kind="stable")
+    counts = np.floor(amounts + 1e-9).astype(np.int64)
+    by_remainder = np.argsort(counts - amounts, kind="stable")
     counts[by_remainder[: budget - int(counts.sum())]] += 1
     return tuple(int(c) for c in counts)
 
 
 def normal_mass(timesteps: tuple[Timestep, ...], mean: float, deviation: float) -> Doubles:
-    """How likely a normal draw is to be nearest to each timestep, in their order; beyond the ends counts as the end."""
+    """Return the probability that a normal draw is nearest to each timestep; draws beyond an end count for that end."""
     order = np.argsort(timesteps)
     rising = np.asarray(timesteps, np.float64)[order]
     borders = (rising[:-1] + rising[1:]) / 2
@@ -152,7 +157,7 @@ def normal_mass(timesteps: tuple[Timestep, ...], mean: float, deviation: float) 
 
 
 def density_weights(features: Doubles, radius: float, diversity: float) -> Doubles:
-    """EDA-DM's weight of each call from features `[calls, batch, n]`; see the module's docstring."""
+    """Return EDA-DM's weight of each call from features `[calls, batch, n]`; see the module's docstring."""
     calls = len(features)
     distance, turned = np.zeros((calls, calls)), np.zeros((calls, calls))
     length = np.maximum(np.sqrt(np.einsum("tbn,tbn->tb", features, features)), 1e-12)
@@ -167,32 +172,33 @@ def density_weights(features: Doubles, radius: float, diversity: float) -> Doubl
 
 
 def _norm(values: Doubles) -> Doubles:
-    """From 0 to 1; all 0 where all are the same."""
+    """Return the values scaled to 0 to 1; all 0 where they are equal."""
     span = values.max() - values.min()
     return (values - values.min()) / span if span > 0 else np.zeros_like(values)
 
 
 def middle_feature(program: Program, context: Context) -> str:
-    """The activation in the middle of a denoiser: of the layer inputs at the smallest resolution, one in the middle.
+    """Return the name of the activation in the middle of a denoiser: an input of a layer at the smallest resolution.
 
-    The resolution of `[B, C, H, W]` is H W, that of `[B, tokens, C]` the tokens, as one call shows them. Where a
-    U-Net turns, the most shortcuts wait for their concatenation; among the inputs with as many, it is the one halfway.
-    Only inputs of convolutions and linear layers that depend on the sample count. Raises RecipeError without any.
+    The resolution of `[B, C, H, W]` is H W, that of `[B, tokens, C]` the tokens, as one call shows them. Only inputs of
+    convolutions and linear layers that depend on the sample count. At the turn of a U-Net the most shortcuts wait for
+    their concatenation: among the inputs with the most, the one halfway is taken. Raises RecipeError if there is no
+    such input.
     """
     inside = _reached(program.graph, program.signature.sample)
-    found = {
+    readers = {
         name_of(layer.activations[0]): layer
         for layer in layers(program.graph)
         if layer.kind != "attention" and layer.activations[0] in inside
     }
-    shapes = _shapes(program, context, list(found))
+    shapes = _shapes(program, context, list(readers))
     sizes = {
         name: int(np.prod(shapes[name][2:] if layer.kind == "conv" else shapes[name][1:-1]))
-        for name, layer in found.items()
+        for name, layer in readers.items()
         if len(shapes[name]) > 2
     }
     waiting = _waiting_shortcuts(program.graph, inside)
-    depths = {n: waiting[found[n].node] for n, size in sizes.items() if size == min(sizes.values())}
+    depths = {n: waiting[readers[n].node] for n, size in sizes.items() if size == min(sizes.values())}
     deepest = [name for name, depth in depths.items() if depth == max(depths.values())]
     if not deepest:
         raise RecipeError(
@@ -204,7 +210,7 @@ def middle_feature(program: Program, context: Context) -> str:
 
 
 def _reached(graph: ir.Graph, sample: str) -> set[ir.Value]:
-    """The values that nodes compute from the contents of the sample."""
+    """Return the values that nodes compute from the contents of the sample."""
     known = {v for v in graph.inputs if name_of(v) == sample}
     for node in graph:
         if not is_op(node, "Shape") and any(v in known for v in node.inputs):
@@ -213,7 +219,7 @@ def _reached(graph: ir.Graph, sample: str) -> set[ir.Value]:
 
 
 def _waiting_shortcuts(graph: ir.Graph, inside: set[ir.Value]) -> dict[ir.Node, int]:
-    """For each node, how many of these values are there already and will be concatenated behind it."""
+    """Return, for each node, how many of these values are computed before it and concatenated behind it."""
     position = {node: i for i, node in enumerate(graph)}
     change = np.zeros(len(position) + 1, np.int64)
     for value in inside:
@@ -230,7 +236,7 @@ def _one_batch(context: Context) -> Context:
 
 
 def _shapes(program: Program, context: Context, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of values at one call; a graph with open sizes does not say them."""
+    """Return the shapes of values at one call; a graph with open sizes does not have them."""
     rows = program.fixed_batch or 1
     with Executor(program.model, context.folder, taps=names, threads=context.threads) as executor:
         x = np.zeros((rows, *program.shape), np.float32)
@@ -240,14 +246,14 @@ def _shapes(program: Program, context: Context, names: list[str]) -> dict[str, t
 
 
 def _features(program: Program, context: Context, name: str) -> Doubles:
-    """A value at every call of the first batch's trajectory, `[calls, batch, n]`."""
-    found: list[Doubles] = []
+    """Return a value at every call of the first batch's trajectory, `[calls, batch, n]`."""
+    features: list[Doubles] = []
     with Executor(program.model, context.folder, taps=[name], threads=context.threads) as executor:
 
         def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
             outputs = executor.call(program.signature, x, t, conditions)
-            found.append(np.asarray(outputs[name], np.float64).reshape(len(x), -1))
+            features.append(np.asarray(outputs[name], np.float64).reshape(len(x), -1))
             return np.asarray(outputs[program.signature.output], np.float32)
 
         follow_trajectories(program, _one_batch(context), denoiser, "allocate_steps")
-    return np.stack(found)
+    return np.stack(features)

@@ -1,24 +1,26 @@
-"""channel_scales: the output of a convolution quantized per channel and group of timesteps, at no cost at run time.
+"""channel_scales: quantize the outputs of convolutions by channel and group of timesteps, at no cost at run time.
 
-An integer convolution must round its output to 8 bits, whoever reads it, and on the digits that is two thirds of the
-error of the last step: the channels' ranges differ, and what the timestep adds to each moves them. Quantizers of
-activations are per tensor because a kernel cannot sum over channels of different scale; but nobody sums over what
-comes out. Every output channel of the kernel has a factor of its own already, for the scales of the weights, so a
+An integer convolution must round its output to 8 bits for all of its readers, which on the digits is two thirds of the
+error of the last step: the channels have different ranges, and the timestep moves each of them. Quantizers of
+activations are per tensor because a kernel cannot sum over channels of different scales. Nothing sums over the channels
+of an output, however. The kernel has a factor for each output channel already, for the scales of the weights, so a
 scale and a zero point for each output channel and group of timesteps fit into rows that are gathered anyway
 (compiler/lowering/integer.py).
 
-For group g and channel c with the extremes l and h, and L and H those of the whole tensor, the range is
+For group g and channel c with the extremes l and h, and the extremes L and H of the whole tensor, the range is
 
     low = -margin |l|^trust |L|^(1 - trust)          high = margin h^trust H^(1 - trust)
 
-and at least a 32nd of the tensor's, which costs nothing and lets a channel speak that was silent in calibration.
-Extremes of one channel rest on far fewer values than a tensor's percentile, and a channel that was quiet on the
-calibration pictures may be loud on another. Measured on the digits with min-max alone (margin 1, trust 1): epsilon is
-better by 0.7 dB, and single pictures are ruined by clipping.
+and at least a 32nd of the tensor's range, which costs nothing and leaves room for channels that were silent in
+calibration. The extremes of one channel rest on far fewer values than a tensor's percentile, and a channel that is
+quiet on the calibration images may be loud on another. Measured on the digits with the extremes alone (margin 1, trust
+1): epsilon gains 0.7 dB, and clipping ruins single images.
 
-Only where it pays: the mean squared step has to fall by `gain` dB over that of the quantizer for the whole tensor.
-Outputs that a layer reads without anything in between keep that quantizer, and so do those that are only joined and
-quantized again, which onnxruntime does on integers.
+A convolution gets a table only if the mean squared step falls by `gain` dB against the quantizer of the whole tensor.
+Outputs that a layer reads directly keep that quantizer. So do outputs that are only joined and quantized again, which
+onnxruntime does on integers.
+
+Errors: StatsError if observe did not measure channels.
 """
 
 from __future__ import annotations
@@ -43,7 +45,13 @@ SMALLEST_SHARE = 1 / 32
 
 @dataclass(frozen=True)
 class ChannelScales(Pass):
-    """`margin` (1 or more) and `trust` (0 to 1) as above, `gain` in dB; needs observe.channels."""
+    """Quantizers of convolution outputs with a scale for each channel.
+
+    - `margin` (1 or more), `trust` (0 to 1): as above.
+    - `gain`: in dB, the least gain for which a convolution gets a table.
+
+    The pass needs `observe.channels` = outputs or all.
+    """
 
     margin: float = 1.1
     trust: float = 0.75
@@ -66,8 +74,8 @@ class ChannelScales(Pass):
     def run(self, program: Program, context: Context) -> Program:
         stats, plan = program.require_stats(), program.require_plan()
         stats.check_every_call(program.deployment.timesteps, self.name)
-        found = [layer for layer in layers(program.graph) if layer.output_quantized]
-        if any((name_of(layer.output), 0) not in stats.channels for layer in found):
+        convolutions = [layer for layer in layers(program.graph) if layer.output_quantized]
+        if any((name_of(layer.output), 0) not in stats.channels for layer in convolutions):
             raise StatsError(
                 "no channel was measured by itself",
                 where=self.name,
@@ -76,7 +84,7 @@ class ChannelScales(Pass):
         nodes = {layer.node for layer in layers(program.graph)}
         quantizers = dict(plan.quantizers)
         chosen = 0
-        for layer in found:
+        for layer in convolutions:
             whole = plan.of(name_of(layer.output), layer.name)
             if whole is None or not _only_computed_with(layer, nodes):
                 continue
@@ -85,11 +93,13 @@ class ChannelScales(Pass):
             if table is not None:
                 quantizers[Site(name_of(layer.output), layer.name)] = table
                 chosen += 1
-        note = f"{chosen} of {len(found)} convolutions have a scale for each channel; {max(plan.groups) + 1} rows"
+        note = (
+            f"{chosen} of {len(convolutions)} convolutions have a scale for each channel; {max(plan.groups) + 1} rows"
+        )
         return replace(program, plan=replace(plan, quantizers=quantizers), note=note)
 
     def _table(self, extremes: Extremes, whole: Quantizer, groups: tuple[int, ...]) -> Quantizer | None:
-        """Rows from extremes `[calls, 2, C]`, or None where they do not pay."""
+        """Return a quantizer with rows from extremes `[calls, 2, C]`, or None if they do not pay."""
         member = np.array(groups)
         count = max(groups) + 1
         low = np.stack([extremes[member == g, 0].min(axis=0) for g in range(count)])
@@ -103,7 +113,7 @@ class ChannelScales(Pass):
         return Quantizer(whole.format, scale, zero, self.name, axis=1, table=True)
 
     def _widened(self, ends: Extremes) -> Extremes:
-        """The magnitude of one end of the ranges `[groups, C]`, between the channel's own and the tensor's."""
+        """Return the magnitude of one end of the ranges `[groups, C]`, between the channel's own and the tensor's."""
         tensor = ends.max(axis=1, keepdims=True)
         mixed = self.margin * ends**self.trust * tensor ** (1 - self.trust)
         widened: Extremes = np.maximum(mixed, SMALLEST_SHARE * tensor)
@@ -111,12 +121,12 @@ class ChannelScales(Pass):
 
 
 def _only_computed_with(layer: Layer, nodes: set[ir.Node]) -> bool:
-    """Whether everything that reads a layer's output computes in float, and something else than the next quantizer."""
+    """Return whether all readers of a layer's output compute in float, and more than the next quantizer."""
     readers = consumers(layer.output)
     return not any(node in nodes or _only_quantized(node, nodes) for node in readers)
 
 
 def _only_quantized(node: ir.Node, nodes: set[ir.Node]) -> bool:
-    """Whether layers alone read what a node computes, perhaps after it was moved; its size tells no values."""
+    """Return whether only layers read a node's outputs, perhaps through data movers; Shape nodes do not count."""
     after = [r for out in node.outputs for r in consumers(out) if not is_op(r, "Shape")]
     return bool(after) and all(r in nodes or (is_mover(r) and _only_quantized(r, nodes)) for r in after)

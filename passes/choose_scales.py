@@ -54,10 +54,10 @@ class ChooseScales(Pass):
         stats.check_graph(graphs.digest(program.model), self.name)
         activation_format = UINT8 if self.activation_bits == 8 else Format(self.activation_bits)
         of_weights = weight_format(self.weight_bits)
-        found = list(layers(program.graph))
+        every_layer = list(layers(program.graph))
         quantizers: dict[Site, Quantizer] = {}
         for name in dict.fromkeys(
-            name_of(v) for layer in found for v in (*layer.activations, layer.output) if not is_constant(v)
+            name_of(v) for layer in every_layer for v in (*layer.activations, layer.output) if not is_constant(v)
         ):
             summary = stats.summary(name)
             if summary is None:
@@ -65,10 +65,10 @@ class ChooseScales(Pass):
             low, high = range_of(summary, self.activations, self.percentile, activation_format)
             scale, zero = scale_for_range(low, high, activation_format)
             quantizers[Site(name)] = Quantizer(activation_format, scale, zero, self.name)
-        for i, layer in enumerate(found):
+        for i, layer in enumerate(every_layer):
             if layer.weight is not None:
                 self._add_weight(quantizers, layer, of_weights)
-            context.progress(self.name, i + 1, len(found))
+            context.progress(self.name, i + 1, len(every_layer))
         return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
 
     def _add_weight(self, quantizers: dict[Site, Quantizer], layer: Layer, fmt: Format) -> None:

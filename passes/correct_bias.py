@@ -1,34 +1,33 @@
-"""correct_bias: what quantization adds to the mean of a layer's output is taken out of its bias.
+"""correct_bias: subtract the mean error that quantization makes in a layer's output from its bias.
 
-Rounded weights make an error (Q(W) - W) x whose mean over samples and positions is not 0, because x has a mean. It is
-the same at every position, so nothing behind the layer averages it out. DFQ (Data-Free Quantization, arXiv 1906.04721)
-computes it from batch normalization, which a denoiser does not have; here it is measured along the sampler's own
-trajectory, on the float network's latents:
+Rounded weights make an error (Q(W) - W) x, whose mean over samples and positions is not 0 because x has a mean. The
+mean error is the same at every position, so later layers do not average it out. DFQ (Data-Free Quantization, arXiv
+1906.04721) computes it from batch normalization, which a denoiser does not have. Here it is measured along the
+sampler's own trajectory, on the float network's latents:
 
     b[c] -= E[y_q - y]_c          y_q: the layer's output with its bias, before its own quantizer
 
-What y is, is an option:
+The reference y is the option `against`:
 
-network   the same output of the float network. It sees all that quantization does, also what came from upstream.
-          Layers are corrected in the order of the graph, in `stages` of consecutive layers: a stage is measured with
-          the corrections of all stages before it in place. Within a stage a layer takes out once more what the one in
-          front of it takes out.
-layer     the output of the float weights on the same quantized input. It sees what the weights do, and nothing from
-          upstream.
+- `network`: the same output of the float network. It includes all effects of quantization, also those from upstream.
+  Layers are corrected in the order of the graph, in `stages` of consecutive layers; a stage is measured with the
+  corrections of all earlier stages in place. Within a stage a layer corrects again what the layer before it corrects.
+- `layer`: the output of the float weights on the same quantized input. It includes the effect of the weights only, and
+  nothing from upstream.
 
-A bias that is a row of a time table already (fold_time) gets a correction for each row, at no cost. Few samples leave a
-row's mean uncertain, and it is drawn to the mean over all calls by as much (compiler/correction/channel_means.py).
-Other biases get the mean over all calls of the deployment.
+A bias that is a row of a time table (fold_time) gets a correction for each row, at no cost. Few samples leave the mean
+of a row uncertain, so it is shrunk toward the mean over all calls (compiler/correction/channel_means.py). Other biases
+get the mean over all calls of the deployment.
 
-Afterwards pictures are drawn from other noise, with the correction and without: one that does not bring them nearer to
-the float network's is thrown away. The history says which, with both figures. Pictures judge and not the prediction,
-because what is left out of it is a shift that adds up over the calls, while a call's own error hardly changes.
+Afterwards images are drawn from other noise, with and without the correction. A correction that does not bring them
+nearer to the float network's is discarded; the history has both figures. Images decide rather than the prediction,
+because the correction removes a shift that adds up over the calls and hardly changes the error of one call.
 
 Measured on the digits, 20 DDIM steps, w8a8-steps with 4-bit weights rounded to nearest, 8 calibration samples (epsilon,
-median PSNR of 16 pictures of other noise): nothing 27.42 dB, 24.5 dB; layer 27.47, 31.5; layer by the mean of all calls
-27.32, 30.5; network in 1 stage 25.69, 24.2; in 12 stages (4 samples, 11 times as long) 27.69, 31.5. With 8-bit weights
-the shifts are 0.16 % of the outputs, and correcting them is of no use (52.3 to 50.7 dB); nor is it for static scales
-with 4-bit weights (w8a8, 4 samples: 23.6 to 21.8 dB on 8 pictures), which the trial refused.
+median PSNR of 16 images of other noise): uncorrected 27.42 dB, 24.5 dB; layer 27.47, 31.5; layer by the mean of all
+calls 27.32, 30.5; network in 1 stage 25.69, 24.2; in 12 stages (4 samples, 11 times as long) 27.69, 31.5. With 8-bit
+weights the shifts are 0.16 % of the outputs, and correcting them loses (52.3 to 50.7 dB). With static scales and 4-bit
+weights it loses as well (w8a8, 4 samples: 23.6 to 21.8 dB on 8 images), and the trial discards it.
 """
 
 from __future__ import annotations
@@ -55,9 +54,11 @@ from mezzotint.runtime.signature import Images, Timestep
 
 @dataclass(frozen=True)
 class CorrectBias(Pass):
-    """`against` and `stages` as above; `steps` says whether rows of time tables are corrected one by one.
+    """Corrected biases, and the trial that judges them.
 
-    `held_out` samples of another seed judge the correction; with 0 it is kept unseen.
+    - `against`, `stages`: as above.
+    - `steps`: `rows` corrects each row of a time table by itself, `mean` all of them by their mean.
+    - `held_out`: samples of another seed that judge the correction; 0 keeps it without a trial.
     """
 
     against: Literal["layer", "network"] = "layer"
@@ -75,15 +76,15 @@ class CorrectBias(Pass):
     def run(self, program: Program, context: Context) -> Program:
         if program.float_model is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
-        found = list(quantized_layers(program, self.name))
-        if not found:
+        every_layer = list(quantized_layers(program, self.name))
+        if not every_layer:
             return program.noted("no layer is quantized: nothing to correct")
         before = replace(program, model=program.model.clone())
         names = Names(program.graph)
-        parts = np.array_split(np.arange(len(found)), min(self.stages, len(found)))
+        parts = np.array_split(np.arange(len(every_layer)), min(self.stages, len(every_layer)))
         sizes: list[float] = []
         for i, part in enumerate(parts):
-            stage = [found[k] for k in part]
+            stage = [every_layer[k] for k in part]
             means = self._measure(program, context, stage, f"{self.name}, stage {i + 1} of {len(parts)}")
             for layer, mean in zip(stage, means, strict=True):
                 shift = mean.by_row() if self.steps == "rows" and layer.table else mean.overall()
@@ -91,16 +92,16 @@ class CorrectBias(Pass):
                     layer.with_bias(program.graph, names, layer.values() - shift)
                     sizes.append(_size(program, layer, shift))
         remove_dead(program.graph)
-        tables = sum(layer.table is not None for layer in found)
+        tables = sum(layer.table is not None for layer in every_layer)
         note = f"{len(sizes)} biases corrected ({tables} tables), by {_median(sizes)} of the output's rms"
-        if len(sizes) < len(found):
-            note += f"; {len(found) - len(sizes)} would not fit into 32 bits and stay"
+        if len(sizes) < len(every_layer):
+            note += f"; {len(every_layer) - len(sizes)} would not fit into 32 bits and stay"
         return judged(before, program, context, self.held_out, note, self.name)
 
     def _measure(
         self, program: Program, context: Context, stage: Sequence[QuantizedLayer], label: str
     ) -> list[ChannelMeans]:
-        """The mean error of each layer of a stage, over all network calls of the calibration."""
+        """Return the mean errors of each layer of a stage over all network calls of the calibration."""
         row_of = {t: row for row, t in enumerate(program.frozen or ())}
         means = [ChannelMeans(1 if layer.table is None else len(row_of), layer.channels) for layer in stage]
         exact_model, logical = program.require_float_model(), program.model
@@ -132,7 +133,7 @@ class CorrectBias(Pass):
 
 
 def _size(program: Program, layer: QuantizedLayer, shift: Doubles) -> float:
-    """A shift's root mean square in units of the output's; NaN where the output was not measured."""
+    """Return a shift's root mean square in units of the output's; NaN if the output was not measured."""
     summary = None if program.stats is None else program.stats.summary(name_of(layer.layer.output))
     if summary is None or not summary.square:
         return float("nan")

@@ -1,22 +1,25 @@
-"""correct_softmax: attention gets back the probability that rounding takes away.
+"""correct_softmax: add the probability that rounding removes from attention back.
 
 Most probabilities of a long row are smaller than half a step of an 8-bit grid and round to 0, so a row of Q(A) sums to
-less than 1: an error of one sign, which no averaging removes. Softmax Bias Correction for Quantized Generative Models
-(arXiv 2309.01729) adds the mean of what is missing to every entry:
+less than 1. The error has one sign, and no averaging removes it. Softmax Bias Correction for Quantized Generative
+Models (arXiv 2309.01729) adds the mean of the missing probability to every entry:
 
-    beta = E[A - Q(A)]          over calibration; for each head where the layout `[batch, heads, tokens, tokens]` shows
-                                them, and for each call of the deployment where timesteps have tables
+    beta = E[A - Q(A)]
 
-The paper hides beta in the quantizer's offset. An integer kernel has no fractional zero point, so it goes behind the
-value matmul, which stays as it is (only that onnxruntime adds, then quantizes, in place of quantizing in the kernel):
+over calibration, for each head where the layout `[batch, heads, tokens, tokens]` shows the heads, and for each call of
+the deployment where timesteps have tables.
+
+The paper puts beta into the quantizer's offset. An integer kernel has no fractional zero point, so here it is added
+behind the value matmul, which stays as it is (except that onnxruntime then adds and quantizes instead of quantizing in
+the kernel):
 
     (Q(A) + beta) V = Q(A) V + beta * sum_j V_j
 
-One ReduceSum over the tokens of V, one Mul, and one Add over the matmul's output. A correction that does not help the
-pictures of another seed is thrown away; the history has the figures.
+The cost is one ReduceSum over the tokens of V, one Mul, and one Add over the matmul's output. A correction that does
+not improve images of another seed is discarded; the history has the figures.
 
-Measured on the digits (four attentions over 64 tokens): rows of 8-bit probabilities lack 0.1 %, and what the correction
-gains behind correct_bias, with 4-bit weights, is 0.07 dB of pictures: nothing that 16 pictures can show.
+Measured on the digits (four attentions over 64 tokens): rows of 8-bit probabilities lack 0.1 %, and after correct_bias,
+with 4-bit weights, the correction gains 0.07 dB of the images, too little for 16 images to show.
 """
 
 from __future__ import annotations
@@ -49,9 +52,11 @@ SMALLEST_RANK = 3  # onnxruntime makes a float Gemm of a MatMul of two matrices 
 
 @dataclass(frozen=True)
 class CorrectSoftmax(Pass):
-    """`steps`: a beta for each call of the deployment, or one for all; `heads`: for each head, or one for all.
+    """Corrected attention probabilities, and the trial that judges them.
 
-    `held_out` samples of another seed judge the correction; with 0 it is kept unseen.
+    - `steps`: `rows` has a beta for each call of the deployment, `mean` one for all.
+    - `heads`: a beta for each head, or one for all.
+    - `held_out`: samples of another seed that judge the correction; 0 keeps it without a trial.
     """
 
     steps: Literal["rows", "mean"] = "rows"
@@ -67,32 +72,32 @@ class CorrectSoftmax(Pass):
     def run(self, program: Program, context: Context) -> Program:
         if program.float_model is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
-        found = _attentions(program)
-        flat = [a for a in found if a.rank < SMALLEST_RANK]
-        found = [a for a in found if a not in flat]
+        attentions = _attentions(program)
+        flat = [a for a in attentions if a.rank < SMALLEST_RANK]
+        attentions = [a for a in attentions if a not in flat]
         about = f"; {len(flat)} on plain matrices stay" if flat else ""
-        if not found:
+        if not attentions:
             return program.noted(f"no softmax is quantized: nothing to correct{about}")
         before = replace(program, model=program.model.clone())
         timed = self.steps == "rows" and program.frozen is not None
-        betas, lost = self._measure(program, context, found, timed)
+        betas, lost = self._measure(program, context, attentions, timed)
         names = Names(program.graph)
-        rows = _look_up(program, names, betas) if timed else [None] * len(found)
-        for attention, beta, row in zip(found, betas, rows, strict=True):
+        rows = _look_up(program, names, betas) if timed else [None] * len(attentions)
+        for attention, beta, row in zip(attentions, betas, rows, strict=True):
             _correct(program.graph, names, attention, beta, row)
-        note = f"{len(found)} softmaxes corrected, whose rows lacked {np.mean(lost):.3%} on average{about}"
+        note = f"{len(attentions)} softmaxes corrected, whose rows lacked {np.mean(lost):.3%} on average{about}"
         return judged(before, program, context, self.held_out, note, self.name)
 
     def _measure(
-        self, program: Program, context: Context, found: Sequence[_Attention], timed: bool
+        self, program: Program, context: Context, attentions: Sequence[_Attention], timed: bool
     ) -> tuple[list[Doubles], list[float]]:
-        """(E[A - Q(A)] `[rows, heads]`, what a row of Q(A) lacks to 1) of each attention."""
+        """Return (E[A - Q(A)] `[rows, heads]`, the share of probability that Q(A) lacks) of each attention."""
         row_of = {t: row for row, t in enumerate(deployed_rows(program))}
-        heads = [a.heads if self.heads else 1 for a in found]
+        heads = [a.heads if self.heads else 1 for a in attentions]
         means = [ChannelMeans(len(row_of) if timed else 1, n) for n in heads]
-        values = [(name_of(value), 1) for a in found for value in (a.rounded, a.weights)]
+        values = [(name_of(value), 1) for a in attentions for value in (a.rounded, a.weights)]
         logical, outputs = with_means(program.model, values)
-        sums = np.zeros((len(found), 2))
+        sums = np.zeros((len(attentions), 2))
         signature, threads = program.signature, context.threads
         with (
             Executor(program.require_float_model(), context.folder, threads=threads) as exact,
@@ -133,8 +138,8 @@ class _Attention:
 
 
 def _attentions(program: Program) -> list[_Attention]:
-    """The softmaxes that a matmul reads through a quantizer, in the graph's order."""
-    found = []
+    """Return the softmaxes that a matmul reads through a quantizer, in the graph's order."""
+    attentions = []
     for node in program.graph:
         pairs = [dequantizer(v) for v in node.inputs[:2]] if is_op(node, "MatMul") else [None]
         if pairs[0] is None or pairs[-1] is None or pairs[0].inputs[0] is None:
@@ -144,12 +149,12 @@ def _attentions(program: Program) -> list[_Attention]:
             quantize = quantize.inputs[0].producer()  # a format of fewer than 8 bits
         weights = quantize.inputs[0] if quantize is not None and is_op(quantize, "QuantizeLinear") else None
         if weights is not None and is_op(weights.producer(), "Softmax"):
-            found.append(_Attention(weights, pairs[0].outputs[0], node))
-    return found
+            attentions.append(_Attention(weights, pairs[0].outputs[0], node))
+    return attentions
 
 
 def _look_up(program: Program, names: Names, betas: Sequence[Doubles]) -> list[ir.Value]:
-    """The betas `[heads]` of the call at hand: one lookup for all of them."""
+    """Return the betas `[heads]` at the call's timestep, by one lookup for all of them."""
     build = Builder(program.graph, names, program.graph[0], scope=TABLES_SCOPE)
     row_of = nearest_row_of_timestep(program)
     row = step_index(build, program, row_of, "softmax")
@@ -158,7 +163,7 @@ def _look_up(program: Program, names: Names, betas: Sequence[Doubles]) -> list[i
 
 
 def _correct(graph: ir.Graph, names: Names, attention: _Attention, beta: Doubles, row: ir.Value | None) -> None:
-    """Add beta times the sum of the values; `row` `[heads]` is the beta of the call, where it has one of its own."""
+    """Add beta times the sum of the values; `row` `[heads]` is the call's beta, or None for a constant one."""
     node = attention.matmul
     out, values = node.outputs[0], node.inputs[1]
     readers = [(use.node, use.idx) for use in out.uses()]
@@ -177,7 +182,7 @@ def _correct(graph: ir.Graph, names: Names, attention: _Attention, beta: Doubles
 
 
 def _one_token(values: ir.Value | None) -> list[int | ir.SymbolicDim] | None:
-    """The shape of a sum over the tokens `[..., tokens, width]`."""
+    """Return the shape of a sum over the tokens of `[..., tokens, width]`."""
     if values is None or values.shape is None:
         return None
     return [1 if i == len(values.shape) - 2 else d for i, d in enumerate(values.shape)]

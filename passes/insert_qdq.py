@@ -81,18 +81,18 @@ class InsertQdq(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         plan = program.require_plan()
-        found = list(layers(program.graph))
-        islands = Islands(program, found, self.islands, self.name)
+        every_layer = list(layers(program.graph))
+        islands = Islands(program, every_layer, self.islands, self.name)
         reasons = {n.name or "": r for n in program.graph if (r := float_reason(n))}
-        for layer in found:
+        for layer in every_layer:
             reason = islands.reason(layer) or plan.islands.get(layer.name)
             if reason is None and not _planned(layer, plan):
                 reason = "the plan has no quantizer for it"
             if reason is not None:
                 reasons[layer.name] = reason
-        self._check_lowering(found, plan)
+        self._check_lowering(every_layer, plan)
         float_model = program.model.clone()
-        chosen = [layer for layer in found if layer.name not in reasons]
+        chosen = [layer for layer in every_layer if layer.name not in reasons]
         writer = _Writer(program, plan, context.folder)
         for layer in chosen:
             writer.quantize(layer)
@@ -109,12 +109,12 @@ class InsertQdq(Pass):
             note=note,
         )
 
-    def _check_lowering(self, found: list[Layer], plan: Plan) -> None:
+    def _check_lowering(self, every_layer: list[Layer], plan: Plan) -> None:
         """Raise RecipeError if the lowering cannot express the plan's tables.
 
         With `qdq` a convolution with a table would stay in float without a warning.
         """
-        timed = any(layer.bias is not None and time_table(layer.bias) is not None for layer in found)
+        timed = any(layer.bias is not None and time_table(layer.bias) is not None for layer in every_layer)
         tables = [q for q in plan.quantizers.values() if q.table]
         if self.lowering == "qdq" and (timed or tables):
             what = "biases" if timed else "scales"

@@ -1,42 +1,43 @@
-"""round_weights: weights rounded so that the layers' outputs stay, not the weights.
+"""round_weights: round weights so that the outputs of their layers change least, rather than the weights.
 
-Behind insert_qdq every quantized layer computes W' x with W' = s q, q = rint(W / s). Rounding each weight to the
-nearest point is best only if inputs are uncorrelated; pixels and channels are not. Here q is chosen to lower
+After insert_qdq every quantized layer computes W' x with W' = s q and q = rint(W / s). Rounding each weight to the
+nearest point is best only for uncorrelated inputs; pixels and channels are correlated. Here q is chosen to lower
 
     E = tr((W - W') H (W - W')^T),        H = sum over calls of X X^T / mean(X^2),
 
-where X are the layer's inputs (unfolded for convolutions, compiler/rounding/gram.py) in the quantized graph, whose
-layers further up are rounded already. The initializer in front of QuantizeLinear becomes s q: the graph stays as it is,
-and so does its speed. `float_model` keeps the float weights.
+where X are the layer's inputs (unfolded for convolutions, compiler/rounding/gram.py) in the quantized graph, in which
+the layers further up are rounded already. The initializer in front of QuantizeLinear becomes s q, so the graph and its
+speed do not change. `float_model` keeps the float weights.
 
-Methods (compiler/rounding/matrix.py has formulas and sources): `nearest`, `gptq`, `gptaq`, `comq`, and `obq` for layers
-of at most `exact_inputs` inputs, gptq for the others. `scales`: `keep` those of the plan; `mse` searches each row's
-again by mean square; `output` searches by the diagonal of H and, when q is known, takes the scale that is best for it.
-Whatever the method, a row of weights that it does not make better than nearest with the plan's scales is rounded to
-nearest. Rows may have widths of their own (assign_bits); each stays inside its grid.
+Methods (compiler/rounding/matrix.py has formulas and sources): `nearest`, `gptq`, `gptaq`, `comq`, and `obq`, which
+rounds layers of up to `exact_inputs` inputs by OBQ and larger ones by gptq. Scales: `keep` those of the plan; `mse`
+searches those of each row again by mean square; `output` searches by the diagonal of H and, when q is known, takes the
+best scale for it. With any method, a row stays rounded to nearest with the plan's scale if the method does not lower
+its error. Rows may have widths of their own (assign_bits); each stays inside its grid.
 
-Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, every sample at each
-(whatever allocate_steps said); `columns` positions for each layer, shared by calls and samples alike. Each call's share
-is divided by its mean square (`balance`), or the calls with the largest inputs would decide alone.
+Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, with every sample at each
+call (whatever allocate_steps chose), and `columns` positions for each layer, shared equally by calls and samples. With
+`balance` each call's share is divided by its mean square; otherwise the calls with the largest inputs would dominate.
 
-Layers go in stages, in the graph's order: the matrices H of one stage fit into `memory_gb` (at least one layer's always
-do; a layer that is being rounded needs a second one), and hold at most `stage` layers, so that the prefix is rounded
-nearly up to each. Within a stage inputs come from layers that are rounded to nearest. A weight that several layers read
-is rounded once, with the sum of their H, when the first one's turn comes. BLAS takes as many threads as its environment
-variables say, whatever the context says.
+Layers are rounded in stages, in the graph's order. The matrices H of one stage fit into `memory_gb` (a stage has at
+least one layer, and a layer that is being rounded needs a second matrix), and a stage has at most `stage` layers, so
+nearly all layers before a layer are rounded when its inputs are collected. The others of its stage are still rounded to
+nearest then.
+A weight that several layers read is rounded once, with the sum of their H, at the first of them. BLAS uses as many
+threads as its environment variables say, whatever the context says.
 
-Measured on the digits with weights of 4 bits (w8a8-steps, 8 calibration samples, 46 weights; epsilon's SQNR in dB over
-10 calls of 8 pictures that calibration did not see, and at the first and the last call):
+Measured on the digits with weights of 4 bits (w8a8-steps, 8 calibration samples, 46 weights; SQNR of epsilon in dB over
+10 calls of 8 images that calibration did not see, and at the first and the last call):
 
     nearest 24.8 (37.8, 14.4)             gptq 28.6 (49.8, 17.9)          gptaq 28.9 (49.7, 18.2)
     nearest, output 25.0 (38.9, 14.6)     gptq, output 28.3 (49.4, 17.6)  comq, output 27.4 (48.2, 16.7)
 
-where gptaq was run with `output` too. The layers' own error falls to 14 % of nearest's, with comq to 21 %; scales that
-fit one layer's calibration inputs better do not help behind gptq. With 32 calibration samples, at 50 steps, pictures of
+(gptaq with the scales `output` too). The layers' own error falls to 14 % of nearest's, with comq to 21 %; scales that
+fit one layer's calibration inputs better do not help after gptq. With 32 calibration samples and 50 steps, images of
 w8a8-steps with 4-bit weights go from 30.9 to 40.9 dB, epsilon from 29.6 to 34.2. One layer of 11,520 inputs and 1280
-outputs takes 43 seconds of one core and 1.6 GB behind its statistics, which take 1.3 seconds for 1024 columns; the
-Stable Diffusion 1.5 configuration (256 weights, up to 23,040 inputs) 35 minutes of two cores for four samples at four
-calls, with a peak of 11.9 GB in the whole compilation.
+outputs takes 43 seconds of one core and 1.6 GB after its statistics, which take 1.3 seconds for 1024 columns. The
+Stable Diffusion 1.5 configuration (256 weights, up to 23,040 inputs) takes 35 minutes of two cores for four samples at
+four calls; the whole compilation peaks at 11.9 GB.
 """
 
 from __future__ import annotations
@@ -67,9 +68,13 @@ RoundingMethod = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
 
 @dataclass(frozen=True)
 class RoundWeights(Pass):
-    """`damp` (of the mean diagonal of H), `act_order` (largest inputs first) and `block` (columns) are those of gptq;
-    `alpha` is the share of the inputs' error that gptaq undoes; `sweeps` are comq's. `layers` are patterns of node
-    names (as in a shell: `*`, `?`), all unless given; the others stay at nearest.
+    """Weights rounded against the inputs of their layers.
+
+    - `method`, `scales`: as above.
+    - `damp` (of the mean diagonal of H), `act_order` (largest inputs first) and `block` (columns): those of gptq.
+    - `alpha`: the share of the inputs' error that gptaq undoes. `sweeps`: of comq over all columns.
+    - `exact_inputs`, `calls`, `columns`, `balance`, `stage` (layers), `memory_gb` (GB): as above.
+    - `layers`: patterns of node names (as in a shell: `*`, `?`); empty means all. Other layers stay at nearest.
     """
 
     method: RoundingMethod = "gptq"
@@ -108,10 +113,10 @@ class RoundWeights(Pass):
         if not weights:
             return program.noted("no layer has quantized weights: nothing to round")
         float_layers = {layer.name: layer for layer in layers(program.float_model.graph)}
-        found = [Inputs.of(weight, float_layers, self.name) for weight in weights]
+        every_input = [Inputs.of(weight, float_layers, self.name) for weight in weights]
         latents = chosen_latents(program, context, self.calls)
-        stages = list(self._stages(found))
-        total, done = len(stages) * len(latents) + len(found), 0
+        stages = list(self._stages(every_input))
+        total, done = len(stages) * len(latents) + len(every_input), 0
         report = _Report()
         rounded: set[str] = set()
         changed: dict[str, tuple[QuantizedWeight, str, Floats]] = {}
@@ -144,10 +149,10 @@ class RoundWeights(Pass):
                 gathered.forget(inputs)
                 step()
         plan = with_scales(program.plan, changed, self.name) if changed else program.plan
-        return replace(program, plan=plan, note=report.note(len(found), len(stages)))
+        return replace(program, plan=plan, note=report.note(len(every_input), len(stages)))
 
     def _chosen(self, program: Program) -> list[QuantizedWeight]:
-        """The weights to round. Raises RecipeError for a pattern that matches no layer."""
+        """Return the weights to round. Raise RecipeError for a pattern that matches no layer."""
         weights = find_weights(program.graph)
         names = {id(w): [layer_name(node) for node in w.readers] for w in weights}
         for pattern in self.layers:
@@ -160,23 +165,23 @@ class RoundWeights(Pass):
         patterns = self.layers or ("*",)
         return [w for w in weights if any(fnmatchcase(name, p) for p in patterns for name in names[id(w)])]
 
-    def _stages(self, found: list[Inputs]) -> Iterator[list[Inputs]]:
-        """Consecutive layers whose matrices fit into the memory; layers that read the same have one together."""
+    def _stages(self, every_input: list[Inputs]) -> Iterator[list[Inputs]]:
+        """Yield runs of layers whose matrices fit into the memory; layers with the same input share one matrix."""
         stage: list[Inputs] = []
-        held: set[object] = set()
+        keys: set[object] = set()
         size = 0.0
-        for inputs in found:
-            new = 0.0 if inputs.key in held else inputs.gram_bytes
+        for inputs in every_input:
+            new = 0.0 if inputs.key in keys else inputs.gram_bytes
             if stage and (size + new > self.memory_gb * 1e9 or len(stage) == self.stage):
                 yield stage
-                stage, held, size, new = [], set(), 0.0, inputs.gram_bytes
+                stage, keys, size, new = [], set(), 0.0, inputs.gram_bytes
             stage.append(inputs)
-            held.add(inputs.key)
+            keys.add(inputs.key)
             size += new
         yield stage
 
     def _round(self, inputs: Inputs, grid: Grid, gathered: Gathered, report: _Report) -> tuple[Floats, Floats]:
-        """Grid points and scales of one weight, group by group of its convolution."""
+        """Return (rounded rows, scales) of one weight, group by group of its convolution."""
         weight = inputs.weight
         if self.scales != "keep" and not weight.per_row:
             raise RecipeError(
@@ -232,19 +237,19 @@ class RoundWeights(Pass):
         return np.where(better[:, None], values, plain), np.where(better, scale, kept)
 
     def exact(self, inputs: int) -> bool:
-        """Whether a layer of so many inputs is rounded by obq."""
+        """Return whether a layer with this number of inputs is rounded by obq."""
         return self.method == "obq" and inputs <= self.exact_inputs
 
 
 def _grid_of(inputs: Inputs, plan: Plan) -> Grid:
-    """The grid of a weight: the graph knows the widest row's, the plan those of the others."""
+    """Return the grid of a weight: the graph has the widest row's, the plan those of all rows."""
     planned = plan.of(inputs.float_weights[0], inputs.weight.name)
     return inputs.weight.format if planned is None or planned.row_bits is None else planned.grid
 
 
 @dataclass
 class _Report:
-    """What the note says."""
+    """Errors, dampings and methods of the rounded weights, for the note."""
 
     errors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     damps: dict[str, float] = field(default_factory=dict)
