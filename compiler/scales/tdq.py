@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.progress import CallProgress
 
 from ..core.formats import Format
 from ..core.stats import Summary
@@ -192,7 +193,7 @@ def learned_ranges(
     clip_weight: float,
     seed: int,
     at: Sequence[float] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: CallProgress = lambda done, total: None,
 ) -> npt.NDArray[np.float64]:
     """Return the learned (low, high) of each value at each timestep, `[values, timesteps, 2]`, low <= 0 <= high.
 
@@ -213,6 +214,6 @@ def learned_ranges(
     return np.concatenate(learned)
 
 
-def _report(progress: Callable[[int, int], None], part: slice, total: int, iteration: int) -> None:
+def _report(progress: CallProgress, part: slice, total: int, iteration: int) -> None:
     """Report an iteration of one part of the networks as progress over all of them."""
     progress(part.start * ITERATIONS + iteration * (part.stop - part.start), total)

@@ -36,6 +36,7 @@ import numpy.typing as npt
 from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import CallProgress
 from mezzotint.runtime.streams import BOOTSTRAP
 
 from ..frechet import Features, Moments, frechet_distance
@@ -167,7 +168,7 @@ def metrics(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: CallProgress = lambda done, total: None,
 ) -> dict[str, Metric]:
     """Return every metric by name. The same pairs and seed give the same numbers."""
     n, worst = pairs.signal.shape[1], pairs.worst()

@@ -11,7 +11,6 @@ a shard that is truncated, changed, or of another run is sampled again. The same
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.progress import CallProgress
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images
 
@@ -36,7 +36,6 @@ SHARD_SIZE = 64
 PAIR_FORMAT = "pairs"
 _KEY = "mezzotint.pairs"
 _NAMES = ("exact", "quantized", "signal", "noise")
-CallProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ EXACT: dict[str, tuple[Pass, ...]] = {
 }
 
 
-def chosen(program: Program, *wishes: str) -> set[str]:
+def chosen(program: Program, *islands: str) -> set[str]:
     """The layers that stay in float."""
-    found = list(layers(program.graph))
-    islands = Islands(program, found, wishes, "test")
-    return {layer.name for layer in found if islands.reason(layer) is not None}
+    every = list(layers(program.graph))
+    in_float = Islands(program, every, islands, "test")
+    return {layer.name for layer in every if in_float.reason(layer) is not None}
 
 
 def graph_of(body: str) -> Program:

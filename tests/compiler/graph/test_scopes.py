@@ -1,4 +1,4 @@
-"""Nodes are named by the modules that they come from, and what passes add stands beside what it is for."""
+"""Node names: the path of the module, also for the nodes that passes add."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def check_ranges_gradient(share: float, clip_weight: float, factor: float = 1.0)
     reach = seen.unit * share * rng.uniform(0.8, 1.2, (2, 3, 2))
     direction, small = rng.standard_normal(reach.shape), 1e-6
     up, down = (loss_and_gradient(seen, reach + e * direction, clip_weight)[0] for e in (small, -small))
-    told = np.sum(loss_and_gradient(seen, reach, clip_weight)[1] * direction, axis=(1, 2)) * factor
-    np.testing.assert_allclose(told, (up - down) / (2 * small), rtol=1e-4)
+    analytic = np.sum(loss_and_gradient(seen, reach, clip_weight)[1] * direction, axis=(1, 2)) * factor
+    np.testing.assert_allclose(analytic, (up - down) / (2 * small), rtol=1e-4)
 
 
 @pytest.mark.parametrize("clip_weight", [1.0, 10.0])
@@ -77,9 +77,9 @@ def check_network_gradient(parameter: int, factor: float = 1.0) -> None:
 
     output, read = networks.forward(embedding)
     _, by_range = loss_and_gradient(seen, output * seen.unit, 2.0)
-    told = networks.backward(by_range * seen.unit, read)[parameter] * direction
+    analytic = networks.backward(by_range * seen.unit, read)[parameter] * direction
     quotient = (loss(1e-6) - loss(-1e-6)) / 2e-6
-    np.testing.assert_allclose(told.sum(axis=(1, 2)) * factor, quotient, rtol=1e-3)
+    np.testing.assert_allclose(analytic.sum(axis=(1, 2)) * factor, quotient, rtol=1e-3)
 
 
 @pytest.mark.parametrize("parameter", range(8))
@@ -119,7 +119,7 @@ def test_every_value_is_in_a_bin() -> None:
 
 @pytest.fixture(scope="module")
 def tracked() -> tuple[Doubles, Doubles]:
-    """Ranges `[timesteps, 2]` learned from one batch of pictures: at its timesteps, and between them."""
+    """Ranges `[timesteps, 2]` learned from one batch of images: at its timesteps, and between them."""
     calls = [drifting(t) for t in TIMESTEPS]
     learn = partial(learned_ranges, [calls], extremes(calls), UINT8, TIMESTEPS, SPAN, clip_weight=4.0, seed=0)
     return learn()[0], learn(at=BETWEEN)[0]
@@ -175,11 +175,11 @@ def test_a_larger_weight_on_clipping_clips_less() -> None:
 def test_the_seed_decides_every_byte() -> None:
     calls = [[drifting(t, v) for t in TIMESTEPS[::6]] for v in range(17)]
     ranges = np.concatenate([extremes(c) for c in calls])
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     learn = partial(learned_ranges, calls, ranges, UINT8, TIMESTEPS[::6], SPAN, clip_weight=4.0)
-    first = learn(seed=3, progress=lambda done, total: told.append((done, total)))
+    first = learn(seed=3, progress=lambda done, total: reported.append((done, total)))
     assert first.shape == (17, len(TIMESTEPS[::6]), 2)
     assert learn(seed=3).tobytes() == first.tobytes()
     assert learn(seed=4).tobytes() != first.tobytes()
-    assert told == sorted(told)
-    assert told[-1][0] == told[-1][1]
+    assert reported == sorted(reported)
+    assert reported[-1][0] == reported[-1][1]
