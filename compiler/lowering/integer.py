@@ -1,21 +1,21 @@
 """Lowering `integer`: onnxruntime's integer operations written directly, with gathered scales and biases.
 
-A QDQ convolution whose bias depends on the timestep would stay in float, and a QDQ matmul adds its bias in a pass of
-its own. So the groups become
+A QDQ convolution whose bias depends on the timestep would stay in float, and a QDQ matmul adds its bias in a separate
+pass over its output. So the layers become
 
     DQ(q) -> Conv(., w, b) -> Q          QLinearConv(q, ..., w_int8, ..., b_int32)
     DQ(q) -> MatMul(., w) [-> Add b]     com.microsoft MatMulIntegerToFloat(q, w_int8, ..., b)
-    DQ(q) -> Gemm(., w, b)               the same, w turned over where transB says so
+    DQ(q) -> Gemm(., w, b)               the same, w transposed if transB is set
 
-An int32 bias is round(b / (x_scale w_scale)); where x_scale comes from a table, or b from the timestep, it is a table
-too, `[rows, C]`, and all of a graph's bias tables are read by one Gather. MatMuls of two activations stay as they are:
-their QDQ form becomes an integer kernel with gathered scales as well (measured).
+An int32 bias is round(b / (x_scale w_scale)). Where x_scale comes from a table, or b depends on the timestep, the bias
+is a table `[rows, C]` too, and one Gather reads all bias tables of a graph. MatMuls of two activations stay as they
+are: their QDQ form also becomes an integer kernel with gathered scales (measured).
 
-A convolution whose output is quantized per channel is written for the same kernel, which has one output scale, at no
-cost: with w_scale[c] / y_scale[c] in place of w_scale[c], 1 as its output scale, and the zero points' differences in
-the bias, it rounds channel c to the grid of y_scale[c] and zero_point[c]; the DequantizeLinear behind it knows them.
+QLinearConv has one output scale. A convolution whose output is quantized per channel still uses it, at no cost: with
+w_scale[c] / y_scale[c] in place of w_scale[c], 1 as its output scale, and the differences of the zero points in the
+bias, it rounds channel c to the grid of y_scale[c] and zero_point[c]. The DequantizeLinear behind it has both.
 
-Up to 1.27 onnxruntime silently forgets a convolution's bias that is not constant where the zero point of the input is
+Up to 1.27 onnxruntime silently drops a convolution's bias if it is not constant and the zero point of the input is
 (measured: 1.23.2, 1.24.4, 1.27.0; 1.31.1 adds it). So a gathered bias comes with a gathered zero point.
 """
 
@@ -31,6 +31,8 @@ import onnx_ir as ir
 from ..core.program import Program
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
 from ..graph.ops import time_table
+from ..graph.require import inputs as inputs_of
+from ..graph.require import producer
 from ..scales.timetable import group_of_row, lookup, rows_and_index
 from .layout import hide_ranks, split_biases
 from .qdq import INT32_LIMIT, dequantizer, fold_weights
@@ -39,7 +41,7 @@ CONTRIB = "com.microsoft"
 
 
 def lower_integer(program: Program) -> ir.Model:
-    """A lowered clone of a program's graph that insert_qdq wrote; the program is not changed."""
+    """Return a lowered clone of the graph that insert_qdq wrote. The program is not changed."""
     model = program.model.clone()
     fold_weights(model.graph)
     writer = _Writer(program, model.graph)
@@ -68,7 +70,7 @@ class _QuantizedLayer:
 
 
 def _quantized_layer(node: ir.Node) -> _QuantizedLayer | None:
-    """The group around a Conv, Gemm or MatMul whose input and constant weight are dequantized."""
+    """Return the layer of a Conv, Gemm or MatMul with dequantized input and constant weight, else None."""
     if not is_op(node, "Conv", "Gemm", "MatMul"):
         return None
     x, w = (dequantizer(v) for v in node.inputs[:2])
@@ -86,21 +88,21 @@ def _quantized_layer(node: ir.Node) -> _QuantizedLayer | None:
 
 
 def _middle(zero: ir.Value) -> npt.NDArray[Any]:
-    """The zero point that the kernel gets in place of one for each channel; the bias makes up for it."""
+    """Return the zero point that a kernel gets in place of one for each channel; the bias corrects for it."""
     dtype = zero.dtype.numpy() if zero.dtype is not None else np.dtype(np.uint8)
     limits = np.iinfo(dtype)
     return np.array((int(limits.min) + int(limits.max) + 1) // 2, dtype)
 
 
 def _shift(scale: ir.Value, zero: ir.Value) -> tuple[npt.NDArray[np.float64], ir.Value | None]:
-    """What a bias has to add so that zero points per channel come out of a kernel that has the middle for all."""
+    """Return (`[groups, C]`, row index): (zero_point - middle) * scale, which a bias adds to make up for `_middle`."""
     rows, index = rows_and_index(scale)
     zeros, _ = rows_and_index(zero)
     return (zeros.astype(np.float64) - float(_middle(zero))) * rows.astype(np.float64), index
 
 
 class _Writer:
-    """Writes integer nodes; bias rows are collected, and looked up together in the end."""
+    """Writes integer nodes. Rows of biases are collected, to be looked up together in the end."""
 
     def __init__(self, program: Program, graph: ir.Graph) -> None:
         self.program, self.graph, self.names = program, graph, Names(graph)
@@ -108,39 +110,36 @@ class _Writer:
         self._rows: dict[str, ir.Value] = {}
         self._divided: dict[ir.Node, list[tuple[ir.Node, int]]] = {}
 
-    def lower(self, group: _QuantizedLayer) -> None:
-        if is_op(group.node, "Conv"):
-            self._conv(group)
+    def lower(self, layer: _QuantizedLayer) -> None:
+        if is_op(layer.node, "Conv"):
+            self._conv(layer)
         else:
-            self._matmul(group)
+            self._matmul(layer)
 
-    def _conv(self, group: _QuantizedLayer) -> None:
-        out = group.node.outputs[0]
+    def _conv(self, layer: _QuantizedLayer) -> None:
+        out = layer.node.outputs[0]
         readers = consumers(out)
         if len(readers) != 1 or not is_op(readers[0], "QuantizeLinear") or out.is_graph_output():
             return
         quantize = readers[0]
-        y_scale, y_zero = quantize.inputs[1:3]
-        assert y_scale is not None and y_zero is not None
+        _, y_scale, y_zero = inputs_of(quantize, 3)
         per_channel = list(y_scale.shape or ()) not in ([], [1])
-        bias = self._int32_bias(group, _shift(y_scale, y_zero) if per_channel else None)
-        if bias is None and (group.bias is not None or per_channel):
+        bias = self._int32_bias(layer, _shift(y_scale, y_zero) if per_channel else None)
+        if bias is None and (layer.bias is not None or per_channel):
             return  # the bias does not fit into int32 at this scale: the layer stays in float
-        build = Builder(self.graph, self.names, group.node)
-        w_scale, out_scale = group.w.inputs[1], [y_scale, y_zero]
-        assert w_scale is not None
+        build = Builder(self.graph, self.names, layer.node)
+        w_scale, out_scale = inputs_of(layer.w, 2)[1], [y_scale, y_zero]
         if per_channel:
             one, middle = np.array(1, np.float32), np.array(_middle(y_zero))
             out_scale = [build.constant(f"{name_of(out)}_{n}", v) for n, v in (("one", one), ("middle", middle))]
-        inputs = [*group.x.inputs[:3], *group.w.inputs[:3], *out_scale]
-        attributes = {name: a.value for name, a in group.node.attributes.items()}
-        name = group.node.name
-        group.node.name = self.names.unique(f"{name}_float")
-        made = build.op(
+        inputs = [*layer.x.inputs[:3], *layer.w.inputs[:3], *out_scale]
+        attributes = {name: a.value for name, a in layer.node.attributes.items()}
+        name = layer.node.name
+        layer.node.name = self.names.unique(f"{name}_float")
+        result = build.op(
             "QLinearConv", inputs, f"{name_of(out)}_integer", like=quantize.outputs[0], attributes=attributes, name=name
         )
-        conv = made.producer()
-        assert conv is not None
+        conv = producer(result)
         if bias is not None:
             self._attach(conv, *bias)
         if per_channel:
@@ -150,12 +149,12 @@ class _Writer:
                 conv.replace_input_with(4, build.constant(f"{name_of(out)}_factors", scale))
             else:
                 self._divided.setdefault(split, []).append((conv, list(split.outputs).index(y_scale)))
-        replace_value(quantize.outputs[0], made)
+        replace_value(quantize.outputs[0], result)
         self.graph.remove(quantize, safe=True)
-        self.graph.remove(group.node, safe=True)
+        self.graph.remove(layer.node, safe=True)
 
     def _attach(self, conv: ir.Node, rows: npt.NDArray[np.int32], row: ir.Value | None) -> None:
-        """Give a QLinearConv its bias: a constant now, or a row of a table later."""
+        """Give a QLinearConv its bias: a constant, or a row of a table that write_biases() writes."""
         conv.resize_inputs(9)
         if row is None:
             build = Builder(self.graph, self.names, conv)
@@ -165,102 +164,95 @@ class _Writer:
             self._waiting.setdefault(name_of(row), []).append((conv, rows))
 
     def _int32_bias(
-        self, group: _QuantizedLayer, shift: tuple[npt.NDArray[np.float64], ir.Value | None] | None
+        self, layer: _QuantizedLayer, shift: tuple[npt.NDArray[np.float64], ir.Value | None] | None
     ) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
-        """(rows `[n, C]`, row index) of a bias in the scale that the kernel accumulates in; no index when n is 1.
+        """Return (rows `[n, C]`, row index) of the int32 bias, or None if there is no bias or it does not fit.
 
-        `shift` `[groups, C]`, in the output's unit, is added to it.
+        The row index is None when n is 1. `shift` `[groups, C]`, in the output's unit, is added to the bias.
         """
-        if group.bias is None and shift is None:
+        if layer.bias is None and shift is None:
             return None
-        timed = None if group.bias is None else time_table(group.bias)
-        w_scale, x_scale = group.w.inputs[1], group.x.inputs[1]
-        assert w_scale is not None and x_scale is not None
+        timed = None if layer.bias is None else time_table(layer.bias)
+        w_scale, x_scale = inputs_of(layer.w, 2)[1], inputs_of(layer.x, 2)[1]
         if timed:
             table, row = numpy_of(timed[0]).astype(np.float64), timed[1]
         else:
-            table, row = np.zeros((1, 1)) if group.bias is None else numpy_of(group.bias)[None].astype(np.float64), None
+            table, row = np.zeros((1, 1)) if layer.bias is None else numpy_of(layer.bias)[None].astype(np.float64), None
         scales, index = rows_and_index(x_scale)
-        parts = [(scales[:, None].astype(np.float64), index), shift or (np.zeros((1, 1)), None)]
+        terms = [(scales[:, None].astype(np.float64), index), shift or (np.zeros((1, 1)), None)]
         if timed:
-            parts = [(r if index is None else r[group_of_row(self.program)], None) for r, index in parts]
+            terms = [(r if index is None else r[group_of_row(self.program)], None) for r, index in terms]
         else:
-            row = next((index for _, index in parts if index is not None), None)
-        rows = np.rint((table + parts[1][0]) / (parts[0][0] * numpy_of(w_scale)))
+            row = next((index for _, index in terms if index is not None), None)
+        rows = np.rint((table + terms[1][0]) / (terms[0][0] * numpy_of(w_scale)))
         if np.abs(rows).max(initial=0.0) > INT32_LIMIT:
             return None
         return rows.astype(np.int32), row
 
-    def _matmul(self, group: _QuantizedLayer) -> None:
-        weight = group.w.inputs[0]
-        w_scale, w_zero = group.w.inputs[1], group.w.inputs[2]
-        assert weight is not None and w_scale is not None and w_zero is not None
-        build = Builder(self.graph, self.names, group.node)
-        attributes = group.node.attributes
+    def _matmul(self, layer: _QuantizedLayer) -> None:
+        weight, w_scale, w_zero = inputs_of(layer.w, 3)
+        build = Builder(self.graph, self.names, layer.node)
+        attributes = layer.node.attributes
         if "transB" in attributes and attributes["transB"].as_int():
-            turned = np.ascontiguousarray(numpy_of(weight).T)
-            weight = build.constant(f"{name_of(weight)}_turned", turned)
+            transposed = np.ascontiguousarray(numpy_of(weight).T)
+            weight = build.constant(f"{name_of(weight)}_turned", transposed)
         width = None if weight.shape is None else weight.shape[-1]
-        if group.bias is not None and (group.bias.shape is None or list(group.bias.shape) != [width]):
-            return  # the kernel takes no other bias than `[out]`
-        last = group.bias_add or group.node
-        x, x_scale, x_zero = group.x.inputs[:3]
+        if layer.bias is not None and (layer.bias.shape is None or list(layer.bias.shape) != [width]):
+            return  # the kernel takes only a bias `[out]`
+        last = layer.bias_add or layer.node
+        x, x_scale, x_zero = layer.x.inputs[:3]
         out = last.outputs[0]
-        name = group.node.name
-        group.node.name = self.names.unique(f"{name}_float")
+        name = layer.node.name
+        layer.node.name = self.names.unique(f"{name}_float")
         build = Builder(self.graph, self.names, last)
-        made = build.op(
+        result = build.op(
             "MatMulIntegerToFloat",
-            [x, weight, x_scale, w_scale, x_zero, w_zero, group.bias],
+            [x, weight, x_scale, w_scale, x_zero, w_zero, layer.bias],
             f"{name_of(out)}_integer",
             like=out,
             domain=CONTRIB,
             name=name,
         )
-        replace_value(out, made)
+        replace_value(out, result)
         self.graph.remove(last, safe=True)
-        if last is not group.node:
-            self.graph.remove(group.node, safe=True)
+        if last is not layer.node:
+            self.graph.remove(layer.node, safe=True)
 
     def write_channel_scales(self) -> None:
-        """w_scale / y_scale of the convolutions whose scales come out of one lookup: one Div for them all."""
+        """Write w_scale / y_scale of all convolutions whose scales come from one lookup with one Div."""
         for lookup_end, waiting in self._divided.items():
-            parts = list(lookup_end.outputs) if is_op(lookup_end, "Split") else [lookup_end.outputs[0]]
-            sizes = [int(n) for part in parts for n in (part.shape or []) if isinstance(n, int)]
-            row = lookup_end.inputs[0] if len(parts) > 1 else parts[0]
+            columns = list(lookup_end.outputs) if is_op(lookup_end, "Split") else [lookup_end.outputs[0]]
+            sizes = [int(n) for column in columns for n in (column.shape or []) if isinstance(n, int)]
+            row = lookup_end.inputs[0] if len(columns) > 1 else columns[0]
             numerators = np.ones(sum(sizes), np.float32)
             for conv, index in waiting:
                 first = sum(sizes[:index])
-                w_scale = conv.inputs[4]
-                assert w_scale is not None
-                numerators[first : first + sizes[index]] = numpy_of(w_scale)
+                numerators[first : first + sizes[index]] = numpy_of(inputs_of(conv, 5)[4])
             build = Builder(self.graph, self.names, after=lookup_end)
             stem = f"{name_of(row)}_factors"
             factors = build.op("Div", [build.constant(f"{stem}_weights", numerators), row], stem, like=row)
-            divided = build.split(factors, sizes, f"{stem}_part") if len(parts) > 1 else [factors]
+            divided = build.split(factors, sizes, f"{stem}_part") if len(columns) > 1 else [factors]
             for conv, index in waiting:
                 conv.replace_input_with(4, divided[index])
 
     def write_biases(self) -> None:
-        """One lookup for all bias tables that share a row index."""
+        """Write one lookup for all bias tables that share a row index."""
         for key, waiting in self._waiting.items():
             row = self._rows[key]
-            producer = row.producer()
-            assert producer is not None
-            build = Builder(self.graph, self.names, after=producer)
+            build = Builder(self.graph, self.names, after=producer(row))
             table = np.concatenate([rows for _, rows in waiting], axis=1)
             sizes = [rows.shape[1] for _, rows in waiting]
-            parts = lookup(build, table, row, sizes, f"{key}_bias")
-            for (conv, _), part in zip(waiting, parts, strict=True):
-                conv.replace_input_with(8, part)
+            biases = lookup(build, table, row, sizes, f"{key}_bias")
+            for (conv, _), bias in zip(waiting, biases, strict=True):
+                conv.replace_input_with(8, bias)
             constant = [conv for conv, _ in waiting if is_constant(conv.inputs[2])]
             self._gather_zero_points(build, constant, row, len(table))
 
     def _gather_zero_points(self, build: Builder, convs: list[ir.Node], row: ir.Value, rows: int) -> None:
-        """Read the inputs' constant zero points from a table of equal rows (see the module's docstring)."""
+        """Read the constant zero points of inputs from a table of equal rows (see the module's last paragraph)."""
         zeros = [numpy_of(value) for conv in convs if (value := conv.inputs[2]) is not None]
         if zeros:
             table = np.tile(np.array(zeros), (rows, 1))
-            parts = lookup(build, table, row, [1] * len(zeros), f"{name_of(row)}_zero_points")
-            for conv, part in zip(convs, parts, strict=True):
-                conv.replace_input_with(2, part)
+            looked_up = lookup(build, table, row, [1] * len(zeros), f"{name_of(row)}_zero_points")
+            for conv, zero in zip(convs, looked_up, strict=True):
+                conv.replace_input_with(2, zero)

@@ -1,16 +1,21 @@
-"""Layouts: what keeps onnxruntime's optimizer away from integer convolutions, and what lets it at float ones.
+"""Layouts: edits that keep onnxruntime's layout optimizer off integer convolutions, and allow it for float ones.
 
 hide_ranks. The optimizer turns every integer convolution into a channels-last one between two Transposes, and then
 moves those through the graph: some end up around float tensors with a second QuantizeLinear and DequantizeLinear,
-others upstream of a Resize, whose channels-last form is five times slower. Left alone, the kernel turns each image
-around by itself while it is in the cache. Measured on the digits, batch 16, two threads: 60.5 ms a call, not 64.5.
+others upstream of a Resize, whose channels-last form is five times slower. Without the Transposes, the kernel
+transposes each image while it is in the cache. Measured on the digits, batch 16, two threads: 60.5 ms a call, not 64.5.
 
-It leaves a convolution alone whose input's rank it does not know. So a Reshape to the very same shape stands in front
-of each, which moves nothing, with a shape that onnxruntime cannot compute in advance: as many zeros ("as it is") as the
-row index of a table plus the rank, of `rank` zeros that there are.
+The optimizer skips a convolution if the rank of its input is unknown. So a Reshape that changes nothing stands in front
+of each. Its shape is
 
-split_biases. A float convolution (an island) becomes a blocked one only where its bias is constant; with one that is a
-row of a table it takes 5.7 ms instead of 3.1 (64 channels at 32x32). So what fold_time put in is added behind it again.
+    Slice(zeros(rank), start=0, end=row + rank)
+
+and 0 in a Reshape's shape keeps that dimension. `zeros(rank)` has only `rank` elements, so the slice has `rank` zeros
+for every row >= 0. `row`, the row index of a table, depends on the timestep, so onnxruntime cannot compute the slice,
+or its length, when it builds the graph.
+
+split_biases. A float convolution (an island) becomes a blocked one only if its bias is constant; with a row of a table
+as its bias it takes 5.7 ms instead of 3.1 (64 channels at 32x32). So an Add behind it takes over fold_time's bias.
 """
 
 from __future__ import annotations
@@ -20,16 +25,15 @@ import onnx_ir as ir
 
 from ..graph.nodes import Builder, Names, consumers, is_op, name_of
 from ..graph.ops import time_table
+from ..graph.require import producer
 
 
 def hide_ranks(graph: ir.Graph, convs: list[ir.Node]) -> None:
-    """Put a Reshape in front of each convolution; nothing where no table gives a number that is found at run time."""
+    """Put a Reshape in front of each convolution. Without a table there is no row index, and nothing is changed."""
     names, row = Names(graph), _row_index(graph)
     if row is None:
         return
-    producer = row.producer()
-    assert producer is not None
-    build = Builder(graph, names, after=producer)
+    build = Builder(graph, names, after=producer(row))
     shapes: dict[int, ir.Value] = {}
     for conv in convs:
         x = conv.inputs[0]
@@ -44,7 +48,7 @@ def hide_ranks(graph: ir.Graph, convs: list[ir.Node]) -> None:
 
 
 def split_biases(graph: ir.Graph) -> None:
-    """Conv(x, w, row of a table) -> Conv(x, w) + row, for the convolutions that stayed in float."""
+    """Rewrite Conv(x, w, row of a table) as Conv(x, w) + row for convolutions in float."""
     names = Names(graph)
     for conv in [node for node in graph if is_op(node, "Conv") and len(node.inputs) > 2]:
         bias, out = conv.inputs[2], conv.outputs[0]
@@ -67,6 +71,7 @@ def split_biases(graph: ir.Graph) -> None:
 
 
 def _same_shape(build: Builder, row: ir.Value, rank: int) -> ir.Value:
+    """Write zeros(rank)[0 : row + rank] (see the module's docstring)."""
     stem = f"rank_{rank}"
     zeros, first = build.constant(f"{stem}_zeros", np.zeros(rank, np.int64)), build.constant(f"{stem}_first", [0])
     end = build.op("Add", [row, build.constant(stem, [rank])], f"{stem}_end", like=row)
@@ -74,9 +79,9 @@ def _same_shape(build: Builder, row: ir.Value, rank: int) -> ir.Value:
 
 
 def _row_index(graph: ir.Graph) -> ir.Value | None:
-    """The row index `[1]` of a table: what is turned into the scalar that Gather wants (compiler/scales/timetable.py).
+    """Return the row index `[1]` of a table, which a Reshape makes the scalar index of a Gather, or None.
 
-    An embedding of a class label may look alike, but has a row for each sample.
+    compiler/scales/timetable.py writes them. The index of a class embedding has one element for each sample.
     """
     for node in graph:
         row = node.inputs[0] if is_op(node, "Reshape") else None

@@ -1,8 +1,8 @@
-"""How the constants of a lowered graph are stored: in as few bytes as their values need, and bit for bit the same.
+"""Storage of the constants of a lowered graph: as few bytes as their values need, without any change of values.
 
-A narrow format saves nothing while its integers lie in bytes, and an INT4 weight behind a DequantizeLinear would run in
-float. So the file holds narrow constants, and in front of their readers stand operations on constants alone, which
-onnxruntime computes once, when a session is built; the kernels get what they got before:
+A narrow format saves nothing while each of its integers takes a byte, and an INT4 weight behind a DequantizeLinear
+would run in float. So the file holds narrow constants, and operations on constants alone unpack them for their readers.
+onnxruntime computes these once, when a session is built, and the kernels get the same constants as before:
 
     weight, integers in -8 .. 7     INT4 -> Cast(INT8); opset < 21 has no INT4: as below, two to a byte
     weight, integers in -2 .. 1     UINT8, four to a byte -> Gather(table [256, 4], Cast(INT32)) -> Reshape
@@ -10,13 +10,13 @@ onnxruntime computes once, when a session is built; the kernels get what they go
     float32, exact in half          FLOAT16 -> Cast(FLOAT)
     table of integers               INT8 or INT16, less the middle of each column -> Cast -> Add(middle)
 
-What the values are decides, not what a plan says; `store_half` is the pass that makes float constants exact in half.
-Measured on onnxruntime 1.31.1 and 1.23.2: all of it is folded, in front of QLinearConv, MatMulIntegerToFloat and in QDQ
-form; 2560 x 1280 x 3 x 3 weights too. INT2 (opset 25) with a Cast is folded by 1.31.1, but 1.23.2 does not open a model
+The values alone decide, not the plan; `store_half` is the pass that makes float constants exact in half. Measured on
+onnxruntime 1.31.1 and 1.23.2: all of these are folded, before QLinearConv, MatMulIntegerToFloat and in QDQ form; for
+weights of 2560 x 1280 x 3 x 3 too. INT2 (opset 25) with a Cast is folded by 1.31.1, but 1.23.2 does not open a model
 of that opset, hence the table. Three bits are stored in four, five to seven in eight.
 
-It costs time and memory while a session is built, because onnxruntime frees what it folded at the end, and the
-allocator may keep that. Ten weights of 14.7 M integers beside the graph: int8 0.3 s and 227 MB at most; INT4 0.9 s and
+Building a session takes more time and memory, because onnxruntime frees folded constants at the end, and the allocator
+may keep their memory. Ten weights of 14.7 M integers in a separate file: int8 0.3 s and 227 MB at most; INT4 0.9 s and
 261 MB (1.31.1) or 389 (1.23.2); two bits 1.4 s and 543 to 565 MB; as float32 they are 590 MB. Calls cost the same, to
 the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 1.02 of the time (batch 8 and 1).
 """
@@ -36,20 +36,21 @@ from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
 from ..graph.scopes import CONSTANTS_SCOPE
 
 INT4_OPSET, INT4_IR = 21, 10
-# A node takes 150 to 250 bytes of the file, mostly names, and a moment of each start: what saves less is not worth it.
+# A node takes 150 to 250 bytes of the file, mostly names, and some time at each start.
 SMALLEST_SAVING = 512
 _INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "MatMulIntegerToFloat")
-_LOOK_FIRST = 4096  # values of a large float constant that are looked at before all of them are
+_LOOK_FIRST = 4096  # values of a large float constant that are checked before the others
 _NARROW = (np.int8, np.uint8, np.int16)
 
 
 def pack(model: ir.Model) -> None:
     """Store the constants of a lowered graph in fewer bytes; edits the model.
 
-    The exporter's notes on nodes and constants go too: the dumps of the passes keep them, and no session reads them.
+    The exporter's notes on nodes and constants are removed too: the dumps of the passes keep them, and no session reads
+    them.
     """
-    for noted in (*model.graph, *model.graph.initializers.values()):
-        noted.metadata_props.clear()
+    for annotated in (*model.graph, *model.graph.initializers.values()):
+        annotated.metadata_props.clear()
     packer = _Packer(model)
     for value, axis in list(_weights(model.graph)):
         packer.weight(value, axis)
@@ -61,7 +62,7 @@ def pack(model: ir.Model) -> None:
 
 
 def is_half(value: ir.Value) -> bool:
-    """Whether a constant is large enough to be stored in half precision, loses nothing there, and is no scale."""
+    """Return whether a constant is a large enough float constant that is exact in half precision."""
     tensor = value.const_value
     if tensor is None or not is_float_constant(value) or tensor.nbytes // 2 < SMALLEST_SAVING:
         return False
@@ -71,31 +72,31 @@ def is_half(value: ir.Value) -> bool:
 
 
 def is_float_constant(value: ir.Value) -> bool:
-    """A float32 constant that no integer operation reads as its scale, its bias or its weight."""
+    """Return whether a value is a float32 constant that no integer operation reads (as scale, bias or weight)."""
     if not is_constant(value) or value.is_graph_output() or value.dtype != ir.DataType.FLOAT:
         return False
     return bool(value.uses()) and not any(node.op_type in _INTEGER_OPS for node, _ in value.uses())
 
 
 def rounded_to_half(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The nearest values that half precision has, as float32; infinite beyond 65504."""
+    """Return the nearest values of half precision, as float32; infinite beyond 65504."""
     with np.errstate(over="ignore"):
         return array.astype(np.float16).astype(np.float32)
 
 
 def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, int]]:
-    """The int8 weights of integer layers, and the axis of their output channels."""
+    """Yield the int8 weights of integer layers, with the axis of their output channels."""
     for value in graph.initializers.values():
         if not is_constant(value) or value.dtype != ir.DataType.INT8 or value.is_graph_output():
             continue
         axes = {_weight_axis(node, index, value) for node, index in value.uses()}
-        axis = axes.pop() if len(axes) == 1 else None  # one weight as two layouts: rows would not mean the same
+        axis = axes.pop() if len(axes) == 1 else None  # None if readers disagree on the axis
         if axis is not None:
             yield value, axis
 
 
 def _weight_axis(node: ir.Node, index: int, value: ir.Value) -> int | None:
-    """The axis of the output channels where a node's input is a layer's weight, else None."""
+    """Return the axis of the output channels if a node's input is a layer's weight, else None."""
     rank = 0 if value.shape is None else len(value.shape)
     if is_op(node, "DequantizeLinear") and index == 0:
         axes = {_weight_axis(reader, at, value) for reader, at in node.outputs[0].uses()}
@@ -110,14 +111,14 @@ def _weight_axis(node: ir.Node, index: int, value: ir.Value) -> int | None:
 
 
 def _is_table(value: ir.Value) -> bool:
-    """A constant of wide integers that is only ever read by rows."""
+    """Return whether a value is a constant of wide integers that only Gathers read."""
     if not is_constant(value) or value.dtype not in (ir.DataType.INT32, ir.DataType.INT64):
         return False
     return bool(value.uses()) and all(is_op(node, "Gather") and index == 0 for node, index in value.uses())
 
 
 def _widths(q: Integers, axis: int) -> npt.NDArray[np.int64]:
-    """The bits in which each output channel is stored: 2, 4 or 8, and no narrower ones for a few bytes."""
+    """Return the bits in which each output channel is stored: 2, 4 or 8; narrow ones only for enough saving."""
     rows = np.moveaxis(q, axis, 0).reshape(q.shape[axis], -1)
     low, high = rows.min(axis=1), rows.max(axis=1)
     widths = np.full(len(rows), 8)
@@ -132,13 +133,13 @@ def _widths(q: Integers, axis: int) -> npt.NDArray[np.int64]:
 
 
 def _narrow(array: Integers) -> type[np.generic] | None:
-    """The narrowest type that holds these integers in two bytes or one."""
+    """Return the narrowest of _NARROW that holds these integers, or None."""
     low, high = int(array.min()), int(array.max())
     return next((kind for kind in _NARROW if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), None)
 
 
 def _in_bytes(q: Integers, bits: int, lowest: int) -> npt.NDArray[np.uint8]:
-    """Integers from `lowest` on, several to a byte, the first one in its low bits; the last byte is filled with 0."""
+    """Pack integers >= `lowest`, several to a byte, the first one in the low bits; the last byte is padded with 0."""
     count = 8 // bits
     flat = (q.reshape(-1) - np.int8(lowest)).astype(np.uint8) & np.uint8((1 << bits) - 1)
     flat = np.concatenate([flat, np.zeros(-len(flat) % count, np.uint8)])
@@ -149,13 +150,13 @@ def _in_bytes(q: Integers, bits: int, lowest: int) -> npt.NDArray[np.uint8]:
 
 
 def _table_of(bits: int) -> npt.NDArray[np.int8]:
-    """The integers that each byte stands for, `[256, 8 // bits]`."""
+    """Return the integers that each byte stands for, `[256, 8 // bits]`."""
     shifts = np.arange(0, 8, bits)
     return ((np.arange(256)[:, None] >> shifts & ((1 << bits) - 1)) - (1 << (bits - 1))).astype(np.int8)
 
 
 class _Packer:
-    """Writes narrow constants, and what unpacks them, in front of a graph's first node."""
+    """Writes narrow constants, and the nodes that unpack them, before a graph's first node."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
@@ -163,7 +164,7 @@ class _Packer:
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
 
     def weight(self, value: ir.Value, axis: int) -> None:
-        """Store a weight by output channels, each in the bits that it needs."""
+        """Store a weight by output channels, each in the bits that its values need."""
         q, stem = numpy_of(value), name_of(value)
         widths = _widths(q, axis) if q.size else np.array([8])
         groups = [(int(bits), np.flatnonzero(widths == bits)) for bits in np.unique(widths)]
@@ -182,7 +183,7 @@ class _Packer:
         self._replace(value, self._cast(stored, ir.DataType.FLOAT, f"{stem}_float"))
 
     def table(self, value: ir.Value) -> None:
-        """Store the columns of a table of integers that two bytes hold, at least when their middle is taken off."""
+        """Store the columns of a table that fit into two bytes, or do so once their middle is subtracted."""
         array, stem = numpy_of(value).astype(np.int64), name_of(value)
         columns = array if array.ndim == 2 else array.reshape(-1, 1)
         if not array.size or value.dtype is None:
@@ -224,19 +225,19 @@ class _Packer:
         stored = self.build.constant(stem, _in_bytes(q, bits, -(1 << (bits - 1))))
         index = self._cast(stored, ir.DataType.INT32, f"{stem}_index")
         table = self._once(f"unpack_int{bits}", (), lambda: _table_of(bits))
-        found = self.build.op("Gather", [table, index], f"{stem}_rows", dtype=ir.DataType.INT8)
+        unpacked = self.build.op("Gather", [table, index], f"{stem}_rows", dtype=ir.DataType.INT8)
         if q.size % (8 // bits):
             flat, zero, end = (self._vector(n) for n in (-1, 0, q.size))
-            found = self.build.op("Reshape", [found, flat], f"{stem}_flat", dtype=ir.DataType.INT8)
-            found = self.build.op("Slice", [found, zero, end], f"{stem}_cut", dtype=ir.DataType.INT8)
+            unpacked = self.build.op("Reshape", [unpacked, flat], f"{stem}_flat", dtype=ir.DataType.INT8)
+            unpacked = self.build.op("Slice", [unpacked, zero, end], f"{stem}_cut", dtype=ir.DataType.INT8)
         return self.build.op(
-            "Reshape", [found, self._vector(*q.shape)], f"{stem}_unpacked", dtype=ir.DataType.INT8, shape=q.shape
+            "Reshape", [unpacked, self._vector(*q.shape)], f"{stem}_unpacked", dtype=ir.DataType.INT8, shape=q.shape
         )
 
     def _joined(
         self, parts: Sequence[ir.Value], members: Sequence[npt.NDArray[np.int64]], axis: int, stem: str
     ) -> ir.Value:
-        """Parts of a constant along an axis, put together in the order of their members."""
+        """Concatenate parts of a constant along an axis, and reorder them by their members' indices."""
         if len(parts) == 1:
             return parts[0]
         dtype, order = parts[0].dtype, np.argsort(np.concatenate(members)).astype(np.int32)
@@ -244,19 +245,19 @@ class _Packer:
         index = self.build.constant(f"{stem}_order", order)
         return self.build.op("Gather", [whole, index], f"{stem}_whole", dtype=dtype, attributes={"axis": axis})
 
-    def _cast(self, value: ir.Value, dtype: ir.DataType, wish: str) -> ir.Value:
-        return self.build.op("Cast", [value], wish, dtype=dtype, shape=value.shape, attributes={"to": int(dtype)})
+    def _cast(self, value: ir.Value, dtype: ir.DataType, preferred: str) -> ir.Value:
+        return self.build.op("Cast", [value], preferred, dtype=dtype, shape=value.shape, attributes={"to": int(dtype)})
 
     def _vector(self, *numbers: int) -> ir.Value:
         return self._once("unpacked_shape", numbers, lambda: np.array(numbers, np.int64))
 
-    def _once(self, wish: str, key: tuple[int, ...], make: Callable[[], npt.NDArray[Any]]) -> ir.Value:
-        if (wish, key) not in self._shared:
-            self._shared[wish, key] = self.build.constant(wish, make())
-        return self._shared[wish, key]
+    def _once(self, preferred: str, key: tuple[int, ...], make: Callable[[], npt.NDArray[Any]]) -> ir.Value:
+        if (preferred, key) not in self._shared:
+            self._shared[preferred, key] = self.build.constant(preferred, make())
+        return self._shared[preferred, key]
 
     def _replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Make all readers of a constant read what unpacks it, under its own name."""
+        """Make all readers of a constant read its unpacked value, which takes over the name."""
         name = name_of(old)
         old.replace_all_uses_with(new)
         del self.graph.initializers[name]

@@ -1,21 +1,21 @@
-"""Lowering `premul`: constant scales and zero points for providers that demand them; the timestep in float Muls.
+"""Lowering `premul`: constant scales and zero points for providers that require them; the timestep in float Muls.
 
-A quantizer with a table s_t of scales, one row for each group of timesteps, around one constant zero point z quantizes
-the same numbers when the rescaled input meets a constant scale s, because x / s_t + z = (x r_t) / s + z, r_t = s / s_t:
+A quantizer with a table s_t of scales, one row for each group of timesteps, and one constant zero point z gives the
+same integers for a rescaled input with a constant scale s, because x / s_t + z = (x r_t) / s + z with r_t = s / s_t:
 
     x -> Q(s_t, z) -> DQ(s_t, z)                     x -> Mul r_t -> Q(s, z) -> DQ(s, z) -> Mul 1/r_t
     DQ -> MatMul -> Add b                            DQ -> MatMul -> Mul 1/r_t -> Add b
     DQ -> MatMul(., DQ)                              DQ -> MatMul(., DQ) -> Mul 1/(r_t r'_t)
     DQ -> Conv(., w, b) -> Q(s'_t, z') -> DQ         DQ -> Conv(., w) -> Q(S, Z) -> DQ -> Mul 1/r_t -> Add b
 
-so that up to float rounding only what leaves a convolution changes. An integer convolution rounds its output with a
-constant scale of its own, while what it computes is rescaled by r_t: its range follows the input's ratio and not the
-table of the output. (S, Z) therefore covers r_t (y - b) for every group's range of y. That is the cost of this
-spelling: a group whose r_t is small, or whose output is, gets a part of the grid only, the spread of the bias over the
-channels widens the range, and a layer that reads the convolution through a table rounds once more. Where the input is
-static and the bias constant, the bias stays inside and (S, Z) is the widest of the output's ranges, for every reader.
+Up to float rounding, only the outputs of convolutions change. An integer convolution rounds its output with a constant
+scale, but its result is multiplied by r_t: the range follows the input's ratio and not the table of the output. So
+(S, Z) covers r_t (y - b) for the range of y in every group. This costs precision in three ways: a group with a small
+r_t, or a small output, gets a part of the grid only; the spread of the bias over the channels widens the range; and a
+layer that reads the convolution through a table rounds once more. If the input is static and the bias constant, the
+bias stays inside, and (S, Z) is the widest of the output's ranges, for every reader.
 
-What does not depend on the timestep is spelled as `qdq` does. One lookup serves all ratios of a graph.
+Parts that do not depend on the timestep are written as `qdq` does. One lookup reads all ratios of a graph.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ import onnx_ir as ir
 
 from ..core.formats import Format, scale_for_range
 from ..core.program import Program
+from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_use
 from ..graph.ops import time_table
+from ..graph.require import inputs, producer, required
 from ..scales.timetable import group_of_row, lookup, rows_and_index
 from .qdq import clip_behind, dequantizer, fold_weights, grid_ends, lower_qdq
 
@@ -38,7 +40,7 @@ ParameterRows = npt.NDArray[Any]
 
 
 def lower_premul(program: Program) -> ir.Model:
-    """A lowered clone of a program's graph that insert_qdq wrote; the program is not changed."""
+    """Return a lowered clone of the graph that insert_qdq wrote. The program is not changed."""
     model = program.model.clone()
     fold_weights(model.graph)
     _Writer(program, model.graph).write()
@@ -47,7 +49,7 @@ def lower_premul(program: Program) -> ir.Model:
 
 
 def _is_layer(node: ir.Node) -> bool:
-    """A node that multiplies two dequantized matrices; a convolution's output is quantized, too."""
+    """Return whether a node multiplies two dequantized matrices; the output of a convolution must be quantized, too."""
     if not is_op(node, "Conv", "Gemm", "MatMul") or None in [dequantizer(v) for v in node.inputs[:2]]:
         return False
     readers = consumers(node.outputs[0])
@@ -55,14 +57,14 @@ def _is_layer(node: ir.Node) -> bool:
 
 
 def _scales(layer: ir.Node) -> tuple[ir.Value, ...]:
-    """The scales of a layer's inputs that depend on the timestep."""
-    around = [dequantizer(v) for v in layer.inputs[:2]]
-    scales = [pair.inputs[1] for pair in around if pair is not None]
+    """Return the scales of a layer's inputs that depend on the timestep."""
+    dequantizers = [dequantizer(v) for v in layer.inputs[:2]]
+    scales = [node.inputs[1] for node in dequantizers if node is not None]
     return tuple(s for s in scales if s is not None and not is_constant(s))
 
 
 def _pair_behind(quantize: ir.Node) -> Iterator[ir.Node]:
-    """A QuantizeLinear and the DequantizeLinear nodes behind it, seen through what moves or clips integers."""
+    """Yield a QuantizeLinear and the DequantizeLinear nodes behind it, past nodes that move or clip integers."""
     yield quantize
     for reader in consumers(quantize.outputs[0]):
         if is_op(reader, "DequantizeLinear"):
@@ -72,8 +74,7 @@ def _pair_behind(quantize: ir.Node) -> Iterator[ir.Node]:
 
 
 def _rows(parameter: ir.Value | None) -> ParameterRows:
-    assert parameter is not None  # insert_qdq writes scale and zero point everywhere
-    return rows_and_index(parameter)[0]
+    return rows_and_index(required(parameter, "a scale or zero point, which insert_qdq writes,"))[0]
 
 
 class _Writer:
@@ -140,7 +141,7 @@ class _Writer:
                 self._redirect(old, value, [n for n in consumers(old) if n not in self._layers])
 
     def _along_channels(self, build: Builder, bias: ir.Value, ones: list[int]) -> ir.Value:
-        """A bias `[C]` as `[1, C, 1 ...]`, to be added to `[batch, C, ...]`."""
+        """Return a bias `[C]` as `[1, C, 1 ...]`, to be added to `[batch, C, ...]`."""
         stem = name_of(bias)
         if is_constant(bias):
             return build.constant(f"{stem}_column", numpy_of(bias).reshape(1, -1, *ones))
@@ -151,10 +152,10 @@ class _Writer:
     def _output_parameters(
         self, build: Builder, quantize: ir.Node, ratio: ParameterRows, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
-        """A constant scale and zero point for `ratio` times a convolution's output without its bias.
+        """Write a constant scale and zero point for `ratio` times a convolution's output without its bias.
 
-        With the bias the output lies in [low, high] of the quantizer that the plan gave it, so without it in
-        [low - max b, high - min b]; the range is the union over all rows.
+        With the bias the output lies in [low, high], the range of its quantizer in the plan, so without it in
+        [low - max b, high - min b]. The range is the union over all rows.
         """
         scale, zero = _rows(quantize.inputs[1]), _rows(quantize.inputs[2])
         lowest, highest = grid_ends(quantize)
@@ -167,12 +168,12 @@ class _Writer:
             values = numpy_of(bias)[None] if timed is None else numpy_of(timed[0])
             low, high = low - values.max(axis=1), high - values.min(axis=1)
         fmt = Format((highest - lowest).bit_length(), signed=zero.dtype == np.int8)
-        found = scale_for_range((ratio * low).min(), (ratio * high).max(), fmt)
+        new_scale, new_zero = scale_for_range((ratio * low).min(), (ratio * high).max(), fmt)
         stem = name_of(quantize.inputs[0])
-        return build.constant(f"{stem}_output_scale", found[0]), build.constant(f"{stem}_output_zero_point", found[1])
+        return build.constant(f"{stem}_output_scale", new_scale), build.constant(f"{stem}_output_zero_point", new_zero)
 
     def _matmul(self, node: ir.Node) -> None:
-        """Multiply back behind a MatMul or Gemm, in front of its bias: a MatMul's is an Add already."""
+        """Multiply by 1 / r_t behind a MatMul or Gemm, before the bias. A MatMul's bias is an Add already."""
         scales = _scales(node)
         if not scales:
             return
@@ -187,9 +188,8 @@ class _Writer:
         self._redirect(out, value, readers)
 
     def _pair(self, node: ir.Node, scale: ir.Value) -> None:
-        """Give one Q or DQ constants; in front of the Q, and behind a DQ where no layer does it later, is a Mul."""
-        zero = node.inputs[2]
-        assert zero is not None
+        """Give one Q or DQ constant parameters, with a Mul before a Q, and behind a DQ unless only layers read it."""
+        zero = inputs(node, 3)[2]
         if is_op(node, "QuantizeLinear"):
             source = node.inputs[0]
             build = Builder(self.graph, self.names, before=node)
@@ -207,28 +207,30 @@ class _Writer:
     def _constant_pair(self, build: Builder, scale: ir.Value, zero: ir.Value) -> tuple[ir.Value, ir.Value]:
         if (scale, zero) not in self._constants:
             zeros = _rows(zero)
-            assert np.all(zeros == zeros[0])  # insert_qdq refuses others
+            if not np.all(zeros == zeros[0]):
+                raise PassError(
+                    f"the zero point {name_of(zero)!r} depends on the timestep, and `premul` has constant ones",
+                    hint="insert_qdq refuses such a plan; put no pass that changes zero points behind it",
+                )
             self._constants[scale, zero] = (
                 build.constant(f"{name_of(scale)}_reference", _rows(scale).max()),
                 build.constant(f"{name_of(zero)}_constant", zeros[0]),
             )
         return self._constants[scale, zero]
 
-    def _back(self, build: Builder, value: ir.Value, scales: tuple[ir.Value, ...], wish: str) -> ir.Value:
-        return self._wait(build, value, (True, tuple(sorted(scales, key=name_of))), wish)
+    def _back(self, build: Builder, value: ir.Value, scales: tuple[ir.Value, ...], preferred: str) -> ir.Value:
+        return self._wait(build, value, (True, tuple(sorted(scales, key=name_of))), preferred)
 
     def _wait(
-        self, build: Builder, value: ir.Value | None, key: tuple[bool, tuple[ir.Value, ...]], wish: str
+        self, build: Builder, value: ir.Value | None, key: tuple[bool, tuple[ir.Value, ...]], preferred: str
     ) -> ir.Value:
-        """A Mul whose second input is a ratio, or the inverse of a product of ratios, that is looked up later."""
-        made = build.op("Mul", [value, None], wish, like=value)
-        node = made.producer()
-        assert node is not None
-        self._waiting.setdefault(key, []).append(node)
-        return made
+        """Write a Mul whose second input comes later: a ratio, or the inverse of a product of ratios."""
+        product = build.op("Mul", [value, None], preferred, like=value)
+        self._waiting.setdefault(key, []).append(producer(product))
+        return product
 
     def _redirect(self, old: ir.Value, new: ir.Value, readers: list[ir.Node]) -> None:
-        """Make these readers, and the graph's output where `old` is one, read `new`."""
+        """Make these readers, and the graph if `old` is an output, read `new`."""
         for node in readers:
             replace_use(node, old, new)
         if old.is_graph_output():
@@ -238,27 +240,24 @@ class _Writer:
             new.name = name
 
     def _write_ratios(self) -> None:
-        """One lookup for all ratios: insert_qdq reads all of its tables by one index."""
+        """Write one lookup for all ratios: insert_qdq reads all of its tables by one index."""
         if not self._waiting:
             return
         columns = []
         for inverse, scales in self._waiting:
             product = np.prod([_ratio(s) for s in scales], axis=0)
             columns.append(1 / product if inverse else product)
-        indices = {rows_and_index(s)[1] for _, scales in self._waiting for s in scales}
-        (row,) = indices
-        assert row is not None
-        producer = row.producer()
-        assert producer is not None
-        build = Builder(self.graph, self.names, after=producer)
+        (row,) = {rows_and_index(s)[1] for _, scales in self._waiting for s in scales}
+        row = required(row, "the row index of the tables")
+        build = Builder(self.graph, self.names, after=producer(row))
         table = np.stack(columns, axis=1).astype(np.float32)
-        parts = lookup(build, table, row, [1] * len(columns), "ratios")
-        for waiting, part in zip(self._waiting.values(), parts, strict=True):
+        ratios = lookup(build, table, row, [1] * len(columns), "ratios")
+        for waiting, ratio in zip(self._waiting.values(), ratios, strict=True):
             for node in waiting:
-                node.replace_input_with(1, part)
+                node.replace_input_with(1, ratio)
 
 
 def _ratio(scale: ir.Value) -> npt.NDArray[np.float64]:
-    """r_t `[groups]`: the constant scale, the widest of the rows, over each row."""
+    """Return r_t `[groups]`: the constant scale, which is the widest of the rows, over each row."""
     rows = _rows(scale).astype(np.float64)
     return np.asarray(rows.max() / rows)

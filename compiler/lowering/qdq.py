@@ -1,8 +1,9 @@
-"""Lowering `qdq`: the portable spelling, standard QuantizeLinear/DequantizeLinear with constant parameters.
+"""Lowering `qdq`: the portable form, standard QuantizeLinear and DequantizeLinear with constant parameters.
 
-The logical graph quantizes float weights and leaves biases in float. onnxruntime's CPU provider fuses a group only
-when the weight is an integer constant behind a DequantizeLinear and the bias an int32 constant behind one whose scale
-is exactly x_scale * w_scale[c] with zero point 0; that is what this writes. The values do not change otherwise.
+The graph of insert_qdq quantizes float weights and leaves biases in float. onnxruntime's CPU provider fuses a group
+only when the weight is an integer constant behind a DequantizeLinear, and the bias an int32 constant behind one whose
+scale is exactly x_scale * w_scale[c], with zero point 0. This lowering writes that form. Apart from the rounding of
+biases, values do not change.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import onnx_ir as ir
 
 from ..core.formats import along
 from ..graph.nodes import Builder, Names, consumers, initializer, is_constant, is_op, name_of, numpy_of, remove_dead
+from ..graph.require import dtype_of, inputs
 
 INT32_LIMIT = 2**31 - 1
 
 
 def lower_qdq(model: ir.Model) -> ir.Model:
-    """A lowered clone of a model that insert_qdq wrote; the model itself is not changed."""
+    """Return a lowered clone of a model that insert_qdq wrote. The model itself is not changed."""
     lowered = model.clone()
     names = Names(lowered.graph)
     fold_weights(lowered.graph)
@@ -40,23 +42,22 @@ def fold_weights(graph: ir.Graph) -> None:
 
 
 def dequantizer(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that makes a value."""
+    """Return the DequantizeLinear that computes a value, or None."""
     node = None if value is None else value.producer()
     return node if is_op(node, "DequantizeLinear") else None
 
 
 def clip_behind(quantize_node: ir.Node) -> ir.Node | None:
-    """The Clip that keeps the integers of a format of fewer than 8 bits inside its grid."""
+    """Return the Clip that keeps integers of a format of fewer than 8 bits inside its grid, or None."""
     readers = consumers(quantize_node.outputs[0])
     return readers[0] if len(readers) == 1 and is_op(readers[0], "Clip") else None
 
 
 def grid_ends(quantize_node: ir.Node) -> tuple[int, int]:
-    """The lowest and the highest integer that a QuantizeLinear, with the Clip behind it, can make."""
-    clip, zero = clip_behind(quantize_node), quantize_node.inputs[2]
-    assert zero is not None and zero.dtype is not None
+    """Return the lowest and the highest integer that a QuantizeLinear, with the Clip behind it, can write."""
+    clip, zero = clip_behind(quantize_node), inputs(quantize_node, 3)[2]
     if clip is None:
-        limits = np.iinfo(zero.dtype.numpy())
+        limits = np.iinfo(dtype_of(zero).numpy())
         return int(limits.min), int(limits.max)
     lowest, highest = (int(numpy_of(v)) for v in clip.inputs[1:] if v is not None)
     return lowest, highest
@@ -64,15 +65,14 @@ def grid_ends(quantize_node: ir.Node) -> tuple[int, int]:
 
 def _fold_weight(graph: ir.Graph, quantize_node: ir.Node) -> None:
     """Replace QuantizeLinear(constant), and the Clip of a narrow format behind it, by integers, row by row."""
-    weight, scale, zero = (quantize_node.inputs[i] for i in range(3))
-    assert weight is not None and scale is not None and zero is not None
+    weight, scale, zero = inputs(quantize_node, 3)
     x, s, z = numpy_of(weight), numpy_of(scale), numpy_of(zero)
     axis = quantize_node.attributes["axis"].as_int() if "axis" in quantize_node.attributes and s.ndim else None
     clip = clip_behind(quantize_node)
     lowest, highest = grid_ends(quantize_node)
     integers = np.empty(x.shape, z.dtype)
     for i in range(len(x)):
-        # A slice keeps its axis of length 1, so that per-channel parameters along axis 0 are cut with it.
+        # A slice keeps its axis, of length 1, so per-channel parameters along axis 0 are cut the same way.
         cut = slice(i, i + 1)
         s_i, z_i = (s[cut], z[cut]) if axis == 0 else (s, z)
         q = np.rint(x[cut] / along(s_i, axis, x.ndim)) + along(z_i, axis, x.ndim).astype(np.float32)
@@ -87,7 +87,7 @@ def _fold_weight(graph: ir.Graph, quantize_node: ir.Node) -> None:
 
 
 def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, index: int) -> None:
-    """Write the float bias of an integer layer as int32 with the scale that the kernel accumulates in."""
+    """Write the float bias of an integer layer as int32 with scale x_scale * w_scale."""
     bias = holder.inputs[index]
     x, w = dequantizer(layer.inputs[0]), dequantizer(layer.inputs[1])
     if bias is None or not is_constant(bias) or x is None or w is None:
@@ -98,11 +98,11 @@ def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, 
     values = numpy_of(bias)
     scale = (numpy_of(x_scale).astype(np.float32) * numpy_of(w_scale).astype(np.float32)).reshape(-1)
     if values.ndim != 1 or scale.size not in (1, values.size) or not is_constant(w.inputs[0]):
-        return  # a mask over attention scores, a bias that broadcasts otherwise: no kernel takes it as int32
+        return  # no bias of one number for each channel, such as a mask over attention scores: no kernel takes it
     scale = np.broadcast_to(scale, values.shape).astype(np.float32)
     integers = np.rint(values.astype(np.float64) / scale)
     if np.abs(integers).max(initial=0.0) > INT32_LIMIT:
-        return  # stays in float: the scale is too fine for this bias, and a clamped bias would be wrong
+        return  # the bias exceeds int32 at this scale and stays in float; a clamped bias would be wrong
     build = Builder(graph, names, holder)
     stem = name_of(bias)
     holder.replace_input_with(
