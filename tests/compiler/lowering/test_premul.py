@@ -263,7 +263,7 @@ def test_zero_points_that_move_are_refused(tiny: Program, context: Context) -> N
     steps = [replace(p, zero_point="table") if isinstance(p, StepScales) else p for p in passes(gain=-1000.0)]
     with pytest.raises(RecipeError, match="premul has constant ones") as caught:
         pipeline.run_passes(tiny, steps, context)
-    assert caught.value.hint == "--set step_scales.zero_point=constant"
+    assert caught.value.hint == "give all rows one zero point: --set step_scales.zero_point=constant"
 
 
 def test_the_recipe_runs_and_refuses_channels(context: Context) -> None:
