@@ -11,33 +11,30 @@ Samples with other than one or three channels are latents: they have an SQNR, bu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from mezzotint.runtime.bundle.bundle import Bundle
-from mezzotint.runtime.compare import json_db, psnr_db, ssim
+from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.session import Denoiser, running_version
 
-from ..bench.pairs import PEAK, unseen_seed
+from ..bench.pairs import unseen_seed
 from ..bench.reference import ReferenceModel
 from ..frechet import network_digest
 from ..io.files import replacing
 from ..shards.run import Run, belongs, condition_facts
 from . import cost as eval_cost
 from . import metrics as eval_metrics
-from .extractors import NONE, Extractor, default_extractor, open_extractor, perceptual_distance
+from .extractors import NONE, Extractor, default_extractor, open_extractor
+from .images import measure_images
 from .report import markdown
 from .result import Evaluation
-from .shards import PAIR_FORMAT, SHARD_SIZE, ImagePairs, PairSampler, PairShard
+from .shards import PAIR_FORMAT, SHARD_SIZE, PairSampler
 
 RESULT_FILE, PAGE_FILE = "eval.json", "eval.md"
 EVALUATION_LAYOUT = 1
@@ -89,7 +86,7 @@ def evaluate_bundle(
         return earlier
     with TemporaryDirectory() as work:
         same_weights = float_model.has_weights_of(float_model.program(Path(work)))
-    numbers = _measure_images(job, progress)
+    numbers = measure_images(sampler, job.run, job.extractor, job.no_features, keep=job.keep, progress=progress)
     metrics = _metrics(numbers, resamples, progress)
     timed, memory = _measure_cost(sampler, progress) if speed else (None, None)
     evaluation = _evaluation(job, same_weights, numbers, metrics, timed, memory)
@@ -100,9 +97,10 @@ def evaluate_bundle(
 
 @dataclass(frozen=True)
 class _Job:
-    """Step 1: what is sampled and measured. `begun` says that the folder holds this run, `note` why features are none.
+    """The samples and measurements of an evaluation. `begun` says that the folder holds this run.
 
-    `key` has everything that the numbers depend on. `keep` says that shards are written to the folder of the run.
+    `key` has everything that the numbers depend on. `keep` says that shards are written to the folder of the run;
+    `no_features` is the reason for an absent extractor.
     """
 
     sampler: PairSampler
@@ -110,13 +108,14 @@ class _Job:
     keep: bool
     begun: bool
     extractor: Extractor | None
-    note: str
+    no_features: str
     key: dict[str, Any]
 
 
 def _prepare(
     sampler: PairSampler, n: int, folder: Path | None, shard_size: int, features: str | None, resamples: int
 ) -> _Job:
+    """Step 1: return the job. Raises InputError, OutputError for settings and folders that are refused."""
     bundle = sampler.bundle
     deployment, table = bundle.plan(), bundle.correction
     settings = {
@@ -137,7 +136,7 @@ def _prepare(
     }
     run = Run(Path() if folder is None else folder, settings)
     begun = folder is not None and belongs(folder, settings)
-    name, note = (features, "") if features is not None else default_extractor(bundle.sample_shape)
+    name, reason = (features, "") if features is not None else default_extractor(bundle.sample_shape)
     extractor = None if name == NONE else open_extractor(name, bundle.sample_shape, sampler.threads)
     key = {
         "layout": EVALUATION_LAYOUT,
@@ -145,7 +144,7 @@ def _prepare(
         "features": None if extractor is None else [extractor.name, extractor.digest],
         "resamples": resamples,
     }
-    return _Job(sampler, run, folder is not None, begun, extractor, note, key)
+    return _Job(sampler, run, folder is not None, begun, extractor, reason or "no features were requested", key)
 
 
 def _batch(bundle: Bundle, exact: Denoiser, batch: int, n: int, threads: int | None) -> int:
@@ -166,95 +165,12 @@ def _batch(bundle: Bundle, exact: Denoiser, batch: int, n: int, threads: int | N
 
 
 def _finished(job: _Job, speed: bool) -> Evaluation | None:
-    """Return the evaluation in the folder when it answers this job."""
+    """Return the earlier evaluation in the folder when it has the settings of this job, else None."""
     earlier = Evaluation.load(job.run.folder / RESULT_FILE)
     if earlier is None or earlier.key != job.key or earlier.onnxruntime != running_version():
         return None
     timing = None if earlier.speed is None else (earlier.speed.get("batch"), earlier.speed.get("threads"))
     return earlier if not speed or timing == (job.sampler.batch, job.sampler.threads) else None
-
-
-def _shards(job: _Job, progress: Progress) -> Iterator[ImagePairs]:
-    """All pairs in order, one shard at a time. A job that keeps its shards reads those that exist and writes others."""
-    n = job.run.settings["pictures"]
-    for number in range(job.run.count):
-        shard = PairShard(job.run, number)
-        pairs = shard.load() if job.keep else None
-        if pairs is None:
-
-            def report(calls: int, of: int, shard: PairShard = shard) -> None:
-                # The last image of a shard is reported when the shard is written.
-                progress("pairs of images", shard.first + (shard.stop - shard.first) * calls // (of + 1), n)
-
-            pairs = job.sampler.sample(shard.first, shard.stop, report)
-            if job.keep:
-                job.run.announce()
-                shard.write(pairs)
-        progress("pairs of images", shard.stop, n)
-        yield pairs
-
-
-def _measure_images(job: _Job, progress: Progress) -> eval_metrics.PairNumbers:
-    """Step 2: sample or read all pairs and return the numbers of every pair."""
-    channels = job.run.settings["sample_shape"][0]
-    are_images = channels in (1, 3)
-    latents = f"samples of {channels} channels are latents, not images"
-    lpips, no_lpips = perceptual_distance() if are_images else (None, latents)
-    extractor, no_features = job.extractor, job.note or "no features were requested"
-    missing = {"psnr": latents, "ssim": latents, "lpips": no_lpips, "features": no_features}
-    missing["agreement"] = no_features if extractor is None else f"{extractor.name} has no classes"
-    columns: dict[str, list[npt.NDArray[Any]]] = {}
-
-    def keep(name: str, numbers: npt.NDArray[Any]) -> None:
-        columns.setdefault(name, []).append(numbers)
-
-    for pairs in _shards(job, progress):
-        _check_finite(job.sampler.bundle, pairs)
-        sample_signal, sample_noise = eval_metrics.squares(pairs.exact, pairs.quantized)
-        keep("signal", pairs.signal.T)
-        keep("noise", pairs.noise.T)
-        keep("sample_signal", sample_signal)
-        keep("sample_noise", sample_noise)
-        exact, quantized = (np.clip(images, -1, 1) for images in (pairs.exact, pairs.quantized))
-        if are_images:
-            keep("psnr", psnr_db(exact, quantized, PEAK))
-            keep("ssim", ssim(exact + 1, quantized + 1, PEAK))
-        if lpips is not None and not no_lpips:
-            try:
-                keep("lpips", lpips(exact, quantized))
-            except Exception as error:  # a third-party network: it may refuse small images
-                lpips, missing["lpips"] = None, f"LPIPS failed: {error}"
-        if extractor is not None:
-            keep("exact", extractor.features(exact))
-            keep("quantized", extractor.features(quantized))
-            if extractor.classify is not None:
-                keep("same", extractor.classify(exact) == extractor.classify(quantized))
-    if lpips is None:
-        columns.pop("lpips", None)
-    rows = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-    return eval_metrics.PairNumbers(
-        rows["signal"].T,
-        rows["noise"].T,
-        rows["sample_signal"],
-        rows["sample_noise"],
-        rows.get("psnr"),
-        rows.get("ssim"),
-        rows.get("lpips"),
-        (rows["exact"], rows["quantized"]) if extractor is not None else None,
-        rows.get("same"),
-        missing,
-    )
-
-
-def _check_finite(bundle: Bundle, pairs: ImagePairs) -> None:
-    """Raise InputError when a network produced NaN or infinite values."""
-    for network, images in (("the float model", pairs.exact), ("the bundle", pairs.quantized)):
-        if not np.isfinite(images).all():
-            raise InputError(
-                f"{network} makes images that are not finite",
-                where=str(bundle.path),
-                hint="`mezzotint debug` measures at every layer where the bundle departs from the float model",
-            )
 
 
 def _measure_cost(sampler: PairSampler, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -384,3 +384,16 @@ class TestCommand:
 
         assert (answer.code, answer.out) == (2, "")
         assert "no feature extractor is called 'nonsense'" in answer.err
+
+
+class TestResult:
+    """`eval.json` and back."""
+
+    def test_a_file_gives_the_same_evaluation(self, case: Case) -> None:
+        assert Evaluation.load(case.folder / RESULT_FILE) == case.found
+
+    @pytest.mark.parametrize("text", [None, "", "[1]", "{}", '{"key": 1, "more": 2}'])
+    def test_other_files_give_none(self, tmp_path: Path, text: str | None) -> None:
+        if text is not None:
+            (tmp_path / RESULT_FILE).write_text(text)
+        assert Evaluation.load(tmp_path / RESULT_FILE) is None
