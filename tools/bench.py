@@ -29,11 +29,11 @@ from mezzotint.api import compile_model
 from mezzotint.bench import peers
 from mezzotint.bench.pairs import call_ratio, compare, folder_bytes, latency_ratio
 from mezzotint.compiler.core.memory import PeakMemory
+from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
-from mezzotint.text.console import progress
 
 CIFAR10 = {
     "sample_size": 32,
@@ -80,13 +80,13 @@ class Bars:
 def digits(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     """The embedded model: speed, size, pictures, and what the sampling loop costs beside the network."""
     exported = folder / "float.onnx"
-    with progress() as report:
+    with shown() as report:
         bundle = compile_model("digits", folder / "bundle", threads=args.threads, export=exported, progress=report)
         found = compare(bundle, exported, args.images, threads=args.threads, progress=report)
     print(json.dumps(found.to_json()))
     _speed_and_size(bundle, exported, 16, args.threads, bars, speed=2.0, size=0.3)
     static = {"step_scales.gain": 1000.0, "channel_scales.gain": 1000.0}  # no table gains as much
-    with progress() as report:
+    with shown() as report:
         plain = compile_model("digits", folder / "static", settings=static, threads=args.threads, progress=report)
     cost = 1 / latency_ratio(bundle, plain.path / MODEL, 16, threads=args.threads, repeats=25)[2]
     bars.add("time of a call with tables, of one without", cost, "<= 1.02", cost <= 1.02)
@@ -100,7 +100,7 @@ def cifar10(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     """The ddpm-cifar10-32 configuration with random weights."""
     model = _random_model("UNet2DModel", CIFAR10)
     exported = folder / "float.onnx"
-    with progress() as report:
+    with shown() as report:
         bundle = compile_model(
             model(),
             folder / "bundle",
@@ -142,7 +142,7 @@ def _sd15(
     model().save_pretrained(source)
     gc.collect()  # modules hold themselves in cycles; what is left of this one is not the compiler's memory
     start = time.perf_counter()
-    with PeakMemory() as memory, progress() as report:
+    with PeakMemory() as memory, shown() as report:
         bundle = compile_model(
             source,
             folder / "bundle",

@@ -45,6 +45,7 @@ from mezzotint.compiler.core.pipeline import Recipe
 from mezzotint.io.sources import DIGITS
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
+from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
@@ -53,7 +54,6 @@ from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser, running_version
 from mezzotint.runtime.signature import Images, Timestep
-from mezzotint.text.console import progress
 from tools.leaderboard_page import WIDTHS, Row, page
 
 OWN_WIDTH = frozenset({"float"})  # recipes without a width to set
@@ -97,7 +97,7 @@ class Board:
         key = self.key(recipe.to_json()["passes"])
         start = time.perf_counter()
         try:
-            with progress() as report:
+            with shown() as report:
                 bundle = compile_model(
                     self.exported,
                     self.bundle(name, width),
@@ -150,7 +150,7 @@ class Board:
     def measure_peer(self, peer: str) -> Row:
         """A peer at 8 bits, calibrated on one batch of the float trajectory."""
         threads = self.args.threads
-        with TemporaryDirectory(dir=self.folder) as folder, progress() as report:
+        with TemporaryDirectory(dir=self.folder) as folder, shown() as report:
             bundle = self.reference
             calls: list[peers.Call] = []
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from mezzotint import compile_model, open_bundle
 from mezzotint.frechet import FeatureNet, Moments, frechet_distance
 from mezzotint.io.files import replacing
+from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MANIFEST, Bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
@@ -33,7 +34,6 @@ from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.guidance import Predict
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images
-from mezzotint.text.console import progress
 
 SAMPLERS = {"ddpm": 0.0, "ddim": 1.0, "euler-ancestral": 0.0}
 """The samplers with noise of their own, and DDIM's eta."""
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     rows = []
     try:
-        with progress() as report:
+        with shown() as report:
             for sampler in given.samplers:
                 for bits in given.bits:
                     sizes = given.pictures, given.steps, given.threads

@@ -17,8 +17,9 @@ from pathlib import Path
 from mezzotint.compiler.calibration.calibrate import random_conditions
 from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.passes.recipes.files import make_pass
+from mezzotint.progress import shown
 from mezzotint.runtime.errors import MezzotintError
-from mezzotint.text.console import print_error, print_table, progress
+from mezzotint.text.console import print_error, print_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         program, pending = snapshot.load_program(args.folder)
         passes = [make_pass(p["pass"], p["options"]) for p in pending[: args.only]]
-        with progress() as report:
+        with shown() as report:
             context = pipeline.Context(
                 args.folder.absolute(),
                 threads=args.threads,

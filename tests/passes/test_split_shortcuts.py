@@ -312,7 +312,7 @@ def test_islands_stay_whole(normal: Program, context: Context) -> None:
     after = pipeline.run_passes(normal, [SplitShortcuts(islands=("short*",))], context)
     note = "0 of 1 layers behind a concatenation taken apart; 1 left (shortcut: island 'short*')"
     assert after.history[-1].note == note
-    assert graphs.text(after.model) == graphs.text(normal.model)
+    assert graphs.model_text(after.model) == graphs.model_text(normal.model)
 
 
 def test_the_halves_of_a_penultimate_layer_are_penultimate(normal: Program, context: Context) -> None:

@@ -30,8 +30,9 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.step_scales import StepScales
 from mezzotint.runtime.errors import TimestepNotDeployed
 from mezzotint.runtime.session import open_session
+from mezzotint.runtime.signature import Images
 from tests.helpers import golden
-from tests.helpers.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, Images, filling, layer_program, lowered_golden, plant
+from tests.helpers.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, filling, layer_program, lowered_golden, plant
 from tests.helpers.models import INTEGER, SMALL, Compiled
 from tests.helpers.tiny import ATTENTIONS, CONVS, LINEARS, SIGNATURE, tiny_program
 

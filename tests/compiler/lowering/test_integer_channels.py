@@ -28,8 +28,9 @@ from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.runtime.session import open_session
+from mezzotint.runtime.signature import Images
 from tests.compiler.audit.test_versions import OLDEST, OLDEST_FOLDER, build_and_run
-from tests.helpers.layers import CONV, TIMED, Images, layer_program
+from tests.helpers.layers import CONV, TIMED, layer_program
 from tests.helpers.tiny import SIGNATURE
 
 GROUPS = (0, 1, 1)

@@ -26,7 +26,8 @@ from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.runtime.session import open_session
-from tests.helpers.layers import TIMED, Images, layer_program
+from mezzotint.runtime.signature import Images
+from tests.helpers.layers import TIMED, layer_program
 from tests.helpers.tiny import CONVS, SIGNATURE, tiny_program
 
 ENDS = ("first", "last")

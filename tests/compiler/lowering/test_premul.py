@@ -28,8 +28,9 @@ from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.step_scales import StepScales
+from mezzotint.runtime.signature import Images
 from tests.helpers import golden
-from tests.helpers.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, Images, filling, layer_program, lowered_golden, plant
+from tests.helpers.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, filling, layer_program, lowered_golden, plant
 from tests.helpers.models import INTEGER, SMALL, Compiled
 from tests.helpers.tiny import SIGNATURE, tiny_program
 
