@@ -1,9 +1,8 @@
-"""What differs between two bundles, or between two passes of one.
+"""The differences between two bundles, or between two passes of one bundle.
 
-Two bundles are compared by their manifests: how they were made, what they measure, the operations of their graphs, the
-passes and their options, each quantizer, each layer's kernel and each island. Two passes are compared by the graphs
-that the bundle keeps behind every pass, node by node: nodes are known by name, and one whose operation, attributes or
-inputs are others is a changed one.
+Two bundles are compared by their manifests: origin, measurements, operations of their graphs, passes with their
+options, each quantizer, each layer's kernel and each island. Two passes are compared by the graphs that the bundle
+keeps after every pass. Nodes are matched by name; a node with another operation, attribute or input has changed.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ NOTHING = "-"
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of text or numbers below their columns' names; an empty one says that nothing differs."""
+class DiffTable:
+    """Rows of text or numbers below the names of their columns; no rows mean no difference."""
 
     title: str
     columns: tuple[str, ...]
@@ -38,10 +37,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Difference:
-    """Tables by a short name; `text` is the difference of two graphs as text, for passes only."""
+    """Tables by a short name; `text` is the unified diff of two graphs, for passes only."""
 
     title: str
-    tables: Mapping[str, Table]
+    tables: Mapping[str, DiffTable]
     text: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class Difference:
 
 
 def compare_bundles(one: Bundle, other: Bundle) -> Difference:
-    """Tables `made`, `measured`, `nodes`, `passes`, `quantizers`, `kernels` and `islands`."""
+    """Return tables `made`, `measured`, `nodes`, `passes`, `quantizers`, `kernels` and `islands`."""
     a, b = one.manifest, other.manifest
     pair = ("", "first", "second")
     quantizers = _changes(
@@ -57,38 +56,38 @@ def compare_bundles(one: Bundle, other: Bundle) -> Difference:
     )
     kernels = _changes(*({name: row["kernel"] for name, row in m["kernels"]["layers"].items()} for m in (a, b)))
     tables = {
-        "made": Table("how they were made", pair, _changes(_made(one), _made(other))),
-        "measured": Table("what they measure", pair, _pairs(_measured(a), _measured(b))),
-        "nodes": Table("operations", pair, _changes(a["nodes"], b["nodes"])),
-        "passes": Table("passes", ("pass", "first", "second"), _passes(a["history"], b["history"])),
-        "quantizers": Table("quantizers", ("site", "first", "second"), quantizers),
-        "kernels": Table("kernels", ("layer", "first", "second"), kernels),
-        "islands": Table("islands", ("layer", "first", "second"), _changes(a["islands"], b["islands"])),
+        "made": DiffTable("how they were made", pair, _changes(_made(one), _made(other))),
+        "measured": DiffTable("what they measure", pair, _pairs(_measured(a), _measured(b))),
+        "nodes": DiffTable("operations", pair, _changes(a["nodes"], b["nodes"])),
+        "passes": DiffTable("passes", ("pass", "first", "second"), _passes(a["history"], b["history"])),
+        "quantizers": DiffTable("quantizers", ("site", "first", "second"), quantizers),
+        "kernels": DiffTable("kernels", ("layer", "first", "second"), kernels),
+        "islands": DiffTable("islands", ("layer", "first", "second"), _changes(a["islands"], b["islands"])),
     }
     return Difference(f"{one.path} and {other.path}", tables)
 
 
 def compare_passes(bundle: Bundle, one: str, other: str) -> Difference:
-    """Tables `operations` and `nodes`, and the text, of the graphs behind two passes, given by number or by name.
+    """Return tables `operations` and `nodes`, and the text, of the graphs after two passes, by number or by name.
 
-    Raises InputError for a pass that the bundle does not keep, or keeps several times.
+    Raises InputError for a pass that the bundle does not contain, or contains several times.
     """
-    first, second = (_dump(bundle, wish) for wish in (one, other))
+    first, second = (_dump(bundle, name) for name in (one, other))
     before, after = (path.read_text(encoding="utf-8").splitlines() for path in (first, second))
     nodes = [_nodes(lines) for lines in (before, after)]
-    counts = [Counter(op for op, _ in found.values()) for found in nodes]
-    written = [{name: f"{op}{rest}" for name, (op, rest) in found.items()} for found in nodes]
+    counts = [Counter(op for op, _ in graph.values()) for graph in nodes]
+    written = [{name: f"{op}{rest}" for name, (op, rest) in graph.items()} for graph in nodes]
     pair = ("first", "second")
     tables = {
-        "operations": Table("operations", ("", *pair), _changes(*counts)),
-        "nodes": Table("nodes", ("node", *pair), _changes(*written)),
+        "operations": DiffTable("operations", ("", *pair), _changes(*counts)),
+        "nodes": DiffTable("nodes", ("node", *pair), _changes(*written)),
     }
     text = "\n".join(difflib.unified_diff(before, after, first.stem, second.stem, lineterm="", n=1))
     return Difference(f"{bundle.path}: {first.stem} and {second.stem}", tables, text)
 
 
 def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
-    """What differs, in the order of the first and then of the second."""
+    """Return the rows that differ, in the order of the first mapping and then of the second."""
     names = dict.fromkeys([*one, *other])
     return tuple(
         (name, one.get(name, NOTHING), other.get(name, NOTHING)) for name in names if one.get(name) != other.get(name)
@@ -96,7 +95,7 @@ def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[An
 
 
 def _pairs(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
-    """All of it, whether it differs or not."""
+    """Return all rows, equal or not."""
     return tuple((name, one.get(name, NOTHING), other.get(name, NOTHING)) for name in dict.fromkeys([*one, *other]))
 
 
@@ -130,22 +129,22 @@ def _measured(m: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _passes(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> tuple[tuple[Any, ...], ...]:
-    """Passes that only one has, and those whose options are others."""
-    told: list[tuple[Any, ...]] = []
+    """Return the passes of only one bundle, and the options that differ."""
+    rows: list[tuple[Any, ...]] = []
     first, second = ([str(record["pass"]) for record in history] for history in (one, other))
     for kind, a, b, c, d in difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
         if kind == "equal":
             for mine, its in zip(one[a:b], other[c:d], strict=True):
                 changed = _changes(mine["options"], its["options"])
-                told += [(f"{mine['pass']}.{option}", *values) for option, *values in changed]
+                rows += [(f"{mine['pass']}.{option}", *values) for option, *values in changed]
             continue
-        told += [(record["pass"], "yes", NOTHING) for record in one[a:b]]
-        told += [(record["pass"], NOTHING, "yes") for record in other[c:d]]
-    return tuple(told)
+        rows += [(record["pass"], "yes", NOTHING) for record in one[a:b]]
+        rows += [(record["pass"], NOTHING, "yes") for record in other[c:d]]
+    return tuple(rows)
 
 
 def _quantizer(q: Mapping[str, Any]) -> str:
-    """One line: the format, the scale or the range of the scales, the zero points, who chose it."""
+    """Return one line: format, scale or range of the scales, zero points, and the pass that chose them."""
     scale = q["scale"]
     scales = f"{scale[0]:.4g} .. {scale[1]:.4g}" if isinstance(scale, list) else f"{scale:.4g}"
     rows = f", {q['rows']} rows" if q["rows"] > 1 else ""
@@ -155,26 +154,27 @@ def _quantizer(q: Mapping[str, Any]) -> str:
     return f"{q['format']}, scale {scales}, zero point {zero}{rows}{channels}, {q['by']}"
 
 
-def _dump(bundle: Bundle, wish: str) -> Path:
-    found = {
+def _dump(bundle: Bundle, name: str) -> Path:
+    """Return the text file of the graph after a pass. Raises InputError."""
+    dumps = {
         file: match for file in sorted((bundle.path / "passes").glob("*.txt")) if (match := _FILE.match(file.name))
     }
-    graphs = {file: match for file, match in found.items() if match[2] != "fx"}
-    fitting = [file for file, match in graphs.items() if wish in (match[2], file.stem, str(int(match[1])))]
+    graphs = {file: match for file, match in dumps.items() if match[2] != "fx"}
+    fitting = [file for file, match in graphs.items() if name in (match[2], file.stem, str(int(match[1])))]
     if len(fitting) == 1:
         return fitting[0]
     kept = ", ".join(file.stem for file in graphs) or "none"
     raise InputError(
-        f"{len(fitting)} passes are called {wish!r}" if fitting else f"there is no pass {wish!r}",
+        f"{len(fitting)} passes are called {name!r}" if fitting else f"there is no pass {name!r}",
         where=str(bundle.path / "passes"),
         hint=f"give one of these, or its number: {kept}",
     )
 
 
 def _nodes(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Name -> (operation, attributes and inputs as text)."""
-    found = {}
+    """Return name -> (operation, attributes and inputs as text)."""
+    nodes = {}
     for line in lines:
         if match := _NODE.match(line):
-            found[match["quoted"] or match["plain"]] = (match["op"], match["rest"].rstrip())
-    return found
+            nodes[match["quoted"] or match["plain"]] = (match["op"], match["rest"].rstrip())
+    return nodes

@@ -6,17 +6,17 @@
     attach(pipe, "out/sd")                      # a bundle that was compiled from the same model
     image = pipe("a lighthouse", num_inference_steps=50).images[0]
 
-or, so that the float network is never loaded,
+or, without loading the float network,
 
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, unet=stand_in("out/sd"))
 
 This works for every pipeline that calls a UNet2DModel, a UNet2DConditionModel or a DiTTransformer2DModel: DDPM, DDIM,
-Stable Diffusion and SDXL with their img2img and inpaint kin, DiT. The pipeline keeps its scheduler, its text encoders
-and its VAE. `pipe.components` carries the stand-in over to other pipelines.
+Stable Diffusion and SDXL with their img2img and inpaint variants, DiT. The pipeline keeps its scheduler, its text
+encoders and its VAE. `pipe.components` passes the stand-in on to other pipelines.
 
-What the bundle was compiled for still holds: its tables have rows for the timesteps of its own number of steps, and the
-pipeline must call these (`num_inference_steps`, and a scheduler that spaces timesteps alike). A bundle with noise
-tables gets the pipeline's scheduler corrected, where they were fitted for that.
+The bundle keeps its deployment: its tables have rows for the timesteps of its own number of steps, and the pipeline
+must call these timesteps (the same `num_inference_steps`, and a scheduler with the same spacing). If the bundle has
+noise tables that were fitted for the pipeline's scheduler, `attach` corrects the scheduler.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ _SHOWN = 6  # differing keys named in an error
 
 
 def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None) -> StandIn:
-    """A `torch.nn.Module` that computes with the bundle what the network it was made from computes, in float32 on the
-    CPU, with that network's `config` and call.
+    """Return a `torch.nn.Module` with the `config` and the call of the original network, computed by the bundle in
+    float32 on the CPU.
 
-    `threads` is the number of onnxruntime's threads, None for its own choice. Raises InputError for a bundle that does
-    not know its model's configuration, BundleError for one that cannot be opened.
+    `threads` is the number of onnxruntime's threads, None for its own choice. Raises InputError for a bundle without
+    the configuration of its model, BundleError for one that cannot be opened.
     """
     return _adapter().stand_in(_opened(bundle), threads=threads)  # type: ignore[no-any-return]
 
 
 def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guidance = 1.0) -> Any:
-    """A scheduler of the same class and configuration that undoes the bundle's quantization noise, see
+    """Return a scheduler of the same class and configuration that undoes the bundle's quantization noise, see
     runtime/diffusers/scheduler.py.
 
-    `guidance_scale` is what the pipeline will be called with (1 is no guidance), or a function that tells it at each
+    `guidance_scale` is the scale of the pipeline's calls (1 is no guidance), or a function that returns it at each
     step. Raises InputError for a bundle without noise tables, and for a scheduler, a schedule or a guidance scale that
-    they were not fitted for; ScheduleError for a configuration that is not understood.
+    they were not fitted for; ScheduleError for an unknown configuration.
     """
     return _schedulers().correct(scheduler, _opened(bundle), guidance_scale=guidance_scale)
 
@@ -64,15 +64,15 @@ def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guid
 def attach(
     pipe: Pipe, bundle: Bundle | str | Path, *, threads: int | None = None, correction: bool | None = None
 ) -> Pipe:
-    """Put a bundle into the place of a pipeline's `unet` or `transformer`; returns the pipeline, which it changes.
+    """Replace a pipeline's `unet` or `transformer` by a bundle, in place, and return the pipeline.
 
-    `correction` None corrects the pipeline's scheduler where the bundle has noise tables for it, True insists
-    (InputError or ScheduleError where it has not), False leaves it alone. The corrected scheduler asks this pipeline
-    for its guidance scale: attach the bundle anew to a pipeline that is made of this one's components.
+    `correction` None corrects the pipeline's scheduler where the bundle has noise tables for it, True requires it
+    (InputError or ScheduleError where it is impossible), False leaves the scheduler alone. The corrected scheduler asks
+    this pipeline for its guidance scale: attach the bundle again to a pipeline that is made of this one's components.
 
-    Raises InputError, and leaves the pipeline as it was, where the pipeline has no such network, is not in float32 on
-    the CPU, has a network of another configuration than the bundle was made from (compared by
-    `runtime.configuration.config_hash`), or a scheduler for another prediction or another number of timesteps.
+    Raises InputError, and leaves the pipeline as it was, for a pipeline without such a network, not in float32 on the
+    CPU, with a network of another configuration than the bundle's original (compared by
+    `runtime.bundle.model_config.config_hash`), or with a scheduler for another prediction or number of timesteps.
     """
     opened = _opened(bundle)
     network = stand_in(opened, threads=threads)
@@ -80,37 +80,37 @@ def attach(
     _check_modules(pipe)
     _check_scheduler(pipe, opened)
     scheduler = _scheduler(pipe, opened, correction)
-    # A pipeline decides for itself how large an image is by default (runtime/bundle/model_config.py).
+    # The default size of an image is the pipeline's own choice (runtime/bundle/model_config.py).
     network.register_to_config(sample_size=getattr(pipe, network.slot).config.sample_size)
     setattr(pipe, network.slot, network)
     pipe.scheduler = scheduler  # type: ignore[attr-defined]
     return pipe
 
 
-def _scheduler(pipe: Any, bundle: Bundle, wish: bool | None) -> Any:
-    """The pipeline's scheduler with the bundle's correction, or as it is; a correction of another bundle goes."""
+def _scheduler(pipe: Any, bundle: Bundle, correction: bool | None) -> Any:
+    """Return the pipeline's scheduler, corrected where possible; a correction of another bundle is removed."""
     present = pipe.scheduler
     if getattr(present, "bundle", bundle).manifest["digest"] != bundle.manifest["digest"]:
         present = type(present).from_config(present.config)
-    if wish is False or (wish is None and bundle.correction is None):
+    if correction is False or (correction is None and bundle.correction is None):
         return present
     try:
         guided = "guidance_scale" in inspect.signature(pipe.__call__).parameters
-        # Of the class: the property has no value before the first call.
+        # Looked up on the class: the property has no value before the first call.
         if guided and not hasattr(type(pipe), "guidance_scale"):
             raise InputError(
-                f"a {type(pipe).__name__} does not tell its guidance scale, which the correction depends on",
+                f"a {type(pipe).__name__} has no guidance_scale, which the correction depends on",
                 hint="attach with correction=False, and use correct(scheduler, bundle, guidance_scale=...)",
             )
         return correct(present, bundle, guidance_scale=lambda: _guidance_of(pipe))
     except (InputError, ScheduleError):
-        if wish:
+        if correction:
             raise
         return present
 
 
 def _guidance_of(pipe: Any) -> float:
-    """The scale of the run at hand, 1 where both halves are not combined."""
+    """Return the scale of the current run, 1 where the two halves are not combined."""
     if getattr(pipe, "guidance_rescale", 0.0):
         raise InputError("guidance_rescale changes what the correction was fitted to", hint="leave it at 0")
     return float(pipe.guidance_scale) if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
@@ -153,7 +153,7 @@ def _check_network(pipe: object, network: StandIn) -> None:
 
 
 def _check_modules(pipe: Any) -> None:
-    """Everything in the pipeline must hand over, and take, float32 on the CPU."""
+    """Raise InputError unless every module of the pipeline computes in float32 on the CPU."""
     import torch
 
     for name, module in pipe.components.items():

@@ -1,4 +1,4 @@
-"""mezzotint doctor: versions, CPU features, and what to expect of integer kernels here."""
+"""`mezzotint doctor`: versions, CPU features, and the expected speed of integer kernels on this machine."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_
 
 
 def examine() -> dict[str, Any]:
-    """Everything as plain data."""
-    found = {name: _version(name) for name in PACKAGES}
+    """Return the report as plain data."""
+    versions = {name: _version(name) for name in PACKAGES}
     flags = _cpu_flags()
     features = None if flags is None else [f for f in FEATURES if f in flags]
-    tested = found.get("onnxruntime") is not None and untested_onnxruntime() is None
+    tested = versions.get("onnxruntime") is not None and untested_onnxruntime() is None
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": found,
+        "packages": versions,
         "onnxruntime_tested": tested,
         "cpu_features": features,
         "cores": psutil.cpu_count(logical=False),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "can_compile_diffusers": found["torch"] is not None and found["diffusers"] is not None,
+        "can_compile_diffusers": versions["torch"] is not None and versions["diffusers"] is not None,
         "expect": _expectation(features),
     }
 
 
 def untested_onnxruntime() -> str | None:
-    """A warning where the running onnxruntime is none that Mezzotint was tested with, else None."""
+    """Return a warning if Mezzotint was not tested with the running onnxruntime, else None."""
     from mezzotint.runtime.session import TESTED_ONNXRUNTIME, untested_version
 
     running = untested_version()
@@ -43,7 +43,7 @@ def untested_onnxruntime() -> str | None:
         return None
     return (
         f"the fusion rules of onnxruntime {running} were not tested; tested were {', '.join(TESTED_ONNXRUNTIME)}. "
-        "`mezzotint inspect BUNDLE` tells what runs as integers"
+        "`mezzotint inspect BUNDLE` lists the layers that run on integers"
     )
 
 
@@ -55,7 +55,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu_flags() -> set[str] | None:
-    """The CPU's flags where the system lists them (Linux); None elsewhere."""
+    """Return the CPU's flags where the system lists them (Linux); None elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -1,8 +1,8 @@
-"""A bundle's card, written anew with what was measured after the compilation.
+"""`mezzotint card`: a bundle's card, written again with measurements from after the compilation.
 
-The card is hashed in the manifest, and the manifest keeps the figures: both change, and with them the bundle's digest.
-So a second bundle is made beside the first, of links to the same files where the disk has such, and of copies where
-not; it is sealed, and takes the first one's place in one move. The files of the network are not touched.
+The manifest hashes the card and keeps the figures: both files change, and with them the bundle's digest. A second
+bundle is made next to the first, of links to the same files, or of copies on a disk without links. It is sealed, and
+replaces the first in one move. The files of the network are not touched.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mezzotint.runtime.errors import InputError
 
 from .io.hub import checked_license, checked_model
 
-_BEFORE = "digests_before"  # what the bundle was called: figures may be of the same network under an earlier digest
-_SEALED = ("format", "files", "digest")  # what sealing writes
+_BEFORE = "digests_before"  # digests of the same network with earlier cards: figures may name one of them
+_SEALED = ("format", "files", "digest")  # keys that sealing writes
 
 
 def rewrite_card(
@@ -36,7 +36,7 @@ def rewrite_card(
     license: str | None = None,
     base_model: str | None = None,
 ) -> Bundle:
-    """Write the card of a bundle again, with these figures beside those that it has already, and open the bundle.
+    """Write the card of a bundle again, with these figures in addition to its own, and open the bundle.
 
     Raises InputError for files that do not hold such figures, BundleError for a bundle that was changed, OutputError
     where it cannot be written: the bundle is then as it was.
@@ -49,44 +49,44 @@ def rewrite_card(
         measured |= _evaluation(evaluation, known)
     if bench is not None:
         measured["bench"] = bench_figures(_read(bench), machine(), str(bench))
-    told = dict(manifest.get("card", {}))
+    fields = dict(manifest.get("card", {}))
     if license is not None:
-        told = {key: value for key, value in told.items() if not key.startswith("license")}
-        told |= {"license": checked_license(license), "license_from": "given"}
+        fields = {key: value for key, value in fields.items() if not key.startswith("license")}
+        fields |= {"license": checked_license(license), "license_from": "given"}
     if base_model is not None:
-        told["base_model"] = checked_model(base_model)
-    if "inputs" not in manifest:  # compiled before the manifest said them
+        fields["base_model"] = checked_model(base_model)
+    if "inputs" not in manifest:  # compiled by a version whose manifest has no inputs
         manifest["inputs"] = described(bundle.denoiser().inputs)
-    manifest |= _unless_empty("measured", measured) | _unless_empty("card", told)
+    manifest |= _unless_empty("measured", measured) | _unless_empty("card", fields)
     target = bundle.path.resolve()
     if card(manifest, target) == (target / CARD).read_text(encoding="utf-8"):
         return bundle
     manifest[_BEFORE] = known
-    with staged(target, force=True) as (made, _):
-        shutil.copytree(target, made, copy_function=_link, dirs_exist_ok=True)
-        for name in (CARD, MANIFEST):  # new files, for writing into a link would change the bundle that is there
-            (made / name).unlink(missing_ok=True)
-        write_text(made / CARD, card(manifest, made))
-        seal_bundle(made, manifest)
-    return open_bundle(folder, verify=False)  # hashed a moment ago
+    with staged(target, force=True) as (copy, _):
+        shutil.copytree(target, copy, copy_function=_link, dirs_exist_ok=True)
+        for name in (CARD, MANIFEST):  # new files: writing through a link would change the existing bundle
+            (copy / name).unlink(missing_ok=True)
+        write_text(copy / CARD, card(manifest, copy))
+        seal_bundle(copy, manifest)
+    return open_bundle(folder, verify=False)  # its files were hashed while they were sealed
 
 
 def _evaluation(file: Path, known: Sequence[str]) -> dict[str, Any]:
     data = _read(file)
-    found = {"eval": eval_figures(data, str(file))}
+    measured = {"eval": eval_figures(data, str(file))}
     digest = evaluated(data)
     if digest is not None and digest not in known:
         raise InputError(
             f"these figures are of another bundle, {digest[:12]}",
             where=str(file),
-            hint=f"evaluate this one, {known[-1][:12]}, or write the card of that one",
+            hint=f"evaluate this one, {known[-1][:12]}, or write the card of the other bundle",
         )
     speed = eval_speed(data, machine())
-    return found if speed is None else {**found, "bench": speed}
+    return measured if speed is None else {**measured, "bench": speed}
 
 
 def machine() -> str:
-    """The processor in words, as far as the system says."""
+    """Return the processor in words, as far as the system names it."""
     words = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

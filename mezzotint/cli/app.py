@@ -1,4 +1,4 @@
-"""The command line. Every command imports what it needs when it runs, so that --help is quick."""
+"""The command line. A command imports its libraries when it runs, which keeps --help fast."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ app = typer.Typer(
     name="mezzotint",
     cls=CommandGroup,
     help="A quantizing graph compiler for diffusion models.",
-    epilog="Add --debug to any command for a traceback. Nothing is ever sent anywhere.",
+    epilog="Add --debug to any command for a traceback. Mezzotint sends no data over the network.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,7 +49,7 @@ def demo(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Compile the embedded digits model to W8A8 and draw 64 digits twice from the same noise."""
+    """Compile the embedded digits model to W8A8 and sample 64 digits from both models with the same noise."""
     from ..demo import demo_rows, run_demo
     from ..text import console
 
@@ -59,7 +59,7 @@ def demo(
         console.print_json(summary)
         return
     console.print_pairs("digits, W8A8", demo_rows(summary))
-    console.out.print(f"pictures: {output / 'digits.png'}\nbundle:   {output / 'bundle'}", highlight=False)
+    console.out.print(f"images:   {output / 'digits.png'}\nbundle:   {output / 'bundle'}", highlight=False)
 
 
 @app.command("compile")
@@ -71,10 +71,10 @@ def compile_(
     scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
     sampler: Annotated[str | None, typer.Option(help=f"The deployed sampler: {SAMPLER_NAMES}.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the deployed sampler.")] = 50,
-    eta: Annotated[float, typer.Option(help="DDIM's eta.")] = 0.0,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 1.0,
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Pictures to calibrate on.")] = 32,
-    calibration_batch: Annotated[int, typer.Option(min=1, help="Pictures in one calibration call.")] = 8,
+    eta: Annotated[float, typer.Option(help="DDIM's eta, from 0 to 1.")] = 0.0,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is no guidance.")] = 1.0,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Images to calibrate on.")] = 32,
+    calibration_batch: Annotated[int, typer.Option(min=1, help="Images in one calibration call.")] = 8,
     conditions: Annotated[str | None, typer.Option(help=".npz with the model's conditions, or `random`.")] = None,
     unconditional: Annotated[str | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration noise.")] = 0,
@@ -85,19 +85,23 @@ def compile_(
     ] = None,
     prediction: Annotated[str | None, typer.Option(help="ONNX: epsilon, v_prediction or sample.")] = None,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH to calibrate at, where the model leaves it open.")
+        str | None, typer.Option(help="HEIGHTxWIDTH for calibration, where the model leaves the size open.")
     ] = None,
     dump_passes: Annotated[
-        bool, typer.Option("--dump-passes", help="Also keep the ONNX model after each pass.")
+        bool, typer.Option("--dump-passes", help="Also write the ONNX model after each pass.")
     ] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps calibration statistics for next time.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder where calibration statistics are kept for later compilations.")
+    ] = None,
     license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the options and print the plan, without running the model.")
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Compile a denoiser into a bundle: passes over its graph, an integer ONNX file, and what the sampler needs."""
+    """Compile a denoiser into a bundle: an integer ONNX file and the data of its sampler."""
     from ..io import settings
     from ..text import console
 
@@ -130,12 +134,12 @@ def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help=".onnx file to write.")],
     scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the model leaves it open.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the model leaves the size open.")] = None,
     threads: Threads = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the float ONNX model that a compile starts from, to compare with or to give to other tools."""
+    """Write the float ONNX model that a compilation starts from, for comparisons and for other tools."""
     from ..api import export_model
     from ..io import settings
     from ..text import console
@@ -157,28 +161,32 @@ def export(
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 16,
-    sampler: Annotated[str | None, typer.Option(help="Another sampler than the bundle's own.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Network calls; the bundle's own when left out.")] = None,
-    eta: Annotated[float | None, typer.Option(help="DDIM's eta.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 16,
+    sampler: Annotated[str | None, typer.Option(help="The sampler; the bundle's own when left out.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler; the bundle's own when left out.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="DDIM's eta, from 0 to 1.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of guidance; the bundle's own when left out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 16,
     correction: Annotated[
         bool | None,
-        typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
+        typer.Option(
+            "--correction/--no-correction", help="Undo quantization noise; when left out, where the tables are valid."
+        ),
     ] = None,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
-    shard_size: Annotated[int | None, typer.Option(min=1, help="Folder: pictures in one shard; 256.")] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Folder: images in one shard; 256.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
-    shards: Annotated[str | None, typer.Option(help="Folder: only these, as 3 or 3:8 (3 to 7).")] = None,
+    shards: Annotated[str | None, typer.Option(help="Folder: only these shards, as 3 or 3:8 (3 to 7).")] = None,
     threads: Threads = None,
-    force: Annotated[bool, typer.Option("--force", help="Folder: make shards that are there again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Folder: draw existing shards again.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Draw pictures with a bundle. Into a folder: shard by shard; the same command again goes on where it stopped."""
+    """Sample images with a bundle. A folder gets shards; the same command resumes a run that was stopped."""
     from mezzotint.runtime.bundle.bundle import open_bundle
     from mezzotint.runtime.sampling.options import SamplingOptions
 
@@ -227,7 +235,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe (printed as YAML) or a pass (its options).")] = None,
     json: Json = False,
 ) -> None:
-    """The named recipes; one of them as YAML; or one pass with its options."""
+    """List the named recipes, print one as YAML, or print a pass with its options."""
     from ..text.report import print_recipes
 
     print_recipes(name, as_json=json)
@@ -235,20 +243,22 @@ def recipes(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Versions, CPU features, and what to expect of integer kernels on this machine."""
+    """Print versions, CPU features, and the expected speed of integer kernels on this machine."""
     from ..doctor import examine
     from ..text import console
 
-    found = examine()
-    if found["packages"]["onnxruntime"] is not None:
+    report = examine()
+    if report["packages"]["onnxruntime"] is not None:
         _warn_of_untested_onnxruntime()
     if json:
-        console.print_json(found)
+        console.print_json(report)
         return
-    packages = {name: v or "not installed" for name, v in found.pop("packages").items()}
-    features = found.pop("cpu_features")
-    found["cpu_features"] = "not listed here" if features is None else ", ".join(features) or "none that matter"
-    console.print_pairs("mezzotint doctor", {**found, **packages})
+    packages = {name: v or "not installed" for name, v in report.pop("packages").items()}
+    features = report.pop("cpu_features")
+    report["cpu_features"] = (
+        "not listed by this system" if features is None else ", ".join(features) or "none that matter"
+    )
+    console.print_pairs("mezzotint doctor", {**report, **packages})
 
 
 def _warn_of_untested_onnxruntime() -> None:

@@ -1,4 +1,4 @@
-"""`mezzotint audit`: which quantized groups run on integer kernels, and what keeps the others from it."""
+"""`mezzotint audit`: the quantized groups that run on integer kernels, and the rules against the others."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .options import Json, Threads
 
 def audit(
     model: Annotated[Path, typer.Argument(help="Bundle folder, or any .onnx file.")],
-    all_: Annotated[bool, typer.Option("--all", help="Also list what does run on integers.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Also list the nodes that run on integer kernels.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 when a quantized group is not on an integer kernel.")
+        bool, typer.Option("--strict", help="Exit with 1 if a quantized group is not on an integer kernel.")
     ] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """What onnxruntime made of each quantized group of a model: its kernel, or the rule against it and what helps."""
+    """Print the kernel that onnxruntime built for each quantized group, or the rule against it and the fix."""
     from ..text import console
     from .audit_tables import audits, print_audit, to_json
 
-    found = audits(model, threads=threads)
-    console.print_json(to_json(model, found)) if json else print_audit(found, everything=all_)
-    if strict and any(fusion.failed for fusion in found.values()):
+    fusions = audits(model, threads=threads)
+    console.print_json(to_json(model, fusions)) if json else print_audit(fusions, everything=all_)
+    if strict and any(fusion.failed for fusion in fusions.values()):
         raise typer.Exit(1)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
-    """The audit of an ONNX file, or of each network file of a bundle, by file name.
+    """Return the audit of an ONNX file, or of each network file of a bundle, by file name.
 
-    A bundle's manifest says what its islands are. Raises BundleError, ModelError or InputError.
+    The islands are those of the bundle's manifest. Raises BundleError, ModelError or InputError.
     """
     from mezzotint.compiler.audit.fusion import audit_fusion
     from mezzotint.runtime.bundle.bundle import open_bundle
@@ -40,18 +40,18 @@ def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
         }
 
 
-def to_json(model: Path, found: Mapping[str, Fusion]) -> dict[str, Any]:
-    """`ok` says that no quantized group was left in float."""
+def to_json(model: Path, fusions: Mapping[str, Fusion]) -> dict[str, Any]:
+    """Return the audits as plain data. `ok` is true where no quantized group was left in float."""
     return {
         "model": str(model),
-        "ok": not any(fusion.failed for fusion in found.values()),
-        "files": {name: fusion.to_json() for name, fusion in found.items()},
+        "ok": not any(fusion.failed for fusion in fusions.values()),
+        "files": {name: fusion.to_json() for name, fusion in fusions.items()},
     }
 
 
-def print_audit(found: Mapping[str, Fusion], *, everything: bool = False) -> None:
-    """Totals; what is not on an integer kernel, with the rule and the fix; with `everything` the rest, too."""
-    for name, fusion in found.items():
+def print_audit(fusions: Mapping[str, Fusion], *, everything: bool = False) -> None:
+    """Print totals and each node without an integer kernel, with the rule and the fix; `everything` adds the others."""
+    for name, fusion in fusions.items():
         console.print_pairs(name, {**fusion.totals, "onnxruntime": fusion.onnxruntime})
         failed = [(v.name, *_kernels(v), v.rule) for v in fusion.failed]
         if failed:

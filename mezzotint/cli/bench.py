@@ -1,4 +1,4 @@
-"""`mezzotint bench`: how long a call takes, beside fp32 onnxruntime and beside other quantizers."""
+"""`mezzotint bench`: the time of one call, compared with fp32 onnxruntime and with other quantizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .options import Json, Quiet
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one call; 1 unless the graph says.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples in one call; 1, or the graph's fixed batch, when left out.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime, and of every peer.")] = 2,
     float_: Annotated[
         Path | None, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote, to compare with.")
@@ -21,9 +23,9 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Measure peers of --float too: onnxruntime's quantizer, OpenVINO, NNCF.")
     ] = False,
-    calibration: Annotated[int, typer.Option(min=1, help="Float calls that peers are calibrated on.")] = 16,
+    calibration: Annotated[int, typer.Option(min=1, help="Float calls for the calibration of the peers.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Calls in one block of the measurement.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="How often the blocks are gone through, there and back.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes over all blocks, each forwards and backwards.")] = 2,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`mezzotint card`: the bundle's README.md, with what was measured after the compilation."""
+"""`mezzotint card`: the bundle's README.md, with measurements from after the compilation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from .options import Json
 
 def card(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    eval_: Annotated[Path | None, typer.Option("--eval", help="What `mezzotint eval --json` printed.")] = None,
-    bench: Annotated[Path | None, typer.Option(help="What `mezzotint bench --json` printed, on this machine.")] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help="The output of `mezzotint eval --json`.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="The output of `mezzotint bench --json` on this machine.")] = None,
     license: Annotated[str | None, typer.Option(help="The model's licence, such as apache-2.0.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="The float model on the hub, as OWNER/NAME.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The float model on the Hugging Face hub, as OWNER/NAME.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Write the model card anew. It is a part of the bundle, which is sealed again: its digest changes with it."""
+    """Write the model card again. The card is a part of the bundle: the bundle's digest changes with it."""
     from mezzotint.compiler.bundle.card import CARD
     from mezzotint.runtime.bundle.bundle import open_bundle
 
@@ -26,11 +28,11 @@ def card(
     from ..text import console
 
     before = open_bundle(bundle, verify=False).manifest["digest"]
-    made = rewrite_card(bundle, evaluation=eval_, bench=bench, license=license, base_model=base_model)
-    after = made.manifest["digest"]
+    rewritten = rewrite_card(bundle, evaluation=eval_, bench=bench, license=license, base_model=base_model)
+    after = rewritten.manifest["digest"]
     summary = {
         "card": str(bundle / CARD),
-        "measured": ", ".join(made.manifest.get("measured", {})) or "nothing",
+        "measured": ", ".join(rewritten.manifest.get("measured", {})) or "nothing",
         "digest": after,
         "digest before": before if before != after else "the same: nothing changed",
     }

@@ -14,9 +14,11 @@ from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads,
 def debug(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     reference: Reference,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures in the trajectory.")] = 1,
-    calls: Annotated[int | None, typer.Option(min=1, help="Measure at so many network calls only, evenly.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Layers to print; --json has them all.")] = 20,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Images in the trajectory.")] = 1,
+    calls: Annotated[
+        int | None, typer.Option(min=1, help="Number of network calls to measure, evenly spaced; all when left out.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layers to print; --json contains all of them.")] = 20,
     seed: NoiseSeed = None,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
@@ -24,7 +26,7 @@ def debug(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """The error of each quantized layer at each step, ranked by what it costs at the output, and what would help."""
+    """Rank the quantized layers by the error that they cause at the output, with the remedy for each."""
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..debug.diagnose import diagnose

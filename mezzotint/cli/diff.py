@@ -1,4 +1,4 @@
-"""`mezzotint diff`: what differs between two bundles, or between two passes of one."""
+"""`mezzotint diff`: the differences between two bundles, or between two passes of one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .options import Json
 
 def diff(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    other: Annotated[Path | None, typer.Argument(help="Another one, to compare with.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="Another bundle folder, to compare with.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="A pass of the bundle, by number or name.")] = None,
     to: Annotated[str | None, typer.Option("--to", help="The pass to compare it with.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
     json: Json = False,
 ) -> None:
-    """What differs between two bundles, or between the graphs behind two passes of one (--from, --to)."""
+    """Compare two bundles, or the graphs after two passes of one bundle (--from, --to)."""
     from mezzotint.runtime.bundle.bundle import open_bundle
     from mezzotint.runtime.errors import InputError
 
@@ -27,9 +27,9 @@ def diff(
 
     one = open_bundle(bundle)
     if other is not None and from_ is None and to is None:
-        found = compare_bundles(one, open_bundle(other))
+        difference = compare_bundles(one, open_bundle(other))
     elif other is None and from_ is not None and to is not None:
-        found = compare_passes(one, from_, to)
+        difference = compare_passes(one, from_, to)
     else:
         raise InputError(
             "it is not clear what to compare", hint="give two bundles, or one with --from PASS and --to PASS"
@@ -38,16 +38,16 @@ def diff(
         from ..inspect import html as pages
         from ..io.files import replacing
 
-        parts = [pages.table_section(t.title, t.columns, t.rows) for t in found.tables.values()]
-        if found.text:
-            parts.append(pages.diff_section("graphs as text", found.text))
+        sections = [pages.table_section(t.title, t.columns, t.rows) for t in difference.tables.values()]
+        if difference.text:
+            sections.append(pages.diff_section("graphs as text", difference.text))
         with replacing(html) as part:
-            part.write_text(pages.document(found.title, parts), encoding="utf-8", newline="\n")
+            part.write_text(pages.document(difference.title, sections), encoding="utf-8", newline="\n")
     if json:
-        console.print_json(found.to_json())
+        console.print_json(difference.to_json())
         return
-    console.out.print(found.title, highlight=False, markup=False)
-    for table in found.tables.values():
+    console.out.print(difference.title, highlight=False, markup=False)
+    for table in difference.tables.values():
         if table.rows:
             console.print_table(table.title, table.columns, table.rows)
         else:

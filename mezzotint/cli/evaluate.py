@@ -1,4 +1,4 @@
-"""`mezzotint eval`: a bundle beside its float model, in pairs of pictures from the same noise."""
+"""`mezzotint eval`: a bundle compared with its float model, in pairs of images from the same noise."""
 
 from __future__ import annotations
 
@@ -14,28 +14,33 @@ from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads,
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     reference: Reference,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pairs of pictures.")] = 64,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pairs of images.")] = 64,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder that keeps the pictures: can be stopped, and go on.")
+        Path | None,
+        typer.Option("-o", "--output", help="Folder that keeps the images, so that a stopped run can be resumed."),
     ] = None,
     seed: NoiseSeed = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 16,
     features: Annotated[
         str | None, typer.Option(help="digits, inception, none, FILE.onnx, or package.module:attribute (torch).")
     ] = None,
     correction: Annotated[
         bool | None,
-        typer.Option("--correction/--no-correction", help="Undo quantization noise; when left out, where it fits."),
+        typer.Option(
+            "--correction/--no-correction", help="Undo quantization noise; when left out, where the tables are valid."
+        ),
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure time and memory of a call.")] = True,
-    resamples: Annotated[int, typer.Option(min=2, help="Draws of the bootstrap; fewer for Frechet.")] = 1000,
+    resamples: Annotated[
+        int, typer.Option(min=2, help="Resamples of the bootstrap; fewer for the Frechet distance.")
+    ] = 1000,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
     threads: Threads = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """How near to the float model a bundle's pictures are, with intervals, and what a call costs beside it."""
+    """Compare a bundle's images with those of the float model, with confidence intervals, and the cost of a call."""
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..evaluate.report import OTHER_WEIGHTS, print_evaluation

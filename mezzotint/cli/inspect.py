@@ -1,4 +1,4 @@
-"""`mezzotint inspect`: what was done to a bundle, as tables, as JSON, or as a page."""
+"""`mezzotint inspect`: the contents of a bundle and how it was made, as tables, as JSON, or as a page."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from .options import Json, Quiet
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    html: Annotated[Path | None, typer.Option(help="Write a page instead, one file that needs no network.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write an HTML page instead: one file that needs no network.")
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Page: the float .onnx that `mezzotint export` wrote, to compare with.")
     ] = None,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=0, help="Page: how many pictures; 0 is none.")] = 8,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=0, help="Page: number of images; 0 for none.")] = 8,
     calls: Annotated[
-        int, typer.Option(min=0, help="Page: network calls at which the layers' errors are measured; 0 is none.")
+        int, typer.Option(min=0, help="Page: network calls at which the layers' errors are measured; 0 for none.")
     ] = 2,
     profile: Annotated[
         bool, typer.Option("--profile/--no-profile", help="Page: measure the time of each node.")
     ] = True,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Page: seed of the noise; one that nothing drew from.")
+        int | None, typer.Option(min=0, help="Page: seed of the noise; an unused one when left out.")
     ] = None,
     conditions: Annotated[Path | None, typer.Option(help="Page: .npz with the model's conditions.")] = None,
     unconditional: Annotated[
@@ -35,13 +37,13 @@ def inspect(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """What was done to a bundle: passes, quantizers, what runs as integers, and why the rest does not."""
+    """Print a bundle's passes, quantizers, integer kernels, and the reason for each layer without one."""
     from mezzotint.runtime.bundle.bundle import open_bundle
     from mezzotint.runtime.errors import InputError
 
     page_only = {"reference": reference, "seed": seed, "conditions": conditions, "unconditional": unconditional}
-    if html is None and (given := [f"--{name}" for name, value in page_only.items() if value is not None]):
-        raise InputError(f"{given[0]} is for the page", hint="say where to write it: --html FILE")
+    if html is None and (flags := [f"--{name}" for name, value in page_only.items() if value is not None]):
+        raise InputError(f"{flags[0]} is for the page", hint="add the file to write: --html FILE")
     opened = open_bundle(bundle)
     if html is not None:
         from ..inspect.measure import PageOptions

@@ -1,4 +1,4 @@
-"""`mezzotint overlay` and `mezzotint overrides`: what a bundle knows, in the files of other tools."""
+"""`mezzotint overlay` and `mezzotint overrides`: facts of a bundle in the file formats of other tools."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def overlay(
     output: Annotated[Path, typer.Option("-o", "--output", help=".json file to write.")],
     what: Annotated[str, typer.Option(help="precision, kernel, scale, time or cost.")] = "precision",
     debug: Annotated[
-        Path | None, typer.Option("--layers", help="For cost: what `mezzotint debug --json` printed.")
+        Path | None, typer.Option("--layers", help="For cost: the output of `mezzotint debug --json`.")
     ] = None,
     threads: Threads = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Node data for Model Explorer: the nodes of the network, coloured by what is known of them."""
+    """Write node data for Model Explorer: the nodes of the network, coloured by one of their properties."""
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..interchange import write_json
@@ -51,7 +51,7 @@ def overrides(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """TensorQuantOverrides for onnxruntime's own quantizer: the bundle's scales, for the tensors of the float model."""
+    """Write TensorQuantOverrides for onnxruntime's quantizer: the bundle's scales for tensors of the float model."""
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..interchange import write_json

@@ -16,18 +16,21 @@ def mix(
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
     reference: Reference,
     budget: Annotated[
-        float | None, typer.Option(help="Mean cost of a call relative to the dearest; PTQD's own rule when left out.")
+        float | None,
+        typer.Option(help="Mean cost of a call relative to the most expensive; PTQD's rule when left out."),
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="What is bounded: errors beside the `schedule`'s noise, or in the `picture`.")
+        str, typer.Option(help="Bound the errors relative to the `schedule`'s noise, or in the `picture`.")
     ] = "schedule",
-    relax: Annotated[float | None, typer.Option(help="Give this last part of the calls to the most precise.")] = None,
-    relax_first: Annotated[bool, typer.Option("--relax-first", help="Let --relax mean the first part.")] = False,
+    relax: Annotated[
+        float | None, typer.Option(help="Give this last fraction of the calls to the most precise.")
+    ] = None,
+    relax_first: Annotated[bool, typer.Option("--relax-first", help="Let --relax mean the first fraction.")] = False,
     cost: Annotated[
         list[str] | None, typer.Option("--cost", help="NAME=NUMBER for each precision; measured when left out.")
     ] = None,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pictures to measure errors on.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 8,
+    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Images on which errors are measured.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 8,
     seed: NoiseSeed = None,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
@@ -36,7 +39,7 @@ def mix(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Mix bundles of one network: one bundle that picks a precision at each network call."""
+    """Mix bundles of one network into one that chooses a precision at each network call."""
     from ..io.settings import load_conditions, parse_bundles, parse_costs
     from ..mix.mix import mix_bundles
     from ..text import console

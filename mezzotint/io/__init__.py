@@ -1,1 +1,1 @@
-"""What comes in (models, settings, conditions) and small files and pictures that go out."""
+"""Input (models, settings, conditions) and output (small files, images)."""

@@ -1,4 +1,4 @@
-"""Small files, written beside their target and moved into place."""
+"""Small files, written next to their target and moved into place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mezzotint.compiler.errors import OutputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; at the end what lies there takes the place of `path`, an earlier one until then.
+    """Yield a temporary path; at the end its file replaces `path`.
 
-    Folders above are made. What fails leaves nothing behind; errors of the disk become OutputError.
+    Parent folders are created. A failure leaves an earlier file as it was; errors of the disk become OutputError.
     """
     part = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -26,5 +26,5 @@ def replacing(path: Path) -> Iterator[Path]:
             f"cannot write: {error.strerror or error}", where=str(path), hint="free some space or choose another place"
         ) from error
     finally:
-        with suppress(NotADirectoryError):  # a file stood where a folder should: told above
+        with suppress(NotADirectoryError):  # a file in the place of a parent folder, reported above
             part.unlink(missing_ok=True)

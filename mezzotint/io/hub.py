@@ -1,4 +1,4 @@
-"""What a model's own card tells: the fields in front of its README.md, as the Hugging Face hub has them."""
+"""The fields of a model's own card: the YAML at the top of its README.md, as on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTI
 
 
 def card_fields(model: str | Path | None, license: str | None = None) -> dict[str, str]:
-    """What a bundle's card may say of the float model, by the names of INHERITED, and `license_from`.
+    """Return the fields of a bundle's card about the float model, by the names of INHERITED, and `license_from`.
 
-    A licence that was given (an identifier of the hub, such as `apache-2.0`) outweighs that of the model's card; a
-    README.md without such fields, or whose fields cannot be read, tells nothing. Raises InputError for a licence that
-    is no identifier.
+    `license` (an identifier of the hub, such as `apache-2.0`) replaces that of the model's card. A README.md without
+    such fields, or with unreadable ones, contributes nothing. Raises InputError for a licence that is not an
+    identifier.
     """
-    found = {} if model is None else _own_fields(model)
+    own = {} if model is None else _own_fields(model)
     if license is None:
-        return found
+        return own
     checked_license(license)
-    kept = {key: value for key, value in found.items() if not key.startswith("license")}
+    kept = {key: value for key, value in own.items() if not key.startswith("license")}
     return {"license": license, "license_from": "given", **kept}
 
 
 def checked_license(license: str) -> str:
+    """Return the licence. Raises InputError unless it has the form of an identifier."""
     if not _LICENSE.fullmatch(license):
         raise InputError(
             f"not an identifier of a licence: {license!r}",
@@ -44,6 +45,7 @@ def checked_license(license: str) -> str:
 
 
 def checked_model(name: str) -> str:
+    """Return the name. Raises InputError unless it has the form OWNER/NAME or NAME."""
     if not _MODEL.fullmatch(name):
         raise InputError(f"not a model of the hub: {name!r}", where="--base-model", hint="the form is OWNER/NAME")
     return name
@@ -52,18 +54,18 @@ def checked_model(name: str) -> str:
 def _own_fields(model: str | Path) -> dict[str, str]:
     path = DIGITS if str(model) == "digits" else Path(model)
     if not path.is_dir():
-        return {}  # an .onnx file: what lies around it need not belong to it
+        return {}  # an .onnx file: a README.md next to it may belong to something else
     folders = (path, path.absolute().parent) if path.absolute().name in NETWORKS else (path,)
     fields = next((f for folder in folders if (f := front_matter(folder / "README.md"))), {})
-    found = {key: str(fields[key]) for key in INHERITED if isinstance(fields.get(key), str) and fields[key]}
-    return {**found, "license_from": "source"} if "license" in found else found
+    kept = {key: str(fields[key]) for key in INHERITED if isinstance(fields.get(key), str) and fields[key]}
+    return {**kept, "license_from": "source"} if "license" in kept else kept
 
 
 def front_matter(file: Path) -> dict[str, Any]:
-    """The YAML between the two lines `---` at the top of a file; empty where there is none that can be read."""
+    """Return the YAML between the two lines `---` at the top of a file, empty if it is missing or unreadable."""
     try:
-        found = _FRONT.match(file.read_text(encoding="utf-8"))
-        fields = yaml.safe_load(found[1]) if found else None
+        match = _FRONT.match(file.read_text(encoding="utf-8"))
+        fields = yaml.safe_load(match[1]) if match else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return fields if isinstance(fields, dict) else {}

@@ -1,1 +1,1 @@
-"""Many pictures into a folder, shard by shard."""
+"""Many images in a folder, drawn and stored shard by shard."""

@@ -1,1 +1,1 @@
-"""What is shown in a terminal."""
+"""The text output of the command line: tables, reports, errors."""

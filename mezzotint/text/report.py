@@ -1,4 +1,4 @@
-"""What is told about bundles and recipes, as data and as tables."""
+"""Summaries of bundles and recipes, as data and as tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from .report_mix import precisions_of, print_precisions
 
 
 def model_bytes(bundle: Bundle) -> int:
-    """Bytes of the bundle's ONNX files and their external data."""
+    """Return the bytes of the bundle's ONNX files and their external data."""
     folder = MODEL.rpartition("/")[0] + "/"
     return sum(entry["bytes"] for name, entry in bundle.manifest["files"].items() if name.startswith(folder))
 
 
 def compile_summary(bundle: Bundle) -> dict[str, Any]:
+    """Return the main facts of a compiled bundle."""
     manifest = bundle.manifest
     kernels, source = manifest["kernels"], manifest["source"]
     return {
@@ -41,7 +42,7 @@ def compile_summary(bundle: Bundle) -> dict[str, Any]:
 
 
 def compile_rows(summary: dict[str, Any]) -> dict[str, str]:
-    """compile_summary for people."""
+    """Return compile_summary for display."""
     size, before = summary["model_bytes"], summary["parameter_bytes_before"]
     return {
         "bundle": summary["bundle"],
@@ -73,7 +74,7 @@ def sample_summary(bundle: Bundle, output: Path, n: int, options: SamplingOption
 
 
 def inspection(bundle: Bundle) -> dict[str, Any]:
-    """The manifest without the hashes, and what follows from it."""
+    """Return the manifest without the hashes, and facts that follow from it."""
     hidden = ("files", "format")
     return {
         "bundle": str(bundle.path),
@@ -84,6 +85,7 @@ def inspection(bundle: Bundle) -> dict[str, Any]:
 
 
 def print_inspection(bundle: Bundle) -> None:
+    """Print the facts of a bundle as tables."""
     m = bundle.manifest
     size = model_bytes(bundle)
     console.print_pairs(
@@ -98,7 +100,9 @@ def print_inspection(bundle: Bundle) -> None:
             if bundle.deployed_timesteps is None
             else f"{len(bundle.deployed_timesteps)} rows",
             "size": f"{size / 1e6:.2f} MB; float parameters were {m['source']['parameter_bytes'] / 1e6:.2f} MB",
-            "storage": _storage(m["storage"]) if "storage" in m else "not told: compiled before it was counted",
+            "storage": _storage(m["storage"])
+            if "storage" in m
+            else "unknown: compiled by a version that did not count it",
             "kernels": f"{m['kernels']['integer']} integer, {m['kernels']['float']} float",
             "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
             "digest": m["digest"],
@@ -129,23 +133,23 @@ def print_inspection(bundle: Bundle) -> None:
         console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
     kernels = [(name, row["kernel"], row.get("why", "")) for name, row in m["kernels"]["layers"].items()]
     console.print_table("layers", ("layer", "kernel", "why not integer"), kernels)
-    if refused := m.get("refused"):  # bundles written before there was such a thing have none
-        console.print_table("factors that found no place", ("value", "why"), list(refused.items()))
+    if refused := m.get("refused"):  # absent in bundles of older versions
+        console.print_table("factors without a place", ("value", "why"), list(refused.items()))
 
 
-def _storage(found: dict[str, Any]) -> str:
-    """Bytes and values by storage type, one a line, and what the file could not store as narrow as it is."""
+def _storage(storage: dict[str, Any]) -> str:
+    """Return bytes and values by storage type, one a line, and notes on constants stored wider than their type."""
     rows = [
         f"{kind}: {row['bytes'] / 1e6:.2f} MB, {row['values']} values in {row['constants']} constants"
-        for kind, row in found["types"].items()
+        for kind, row in storage["types"].items()
     ]
-    rest = found["model_bytes"] - found["constant_bytes"]
-    ratio = [] if found["ratio"] is None else [f"{found['ratio']:.3f} of the float parameters"]
-    return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *found["notes"]])
+    rest = storage["model_bytes"] - storage["constant_bytes"]
+    ratio = [] if storage["ratio"] is None else [f"{storage['ratio']:.3f} of the float parameters"]
+    return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *storage["notes"]])
 
 
 def _print_bits(bits: dict[str, Any]) -> None:
-    """The Pareto curve of assign_bits, with what was chosen in it."""
+    """Print the Pareto curve of assign_bits, with the chosen point."""
     points = [("", p) for p in bits["pareto"]] + [("chosen", bits["chosen"])]
     rows = [
         (mark, f"{p['takes']:.4g}", f"{p['mean_bits']:.2f}", _layers(p["layers"]), _db(p["sqnr_db"]))
@@ -156,7 +160,7 @@ def _print_bits(bits: dict[str, Any]) -> None:
 
 
 def _print_noise(noise: dict[str, Any]) -> None:
-    """What fit_noise measured at each network call, and what of it the sampler undoes."""
+    """Print the measurements of fit_noise at each network call, and the part that the sampler undoes."""
     words = {"none": "nothing", "both": "slope and bias"}
     rows = [
         (
@@ -184,7 +188,7 @@ def _db(value: float | None) -> str:
 
 
 def _format(quantizer: dict[str, Any]) -> str:
-    """`int8`; with the number of channels where they have widths of their own: `int8 (4 bits: 115, 8 bits: 13)`."""
+    """Return `int8`, or `int8 (4 bits: 115, 8 bits: 13)` with the number of channels of each width."""
     widths = ", ".join(f"{bits} bits: {n}" for bits, n in quantizer.get("row_bits", {}).items())
     return f"{quantizer['format']} ({widths})" if widths else str(quantizer["format"])
 
@@ -202,7 +206,7 @@ def _zero(quantizer: dict[str, Any]) -> str:
 
 
 def print_recipes(name: str | None, *, as_json: bool) -> None:
-    """All recipes; or one recipe as YAML, with its passes; or one pass with its options and what it says of itself."""
+    """Print all recipes, one recipe as YAML with its passes, or one pass with its options and description."""
     if name is None:
         if as_json:
             console.print_json([{**r.to_json(), "islands": list(r.islands)} for r in RECIPES.values()])
@@ -221,12 +225,12 @@ def print_recipes(name: str | None, *, as_json: bool) -> None:
 
 
 def _print_pass(name: str, as_json: bool) -> None:
-    made = make_pass(name)
-    module = importlib.import_module(type(made).__module__)
-    types = {f.name: f.type for f in dataclasses.fields(made)}  # type: ignore[arg-type]
-    options = {option: {"default": value, "type": str(types[option])} for option, value in made.options().items()}
+    step = make_pass(name)
+    module = importlib.import_module(type(step).__module__)
+    types = {f.name: f.type for f in dataclasses.fields(step)}  # type: ignore[arg-type]
+    options = {option: {"default": value, "type": str(types[option])} for option, value in step.options().items()}
     description = inspect.getdoc(module) or ""
-    described = {"pass": name, "description": description, "options": options, "exact": made.tolerance is not None}
+    described = {"pass": name, "description": description, "options": options, "exact": step.tolerance is not None}
     if as_json:
         console.print_json(described)
         return

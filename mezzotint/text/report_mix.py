@@ -1,4 +1,4 @@
-"""What is told about a bundle of several precisions."""
+"""Summaries of a bundle of several precisions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import console
 
 
 def mix_summary(bundle: Bundle) -> dict[str, Any]:
-    """A mixed bundle in short."""
+    """Return the main facts of a mixed bundle."""
     manifest = bundle.manifest
     rows = manifest["precisions"]
     return {
@@ -32,12 +32,12 @@ def mix_summary(bundle: Bundle) -> dict[str, Any]:
 
 
 def mix_rows(summary: dict[str, Any]) -> dict[str, str]:
-    """mix_summary for people."""
+    """Return mix_summary for display."""
     size, alone = summary["bytes"] / 1e6, summary["bytes_alone"] / 1e6
     return {
         "bundle": summary["bundle"],
         "choice": _rule(summary),
-        "mean cost": f"{summary['mean_cost']:.3f} of the dearest precision's ({_cost(summary['cost'])})",
+        "mean cost": f"{summary['mean_cost']:.3f} of the most expensive precision's ({_cost(summary['cost'])})",
         "left out": ", ".join(summary["unused"]) or "none",
         "size": f"{size:.2f} MB, {alone:.2f} MB apart; {summary['shared_bytes'] / 1e6:.2f} MB are shared",
         "noise correction": summary["correction"],
@@ -46,7 +46,7 @@ def mix_rows(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def print_precisions(bundle: Bundle) -> None:
-    """The precisions of a mixed bundle, and which calls use them."""
+    """Print the precisions of a mixed bundle, and the calls that use them."""
     manifest, timesteps = bundle.manifest, bundle.deployment.calls
     rows = [
         (name, row["file"], f"{row['bytes'] / 1e6:.2f}", f"{row['cost']:.3f}", row["calls"])
@@ -72,7 +72,7 @@ def print_precisions(bundle: Bundle) -> None:
 
 
 def precisions_of(bundle: Bundle, plan: Deployment) -> dict[str, str]:
-    """How often a way of sampling uses each precision; nothing where there is one only."""
+    """Return how often a deployment uses each precision; empty for a bundle of one precision."""
     if bundle.precisions is None:
         return {}
     used = Counter(bundle.precisions.of(plan.solver(bundle.schedule).steps))
@@ -86,7 +86,7 @@ def _rule(choice: dict[str, Any]) -> str:
     if tau is None:
         bound = "the best at each call"
     elif choice["rule"] == "picture":
-        bound = f"a call adds at most {-tau:.1f} dB to the picture"
+        bound = f"a call adds at most {-tau:.1f} dB to the image"
     else:
         bound = f"{tau:+.1f} dB above the schedule"
     return bound if choice["budget"] is None else f"{bound}, within a budget of {choice['budget']:g}"
@@ -101,7 +101,7 @@ def _cost(how: dict[str, Any]) -> str:
 
 
 def _range(values: list[float | None]) -> str:
-    """None is infinite: no error, or no noise."""
+    """Return the range of values in dB. None stands for infinity: no error, or no noise."""
     known = [value for value in values if value is not None]
     if not known:
         return "no error"

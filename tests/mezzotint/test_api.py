@@ -530,9 +530,12 @@ def test_without_torch_diffusers_models_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "mezzotint.compiler.frontend.from_torch", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
 
-    with pytest.raises(ModelError, match="needs torch, which is not installed") as caught:
-        compile_model("digits", tmp_path / "b")
+    stages: list[tuple[str, int, int]] = []
 
+    with pytest.raises(ModelError, match="needs torch, which is not installed") as caught:
+        compile_model("digits", tmp_path / "b", progress=lambda *call: stages.append(call))
+
+    assert stages == [("load torch", 0, 1)], "reported before the import, which takes seconds"
     assert "mezzotint[torch]" in (caught.value.hint or "")
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.diff import Difference, Table, compare_bundles, compare_passes
+from mezzotint.diff import Difference, DiffTable, compare_bundles, compare_passes
 from mezzotint.inspect.html import diff_section, document, table_section
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
@@ -29,7 +29,7 @@ def plain(hand: Compiled) -> Bundle:
     return hand.bundle
 
 
-def by_name(found: Table) -> dict[str, tuple[object, ...]]:
+def by_name(found: DiffTable) -> dict[str, tuple[object, ...]]:
     return {str(row[0]): row[1:] for row in found.rows}
 
 
@@ -189,5 +189,5 @@ class TestCommand:
         assert (tmp_path / "file").read_text() == "kept"
 
     def test_a_difference_is_data(self) -> None:
-        found = Difference("t", {"nodes": Table("nodes", ("", "first"), (("Conv", 2),))}, "text")
+        found = Difference("t", {"nodes": DiffTable("nodes", ("", "first"), (("Conv", 2),))}, "text")
         assert found.to_json() == {"title": "t", "nodes": [{"": "Conv", "first": 2}]}

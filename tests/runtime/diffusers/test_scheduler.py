@@ -928,7 +928,7 @@ class TestAttach:
             unet=parts["unet"],
             scheduler=parts["scheduler"],
         )
-        with pytest.raises(InputError, match="LDMTextToImagePipeline does not tell its guidance scale") as caught:
+        with pytest.raises(InputError, match="LDMTextToImagePipeline has no guidance_scale") as caught:
             attach(pipe, stable.bundle, correction=True)
         assert "guidance_scale=..." in (caught.value.hint or "")
         assert attach(pipe, stable.bundle).scheduler is parts["scheduler"]
