@@ -1,52 +1,48 @@
-"""assign_bits: which layers are worth 8 bits, which do with 4, and which should stay in float.
+"""assign_bits: choose the width of each layer's weights under a budget, by the error that it makes in epsilon.
 
-Each layer is quantized by itself, at each width, and what that does to epsilon is measured at a few calls of the float
-trajectory (compiler/bits/profile.py). Errors of different layers are close to independent, so that the squared error of
-a whole allocation is the sum of theirs, and the best one under a budget is an integer program (HAWQ-V3, arXiv
+Each layer is quantized by itself at each width, and the effect on epsilon is measured at a few calls of the float
+trajectory (compiler/bits/profile.py). Errors of different layers are nearly independent, so the squared error of an
+allocation is close to the sum of theirs, and the best allocation under a budget is an integer program (HAWQ-V3, arXiv
 2011.10680; compiler/bits/allocation.py solves it exactly):
 
     minimise sum_l e[l, c(l)]    subject to    sum_l cost[l, c(l)] <= budget         e: mean over the calls, relative
 
-Budgets, of which one must be given:
+Exactly one of these budgets must be given:
 
-mean_bits  bits for each weight of the layers that are not islands; one in float has 32
-size       of the file, as a share of all parameters in fp32; islands, norms, biases and tables are in it
-latency    of the layers, relative to all of them on integer kernels. Widths change nothing here, all run on 8-bit
-           kernels; layers in float do, for `float_cost` times the time of integer multiplications
-bops       multiplications times bits of weights times bits of activations, relative to W8A8
+- `mean_bits`: bits for each weight of the layers that are not islands; a weight in float has 32.
+- `size`: of the file, as a share of all parameters in fp32, with islands, norms, biases and tables.
+- `latency`: of the layers, as a share of their time on integer kernels. All widths use 8-bit kernels, so only layers in
+  float change it; they take `float_cost` times the time of integer multiplications.
+- `bops`: multiplications times bits of weights times bits of activations, relative to W8A8.
 
-Scores:
+Scores: `sqnr` as above; `hawq`, noise from the trace of the Gauss-Newton matrix, by probes without gradients; `mixdq`,
+convolutions by that squared error and matmuls by the SSIM of images (arXiv 2405.17873; compiler/bits/mixdq.py). The
+scope `layer` measures the noise in each layer's own output: a few runs for all layers, for networks too large for one
+run for each layer and width.
 
-sqnr       as above
-hawq       noise from the trace of the Gauss-Newton matrix, by probes that need no gradient
-mixdq      convolutions by that squared error, matmuls by the SSIM of pictures (arXiv 2405.17873;
-compiler/bits/mixdq.py)
+Measured on the digits (46 weights, 2 samples, 3 calls; error of the weights alone): 45.8 dB with 8 bits everywhere,
+20.1 dB with 4, and 44.2 dB with 5.0 bits a weight (predicted 42.9). The noise comes from the outermost convolutions at
+the last calls; 4 bits suffice for the deep layers, which hold most of the weights. The sum is 0.3 to 1.7 dB too
+pessimistic.
 
-`scope` layer measures the noise in each layer's own output: a few runs for all layers, where the network is too large
-for one run for each of them and each width.
-
-Measured on the digits (46 weights, 2 samples, 3 calls; error of the weights alone): all at 8 bits 45.8 dB, all at 4
-20.1 dB, and at 5.0 bits a weight 44.2 dB, predicted 42.9. The noise sits in the outermost convolutions at the last
-calls; the deep layers, which hold most of the weights, do with 4 bits. The sum is 0.3 to 1.7 dB too pessimistic.
-
-With `parts` above 1 output channels get the bits: those of a weight are sorted (`order`) and cut into so many parts,
-each with a width of its own; a part's error is its share of the layer's (compiler/bits/parts.py). MPQ-DM (arXiv
-2412.11549) gives the tenth of the channels of largest kurtosis one bit more and the tenth of smallest one less, where
-the layer's error falls; here any of `widths` may go to any part, by the integer program, and channels are sorted by
-their rounding error unless told otherwise. Measured at 4.2 bits a weight (w8a8-steps, 20 DDIM steps, 8 calibration
-samples; SQNR of epsilon by the weights alone, measured here, and of everything, in dB; median PSNR of 16 pictures;
-other noise):
+With `parts` above 1 the output channels of a weight are sorted (`order`) and cut into that many parts, each with a
+width of its own; a part's error is its share of the layer's (compiler/bits/parts.py). MPQ-DM (arXiv 2412.11549) gives
+the tenth of the channels with the largest kurtosis one bit more, and the tenth with the smallest one bit less, if the
+layer's error falls. Here the integer program may give any of `widths` to any part, and channels are sorted by their
+rounding error by default. Measured at 4.2 bits a weight (w8a8-steps, 20 DDIM steps, 8 calibration samples; SQNR of
+epsilon in dB, of the weights alone as the pass measures it, and with everything quantized; median PSNR in dB of 16
+images of other noise):
 
     widths 4, 8           1 part  28.2, 31.7, 29.6     10 parts  35.8, 34.3, 27.5     by kurtosis  35.2, 34.0, 30.2
     the same and gptq     1 part        35.0, 39.4     10 parts        36.0, 42.3
     widths 2, 4, 8        1 part  42.5, 35.7, 29.6     10 parts  42.5, 35.8, 32.7
 
-With two widths parts are worth what a third one is; with three, the activations' error is larger than what is left. The
-sum is more pessimistic by parts (31.1 predicted for 35.8). Kernels are the same, files 0.2 to 0.7 % larger.
+With two widths, parts gain as much as a third width does; with three, the activations' error exceeds the rest. The sum
+is more pessimistic with parts (31.1 predicted for 35.8). Kernels are the same, files 0.2 to 0.7 % larger.
 
-With `floats` a layer may stay in float, and what its activations do is measured, too, with the scales of this plan:
-best behind every pass that makes scales. `activation_widths` lets activations have fewer bits as well (simulated on
-8-bit kernels, which gain nothing by it), under a budget of bops.
+With `floats` a layer may stay in float, and the error of its activations is measured as well, with the scales of this
+plan: then the pass belongs behind all passes that make scales. `activation_widths` also allows activations of fewer
+bits (simulated on 8-bit kernels, so they save no time), under a budget of `bops`.
 """
 
 from __future__ import annotations
@@ -89,11 +85,12 @@ from mezzotint.runtime.arrays import AnyArray
 
 @dataclass(frozen=True)
 class AssignBits(Pass):
-    """One of `mean_bits`, `size`, `latency` and `bops` is the budget; `islands` are those of insert_qdq, kept in float.
+    """Widths of layers, or of parts of their output channels, under one budget.
 
-    The profile rests on `samples` pictures at `calls` calls of the deployment, evenly spaced; `weighting` relative
-    counts every call alike, absolute by the power of epsilon there. `weights` is the method of choose_scales. `splits`
-    and `length` (network calls of a picture) belong to mixdq. `parts` and `order` are about output channels.
+    - `mean_bits`, `size`, `latency`, `bops`: the budget. `islands`: as in insert_qdq; they stay in float.
+    - `calls`, `samples`: the profile uses so many calls of the deployment, evenly spaced, and images.
+    - `weighting`: `relative` counts every call equally, `absolute` by the power of epsilon there.
+    - `weights`: as in choose_scales. `splits`, `length` (calls of an image): of mixdq.
     """
 
     mean_bits: float | None = None
@@ -120,14 +117,14 @@ class AssignBits(Pass):
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
 
     def __post_init__(self) -> None:
-        given = self._budgets()
-        if len(given) > 1:
+        kinds = self._budgets()
+        if len(kinds) > 1:
             raise RecipeError(
-                f"assign_bits has {len(given)} budgets: {', '.join(given)}",
+                f"assign_bits has {len(kinds)} budgets: {', '.join(kinds)}",
                 where=self.name,
-                hint=f"keep one: --set assign_bits.{given[0]}=null",
+                hint=f"keep one: --set assign_bits.{kinds[0]}=null",
             )
-        for kind in given:
+        for kind in kinds:
             self._check(kind, getattr(self, kind) > 0, "choose above 0")
         for option in ("widths", "activation_widths"):
             values = getattr(self, option)
@@ -137,16 +134,16 @@ class AssignBits(Pass):
             self._check(option, getattr(self, option) >= 1, "choose 1 or more")
         self._check("float_cost", 1 <= self.float_cost < np.inf, "integers are faster: choose 1 or more")
         if self.scope == "layer" and self.score != "sqnr":
-            raise RecipeError(f"the scope layer has no score {self.score}", where=self.name, hint="it has sqnr")
+            raise RecipeError(f"the scope layer has no score {self.score}", where=self.name, hint="use score sqnr")
         if self.latency is not None and not self.floats:
             raise RecipeError(
                 "widths do not change the latency, only layers in float do",
                 where=f"{self.name}.latency",
                 hint="set assign_bits.floats to true, or choose another budget",
             )
-        if self.activation_widths != (8,) and given != ["bops"] and given:
+        if self.activation_widths != (8,) and kinds != ["bops"] and kinds:
             raise RecipeError(
-                f"narrower activations save nothing of {given[0]}",
+                f"narrower activations save nothing of {kinds[0]}",
                 where=f"{self.name}.activation_widths",
                 hint="choose a budget of bops",
             )
@@ -179,10 +176,10 @@ class AssignBits(Pass):
                 where=self.name,
                 hint=f"give one of {', '.join(get_args(Kind))}, such as --set assign_bits.mean_bits=5",
             )
-        found = list(layers(program.graph))
-        islands = Islands(program, found, self.islands, self.name)
-        kept = {layer.name: reason for layer in found if (reason := islands.reason(layer)) is not None}
-        units = units_of(free_layers(found, kept, plan, with_attention=kinds[0] in ("latency", "bops")))
+        every_layer = list(layers(program.graph))
+        islands = Islands(program, every_layer, self.islands, self.name)
+        kept = {layer.name: reason for layer in every_layer if (reason := islands.reason(layer)) is not None}
+        units = units_of(free_layers(every_layer, kept, plan, with_attention=kinds[0] in ("latency", "bops")))
         if not units:
             return replace(program, note="no layer to choose for")
         if kinds[0] in ("latency", "bops"):
@@ -199,13 +196,13 @@ class AssignBits(Pass):
 
     def _choices(self, unit: Unit) -> list[Choice]:
         widths = self.widths if unit.weight is not None else (8,)
-        made = [Choice(b, a) for b in sorted(widths) for a in sorted(self.activation_widths)]
-        return [*made, FLOAT] if self.floats else made
+        choices = [Choice(b, a) for b in sorted(widths) for a in sorted(self.activation_widths)]
+        return [*choices, FLOAT] if self.floats else choices
 
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """One run: what is measured, chosen and told."""
+    """One run of the pass: the profile, the allocation and its report."""
 
     options: AssignBits
     program: Program
@@ -216,7 +213,7 @@ class _Search:
     quantizers: WeightQuantizers
 
     def run(self) -> tuple[Plan, str]:
-        """(the plan with what was chosen and its report, the note)."""
+        """Return (the plan with the chosen widths and its report, the note)."""
         o = self.options
         with_activations = o.floats or o.activation_widths != (8,)
         profiler = Profiler(
@@ -238,7 +235,7 @@ class _Search:
                 [profile.error(unit.name, choice, o.weighting) for choice in row]
                 for unit, row in zip(self.units, self.choices, strict=True)
             ]
-            made = cut(
+            parts = cut(
                 self.units,
                 self.choices,
                 errors,
@@ -248,34 +245,36 @@ class _Search:
                 order=o.order,
                 step=self._cutting,
             )
-            found, splits = self._solve(profiler, simulator, made)
+            allocation, splits = self._solve(profiler, simulator, parts)
 
         def measured(chosen: Sequence[Choice]) -> float:
-            with self._allocated(profiler, made.units, chosen) as (whole, fed):
+            with self._allocated(profiler, parts.units, chosen) as (whole, fed):
                 return profile.share(whole.noise(scenes, fed), o.weighting)
 
-        told = BitReport(made.units, made.choices, made.errors, replace(self.budget, costs=made.costs), measured)
-        report = told.to_json(found, profile, scenes)
+        bit_report = BitReport(
+            parts.units, parts.choices, parts.errors, replace(self.budget, costs=parts.costs), measured
+        )
+        report = bit_report.to_json(allocation, profile, scenes)
         report |= {"score": o.score, "scope": o.scope, "weighting": o.weighting, "splits": splits}
         if o.parts > 1:
-            report |= {"parts": o.parts, "order": o.order, "channels": told.channels(found)}
-        plan = with_choices(made.units, told.picked(found), self.quantizers)
-        return replace(plan, report=report), told.note(report)
+            report |= {"parts": o.parts, "order": o.order, "channels": bit_report.channels(allocation)}
+        plan = with_choices(parts.units, bit_report.picked(allocation), self.quantizers)
+        return replace(plan, report=report), bit_report.note(report)
 
     def _cutting(self, done: int) -> None:
         if self.options.parts > 1:
             self.context.progress(f"{self.options.name}: channels", done + 1, len(self.units))
 
-    def _solve(self, profiler: Profiler, simulator: Simulator, made: Parts) -> tuple[Allocation, list[float]]:
+    def _solve(self, profiler: Profiler, simulator: Simulator, parts: Parts) -> tuple[Allocation, list[float]]:
         if self.options.score == "mixdq":
-            return self._split(profiler, simulator, made.errors)
-        allocation = allocate(made.errors, made.costs, self.budget.limit)
+            return self._split(profiler, simulator, parts.errors)
+        allocation = allocate(parts.errors, parts.costs, self.budget.limit)
         return required(allocation, "an allocation within the budget", self.options.name), []
 
     def _split(
         self, profiler: Profiler, simulator: Simulator, errors: list[list[float]]
     ) -> tuple[Allocation, list[float]]:
-        """The search of mixdq; see compiler/bits/mixdq.py."""
+        """Return the allocation of mixdq's search; see compiler/bits/mixdq.py."""
         pictures = Pictures(self.program, self.context, self.options.samples, self.options.length)
         reference = pictures.draw(simulator)
         scores = [list(row) for row in errors]
@@ -300,7 +299,7 @@ class _Search:
     def _allocated(
         self, profiler: Profiler, units: Sequence[Unit], chosen: Sequence[Choice]
     ) -> Iterator[tuple[Simulator, Callable[[int], Feeds]]]:
-        """A simulator of a whole allocation, and what it is fed at each call."""
+        """Yield a simulator of a whole allocation, and the feeds of each call."""
         plan = with_choices(units, chosen, self.quantizers)
         taken = [(unit, choice) for unit, choice in zip(units, chosen, strict=True) if choice != FLOAT]
         on = [layer for unit, _ in taken for layer in unit.layers] if profiler.activation_widths else []
@@ -308,9 +307,9 @@ class _Search:
         with Simulator(self.program, self.context, layers=on, plan=self.quantizers.plan, model=model) as simulator:
 
             def fed(call: int) -> Feeds:
-                given: dict[str, AnyArray] = {}
+                feeds: dict[str, AnyArray] = {}
                 for unit, choice in taken:
-                    given |= profiler.switched(simulator, unit, choice.activation, call) if on else {}
-                return given
+                    feeds |= profiler.switched(simulator, unit, choice.activation, call) if on else {}
+                return feeds
 
             yield simulator, fed

@@ -1,17 +1,19 @@
-"""fit_noise: what quantization adds to the prediction at each network call, for the sampling loop to undo.
+"""fit_noise: fit the noise that quantization adds to the prediction at each call, for the sampling loop to correct.
 
-The float and the quantized denoiser are called on the same latents, those of the float trajectory; under guidance the
+The float and the quantized denoiser are called on the same latents, those of the float trajectory; with guidance the
 combined outputs are compared. From sums alone (runtime/sampling/noise_fit.py) come a scale, a shift for each channel,
-and the variance that the error brings into the next state: by D2-DPM's regression on the quantized output (form
-`regression`), or as PTQD has it (arXiv 2305.10657), in the paper's form or in that of its released code.
+and the variance that the error adds to the next state. The form `regression` is D2-DPM's regression on the quantized
+output (arXiv 2501.08180); `ptqd` is the form of the PTQD paper (arXiv 2305.10657), and `ptqd-released` that of its
+released code.
 
-A second set of trajectories, of noise that the fit did not see, judges (`gate`). At each call only what leaves less
-error there is considered; and then whole pictures decide, drawn from that noise with nothing undone, the slope, the
-bias, or both, and with the noise lessened. Single calls do not suffice: on the digits at W4A8 (DDPM, 10 steps) slope
-and bias together gain 2.7 dB of epsilon on float trajectories and lose 3.1 dB of pictures, the slope alone gains 1.9
-and 2.0 dB. The bias that is seen on float latents is one that the quantized trajectory makes up for by itself.
+With `gate`, a second set of trajectories, from noise that the fit did not see, judges the fit. At each call only terms
+that leave less error there are considered. Then whole images drawn from that noise decide between no correction, the
+slope, the bias and both, and whether the sampler's noise is reduced. Single calls do not suffice: on the digits at W4A8
+(DDPM, 10 steps) slope and bias together gain 2.7 dB of epsilon on float trajectories and lose 3.1 dB of the images; the
+slope alone gains 1.9 and 2.0 dB. The quantized trajectory compensates by itself for the bias that is measured on float
+latents.
 
-Random subsets of the remaining error are tested for what the methods assume of it: that it is Gaussian
+Random subsets of the remaining error are tested for the assumptions of the methods: that it is Gaussian
 (D'Agostino-Pearson) and independent of the signal. The tables hold for exactly this sampler, eta and guidance.
 """
 
@@ -40,16 +42,17 @@ from mezzotint.runtime.streams import SeedOffset
 
 See = Callable[[StepInfo, Images], None]
 JUDGED = 16
-"""Pictures that candidates are judged by."""
-EXACT_DB = 200.0  # identical pictures count as so near
+"""Images that judge the candidates."""
+EXACT_DB = 200.0  # the score of identical images
 ALLOWED = {"none": ("none",), "slope": ("none", "slope"), "bias": ("none", "bias"), "both": PARTS}
 
 
 @dataclass(frozen=True)
 class FitNoise(Pass):
-    """Runs the float graph (as it was before insert_qdq) beside the lowered quantized one.
+    """The correction of quantization noise in the sampling loop.
 
-    `form` is regression, ptqd or ptqd-released. Without `gate` everything is kept, as the papers do.
+    - `form`: `regression`, `ptqd` or `ptqd-released`.
+    - `gate`: keep only terms that help on held-out noise; otherwise all are kept, as in the papers.
     """
 
     form: str = "regression"
@@ -70,7 +73,7 @@ class FitNoise(Pass):
         steps = program.deployment.solver(program.schedule).steps
         fit, held_out, states = NoiseFit(), NoiseFit(), StateFit()
         drawn: list[Images] = []
-        # Calibration saw other noise: the fit must not be made on the very pictures that the ranges were chosen for.
+        # Other noise than in calibration: the fit must not see the images that the ranges were chosen for.
         fitting = replace(context, seed=SeedOffset.NOISE_FIT.after(context.seed))
         self._follow(program, fitting, self.name, lambda info, got: fit.add(info.index, info.output, got))
         correction = fit.correction(program.deployment, steps, program.signature.prediction, self.form)
@@ -102,14 +105,14 @@ class FitNoise(Pass):
     def _chosen(
         self, program: Program, context: Context, candidates: Mapping[str, tuple[Correction, list[Row]]], wanted: Images
     ) -> tuple[Correction, list[Row], dict[str, float]]:
-        """The candidate whose pictures are nearest to those wanted, its rows, and how near each came.
+        """Return the candidate whose images are nearest to those wanted, its rows, and the score of each candidate.
 
-        The output's correction is chosen with the sampler's own noise; then that noise is lessened, if it helps.
+        The output's correction is chosen with the sampler's own noise; then the noise is reduced if that helps.
         """
         with Executor(lower(program), context.folder, threads=context.threads) as quantized:
 
             def score(table: Correction) -> float:
-                return self._pictures(program, context, quantized, table, wanted)
+                return self._score(program, context, quantized, table, wanted)
 
             outputs = {parts: replace(table, excess=0 * table.excess) for parts, (table, _) in candidates.items()}
             scores = {parts: score(table) for parts, table in outputs.items()}
@@ -123,11 +126,11 @@ class FitNoise(Pass):
             row["variance_kept"] = bool(excess > 0)
         return table, rows, scores
 
-    def _pictures(
+    def _score(
         self, program: Program, context: Context, quantized: Executor, table: Correction, wanted: Images
     ) -> float:
-        """How near pictures drawn with this correction come to those of the float network: the mean of their dB."""
-        found: list[Images] = []
+        """Return the mean SQNR in dB of images drawn with this correction against those of the float network."""
+        drawn: list[Images] = []
         last = len(program.deployment.calls) - 1
 
         def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
@@ -136,17 +139,17 @@ class FitNoise(Pass):
 
         def keep(info: StepInfo) -> None:
             if info.index == last:
-                found.append(info.x_next)
+                drawn.append(info.x_next)
 
         few = replace(context, samples=min(context.samples, JUDGED))
         follow_trajectories(program, few, denoiser, f"{self.name}, pictures", keep, table)
-        got = np.concatenate(found)[: len(wanted)]
+        got = np.concatenate(drawn)[: len(wanted)]
         decibels = [sqnr_db(a, b) for a, b in zip(wanted, got, strict=True)]
         return float(np.mean(np.clip(decibels, -EXACT_DB, EXACT_DB)))
 
     @staticmethod
     def _follow(program: Program, context: Context, stage: str, see: See) -> None:
-        """Call both networks along float trajectories; `see` gets each call and the quantized output for it."""
+        """Call both networks along float trajectories; `see` gets each call and its quantized output."""
         float_model, signature = program.require_float_model(), program.signature
         latest: list[Images] = []
         with (

@@ -1,22 +1,24 @@
-"""settle_scales: each call's scales are measured on the latents that the quantized calls before it produce.
+"""settle_scales: measure each call's scales on the latents that the quantized calls before it produce.
 
-Calibrating call i on the float trajectory assumes inputs that never occur: in production the calls before i are
+Calibration of call i on the float trajectory assumes inputs that never occur: in deployment the calls before i are
 quantized, and their errors have moved the latents. PCR (Progressive Calibration and Activation Relaxing, arXiv
-2311.06322) calibrates call by call behind a quantized prefix: started from the noise for each call, T (T + 1) / 2
-network calls for each sample. Here all samples go in lock-step, which needs 2 T calls:
+2311.06322) calibrates call by call behind a quantized prefix. Restarted from the noise for each call, this takes
+T (T + 1) / 2 network calls for each sample. Here all samples advance in lock-step, which takes 2 T calls:
 
     for i in 0 .. T - 1:
         s_i, z_i  = range of every activation of the float network on the latents x_i of all samples
         x_(i + 1) = one step of the sampler from x_i with the network quantized by s_i, z_i
 
-Only latents are kept between the calls. The quantized network is one session, whose rows of scales and zero points are
-inputs (compiler/scales/row_inputs.py); it computes the quantizers exactly and convolutions in float, as QDQ graphs do
-without their integer kernels.
+Only latents are kept between the calls. The quantized network is one session whose rows of scales and zero points are
+inputs (compiler/scales/row_inputs.py). It computes the quantizers exactly and convolutions in float, as QDQ graphs do
+without integer kernels.
 
-Calls that share a row (group_steps): while the trajectory runs, the row is that of the group's calls so far; in the end
-it is that of all of them. The method for a range is an option as in step_scales. What is static stays static, and so
-do the weights; every sample counts at every call, whatever allocate_steps said. The paper's second part, 10-bit
-activations at a few calls, is left out: no integer kernel has 10 bits.
+Calls that share a row (group_steps): during the trajectory the row rests on the group's calls so far, at the end on all
+of them. Ranges are chosen as in step_scales. Static scales and weights do not change. Every sample counts at every
+call, whatever allocate_steps chose. The paper's second part, 10-bit activations at a few calls, is left out, because no
+integer kernel has 10 bits.
+
+Errors: RecipeError for tables per channel (channel_scales) or with one zero point for all rows.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ from mezzotint.runtime.signature import Images, Timestep
 
 @dataclass(frozen=True)
 class SettleScales(Pass):
-    """`activations` and `percentile` as in step_scales, whose tables get new rows."""
+    """Rows of the scale tables, measured behind the quantized calls before them.
+
+    - `activations`, `percentile`: as in step_scales, whose tables get new rows."""
 
     activations: RangeMethod = "percentile"
     percentile: float = 99.999
@@ -115,7 +119,7 @@ class SettleScales(Pass):
         return replace(program, plan=replace(plan, quantizers={**plan.quantizers, **settled}), note=note)
 
     def _row(self, moving: dict[Site, Quantizer], collector: Collector, group: int) -> tuple[Floats, Integers]:
-        """(scales, zero points) `[n]` from what a group's calls have shown so far."""
+        """Return (scales, zero points) `[n]` from the activations of a group's calls so far."""
         pairs = []
         for site, quantizer in moving.items():
             summary = collector.summaries[site.value, group]
@@ -125,6 +129,6 @@ class SettleScales(Pass):
 
 
 def _forget(collector: Collector, names: Iterable[str], group: int) -> None:
-    """Drop the summaries of a group that has had its last call."""
+    """Drop the summaries of a group after its last call."""
     for name in names:
         del collector.summaries[name, group]

@@ -1,32 +1,32 @@
-"""split_shortcuts: the parts of a concatenation are quantized apart, in front of the layer that reads them.
+"""split_shortcuts: quantize the parts of a concatenation separately, in front of the layer that reads them.
 
-The decoder of a UNet joins what it computed with a skip connection, and the two may be of very different size: one
-grid for both then leaves the quiet one a few steps. Three forms (compiler/shortcuts/segments.py) keep the function:
+The decoder of a UNet joins its own features with a skip connection, and the two may differ much in size; one grid for
+both then leaves the smaller one a few steps. Three forms (compiler/shortcuts/segments.py) keep the function:
 
-layers   layer(a, W_a, bias) + layer(b, W_b): each part has quantizers of its own, and so have the columns of the
-         weight that read it (Q-Diffusion, arXiv 2302.04304). A convolution rounds each of the partial sums to 8 bits.
-powers   layer(Concat(a / f, b / g), [f W_a, g W_b], bias), f and g powers of two: one layer still, and a Mul in front
-         of it. Parts of equal size share a grid well, but the weights now share a scale where they no longer are
-         (DMQ's factors on skip connections; here they are not learned but sought).
-factors  the same with steps of a quarter of an octave.
+- `layers`: layer(a, W_a, bias) + layer(b, W_b). Each part has quantizers of its own, and so have the columns of the
+  weight that read it (Q-Diffusion, arXiv 2302.04304). A convolution rounds each of the partial sums to 8 bits.
+- `powers`: layer(Concat(a / f, b / g), [f W_a, g W_b], bias), with powers of two for f and g. The layer stays one, with
+  a Mul in front of it. Parts of equal size share a grid well, but the columns of the weight, now of different size,
+  share a scale (DMQ's factors on skip connections; here they are searched and not learned).
+- `factors`: as `powers`, in steps of a quarter of an octave.
 
-`best` takes for each layer the form that moves the fewest bytes, unless one that moves more brings `gain` dB of the
-layer's expected error, of activations, weights and outputs together (compiler/shortcuts/segment_errors.py has the
-formulas). All but `layers` follow a few trajectories themselves to see the parts: Observe belongs behind this pass, as
-it changes the graph. Norms and all other readers keep the concatenation.
+`best` takes for each layer the form that moves the fewest bytes, unless one that moves more gains `gain` dB of the
+layer's expected error, that of activations, weights and outputs together (compiler/shortcuts/segment_errors.py has the
+formulas). All methods but `layers` follow a few trajectories to measure the parts. The pass changes the graph, so
+observe belongs behind it. Norms and all other readers keep the concatenation.
 
-SegQuant's input segments (arXiv 2507.14811) are this same pass: any number of parts, convolutions and linear layers,
-Reshapes and Transposes on the way. What else that paper does has nothing to gain here. A scale for each output segment
+SegQuant's input segments (arXiv 2507.14811) are this pass: any number of parts, convolutions and linear layers,
+Reshapes and Transposes in between. The other ideas of that paper gain nothing here. A scale for each output segment
 (adaptive norms, fused projections, gated units) is coarser than the scale per output channel that weights always have,
-and linear layers have no output quantizer. Scales for the two signs of an activation (SiLU, GELU): over the 23 SiLU
-outputs that convolutions read on the digits they are 3.6 dB better (median of the activation alone) than an
-asymmetric uint8 grid, for twice the multiplications; one bit is 6 dB. Against a symmetric int8 grid it is 9.
+and linear layers have no output quantizer. Scales for the two signs of an activation (SiLU, GELU) are 3.6 dB better
+than an asymmetric uint8 grid (median over the 23 SiLU outputs that convolutions read on the digits, activation alone),
+for twice the multiplications; one bit is 6 dB. Against a symmetric int8 grid they are 9 dB better.
 
-Deviations from Q-Diffusion: layers are found in the graph, not by names, whatever their kernel; the paper takes the
-1x1 shortcuts only. The bias, a time table too, stays with the first part.
+Deviations from Q-Diffusion: layers are found in the graph and not by names, whatever their kernel; the paper takes only
+the 1x1 shortcuts. The bias, also one from a time table, stays with the first part.
 
-Measured on the digits (w8a8-steps, 20 steps, 6 calibration samples, 8 pictures): the parts of its six shortcuts differ
-by a factor of 1.0 to 2.1 in range, so there is little to gain, and no power of two pays. Epsilon in dB, pooled:
+Measured on the digits (w8a8-steps, 20 steps, 6 calibration samples, 8 images): the parts of its six shortcuts differ by
+a factor of 1.0 to 2.1 in range, so there is little to gain, and no power of two pays. Epsilon in dB, pooled:
 
                                                       W8A8    W4A8    W6A6    time of a call (W8A8)
     whole                                             36.45   27.47   24.43   1.00
@@ -34,10 +34,10 @@ by a factor of 1.0 to 2.1 in range, so there is little to gain, and no power of 
     factors                                           36.52   27.49   24.52   1.07
     layers written as MatMuls, summed in float        36.64   27.35   24.64   1.04
 
-(single pictures vary by more than these forms do; the time is that of one core, batch 4). The last form rounds no
-partial sums but turns each part around, and is not worth a file. Of the five that are no islands `best` leaves all
-whole at W8A8 and W6A6, and takes one apart at W4A8. Parts that differ 50-fold and count alike (tests): a convolution
-goes from 15 to 43 dB with layers and 41 with powers, a linear layer to 49 and 47.
+(Single images vary by more than these forms do; the time is that of one core, batch 4.) The last form rounds no partial
+sums but transposes each part, and does not earn a file of its own. Of the five shortcuts that are no islands, `best`
+leaves all whole at W8A8 and W6A6, and splits one at W4A8. With parts that differ 50-fold and matter equally (tests), a
+convolution goes from 15 to 43 dB with `layers` and 41 with `powers`, a linear layer to 49 and 47.
 """
 
 from __future__ import annotations
@@ -65,10 +65,13 @@ LISTED_LAYERS = 4  # layers that a note lists
 
 @dataclass(frozen=True)
 class SplitShortcuts(GraphPass):
-    """`method` and `gain` as above; `samples` is how many calibration samples are followed to choose.
+    """Layers over a concatenation, with grids for each part.
 
-    `activation_bits` and `weight_bits` are what the choice is for (choose_scales has options of the same names).
-    `islands`, as in insert_qdq, are left whole: in float there is nothing to gain.
+    - `method`: as above. `gain`: in dB, for `best`.
+    - `samples`: the number of calibration samples that are followed to choose.
+    - `activation_bits`, `weight_bits`: the widths that the choice assumes (choose_scales has options of the same
+      names).
+    - `islands`: as in insert_qdq; they are left whole, since float layers gain nothing.
     """
 
     method: Literal["layers", "powers", "factors", "best"] = "layers"
@@ -93,13 +96,13 @@ class SplitShortcuts(GraphPass):
 
     def run(self, program: Program, context: Context) -> Program:
         graph = program.graph
-        found, left = find_joined(graph, set(time_branch(graph, program.signature).values))
-        total = len(found) + len(left)
+        every_joined, left = find_joined(graph, set(time_branch(graph, program.signature).values))
+        total = len(every_joined) + len(left)
         if not total:
             return program.noted("no layer reads a concatenation")
         islands = Islands(program, list(layers(graph)), self.islands, self.name)
-        left |= {joined.name: reason for joined in found if (reason := islands.reason(joined.layer))}
-        chosen = [joined for joined in found if joined.name not in left]
+        left |= {joined.name: reason for joined in every_joined if (reason := islands.reason(joined.layer))}
+        chosen = [joined for joined in every_joined if joined.name not in left]
         names = Names(graph)
         forms: Counter[Form] = Counter()
         factored = []
@@ -118,14 +121,14 @@ class SplitShortcuts(GraphPass):
         return program.noted("; ".join(words))
 
     def _decided(
-        self, program: Program, context: Context, found: list[Joined]
+        self, program: Program, context: Context, chosen: list[Joined]
     ) -> Iterator[tuple[Joined, Form, tuple[float, ...]]]:
-        """Each layer with the form that it gets, and its factors."""
-        if self.method == "layers" or not found:
-            yield from ((joined, "layers", ()) for joined in found)
+        """Yield each layer with its form and its factors."""
+        if self.method == "layers" or not chosen:
+            yield from ((joined, "layers", ()) for joined in chosen)
             return
-        seen = measure(program, context, [joined.name for joined in found], self.samples, self.name)
-        for joined in found:
+        seen = measure(program, context, [joined.name for joined in chosen], self.samples, self.name)
+        for joined in chosen:
             costs = Costs(joined, seen[joined.name], *self._formats())
             factors = costs.best_factors(STEPS[self.method])
             useful = len(set(factors)) > 1
@@ -135,7 +138,7 @@ class SplitShortcuts(GraphPass):
                 yield joined, "factors" if useful else "whole", factors
 
     def _cheapest(self, costs: Costs, factors: tuple[float, ...]) -> tuple[Form, tuple[float, ...]]:
-        """The form that moves least, unless one that moves more brings `gain` dB for it."""
+        """Return the form that moves the fewest bytes, unless one that moves more gains `gain` dB."""
         best: Form = "whole"
         error = costs.error(best)
         dearer: list[Form] = ["layers", "factors"] if factors else ["layers"]

@@ -1,18 +1,17 @@
-"""store_half: what stays in float is rounded to values that half precision has.
+"""store_half: round constants that stay in float to half precision, where that changes them little.
 
-The file stores a float32 constant in two bytes wherever nothing is lost by it (compiler/lowering/packing.py), behind a
-Cast that onnxruntime computes when a session is built. Weights that were trained or saved in half precision need no
-more than that; for all others this pass makes it so: x -> float32(float16(x)), relative error up to 2^-11 = 4.9e-4, in
-the islands' weights, the factors and shifts of norms, and tables that depend on the timestep, from 1 kB on.
+The file stores a float32 constant in two bytes wherever that loses nothing (compiler/lowering/packing.py), behind a
+Cast that onnxruntime computes when it builds a session. Weights that were trained or saved in half precision qualify as
+they are. This pass makes the others qualify: x -> float32(float16(x)), with a relative error of up to 2^-11 = 4.9e-4.
+It rounds the weights of islands, the factors and shifts of norms, and tables over the timestep, from 1 kB on.
 
-Not rounded: what an integer kernel reads (weights become integers anyway; biases become int32, which are finer), zero
-points, and, unless `scales` asks for it, tables of scales. Those may be: quantizer, dequantizer and the int32 biases
-all read the same table, so that a grid only becomes wider or narrower by 2^-11, an eighth of a step at the end of one
-of 256.
+Not rounded: inputs of integer kernels (weights become integers anyway; biases become int32, which is finer), zero
+points, and tables of scales unless `scales` is set. Rounding those is safe: quantizer, dequantizer and the int32 biases
+read the same table, so a grid only becomes wider or narrower by 2^-11, an eighth of a step at the end of a grid of 256.
 
-A constant stays as it is where half precision does not reach: beyond 65504, or where a row of its values (along the
-first axis) moves by more than `largest_error`, relative to the row's length, because it lies among the subnormal
-numbers, below 6.1e-5. The history says how many.
+A constant stays as it is if it exceeds half precision's range (65504), or if a row of its values (along the first axis)
+moves by more than `largest_error` relative to the row's length, because it lies among the subnormal numbers, below
+6.1e-5. The history says how many do.
 """
 
 from __future__ import annotations
@@ -30,12 +29,16 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import is_op, name_of, numpy_of
 from mezzotint.compiler.lowering.packing import SMALLEST_SAVING, is_float_constant, rounded_to_half
 
-_PASSED_ON = ("Gather", "Split", "Squeeze", "Reshape")  # what stands between a table and its readers
+_PASSED_ON = ("Gather", "Split", "Squeeze", "Reshape")  # the nodes between a table and its readers
 
 
 @dataclass(frozen=True)
 class StoreHalf(Pass):
-    """`largest_error` is relative to a row's length; `scales` rounds tables of activation scales as well."""
+    """Constants in half precision.
+
+    - `largest_error`: the largest change of a row, relative to its length (between 0 and 1).
+    - `scales`: also round tables of activation scales.
+    """
 
     largest_error: float = 1e-3
     scales: bool = False
@@ -45,11 +48,13 @@ class StoreHalf(Pass):
     def __post_init__(self) -> None:
         if not 0 < self.largest_error < 1:
             raise RecipeError(
-                f"largest_error is {self.largest_error}", where=self.name, hint="choose a number between 0 and 1"
+                f"{self.name}.largest_error is {self.largest_error}",
+                where=self.name,
+                hint="choose a number between 0 and 1",
             )
 
     def run(self, program: Program, context: Context) -> Program:
-        made, kept, exact, saved = 0, 0, 0, 0
+        changed, kept, exact, saved = 0, 0, 0, 0
         chosen = [v for v in program.graph.initializers.values() if self._is_stored(v)]
         for i, value in enumerate(chosen):
             array = numpy_of(value)
@@ -61,10 +66,10 @@ class StoreHalf(Pass):
                 continue
             else:
                 value.const_value = ir.tensor(half, name=name_of(value))
-                made += 1
+                changed += 1
             saved += array.nbytes // 2
             context.progress(self.name, i + 1, len(chosen))
-        note = f"{made} constants rounded to half precision, {exact} had it already; {saved} bytes saved"
+        note = f"{changed} constants rounded to half precision, {exact} had it already; {saved} bytes saved"
         if kept:
             note += (
                 f"; {kept} kept in float32, where half precision would move a row by more than {self.largest_error:g}"
@@ -82,25 +87,25 @@ class StoreHalf(Pass):
 
 
 def _readers(value: ir.Value) -> set[tuple[ir.Node, int]]:
-    """The nodes that read a constant, or a row or a part of it, and as which input."""
-    found: set[tuple[ir.Node, int]] = set()
+    """Return the nodes that read a constant, or a row or part of it, each with the index of the input."""
+    readers: set[tuple[ir.Node, int]] = set()
     for node, index in value.uses():
         if is_op(node, *_PASSED_ON) and index == 0:
             for out in node.outputs:
-                found |= _readers(out)
+                readers |= _readers(out)
         else:
-            found.add((node, index))
-    return found
+            readers.add((node, index))
+    return readers
 
 
 def _is_integer(node: ir.Node) -> bool:
-    """Whether a layer multiplies dequantized matrices."""
+    """Return whether a layer multiplies dequantized matrices."""
     makers = [value.producer() for value in node.inputs[:2] if value is not None]
     return len(makers) == 2 and all(is_op(maker, "DequantizeLinear") for maker in makers)
 
 
 def _error(array: npt.NDArray[np.float32], half: npt.NDArray[np.float32]) -> float:
-    """How far the values of a row move at most, relative to its length; infinite beyond half precision's range."""
+    """Return the largest change of a row relative to its length; infinite beyond half precision's range."""
     if not np.isfinite(half).all():
         return float("inf")
     rows = array.reshape(len(array), -1) if array.ndim > 1 else array.reshape(1, -1)

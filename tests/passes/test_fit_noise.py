@@ -189,7 +189,7 @@ def test_what_does_not_help_on_held_out_noise_is_switched_off(
 def test_whole_pictures_decide(program: Program, context: Context, monkeypatch: pytest.MonkeyPatch, best: str) -> None:
     """Whichever candidate's pictures are nearest is what the bundle gets, whatever single calls say."""
     names = iter(("none", "slope", "bias", "both", "noise"))
-    monkeypatch.setattr(FitNoise, "_pictures", lambda *_: 30.0 if next(names) == best else 20.0)
+    monkeypatch.setattr(FitNoise, "_score", lambda *_: 30.0 if next(names) == best else 20.0)
     after = FitNoise().run(program, context)
     table, rows = after.correction, after.noise_report["calls"]
     assert table is not None
