@@ -98,16 +98,16 @@ def fixed_bytes(units: Sequence[Unit], program: Program) -> int:
     A bias that depends on the timestep is a row for each timestep in the graph already; scales that do multiply the
     others by the groups. An estimate: on the digits it is a tenth too small, 0.006 of the fp32 size.
     """
-    assert program.plan is not None
+    plan = program.require_plan()
     weights = {name_of(unit.weight): unit.size for unit in units if unit.weight is not None}
-    rows = max(program.plan.groups, default=0) + 1
+    rows = max(plan.groups, default=0) + 1
     total = parameter_bytes(program.model) - 4 * sum(weights.values())
     total += int(ir.to_proto(bare(program.model)).ByteSize())
     for layer in (layer for unit in units for layer in unit.layers):
         if layer.weight is None or layer.weight.shape is None or layer.weight_axis is None:
             continue
         channels = int(layer.weight.shape.numpy()[layer.weight_axis])
-        tables = [program.plan.of(name_of(v), layer.name) for v in (*layer.activations, layer.output)]
+        tables = [plan.of(name_of(v), layer.name) for v in (*layer.activations, layer.output)]
         total += 4 * channels
         if layer.kind == "conv" and any(q is not None and q.table for q in tables):
             total += 4 * channels * rows

@@ -30,6 +30,7 @@ from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, 
 from ..core.execute import Feeds
 from ..core.pipeline import Context
 from ..core.program import Program
+from ..graph.require import required
 from .allocation import Allocation, allocate, smallest
 from .simulate import Simulator
 
@@ -120,5 +121,4 @@ def _part(
     errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], group: Sequence[int], budget: int
 ) -> Allocation:
     part = allocate([errors[k] for k in group], [costs[k] for k in group], budget)
-    assert part is not None  # the split leaves each group what it needs
-    return part
+    return required(part, "an allocation within the share of the budget of one group")

@@ -107,8 +107,7 @@ def shares_of(errors: Doubles, members: Sequence[npt.NDArray[np.int64]]) -> Doub
 
 def channels_of(unit: Unit) -> npt.NDArray[np.float32]:
     """A unit's weight as `[channels, weights of one]`."""
-    assert unit.weight is not None
-    return _by_channel(unit, numpy_of(unit.weight))
+    return _by_channel(unit, numpy_of(unit.require_weight()))
 
 
 def channel_errors(unit: Unit, rounded: npt.NDArray[np.float32]) -> Doubles:
@@ -129,6 +128,4 @@ def kurtosis(rows: npt.NDArray[np.float32]) -> Doubles:
 
 
 def _by_channel(unit: Unit, array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    axis = unit.layers[0].weight_axis
-    assert axis is not None
-    return np.moveaxis(array, axis, 0).reshape(unit.channels, -1)
+    return np.moveaxis(array, unit.layers[0].require_weight_axis(), 0).reshape(unit.channels, -1)

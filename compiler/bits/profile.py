@@ -84,8 +84,7 @@ class Profiler:
         return self.quantizers.by
 
     def rounded(self, unit: Unit, bits: int) -> npt.NDArray[np.float32]:
-        assert unit.weight is not None
-        return rounded_weight(numpy_of(unit.weight), self.quantizers(unit.layers[0], bits))
+        return rounded_weight(numpy_of(unit.require_weight()), self.quantizers(unit.layers[0], bits))
 
     def simulator(self) -> Simulator:
         return Simulator(
@@ -110,8 +109,7 @@ class Profiler:
         order = {unit.name: k for k, unit in enumerate(self.units)}
 
         def at_widths(unit: Unit) -> dict[int, Doubles]:
-            assert unit.weight is not None
-            weight = numpy_of(unit.weight)
+            weight = numpy_of(unit.require_weight())
             step = PROBE * max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-12)
             signs = streams.PROBES.generator(self.context.seed, order[unit.name]).integers(0, 2, weight.shape)
             probe = (weight + np.float32(step) * (2 * signs - 1).astype(np.float32)).astype(np.float32)
@@ -167,9 +165,8 @@ class Profiler:
         taps: dict[str, tuple[str, str]] = {}
         for unit in chunk:
             node = nodes[unit.name]
-            assert unit.weight is not None
             build = Builder(model.graph, names, after=node)
-            error = build.constant(f"{unit.name}_error", self.rounded(unit, bits) - numpy_of(unit.weight))
+            error = build.constant(f"{unit.name}_error", self.rounded(unit, bits) - numpy_of(unit.require_weight()))
             stem, copied = f"{unit.name}_noise", _copied(node)
             noise = build.op(node.op_type, [node.inputs[0], error], stem, like=node.outputs[0], attributes=copied)
             sums = [

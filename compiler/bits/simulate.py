@@ -24,6 +24,7 @@ from ..core.pipeline import Context
 from ..core.program import Plan, Program, Quantizer
 from ..graph.nodes import Builder, Names, consumers, name_of, replace_use
 from ..graph.ops import Layer
+from ..graph.require import required
 from .units import narrowed
 
 
@@ -141,17 +142,16 @@ class Simulator:
             node = nodes[layer.name]
             views = []
             for seen in layer.activations:
-                quantizer = plan.of(name_of(seen), layer.name)
-                value = next(v for v in node.inputs if name_of(v) == name_of(seen))
-                assert quantizer is not None and value is not None
+                quantizer = required(plan.of(name_of(seen), layer.name), f"the quantizer of {name_of(seen)!r}", node)
+                value = next(v for v in node.inputs if v is not None and name_of(v) == name_of(seen))
                 out, view = self._switch(Builder(graph, names, before=node), value, quantizer)
                 replace_use(node, value, out)
                 views.append(view)
-            quantizer = plan.of(name_of(layer.output), layer.name)
-            if layer.output_quantized and quantizer is not None and not layer.output.is_graph_output():
+            output_quantizer = plan.of(name_of(layer.output), layer.name)
+            if layer.output_quantized and output_quantizer is not None and not layer.output.is_graph_output():
                 value = node.outputs[0]
                 readers = consumers(value)
-                out, view = self._switch(Builder(graph, names, after=node), value, quantizer)
+                out, view = self._switch(Builder(graph, names, after=node), value, output_quantizer)
                 for reader in readers:
                     replace_use(reader, value, out)
                 views.append(view)

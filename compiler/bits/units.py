@@ -16,6 +16,7 @@ from ..core.pipeline import Context
 from ..core.program import Plan, Program, Quantizer, Site
 from ..graph.nodes import Builder, Names, name_of, numpy_of
 from ..graph.ops import Layer, float_reason
+from ..graph.require import shape_of
 from ..scales.weights import WeightMethod, rounded_weight, weight_format, weight_quantizer
 
 FLOAT_BITS = 32
@@ -58,6 +59,10 @@ class Unit:
     @property
     def weight(self) -> ir.Value | None:
         return self.layers[0].weight
+
+    def require_weight(self) -> ir.Value:
+        """Return the weight. Raise PassError for a product of two activations."""
+        return self.layers[0].require_weight()
 
     @property
     def size(self) -> int:
@@ -129,8 +134,7 @@ def with_macs(units: Sequence[Unit], program: Program, context: Context) -> list
     def macs(layer: Layer) -> int:
         out, given = ([int(n) for n in seen[shapes[layer.name, end]]] for end in (True, False))
         if layer.kind == "conv":
-            assert layer.weight is not None and layer.weight.shape is not None
-            each = prod(layer.weight.shape.numpy()[1:])
+            each = prod(shape_of(layer.weight).numpy()[1:])
         else:
             each = given[-1]
         return int(prod(out)) * int(each) // rows
@@ -236,10 +240,9 @@ def quantized_model(program: Program, units: Sequence[Unit], plan: Plan) -> ir.M
 
 
 def _lazily(weight: ir.Value, quantizer: Quantizer) -> ir.LazyTensor:
-    assert weight.shape is not None
     return ir.LazyTensor(
         lambda: ir.tensor(rounded_weight(numpy_of(weight), quantizer)),
         dtype=ir.DataType.FLOAT,
-        shape=ir.Shape(weight.shape.numpy()),
+        shape=ir.Shape(shape_of(weight).numpy()),
         name=weight.name,
     )

@@ -14,6 +14,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from .nodes import consumers, is_constant, is_op, known_ints, name_of
+from .require import required
 
 LayerKind = Literal["conv", "linear", "attention"]
 
@@ -49,6 +50,14 @@ class Layer:
     def name(self) -> str:
         """Return the name of the node, or of its first output where the node has none."""
         return self.node.name or name_of(self.node.outputs[0])
+
+    def require_weight(self) -> ir.Value:
+        """Return the constant weight. Raise PassError for a product of two activations."""
+        return required(self.weight, "a constant weight", self.node)
+
+    def require_weight_axis(self) -> int:
+        """Return the axis of the weight's output channels. Raise PassError for a product of two activations."""
+        return required(self.weight_axis, "the axis of the weight's output channels", self.node)
 
 
 def is_mover(node: ir.Node) -> bool:

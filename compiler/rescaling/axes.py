@@ -150,19 +150,19 @@ def _take(atoms: list[Atom], size: Size, *, last: bool) -> Axis | None:
     rest, product = list(atoms), 1
     while product < size:
         need, odd = divmod(size, product)
-        if odd or not rest or not isinstance(rest[end].size, int):
+        steps = rest[end].size if rest else None
+        if odd or not isinstance(steps, int):
             return None
         atom = rest.pop(end)
-        assert isinstance(atom.size, int)
-        if need % atom.size:  # the axis ends within this atom
-            if atom.size % need or atom.only is not None:
+        if need % steps:  # the axis ends within this atom
+            if steps % need or atom.only is not None:
                 return None
-            inner = need if last else atom.size // need
-            pieces = [Atom(atom.size // inner, atom.stride * inner), Atom(inner, atom.stride)]
+            inner = need if last else steps // need
+            pieces = [Atom(steps // inner, atom.stride * inner), Atom(inner, atom.stride)]
             atom = pieces.pop(end)
             rest.insert(len(rest) if last else 0, pieces[0])
-        assert isinstance(atom.size, int)
+            steps = need
         taken.insert(0 if last else len(taken), atom)
-        product *= atom.size
+        product *= steps
     atoms[:] = rest
     return tuple(taken)

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, replace_value
 from ..graph.ops import Layer, layer_of, time_table
+from ..graph.require import inputs, producer, required
 from .axes import Layout
 from .scaling import row_lengths, row_ranges
 
@@ -50,8 +51,7 @@ def apply_edit(graph: ir.Graph, names: Names, edit: Edit, multiply: Factors, add
     if edit.role == "rows":
         _change_rows(graph, names, edit.node, m, a)
         return
-    constant = edit.node.inputs[edit.index]
-    assert constant is not None  # an edit is made for an input that there is
+    constant = required(edit.node.inputs[edit.index], "the constant of an edit", edit.node)
     old = numpy_of(constant).astype(np.float64)
     new = {"gain": old * m, "divisor": old / m, "term": old * m + a}[edit.role]
     while new.ndim > old.ndim and new.shape[0] == 1:
@@ -77,12 +77,10 @@ def magnitudes(edit: Edit, channels: int, columns: Factors | None = None, *, len
             bias = numpy_of(layer.bias if table is None else table[0]).astype(np.float64) + edit.offset
             found = found + np.abs(bias).reshape(-1, len(found)).max(axis=0)
     else:
-        constant = edit.node.inputs[edit.index]
-        assert constant is not None
+        constant = required(edit.node.inputs[edit.index], "the constant of an edit", edit.node)
         found = np.abs(numpy_of(constant).astype(np.float64) + edit.offset)
         found = 1 / np.maximum(found, 1e-30) if edit.role == "divisor" else found
-    index = edit.layout.channels()
-    assert index is not None
+    index = _channels(edit.layout)
     index, found = np.broadcast_arrays(index, found)
     largest = np.zeros(channels)
     np.maximum.at(largest, index[index >= 0], found[index >= 0])
@@ -91,10 +89,9 @@ def magnitudes(edit: Edit, channels: int, columns: Factors | None = None, *, len
 
 def _change_rows(graph: ir.Graph, names: Names, node: ir.Node, m: Factors, a: Factors) -> None:
     layer = _layer(node)
-    weight = layer.weight
-    assert weight is not None and layer.weight_axis is not None  # rows are those of a constant weight
+    weight, axis = layer.require_weight(), layer.require_weight_axis()
     array = numpy_of(weight)
-    along = m.reshape([-1 if d == layer.weight_axis else 1 for d in range(array.ndim)])
+    along = m.reshape([-1 if d == axis else 1 for d in range(array.ndim)])
     build = Builder(graph, names, node)
     node.replace_input_with(1, build.constant(f"{name_of(weight)}_folded", (array * along).astype(np.float32)))
     if layer.bias is not None or a.any():
@@ -103,9 +100,7 @@ def _change_rows(graph: ir.Graph, names: Names, node: ir.Node, m: Factors, a: Fa
 
 
 def _layer(node: ir.Node) -> Layer:
-    layer = layer_of(node)
-    assert layer is not None  # its weight was replaced, not what it is
-    return layer
+    return required(layer_of(node), "the layer whose rows change", node)
 
 
 def _set_bias(graph: ir.Graph, names: Names, layer: Layer, change: Change, fresh: npt.NDArray[np.float32]) -> None:
@@ -119,13 +114,11 @@ def _set_bias(graph: ir.Graph, names: Names, layer: Layer, change: Change, fresh
             new = change(numpy_of(bias).astype(np.float64)).astype(np.float32)
             holder.replace_input_with(index, build.constant(f"{name_of(bias)}_folded", new))
             return
-        table = time_table(bias)
-        assert table is not None  # a layer's bias is a constant or a row
+        table = required(time_table(bias), "the time table of a bias that is not constant", bias)
         new = change(numpy_of(table[0]).astype(np.float64)).astype(np.float32)
         rows = build.constant(f"{name_of(table[0])}_folded", new)
-        reshape = bias.producer()
-        assert reshape is not None and reshape.inputs[0] is not None
-        gathered = reshape.inputs[0]
+        reshape = producer(bias)
+        (gathered,) = inputs(reshape, 1)
         attributes = {"axis": 0}
         row = build.op("Gather", [rows, table[1]], f"{name_of(gathered)}_folded", like=gathered, attributes=attributes)
         flat = build.op("Reshape", [row, reshape.inputs[1]], f"{name_of(bias)}_folded", like=bias)
@@ -136,9 +129,7 @@ def _set_bias(graph: ir.Graph, names: Names, layer: Layer, change: Change, fresh
         stem = name_of(raw)
         summed = behind.op("Add", [raw, behind.constant(f"{stem}_bias", fresh)], f"{stem}_sum", like=raw)
         replace_value(raw, summed)
-        add = summed.producer()
-        assert add is not None
-        add.replace_input_with(0, raw)
+        producer(summed).replace_input_with(0, raw)
     else:
         node.resize_inputs(3)
         node.replace_input_with(2, build.constant(f"{layer.name}_bias", fresh))
@@ -146,10 +137,14 @@ def _set_bias(graph: ir.Graph, names: Names, layer: Layer, change: Change, fresh
 
 def _placed(layout: Layout, values: Factors, neutral: float) -> Factors:
     """Numbers for each channel where the channels are, another one elsewhere."""
-    index = layout.channels()
-    assert index is not None  # the trace saw to it
+    index = _channels(layout)
     placed: Factors = np.where(index >= 0, values[np.maximum(index, 0)], neutral)
     return placed
+
+
+def _channels(layout: Layout) -> npt.NDArray[np.int64]:
+    """Return the channel at each place. The tracer makes edits only where the places are known."""
+    return required(layout.channels(), "the places of the channels")
 
 
 def only_reads_sizes(node: ir.Node) -> bool:

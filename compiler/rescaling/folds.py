@@ -32,6 +32,7 @@ import onnx_ir as ir
 from ..errors import PassError
 from ..graph.nodes import Names, consumers, is_op, name_of
 from ..graph.ops import Layer, is_mover, layer_of, layers
+from ..graph.require import inputs, required
 from .axes import Atom, Layout, Size, sizes_of
 from .edits import Edit, Factors, add_to_bias, apply_edit, other_readers
 from .ends import Route, Wish
@@ -142,9 +143,7 @@ def apply_fold(
 
 def _now(layer: Layer) -> Layer:
     """A layer as it stands after other folds gave it other weights."""
-    current = layer_of(layer.node)
-    assert current is not None  # it has other constants, and is what it was
-    return current
+    return required(layer_of(layer.node), "the layer that reads a rescaled value", layer.node)
 
 
 def _source(layer: Layer) -> tuple[ir.Value, int, set[ir.Node]]:
@@ -220,8 +219,7 @@ def find_pairs(graph: ir.Graph) -> list[Pair]:
 
 
 def _pair(tracer: Tracer, node: ir.Node) -> Pair:
-    query, key = node.inputs[0], node.inputs[1]
-    assert query is not None and key is not None
+    query, key = inputs(node, 2)
     out, left, right = sizes_of(node.outputs[0]), sizes_of(query), sizes_of(key)
     if left is None or out is None or (right is not None and len(left) != len(right)) or len(left) < 3:
         return Pair(node, 0, reason=f"{called(node)} broadcasts its operands")

@@ -128,8 +128,7 @@ def _weight(layer: Layer) -> npt.NDArray[np.float32]:
 
 
 def _weight_axis(layer: Layer) -> int:
-    assert layer.weight_axis is not None  # what has a constant weight has an axis
-    return layer.weight_axis
+    return layer.require_weight_axis()
 
 
 def _groups(layer: Layer) -> int:

@@ -63,8 +63,7 @@ class ScaledInputs(GraphPass):
         return ""
 
     def run(self, program: Program, context: Context) -> Program:
-        stats = program.stats
-        assert stats is not None  # the order check saw to it
+        stats = program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
         if not stats.squares:
             raise StatsError(

@@ -39,8 +39,7 @@ class Weights:
     """The weight of one layer as `[groups, rows, channels of the group, taps]`; input channels are in group order."""
 
     def __init__(self, layer: Layer) -> None:
-        assert layer.weight is not None and layer.weight_axis is not None
-        weight = np.moveaxis(numpy_of(layer.weight), layer.weight_axis, 0)
+        weight = np.moveaxis(numpy_of(layer.require_weight()), layer.require_weight_axis(), 0)
         groups = layer.node.attributes["group"].as_int() if "group" in layer.node.attributes else 1
         self.array: Floats = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
 
@@ -105,19 +104,19 @@ class Reader:
         rows = self._rows * factors.reshape(groups, 1, channels, 1).astype(np.float32)
         limit = np.maximum(np.abs(rows).max(axis=(2, 3), keepdims=True), np.float32(1e-30))
         qmax = np.float32(Format(self._widths.weight_bits, signed=True, symmetric=True).qmax)
-        least: Factors | None = None
-        for shrink in SHRINKS if self._widths.clipped else SHRINKS[:1]:
+
+        def errors(shrink: float) -> Factors:
             scale = limit * np.float32(shrink) / qmax
             error = np.clip(np.rint(rows / scale), -qmax, qmax)
             error *= scale
             error -= rows
-            sums = np.einsum("grct,grct->grc", error, error, dtype=np.float64)
-            if least is None:
-                least = sums
-            else:
-                better = sums.sum(axis=2) < least.sum(axis=2)
-                least[better] = sums[better]
-        assert least is not None
+            return np.asarray(np.einsum("grct,grct->grc", error, error, dtype=np.float64))
+
+        least = errors(SHRINKS[0])
+        for shrink in SHRINKS[1:] if self._widths.clipped else ():
+            sums = errors(shrink)
+            better = sums.sum(axis=2) < least.sum(axis=2)
+            least[better] = sums[better]
         return np.asarray(least.sum(axis=1) * self._each).reshape(-1)
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from ..graph.nodes import consumers, is_constant, is_op, name_of, numpy_of
 from ..graph.ops import Layer, is_mover
+from ..graph.require import required, tensor_of
 from .axes import Atom, sizes_of
 from .edits import Role, only_reads_sizes
 from .ends import CHANNEL_NORMS, NORMS, Route, Wish, edit_of, norm_of, rows_of
@@ -48,8 +49,7 @@ class Tracer:
 
     def into(self, node: ir.Node, index: int, wish: Wish) -> Route | str:
         """Divide what a node reads as input `index`, which nobody else may read."""
-        value = node.inputs[index]
-        assert value is not None
+        value = required(node.inputs[index], f"input {index}", node)
         if is_constant(value):
             if value.dtype != ir.DataType.FLOAT:
                 return f"{called(node)} reads a constant that is not float32"
@@ -111,9 +111,8 @@ class Tracer:
         if number is None:
             return self._sum(node, wish)
         x = 1 - number
-        constant = node.inputs[number]
-        assert constant is not None and constant.const_value is not None
-        if constant.const_value.size == 1 and not wish.shift:  # x takes what is added later, too
+        constant = required(node.inputs[number], f"input {number}", node)
+        if tensor_of(constant).size == 1 and not wish.shift:  # x takes what is added later, too
             later = wish.offset + float(numpy_of(constant).reshape(()))
             route = self._operand(node, x, replace(wish, offset=later))
             if isinstance(route, Route):
@@ -169,11 +168,10 @@ class Tracer:
         """A constant that has a number for each channel takes the factors; a single number lets them through."""
         if not wish.plain:
             return f"{called(node)} in between lets no summands through"
-        constant = node.inputs[number]
-        assert constant is not None and constant.const_value is not None
-        if constant.const_value.size == 1:
+        constant = tensor_of(node.inputs[number])
+        if constant.size == 1:
             return self._operand(node, 1 - number, wish)
-        own = list(constant.const_value.shape.numpy())
+        own = list(constant.shape.numpy())
         spread = [n for d, n in enumerate(own) if n != 1 and not wish.layout.on(d + wish.layout.rank - len(own))]
         if spread:
             return f"{called(node)} has a factor for each token, not for each channel (rotary embeddings?)"

@@ -28,6 +28,7 @@ from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import name_of
 from ..graph.ops import Layer
+from ..graph.require import shape_of
 from .gram import Gram, Unfold, choose_positions
 from .weights import QuantizedWeight, find_weights, layer_name, rows_of
 
@@ -65,8 +66,7 @@ class Inputs:
     def of(weight: QuantizedWeight, float_layers: Mapping[str, Layer], where: str) -> Inputs:
         """Raises PassError for a layer that the float graph does not have."""
         value = weight.value
-        assert value.shape is not None
-        shape = value.shape.numpy()
+        shape = shape_of(value).numpy()
         found = [float_layers.get(layer_name(node)) for node in weight.readers]
         if None in found:
             name = layer_name(weight.readers[found.index(None)])
@@ -149,12 +149,12 @@ class Gathered:
 
 def chosen_latents(program: Program, context: Context, calls: int) -> list[Latents]:
     """The float trajectory's latents at so many network calls, spread evenly, in the order of the calls."""
-    assert program.float_model is not None
+    float_model = program.require_float_model()
     all_calls = program.deployment.calls
     wanted = set(np.rint(np.linspace(0, len(all_calls) - 1, min(calls, len(all_calls)))).astype(int).tolist())
     found: list[Latents] = []
     seen = 0
-    with Executor(program.float_model, context.folder, threads=context.threads) as executor:
+    with Executor(float_model, context.folder, threads=context.threads) as executor:
 
         def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
             nonlocal seen
@@ -185,7 +185,7 @@ def gather(
 
     `rounded` names the constants that are grid points already.
     """
-    assert program.float_model is not None
+    float_model = program.require_float_model()
     gathered = Gathered()
     for inputs in stage:
         gathered.expect(inputs, shifts)
@@ -209,7 +209,7 @@ def gather(
 
         # Convolutions in float behind quantizers that are computed exactly: a prefix may not be fused (execute.py).
         quantized = prefix(_read_directly(program.model, rounded), taps, "basic")
-        exact = prefix(program.float_model, float_taps, "all") if shifts else None
+        exact = prefix(float_model, float_taps, "all") if shifts else None
         limit = max(columns // len(latents), 1)
         for batch in latents:
             seed = [context.seed, batch.call, batch.batch]

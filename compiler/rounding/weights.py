@@ -16,6 +16,7 @@ from ..core.program import Plan, Program, Quantizer, Site
 from ..errors import PassError
 from ..graph import weight_store as store
 from ..graph.nodes import Names, consumers, initializer, is_constant, is_op, name_of, numpy_of
+from ..graph.require import inputs, shape_of, tensor_of
 from ..lowering.qdq import clip_behind, dequantizer, grid_ends
 
 
@@ -34,9 +35,7 @@ class QuantizedWeight:
 
     @property
     def value(self) -> ir.Value:
-        value = self.quantize.inputs[0]
-        assert value is not None
-        return value
+        return inputs(self.quantize, 1)[0]
 
     @property
     def name(self) -> str:
@@ -48,17 +47,14 @@ class QuantizedWeight:
 
     def scale(self) -> Floats:
         """One for each row `[rows]`."""
-        value = self.quantize.inputs[1]
-        assert value is not None and self.value.shape is not None
-        rows = int(self.value.shape.numpy()[self.axis])
+        _, value = inputs(self.quantize, 2)
+        rows = int(shape_of(self.value).numpy()[self.axis])
         return np.ascontiguousarray(np.broadcast_to(numpy_of(value).reshape(-1).astype(np.float32), rows))
 
     @property
     def per_row(self) -> bool:
         """Whether every row has a scale of its own."""
-        value = self.quantize.inputs[1]
-        assert value is not None and value.const_value is not None and self.value.shape is not None
-        return value.const_value.size == self.value.shape.numpy()[self.axis]
+        return tensor_of(self.quantize.inputs[1]).size == shape_of(self.value).numpy()[self.axis]
 
 
 def layer_name(node: ir.Node) -> str:
@@ -104,9 +100,8 @@ def _checked(quantize: ir.Node, pairs: list[ir.Node], readers: list[ir.Node], ax
     if not is_constant(scale) or not is_constant(zero) or scale is None or zero is None:
         raise PassError("the scale of a weight is not constant", where=where)
     axis = quantize.attributes["axis"].as_int() if "axis" in quantize.attributes else 1
-    assert quantize.inputs[0] is not None and quantize.inputs[0].shape is not None and scale.const_value is not None
-    axis %= len(quantize.inputs[0].shape)
-    if len(axes) > 1 or (scale.const_value.size > 1 and axes != {axis}):
+    axis %= len(shape_of(quantize.inputs[0]))
+    if len(axes) > 1 or (tensor_of(scale).size > 1 and axes != {axis}):
         raise PassError(
             "a weight's scales do not belong to the outputs of all layers that read it",
             where=where,
@@ -132,8 +127,7 @@ def replace_weight(
     Everyone else who reads the constant keeps it as it was. A large one is appended to the stored weights.
     """
     old = weight.value
-    assert old.shape is not None
-    shape = old.shape.numpy()
+    shape = shape_of(old).numpy()
     turned = (shape[weight.axis], *(n for i, n in enumerate(shape) if i != weight.axis))
     array = np.ascontiguousarray(np.moveaxis(rows.reshape(turned), 0, weight.axis), dtype=np.float32)
     if [u.node for u in old.uses()] == [weight.quantize] and not old.is_graph_output():
@@ -143,12 +137,10 @@ def replace_weight(
         weight.quantize.replace_input_with(0, initializer(program.graph, name, store.kept(array, name, folder)))
     if np.array_equal(scale, weight.scale()):
         return
-    value = weight.quantize.inputs[1]
-    assert value is not None
+    _, value = inputs(weight.quantize, 2)
     if not {*consumers(value)} <= {weight.quantize, *weight.dequantizers}:
         raise PassError(f"the scale {name_of(value)} belongs to other quantizers too", where=weight.name, hint=by)
-    assert value.shape is not None
-    value.const_value = ir.tensor(scale.reshape(value.shape.numpy()), name=name_of(value))
+    value.const_value = ir.tensor(scale.reshape(shape_of(value).numpy()), name=name_of(value))
 
 
 def with_scales(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Floats]], by: str) -> Plan:

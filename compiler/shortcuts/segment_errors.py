@@ -90,10 +90,8 @@ class Costs:
 
     def __init__(self, joined: Joined, seen: Seen, activations: Format, weights: Format) -> None:
         self._joined, self._seen, self._format, self._weights = joined, seen, activations, weights
-        layer = joined.layer
-        assert layer.weight is not None and layer.weight_axis is not None  # find_joined saw to it
-        self._weight = np.asarray(numpy_of(layer.weight), np.float32)
-        self._axis = layer.weight_axis
+        self._weight = np.asarray(numpy_of(joined.layer.require_weight()), np.float32)
+        self._axis = joined.layer.require_weight_axis()
         self._outputs = self._weight.shape[self._axis]
         self._power = [max(s.square / s.count, 1e-30) for s in seen.total]
         self._range = lru_cache(maxsize=None)(self._measured_range)

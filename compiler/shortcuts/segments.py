@@ -21,6 +21,7 @@ from mezzotint.runtime.arrays import Floats
 
 from ..graph.nodes import Builder, Names, is_constant, is_op, known_ints, name_of, numpy_of, replace_value
 from ..graph.ops import Layer, is_mover, layers
+from ..graph.require import producer, shape_of
 from ..graph.scopes import scope_of, within
 from ..rescaling.scaling import channel_axis, divide_value, input_channels, multiply_weight
 
@@ -105,8 +106,7 @@ def split_layer(graph: ir.Graph, names: Names, joined: Joined) -> Pieces:
     node, old = layer.node, layer.output
     last = layer.bias_add or node
     build = Builder(graph, names, last)
-    weight = numpy_of(layer.weight) if layer.weight is not None else None
-    assert weight is not None  # find_joined saw to it
+    weight = numpy_of(layer.require_weight())
     parts = _split(graph, build, joined, last) if joined.moved else joined.parts
     partial = []
     for i, part in enumerate(parts):
@@ -119,9 +119,7 @@ def split_layer(graph: ir.Graph, names: Names, joined: Joined) -> Pieces:
             attributes={name: a.value for name, a in node.attributes.items()},
             name=names.unique(f"{layer.name}_part_{i}"),
         )
-        made = out.producer()
-        assert made is not None
-        made.metadata_props.update(node.metadata_props)
+        producer(out).metadata_props.update(node.metadata_props)
         if i == 0 and layer.bias_add is not None:
             out = build.op("Add", [out, layer.bias], f"{name_of(old)}_biased", like=old)
         partial.append(out)
@@ -202,11 +200,11 @@ def _same(some: Sequence[Size], others: Sequence[Size]) -> bool:
 def _split(graph: ir.Graph, build: Builder, joined: Joined, before: ir.Node) -> list[ir.Value]:
     """The parts of a value that was moved since they were joined."""
     value = joined.layer.activations[0]
-    assert value.shape is not None  # or its axis could not have been followed
-    axis = channel_axis(joined.layer) % len(value.shape)
+    shape = shape_of(value)
+    axis = channel_axis(joined.layer) % len(shape)
     stem = name_of(value)
     kind = None if value.dtype is None else ir.TensorType(value.dtype)
-    shapes = [[size if d == axis else n for d, n in enumerate(value.shape)] for size in joined.sizes]
+    shapes = [[size if d == axis else n for d, n in enumerate(shape)] for size in joined.sizes]
     parts = [
         ir.Value(name=build.names.unique(f"{stem}_part_{i}"), shape=ir.Shape(s), type=kind)
         for i, s in enumerate(shapes)
