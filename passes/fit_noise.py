@@ -99,7 +99,7 @@ class FitNoise(Pass):
         scores: dict[str, float] = {}
         if self.gate:
             correction, rows, scores = self._chosen(program, fresh, candidates, np.concatenate(drawn)[:JUDGED])
-        report = noise_report(correction, steps, rows, residuals, gate=self.gate, pictures=scores)
+        report = noise_report(correction, steps, rows, residuals, gate=self.gate, image_db=scores)
         return replace(program, correction=correction, noise_report=report, note=report["summary"])
 
     def _chosen(

@@ -1,7 +1,8 @@
-"""The biases of quantized layers: where they are in the graph that insert_qdq wrote, and how they are replaced.
+"""The biases of quantized layers in the graph that insert_qdq wrote: read and replaced.
 
 A bias is the third input of a Conv or Gemm, or the constant that an Add behind a MatMul adds; either may be missing.
-A convolution's may be a row of a time table, too (fold_time). Whoever else reads a constant keeps the old one.
+The bias of a convolution may also be a row of a time table (fold_time). Other readers of a replaced constant keep the
+old one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, replace_use
 from ..graph.ops import Layer, layers, time_table
+from ..graph.require import inputs, required, shape_of, tensor_of
 from ..lowering.qdq import INT32_LIMIT, dequantizer
 from ..scales.timetable import rows_and_index
 
@@ -33,35 +35,34 @@ class QuantizedLayer:
 
     @property
     def output(self) -> ir.Value:
-        """What the layer computes with its bias, in front of its own quantizer."""
+        """Return the layer's output with its bias, before its own quantizer."""
         return (self.add or self.node).outputs[0]
 
     @property
     def axis(self) -> int:
-        """The axis of the output's channels."""
+        """Return the axis of the output's channels."""
         return 1 if self.layer.kind == "conv" else len(self.output.shape or ()) - 1
 
     @property
     def channels(self) -> int:
-        weight, axis = self.layer.weight, self.layer.weight_axis
-        assert weight is not None and weight.shape is not None and axis is not None
-        size = weight.shape[axis]
-        assert isinstance(size, int)  # it is a constant
-        return size
+        """Return the number of output channels."""
+        axis = required(self.layer.weight_axis, "the axis of a weight's channels", self.node)
+        return shape_of(self.layer.weight).numpy()[axis]
 
     @property
     def bias(self) -> ir.Value | None:
+        """Return the bias, or None when the layer has none."""
         if self.add is not None:
             return next(v for v in self.add.inputs if v is not self.node.outputs[0])
         return self.node.inputs[2] if not is_op(self.node, "MatMul") and len(self.node.inputs) > 2 else None
 
     @property
     def table(self) -> tuple[ir.Value, ir.Value] | None:
-        """(table `[rows, C]`, row index) where the bias is a row of a time table."""
+        """Return (table `[rows, C]`, row index) if the bias is a row of a time table, else None."""
         return None if self.bias is None else time_table(self.bias)
 
     def values(self) -> Doubles:
-        """The bias: `[1, C]`, or all rows of its table."""
+        """Return the bias `[1, C]`, or all rows of its table `[rows, C]`; zeros when there is none."""
         if self.bias is None:
             return np.zeros((1, self.channels))
         table = self.table
@@ -69,17 +70,18 @@ class QuantizedLayer:
         return rows.astype(np.float64)
 
     def fits(self, values: Doubles) -> bool:
-        """Whether a bias, in the form of `values`, is an int32 at the scale that the kernel accumulates in."""
-        x, w = (dequantizer(v) for v in self.node.inputs[:2])
-        assert x is not None and w is not None and x.inputs[1] is not None and w.inputs[1] is not None
-        finest = rows_and_index(x.inputs[1])[0].astype(np.float64).min() * numpy_of(w.inputs[1]).astype(np.float64)
+        """Return whether a bias, in the form of `values`, fits into int32 at the scale x_scale * w_scale."""
+        x_scale, w_scale = (
+            inputs(required(dequantizer(v), "the DequantizeLinear", v), 2)[1] for v in inputs(self.node, 2)
+        )
+        finest = rows_and_index(x_scale)[0].astype(np.float64).min() * numpy_of(w_scale).astype(np.float64)
         return bool(np.all(np.abs(values) <= INT32_LIMIT * finest))
 
     def with_bias(self, graph: ir.Graph, names: Names, values: Doubles) -> QuantizedLayer:
-        """Write another bias, in the form of `values`; a MatMul without one gets its Add."""
+        """Write another bias, in the form of `values`, and return the layer; a MatMul without a bias gets an Add."""
         new, bias, table = values.astype(np.float32), self.bias, self.table
         if bias is None:
-            return self._given(graph, names, new[0])
+            return self._with_first_bias(graph, names, new[0])
         holder = self.add or self.node
         build = Builder(graph, names, holder)
         if table is None:
@@ -93,7 +95,7 @@ class QuantizedLayer:
         replace_use(holder, bias, build.op("Reshape", [row, flat], f"{stem}_corrected", dtype=rows.dtype, shape=[size]))
         return self
 
-    def _given(self, graph: ir.Graph, names: Names, new: npt.NDArray[np.float32]) -> QuantizedLayer:
+    def _with_first_bias(self, graph: ir.Graph, names: Names, new: npt.NDArray[np.float32]) -> QuantizedLayer:
         out = self.node.outputs[0]
         name = name_of(out)
         if not is_op(self.node, "MatMul"):
@@ -102,16 +104,18 @@ class QuantizedLayer:
             return self
         build = Builder(graph, names, after=self.node)
         readers = [(use.node, use.idx) for use in out.uses()]
-        added = build.op("Add", [out, build.constant(f"{name}_bias", new)], f"{name}_biased", like=out)
-        take_over(graph, names, out, added, readers)
-        return QuantizedLayer(self.layer, self.node, added.producer())
+        total = build.op("Add", [out, build.constant(f"{name}_bias", new)], f"{name}_biased", like=out)
+        take_over(graph, names, out, total, readers)
+        return QuantizedLayer(self.layer, self.node, total.producer())
 
 
 def take_over(
     graph: ir.Graph, names: Names, old: ir.Value, new: ir.Value, readers: Sequence[tuple[ir.Node, int]]
 ) -> None:
-    """Make these readers of `old`, and the graph's output where it is one, read `new`, which gets its name: whoever
-    asks for a value by its name gets the corrected one."""
+    """Make these readers of `old`, and the graph if it is an output, read `new`, which gets the name of `old`.
+
+    So a value that is read by its name is the corrected one.
+    """
     for node, index in readers:
         node.replace_input_with(index, new)
     if old.is_graph_output():
@@ -121,10 +125,9 @@ def take_over(
 
 
 def quantized_layers(program: Program, where: str) -> Iterator[QuantizedLayer]:
-    """The layers with constant weights that insert_qdq quantized, in the graph's order. Raises PassError."""
-    assert program.float_model is not None
+    """Yield the layers with constant weights that insert_qdq quantized, in the graph's order. Raises PassError."""
     nodes = {node.name: node for node in program.graph}
-    for layer in layers(program.float_model.graph):
+    for layer in layers(program.require_float_model().graph):
         if layer.weight is None:
             continue
         node = nodes.get(layer.node.name)
@@ -141,41 +144,40 @@ def quantized_layers(program: Program, where: str) -> Iterator[QuantizedLayer]:
 
 
 def _bias_add(matmul: ir.Node, layer: Layer) -> ir.Node | None:
-    """The Add of a constant `[out]` that alone reads the MatMul: the model's own, or one that a correction added."""
+    """Return the Add of a constant `[out]` that is the only reader of a MatMul, or None.
+
+    It is the model's own, or one that a correction added.
+    """
     readers = consumers(matmul.outputs[0])
     if matmul.outputs[0].is_graph_output() or len(readers) != 1 or not is_op(readers[0], "Add"):
         return None
-    assert layer.weight is not None and layer.weight.shape is not None
     biases = [v for v in readers[0].inputs if v is not None and is_constant(v)]
-    return readers[0] if biases and list(biases[0].shape or ()) == [layer.weight.shape[1]] else None
+    return readers[0] if biases and list(biases[0].shape or ()) == [shape_of(layer.weight)[1]] else None
 
 
-def with_float_twins(program: Program, found: Sequence[QuantizedLayer]) -> tuple[ir.Model, list[str]]:
-    """A clone of the quantized graph with a second node beside each layer: float weights on the same quantized input.
+def with_float_twins(program: Program, quantized: Sequence[QuantizedLayer]) -> tuple[ir.Model, list[str]]:
+    """Return a clone of the quantized graph with a twin of each layer: float weights on the same quantized input.
 
-    Returns the names of what those compute, without the bias of an Add.
+    Also returns the names of the twins' outputs, which lack the bias of an Add.
     """
     clone = program.model.clone()
     graph, names = clone.graph, Names(clone.graph)
     nodes = {node.name: node for node in graph}
-    made: list[str] = []
-    for layer in found:
+    twins: list[str] = []
+    for layer in quantized:
         node, weight = nodes[layer.node.name], layer.layer.weight
-        assert weight is not None and weight.const_value is not None
         build = Builder(graph, names, after=node)
-        inputs = [
-            node.inputs[0],
-            build.constant(f"{name_of(weight)}_float", _again(weight.const_value)),
-            *node.inputs[2:],
-        ]
+        float_weight = build.constant(f"{name_of(weight)}_float", _copy_of(tensor_of(weight)))
+        twin_inputs = [node.inputs[0], float_weight, *node.inputs[2:]]
         attributes = {name: a.value for name, a in node.attributes.items()}
         out = node.outputs[0]
-        made.append(name_of(build.op(node.op_type, inputs, f"{name_of(out)}_float", like=out, attributes=attributes)))
-    return clone, made
+        twin = build.op(node.op_type, twin_inputs, f"{name_of(out)}_float", like=out, attributes=attributes)
+        twins.append(name_of(twin))
+    return clone, twins
 
 
-def _again(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """The same numbers under a name of their own; stored weights stay where they are."""
+def _copy_of(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Return a tensor of the same numbers without a name; external data is not read."""
     if isinstance(tensor, ir.ExternalTensor):
         return ir.ExternalTensor(
             tensor.location,

@@ -1,8 +1,8 @@
-"""Means of values by channel, taken inside the graph: what leaves a network call is `[rows, C]`, never a feature map.
+"""Means of values by channel, computed inside the graph: a network call returns `[rows, C]`, never a feature map.
 
-A paired mean is all that a bias needs to know of two graphs. `with_means` adds one ReduceMean for each chosen value,
-`ChannelMeans` folds what the calls return: sums and sums of squares over samples, in float64, a row for each row of a
-time table or one for all.
+A bias correction needs only the paired means of two graphs. `with_means` adds one ReduceMean for each chosen value.
+`ChannelMeans` accumulates the results of the calls: sums and sums of squares over samples, in float64, with a row for
+each row of a time table, or one row for all.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ import onnx_ir as ir
 from mezzotint.runtime.arrays import Doubles
 
 from ..graph.nodes import Builder, Names, name_of
+from ..graph.require import producer, shape_of
 
-AXES_AS_INPUT = 18  # ReduceMean has its axes as an attribute before this opset
+AXES_AS_INPUT = 18  # before this opset, the axes of a ReduceMean are an attribute
 
 
 def with_means(model: ir.Model, values: Sequence[tuple[str, int]]) -> tuple[ir.Model, list[str]]:
-    """A clone with the mean of each value as one more output, and the names of those outputs.
+    """Return a clone with the mean of each value as an additional output, and the names of those outputs.
 
-    `values` are names with the axis of the channels. All other axes but the first one (the batch) are averaged.
+    `values` are names with the axis of the channels. All other axes except the first one (the batch) are averaged.
     """
     clone = model.clone()
     graph, names = clone.graph, Names(clone.graph)
     known = {name_of(out): out for node in graph for out in node.outputs}
     opset = model.opset_imports.get("", AXES_AS_INPUT)
-    found: list[str] = []
+    means: list[str] = []
     for name, axis in values:
         value = known[name]
-        producer = value.producer()
-        assert producer is not None and value.shape is not None
-        averaged = [d for d in range(1, len(value.shape)) if d != axis]
-        build = Builder(graph, names, after=producer)
+        averaged = [d for d in range(1, len(shape_of(value))) if d != axis]
+        build = Builder(graph, names, after=producer(value))
         mean = _reduce_mean(build, value, averaged, f"{name}_channel_mean", opset)
         graph.outputs.append(mean)
-        found.append(name_of(mean))
-    return clone, found
+        means.append(name_of(mean))
+    return clone, means
 
 
 def _reduce_mean(build: Builder, value: ir.Value, axes: list[int], stem: str, opset: int) -> ir.Value:
@@ -63,25 +62,25 @@ class ChannelMeans:
         self._total = np.zeros((rows, channels))
         self._square = np.zeros((rows, channels))
 
-    def add(self, row: int, want: npt.NDArray[Any], got: npt.NDArray[Any], samples: int) -> None:
-        """Fold one call's means, both `[samples * k, C]`: k tokens of one sample count as one."""
-        difference = got.astype(np.float64) - want.astype(np.float64)
+    def add(self, row: int, exact: npt.NDArray[Any], actual: npt.NDArray[Any], samples: int) -> None:
+        """Accumulate one call's means, both `[samples * k, C]`: k tokens of one sample count as one."""
+        difference = actual.astype(np.float64) - exact.astype(np.float64)
         difference = difference.reshape(samples, -1, difference.shape[-1]).mean(axis=1)
         self._count[row] += samples
         self._total[row] += difference.sum(axis=0)
         self._square[row] += (difference**2).sum(axis=0)
 
     def overall(self) -> Doubles:
-        """The mean over everything, `[1, C]`."""
+        """Return the mean over all rows, `[1, C]`."""
         mean: Doubles = self._total.sum(axis=0, keepdims=True) / max(float(self._count.sum()), 1.0)
         return mean
 
     def by_row(self) -> Doubles:
-        """The mean of each row, `[rows, C]`, drawn to the mean over all rows by what the samples leave uncertain.
+        """Return the mean of each row, `[rows, C]`, shrunk towards the mean over all rows (James and Stein).
 
-        With d the spread of the rows and e the squared standard error of a row, both by channel, a row keeps the share
-        max(0, 1 - e / d) of its distance (James and Stein). One sample has no spread, so nothing is known of e: the
-        rows get the common mean.
+        With d the variance between the rows' means and e the squared standard error of a row, both by channel, a row
+        keeps the share max(0, 1 - e / d) of its distance. Rows with one sample have no estimate of e, and get the
+        common mean.
         """
         overall = self.overall()
         seen = self._count[:, 0] > 1

@@ -1,4 +1,4 @@
-"""The figures of fit_noise over the trajectory, as one picture for the bundle's report."""
+"""The figures of fit_noise over the trajectory, as one plot in the bundle."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-Rows = Sequence[Mapping[str, Any]]
+CallRows = Sequence[Mapping[str, Any]]
 
 
 def plot_noise(report: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of six panels: SQNR, slope, bias, spread, the sampler's noise, what is left of the error.
+    """Write a PNG of six panels: SQNR, slope, bias and spread, the sampler's noise, its share, the remaining error.
 
     Network calls run from left to right, in the order of sampling. The same report gives the same bytes.
     """
-    rows: Rows = report["calls"]
+    rows: CallRows = report["calls"]
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3).ravel()
@@ -34,22 +34,22 @@ def plot_noise(report: Mapping[str, Any], path: Path) -> None:
     _lines(panels[5], rows, "shape of what is left", skewness=_of(rows, "skewness"), kurtosis=_of(rows, "kurtosis"))
     for panel in panels:
         panel.legend(fontsize="small")
-    # Without the name and version of the library the bytes depend on nothing but the figures.
+    # Without the library's name and version, the bytes depend on the report only.
     figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
 
 
-def _sqnr(rows: Rows) -> dict[str, list[Any]]:
+def _sqnr(rows: CallRows) -> dict[str, list[Any]]:
     return {
         "as it is": [row["sqnr_db"]["none"] for row in rows],
         "corrected": [row["sqnr_db"][row["kept"]] for row in rows],
     }
 
 
-def _of(rows: Rows, key: str) -> list[Any]:
+def _of(rows: CallRows, key: str) -> list[Any]:
     return [row[key] for row in rows]
 
 
-def _lines(panel: Axes, rows: Rows, title: str, **curves: Sequence[float | None]) -> None:
+def _lines(panel: Axes, rows: CallRows, title: str, **curves: Sequence[float | None]) -> None:
     for label, values in curves.items():
         numbers = [float("nan") if value is None else value for value in values]
         panel.plot(range(len(rows)), numbers, marker=".", label=label)

@@ -1,9 +1,9 @@
-"""Is the noise what the corrections take it for? Figures for each network call, for readers.
+"""Figures for each network call that test the noise model of the corrections, for display.
 
-PTQD models what is left of the error as Gaussian and independent of the signal. On all of the data any test rejects it:
+PTQD models the remaining error as Gaussian and independent of the signal. On all of the data any test rejects this:
 with enough values every real distribution differs from a Gaussian. So K2 = Zskew^2 + Zkurt^2 (D'Agostino & Pearson) is
-computed on random subsets of about 2000 values, beside skewness and excess kurtosis, which say how far it is off, and
-the correlation of the error and of its magnitude with the signal.
+computed on random subsets of about 2000 values, together with skewness and excess kurtosis, which measure the
+difference, and the correlation of the error, and of its magnitude, with the signal.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.steps import Step
 
 SUBSET = 2048
-"""Values of a call that are tested."""
-_BATCH = 512  # of them from one batch
-_ROUNDING = 1e-6  # of the largest output: what is less is float32's own, not quantization
+"""The number of values of a call that are tested."""
+_BATCH = 512  # at most so many of them from one batch
+_ROUNDING = 1e-6  # of the largest output: a smaller error is float32 rounding
 
-Report = dict[str, Any]
+NoiseReport = dict[str, Any]
 
 
 class Residuals:
@@ -34,22 +34,27 @@ class Residuals:
         self._rng = streams.RESIDUALS.generator(seed)
         self._pairs: dict[int, list[npt.NDArray[np.float64]]] = {}
 
-    def add(self, call: int, wanted: Floats, got: Floats) -> None:
-        """Both outputs `[B, C, H, W]` of network call `call`."""
-        known = self._pairs.setdefault(call, [])
-        room = SUBSET - sum(part.shape[1] for part in known)
+    def add(self, call: int, exact: Floats, actual: Floats) -> None:
+        """Add values of the float and the quantized output `[B, C, H, W]` of network call `call`."""
+        chosen_before = self._pairs.setdefault(call, [])
+        room = SUBSET - sum(part.shape[1] for part in chosen_before)
         if room <= 0:
             return
-        chosen = self._rng.choice(wanted.size, min(room, _BATCH, wanted.size), replace=False)
-        channels = np.unravel_index(chosen, wanted.shape)[1]
-        known.append(np.stack([wanted.reshape(-1)[chosen], got.reshape(-1)[chosen], channels]).astype(np.float64))
+        chosen = self._rng.choice(exact.size, min(room, _BATCH, exact.size), replace=False)
+        channels = np.unravel_index(chosen, exact.shape)[1]
+        chosen_before.append(
+            np.stack([exact.reshape(-1)[chosen], actual.reshape(-1)[chosen], channels]).astype(np.float64)
+        )
 
     def figures(self, call: int, correction: Correction) -> dict[str, float | None]:
-        """Of what the correction leaves: p of the normality test, skewness, excess kurtosis, and the correlation of the
-        error, and of |error|, with the signal."""
-        signal, got, channels = np.concatenate(self._pairs[call], axis=1)
-        error = got * correction.scale[call] - correction.shift[call][channels.astype(int)] - signal
-        from scipy import stats  # half a second that nobody should wait for who lists recipes
+        """Return figures of the corrected error; without an error, all are None.
+
+        They are p of the normality test, skewness, excess kurtosis, and the correlation of the error, and of |error|,
+        with the signal.
+        """
+        signal, actual, channels = np.concatenate(self._pairs[call], axis=1)
+        error = actual * correction.scale[call] - correction.shift[call][channels.astype(int)] - signal
+        from scipy import stats  # takes half a second, which listing recipes should not
 
         if len(error) < 20 or error.std() <= _ROUNDING * max(float(np.abs(signal).max()), 1e-30):
             return dict.fromkeys(("normal_p", "skewness", "kurtosis", "correlation", "magnitude_correlation"))
@@ -69,18 +74,18 @@ def noise_report(
     residuals: Residuals,
     *,
     gate: bool,
-    pictures: Mapping[str, float] | None = None,
-) -> Report:
-    """What the manifest keeps: one row for each network call, and a summary of one line.
+    image_db: Mapping[str, float] | None = None,
+) -> NoiseReport:
+    """Return the manifest's report: one row for each network call, and a summary of one line.
 
-    `rows` are those of NoiseFit.gated; SQNR is that of the output on held-out calls. `pictures` is how near whole
-    pictures come with each part of the correction, dB, where that was tried.
+    `rows` are those of NoiseFit.gated; SQNR is that of the output on held-out calls. `image_db` is the SQNR of sampled
+    images with each part of the correction, dB, if it was measured.
     """
     noises, clamped = correction.noise(steps), correction.clamped(steps)
-    found = []
+    calls = []
     for call, (step, row) in enumerate(zip(steps, rows, strict=True)):
         row = dict(row) if gate else {**row, "kept": "both", "variance_kept": step.sigma > 0}
-        found.append(
+        calls.append(
             {
                 "timestep": step.timestep,
                 "stage": step.stage,
@@ -94,31 +99,31 @@ def noise_report(
                 **residuals.figures(call, correction),
             }
         )
-    report = merged_report(correction.form, found, gate=gate)
-    if pictures:
-        best = max(pictures, key=lambda parts: pictures[parts])
-        report["pictures_db"] = dict(pictures)
-        report["summary"] += f"; pictures {pictures['none']:.2f} -> {pictures[best]:.2f} dB ({best})"
+    report = merged_report(correction.form, calls, gate=gate)
+    if image_db:
+        best = max(image_db, key=lambda parts: image_db[parts])
+        report["pictures_db"] = dict(image_db)
+        report["summary"] += f"; pictures {image_db['none']:.2f} -> {image_db[best]:.2f} dB ({best})"
     return report
 
 
-def merged_report(form: str, rows: Sequence[Mapping[str, Any]], *, gate: bool) -> Report:
-    """The report of rows that are there already; those of a mixed bundle come from several."""
-    report: Report = {"form": form, "gate": gate, "calls": list(rows)}
+def merged_report(form: str, rows: Sequence[Mapping[str, Any]], *, gate: bool) -> NoiseReport:
+    """Return the report of given rows; those of a mixed bundle come from several reports."""
+    report: NoiseReport = {"form": form, "gate": gate, "calls": list(rows)}
     report["shares"] = _shares(rows)
     report["summary"] = _summary(report)
     return report
 
 
 def _shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean SQNR over the calls, dB, without correction and with each part of it, on held-out calls."""
+    """Return the mean SQNR over held-out calls, dB, without a correction and with each part of it."""
     parts: tuple[str, ...] = ("none", "slope", "bias", "both")
     means = {part: [row["sqnr_db"][part] for row in rows if row["sqnr_db"][part] is not None] for part in parts}
     kept = [row["sqnr_db"][row["kept"]] for row in rows if row["sqnr_db"][row["kept"]] is not None]
     return {part: float(np.mean(values)) for part, values in {**means, "kept": kept}.items() if values}
 
 
-def _summary(report: Report) -> str:
+def _summary(report: NoiseReport) -> str:
     rows, shares = report["calls"], report["shares"]
     off = sum(row["kept"] == "none" for row in rows)
     noisy = [row for row in rows if row["sigma"] > 0]

@@ -1,4 +1,4 @@
-"""Trials: how good a quantized program is, measured where production runs and on noise that nobody calibrated on."""
+"""Trials: the fidelity of quantized programs, measured on their lowered graphs and on held-out noise."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ from ..lowering.lower import lower
 
 @dataclass(frozen=True)
 class Trial:
-    """`prediction`: pooled SQNR of single calls on float latents, dB; `pictures`: of the pictures that the program
-    draws by itself from the same noise, the mean of their dB."""
+    """The fidelity of one program, dB.
 
-    prediction: float
-    pictures: float
+    `prediction_db` is the pooled SQNR of single calls on float latents; `image_db` is the mean SQNR of images that the
+    program samples from the same noise as the float network.
+    """
+
+    prediction_db: float
+    image_db: float
 
 
 def compare_programs(programs: Sequence[Program], context: Context, samples: int, stage: str) -> list[Trial]:
-    """A trial of each lowered program beside their float graph, on `samples` held-out pictures.
+    """Compare each lowered program with their float graph on `samples` held-out images.
 
     The programs are variants of one: they share its float graph, deployment and inputs.
     """
     fresh = replace(context, seed=SeedOffset.HELD_OUT.after(context.seed), samples=samples)
     first = programs[0]
-    assert first.float_model is not None
+    float_model = first.require_float_model()
     errors = [StepSQNR() for _ in programs]
-    pictures: list[list[float]] = [[] for _ in programs]
+    image_db: list[list[float]] = [[] for _ in programs]
     spans = batch_spans(first, fresh)
     total, done = len(spans) * len(first.deployment.calls) * (1 + len(programs)), 0
     with ExitStack() as stack:
-        models = [first.float_model, *(lower(program) for program in programs)]
+        models = [float_model, *(lower(program) for program in programs)]
         exact, *trials = [stack.enter_context(Executor(m, context.folder, threads=context.threads)) for m in models]
 
         def predictor(executor: Executor, conditions: Conditions) -> Callable[[Images, Timestep], Images]:
@@ -64,7 +67,7 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
                 for error, trial in zip(errors, trials, strict=True):
                     error.add(info.index, info.output, _output(trial, first, info.x, info.timestep, conditions))
 
-            want, *got = (
+            exact_images, *trial_images = (
                 samplers.sample(
                     predictor(executor, conditions),
                     x,
@@ -75,28 +78,28 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
                 )
                 for executor in (exact, *trials)
             )
-            for found, images in zip(pictures, got, strict=True):
-                found += [sqnr_db(a, b) for a, b in zip(want, images, strict=True)]
-    return [Trial(e.pooled(), float(np.mean(p))) for e, p in zip(errors, pictures, strict=True)]
+            for values, images in zip(image_db, trial_images, strict=True):
+                values += [sqnr_db(a, b) for a, b in zip(exact_images, images, strict=True)]
+    return [Trial(e.pooled(), float(np.mean(values))) for e, values in zip(errors, image_db, strict=True)]
 
 
 def judged(before: Program, after: Program, context: Context, samples: int, note: str, by: str) -> Program:
-    """The changed program, unless pictures of noise that it was not fitted to are worse for it; the note says which.
+    """Return `after` if its images from held-out noise are at least as good as those of `before`, else `before`.
 
-    Without `samples` the change is kept unseen.
+    The note records the decision. With `samples` 0, `after` is returned without a trial.
     """
     if not samples:
         return after.noted(f"{note}; not judged")
     trials = compare_programs((before, after), context, samples, f"{by}, held out")
-    kept = trials[1].pictures >= trials[0].pictures
+    kept = trials[1].image_db >= trials[0].image_db
     return (after if kept else before).noted(f"{note}; {_verdict(*trials, kept=kept)}")
 
 
 def _verdict(before: Trial, after: Trial, *, kept: bool) -> str:
-    """What a change did to held-out pictures, for the history."""
+    """Return the effect of a change on held-out images, for the history."""
     return (
-        f"{'kept' if kept else 'thrown away'}: on held-out noise pictures {before.pictures:.2f} -> "
-        f"{after.pictures:.2f} dB, epsilon {before.prediction:.2f} -> {after.prediction:.2f} dB"
+        f"{'kept' if kept else 'thrown away'}: on held-out noise pictures {before.image_db:.2f} -> "
+        f"{after.image_db:.2f} dB, epsilon {before.prediction_db:.2f} -> {after.prediction_db:.2f} dB"
     )
 
 

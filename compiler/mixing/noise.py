@@ -1,8 +1,8 @@
-"""The noise correction of a bundle of several precisions: statistics belong to the precision that runs at each call.
+"""The noise correction of a bundle of several precisions: each call has the row of the precision that runs it.
 
-Rows were fitted along the float trajectory, each call by itself, so the row of a call does not depend on what the other
-calls run: those of several bundles can be put together. A precision without quantizers has no error to correct, and
-gets the row that changes nothing.
+Rows were fitted along the float trajectory, each call by itself. So the row of a call does not depend on the precision
+of other calls, and rows of several bundles can be combined. A precision without quantizers has no error to correct,
+and gets a row that changes nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.steps import Step
 
-from ..correction.noise_report import Report, merged_report
+from ..correction.noise_report import NoiseReport, merged_report
 
-_FACTS = ("deployment", "prediction", "form", "stages")
-TABLES = tuple(f.name for f in fields(Correction) if f.init and f.name not in _FACTS)
+_SETTINGS = ("deployment", "prediction", "form", "stages")
+CORRECTION_TABLES = tuple(f.name for f in fields(Correction) if f.init and f.name not in _SETTINGS)
 """The tables with one row for each call."""
 
 
 @dataclass(frozen=True)
 class NoiseTables:
-    """What one bundle knows of its noise: the tables, the manifest's report, and whether it has quantizers at all."""
+    """The noise of one bundle: its tables, the report of its manifest, and whether it has quantizers."""
 
     correction: Correction | None
     report: Mapping[str, Any] | None
@@ -36,31 +36,36 @@ class NoiseTables:
 def mixed_correction(
     tables: Mapping[str, NoiseTables], calls: Sequence[str], deployment: Deployment, steps: Sequence[Step]
 ) -> tuple[Correction | None, str]:
-    """The rows of the precision that runs at each call, or None; and in words what was done and why."""
+    """Return (correction, note): the rows of the precision that runs at each call, or None with the reason."""
     used = {name: tables[name] for name in dict.fromkeys(calls) if tables[name].quantized}
-    found = {name: table.correction for name, table in used.items() if table.correction is not None}
-    if not found:
+    corrections = {name: table.correction for name, table in used.items() if table.correction is not None}
+    if not corrections:
         return None, "none: no precision has one"
-    if missing := sorted(set(used) - set(found)):
+    if missing := sorted(set(used) - set(corrections)):
         return None, f"none: {missing[0]} was compiled without one"
-    forms = {name: correction.form for name, correction in found.items()}
+    forms = {name: correction.form for name, correction in corrections.items()}
     if len(set(forms.values())) > 1:
         return None, f"none: its forms differ ({', '.join(f'{name}: {form}' for name, form in forms.items())})"
-    some = next(iter(found.values()))
+    some = next(iter(corrections.values()))
 
     def rows(table: str) -> Any:
         neutral = np.full_like(getattr(some, table)[0], 1.0 if table == "scale" else 0.0)
         return np.stack(
-            [getattr(found[name], table)[call] if name in found else neutral for call, name in enumerate(calls)]
+            [
+                getattr(corrections[name], table)[call] if name in corrections else neutral
+                for call, name in enumerate(calls)
+            ]
         )
 
     stages = np.array([step.stage for step in steps], np.int64)
-    merged = Correction(deployment, some.prediction, some.form, stages, **{name: rows(name) for name in TABLES})
-    return merged, f"{some.form}, the rows of each call from {', '.join(found)}"
+    merged = Correction(
+        deployment, some.prediction, some.form, stages, **{name: rows(name) for name in CORRECTION_TABLES}
+    )
+    return merged, f"{some.form}, the rows of each call from {', '.join(corrections)}"
 
 
-def mixed_report(tables: Mapping[str, NoiseTables], calls: Sequence[str], steps: Sequence[Step]) -> Report | None:
-    """The manifest's report of the same rows, each with its precision; None where one of them has none."""
+def mixed_report(tables: Mapping[str, NoiseTables], calls: Sequence[str], steps: Sequence[Step]) -> NoiseReport | None:
+    """Return the manifest's report of the same rows, each with its precision; None if a precision has no report."""
     used = {name: tables[name] for name in dict.fromkeys(calls) if tables[name].quantized}
     reports = {name: table.report for name, table in used.items() if table.report}
     if not reports or set(reports) != set(used):
@@ -77,7 +82,7 @@ def mixed_report(tables: Mapping[str, NoiseTables], calls: Sequence[str], steps:
 
 
 def _neutral(step: Step, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a call whose network is the float one: no error, the sampler's own noise, no figures of a residual."""
+    """Return the row of a call of the float network: no error, the sampler's own noise, no figures of a residual."""
     known = {
         "timestep": step.timestep,
         "stage": step.stage,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.compiler.bundle.staging import staged
-from mezzotint.compiler.mixing.choice import Choice, by_margin, picture_weights, relaxed
+from mezzotint.compiler.mixing.choice import PrecisionChoice, by_margin, picture_weights, relaxed
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import BundleError, InputError
@@ -251,7 +251,7 @@ def _choose(
     budget: float | None,
     relax: float | None,
     relax_first: bool,
-) -> tuple[Choice, dict[str, Any]]:
+) -> tuple[PrecisionChoice, dict[str, Any]]:
     """Return the choice, and its facts for the manifest."""
     bundle, names, prices = mixing.first, list(mixing.bundles), list(costs.values())
     levels = [bundle.schedule.levels(t) for t in bundle.deployment.calls]

@@ -275,6 +275,6 @@ def test_the_recipe_runs_and_refuses_channels(context: Context) -> None:
     assert any(q.table for q in program.plan.quantizers.values())
     at = next(i for i, step in enumerate(steps) if isinstance(step, InsertQdq))
     wider = [replace(step, channels=True) if isinstance(step, Observe) else step for step in steps[:at]]
-    with pytest.raises(RecipeError, match="need the integer lowering, premul has none") as caught:
+    with pytest.raises(RecipeError, match="need the integer lowering; premul has none") as caught:
         pipeline.run_passes(tiny_program(), [*wider, ChannelScales(gain=-1000.0), *steps[at:]], context)
     assert "w8a8-premul" in str(caught.value.hint)

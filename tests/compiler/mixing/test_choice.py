@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mezzotint.compiler.mixing.choice import Choice, by_margin, picture_weights, relaxed
+from mezzotint.compiler.mixing.choice import PrecisionChoice, by_margin, picture_weights, relaxed
 from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling import samplers
@@ -46,7 +46,7 @@ def mean_cost(calls: list[int], costs: list[float]) -> float:
     return sum(costs[i] for i in calls) / len(calls) / max(costs)
 
 
-def prices(choice: Choice, costs: list[float]) -> list[float]:
+def prices(choice: PrecisionChoice, costs: list[float]) -> list[float]:
     return [costs[i] for i in choice.calls]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mezzotint.compiler.mixing.noise import TABLES, NoiseTables, mixed_correction, mixed_report
+from mezzotint.compiler.mixing.noise import CORRECTION_TABLES, NoiseTables, mixed_correction, mixed_report
 from mezzotint.runtime.errors import InterpolatedCorrection
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
@@ -21,7 +21,7 @@ STEPS = DEPLOYMENT.solver(SCHEDULE).steps
 
 def correction(offset: float, form: str = "regression") -> Correction:
     column = np.asarray(0.01 * (offset + np.arange(4)), np.float64)
-    tables = {name: i * column for i, name in enumerate(TABLES, 1)}
+    tables = {name: i * column for i, name in enumerate(CORRECTION_TABLES, 1)}
     tables |= {"scale": 1 + column, "shift": np.stack([column, -column], axis=1)}
     return Correction(DEPLOYMENT, "epsilon", form, np.zeros(4, np.int64), **tables)
 
@@ -50,13 +50,13 @@ def test_each_call_has_the_row_of_its_precision() -> None:
 
     assert found is not None
     assert told == "regression, the rows of each call from low, high"
-    for name in TABLES:
+    for name in CORRECTION_TABLES:
         low, high, got = (getattr(c, name) for c in (tables["low"].correction, tables["high"].correction, found))
         np.testing.assert_array_equal(got[:3], [low[0], high[1], low[2]])
         np.testing.assert_array_equal(got[3], np.full_like(got[3], 1 if name == "scale" else 0))
     output = np.random.default_rng(0).standard_normal((1, 2, 3, 3)).astype(np.float32)
     np.testing.assert_array_equal(found.apply(output, 3), output)
-    assert {"scale", "shift", "excess", "spread"} <= set(TABLES)
+    assert {"scale", "shift", "excess", "spread"} <= set(CORRECTION_TABLES)
     assert found.noise(STEPS)[3] == STEPS[3].sigma
 
 
@@ -107,7 +107,7 @@ def test_other_steps_take_whole_rows() -> None:
     with pytest.warns(InterpolatedCorrection, match="nearest"):
         picked = found.picked(plan, plan.solver(SCHEDULE).steps, (0, 0, 1, 1, 2, 2, 3, 3))
 
-    for name in TABLES:
+    for name in CORRECTION_TABLES:
         np.testing.assert_array_equal(getattr(picked, name), np.repeat(getattr(found, name), 2, axis=0))
     assert found.picked(DEPLOYMENT, STEPS, (0, 0, 0, 0)) is found, "its own calls keep their own rows"
     with pytest.raises(Exception, match="not valid here"):
