@@ -1,1 +1,1 @@
-"""What onnxruntime made of a file: its kernels, and why a group has none."""
+"""The kernels that onnxruntime builds of a file, and the reasons why a group has no integer kernel."""

@@ -1,1 +1,1 @@
-"""What quantization moved, measured and put back: biases, means, noise."""
+"""Measured effects of quantization that are corrected: biases, means, noise."""

@@ -74,11 +74,12 @@ def _pair_behind(quantize: ir.Node) -> Iterator[ir.Node]:
 
 
 def _rows(parameter: ir.Value | None) -> ParameterRows:
+    """Return all rows of a scale or a zero point."""
     return rows_and_index(required(parameter, "a scale or zero point, which insert_qdq writes,"))[0]
 
 
 class _Writer:
-    """Rewrites a graph in place; the ratios are collected, and looked up together in the end."""
+    """Rewrites a graph in place. Ratios are collected, to be looked up together in the end."""
 
     def __init__(self, program: Program, graph: ir.Graph) -> None:
         self.program, self.graph, self.names = program, graph, Names(graph)
@@ -87,7 +88,10 @@ class _Writer:
         self._waiting: dict[tuple[bool, tuple[ir.Value, ...]], list[ir.Node]] = {}
 
     def write(self) -> None:
-        for node in list(self.graph):  # in order: a convolution may make the input of the next one static
+        """Rewrite all layers, then all remaining quantizers with a table, then write the lookup of the ratios."""
+        for node in list(
+            self.graph
+        ):  # in order: the rewritten output of one convolution may be the static input of the next
             if node in self._layers and is_op(node, "Conv"):
                 self._conv(node)
             elif node in self._layers:
@@ -100,12 +104,17 @@ class _Writer:
         self._write_ratios()
 
     def _conv(self, conv: ir.Node) -> None:
+        """Give a convolution's output constant parameters.
+
+        1. The input or the bias depends on the timestep: multiply back and add the bias behind the output's quantizer.
+        2. Only the output's scale does: keep the bias inside, and take the widest of the output's ranges.
+        """
         out, scales = conv.outputs[0], _scales(conv)
         quantize = consumers(out)[0]
         bias = conv.inputs[2] if len(conv.inputs) > 2 else None
         if scales or (bias is not None and time_table(bias) is not None):
-            self._conv_bias_outside(conv, quantize, scales, bias)
-        elif not is_constant(quantize.inputs[1]):
+            self._conv_bias_outside(conv, quantize, scales, bias)  # case 1
+        elif not is_constant(quantize.inputs[1]):  # case 2
             build = Builder(self.graph, self.names, before=conv)
             parameters = self._output_parameters(build, quantize, np.ones(1), None)
             for node in _pair_behind(quantize):
@@ -136,7 +145,7 @@ class _Writer:
         quantize.replace_input_with(0, value)
         direct = quantize if clip is None else clip
         for reader in consumers(direct.outputs[0]):
-            if is_op(reader, "DequantizeLinear"):  # float readers need not see what the next layer rounds again
+            if is_op(reader, "DequantizeLinear"):  # float readers read the value before the next layer's quantizer
                 old = reader.outputs[0]
                 self._redirect(old, value, [n for n in consumers(old) if n not in self._layers])
 

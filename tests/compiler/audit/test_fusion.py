@@ -48,7 +48,7 @@ QUICK: dict[str, Any] = {**SMALL, "steps": 2, "calibration_samples": 1, "threads
 
 
 def built_kernels(model: Path, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """(integer, float) kernels of the graph that onnxruntime builds: what each makes, and its operation."""
+    """Return (integer, float) kernels of the graph that onnxruntime builds: the output and operation of each."""
     file = folder / "optimized.onnx"
     open_session(model, threads=1, optimized=file)
     nodes = onnx.load(file, load_external_data=False).graph.node
@@ -57,7 +57,7 @@ def built_kernels(model: Path, folder: Path) -> tuple[dict[str, str], dict[str, 
 
 
 def disagreements(verdicts: Iterable[Verdict], kernels: tuple[dict[str, str], dict[str, str]]) -> set[tuple[str, str]]:
-    """Kernels of the built graph without exactly one verdict of their kind, and verdicts without a kernel of theirs."""
+    """Return kernels of the built graph without exactly one verdict of their kind, and verdicts without a kernel."""
     told = list(verdicts)
     ours = (
         Counter((v.built, v.kernel) for v in told if v.integer and v.kernel in {*kernels[0].values(), *PRODUCTS}),
@@ -70,7 +70,7 @@ def disagreements(verdicts: Iterable[Verdict], kernels: tuple[dict[str, str], di
 
 
 def check_that_faults_show(fusion: Fusion, kernels: tuple[dict[str, str], dict[str, str]]) -> None:
-    """Each verdict on a kernel that is flipped, left out or told twice is a disagreement."""
+    """Each verdict on a kernel that is flipped, left out or repeated is a disagreement."""
     told = list(fusion.verdicts)
     counted = {*kernels[0].values(), *FLOATS}
     for i, verdict in [(i, v) for i, v in enumerate(told) if v.kernel in counted]:
@@ -83,7 +83,7 @@ def audited(model: Path, folder: Path, islands: dict[str, str] | None = None) ->
 
 
 def remove_quantizer_behind(model: Path, operation: str) -> str:
-    """Let the readers of the first such node's output have it in float; its name."""
+    """Make the readers of the first such node's output read it in float, and return its name."""
     read = ir.load(model)
     for node in read.graph:
         behind = node.outputs[0].consumers()
@@ -97,7 +97,7 @@ def remove_quantizer_behind(model: Path, operation: str) -> str:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """The embedded model, spelled `qdq`."""
+    """The embedded model, lowered as `qdq`."""
     folder = tmp_path_factory.mktemp("digits")
     exported = folder / "float.onnx"
     return Compiled(None, exported, compile_model("digits", folder / "b", recipe="w8a8", export=exported, **QUICK))
@@ -432,7 +432,7 @@ def largest_difference(model: Path) -> float:
 
 
 def test_an_integer_kernel_that_computes_something_else_is_no_success(tmp_path: Path) -> None:
-    """Why `bias-scale` and `weight-axis` condemn integer kernels; alpha without a bias is no such case."""
+    """The reason why `bias-scale` and `weight-axis` apply to integer kernels; alpha without a bias is no such case."""
     gemm = "[node] y = Gemm (d, md, bd)"
     off = write_groups(tmp_path, X + M + BIAS.replace("bs", "bs_off") + gemm, ROWS)
     (verdict,) = audited(off, tmp_path).failed
@@ -449,7 +449,7 @@ def test_an_integer_kernel_that_computes_something_else_is_no_success(tmp_path: 
 
 
 class TestOtherFiles:
-    """Files that nobody here wrote."""
+    """Files of other tools."""
 
     def test_unnamed_nodes_are_found_by_their_values(self, tmp_path: Path) -> None:
         nodes = (X + W + CONV + Y).replace("[node]", "") + "e = Conv (y, wf) y2 = Relu (e)"
@@ -469,7 +469,7 @@ class TestOtherFiles:
         ]
 
     def test_unnamed_kernels_that_follow_each_other(self, hand: Compiled, tmp_path: Path) -> None:
-        """All operations quantized: channels last, neither the nodes nor what they make keep a name."""
+        """All operations quantized: channels last, neither the nodes nor their outputs keep a name."""
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Which nodes onnxruntime really runs as integers: counted in the graph that it built."""
+"""The nodes that onnxruntime runs on integers, counted in the graph that it built."""
 
 from __future__ import annotations
 

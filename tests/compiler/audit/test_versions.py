@@ -1,4 +1,4 @@
-"""The integer kernels of each spelling, in the graphs that the oldest and the newest supported onnxruntime build.
+"""The integer kernels of each lowering, in the graphs that the oldest and the newest supported onnxruntime build.
 
 Which groups fuse is decided by rules that change with onnxruntime's versions, silently: a group that does not fuse runs
 in float. The oldest version lies in a folder of the environment (tools/setup_venv.py), for a process of its own.
@@ -77,7 +77,7 @@ OLDEST_FOLDER = Path(sys.prefix) / setup_tool().OLDEST_FOLDER
 
 @pytest.fixture(scope="module")
 def models(unet: Compiled, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The small models in each spelling, `<model>-<spelling>.onnx`, with inputs for a call in a .npz beside each."""
+    """The small models in each lowering, `<model>-<spelling>.onnx`, and inputs of a call in `<model>-<spelling>.npz`."""
     folder = tmp_path_factory.mktemp("spellings")
     source = folder / "source.onnx"
     ir.save(tiny_model(), source)
@@ -97,7 +97,7 @@ def models(unet: Compiled, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def build_and_run(models: dict[str, Path], folder: Path, first: list[Path]) -> str:
-    """What a fresh process does that finds its packages in these folders first; returns its onnxruntime's version."""
+    """Run code in a fresh process that searches these folders first; return the version of its onnxruntime."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*first, ROOT]))}
     command = [sys.executable, "-c", PROGRAM, str(folder), *map(str, models.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)

@@ -1,4 +1,4 @@
-"""channel_means: what the graph averages is what numpy does, and uncertain rows are drawn together."""
+"""channel_means: the graph's means are those of numpy, and uncertain rows are shrunk to the common mean."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VALUES = (("b1_c1", 1), ("q", 2), ("gate_raw", 1), ("epsilon", 1))  # a feature 
 
 
 def check_means(program: Program, context: Context, factor: float = 1.0) -> None:
-    """Every mean that the graph takes against that of the whole value."""
+    """Every mean of the graph equals that of the whole value."""
     x = np.random.default_rng(1).standard_normal((3, 1, 8, 8)).astype(np.float32)
     before = model_text(program.model)
     model, names = with_means(program.model, VALUES)
@@ -74,7 +74,7 @@ def test_certain_rows_stay_apart() -> None:
 
 
 def test_uncertain_rows_get_nearer_to_the_truth() -> None:
-    """Rows that differ by a tenth of what one sample varies: their own means are worse than those drawn together."""
+    """Rows that differ by a tenth of what one sample varies: their own means are worse than the shrunk ones."""
     rng = np.random.default_rng(5)
     truth = 0.1 * rng.standard_normal((20, 1, 1, 64))
     data = truth + rng.standard_normal((20, 4, 1, 64))

@@ -1,4 +1,4 @@
-"""What is told about the noise: normal residuals pass, others do not, and correlations are found."""
+"""The noise report: normal residuals pass, others do not, and correlations are found."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_correlations_with_the_signal_are_found() -> None:
 
 @pytest.mark.parametrize("kind", ["none", "constant", "rounding"])
 def test_an_error_that_is_none_has_no_figures(kind: str) -> None:
-    """What float32 rounds is not quantization noise."""
+    """Rounding in float32 is not quantization noise."""
     signal = initial_noise(1, whole_shape())
     error = {"none": 0 * signal, "constant": np.full_like(signal, 0.25), "rounding": np.float32(1e-7) * signal}[kind]
     assert set(figures(error, signal).values()) == {None}
@@ -84,7 +84,7 @@ def test_an_error_that_is_none_has_no_figures(kind: str) -> None:
 
 
 def test_subsets_are_bounded_drawn_from_all_batches_and_seeded() -> None:
-    """The first batches alone would be the noisiest pictures of the calibration."""
+    """The first batches alone would be the noisiest images of the calibration."""
     residuals = Residuals(0)
     sizes = []
     for i in range(8):

@@ -98,7 +98,7 @@ def largest_step(program: Program) -> Images:
 
 
 def check_same(program: Program, lowered: ir.Model, context: Context) -> None:
-    """At every deployed timestep: within one step, and equal but for the few values that round to the other side."""
+    """At every deployed timestep: within one step, and equal except for a few values that round to the other side."""
     step = largest_step(program)
     for call, t in enumerate(program.deployment.timesteps):
         x = filling(program, call)
@@ -162,7 +162,7 @@ FLOAT_LAYERS = ("Conv", "FusedConv", "NchwcConv", "Gemm", "FusedGemm", "MatMul",
 
 
 def built(model: ir.Model, folder: Path) -> Counter[str]:
-    """Operations of the graph that onnxruntime built."""
+    """Return the operations of the graph that onnxruntime built."""
     file = folder / "optimized.onnx"
     open_session(store.write(model, folder, "lowered"), threads=2, optimized=file)
     return Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
@@ -191,7 +191,7 @@ def test_the_time_additions_are_gone(tiny: Program, context: Context) -> None:
 
 @pytest.mark.parametrize("gain", [-1000.0, 1000.0])
 def test_a_gathered_bias_comes_with_a_gathered_zero_point(gain: float, context: Context) -> None:
-    """Older versions of onnxruntime would leave the bias out (tests/compiler/audit/test_versions.py runs one)."""
+    """Older versions of onnxruntime would drop the bias (tests/compiler/audit/test_versions.py runs one)."""
     lowered = lower_integer(pipeline.run_passes(tiny_program(), passes(gain=gain), context))
     convs = [n for n in lowered.graph if n.op_type == "QLinearConv"]
     gathered = [n for n in convs if not is_constant(n.inputs[8])]
@@ -257,7 +257,7 @@ def steps_bundle(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 
 def plain(bundle: Bundle, t: float) -> Images:
-    """The model file in onnxruntime, as somebody without Mezzotint runs it."""
+    """The model file runs in onnxruntime without Mezzotint."""
     session = ort.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).standard_normal((2, 1, 8, 8)).astype(np.float32)
     (y,) = session.run(None, {"x": x, "t": np.full(2, t, np.int64)})
@@ -279,7 +279,7 @@ def test_the_bundle_runs_in_plain_onnxruntime(steps_bundle: Bundle, hand: Compil
 
 
 def test_a_timestep_outside_of_the_tables(steps_bundle: Bundle) -> None:
-    """Plain onnxruntime takes the nearest row, our runtime refuses."""
+    """onnxruntime alone takes the nearest row; the runtime refuses."""
     deployed = steps_bundle.deployment.timesteps
     t = deployed[1]
     np.testing.assert_array_equal(plain(steps_bundle, t), plain(steps_bundle, t + 1))

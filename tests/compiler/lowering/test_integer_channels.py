@@ -1,4 +1,4 @@
-"""Convolutions with an output scale for each channel: the integers that numpy finds, on the kernel of a plain one."""
+"""Convolutions with an output scale for each channel: the integers of a numpy reference, from a QLinearConv."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BODIES = {"bare": "epsilon = Conv <pads = [1, 1, 1, 1]> (sample, conv_w)", "bias
 
 @dataclass(frozen=True)
 class Case:
-    """One convolution: its bias, what is a table, and the bits of what goes in and comes out."""
+    """One convolution: its bias, which parameters are tables, and the bits of input and output."""
 
     bias: str
     x_table: bool = False
@@ -77,7 +77,7 @@ def the_layer(program: Program) -> Layer:
 
 @dataclass(frozen=True)
 class Reference:
-    """What numpy knows of a case: the parameters before they were quantized, and the quantizers."""
+    """The numpy reference of a case: the parameters before quantization, and the quantizers."""
 
     w: Images
     biases: Images  # [calls, C]
@@ -86,7 +86,7 @@ class Reference:
     y: Quantizer
 
     def integers(self, call: int) -> npt.NDArray[np.int64]:
-        """The float convolution of what the dequantizers give, quantized for each channel."""
+        """Return the float convolution of the dequantized input and weight, quantized for each channel."""
         (xs, xz), (ys, yz) = (row_of(q, call) for q in (self.x, self.y))
         x = dequantize(quantize(pictures(call), xs, xz, self.x.format), xs, xz)
         ws, wz = self.weight.scale, self.weight.zero_point
@@ -116,7 +116,7 @@ def quantizer(extremes: npt.NDArray[np.float32], table: bool, fmt: Format, axis:
 
 
 def quantized(case: Case, context: Context) -> tuple[Program, Reference]:
-    """The graph with its quantizers, and what they are made of: ranges are those of the calls' own values."""
+    """Return the graph with its quantizers, and the reference: ranges are those of the calls' own values."""
     program = layer_program(BODIES[case.bias])
     loud = program.graph.initializers["conv_w"]
     loud.const_value = ir.tensor(numpy_of(loud) * LOUDNESS[:, None, None, None], name="conv_w")
@@ -167,7 +167,7 @@ def results(program: Program, lowered: ir.Model, context: Context) -> Iterator[I
 
 
 def check_integers(known: Reference, call: int, got: Images) -> None:
-    """On the grids of the channels, and the same integers but for a few that lie between two."""
+    """The output lies on the grids of the channels, with the same integers except for a few near a rounding edge."""
     scale, zero = (part[:, None, None] for part in row_of(known.y, call))
     steps = got / scale
     integers = np.rint(steps)
@@ -198,7 +198,7 @@ def test_the_integers_are_those_of_numpy(
 
 @pytest.mark.parametrize("name", map(str, CASES))
 def test_the_grids_are_filled(name: str, made: dict[str, tuple[Program, Reference, ir.Model]]) -> None:
-    """So that the comparison above means something: each channel uses most of a grid of its own."""
+    """Guards the comparison above: each channel uses most of a grid of its own."""
     known = made[name][1]
     spans = np.ptp(np.stack([known.integers(call) for call in CALLS]), axis=(0, 1, 3, 4))
     assert (spans >= 0.95 * known.y.format.qmax).all()

@@ -1,4 +1,4 @@
-"""Layouts: integer convolutions that onnxruntime leaves as they are, float ones without a bias that changes."""
+"""Layouts: integer convolutions that onnxruntime does not change, float ones without a bias from a table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def steps(islands: tuple[str, ...] = ENDS) -> list[Pass]:
 
 
 def without(name: str, monkeypatch: pytest.MonkeyPatch, program: Program) -> ir.Model:
-    """Lowered as if one of the two did nothing."""
+    """Lower a program with one of the two functions replaced by one that does nothing."""
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(integer, name, nothing)
@@ -46,7 +46,7 @@ def without(name: str, monkeypatch: pytest.MonkeyPatch, program: Program) -> ir.
 
 
 def built(model: ir.Model, folder: Path) -> onnx.GraphProto:
-    """The graph that onnxruntime makes of a model."""
+    """Return the graph that onnxruntime builds of a model."""
     file = folder / "built.onnx"
     open_session(store.write(model, folder, "model"), threads=1, optimized=file)
     return onnx.load(file, load_external_data=False).graph
@@ -59,7 +59,7 @@ def outputs(program: Program, model: ir.Model, context: Context) -> Images:
 
 
 def check_left_alone(graph: onnx.GraphProto) -> None:
-    """Every integer convolution is the standard one, and no feature map was turned around for one."""
+    """Every integer convolution is the standard one, and no feature map is transposed for one."""
     convs = [node for node in graph.node if node.op_type == "QLinearConv"]
     assert len(convs) == CONVS
     assert {node.domain for node in convs} <= {"", "ai.onnx"}

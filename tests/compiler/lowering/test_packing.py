@@ -76,7 +76,7 @@ def packed(model: ir.Model) -> ir.Model:
 
 
 def run(model: ir.Model, folder: Path, stem: str = "model") -> tuple[AnyArray, Counter[str]]:
-    """What the session computes, and the operations of the graph that it built."""
+    """Return the outputs of a session, and the operations of the graph that it built."""
     file, built = folder / f"{stem}.onnx", folder / f"{stem}-built.onnx"
     save_model(model, file)
     session = open_session(file, threads=1, optimized=built)
@@ -87,7 +87,7 @@ def run(model: ir.Model, folder: Path, stem: str = "model") -> tuple[AnyArray, C
 
 
 def stored(model: ir.Model) -> Counter[str]:
-    """Bytes of the constants by type."""
+    """Return the bytes of the constants by type."""
     found: Counter[str] = Counter()
     for value in model.graph.initializers.values():
         assert value.const_value is not None
@@ -160,7 +160,7 @@ def test_int4_needs_a_newer_ir_version() -> None:
 
 
 def unpacked_by_onnxruntime(model: ir.Model, folder: Path) -> AnyArray:
-    """A model's `w` as onnxruntime computes it from what the file holds."""
+    """Return a model's `w` as onnxruntime computes it from the stored constants."""
     clone = model.clone()
     weight = next(v for node in clone.graph for v in node.outputs if v.name == "w")
     clone.graph.outputs.append(weight)
@@ -194,7 +194,7 @@ def test_any_number_of_integers(
 
 
 def test_the_oldest_onnxruntime_builds_the_same_kernels(tmp_path: Path) -> None:
-    """Each form in 4 bits, in 2, and by rows: the kernel is there, nothing that unpacks is left, the numbers agree."""
+    """Each form in 4 bits, in 2, and by rows: the kernel runs, no unpacking node is left, the numbers agree."""
     models, wanted = {}, {}
     for form in FORMS:
         for bits, wide_rows in ((4, 0), (2, 5)):
@@ -236,7 +236,7 @@ def test_files_hold_half_and_can_be_read_again(external: bool, tmp_path: Path, m
 
 
 def test_a_weight_that_a_session_must_see_as_it_is_stays() -> None:
-    """The graph's output, and what two layers read by different axes."""
+    """The graph's output, and a weight that two layers read with different axes."""
     model = layer("conv", integers("conv", 4))
     weight = model.graph.initializers["w"]
     model.graph.outputs.append(weight)

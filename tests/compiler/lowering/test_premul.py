@@ -46,7 +46,7 @@ ATTENTION = "turned = Transpose <perm = [0, 1, 3, 2]> (sample) epsilon = MatMul 
 
 
 def passes(islands: tuple[str, ...] = ("first", "last"), gain: float = 0.2, bits: Bits = 8) -> list[Pass]:
-    """Recipe w8a8-steps in this spelling; at a `gain` of -1000 dB everything gets a table, at 1000 nothing.
+    """Recipe w8a8-steps with this lowering; at a `gain` of -1000 dB everything gets a table, at 1000 nothing.
 
     Channels have zero points of their own, which it does not know.
     """
@@ -70,7 +70,7 @@ def run(model: ir.Model, context: Context, x: Images, t: float) -> Images:
 
 
 def output_step(model: ir.Model) -> float:
-    """The widest step of the grids on which convolutions leave, multiplied back; 0 where there is none.
+    """Return the widest step of the grids of convolution outputs, multiplied back; 0 without convolutions.
 
     Of a logical graph those of the quantizers themselves, of a lowered one those behind its rescaled convolutions.
     """
@@ -130,7 +130,7 @@ def quantized_layer(body: str, context: Context, gain: float, bits: Bits = 8, bi
 
 
 def check_same(program: Program, lowered: ir.Model, context: Context, *, slope: float = 0.004) -> None:
-    """At every deployed timestep within half a step of either spelling, on average closer, and of one size.
+    """At every deployed timestep within half a step of either lowering, on average closer, and of one size.
 
     Matmuls have no step of their own: float rounding only, but for the few inputs that round to the other side.
     """

@@ -1,4 +1,4 @@
-"""Which precision each call gets: against brute force, and the promises about budgets."""
+"""The precision of each call: compared with brute force, and within budgets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def by_hand(margins: Doubles, costs: list[float], tau: float) -> list[int]:
-    """The rule, said once more in plain words."""
+    """The rule, written a second time without vectorization."""
     chosen = []
     for column in margins.T:
         enough = [i for i, margin in enumerate(column) if margin >= tau]
@@ -156,7 +156,7 @@ def test_relaxing_needs_a_cheaper_precision() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_weights_are_what_a_planted_error_does(prediction: str) -> None:
-    """A network that does not look at x: then the picture moves by the weight, exactly."""
+    """With a network that ignores x, the image moves by exactly the weight."""
     config = {"beta_schedule": "linear", "prediction_type": prediction, "clip_sample": False}
     schedule = Schedule.from_config(config)
     deployment = Deployment.of(schedule, "ddim", 5)
@@ -178,7 +178,7 @@ def test_the_weights_are_what_a_planted_error_does(prediction: str) -> None:
 
 
 def test_brute_force_over_all_assignments_never_has_a_better_worst_margin() -> None:
-    """What one threshold is for: within the budget no other choice has its worst call at a larger margin."""
+    """The purpose of one threshold: within the budget no other choice has a larger smallest margin."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         margins = np.sort(rng.exponential(size=(2, 5)), axis=0)

@@ -1,4 +1,4 @@
-"""What files of one network have in common lies once on disk, and nothing else changes."""
+"""Common constants of files of one network are stored once, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_equal_constants_are_there_once(tmp_path: Path) -> None:
 
 
 def test_one_bit_more_and_it_is_its_own(tmp_path: Path) -> None:
-    """The twin: constants that are nearly equal must not be taken for each other."""
+    """The twin: constants that are nearly equal must not be shared."""
     changed = COMMON.copy()
     changed[3, 3] = np.nextafter(changed[3, 3], np.float32(9))
     sources = written(tmp_path / "in", a=network(OWN["a"]), b=network(OWN["b"], changed))
@@ -144,7 +144,7 @@ def test_weights_of_a_source_may_lie_beside_it(tmp_path: Path) -> None:
 
 
 def test_wide_types_come_first(tmp_path: Path) -> None:
-    """So that every constant begins at a multiple of its own size: the table's 1025 bytes would shift what follows."""
+    """Every constant starts at a multiple of its type's size: the table's 1025 bytes would shift the next ones."""
     models = {name: network(OWN[name]) for name in "ab"}
     for model in models.values():
         model.graph.initializer.sort(key=lambda t: t.name != "table")
