@@ -77,7 +77,7 @@ OLDEST_FOLDER = Path(sys.prefix) / setup_tool().OLDEST_FOLDER
 
 @pytest.fixture(scope="module")
 def models(unet: Compiled, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The small models in each lowering, `<model>-<spelling>.onnx`, and inputs of a call in `<model>-<spelling>.npz`."""
+    """Small models in each lowering, `<model>-<spelling>.onnx`, and inputs of a call in `<model>-<spelling>.npz`."""
     folder = tmp_path_factory.mktemp("spellings")
     source = folder / "source.onnx"
     ir.save(tiny_model(), source)
