@@ -1,25 +1,28 @@
-"""equalize_weights: the channels between two layers get equal ranges on both sides, without data.
+"""equalize_weights: give the channels between two layers equal ranges on both sides, without data.
 
-DFQ (arXiv 1906.04721), cross-layer equalization. Between a layer that makes channel i and those that read it,
+Source: DFQ (arXiv 1906.04721), cross-layer equalization. Between a layer that makes channel i and the layers that read
+it,
 
     r1 = max |W1[i, :]|      r2 = max |W2[:, i]|      s = sqrt(r1 / r2)      W1[i, :] / s,  b1[i] / s,  W2[:, i] s
 
-makes both ranges sqrt(r1 r2): no channel is drowned by a louder one in the tensor's activation scale, nor in the row's
-weight scale of the readers. A layer is in more than one pair, so all pairs are swept again until no factor moves.
+makes both ranges sqrt(r1 r2). Then no channel is small against a louder one, neither in the tensor's activation scale
+nor in the row's weight scale of the readers. A layer is in more than one pair, so all pairs are swept repeatedly until
+the factors stop moving.
 
-In a diffusion network little lies between two layers that lets factors through (compiler/rescaling/folds.py finds it,
-and says why where it does not): values and output projection of attention, queries and keys, the value half of a GEGLU.
+A diffusion network has few places between two layers that let factors through (compiler/rescaling finds them, and gives
+the reason where one does not): values and output projection of attention, queries and keys, the value half of a GEGLU.
 Where a norm makes the channels, its gain and shift take the place of a producer: r1 = 3 |gain| + |shift|, the three
-standard deviations and the mean that DFQ takes of a batch normalization; an adaptive norm has rows of a layer there, of
-which the length of the row (its standard deviation, for inputs of unit variance) and the bias are counted.
+standard deviations and the mean that DFQ takes from a batch normalization. For an adaptive norm, rows of a layer take
+their place: the length of the row (its standard deviation for inputs of unit variance) and the bias.
 
 Deviations: the paper's high-bias absorption shifts by mean - 3 deviations and is wrong beyond them, so it is no exact
-transform, and diffusion networks have no ReLU behind a norm to need it: left out. Bias correction is another pass.
-Symmetric ranges (largest magnitudes) stand for the paper's max - min: weights are quantized symmetrically here.
+transform, and diffusion networks have no ReLU behind a norm that needs it; it is left out. Bias correction is another
+pass (correct_bias). Symmetric ranges (largest magnitudes) replace the paper's max - min, because weights are quantized
+symmetrically here.
 
 Measured (SQNR of epsilon in dB, 4 calls, 4 samples; norm gains of a few channels multiplied by 10 to 30): a small DiT
 goes from 16.2 to 39.2 at W8A8 and from 10.3 to 23.6 at W4A8, a small conditional UNet from 18.5 to 26.2 and from 11.4
-to 14.1. Without planted outliers, and on the digits, nothing moves by more than 0.3. Without `norms`, nothing either.
+to 14.1. Without planted outliers, on the digits, or without `norms`, no figure moves by more than 0.3.
 """
 
 from __future__ import annotations
@@ -46,8 +49,13 @@ DEVIATIONS = 3.0
 
 @dataclass(frozen=True)
 class EqualizeWeights(GraphPass):
-    """At most `sweeps` over all pairs, until the mean relative change of the factors is below `bound`; no factor beyond
-    `limit` or its inverse. `norms` says whether norms count as producers, too."""
+    """Equal channel ranges on both sides of a value.
+
+    - `sweeps`: the largest number of sweeps over all pairs.
+    - `bound`: the sweeps stop when the mean relative change of the factors is below this.
+    - `limit`: no factor is beyond `limit` or its inverse.
+    - `norms`: norms count as producers, too.
+    """
 
     sweeps: int = 20
     bound: float = 1e-3
@@ -89,16 +97,16 @@ class EqualizeWeights(GraphPass):
 
 
 class _Balance:
-    """Factors of folds and pairs, and the ranges of the weights under all of them; weights are read one at a time."""
+    """The factors of all items, and the ranges of the weights with them; weights are read one at a time."""
 
     def __init__(self, items: list[Fold | Pair], limit: float) -> None:
         self._items, self._limit = items, limit
         self.factors: dict[Fold | Pair, Factors] = {item: np.ones(item.channels) for item in items}
-        self._columns: dict[ir.Node, Factors] = {}  # what multiplies the input channels of a layer
-        self._rows: dict[ir.Node, Factors] = {}  # and its output channels
+        self._columns: dict[ir.Node, Factors] = {}  # the factors of a layer's input channels
+        self._rows: dict[ir.Node, Factors] = {}  # the factors of its output channels
 
     def sweep(self) -> float:
-        """Equalize each item once; the mean relative change of the factors."""
+        """Equalize each item once. Return the mean relative change of the factors."""
         moved = []
         for item in self._items:
             if isinstance(item, Fold):
@@ -115,7 +123,7 @@ class _Balance:
         return float(np.mean(moved))
 
     def _made(self, fold: Fold) -> Factors:
-        """The range of each channel as it is made."""
+        """Return the range of each channel at its producer."""
         if fold.kind not in ("norm", "adaln"):
             return largest([self._magnitudes(edit, fold.channels) for edit in fold.edits])
         total = np.zeros(fold.channels)
@@ -130,7 +138,7 @@ class _Balance:
         return magnitudes(edit, channels, self._columns.get(edit.node)) * self._own(edit, channels)
 
     def _own(self, edit: Edit, channels: int) -> Factors:
-        """What multiplies the rows of each channel by now."""
+        """Return the factors that the rows of each channel have by now."""
         rows, index = self._rows.get(edit.node), edit.layout.channels()
         own = np.ones(channels)
         if rows is not None and index is not None:
@@ -138,24 +146,26 @@ class _Balance:
         return own
 
     def _read(self, fold: Fold) -> Factors:
-        """The range of each channel's weights in all layers that read it."""
-        found = []
+        """Return the range of each channel's weights in all layers that read it."""
+        ranges = []
         for reader in fold.readers:
             layer = _layer(reader.node)
             columns = self._columns.get(layer.node, np.ones(fold.channels))
-            found.append(column_ranges(layer, self._rows.get(layer.node)) * columns)
-        return largest(found)
+            ranges.append(column_ranges(layer, self._rows.get(layer.node)) * columns)
+        return largest(ranges)
 
     def _sides(self, pair: Pair) -> tuple[Factors, Factors]:
-        """The ranges of queries and keys, as they are made."""
+        """Return the ranges of queries and keys at their producers."""
         sides = []
         for edits, factor in ((pair.query_edits, 1 / self.factors[pair]), (pair.key_edits, self.factors[pair])):
-            parts = [self._magnitudes(edit, pair.channels) * (1.0 if edit.role == "rows" else factor) for edit in edits]
-            sides.append(largest(parts))
+            ranges = [
+                self._magnitudes(edit, pair.channels) * (1.0 if edit.role == "rows" else factor) for edit in edits
+            ]
+            sides.append(largest(ranges))
         return sides[0], sides[1]
 
     def _move(self, item: Fold | Pair, step: Factors) -> None:
-        """Note what a further factor does to rows and columns."""
+        """Record the effect of a further factor on rows and columns."""
         if isinstance(item, Pair):
             self._move_rows(item.query_edits, 1 / step)
             self._move_rows(item.key_edits, step)
@@ -172,10 +182,10 @@ class _Balance:
                 self._rows[edit.node] = rows * np.where(index >= 0, step[np.maximum(index, 0)], 1.0)
 
 
-def largest(parts: Sequence[Factors]) -> Factors:
-    """The largest of several, for each channel."""
-    found: Factors = np.max(parts, axis=0)
-    return found
+def largest(ranges: Sequence[Factors]) -> Factors:
+    """Return the largest of several ranges, for each channel."""
+    largest_ranges: Factors = np.max(ranges, axis=0)
+    return largest_ranges
 
 
 def _layer(node: ir.Node) -> Layer:

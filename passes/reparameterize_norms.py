@@ -1,29 +1,33 @@
-"""reparameterize_norms: a scale and a zero point for each channel of what a norm makes, turned into one for all.
+"""reparameterize_norms: turn a scale and a zero point for each channel behind a norm into one for all channels.
 
-RepQ-ViT (arXiv 2212.08254). The channels behind a LayerNorm differ much in range, and one quantizer for them all wastes
-its grid on the loudest. With D and z the scale and the zero point that each channel would have alone,
+Source: RepQ-ViT (arXiv 2212.08254). The channels behind a LayerNorm differ much in range, and one quantizer for all of
+them wastes its grid on the loudest. With D_c and z_c the scale and the zero point of a quantizer for channel c alone,
 
     D_c = (max_c - min_c) / n     z_c = -min_c / D_c     D, z their means over the channels
     r_c = D_c / D                 o_c = min_c / r_c + z D
 
     gain / r      shift / r - o      W r      b + (W r) o        so that x' = x / r - o lies in [-z D, (n - z) D]
 
-for every channel. The norm's constants and the readers' weights hold all of it: nothing is computed at run time, except
-that a reader without a bias gets one. Adaptive norms take it in the layer, or the table, of their scale and shift.
+for every channel. The norm's constants and the readers' weights contain all of it. Nothing is computed at run time,
+except that a reader without a bias gets one. For adaptive norms the layer, or the table, of their scale and shift is
+changed.
 
-A reader that pads with zeros (a 3x3 convolution) takes no shift, for 0 is not o. Then only the factors are used, with
-max(|min_c|, |max_c|) for D_c, since the range of such a value grows around 0. Norms that an activation function, or the
-residual stream, reads are refused; what was refused is listed.
+A reader that pads with zeros (a 3x3 convolution) takes no shift, because its padding would have to be o. Then only the
+factors are used, with max(|min_c|, |max_c|) for D_c, since the range of such a value contains 0. A norm that an
+activation function or the residual stream reads is refused; the refusals are listed.
 
-Extremes are those of all calls together, of the values that the readers read (observe measures them by channel). The
-graph changes, so observe has to run again behind this pass. Deviations: r is kept within `limit` of 1, since channels
-that never speak would get none; the paper's quantizer of attention weights, powers of the square root of 2, is not
-built: no integer kernel computes with it.
+The extremes are those of all calls together, of the values that the readers read (observe measures them by channel).
+The graph changes, so observe has to run again behind this pass. Deviations: r is kept within `limit` of 1, since
+channels without a signal would get no factor. The paper's quantizer of attention weights, with powers of the square
+root of 2, is left out: no integer kernel computes with it.
 
 Measured (SQNR of epsilon in dB, 4 calls; norm gains of a few channels multiplied by 10 to 30): a small DiT goes from
-14.7 to 39.9 at W8A8 with 32 calibration samples; with 4 only to 32.5, which without planted outliers (40.1 plain) is a
-loss: every channel then ends where calibration saw it end, so unseen inputs are clipped in many. At W4A8, from 9.8 to
-23.1. A small conditional UNet goes from 18.5 to 24.9 and from 11.4 to 14.2 with 4 samples. Digits: 0.4 worse.
+14.7 to 39.9 at W8A8 with 32 calibration samples, and with 4 only to 32.5. Without planted outliers (40.1 unchanged)
+that would be a loss: every channel's range then ends where calibration saw it end, so unseen inputs are clipped in many
+channels. At W4A8 it goes from 9.8 to 23.1. A small conditional UNet goes from 18.5 to 24.9 and from 11.4 to 14.2 with 4
+samples. The digits lose 0.4.
+
+Errors: StatsError if observe did not measure the channels of a norm's readers.
 """
 
 from __future__ import annotations
@@ -45,7 +49,11 @@ from mezzotint.compiler.rescaling.folds import Fold, apply_fold, find_folds
 
 @dataclass(frozen=True)
 class ReparameterizeNorms(GraphPass):
-    """`shifts` false moves factors only; no factor is beyond `limit` or its inverse."""
+    """Channel quantizers behind a norm, moved into the norm and its readers.
+
+    - `shifts`: also move shifts; otherwise factors only.
+    - `limit`: no factor is beyond `limit` or its inverse.
+    """
 
     shifts: bool = True
     limit: float = 100.0
@@ -77,7 +85,7 @@ class ReparameterizeNorms(GraphPass):
         return replace(program, refused={**program.refused, **refused}, note=note)
 
     def _ratios(self, ranges: Factors) -> Factors:
-        """r: the ranges over their mean, within the limit; 1 where nothing was ever seen."""
+        """Return r: the ranges over their mean, within the limit; 1 if no value was ever measured."""
         mean = ranges.mean()
         if mean <= 0:
             return np.ones_like(ranges)
@@ -85,7 +93,7 @@ class ReparameterizeNorms(GraphPass):
         return ratios
 
     def _shifted(self, low: Factors, high: Factors) -> tuple[Factors, Factors]:
-        """r and o."""
+        """Return (r, o)."""
         widths = high - low
         r = self._ratios(widths)
         safe = np.maximum(widths, widths.mean() / self.limit) if widths.any() else np.ones_like(widths)
@@ -94,14 +102,14 @@ class ReparameterizeNorms(GraphPass):
 
 
 def _extremes(stats: Stats, fold: Fold, where: str) -> tuple[Factors, Factors]:
-    """The extremes `[C]` of a fold's channels over all calls, from whichever of its readers was measured."""
+    """Return the extremes `[C]` of the channels over all calls, from the first of the readers that was measured."""
     for name in (*fold.inputs, fold.name):
-        found = [stats.channels[name, k] for k in range(stats.groups) if (name, k) in stats.channels]
-        if found and found[0].shape == (2, fold.channels):
-            each = np.stack(found).astype(np.float64)
+        extremes = [stats.channels[name, k] for k in range(stats.groups) if (name, k) in stats.channels]
+        if extremes and extremes[0].shape == (2, fold.channels):
+            each = np.stack(extremes).astype(np.float64)
             return each[:, 0].min(axis=0), each[:, 1].max(axis=0)
     raise StatsError(
         f"the channels of {fold.inputs[0]!r} were not measured by themselves",
         where=where,
-        hint="measure those of what layers read: --set observe.channels=inputs",
+        hint="measure the inputs of layers: --set observe.channels=inputs",
     )

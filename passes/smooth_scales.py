@@ -1,24 +1,24 @@
-"""smooth_scales: what makes an activation hard to quantize moves into the weights, channel by channel.
+"""smooth_scales: move the difficulty of quantizing activations into the weights, channel by channel.
 
     s_k = amax_k^alpha / wmax_k^(1 - alpha)          layer(x, W) = layer(x / s, W s)
 
 amax_k is the largest magnitude of channel k over the calls of the whole deployment (`max`), or the mean of the calls'
-(`mean`); wmax_k the largest magnitude of the weights that multiply it, in all layers that read the value. alpha = 1
-makes all channels equally loud, alpha = 0 all columns of the weights.
+largest magnitudes (`mean`). wmax_k is the largest magnitude of the weights that multiply it, in all layers that read
+the value. alpha = 1 gives all channels the same range, alpha = 0 all columns of the weights.
 
-Sources: SmoothQuant (arXiv 2211.10438), which has one alpha for the whole model; DiTAS (arXiv 2409.07756), which
-takes the maxima over all steps of the sampler and searches alpha for each layer; the first step of SVDQuant (arXiv
-2411.05007) is the same search. Deviations: alpha is chosen by the expected error (compiler/rescaling/smoothing.py) and
-not by running the layer on kept activations; no factors at all are always a candidate; layers that read one value share
-the search, as they must share the factors; and factors fold into more producers (compiler/rescaling/folds.py). Where no
-fold is exact - SiLU in front of the convolutions of a residual block - DiTAS and MPQ-DM (arXiv 2412.11549) multiply at
-run time; here so with `run_time`, where that is expected to pay.
+Sources: SmoothQuant (arXiv 2211.10438), with one alpha for the whole model; DiTAS (arXiv 2409.07756), which takes the
+maxima over all steps of the sampler and searches alpha for each layer; the first step of SVDQuant (arXiv 2411.05007) is
+the same search. Deviations: alpha is chosen by the expected error (compiler/rescaling/smoothing.py) and not by running
+the layer on stored activations. No smoothing is always a candidate. Layers that read one value share the factors and so
+the search. More kinds of producers take the factors (compiler/rescaling). Where none can take them exactly - SiLU in
+front of the convolutions of a residual block - DiTAS and MPQ-DM (arXiv 2412.11549) multiply at run time; here
+`run_time` does so where that is expected to pay.
 
-Measured on the digits (w8a8-steps, with 4-bit weights): nine of the 43 values have a fold, and none of those gains.
-Muls at run time for all that are expected to gain 0.1 dB bring 0.5 dB of epsilon (17 Muls), 0.2 dB at 6 bits (36) and
-0.3 dB at 8 bits (27, beside nine folds); on a busy machine they took 2 to 13 % more time: hence `run_time_gain`. With
-outliers of 30 times planted in 5 % of the channels that have folds it is 24.7 dB of epsilon and 25.3 smoothed, and the
-pictures go from 19.7 to 23.9 dB.
+Measured on the digits (w8a8-steps, with 4-bit weights): nine of the 43 values have a producer that takes factors, and
+none of those gains. Muls at run time for all values that are expected to gain 0.1 dB bring 0.5 dB of epsilon (17 Muls),
+0.2 dB at 6 bits (36) and 0.3 dB at 8 bits (27, and nine values without a Mul). On a busy machine they took 2 to 13 %
+more time: hence `run_time_gain`. With outliers of 30 times planted in 5 % of the channels of those nine values, epsilon
+is 24.7 dB unsmoothed and 25.3 dB smoothed, and the images go from 19.7 to 23.9 dB.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ from mezzotint.compiler.rescaling.search import ScaledInputs, Tally
 from mezzotint.compiler.rescaling.smoothing import Evidence, Factors, Weights, powers_of_two, tamed
 
 GRID = tuple(round(i / 10, 1) for i in range(11))
-FLOOR = 1e-5  # of the loudest channel: a silent one would have the factor 0
+FLOOR = 1e-5  # of the loudest channel: a silent one would get the factor 0
 
 
 @dataclass(frozen=True)
 class SmoothScales(ScaledInputs):
-    """`alphas` are tried for each value, one number for all of them; the rest is in ScaledInputs.
+    """Smoothing factors; the other options are those of ScaledInputs (compiler/rescaling/search.py).
 
-    `power_of_two` rounds the factors, so that x / s and W s are exact in float32.
+    - `alphas`: the values that are tried for each activation; one number serves all of them.
+    - `aggregate`: `max` or `mean`, as above.
+    - `power_of_two`: round the factors to powers of two, so that x / s and W s are exact in float32.
     """
 
     alphas: tuple[float, ...] | float = GRID
@@ -64,8 +66,8 @@ class SmoothScales(ScaledInputs):
         together = np.max if self.aggregate == "max" else np.mean
         loud = _floored(together(evidence.peaks, axis=0))
         heavy = _floored(evidence.weight_peaks)
-        found = {f"{alpha:g}": tamed(loud**alpha / heavy ** (1 - alpha)) for alpha in self._alphas}
-        return {name: powers_of_two(s) for name, s in found.items()} if self.power_of_two else found
+        candidates = {f"{alpha:g}": tamed(loud**alpha / heavy ** (1 - alpha)) for alpha in self._alphas}
+        return {name: powers_of_two(s) for name, s in candidates.items()} if self.power_of_two else candidates
 
     def describe(self, tally: Tally) -> str:
         return f"alpha {np.median([float(c) for c in tally.choices]):g} in the middle" if tally.choices else ""

@@ -1,4 +1,4 @@
-"""The named recipes: lists of passes. Those of papers are in recipe_papers.py, shared parts in recipe_parts.py."""
+"""The named recipes: lists of passes. Those of papers are in papers.py, shared parts in parts.py."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ PREMUL = (
 )
 
 OURS = (
-    Recipe("float", "exact passes only: the float model, faster", EXACT),
+    Recipe("float", "the float model, faster: exact rewrites only", EXACT),
     Recipe(
         "w8a8",
-        "8-bit weights per output channel and 8-bit activations per tensor, static; time embedding as tables",
+        "static 8-bit weights per output channel and 8-bit activations per tensor; the time embedding as tables",
         static(),
         paper="Q-Diffusion, arXiv 2302.04304 (calibration along the trajectory); TFMQ-DM, arXiv 2311.16503 "
         "(time features from a finite set)",
     ),
     Recipe(
         "w8a8-steps",
-        "w8a8 with activation scales that know the timestep, those of what convolutions compute the channel too; "
+        "w8a8 with activation scales that depend on the timestep, and for outputs of convolutions on the channel too; "
         "integer operations written directly",
         stepwise(),
         paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
@@ -46,7 +46,8 @@ OURS = (
     ),
     Recipe(
         "w8a8-premul",
-        "scales that know the timestep around constant ones, for providers that accept no others",
+        "scales that depend on the timestep, as Muls around constant ones, for providers that accept only constant "
+        "scales",
         PREMUL,
         paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
         baseline="w8a8",
@@ -54,7 +55,8 @@ OURS = (
     ),
     Recipe(
         "w8a8-best",
-        "w8a8-steps with weights rounded against their inputs, the most faithful at 8 bits and no slower",
+        "w8a8-steps with weights rounded against their inputs (GPTQ): the highest fidelity at 8 bits, at the same "
+        "speed",
         stepwise(behind=(RoundWeights(),)),
         paper="GPTQ, arXiv 2210.17323; TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503",
         baseline="w8a8-steps",
@@ -62,8 +64,8 @@ OURS = (
     ),
     Recipe(
         "w4a8",
-        "w8a8-steps with weights of 4 bits in half a byte each, 8 for the few channels that need them, rounded against "
-        "their inputs",
+        "w8a8-steps with weights of 4 bits, stored in half a byte each, and of 8 bits for the few channels that need "
+        "them, rounded against their inputs (GPTQ)",
         stepwise(
             weight_bits=4,
             plan=(AssignBits(mean_bits=4.15, parts=10, islands=ISLANDS),),

@@ -1,4 +1,4 @@
-"""The pipelines that several recipes share, and the places where their passes go."""
+"""Lists of passes that several recipes share, and the two pipelines with places for further passes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ ISLANDS = ("first", "second", "penultimate", "last")
 def static(
     *rewrites: Pass, plan: Sequence[Pass] = (), behind: Sequence[Pass] = (), observe: Observe | None = None
 ) -> tuple[Pass, ...]:
-    """The passes of w8a8, with others on the float graph, on the plan, and on the quantized graph."""
+    """Return the passes of w8a8, with further ones on the float graph, the plan and the quantized graph."""
     return (*EXACT, *rewrites, observe or Observe(), ChooseScales(), *plan, InsertQdq(), CleanQdq(), *behind)
 
 
 def stepwise(
     *, weight_bits: Literal[4, 8] = 8, plan: Sequence[Pass] = (), behind: Sequence[Pass] = ()
 ) -> tuple[Pass, ...]:
-    """The passes of w8a8-steps, with others on the plan and on the quantized graph."""
+    """Return the passes of w8a8-steps, with further ones on the plan and on the quantized graph."""
     return (
         *FAST,
         Observe(groups=0, channels="outputs"),
