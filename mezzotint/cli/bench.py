@@ -41,7 +41,7 @@ def bench(
     if warning := untested_onnxruntime():
         console.print_warning(warning)
     with shown(quiet=quiet or json) as report:
-        found = run_bench(
+        result = run_bench(
             open_bundle(bundle),
             batch=batch,
             threads=threads,
@@ -52,4 +52,4 @@ def bench(
             calibration=calibration,
             progress=report,
         )
-    console.print_json(found.to_json()) if json else print_bench(found.to_json())
+    console.print_json(result.to_json()) if json else print_bench(result.to_json())

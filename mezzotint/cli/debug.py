@@ -35,7 +35,7 @@ def debug(
     from ..text import console
 
     with shown(quiet=quiet or json) as report:
-        found = diagnose(
+        diagnosis = diagnose(
             open_bundle(bundle),
             reference,
             pictures,
@@ -46,4 +46,4 @@ def debug(
             threads=threads,
             progress=report,
         )
-    console.print_json(found.to_json()) if json else print_diagnosis(found, top)
+    console.print_json(diagnosis.to_json()) if json else print_diagnosis(diagnosis, top)

@@ -29,13 +29,13 @@ def overlay(
     from ..text import console
 
     opened = open_bundle(bundle)
-    found = make_overlay(opened, what, debug=debug, threads=threads)  # type: ignore[arg-type]  # it refuses others
-    write_json(output, found.data, force=force)
+    node_data = make_overlay(opened, what, debug=debug, threads=threads)  # type: ignore[arg-type]  # it refuses others
+    write_json(output, node_data.data, force=force)
     summary = {
         "file": str(output),
         "model": str(opened.model_path),
-        "nodes": f"{found.nodes} of {found.of}",
-        **({"not in it": found.unknown} if found.unknown else {}),
+        "nodes": f"{node_data.nodes} of {node_data.of}",
+        **({"not in it": node_data.unknown} if node_data.unknown else {}),
     }
     console.print_json(summary) if json else console.print_pairs(f"overlay: {what}", summary)
 
@@ -60,18 +60,18 @@ def overrides(
     from ..text import console
 
     rows = None if conditions is None else load_conditions(conditions)
-    found = make_overrides(open_bundle(bundle), float_, conditions=rows, threads=threads)
-    write_json(output, found.to_json(), force=force)
+    scales = make_overrides(open_bundle(bundle), float_, conditions=rows, threads=threads)
+    write_json(output, scales.to_json(), force=force)
     summary = {
         "file": str(output),
-        "tensors": len(found.tensors),
-        "widest of several": len(found.widened),
-        "left out": len(found.skipped),
-        "layers in float": len(found.excluded),
+        "tensors": len(scales.tensors),
+        "widest of several": len(scales.widened),
+        "left out": len(scales.skipped),
+        "layers in float": len(scales.excluded),
     }
     if json:
-        console.print_json({**summary, "skipped": dict(found.skipped)})
+        console.print_json({**summary, "skipped": dict(scales.skipped)})
         return
     console.print_pairs("overrides", summary)
-    if found.skipped:
-        console.print_table("left to onnxruntime", ("tensor", "why"), list(found.skipped.items()))
+    if scales.skipped:
+        console.print_table("left to onnxruntime", ("tensor", "why"), list(scales.skipped.items()))
