@@ -6,6 +6,7 @@ repository and on small trees with one planted fault each.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.rooms import LINKED, ROOT, Import, arrows, file_arrows, floors, imports, rings, sources
+from tools.draw_rooms import draw
+from tools.rooms import DRAWING, LINKED, ROOT, Import, arrows, file_arrows, floors, imports, main, rings, sources
 
 LONGEST = 320  # lines of a file outside tests/
 TORCH = frozenset({"torch", "diffusers", "transformers", "accelerate"})
@@ -373,3 +375,47 @@ def test_syntax_newer_than_python_3_10_is_refused(tmp_path: Path) -> None:
     root = plant(tmp_path, {TABLES: "try:\n    pass\nexcept* ValueError:\n    pass"})
     with pytest.raises(SyntaxError):
         violations(root)
+
+
+def test_the_drawing_is_what_the_code_says() -> None:
+    assert (ROOT / DRAWING).read_text(encoding="utf-8") == draw(ROOT), "run: python tools/rooms.py --draw"
+
+
+def test_a_drawing_has_every_room_and_the_shortest_arrows(tmp_path: Path) -> None:
+    root = plant(tmp_path, {"compiler/frontend/from_onnx.py": "from ..graph import nodes\nfrom .. import errors"})
+    (root / "compiler/errors.py").write_text("", encoding="utf-8")
+    (root / "compiler/graph/ops.py").write_text("from .. import errors", encoding="utf-8")
+
+    drawing = draw(root)
+
+    assert re.findall(r'class="name"[^>]*>([^<]+)<', drawing) == [
+        *("recipes", "passes/*.py", "frontend", "graph", "compiler/*.py", "diffusers", "runtime/*.py")
+    ]
+    assert "<title>compiler/frontend: Front ends.</title>" in drawing
+    assert ">2 files<" in drawing and ">1 file<" in drawing
+    titles = re.findall(r"<title>(\S+ imports \S+)</title>", drawing)
+    assert "compiler/frontend imports compiler/graph" in titles and "compiler/graph imports compiler" in titles
+    assert "compiler/frontend imports compiler" not in titles  # by way of compiler/graph
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("passes/other.py", ""),
+        ("compiler/graph/__init__.py", '"""Another purpose."""'),
+        ("passes/recipes/catalog.py", "from mezzotint.runtime.diffusers import unet"),
+        ("compiler/scales/__init__.py", '"""A new room."""'),
+    ],
+)
+def test_a_drawing_that_the_code_left_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    root = plant(tmp_path, {})
+    assert main(["--check"], root) == 1
+    assert main(["--draw"], root) == 0
+    assert main(["--check"], root) == 0
+    capsys.readouterr()
+    plant(root, {name: text})
+
+    assert main(["--check"], root) == 1
+    assert capsys.readouterr().out == f"differs: {DRAWING}\n"

@@ -1,6 +1,8 @@
 """The rooms of the project and the arrows between them, read from the imports.
 
     python tools/rooms.py            print each room with the rooms that it imports
+    python tools/rooms.py --draw     draw them into docs/architecture.svg
+    python tools/rooms.py --check    exit code 1 when that drawing is not what the code says
 
 A room is a folder of Python files. An arrow goes from the room that imports to the room that is imported. Functions
 take the root of a tree, so that tests run them on small trees with one planted fault each.
@@ -8,14 +10,17 @@ take the root of a tree, so that tests run them on small trees with one planted 
 
 from __future__ import annotations
 
+import argparse
 import ast
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("runtime", "compiler", "passes")  # top folders whose import name is mezzotint.<folder>
 TOPS = (*LINKED, "mezzotint")
+DRAWING = "docs/architecture.svg"
 FRONT = ("mezzotint/__init__.py", "mezzotint/__main__.py")  # they open every room, and belong to none
 
 
@@ -34,7 +39,7 @@ class Import:
 
     @property
     def top(self) -> str | None:
-        """The top folder that is imported from; None for what is not ours."""
+        """The top folder that is imported from; None for a foreign module."""
         parts = self.module.split(".")
         if parts[0] != "mezzotint":
             return None
@@ -42,25 +47,25 @@ class Import:
 
 
 def sources(root: Path, tops: tuple[str, ...] = (*TOPS, "tests", "tools")) -> list[Path]:
-    """All Python files of some top folders, each once (the links inside mezzotint/ are not followed)."""
+    """Return all Python files of some top folders, each once (the links inside mezzotint/ are not followed)."""
     return sorted(
         path for top in tops for path in (root / top).rglob("*.py") if not any(p.is_symlink() for p in path.parents)
     )
 
 
 def imports(root: Path, path: Path) -> list[Import]:
-    """Every import of a file: statements anywhere, `import_module("...")` and `__import__("...")`."""
+    """Return every import of a file: statements anywhere, `import_module("...")` and `__import__("...")`."""
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
     return list(_imports(tree, _package(root, path), root, lazy=False))
 
 
 def room_of(root: Path, path: Path) -> str:
-    """The folder of a file relative to the root, such as "compiler/graph"."""
+    """Return the folder of a file relative to the root, such as "compiler/graph"."""
     return path.relative_to(root).parent.as_posix()
 
 
 def file_of(root: Path, module: str) -> Path | None:
-    """The file of one of our modules; None for a folder, for a name inside a module and for what is not ours."""
+    """Return the file of one of our modules; None for a folder, a name inside a module and a foreign module."""
     base = _place(root, module)
     return next((f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()), None) if base else None
 
@@ -78,7 +83,7 @@ def arrows(root: Path) -> dict[str, set[str]]:
 
 
 def rings(arrows: dict[str, set[str]]) -> list[str]:
-    """Rings among named things that refer to each other, as `a -> b -> a`."""
+    """Return the rings among named things that refer to each other, as `a -> b -> a`."""
     done: set[str] = set()
     found: list[str] = []
 
@@ -105,7 +110,7 @@ def file_arrows(root: Path) -> dict[str, set[str]]:
 
 
 def floors(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Rooms by height, the lowest first: a room stands one floor above the highest room that it imports."""
+    """Return rooms by height, the lowest first: a room stands one floor above the highest room that it imports."""
     height: dict[str, int] = {}
 
     def of(room: str) -> int:
@@ -122,7 +127,7 @@ def floors(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 
 def direct(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The arrows that no longer way replaces (the transitive reduction), which is what a drawing needs."""
+    """Return the transitive reduction of the arrows: those that no longer way replaces."""
     reached: dict[str, set[str]] = {}
 
     def reach(room: str) -> set[str]:
@@ -138,7 +143,7 @@ def direct(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def purpose(root: Path, room: str) -> str:
-    """The first sentence of a room's docstring."""
+    """Return the first paragraph of a room's docstring."""
     docstring = ast.get_docstring(ast.parse((root / room / "__init__.py").read_text(encoding="utf-8"))) or ""
     return " ".join(docstring.partition("\n\n")[0].split())
 
@@ -170,7 +175,7 @@ def _imports(node: ast.AST, package: list[str], root: Path, *, lazy: bool) -> It
 
 
 def _absolute(package: list[str], level: int, name: str) -> str:
-    """The absolute name of what a file of `package` calls `name` after `level` dots."""
+    """Return the absolute name of `name` after `level` dots in a file of `package`."""
     above = package[: len(package) - level + 1] if level else []
     return ".".join([*above, name] if name else above)
 
@@ -187,6 +192,29 @@ def _is_module(root: Path, name: str) -> bool:
     return base is not None and (base.with_suffix(".py").is_file() or (base / "__init__.py").is_file())
 
 
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--draw", action="store_true", help="write docs/architecture.svg")
+    what.add_argument("--check", action="store_true", help="change nothing; exit code 1 when the drawing would change")
+    args = parser.parse_args(argv)
+    if not (args.draw or args.check):
+        for room, targets in sorted(arrows(root).items()):
+            print(f"{room} -> {', '.join(sorted(targets)) or '-'}")
+        return 0
+    sys.path.insert(0, str(ROOT))  # as a script, this file's folder is on the path, not the root
+    from tools.draw_rooms import draw
+
+    file, drawing = root / DRAWING, draw(root)
+    if file.is_file() and file.read_text(encoding="utf-8") == drawing:
+        return 0
+    print(f"{'differs' if args.check else 'written'}: {DRAWING}")
+    if args.check:
+        return 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(drawing, encoding="utf-8", newline="\n")
+    return 0
+
+
 if __name__ == "__main__":
-    for room, targets in sorted(arrows(ROOT).items()):
-        print(f"{room} -> {', '.join(sorted(targets)) or '-'}")
+    raise SystemExit(main())
