@@ -41,7 +41,7 @@ from tests.helpers.models import (
 )
 
 ROOT = Path(__file__).parents[2]
-EXACT_DB = 60.0  # a float bundle beside the float export: rounding of float32 only
+EXACT_DB = 60.0  # a float bundle compared with the float export: rounding of float32 only
 Files = Mapping[str, bytes]
 
 
@@ -69,7 +69,7 @@ def same(one: Files, other: Files) -> None:
 
 
 def hidden(folder: Path) -> list[str]:
-    """What a compilation leaves beside its target: stage folders, reproducers."""
+    """What a compilation leaves next to its target: stage folders, reproducers."""
     return [f.name for f in folder.iterdir() if f.name.startswith(".") or f.name.endswith(".failed")]
 
 
@@ -185,12 +185,12 @@ class TestEndToEnd:
         with pytest.raises(ModelError, match="roles of inputs"):
             compile_model("digits", tmp_path / "digits", output_name="y")
 
-    def test_progress_is_told(self, hand: Compiled, tmp_path: Path) -> None:
-        told: list[tuple[str, int, int]] = []
+    def test_progress_is_reported(self, hand: Compiled, tmp_path: Path) -> None:
+        calls: list[tuple[str, int, int]] = []
 
-        compile_model(hand.exported, tmp_path / "b", progress=lambda *a: told.append(a), **SMALL)
+        compile_model(hand.exported, tmp_path / "b", progress=lambda *a: calls.append(a), **SMALL)
 
-        last = {stage: (done, total) for stage, done, total in told}
+        last = {stage: (done, total) for stage, done, total in calls}
         assert {"import hand.onnx", "passes", "observe", "freeze_time"} <= set(last)
         assert all(done == total for done, total in last.values())
 
@@ -308,9 +308,9 @@ class TestRecipes:
         assert 0 < np.abs(with_it - without).max() < 0.5
 
     def test_readers_are_told_of_the_noise(self, corrected: Bundle, hand: Compiled) -> None:
-        told, plain = ((bundle.path / "README.md").read_text() for bundle in (corrected, hand.bundle))
-        assert corrected.manifest["noise"]["summary"] in told and "Quantization noise" not in plain
-        assert f"It was made for {corrected.deployment}." in told
+        card, plain = ((bundle.path / "README.md").read_text() for bundle in (corrected, hand.bundle))
+        assert corrected.manifest["noise"]["summary"] in card and "Quantization noise" not in plain
+        assert f"It was made for {corrected.deployment}." in card
         picture = (corrected.path / "noise.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and b"matplotlib" not in picture.lower()
         assert not (hand.bundle.path / "noise.png").exists()
@@ -350,7 +350,7 @@ class TestRecipes:
 
 
 class TestConditions:
-    """A conditional model is calibrated on conditions that somebody chose."""
+    """A conditional model is calibrated on given conditions."""
 
     @pytest.fixture
     def refuse(self, tmp_path: Path) -> Callable[..., ConditionError]:

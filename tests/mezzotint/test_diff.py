@@ -1,4 +1,4 @@
-"""Two bundles, and two passes of one, compared: what differs is told, and nothing else."""
+"""Two bundles, and two passes of one, compared: the differences are reported, and nothing else."""
 
 from __future__ import annotations
 
@@ -116,14 +116,14 @@ class TestPasses:
     def test_names_and_numbers(self, plain: Bundle) -> None:
         names = [record["pass"] for record in plain.manifest["history"]]
         number = names.index("insert_qdq") + 1
-        wishes = ("insert_qdq", str(number), f"{number:03}_insert_qdq")
-        texts = {compare_passes(plain, "imported", wish).text for wish in wishes}
+        requests = ("insert_qdq", str(number), f"{number:03}_insert_qdq")
+        texts = {compare_passes(plain, "imported", requested).text for requested in requests}
         assert len(texts) == 1 and "" not in texts
 
-    @pytest.mark.parametrize("wish", ["paint", "99", "fx"])
-    def test_passes_that_are_not_there(self, plain: Bundle, wish: str) -> None:
-        with pytest.raises(InputError, match=f"there is no pass '{wish}'") as caught:
-            compare_passes(plain, "imported", wish)
+    @pytest.mark.parametrize("requested", ["paint", "99", "fx"])
+    def test_passes_that_are_not_there(self, plain: Bundle, requested: str) -> None:
+        with pytest.raises(InputError, match=f"there is no pass '{requested}'") as caught:
+            compare_passes(plain, "imported", requested)
         assert "001_normalize" in (caught.value.hint or "")
 
     def test_a_pass_that_ran_twice(self, plain: Bundle, tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ class TestCommand:
         assert answer.code == 0, answer.err
         assert json.loads(answer.out) == json.loads(json.dumps(wanted.to_json()))
         assert "choose_scales.weight_bits" in read((tmp_path / "new" / "d.html").read_text()).text
-        told = cli("diff", plain.path, narrow.path)
-        assert "choose_scales.weight_bits" in told.out and "islands: no difference" in told.out
+        printed = cli("diff", plain.path, narrow.path)
+        assert "choose_scales.weight_bits" in printed.out and "islands: no difference" in printed.out
 
     def test_passes(self, plain: Bundle, cli: Cli, tmp_path: Path) -> None:
         answer = cli("diff", plain.path, "--from", "imported", "--to", "insert_qdq", "--html", tmp_path / "d.html")

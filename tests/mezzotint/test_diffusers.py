@@ -32,7 +32,7 @@ from tests.helpers.pipelines import LENGTH, SIDE, WIDTH, quiet
 
 STEPS = 3
 TOLERANCE = 2e-5  # of pictures in [0, 1]: float32 kernels of two libraries; 1.1e-6 was the largest difference seen
-NEAR_DB = 25.0  # of w8a8 beside float on random weights after three steps
+NEAR_DB = 25.0  # of w8a8 compared with float on random weights after three steps
 OPTIONS: dict[str, Any] = {"steps": STEPS, "calibration_samples": 2, "threads": 1}
 TEXT = {"prompt": "a cat", "num_inference_steps": STEPS}
 Pictures = npt.NDArray[np.float32]

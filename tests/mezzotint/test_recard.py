@@ -325,8 +325,8 @@ class TestLater:
         first = cli("card", bundle, "--eval", tmp_path / "e.json", "--json")
         then = cli("card", bundle, "--bench", tmp_path / "b.json", "--base-model", "us/digits", "--license", "mit")
 
-        told = json.loads(first.out)
-        assert told["digest before"] == before["digest"] != told["digest"]
+        printed = json.loads(first.out)
+        assert printed["digest before"] == before["digest"] != printed["digest"]
         assert then.code == 0, then.err
         words = text(open_bundle(bundle))
         assert "| psnr_db | 31.25 dB | 30.5 to 32 |" in words

@@ -109,10 +109,10 @@ class TestCompile:
     def test_in_json(self, cli: Cli, hand: Compiled, tmp_path: Path) -> None:
         answer = cli("compile", hand.exported, "-o", tmp_path / "b", "--json", *FAST)
 
-        told = json.loads(answer.out)
+        printed = json.loads(answer.out)
         assert answer.err == ""
-        assert told["integer_kernels"] == INTEGER
-        assert told["digest"] == hand.bundle.manifest["digest"]
+        assert printed["integer_kernels"] == INTEGER
+        assert printed["digest"] == hand.bundle.manifest["digest"]
 
     def test_roles_sizes_and_settings_are_handed_on(self, cli: Cli, tmp_path: Path) -> None:
         proto = hand_written(sample="a", timestep="labels", output="made", size=("h", "w"))
@@ -166,27 +166,27 @@ class TestCompile:
     def test_no_correction(self, cli: Cli, hand: Compiled, tmp_path: Path) -> None:
         words = [*FAST, "--recipe", "ptqd-w8a8"]
         assert cli("compile", hand.exported, "-o", tmp_path / "b", *words).code == 0
-        told = []
+        printed = []
         for i, option in enumerate(([], ["--no-correction"], ["--correction"])):
             answer = cli("sample", tmp_path / "b", "-o", tmp_path / f"{i}.npy", "-n", 3, "--json", *option)
-            told.append(json.loads(answer.out)["correction"])
+            printed.append(json.loads(answer.out)["correction"])
 
-        assert told == [True, False, True]
+        assert printed == [True, False, True]
         images = [np.load(tmp_path / f"{i}.npy") for i in range(3)]
         np.testing.assert_array_equal(images[0], images[2])
         assert np.abs(images[0] - images[1]).max() > 0
 
 
 class TestDryRun:
-    """--dry-run checks, tells and writes nothing."""
+    """--dry-run checks, prints a plan and writes nothing."""
 
     def test_nothing_is_written(self, cli: Cli, hand: Compiled, tmp_path: Path) -> None:
         answer = cli("compile", hand.exported, "-o", tmp_path / "b", "--dry-run", "--json", *FAST)
 
-        told = json.loads(answer.out)
+        printed = json.loads(answer.out)
         assert answer.code == 0
-        assert told["signature"]["timestep"] == "t"
-        assert told["passes"][0] == "normalize"
+        assert printed["signature"]["timestep"] == "t"
+        assert printed["passes"][0] == "normalize"
         assert list(tmp_path.iterdir()) == []
 
     def test_people_read_a_table(self, cli: Cli, tmp_path: Path) -> None:
@@ -436,14 +436,14 @@ class TestBundles:
 
 
 class TestReports:
-    """recipes and doctor, for people and for programs."""
+    """recipes and doctor, as text and as JSON."""
 
     def test_recipes(self, cli: Cli) -> None:
         assert all(name in cli("recipes").out for name in RECIPES)
         assert f"[default: {DEFAULT}]" in cli("compile", "--help").out
-        told = json.loads(cli("recipes", "--json").out)
-        assert [r["name"] for r in told] == list(RECIPES)
-        assert {r["name"]: r["islands"] for r in told} == {n: list(r.islands) for n, r in RECIPES.items()}
+        printed = json.loads(cli("recipes", "--json").out)
+        assert [r["name"] for r in printed] == list(RECIPES)
+        assert {r["name"]: r["islands"] for r in printed} == {n: list(r.islands) for n, r in RECIPES.items()}
         assert "first, last" in cli("recipes").out
 
     @pytest.mark.parametrize("name", list(RECIPES))
@@ -456,22 +456,22 @@ class TestReports:
 
     @pytest.mark.parametrize("name", pass_names())
     def test_a_pass_explains_itself(self, cli: Cli, name: str) -> None:
-        told = json.loads(cli("recipes", name, "--json").out)
+        printed = json.loads(cli("recipes", name, "--json").out)
 
-        assert told["pass"] == name
-        assert len(told["description"]) > 100
+        assert printed["pass"] == name
+        assert len(printed["description"]) > 100
         assert cli("recipes", name).code == 0
 
     def test_an_unknown_name(self, cli: Cli) -> None:
         refused(cli("recipes", "flaot"), "no recipe called 'flaot'", "did you mean 'float'?")
 
     def test_doctor(self, cli: Cli) -> None:
-        told = json.loads(cli("doctor", "--json").out)
+        printed = json.loads(cli("doctor", "--json").out)
         text = cli("doctor")
 
-        assert told["packages"]["onnxruntime"] in text.out
+        assert printed["packages"]["onnxruntime"] in text.out
         assert text.code == 0
-        assert told["expect"]
+        assert printed["expect"]
 
 
 class TestSettings:
@@ -560,7 +560,7 @@ class TestAccidents:
             process.kill()
             process.wait()
 
-        assert stage.exists(), "nobody could clean up"
+        assert stage.exists(), "a killed process cannot clean up"
         assert contents(target) == before
         assert open_bundle(target).manifest["digest"] == hand.bundle.manifest["digest"]
 

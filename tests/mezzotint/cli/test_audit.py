@@ -31,9 +31,9 @@ def test_a_bundle(cli: Cli, hand: Compiled) -> None:
 
 
 def test_a_bundle_as_json(cli: Cli, hand: Compiled) -> None:
-    told = json.loads(cli("audit", hand.bundle.path, "--json").out)
-    assert told["ok"] is True
-    (fusion,) = told["files"].values()
+    printed = json.loads(cli("audit", hand.bundle.path, "--json").out)
+    assert printed["ok"] is True
+    (fusion,) = printed["files"].values()
     assert fusion["onnxruntime"] == running_version()
     assert {name: n for name, n in fusion["totals"].items() if n} == {"integer": 2, "islands": 2}
     assert fusion["rules"] == {} and fusion["strays"] == []
@@ -47,9 +47,9 @@ def test_a_file_that_fails(cli: Cli, faulty: Path) -> None:
     assert answer.code == 0
     assert "float-reader" in answer.out and "What helps: let 'y2' read" in answer.out.replace("\n", " ")
     assert cli("audit", faulty, "--strict").code == 1
-    told = cli("audit", faulty, "--strict", "--json")
-    assert told.code == 1
-    data = json.loads(told.out)
+    printed = cli("audit", faulty, "--strict", "--json")
+    assert printed.code == 1
+    data = json.loads(printed.out)
     assert data["ok"] is False
     assert data["files"]["groups.onnx"]["rules"] == {"float-reader": 1}
 

@@ -170,19 +170,19 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         resolve(tmp_path)
 
 
-@pytest.mark.parametrize("wish", ["nothing", "ddpm-liner"])
-def test_an_unknown_scheduler(wish: str) -> None:
+@pytest.mark.parametrize("requested", ["nothing", "ddpm-liner"])
+def test_an_unknown_scheduler(requested: str) -> None:
     with pytest.raises(ScheduleError, match="no scheduler configuration") as caught:
-        resolve("digits", wish)
+        resolve("digits", requested)
 
-    assert caught.value.where == wish
+    assert caught.value.where == requested
 
 
 def test_a_scheduler_of_another_length(tmp_path: Path) -> None:
-    wish = scheduler(tmp_path, num_train_timesteps=500)
+    requested = scheduler(tmp_path, num_train_timesteps=500)
 
     with pytest.raises(ScheduleError, match="500 timesteps, the model was trained with 1000") as caught:
-        resolve("digits", wish)
+        resolve("digits", requested)
 
-    assert caught.value.where == str(wish)
+    assert caught.value.where == str(requested)
     assert caught.value.hint

@@ -314,7 +314,7 @@ class TestDamage:
         with pytest.raises(InputError, match="shard 1 is not whole") as caught:
             joined(folder)
         assert (caught.value.hint or "").endswith("--shards 1")
-        if damage == "a folder":  # somebody made it: it is not replaced
+        if damage == "a folder":  # it may hold files of the user: it is not replaced
             with pytest.raises(OutputError, match="exists already"):
                 sample_to_folder(hand.bundle, folder, N, format=format, **OPTIONS)
             return
@@ -481,7 +481,7 @@ def _sample(bundle: Bundle, folder: Path, options: dict[str, Any]) -> None:
 
 
 class TestReading:
-    """read_shards, for who evaluates."""
+    """read_shards, for evaluations."""
 
     def test_missing_shards_are_told_with_the_command_that_makes_them(
         self, hand: Compiled, conditioned: Bundle, cli: Cli, tmp_path: Path
@@ -563,10 +563,10 @@ class TestCommand:
         first = cli(*words, "--shards", "0:2", "--json")
         second = cli(*words)
 
-        told = json.loads(first.out)
-        seconds = told.pop("seconds")
+        printed = json.loads(first.out)
+        seconds = printed.pop("seconds")
         assert seconds > 0
-        assert told == {
+        assert printed == {
             "output": str(tmp_path / "f"),
             "pictures": N,
             "sampler": "ddpm",
