@@ -55,15 +55,15 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from mezzotint.compiler.bits.allocation import Allocation, allocate
-from mezzotint.compiler.bits.budget import Budget, Kind
+from mezzotint.compiler.bits.budget import Budget, BudgetKind
 from mezzotint.compiler.bits.mixdq import Pictures, split_budget, unlike
-from mezzotint.compiler.bits.parts import Order, Parts, cut, joined_bytes
+from mezzotint.compiler.bits.parts import ChannelOrder, Parts, cut, joined_bytes
 from mezzotint.compiler.bits.profile import Profiler, Weighting
 from mezzotint.compiler.bits.report import BitReport
 from mezzotint.compiler.bits.simulate import Simulator
 from mezzotint.compiler.bits.units import (
     FLOAT,
-    Choice,
+    BitChoice,
     Unit,
     WeightQuantizers,
     free_layers,
@@ -111,7 +111,7 @@ class AssignBits(Pass):
     splits: int = 7
     length: int = 8
     parts: int = 1
-    order: Order = "error"
+    order: ChannelOrder = "error"
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -164,8 +164,8 @@ class AssignBits(Pass):
         if not fine:
             raise RecipeError(f"{self.name}.{option} is {getattr(self, option)}", where=self.name, hint=hint)
 
-    def _budgets(self) -> list[Kind]:
-        return [kind for kind in get_args(Kind) if getattr(self, kind) is not None]
+    def _budgets(self) -> list[BudgetKind]:
+        return [kind for kind in get_args(BudgetKind) if getattr(self, kind) is not None]
 
     def run(self, program: Program, context: Context) -> Program:
         plan = program.require_plan()
@@ -174,7 +174,7 @@ class AssignBits(Pass):
             raise RecipeError(
                 "assign_bits has no budget",
                 where=self.name,
-                hint=f"give one of {', '.join(get_args(Kind))}, such as --set assign_bits.mean_bits=5",
+                hint=f"give one of {', '.join(get_args(BudgetKind))}, such as --set assign_bits.mean_bits=5",
             )
         every_layer = list(layers(program.graph))
         islands = Islands(program, every_layer, self.islands, self.name)
@@ -194,9 +194,9 @@ class AssignBits(Pass):
         chosen, note = search.run()
         return replace(program, plan=replace(chosen, islands={**kept, **chosen.islands}), note=note)
 
-    def _choices(self, unit: Unit) -> list[Choice]:
+    def _choices(self, unit: Unit) -> list[BitChoice]:
         widths = self.widths if unit.weight is not None else (8,)
-        choices = [Choice(b, a) for b in sorted(widths) for a in sorted(self.activation_widths)]
+        choices = [BitChoice(b, a) for b in sorted(widths) for a in sorted(self.activation_widths)]
         return [*choices, FLOAT] if self.floats else choices
 
 
@@ -208,7 +208,7 @@ class _Search:
     program: Program
     context: Context
     units: Sequence[Unit]
-    choices: Sequence[Sequence[Choice]]
+    choices: Sequence[Sequence[BitChoice]]
     budget: Budget
     quantizers: WeightQuantizers
 
@@ -247,7 +247,7 @@ class _Search:
             )
             allocation, splits = self._solve(profiler, simulator, parts)
 
-        def measured(chosen: Sequence[Choice]) -> float:
+        def measured(chosen: Sequence[BitChoice]) -> float:
             with self._allocated(profiler, parts.units, chosen) as (whole, fed):
                 return profile.share(whole.noise(scenes, fed), o.weighting)
 
@@ -283,7 +283,7 @@ class _Search:
             self.context.progress(f"{self.options.name}: pictures", k + 1, len(self.units))
             for c, choice in enumerate(row if unit.content else ()):
 
-                def fed(call: int, unit: Unit = unit, choice: Choice = choice) -> Feeds:
+                def fed(call: int, unit: Unit = unit, choice: BitChoice = choice) -> Feeds:
                     return profiler.quantized(simulator, unit, choice, call)
 
                 scores[k][c] = unlike(reference, pictures.draw(simulator, fed)) if choice != FLOAT else 0.0
@@ -297,7 +297,7 @@ class _Search:
 
     @contextmanager
     def _allocated(
-        self, profiler: Profiler, units: Sequence[Unit], chosen: Sequence[Choice]
+        self, profiler: Profiler, units: Sequence[Unit], chosen: Sequence[BitChoice]
     ) -> Iterator[tuple[Simulator, Callable[[int], Feeds]]]:
         """Yield a simulator of a whole allocation, and the feeds of each call."""
         plan = with_choices(units, chosen, self.quantizers)

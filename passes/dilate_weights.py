@@ -26,8 +26,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mezzotint.compiler.rescaling.scaling import Factors
 from mezzotint.compiler.rescaling.search import ScaledInputs, Tally
-from mezzotint.compiler.rescaling.smoothing import Evidence, Factors, Weights, dilation
+from mezzotint.compiler.rescaling.smoothing import Evidence, GroupedWeight, dilation
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class DilateWeights(ScaledInputs):
 
     symmetric: bool = True
 
-    def candidates(self, evidence: Evidence, weights: list[Weights]) -> Mapping[str, Factors]:
+    def candidates(self, evidence: Evidence, weights: list[GroupedWeight]) -> Mapping[str, Factors]:
         return {"dilated": dilation(weights, symmetric=self.symmetric)}
 
     def describe(self, tally: Tally) -> str:

@@ -40,9 +40,9 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import Names, remove_dead
 from mezzotint.compiler.graph.ops import Layer, layer_of
 from mezzotint.compiler.graph.require import required
-from mezzotint.compiler.rescaling.edits import Edit, Factors, magnitudes
-from mezzotint.compiler.rescaling.folds import Fold, Pair, apply_fold, apply_pair, find_folds, find_pairs
-from mezzotint.compiler.rescaling.scaling import column_ranges
+from mezzotint.compiler.rescaling.edits import Edit, magnitudes
+from mezzotint.compiler.rescaling.scaling import Factors, column_ranges
+from mezzotint.compiler.rescaling.sites import Pair, RescalingSite, find_pairs, find_sites, rescale_pair, rescale_site
 
 DEVIATIONS = 3.0
 
@@ -76,10 +76,10 @@ class EqualizeWeights(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         graph = program.graph
         names = Names(graph)
-        folds, pairs = find_folds(graph), find_pairs(graph)
-        items: list[Fold | Pair] = [*folds, *pairs]
+        sites, pairs = find_sites(graph), find_pairs(graph)
+        items: list[RescalingSite | Pair] = [*sites, *pairs]
         refused = {item.name: item.reason for item in items if item.reason}
-        chosen = [f for f in folds if not f.reason and (self.norms or f.kind not in ("norm", "adaln"))]
+        chosen = [f for f in sites if not f.reason and (self.norms or f.kind not in ("norm", "adaln"))]
         legal = [pair for pair in pairs if not pair.reason]
         balance = _Balance([*chosen, *legal], self.limit)
         done, change = 0, np.inf
@@ -87,10 +87,10 @@ class EqualizeWeights(GraphPass):
             change = balance.sweep()
             done += 1
             context.progress(self.name, done, self.sweeps)
-        for fold in chosen:
-            apply_fold(graph, names, fold, balance.factors[fold])
+        for site in chosen:
+            rescale_site(graph, names, site, balance.factors[site])
         for pair in legal:
-            apply_pair(graph, names, pair, 1 / balance.factors[pair])
+            rescale_pair(graph, names, pair, 1 / balance.factors[pair])
         remove_dead(graph)
         note = f"{len(chosen)} values and {len(legal)} products equalized in {done} sweeps, {len(refused)} refused"
         return replace(program, refused={**program.refused, **refused}, note=note)
@@ -99,9 +99,9 @@ class EqualizeWeights(GraphPass):
 class _Balance:
     """The factors of all items, and the ranges of the weights with them; weights are read one at a time."""
 
-    def __init__(self, items: list[Fold | Pair], limit: float) -> None:
+    def __init__(self, items: list[RescalingSite | Pair], limit: float) -> None:
         self._items, self._limit = items, limit
-        self.factors: dict[Fold | Pair, Factors] = {item: np.ones(item.channels) for item in items}
+        self.factors: dict[RescalingSite | Pair, Factors] = {item: np.ones(item.channels) for item in items}
         self._columns: dict[ir.Node, Factors] = {}  # the factors of a layer's input channels
         self._rows: dict[ir.Node, Factors] = {}  # the factors of its output channels
 
@@ -109,7 +109,7 @@ class _Balance:
         """Equalize each item once. Return the mean relative change of the factors."""
         moved = []
         for item in self._items:
-            if isinstance(item, Fold):
+            if isinstance(item, RescalingSite):
                 first, second = self._made(item), self._read(item)
             else:
                 first, second = self._sides(item)
@@ -122,15 +122,15 @@ class _Balance:
             moved.append(np.abs(np.log(want / have)).mean())
         return float(np.mean(moved))
 
-    def _made(self, fold: Fold) -> Factors:
+    def _made(self, site: RescalingSite) -> Factors:
         """Return the range of each channel at its producer."""
-        if fold.kind not in ("norm", "adaln"):
-            return largest([self._magnitudes(edit, fold.channels) for edit in fold.edits])
-        total = np.zeros(fold.channels)
-        for edit in fold.edits:
+        if site.kind not in ("norm", "adaln"):
+            return largest([self._magnitudes(edit, site.channels) for edit in site.edits])
+        total = np.zeros(site.channels)
+        for edit in site.edits:
             weight = DEVIATIONS if edit.role == "gain" or edit.offset else 1.0
-            total += weight * magnitudes(edit, fold.channels, lengths=True)
-        return total / self.factors[fold]
+            total += weight * magnitudes(edit, site.channels, lengths=True)
+        return total / self.factors[site]
 
     def _magnitudes(self, edit: Edit, channels: int) -> Factors:
         if edit.role != "rows":
@@ -145,12 +145,12 @@ class _Balance:
             own[index[index >= 0]] = rows[index >= 0]
         return own
 
-    def _read(self, fold: Fold) -> Factors:
+    def _read(self, site: RescalingSite) -> Factors:
         """Return the range of each channel's weights in all layers that read it."""
         ranges = []
-        for reader in fold.readers:
+        for reader in site.readers:
             layer = _layer(reader.node)
-            columns = self._columns.get(layer.node, np.ones(fold.channels))
+            columns = self._columns.get(layer.node, np.ones(site.channels))
             ranges.append(column_ranges(layer, self._rows.get(layer.node)) * columns)
         return largest(ranges)
 
@@ -164,7 +164,7 @@ class _Balance:
             sides.append(largest(ranges))
         return sides[0], sides[1]
 
-    def _move(self, item: Fold | Pair, step: Factors) -> None:
+    def _move(self, item: RescalingSite | Pair, step: Factors) -> None:
         """Record the effect of a further factor on rows and columns."""
         if isinstance(item, Pair):
             self._move_rows(item.query_edits, 1 / step)

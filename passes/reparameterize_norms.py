@@ -43,8 +43,8 @@ from mezzotint.compiler.core.stats import Stats
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import Names, remove_dead
-from mezzotint.compiler.rescaling.edits import Factors
-from mezzotint.compiler.rescaling.folds import Fold, apply_fold, find_folds
+from mezzotint.compiler.rescaling.scaling import Factors
+from mezzotint.compiler.rescaling.sites import RescalingSite, find_sites, rescale_site
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class ReparameterizeNorms(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         graph, stats = program.graph, program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
-        names, folds = Names(graph), find_folds(graph)
-        refused = {fold.name: fold.reason for fold in folds if fold.reason}
-        chosen = [fold for fold in folds if fold.kind in ("norm", "adaln")]
+        names, sites = Names(graph), find_sites(graph)
+        refused = {site.name: site.reason for site in sites if site.reason}
+        chosen = [site for site in sites if site.kind in ("norm", "adaln")]
         shifted = 0
-        for i, fold in enumerate(chosen):
-            low, high = _extremes(stats, fold, self.name)
-            if self.shifts and not fold.shift_reason:
-                apply_fold(graph, names, fold, *self._shifted(low, high))
+        for i, site in enumerate(chosen):
+            low, high = _extremes(stats, site, self.name)
+            if self.shifts and not site.shift_reason:
+                rescale_site(graph, names, site, *self._shifted(low, high))
                 shifted += 1
             else:
-                apply_fold(graph, names, fold, self._ratios(np.maximum(np.abs(low), np.abs(high))))
+                rescale_site(graph, names, site, self._ratios(np.maximum(np.abs(low), np.abs(high))))
             context.progress(self.name, i + 1, len(chosen))
         remove_dead(graph)
         note = f"{len(chosen)} norms, {shifted} of them shifted; {len(refused)} values refused"
@@ -101,15 +101,15 @@ class ReparameterizeNorms(GraphPass):
         return r, low / r - least
 
 
-def _extremes(stats: Stats, fold: Fold, where: str) -> tuple[Factors, Factors]:
+def _extremes(stats: Stats, site: RescalingSite, where: str) -> tuple[Factors, Factors]:
     """Return the extremes `[C]` of the channels over all calls, from the first of the readers that was measured."""
-    for name in (*fold.inputs, fold.name):
+    for name in (*site.inputs, site.name):
         extremes = [stats.channels[name, k] for k in range(stats.groups) if (name, k) in stats.channels]
-        if extremes and extremes[0].shape == (2, fold.channels):
+        if extremes and extremes[0].shape == (2, site.channels):
             each = np.stack(extremes).astype(np.float64)
             return each[:, 0].min(axis=0), each[:, 1].max(axis=0)
     raise StatsError(
-        f"the channels of {fold.inputs[0]!r} were not measured by themselves",
+        f"the channels of {site.inputs[0]!r} were not measured by themselves",
         where=where,
         hint="measure the inputs of layers: --set observe.channels=inputs",
     )

@@ -30,8 +30,9 @@ from typing import Literal
 import numpy as np
 
 from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.rescaling.scaling import Factors
 from mezzotint.compiler.rescaling.search import ScaledInputs, Tally
-from mezzotint.compiler.rescaling.smoothing import Evidence, Factors, Weights, powers_of_two, tamed
+from mezzotint.compiler.rescaling.smoothing import Evidence, GroupedWeight, powers_of_two, tamed
 
 GRID = tuple(round(i / 10, 1) for i in range(11))
 FLOOR = 1e-5  # of the loudest channel: a silent one would get the factor 0
@@ -62,7 +63,7 @@ class SmoothScales(ScaledInputs):
     def _alphas(self) -> tuple[float, ...]:
         return (self.alphas,) if isinstance(self.alphas, (int, float)) else tuple(self.alphas)
 
-    def candidates(self, evidence: Evidence, weights: list[Weights]) -> Mapping[str, Factors]:
+    def candidates(self, evidence: Evidence, weights: list[GroupedWeight]) -> Mapping[str, Factors]:
         together = np.max if self.aggregate == "max" else np.mean
         loud = _floored(together(evidence.peaks, axis=0))
         heavy = _floored(evidence.weight_peaks)

@@ -56,7 +56,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import Names, remove_dead
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.topology import time_branch
-from mezzotint.compiler.shortcuts.segment_errors import Costs, Form, measure
+from mezzotint.compiler.shortcuts.segment_errors import Form, FormCosts, measure_segments
 from mezzotint.compiler.shortcuts.segments import Joined, divide_parts, find_joined, split_layer
 
 STEPS = {"powers": 1.0, "factors": 0.25, "best": 1.0}  # octaves between the factors that are tried
@@ -127,9 +127,9 @@ class SplitShortcuts(GraphPass):
         if self.method == "layers" or not chosen:
             yield from ((joined, "layers", ()) for joined in chosen)
             return
-        seen = measure(program, context, [joined.name for joined in chosen], self.samples, self.name)
+        seen = measure_segments(program, context, [joined.name for joined in chosen], self.samples, self.name)
         for joined in chosen:
-            costs = Costs(joined, seen[joined.name], *self._formats())
+            costs = FormCosts(joined, seen[joined.name], *self._formats())
             factors = costs.best_factors(STEPS[self.method])
             useful = len(set(factors)) > 1
             if self.method == "best":
@@ -137,7 +137,7 @@ class SplitShortcuts(GraphPass):
             else:
                 yield joined, "factors" if useful else "whole", factors
 
-    def _cheapest(self, costs: Costs, factors: tuple[float, ...]) -> tuple[Form, tuple[float, ...]]:
+    def _cheapest(self, costs: FormCosts, factors: tuple[float, ...]) -> tuple[Form, tuple[float, ...]]:
         """Return the form that moves the fewest bytes, unless one that moves more gains `gain` dB."""
         best: Form = "whole"
         error = costs.error(best)

@@ -25,10 +25,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-Errors = Sequence[Sequence[float]]
-Costs = Sequence[Sequence[int]]
+ErrorTable = Sequence[Sequence[float]]
+CostTable = Sequence[Sequence[int]]
 TIME_LIMIT_S = 20.0
-GAP = 1e-4
+RELATIVE_GAP = 1e-4
 _TIGHTER = 1e-6  # how much of the budget is held back when rounding inside the solver overdrew it
 
 
@@ -42,16 +42,18 @@ class Allocation:
     gap: float
 
 
-def smallest(costs: Costs) -> int:
+def smallest(costs: CostTable) -> int:
     """The least that any allocation costs."""
     return sum(min(row) for row in costs)
 
 
-def allocate(errors: Errors, costs: Costs, budget: int, *, time_limit: float = TIME_LIMIT_S) -> Allocation | None:
+def allocate(
+    errors: ErrorTable, costs: CostTable, budget: int, *, time_limit: float = TIME_LIMIT_S
+) -> Allocation | None:
     """The candidates `[units]` of least total error whose costs add up to `budget` at most; None where none do.
 
     `errors` (not negative) and `costs` have one row for each unit, of one number for each of its candidates. A gap
-    above GAP says that the time limit, in seconds, stopped the search.
+    above RELATIVE_GAP says that the time limit, in seconds, stopped the search.
     """
     if smallest(costs) > budget:
         return None
@@ -69,12 +71,12 @@ def allocate(errors: Errors, costs: Costs, budget: int, *, time_limit: float = T
     return first
 
 
-def _of(errors: Errors, costs: Costs, chosen: Sequence[int], gap: float) -> Allocation:
+def _of(errors: ErrorTable, costs: CostTable, chosen: Sequence[int], gap: float) -> Allocation:
     error = float(sum(row[c] for row, c in zip(errors, chosen, strict=True)))
     return Allocation(tuple(chosen), error, sum(int(row[c]) for row, c in zip(costs, chosen, strict=True)), gap)
 
 
-def _priced(errors: Errors, costs: Costs, budget: int) -> Allocation:
+def _priced(errors: ErrorTable, costs: CostTable, budget: int) -> Allocation:
     """The relaxation's answer; its gap is that to the bound which the price proves."""
 
     def at(price: float) -> tuple[Allocation, float]:
@@ -105,7 +107,7 @@ def _first_least(pairs: Sequence[tuple[float, float]]) -> int:
     return min(range(len(pairs)), key=pairs.__getitem__)
 
 
-def _solved(errors: Errors, costs: Costs, budget: float, scale: float, time_limit: float) -> Allocation | None:
+def _solved(errors: ErrorTable, costs: CostTable, budget: float, scale: float, time_limit: float) -> Allocation | None:
     """The integer program's answer, which may overdraw the budget by what the solver rounds; None without any."""
     sizes = [len(row) for row in errors]
     ends = np.cumsum([0, *sizes])
@@ -123,7 +125,7 @@ def _solved(errors: Errors, costs: Costs, budget: float, scale: float, time_limi
                 LinearConstraint(members, 1, 1),
                 LinearConstraint(csr_array(weights[None, :] / room), -np.inf, budget / room),
             ],
-            options={"time_limit": time_limit, "mip_rel_gap": GAP},
+            options={"time_limit": time_limit, "mip_rel_gap": RELATIVE_GAP},
         )
     if found.x is None:
         return None

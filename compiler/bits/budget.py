@@ -14,9 +14,9 @@ from ..errors import RecipeError
 from ..graph.nodes import name_of
 from ..graph.weight_store import bare, parameter_bytes
 from .allocation import smallest
-from .units import FLOAT, FLOAT_BITS, Choice, Unit
+from .units import FLOAT, FLOAT_BITS, BitChoice, Unit
 
-Kind = Literal["mean_bits", "size", "latency", "bops"]
+BudgetKind = Literal["mean_bits", "size", "latency", "bops"]
 WORDS = {
     "mean_bits": "{:.3f} bits a weight",
     "size": "{:.4f} of the fp32 size",
@@ -30,7 +30,7 @@ _FINE = 1000  # costs are whole numbers: latencies count in thousandths of an in
 class Budget:
     """`amount` is what was asked for, (cost + `base`) / `whole` what an allocation of that cost takes of it."""
 
-    kind: Kind
+    kind: BudgetKind
     amount: float
     costs: list[list[int]]
     base: int
@@ -39,10 +39,10 @@ class Budget:
     @classmethod
     def of(
         cls,
-        kind: Kind,
+        kind: BudgetKind,
         amount: float,
         units: Sequence[Unit],
-        choices: Sequence[Sequence[Choice]],
+        choices: Sequence[Sequence[BitChoice]],
         program: Program,
         float_cost: float,
     ) -> Budget:
@@ -86,7 +86,7 @@ class Budget:
             )
 
 
-def mean_bits(units: Sequence[Unit], chosen: Sequence[Choice]) -> float:
+def mean_bits(units: Sequence[Unit], chosen: Sequence[BitChoice]) -> float:
     """Bits for each weight of the units, those in float with all theirs."""
     total = sum(unit.size for unit in units)
     return sum(u.size * c.weight for u, c in zip(units, chosen, strict=True)) / total if total else float(FLOAT_BITS)

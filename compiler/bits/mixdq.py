@@ -34,7 +34,7 @@ from ..graph.require import required
 from .allocation import Allocation, allocate, smallest
 from .simulate import Simulator
 
-Fed = Callable[[int], Feeds]
+FeedsAtCall = Callable[[int], Feeds]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Pictures:
     samples: int
     length: int
 
-    def draw(self, simulator: Simulator, fed: Fed | None = None) -> Images:
+    def draw(self, simulator: Simulator, fed: FeedsAtCall | None = None) -> Images:
         """All samples; `fed` gives what is fed at each network call of the deployment beside the plain inputs."""
         timesteps = self.program.deployment.timesteps
         chosen = np.unique(np.linspace(0, len(timesteps) - 1, self.length).round().astype(int))

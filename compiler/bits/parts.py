@@ -26,9 +26,9 @@ import numpy.typing as npt
 from mezzotint.runtime.arrays import Doubles
 
 from ..graph.nodes import numpy_of
-from .units import FLOAT, Choice, Unit
+from .units import FLOAT, BitChoice, Unit
 
-Order = Literal["error", "kurtosis"]
+ChannelOrder = Literal["error", "kurtosis"]
 Rounded = Callable[[Unit, int], npt.NDArray[np.float32]]
 JOINED_BYTES = 1000  # of nodes that put a weight together, beside 4 for each channel; 700 to 1500 on the digits
 
@@ -38,11 +38,11 @@ class Parts:
     """What an integer program chooses for, in place of whole units: one row of choices, errors and costs for each."""
 
     units: list[Unit]
-    choices: list[Sequence[Choice]]
+    choices: list[Sequence[BitChoice]]
     errors: list[list[float]]
     costs: list[list[int]]
 
-    def add(self, unit: Unit, choices: Sequence[Choice], errors: list[float], costs: list[int]) -> None:
+    def add(self, unit: Unit, choices: Sequence[BitChoice], errors: list[float], costs: list[int]) -> None:
         self.units.append(unit)
         self.choices.append(choices)
         self.errors.append(errors)
@@ -51,13 +51,13 @@ class Parts:
 
 def cut(
     units: Sequence[Unit],
-    choices: Sequence[Sequence[Choice]],
+    choices: Sequence[Sequence[BitChoice]],
     errors: Sequence[Sequence[float]],
     costs: Sequence[Sequence[int]],
     rounded: Rounded,
     *,
     parts: int,
-    order: Order,
+    order: ChannelOrder,
     step: Callable[[int], None] = lambda done: None,
 ) -> Parts:
     """Every unit whose channels can differ, cut; `rounded` gives its weight at a width, in float.

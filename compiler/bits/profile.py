@@ -35,7 +35,7 @@ from ..core.program import Program
 from ..graph.nodes import Builder, Names, name_of, numpy_of
 from ..scales.weights import rounded_weight
 from .simulate import Scene, Simulator, signal
-from .units import FLOAT, Choice, Unit, WeightQuantizers
+from .units import FLOAT, BitChoice, Unit, WeightQuantizers
 
 Weighting = Literal["relative", "absolute"]
 PROBE = 1e-3  # the step of a finite difference, relative to the root mean square of the weights
@@ -51,14 +51,14 @@ class Profile:
     weights: Mapping[str, Mapping[int, Doubles]]
     activations: Mapping[str, Mapping[int, Doubles]]
 
-    def noise(self, unit: str, choice: Choice) -> Doubles:
+    def noise(self, unit: str, choice: BitChoice) -> Doubles:
         """Of a unit at each call: errors of weights and activations are taken as independent, and add up."""
         if choice == FLOAT:
             return np.zeros(len(self.calls))
         parts = [self.weights.get(unit, {}).get(choice.weight), self.activations.get(unit, {}).get(choice.activation)]
         return sum((part for part in parts if part is not None), np.zeros(len(self.calls)))
 
-    def error(self, unit: str, choice: Choice, weighting: Weighting) -> float:
+    def error(self, unit: str, choice: BitChoice, weighting: Weighting) -> float:
         return self.share(self.noise(unit, choice), weighting)
 
     def share(self, noise: Doubles, weighting: Weighting) -> float:
@@ -152,7 +152,7 @@ class Profiler:
             fed |= simulator.activations(layer.name, bits, call)
         return fed
 
-    def quantized(self, simulator: Simulator, unit: Unit, choice: Choice, call: int) -> Feeds:
+    def quantized(self, simulator: Simulator, unit: Unit, choice: BitChoice, call: int) -> Feeds:
         """What is fed to quantize a whole unit at a call."""
         fed = self.switched(simulator, unit, choice.activation, call) if self.activation_widths else {}
         return fed if unit.weight is None else {**fed, name_of(unit.weight): self.rounded(unit, choice.weight)}

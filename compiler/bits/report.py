@@ -15,7 +15,7 @@ from .allocation import Allocation, allocate, smallest
 from .budget import Budget, mean_bits
 from .profile import Profile
 from .simulate import Scene
-from .units import FLOAT, Choice, Unit, joined
+from .units import FLOAT, BitChoice, Unit, joined
 
 CURVE = 10  # budgets of the Pareto curve
 MIXED = "mixed"  # what a layer is called whose channels have several widths
@@ -26,12 +26,12 @@ class BitReport:
     """`errors` are those of each choice of each unit, or part of one; `measured` is the error of a whole allocation."""
 
     units: Sequence[Unit]
-    choices: Sequence[Sequence[Choice]]
+    choices: Sequence[Sequence[BitChoice]]
     errors: Sequence[Sequence[float]]
     budget: Budget
-    measured: Callable[[Sequence[Choice]], float]
+    measured: Callable[[Sequence[BitChoice]], float]
 
-    def picked(self, allocation: Allocation) -> list[Choice]:
+    def picked(self, allocation: Allocation) -> list[BitChoice]:
         return [row[c] for row, c in zip(self.choices, allocation.chosen, strict=True)]
 
     def to_json(self, found: Allocation, profile: Profile, scenes: Sequence[Scene]) -> dict[str, Any]:
@@ -73,18 +73,18 @@ class BitReport:
             f"predicted SQNR {_words(point['sqnr_db'])} dB, measured {_words(point['measured_sqnr_db'])} ({sides}){gap}"
         )
 
-    def _labels(self, chosen: Sequence[Choice]) -> dict[str, str]:
+    def _labels(self, chosen: Sequence[BitChoice]) -> dict[str, str]:
         """What each layer got."""
         found = joined(self.units, chosen)
         return {unit.name: choice.label if bits is None else MIXED for unit, choice, bits in found}
 
-    def _common(self) -> list[Choice]:
+    def _common(self) -> list[BitChoice]:
         """The choices that every unit with weights has."""
         rows = [set(row) for unit, row in zip(self.units, self.choices, strict=True) if unit.weight is not None]
         shared = set.intersection(*rows) if rows else set()
         return sorted(shared - {FLOAT})
 
-    def _uniform(self, choice: Choice) -> dict[str, Any]:
+    def _uniform(self, choice: BitChoice) -> dict[str, Any]:
         chosen = tuple(row.index(choice) if choice in row else 0 for row in self.choices)
         made = Allocation(chosen, _sum(self.errors, chosen), int(_sum(self.budget.costs, chosen)), 0.0)
         measured = self.measured(self.picked(made))

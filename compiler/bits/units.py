@@ -24,7 +24,7 @@ RowBits = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, order=True)
-class Choice:
+class BitChoice:
     """Bits of the weights and of the activations; FLOAT_BITS for a layer that stays in float."""
 
     weight: int
@@ -38,7 +38,7 @@ class Choice:
         return str(self.weight) if self.activation == 8 else f"{self.weight}/{self.activation}"
 
 
-FLOAT = Choice(FLOAT_BITS, FLOAT_BITS)
+FLOAT = BitChoice(FLOAT_BITS, FLOAT_BITS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,12 +171,12 @@ def _has_width(quantizer: Quantizer, bits: int) -> bool:
     return quantizer.format == weight_format(bits) and quantizer.row_bits is None
 
 
-def joined(units: Sequence[Unit], chosen: Sequence[Choice]) -> list[tuple[Unit, Choice, RowBits | None]]:
+def joined(units: Sequence[Unit], chosen: Sequence[BitChoice]) -> list[tuple[Unit, BitChoice, RowBits | None]]:
     """Every whole unit with its choice. Where parts differ, the widest's, and the bits of all channels `[channels]`."""
-    members: dict[str, list[tuple[Unit, Choice]]] = {}
+    members: dict[str, list[tuple[Unit, BitChoice]]] = {}
     for unit, choice in zip(units, chosen, strict=True):
         members.setdefault(unit.name, []).append((unit, choice))
-    found: list[tuple[Unit, Choice, RowBits | None]] = []
+    found: list[tuple[Unit, BitChoice, RowBits | None]] = []
     for parts in members.values():
         unit, choices = replace(parts[0][0], rows=None), {choice for _, choice in parts}
         bits = np.zeros(unit.channels, np.int8)
@@ -203,7 +203,7 @@ def narrowed(quantizer: Quantizer, bits: int, by: str) -> Quantizer:
     )
 
 
-def with_choices(units: Sequence[Unit], chosen: Sequence[Choice], quantizers: WeightQuantizers) -> Plan:
+def with_choices(units: Sequence[Unit], chosen: Sequence[BitChoice], quantizers: WeightQuantizers) -> Plan:
     """The plan with the chosen widths; what stays in float is an island of it."""
     plan, by = quantizers.plan, quantizers.by
     held, islands = dict(plan.quantizers), dict(plan.islands)

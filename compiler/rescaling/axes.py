@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-Size = int | str | None
+AxisSize = int | str | None
 """How long an axis is: a number, an open dimension's name, or unknown."""
 
 
 @dataclass(frozen=True)
 class Atom:
-    size: Size
+    size: AxisSize
     stride: int = 0
     only: int | None = None  # the one place of it that is ours
 
@@ -46,7 +46,7 @@ class Layout:
     base: int = 0
 
     @staticmethod
-    def of(sizes: Sequence[Size], axis: int) -> Layout:
+    def of(sizes: Sequence[AxisSize], axis: int) -> Layout:
         """All channels on one axis, in order."""
         at = axis % len(sizes)
         return Layout(tuple(_axis(Atom(n, int(d == at))) for d, n in enumerate(sizes)))
@@ -77,11 +77,11 @@ class Layout:
     def with_axis(self, axis: int, atoms: Axis) -> Layout:
         return replace(self, axes=(*self.axes[:axis], atoms, *self.axes[axis + 1 :]))
 
-    def without_channels(self, axis: int, size: Size) -> Layout:
+    def without_channels(self, axis: int, size: AxisSize) -> Layout:
         """An axis that counts none, of another length."""
         return self.with_axis(axis, _axis(Atom(size)))
 
-    def reshaped(self, sizes: Sequence[Size]) -> Layout | None:
+    def reshaped(self, sizes: Sequence[AxisSize]) -> Layout | None:
         """What a Reshape reads, of these sizes; None when the channels' places there cannot be told."""
         atoms = [atom for axis in self.axes for atom in axis]
         front: list[Axis] = []
@@ -121,14 +121,14 @@ class Layout:
         return np.where(ours, index, -1)
 
 
-def sizes_of(value: ir.Value) -> list[Size] | None:
+def sizes_of(value: ir.Value) -> list[AxisSize] | None:
     """The lengths of a value's axes, None where its rank is not known."""
     if value.shape is None:
         return None
     return [size_of(dim) for dim in value.shape]
 
 
-def size_of(dim: Any) -> Size:
+def size_of(dim: Any) -> AxisSize:
     if isinstance(dim, int):
         return dim
     name = dim.value
@@ -139,7 +139,7 @@ def _axis(atom: Atom) -> Axis:
     return () if atom.size == 1 and not atom.counts else (atom,)
 
 
-def _take(atoms: list[Atom], size: Size, *, last: bool) -> Axis | None:
+def _take(atoms: list[Atom], size: AxisSize, *, last: bool) -> Axis | None:
     """Cut an axis of this size off one end of the atoms; None, and nothing is cut, where it does not come out even."""
     end = -1 if last else 0
     if not isinstance(size, int):

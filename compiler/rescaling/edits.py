@@ -1,4 +1,4 @@
-"""What a fold changes: constants, each replaced by one of its node's own, whoever else reads the old one.
+"""Edits of the constants that take channel factors. Each node gets a constant of its own; other readers keep the old.
 
 An edit turns what its node adds or multiplies with, so that the value further down becomes
 
@@ -22,9 +22,8 @@ from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of
 from ..graph.ops import Layer, layer_of, time_table
 from ..graph.require import inputs, producer, required
 from .axes import Layout
-from .scaling import row_lengths, row_ranges
+from .scaling import Factors, row_lengths, row_ranges
 
-Factors = npt.NDArray[np.float64]
 Change = Callable[[Factors], Factors]
 Role = Literal["rows", "gain", "divisor", "term"]
 

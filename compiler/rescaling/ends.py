@@ -11,14 +11,14 @@ from ..graph.nodes import is_constant, is_op
 from ..graph.ops import Layer
 from .axes import Layout
 from .edits import Edit, Role
-from .nodes import called
+from .nodes import op_and_name
 
 NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 CHANNEL_NORMS = ("GroupNormalization", "InstanceNormalization", "BatchNormalization")
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What should happen to a value: v -> v m + a with an `offset` that is added later; `shift` asks for the a."""
 
     layout: Layout
@@ -30,7 +30,7 @@ class Wish:
         """Whether a factor is all."""
         return self.offset == 0 and not self.shift
 
-    def on(self, layout: Layout) -> Wish:
+    def on(self, layout: Layout) -> Request:
         return replace(self, layout=layout)
 
 
@@ -48,43 +48,47 @@ class Route:
         return Route(self.edits + other.edits, self.marks | other.marks)
 
 
-def edit_of(node: ir.Node, index: int, layout: Layout, role: Role, wish: Wish) -> Route | str:
+def edit_route(node: ir.Node, index: int, layout: Layout, role: Role, request: Request) -> Route | str:
     if layout.channels() is None:
-        return f"{called(node)} joins channels and something of unknown length"
-    return Route((Edit(node, index, layout, role, wish.offset, wish.shift),))
+        return f"{op_and_name(node)} joins channels and something of unknown length"
+    return Route((Edit(node, index, layout, role, request.offset, request.shift),))
 
 
-def rows_of(layer: Layer, wish: Wish) -> Route | str:
+def rows_route(layer: Layer, request: Request) -> Route | str:
     """The rows of a layer, and its bias."""
-    node, layout = layer.node, wish.layout
+    node, layout = layer.node, request.layout
     axis = 1 if layer.kind == "conv" else layout.rank - 1
     if not layout.only_on(axis):
-        return f"the rows of {called(node)} are not the channels (something in between mixes them)"
-    if not wish.plain and layer.bias is None and is_op(node, "MatMul"):
-        return f"{called(node)} has no bias"
-    return edit_of(node, 1, Layout((layout.axes[axis],), layout.base), "rows", wish)
+        return f"the rows of {op_and_name(node)} are not the channels (something in between mixes them)"
+    if not request.plain and layer.bias is None and is_op(node, "MatMul"):
+        return f"{op_and_name(node)} has no bias"
+    return edit_route(node, 1, Layout((layout.axes[axis],), layout.base), "rows", request)
 
 
-def norm_of(node: ir.Node, wish: Wish) -> Route | str:
+def norm_route(node: ir.Node, request: Request) -> Route | str:
     """The gain and the shift that a norm has as inputs."""
-    layout, gain = wish.layout, node.inputs[1] if len(node.inputs) > 1 else None
+    layout, gain = request.layout, node.inputs[1] if len(node.inputs) > 1 else None
     first = 1
     if not is_op(node, *CHANNEL_NORMS):
         first = (node.attributes["axis"].as_int() if "axis" in node.attributes else -1) % layout.rank
     axes = (1,) if is_op(node, *CHANNEL_NORMS) else tuple(range(first, layout.rank))
     if not layout.only_on(*axes):
-        return f"{called(node)} mixes channels"
+        return f"{op_and_name(node)} mixes channels"
     if gain is None or not is_constant(gain) or gain.shape is None:
-        return f"{called(node)} has no gain that is constant"
+        return f"{op_and_name(node)} has no gain that is constant"
     own = Layout(tuple(layout.axes[d] for d in axes), layout.base)
     index = own.channels()
     if index is None or np.broadcast_shapes(index.shape, gain.shape.numpy()) != tuple(gain.shape.numpy()):
-        return f"{called(node)} has a gain for each group, not for each channel"
-    route = edit_of(node, 1, own, "gain", Wish(own))
+        return f"{op_and_name(node)} has a gain for each group, not for each channel"
+    route = edit_route(node, 1, own, "gain", Request(own))
     shift = node.inputs[2] if len(node.inputs) > 2 else None
     if isinstance(route, str):
         return route
     if shift is None:
-        return route.marked("norm") if wish.plain else f"{called(node)} has no shift"
-    term = edit_of(node, 2, own, "term", wish) if is_constant(shift) else f"{called(node)} has a shift that is computed"
+        return route.marked("norm") if request.plain else f"{op_and_name(node)} has no shift"
+    term = (
+        edit_route(node, 2, own, "term", request)
+        if is_constant(shift)
+        else f"{op_and_name(node)} has a shift that is computed"
+    )
     return term if isinstance(term, str) else (route + term).marked("norm")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ..graph.nodes import consumers, is_constant, is_op, name_of, numpy_of
 from ..graph.ops import is_mover
-from .axes import Layout, Size, sizes_of
+from .axes import AxisSize, Layout, sizes_of
 from .edits import only_reads_sizes
 
 ELEMENTWISE = ("Sigmoid", "Erf", "Tanh", "HardSigmoid", "Softplus", "Exp", "Pow", "Neg", "Gelu", "HardSwish", "Elu")
@@ -17,7 +17,7 @@ ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 LONGEST_CHAIN = 12  # nodes between an activation function's input and its last product; tanh-GELU has 8
 
 
-def called(node: ir.Node) -> str:
+def op_and_name(node: ir.Node) -> str:
     return f"{node.op_type} {node.name or name_of(node.outputs[0])!r}"
 
 
@@ -26,7 +26,7 @@ def read_by_others(value: ir.Value, reader: ir.Node) -> str:
     if value.is_graph_output():
         return f"{name_of(value)!r} is an output of the graph"
     others = [n for n in consumers(value) if n is not reader and not only_reads_sizes(n)]
-    return f"{called(eventual(others[0]))} reads {name_of(value)!r}, too" if others else ""
+    return f"{op_and_name(eventual(others[0]))} reads {name_of(value)!r}, too" if others else ""
 
 
 def eventual(node: ir.Node) -> ir.Node:
@@ -41,7 +41,7 @@ def before_mover(node: ir.Node, layout: Layout) -> Layout | str:
     x = node.inputs[0]
     sizes = None if x is None else sizes_of(x)
     if sizes is None:
-        return f"{called(node)} reads a value of unknown rank"
+        return f"{op_and_name(node)} reads a value of unknown rank"
     if is_op(node, "Transpose"):
         order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(layout.rank))[::-1]
         return layout.transposed(order)
@@ -49,19 +49,19 @@ def before_mover(node: ir.Node, layout: Layout) -> Layout | str:
         return layout
     if is_op(node, "Resize", "Expand"):
         return _stretched(node, layout, sizes)
-    return layout.reshaped(sizes) or f"{called(node)} mixes channels with something else"
+    return layout.reshaped(sizes) or f"{op_and_name(node)} mixes channels with something else"
 
 
-def _stretched(node: ir.Node, layout: Layout, sizes: list[Size]) -> Layout | str:
+def _stretched(node: ir.Node, layout: Layout, sizes: list[AxisSize]) -> Layout | str:
     out = sizes_of(node.outputs[0])
     lead = layout.rank - len(sizes)
     if out is None or len(out) != layout.rank or any(layout.on(d) for d in range(lead)):
-        return f"{called(node)} repeats channels"
+        return f"{op_and_name(node)} repeats channels"
     layout = replace(layout, axes=layout.axes[lead:])
     for d, size in enumerate(sizes):
         if size != out[d + lead] or size is None:
             if layout.on(d):
-                return f"{called(node)} repeats channels"
+                return f"{op_and_name(node)} repeats channels"
             layout = layout.without_channels(d, size)
     return layout
 
@@ -71,7 +71,7 @@ def operand(node: ir.Node, index: int, layout: Layout) -> Layout | str:
     x = node.inputs[index]
     sizes = None if x is None else sizes_of(x)
     if sizes is None:
-        return f"{called(node)} reads a value of unknown rank"
+        return f"{op_and_name(node)} reads a value of unknown rank"
     return _stretched(node, layout, sizes)
 
 
@@ -158,7 +158,7 @@ def _split(node: ir.Node, value: ir.Value, rank: int) -> tuple[int, int, int] | 
     return axis, sum(known[:at]), known[at]
 
 
-def _cut(node: ir.Node, sizes: list[Size]) -> tuple[int, int, int] | None:
+def _cut(node: ir.Node, sizes: list[AxisSize]) -> tuple[int, int, int] | None:
     if is_op(node, "Gather"):
         axis, chosen = node.attributes["axis"].as_int() if "axis" in node.attributes else 0, _numbers(node, 1)
         size = sizes[axis]

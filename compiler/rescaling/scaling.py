@@ -3,7 +3,7 @@
     layer(x, W)  =  layer(x / s, W s)         s > 0, one for each input channel
 
 The product is the same whoever divides x. Here nodes do it at run time (`divide_value`), which is always legal and
-costs a pass over the data; where the factors may move into what made x instead, compiler/rescaling/folds.py says.
+costs a pass over the data; where the factors may move into what made x instead, compiler/rescaling/sites.py says.
 
 Zero padding stays exact: 0 / s is 0.
 """
@@ -20,6 +20,9 @@ from mezzotint.runtime.arrays import Floats
 
 from ..graph.nodes import Builder, Names, name_of, numpy_of, replace_use
 from ..graph.ops import Layer
+
+Factors = npt.NDArray[np.float64]
+"""One number for each channel, `[C]`; positive where it divides or multiplies."""
 
 
 def input_channels(layer: Layer) -> int:

@@ -1,9 +1,9 @@
-"""What the passes share that choose factors for input channels: find the folds, judge candidates, apply, report.
+"""What the passes share that choose factors for input channels: find the sites, judge candidates, apply, report.
 
 A pass says which candidates a value has; here each is judged by the expected error (compiler/rescaling/smoothing.py),
-and the best is applied where it gains enough: `gain` dB where the factors fold into what makes the value
-(compiler/rescaling/folds.py), `run_time_gain` dB where a Mul has to divide at run time, and that only with `run_time`.
-Values that have no fold, and get no Mul, are listed in `Program.refused`, each with the reason.
+and the best is applied where it gains enough: `gain` dB where the factors move into the nodes that make the value
+(compiler/rescaling/sites.py), `run_time_gain` dB where a Mul has to divide at run time, and that only with `run_time`.
+Values with no such site, and without a Mul, are listed in `Program.refused`, each with the reason.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..errors import StatsError
 from ..graph import nodes as graphs
 from ..graph.nodes import Names, name_of, remove_dead
 from ..graph.ops import Layer, layers
-from .folds import Fold, apply_fold, find_folds
-from .scaling import channel_axis
-from .smoothing import Evidence, Factors, Weights, Widths
+from .scaling import Factors, channel_axis
+from .sites import RescalingSite, find_sites, rescale_site
+from .smoothing import Evidence, GroupedWeight, Widths
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
-NO_PLACE, NO_AXIS = "no fold is exact", "its channels were measured along another axis"
+NO_PLACE, NO_AXIS = "no rescaling is exact", "its channels were measured along another axis"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ScaledInputs(GraphPass):
     tolerance: ClassVar[float | None] = 1e-4  # quotients and products are rounded
 
     @abstractmethod
-    def candidates(self, evidence: Evidence, weights: list[Weights]) -> Mapping[str, Factors]:
+    def candidates(self, evidence: Evidence, weights: list[GroupedWeight]) -> Mapping[str, Factors]:
         """Factors to judge, by a name for the note. All equal to 1 is always a candidate, and not among them."""
 
     def describe(self, tally: Tally) -> str:
@@ -72,41 +72,41 @@ class ScaledInputs(GraphPass):
                 hint="measure them: --set observe.channels=inputs",
             )
         islands = Islands(program, list(layers(program.graph)), self.islands, self.name)
-        names, folds, tally = Names(program.graph), find_folds(program.graph), Tally()
+        names, sites, tally = Names(program.graph), find_sites(program.graph), Tally()
         refused: dict[str, str] = {}
-        for i, fold in enumerate(folds):
-            quantized = [layer for layer in fold.readers if islands.reason(layer) is None]
-            reason = self._scale(program.graph, names, stats, fold, quantized, tally) if quantized else "float layers"
+        for i, site in enumerate(sites):
+            quantized = [layer for layer in site.readers if islands.reason(layer) is None]
+            reason = self._scale(program.graph, names, stats, site, quantized, tally) if quantized else "float layers"
             if reason is not None:
                 tally.left[reason] += 1
             if reason in (NO_PLACE, NO_AXIS):
-                refused[fold.name] = fold.reason or NO_AXIS
-            context.progress(self.name, i + 1, len(folds))
+                refused[site.name] = site.reason or NO_AXIS
+            context.progress(self.name, i + 1, len(sites))
         remove_dead(program.graph)
-        note = "; ".join(part for part in (tally.text(len(folds)), self.describe(tally)) if part)
+        note = "; ".join(part for part in (tally.text(len(sites)), self.describe(tally)) if part)
         return replace(program, refused={**program.refused, **refused}, note=note)
 
     def _scale(
-        self, graph: ir.Graph, names: Names, stats: Stats, fold: Fold, quantized: list[Layer], tally: Tally
+        self, graph: ir.Graph, names: Names, stats: Stats, site: RescalingSite, quantized: list[Layer], tally: Tally
     ) -> str | None:
         """Apply the best factors that a value has, or return why it keeps its own."""
         numbers = sum(_numbers(stats, layer) for layer in quantized)
         tally.numbers += numbers
-        late = fold.kind == "run_time"
+        late = site.kind == "run_time"
         if late and not self.run_time:
             return NO_PLACE
         read, axis = name_of(quantized[0].activations[0]), channel_axis(quantized[0])
         extremes, squares = stats.extremes(read, axis), stats.mean_squares(read, axis)
         if extremes is None or squares is None:
             return NO_AXIS
-        weights = [Weights(layer) for layer in quantized]
+        weights = [GroupedWeight(layer) for layer in quantized]
         widths = Widths(self.weight_bits, self.activation_bits, self.timed, self.clipped)
         evidence = Evidence(extremes, squares, weights, widths)
         best = None if evidence.silent else evidence.best(self.candidates(evidence, weights))
         if best is None or best[2] < (self.run_time_gain if late else self.gain):
             return "gains too little"
-        apply_fold(graph, names, fold, best[1])
-        tally.take(fold, *best, numbers)
+        rescale_site(graph, names, site, best[1])
+        tally.take(site, *best, numbers)
         return None
 
 
@@ -122,12 +122,12 @@ class Tally:
     numbers: int = 0
     late_numbers: int = 0
 
-    def take(self, fold: Fold, choice: str, factors: Factors, gain: float, numbers: int) -> None:
-        self.taken[fold.kind] += 1
+    def take(self, site: RescalingSite, choice: str, factors: Factors, gain: float, numbers: int) -> None:
+        self.taken[site.kind] += 1
         self.choices.append(choice)
         self.factors.append(factors)
         self.gains.append(gain)
-        if fold.kind == "run_time":
+        if site.kind == "run_time":
             self.late_numbers += numbers
 
     def text(self, total: int) -> str:

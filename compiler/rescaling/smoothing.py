@@ -27,15 +27,13 @@ from mezzotint.runtime.arrays import Floats
 from ..core.formats import Format
 from ..graph.nodes import numpy_of
 from ..graph.ops import Layer
-
-Factors = npt.NDArray[np.float64]
-"""One positive number for each input channel, `[C]`."""
+from .scaling import Factors
 
 ROUNDED_ROWS = 256
-SHRINKS = (1.0, 0.9, 0.8, 0.7)  # of the range of a row of weights: the coarse form of choose_scales' search
+RANGE_SHRINKS = (1.0, 0.9, 0.8, 0.7)  # of the range of a row of weights: the coarse form of choose_scales' search
 
 
-class Weights:
+class GroupedWeight:
     """The weight of one layer as `[groups, rows, channels of the group, taps]`; input channels are in group order."""
 
     def __init__(self, layer: Layer) -> None:
@@ -82,7 +80,7 @@ class Widths:
 class Reader:
     """What one layer does to the error of the value that it reads."""
 
-    def __init__(self, weights: Weights, mean_squares: Factors, widths: Widths) -> None:
+    def __init__(self, weights: GroupedWeight, mean_squares: Factors, widths: Widths) -> None:
         self.peaks, self._norms = weights.peaks(), weights.norms()
         self._rows, self._each = weights.some_rows()
         self._mean_squares, self._widths = mean_squares, widths
@@ -112,8 +110,8 @@ class Reader:
             error -= rows
             return np.asarray(np.einsum("grct,grct->grc", error, error, dtype=np.float64))
 
-        least = errors(SHRINKS[0])
-        for shrink in SHRINKS[1:] if self._widths.clipped else ():
+        least = errors(RANGE_SHRINKS[0])
+        for shrink in RANGE_SHRINKS[1:] if self._widths.clipped else ():
             sums = errors(shrink)
             better = sums.sum(axis=2) < least.sum(axis=2)
             least[better] = sums[better]
@@ -124,7 +122,7 @@ class Evidence:
     """All that is known about a value and its readers: extremes `[calls, 2, C]`, mean squares `[C]`, weights."""
 
     def __init__(
-        self, extremes: npt.NDArray[np.float64], mean_squares: Factors, readers: list[Weights], widths: Widths
+        self, extremes: npt.NDArray[np.float64], mean_squares: Factors, readers: list[GroupedWeight], widths: Widths
     ) -> None:
         self._extremes, self._widths = extremes, widths
         self._readers = [r for r in (Reader(w, mean_squares, widths) for w in readers) if not r.silent]
@@ -175,7 +173,7 @@ def powers_of_two(factors: Factors) -> Factors:
     return result
 
 
-def dilation(weights: list[Weights], *, symmetric: bool) -> Factors:
+def dilation(weights: list[GroupedWeight], *, symmetric: bool) -> Factors:
     """The largest factors that leave every row's range as it is, never below 1: the least ratio of range to weight.
 
     With a symmetric grid the range of a row is its largest magnitude; else positive weights may grow up to the row's

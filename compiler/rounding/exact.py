@@ -21,7 +21,7 @@ from ..core.formats import Grid, ends, of_rows
 from .matrix import Matrix, Root
 
 ROOM = 1 << 26  # bytes of inverses that are worked on at once
-SHRINKS = 8  # how often the columns that are done are taken out
+COMPACTIONS = 8  # how often the columns that are done are taken out
 
 
 def obq(weight: Matrix, root: Root, scale: Floats, grid: Grid) -> Floats:
@@ -44,7 +44,7 @@ def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Floats, grid:
     free = np.ones((count, inputs), bool)
     integers = np.empty((count, inputs), np.float32)
     rows = np.arange(count)
-    every = max(inputs // SHRINKS, 1)
+    every = max(inputs // COMPACTIONS, 1)
     for done in range(inputs):
         if done and done % every == 0:
             kept = np.nonzero(free)[1].reshape(count, -1)

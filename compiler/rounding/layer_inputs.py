@@ -30,9 +30,9 @@ from ..graph.nodes import name_of
 from ..graph.ops import Layer
 from ..graph.require import shape_of
 from .gram import Gram, Unfold, choose_positions
-from .weights import QuantizedWeight, find_weights, layer_name, rows_of
+from .weights import QuantizedWeight, find_weights, layer_name, weight_rows
 
-Key = tuple[tuple[str, Unfold], ...]
+GramKey = tuple[tuple[str, Unfold], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +93,10 @@ class Inputs:
 
     def rows(self) -> Floats:
         """The weights that are to be rounded, `[outputs, inputs of an output]`."""
-        return rows_of(self.floats, self.weight.axis)
+        return weight_rows(self.floats, self.weight.axis)
 
     @property
-    def key(self) -> Key:
+    def key(self) -> GramKey:
         return tuple(zip(self.taps, self.unfolds, strict=True))
 
     @property
@@ -112,9 +112,9 @@ class Inputs:
 class Gathered:
     """The matrices of one stage; each is let go when its last weight is rounded."""
 
-    _grams: dict[Key, Gram] = field(default_factory=dict)
+    _grams: dict[GramKey, Gram] = field(default_factory=dict)
     _shifts: dict[int, Floats] = field(default_factory=dict)
-    _users: dict[Key, int] = field(default_factory=dict)
+    _users: dict[GramKey, int] = field(default_factory=dict)
 
     def expect(self, inputs: Inputs, shifts: bool) -> None:
         if inputs.key not in self._grams:
@@ -123,7 +123,7 @@ class Gathered:
         if shifts:
             self._shifts[id(inputs)] = np.zeros(inputs.rows().shape, np.float32)
 
-    def add(self, key: Key, columns: Floats) -> None:
+    def add(self, key: GramKey, columns: Floats) -> None:
         self._grams[key].add(columns)
 
     def add_shift(self, inputs: Inputs, rows: Floats, difference: Floats, columns: Floats) -> None:
@@ -242,7 +242,7 @@ def _add_batch(
     balance: bool,
 ) -> None:
     """One batch's columns; those of a float input are cut at the same positions."""
-    added: set[Key] = set()
+    added: set[GramKey] = set()
     for inputs in stage:
         if inputs.key in added and not wanted:
             continue

@@ -31,7 +31,7 @@ from ..core.formats import Grid, ends
 from ..errors import PassError
 
 Matrix = npt.NDArray[np.floating]
-Order = npt.NDArray[np.int64]
+ColumnOrder = npt.NDArray[np.int64]
 LARGEST_DAMP = 1.0
 FIRST_RAISE = 1e-4
 
@@ -44,7 +44,7 @@ class Root:
     """
 
     lower: Matrix
-    order: Order
+    order: ColumnOrder
     damp: float
 
     @property
@@ -62,13 +62,13 @@ def check_gram(gram: Matrix, where: str) -> None:
     gram[dead, dead] = alive if alive > 0 else 1.0
 
 
-def input_order(gram: Matrix, sort: bool) -> Order:
+def input_order(gram: Matrix, sort: bool) -> ColumnOrder:
     """Columns with the largest inputs first, or as they are."""
     diagonal = np.diagonal(gram)
     return np.argsort(-diagonal, kind="stable") if sort else np.arange(len(diagonal))
 
 
-def inverse_root(gram: Matrix, order: Order, damp: float, where: str) -> Root:
+def inverse_root(gram: Matrix, order: ColumnOrder, damp: float, where: str) -> Root:
     """The factor of the damped inverse, with one matrix of working memory. Raises PassError.
 
     With P the reversal and L L^T = P H P, R = P L P is upper triangular and H = R R^T; so U = R^-1 = P L^-1 P, and
@@ -164,7 +164,7 @@ def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
     return errors
 
 
-def _in_place_of(integers: Floats, order: Order) -> Floats:
+def _in_place_of(integers: Floats, order: ColumnOrder) -> Floats:
     """`[d, rows]` in an order, as `[rows, d]` in the weights' own."""
     placed = np.empty_like(integers)
     placed[order] = integers

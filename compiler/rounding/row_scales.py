@@ -16,7 +16,7 @@ from mezzotint.runtime.arrays import Floats
 from ..core.formats import SMALLEST_SCALE, Grid, ends, of_rows
 from .matrix import Matrix
 
-SHRINKS = np.linspace(1.0, 0.3, 29)
+SCALE_FACTORS = np.linspace(1.0, 0.3, 29)
 CACHED = 1 << 16  # weights whose scales are searched at once
 
 
@@ -31,7 +31,7 @@ def _search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Fl
     limit = np.abs(weight).max(axis=1) / grid.qmax
     best = scale.astype(np.float32)
     error = _error(weight, best, grid, importance)
-    for shrink in SHRINKS:
+    for shrink in SCALE_FACTORS:
         tried: Floats = np.maximum(limit * shrink, SMALLEST_SCALE).astype(np.float32)
         loss = _error(weight, tried, grid, importance)
         best, error = np.where(loss < error, tried, best), np.minimum(loss, error)

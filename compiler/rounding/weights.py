@@ -43,7 +43,7 @@ class QuantizedWeight:
         return layer_name(self.readers[0])
 
     def rows(self) -> Floats:
-        return rows_of(self.value, self.axis)
+        return weight_rows(self.value, self.axis)
 
     def scale(self) -> Floats:
         """One for each row `[rows]`."""
@@ -62,7 +62,7 @@ def layer_name(node: ir.Node) -> str:
     return node.name or name_of(node.outputs[0])
 
 
-def rows_of(value: ir.Value, axis: int) -> Floats:
+def weight_rows(value: ir.Value, axis: int) -> Floats:
     """A constant as `[outputs, inputs of an output]`, float32; `axis` is that of the outputs."""
     turned: Floats = np.moveaxis(numpy_of(value), axis, 0).astype(np.float32)
     return np.ascontiguousarray(turned.reshape(len(turned), -1))

@@ -51,7 +51,9 @@ class Seen:
     total: tuple[Summary, ...]
 
 
-def measure(program: Program, context: Context, wanted: Sequence[str], samples: int, stage: str) -> dict[str, Seen]:
+def measure_segments(
+    program: Program, context: Context, wanted: Sequence[str], samples: int, stage: str
+) -> dict[str, Seen]:
     """Follow a few trajectories through the graph with these layers (by name) taken apart; it is not changed."""
     model = program.model.clone()
     names = Names(model.graph)
@@ -85,7 +87,7 @@ def measure(program: Program, context: Context, wanted: Sequence[str], samples: 
     }
 
 
-class Costs:
+class FormCosts:
     """Expected error and memory traffic of one layer in each form."""
 
     def __init__(self, joined: Joined, seen: Seen, activations: Format, weights: Format) -> None:

@@ -25,7 +25,7 @@ from ..graph.require import producer, shape_of
 from ..graph.scopes import scope_of, within
 from ..rescaling.scaling import channel_axis, divide_value, input_channels, multiply_weight
 
-Size = int | ir.SymbolicDim
+Dim = int | ir.SymbolicDim
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ def _axis_before(mover: ir.Node, axis: int) -> int | None:
     return None
 
 
-def _same(some: Sequence[Size], others: Sequence[Size]) -> bool:
+def _same(some: Sequence[Dim], others: Sequence[Dim]) -> bool:
     """Whether sizes are known, or have a name, and are equal."""
     named = all(isinstance(n, int) or n.value is not None for n in (*some, *others))
     return named and list(some) == list(others)

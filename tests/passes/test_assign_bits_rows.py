@@ -24,7 +24,7 @@ from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
-from mezzotint.compiler.rounding.weights import find_weights, rows_of
+from mezzotint.compiler.rounding.weights import find_weights, weight_rows
 from mezzotint.compiler.scales.weights import rounded_weight
 from mezzotint.passes.assign_bits import AssignBits
 from mezzotint.passes.choose_scales import ChooseScales
@@ -271,7 +271,7 @@ def test_rounding_starts_from_weights_that_are_not_cut_off(inserted: Program, he
     for weight, before in zip(find_weights(wider.graph), find_weights(inserted.graph), strict=True):
         value = floats[weight.name]
         assert value is not None
-        exact = rows_of(value, weight.axis)
+        exact = weight_rows(value, weight.axis)
         if np.array_equal(exact, before.rows()):
             continue
         cut = np.rint(before.rows() / before.scale()[:, None]) * before.scale()[:, None]

@@ -14,7 +14,7 @@ from mezzotint.compiler.errors import NotExact
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import Layer, layers
 from mezzotint.compiler.rescaling import scaling
-from mezzotint.compiler.rescaling.smoothing import Factors
+from mezzotint.compiler.rescaling.scaling import Factors
 from mezzotint.passes.dilate_weights import DilateWeights
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.files import make_pass
@@ -44,7 +44,7 @@ def test_the_tiny_denoiser_stays_exact_and_so_do_the_ranges(context: Context, sy
     after = pipeline.run_passes(program, [DilateWeights(symmetric=symmetric, **EVERYWHERE)], context)
     assert after.history[-1].note.startswith("12 of 12 values scaled (1 linear, 10 run_time, 1 value), ")
     now = {layer.name: layer for layer in layers(after.graph) if layer.weight is not None}
-    divided = ("down", "v")  # what the factors of the one linear fold and of the one value fold went into
+    divided = ("down", "v")  # what the factors of the one linear site and of the one value site went into
     weighted = [layer for layer in layers(program.graph) if layer.weight is not None]
     assert len(weighted) == len(now) >= 12
     for layer in weighted:
@@ -84,7 +84,7 @@ def test_what_does_not_pay_is_left_alone(context: Context) -> None:
     after = pipeline.run_passes(program, [DilateWeights(gain=50.0, islands=())], context)
     note = after.history[-1].note
     assert note.startswith("0 of 12 values scaled; left alone: ") and "gains too little" in note
-    assert "no fold is exact" in note and "channels have" not in note
+    assert "no rescaling is exact" in note and "channels have" not in note
 
 
 def test_options_of_a_recipe_file() -> None:

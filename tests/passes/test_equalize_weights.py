@@ -15,10 +15,10 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import NotExact, RecipeError
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import Layer, layer_of, layers
-from mezzotint.compiler.rescaling import folds
+from mezzotint.compiler.rescaling import sites
 from mezzotint.compiler.rescaling.edits import apply_edit
-from mezzotint.compiler.rescaling.folds import Fold, find_folds
 from mezzotint.compiler.rescaling.scaling import column_ranges, row_lengths, row_ranges
+from mezzotint.compiler.rescaling.sites import RescalingSite, find_sites
 from mezzotint.passes.equalize_weights import EqualizeWeights
 from mezzotint.passes.normalize import Normalize
 from tests.conftest import Check
@@ -50,23 +50,23 @@ def first_layer(program: Program) -> Layer:
     return next(iter(layers(program.graph)))
 
 
-def sides(fold: Fold) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The ranges of a linear fold's only producer and only reader."""
-    layer = layer_of(fold.edits[0].node)
+def sides(site: RescalingSite) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The ranges of a linear site's only producer and only reader."""
+    layer = layer_of(site.edits[0].node)
     assert layer is not None
-    return row_ranges(layer), column_ranges(fold.readers[0])
+    return row_ranges(layer), column_ranges(site.readers[0])
 
 
 def test_ranges_are_equal_afterwards(tmp_path: Path) -> None:
     """A chain, whose middle layer is in two pairs, converges to equal ranges in both."""
     body = f"p = Conv {PAD} (sample, k0, b0) q = Conv {PAD} (p, k1) r = Relu (q) epsilon = Conv {PAD} (r, k2, b1)"
     program = factor_program(body)
-    before = [np.abs(np.log(a / b)).max() for f in find_folds(program.graph) if not f.reason for a, b in [sides(f)]]
+    before = [np.abs(np.log(a / b)).max() for f in find_sites(program.graph) if not f.reason for a, b in [sides(f)]]
     after = run(program, tmp_path, EqualizeWeights(bound=1e-6, sweeps=100))
-    found = [fold for fold in find_folds(after.graph) if not fold.reason]
+    found = [site for site in find_sites(after.graph) if not site.reason]
     assert len(found) == 2 and min(before) > 0.2
-    for fold in found:
-        first, second = sides(fold)
+    for site in found:
+        first, second = sides(site)
         np.testing.assert_allclose(first, second, rtol=1e-4)
 
 
@@ -74,9 +74,9 @@ def test_a_norm_counts_as_a_producer_only_where_it_is_wished(tmp_path: Path) -> 
     body = f"{BLOCK} n = LayerNormalization <axis = -1> (x, g0, b0) y = MatMul (n, w0) {END}"
     without = run(factor_program(body), tmp_path, EqualizeWeights(norms=False))
     assert without.history[-1].note == "0 values and 0 products equalized in 0 sweeps, 0 refused"
-    fold = next(f for f in find_folds(run(factor_program(body), tmp_path).graph) if f.kind == "norm")
-    gain, shift = (np.abs(numpy_of(v)) for v in fold.edits[0].node.inputs[1:] if v is not None)
-    np.testing.assert_allclose(3 * gain + shift, column_ranges(fold.readers[0]), rtol=2e-3)
+    site = next(f for f in find_sites(run(factor_program(body), tmp_path).graph) if f.kind == "norm")
+    gain, shift = (np.abs(numpy_of(v)) for v in site.edits[0].node.inputs[1:] if v is not None)
+    np.testing.assert_allclose(3 * gain + shift, column_ranges(site.readers[0]), rtol=2e-3)
 
 
 def test_an_adaptive_norm_counts_the_rows_of_its_layer(tmp_path: Path) -> None:
@@ -88,13 +88,13 @@ def test_an_adaptive_norm_counts_the_rows_of_its_layer(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
     context = context_in(tmp_path, conditions={"cond": rows})
     after = pipeline.run_passes(program, [Normalize(), EqualizeWeights()], context)
-    (fold,) = [f for f in find_folds(after.graph) if not f.reason]
-    assert fold.kind == "adaln"
-    layer = layer_of(fold.edits[0].node)
+    (site,) = [f for f in find_sites(after.graph) if not f.reason]
+    assert site.kind == "adaln"
+    layer = layer_of(site.edits[0].node)
     assert layer is not None and layer.bias is not None
     lengths, bias = row_lengths(layer), numpy_of(layer.bias)
     made = 3 * (lengths[:4] + np.abs(bias[:4] + 1)) + lengths[4:] + np.abs(bias[4:])
-    np.testing.assert_allclose(made / column_ranges(fold.readers[0]), np.ones(4), rtol=0.5)
+    np.testing.assert_allclose(made / column_ranges(site.readers[0]), np.ones(4), rtol=0.5)
 
 
 def test_no_factor_is_beyond_the_limit(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_edits_that_are_one_percent_off_are_refused(
     tiny: Program, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = apply_edit
-    monkeypatch.setattr(folds, "apply_edit", lambda g, n, edit, m, a: true(g, n, edit, m * 1.01, a))
+    monkeypatch.setattr(sites, "apply_edit", lambda g, n, edit, m, a: true(g, n, edit, m * 1.01, a))
     with pytest.raises(NotExact, match="equalize_weights changed the function"):
         pipeline.run_passes(tiny, [Normalize(), EqualizeWeights()], context)
 

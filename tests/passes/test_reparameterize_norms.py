@@ -16,7 +16,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.core.stats import Stats
 from mezzotint.compiler.errors import NotExact, RecipeError, StatsError
 from mezzotint.compiler.graph import nodes as graphs
-from mezzotint.compiler.rescaling import folds
+from mezzotint.compiler.rescaling import sites
 from mezzotint.compiler.rescaling.edits import apply_edit
 from mezzotint.passes.reparameterize_norms import ReparameterizeNorms
 from tests.conftest import Check
@@ -93,7 +93,7 @@ def test_channels_that_never_speak(extremes: list[list[float]], tmp_path: Path) 
 
 def test_a_shift_that_is_one_percent_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true = apply_edit
-    monkeypatch.setattr(folds, "apply_edit", lambda g, n, edit, m, a: true(g, n, edit, m, a * 1.01))
+    monkeypatch.setattr(sites, "apply_edit", lambda g, n, edit, m, a: true(g, n, edit, m, a * 1.01))
     program = with_extremes("n", EXTREMES["layer_norm"])(factor_program(f"{BLOCK} {NORM} y = MatMul (n, w0) {END}"))
     with pytest.raises(NotExact, match="reparameterize_norms changed the function"):
         pipeline.run_passes(program, [ReparameterizeNorms()], context_in(tmp_path))

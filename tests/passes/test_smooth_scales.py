@@ -20,7 +20,8 @@ from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import Layer, layers
 from mezzotint.compiler.rescaling import scaling
-from mezzotint.compiler.rescaling.smoothing import Evidence, Factors, Weights, Widths
+from mezzotint.compiler.rescaling.scaling import Factors
+from mezzotint.compiler.rescaling.smoothing import Evidence, GroupedWeight, Widths
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
@@ -61,14 +62,14 @@ def silu(context: Context, **options: Any) -> str:
     after = pipeline.run_passes(program, [SmoothScales(**{**PLAIN, "activation_bits": 4, **options})], context)
     assert golden.to_text(after.model) == golden.to_text(program.model)
     note = after.history[-1].note
-    assert ("no fold is exact" in note) == (set(after.refused) == {"read"})
+    assert ("no rescaling is exact" in note) == (set(after.refused) == {"read"})
     return note
 
 
 @pytest.mark.parametrize(
     ("options", "note"),
     [
-        ({}, "0 of 1 values scaled; left alone: 1 no fold is exact"),
+        ({}, "0 of 1 values scaled; left alone: 1 no rescaling is exact"),
         ({"run_time": True, "run_time_gain": 60.0}, "0 of 1 values scaled; left alone: 1 gains too little"),
         ({"run_time": True, "islands": ("conv",)}, "0 of 1 values scaled; left alone: 1 float layers"),
     ],
@@ -148,7 +149,7 @@ def test_the_factors_are_those_of_the_papers(aggregate: Any, power_of_two: bool)
                 np.testing.assert_allclose(np.log2(got * [1.01, 1, 1, 1, 1] / np.array(want)), ratios[0], atol=1e-5)
 
 
-def _matmul(array: Any) -> Weights:
+def _matmul(array: Any) -> GroupedWeight:
     size = ",".join(str(n) for n in array.shape)
     model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]>
     g (float[3,{len(array)}] x) => (float y) <float[{size}] w> {{ y = MatMul (x, w) }}""")
@@ -157,7 +158,7 @@ def _matmul(array: Any) -> Weights:
     value.const_value = ir.tensor(array, name="w")
     model.graph.register_initializer(value)
     (layer,) = layers(model.graph)
-    return Weights(layer)
+    return GroupedWeight(layer)
 
 
 def give(model: ir.Model, arrays: Mapping[str, Any]) -> None:
@@ -228,7 +229,7 @@ def test_equal_channels_are_left_alone(context: Context) -> None:
 
 
 def test_the_tiny_denoiser_stays_exact(context: Context) -> None:
-    """Every value that has folds or a Mul, whatever it gains; run by the pipeline against the graph before it."""
+    """Every value that has sites or a Mul, whatever it gains; run by the pipeline against the graph before it."""
     program = pipeline.run_passes(tiny_program(), [*FAST, INPUTS], context)
     step = SmoothScales(gain=-100.0, run_time=True, run_time_gain=-100.0, islands=())
     after = pipeline.run_passes(program, [step], context)
@@ -258,7 +259,7 @@ def test_a_unet_with_conditions_stays_exact(conditional: Compiled, context: Cont
     after = pipeline.run_passes(program, [*FAST, INPUTS, SmoothScales(gain=-100.0)], given)
     note = after.history[-1].note
     assert all(f"{kind}" in note for kind in ("gated", "norm", "value")), note
-    assert "no fold is exact" in note
+    assert "no rescaling is exact" in note
     assert any("SiLU" in reason for reason in after.refused.values())
 
 

@@ -30,7 +30,7 @@ from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import counts, is_op, name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.shortcuts.segment_errors import Costs, Form, measure
+from mezzotint.compiler.shortcuts.segment_errors import Form, FormCosts, measure_segments
 from mezzotint.compiler.shortcuts.segments import find_joined
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.freeze_time import FreezeTime
@@ -114,7 +114,7 @@ def check_same(want: Images, got: Images) -> None:
 def test_the_numbers_stay(
     normal: Program, context: Context, monkeypatch: pytest.MonkeyPatch, method: Any, planted: str
 ) -> None:
-    monkeypatch.setattr(Costs, "best_factors", lambda self, step: (1.0, 2.0**-3))
+    monkeypatch.setattr(FormCosts, "best_factors", lambda self, step: (1.0, 2.0**-3))
     after = pipeline.run_passes(normal, [SplitShortcuts(method=method)], context)
     want = outputs(normal.model, normal, context)
     check_same(want, outputs(after.model, normal, context))
@@ -218,8 +218,8 @@ def test_the_expected_error_is_the_measured_one(context: Context) -> None:
     """Within a decibel, for each form."""
     program = pipeline.run_passes(bimodal(CONV, 50.0), [Normalize()], context)
     (joined,), _ = find_joined(program.graph)
-    seen = measure(program, context, [joined.name], 4, "test")[joined.name]
-    costs = Costs(joined, seen, UINT8, INT8)
+    seen = measure_segments(program, context, [joined.name], 4, "test")[joined.name]
+    costs = FormCosts(joined, seen, UINT8, INT8)
     factors = costs.best_factors(1.0)
     assert factors[1] >= 16
     forms: dict[Form, SplitShortcuts | None] = {

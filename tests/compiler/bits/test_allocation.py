@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mezzotint.compiler.bits import allocation
-from mezzotint.compiler.bits.allocation import GAP, allocate, smallest
+from mezzotint.compiler.bits.allocation import RELATIVE_GAP, allocate, smallest
 
 Rows = list[list[tuple[float, int]]]
 choices = st.lists(
@@ -37,7 +37,7 @@ def check(rows: Rows, budget: int, factor: float = 1.0) -> None:
     taken = [row[c] for row, c in zip(rows, found.chosen, strict=True)]
     assert found.cost == sum(k for _, k in taken) <= budget
     assert found.error == pytest.approx(sum(e for e, _ in taken), rel=1e-12)
-    assert wanted <= found.error * factor * (1 + 1e-12) <= wanted * (1 + 1.1 * GAP)
+    assert wanted <= found.error * factor * (1 + 1e-12) <= wanted * (1 + 1.1 * RELATIVE_GAP)
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,7 +68,7 @@ def test_many_layers_take_a_moment_and_the_same_twice() -> None:
     costs = [[int(n) * bits for bits in (4, 8, 32)] for n in sizes]
     found = allocate(errors, costs, int(5 * sizes.sum()))
     assert found is not None and found == allocate(errors, costs, int(5 * sizes.sum()))
-    assert found.gap <= GAP
+    assert found.gap <= RELATIVE_GAP
 
 
 def test_without_a_solver_there_is_the_relaxation(monkeypatch: pytest.MonkeyPatch) -> None:

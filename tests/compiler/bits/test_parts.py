@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mezzotint.compiler.bits.allocation import GAP, allocate
+from mezzotint.compiler.bits.allocation import RELATIVE_GAP, allocate
 from mezzotint.compiler.bits.parts import Parts, cut, cuttable, joined_bytes, kurtosis, pieces_of, shares_of
-from mezzotint.compiler.bits.units import Choice, Unit, joined, units_of
+from mezzotint.compiler.bits.units import BitChoice, Unit, joined, units_of
 from mezzotint.compiler.core.formats import Format, Grid, RowFormats, quantize
 from mezzotint.compiler.core.program import Program, Quantizer
 from mezzotint.compiler.graph.nodes import numpy_of
@@ -136,7 +136,7 @@ def round_at(unit: Unit, bits: int) -> Floats:
 
 
 def cut_conv(unit: Unit, errors: list[float], parts: int, order: str = "error") -> Parts:
-    choices = [[Choice(bits) for bits in WIDTHS]]
+    choices = [[BitChoice(bits) for bits in WIDTHS]]
     costs = [[unit.size * bits for bits in WIDTHS]]
     return cut([unit], choices, [errors], costs, round_at, parts=parts, order=order)  # type: ignore[arg-type]
 
@@ -198,10 +198,10 @@ def test_the_worst_channels_come_last_in_either_order(conv: Unit) -> None:
 
 def test_joined_parts_are_whole_units(conv: Unit) -> None:
     parts = cut_conv(conv, [1.0, 1.0, 1.0], 4).units
-    ((unit, choice, bits),) = joined(parts, [Choice(4)] * 4)
-    assert unit.size == conv.size and unit.rows is None and choice == Choice(4) and bits is None
-    ((_, choice, bits),) = joined(parts, [Choice(4), Choice(2), Choice(8), Choice(4)])
-    assert choice == Choice(8) and bits is not None
+    ((unit, choice, bits),) = joined(parts, [BitChoice(4)] * 4)
+    assert unit.size == conv.size and unit.rows is None and choice == BitChoice(4) and bits is None
+    ((_, choice, bits),) = joined(parts, [BitChoice(4), BitChoice(2), BitChoice(8), BitChoice(4)])
+    assert choice == BitChoice(8) and bits is not None
     assert parts[1].rows is not None and parts[2].rows is not None
     assert np.flatnonzero(bits == 2).tolist() == parts[1].rows.tolist()
     assert np.flatnonzero(bits == 8).tolist() == parts[2].rows.tolist()
@@ -232,4 +232,4 @@ def test_a_thousand_parts_are_solved_in_no_time() -> None:
     errors = [[25 * e, e, e / 256] for e in error.tolist()]
     costs = [[int(n) * bits for bits in WIDTHS] for n in size]
     found = allocate(errors, costs, int(4.2 * size.sum()), time_limit=5.0)
-    assert found is not None and found.gap <= GAP
+    assert found is not None and found.gap <= RELATIVE_GAP

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.compiler.rescaling.axes import Atom, Layout, Size
+from mezzotint.compiler.rescaling.axes import Atom, AxisSize, Layout
 
 SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=2, max_size=4)
 
@@ -46,7 +46,7 @@ def test_a_reshape_is_undone_or_refused(sizes: list[int], data: st.DataObject) -
     second = data.draw(st.sampled_from([n for n in divisors if (total // first) % n == 0]))
     before = (first, second, total // first // second)
     unknown = data.draw(st.sampled_from([None, 0, 1, 2]))
-    told: list[Size] = [None if d == unknown else n for d, n in enumerate(before)]
+    told: list[AxisSize] = [None if d == unknown else n for d, n in enumerate(before)]
     layout = Layout.of(sizes, axis).reshaped(told)
     if layout is not None:
         want = numbered(tuple(sizes), axis).reshape(before)

@@ -1,4 +1,4 @@
-"""folds on whole denoisers: how many of each kind there are, and that random factors everywhere change nothing."""
+"""Rescaling sites of whole denoisers: how many of each kind, and that random factors everywhere change nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mezzotint.compiler.core.verify import relative_difference, structure
 from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.compiler.graph.nodes import Names, remove_dead
 from mezzotint.compiler.rescaling.edits import apply_edit
-from mezzotint.compiler.rescaling.folds import apply_fold, apply_pair, find_folds, find_pairs
+from mezzotint.compiler.rescaling.sites import find_pairs, find_sites, rescale_pair, rescale_site
 from mezzotint.passes.fold_scales import FoldScales
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.normalize import Normalize
@@ -43,23 +43,23 @@ def outputs(program: Program, folder: Path, conditions: Conditions) -> npt.NDArr
 
 
 def spread(program: Program, folder: Path, conditions: Conditions, *, error: float = 0.0) -> float:
-    """Random factors in 0.5 to 2, and random shifts where they are legal, on every fold and pair; how much that
-    changes the output. With an error, what makes the last of the folds is off by so much."""
+    """Random factors in 0.5 to 2, and random shifts where they are legal, on every site and pair; how much that
+    changes the output. With an error, what makes the last of the sites is off by so much."""
     after = replace(program, model=program.model.clone())
     graph, names, rng = after.graph, Names(after.graph), np.random.default_rng(2)
-    for fold in find_folds(graph):
-        if fold.kind != "run_time":
-            shifts = rng.uniform(-1, 1, fold.channels) if not fold.shift_reason else None
-            apply_fold(graph, names, fold, rng.uniform(0.5, 2, fold.channels), shifts)
+    for site in find_sites(graph):
+        if site.kind != "run_time":
+            shifts = rng.uniform(-1, 1, site.channels) if not site.shift_reason else None
+            rescale_site(graph, names, site, rng.uniform(0.5, 2, site.channels), shifts)
     for pair in find_pairs(graph):
         if not pair.reason:
-            apply_pair(graph, names, pair, rng.uniform(0.5, 2, pair.channels))
+            rescale_pair(graph, names, pair, rng.uniform(0.5, 2, pair.channels))
     if error:
-        fold = [fold for fold in find_folds(graph) if fold.kind != "run_time"][-1]
-        for edit in fold.edits:
-            apply_edit(graph, names, edit, np.full(fold.channels, 1 + error), np.zeros(fold.channels))
+        site = [site for site in find_sites(graph) if site.kind != "run_time"][-1]
+        for edit in site.edits:
+            apply_edit(graph, names, edit, np.full(site.channels, 1 + error), np.zeros(site.channels))
     remove_dead(graph)
-    structure(after, "folds", before=program)
+    structure(after, "sites", before=program)
     return relative_difference(outputs(program, folder, conditions), outputs(after, folder, conditions))
 
 
@@ -67,7 +67,7 @@ def check(program: Program, passes: tuple[Pass, ...], context: Context, want: di
     """Kinds and counts, and that the function stays."""
     given = dict(context.condition_rows(0, 2))
     found = pipeline.run_passes(program, passes, context)
-    assert Counter(fold.kind for fold in find_folds(found.graph)) == want
+    assert Counter(site.kind for site in find_sites(found.graph)) == want
     assert sum(not pair.reason for pair in find_pairs(found.graph)) == pairs
     assert spread(found, context.folder, given) < 1e-4
 

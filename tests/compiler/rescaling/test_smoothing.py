@@ -14,7 +14,15 @@ from hypothesis.extra import numpy as arrays
 
 from mezzotint.compiler.core.formats import Format, dequantize, quantize, scale_for_range
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.rescaling.smoothing import SHRINKS, Evidence, Weights, Widths, dilation, powers_of_two, tamed
+from mezzotint.compiler.rescaling.smoothing import (
+    RANGE_SHRINKS,
+    Evidence,
+    GroupedWeight,
+    Widths,
+    dilation,
+    powers_of_two,
+    tamed,
+)
 from mezzotint.runtime.arrays import Floats
 
 CASES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -27,7 +35,7 @@ CASES: dict[str, tuple[str, tuple[int, ...]]] = {
 CHANNELS = 6
 
 
-def weights_of(case: str, array: Floats) -> Weights:
+def weights_of(case: str, array: Floats) -> GroupedWeight:
     op = CASES[case][0]
     x = "1,6,5,5" if "Conv" in op else "3,6"
     size = ",".join(str(n) for n in array.shape)
@@ -38,7 +46,7 @@ def weights_of(case: str, array: Floats) -> Weights:
     value.const_value = ir.tensor(array, name="w")
     model.graph.register_initializer(value)
     (layer,) = layers(model.graph)
-    return Weights(layer)
+    return GroupedWeight(layer)
 
 
 def random_weight(case: str, seed: int = 0) -> Floats:
@@ -71,7 +79,7 @@ def slow_noise(
         mine = [(c, w * factors[c]) for r, c, w in every if r == row]
         limit = max(abs(w) for _, w in mine)
         tried = []
-        for shrink in SHRINKS if widths.clipped else (1.0,):
+        for shrink in RANGE_SHRINKS if widths.clipped else (1.0,):
             step = limit * shrink / qmax
             errors = [(c, max(-qmax, min(qmax, round(w / step))) * step - w) for c, w in mine]
             tried.append((sum(e * e for _, e in errors), errors))
@@ -175,7 +183,7 @@ def test_the_expected_noise_is_that_of_real_rounding(widths: Widths, alpha: floa
     best = np.zeros_like(scaled_w)
     for column in range(rows):
         tried = []
-        for shrink in SHRINKS:
+        for shrink in RANGE_SHRINKS:
             limit = np.abs(scaled_w[:, column]).max() * shrink
             grid = scale_for_range(-limit, limit, fmt)
             tried.append(dequantize(quantize(scaled_w[:, column], *grid, fmt), *grid))

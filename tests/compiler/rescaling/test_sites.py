@@ -1,4 +1,4 @@
-"""folds: which constants can take a factor for each channel, and that taking it changes nothing."""
+"""Rescaling sites: which constants can take a factor for each channel, and that taking it changes nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph.nodes import Names, counts, name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.rescaling import folds as engine
-from mezzotint.compiler.rescaling.edits import Edit, Factors, apply_edit
-from mezzotint.compiler.rescaling.folds import Fold, apply_fold, apply_pair, find_folds, find_pairs
-from mezzotint.compiler.rescaling.scaling import multiply_weight
+from mezzotint.compiler.rescaling import sites as engine
+from mezzotint.compiler.rescaling.edits import Edit, apply_edit
+from mezzotint.compiler.rescaling.scaling import Factors, multiply_weight
+from mezzotint.compiler.rescaling.sites import RescalingSite, find_pairs, find_sites, rescale_pair, rescale_site
 from tests.helpers.factors import BLOCK, END, change, factor_program
 
 PAD = "<pads = [1, 1, 1, 1]>"
@@ -32,7 +32,7 @@ ATTENTION = """q_h = Reshape (q, heads) q_t = Transpose <perm = [0, 2, 1, 3]> (q
     o_h = Transpose <perm = [0, 2, 1, 3]> (o_t) mix = Reshape (o_h, joined) [proj] y = MatMul (mix, w3)"""
 QKV = "q = MatMul (x, w0) k = MatMul (x, w1) v_raw = MatMul (x, w2) v = Add (v_raw, b0)"
 
-LEGAL: dict[str, tuple[str, str, str]] = {  # case: the fold's value, its kind, the graph
+LEGAL: dict[str, tuple[str, str, str]] = {  # case: the site's value, its kind, the graph
     "layer_norm": ("n", "norm", f"{BLOCK} n = LayerNormalization <axis = -1> (x, g0, b0) y = MatMul (n, w0) {END}"),
     "layer_norm_without_shift": (
         "n",
@@ -163,8 +163,8 @@ def program_for(case: str) -> tuple[Program, str, str]:
     return factor_program(prefix + body, conditions=conditions), value, kind
 
 
-def the_fold(program: Program, value: str) -> Fold:
-    return next(fold for fold in find_folds(program.graph) if fold.name == value)
+def the_site(program: Program, value: str) -> RescalingSite:
+    return next(site for site in find_sites(program.graph) if site.name == value)
 
 
 def factors(channels: int, seed: int = 5) -> npt.NDArray[np.float64]:
@@ -184,10 +184,10 @@ CASES = sorted(LEGAL | NEEDS_CONDITION)
 @pytest.mark.parametrize("case", CASES)
 def test_a_legal_fold_is_exact_and_adds_no_node(case: str, tmp_path: Path) -> None:
     program, value, kind = program_for(case)
-    fold, before = the_fold(program, value), counts(program.graph)
-    assert (fold.kind, fold.reason) == (kind, "")
-    s = factors(fold.channels)
-    difference = change(program, tmp_path, lambda g, n: apply_fold(g, n, fold, s), given(program))
+    site, before = the_site(program, value), counts(program.graph)
+    assert (site.kind, site.reason) == (kind, "")
+    s = factors(site.channels)
+    difference = change(program, tmp_path, lambda g, n: rescale_site(g, n, site, s), given(program))
     assert difference < 1e-5
     assert counts(program.graph) == before
 
@@ -195,21 +195,21 @@ def test_a_legal_fold_is_exact_and_adds_no_node(case: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("case", CASES)
 def test_a_reader_that_is_one_percent_off_is_seen(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, value, _ = program_for(case)
-    fold = the_fold(program, value)
-    s = factors(fold.channels)
+    site = the_site(program, value)
+    s = factors(site.channels)
     monkeypatch.setattr(engine, "multiply_weight", lambda g, n, layer, f: multiply_weight(g, n, layer, f * 1.01))
-    assert change(program, tmp_path, lambda g, n: apply_fold(g, n, fold, s), given(program)) > 1e-4
+    assert change(program, tmp_path, lambda g, n: rescale_site(g, n, site, s), given(program)) > 1e-4
 
 
 @pytest.mark.parametrize("case", ["values", "fused_qkv", "geglu", "adaln", "frozen_adaln", "group_norm_as_tokens"])
 def test_a_batch_that_is_written_into_the_graph(case: str, tmp_path: Path) -> None:
     value, kind, body = (LEGAL | NEEDS_CONDITION)[case]
     program = factor_program(body, batch=2, conditions=("cond",) if "cond" in body else ())
-    fold = the_fold(program, value)
-    assert fold.kind == kind
-    assert change(program, tmp_path, lambda g, n: apply_fold(g, n, fold, factors(4)), given(program)) < 1e-5
+    site = the_site(program, value)
+    assert site.kind == kind
+    assert change(program, tmp_path, lambda g, n: rescale_site(g, n, site, factors(4)), given(program)) < 1e-5
     for pair in find_pairs(program.graph):
-        assert change(program, tmp_path, partial(apply_pair, pair=pair, factors=factors(4)), given(program)) < 1e-5
+        assert change(program, tmp_path, partial(rescale_pair, pair=pair, factors=factors(4)), given(program)) < 1e-5
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, wrong: Edit, error: float) -> None:
@@ -224,24 +224,24 @@ def spoil(monkeypatch: pytest.MonkeyPatch, wrong: Edit, error: float) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_edit_counts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one of the edits is one percent off, the output is."""
-    for which in range(len(the_fold(*program_for(case)[:2]).edits)):
+    for which in range(len(the_site(*program_for(case)[:2]).edits)):
         program, value, _ = program_for(case)
-        fold = the_fold(program, value)
-        spoil(monkeypatch, fold.edits[which], 0.01)
-        rewrite = partial(apply_fold, fold=fold, factors=factors(fold.channels))
+        site = the_site(program, value)
+        spoil(monkeypatch, site.edits[which], 0.01)
+        rewrite = partial(rescale_site, site=site, factors=factors(site.channels))
         assert change(program, tmp_path, rewrite, given(program)) > 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_shift_is_exact_or_refused(case: str, tmp_path: Path) -> None:
     program, value, _ = program_for(case)
-    fold = the_fold(program, value)
-    s, o = factors(fold.channels), factors(fold.channels, 6) - 1
-    if fold.shift_reason:
+    site = the_site(program, value)
+    s, o = factors(site.channels), factors(site.channels, 6) - 1
+    if site.shift_reason:
         with pytest.raises(ValueError, match="takes no shift"):
-            apply_fold(program.graph, Names(program.graph), fold, s, o)
+            rescale_site(program.graph, Names(program.graph), site, s, o)
     else:
-        difference = change(program, tmp_path, lambda g, n: apply_fold(g, n, fold, s, o), given(program))
+        difference = change(program, tmp_path, lambda g, n: rescale_site(g, n, site, s, o), given(program))
         assert difference < 1e-5
 
 
@@ -249,7 +249,7 @@ SHIFTABLE = {"adaln", "frozen_adaln", "gemms", "group_norm_as_tokens", "layer_no
 
 
 def test_shifts_go_where_a_sum_holds_a_constant_and_nobody_pads() -> None:
-    found = {case: the_fold(*program_for(case)[:2]).shift_reason for case in CASES}
+    found = {case: the_site(*program_for(case)[:2]).shift_reason for case in CASES}
     assert {case for case, reason in found.items() if not reason} == SHIFTABLE
     assert "pads with zeros" in found["group_norm"]
     assert "has no shift" in found["layer_norm_without_shift"]
@@ -339,23 +339,23 @@ ILLEGAL: dict[str, tuple[str, str, str]] = {  # case: the value, what the reason
 def test_an_illegal_fold_says_why_and_divides_at_run_time(case: str, tmp_path: Path) -> None:
     value, reason, body = ILLEGAL[case]
     program = factor_program(body)
-    found = [fold for fold in find_folds(program.graph) if fold.name == value]
-    assert [fold.kind for fold in found] == ["run_time"]
+    found = [site for site in find_sites(program.graph) if site.name == value]
+    assert [site.kind for site in found] == ["run_time"]
     assert re.search(reason, found[0].reason), found[0].reason
     s = factors(found[0].channels)
-    assert change(program, tmp_path, lambda g, n: apply_fold(g, n, found[0], s)) < 1e-5
+    assert change(program, tmp_path, lambda g, n: rescale_site(g, n, found[0], s)) < 1e-5
     assert any(name_of(v).endswith("_divided") for node in program.graph for v in node.outputs)
 
 
 def test_an_output_of_the_graph_stays_as_it_is() -> None:
     program = factor_program(f"epsilon = Conv {PAD} (sample, k0) p = Conv {PAD} (epsilon, k1)")
-    assert the_fold(program, "epsilon").reason == "'epsilon' is an output of the graph"
+    assert the_site(program, "epsilon").reason == "'epsilon' is an output of the graph"
 
 
 def test_every_layer_reads_exactly_one_fold() -> None:
     for _, _, body in (*LEGAL.values(), *ILLEGAL.values()):
         program = factor_program(body)
-        read = [reader.name for fold in find_folds(program.graph) for reader in fold.readers]
+        read = [reader.name for site in find_sites(program.graph) for reader in site.readers]
         assert sorted(read) == sorted(x.name for x in layers(program.graph) if x.weight is not None)
 
 
@@ -364,8 +364,8 @@ def test_two_illegal_views_of_one_value_are_two_folds() -> None:
     body = f"""m = Conv {PAD} (sample, k0) p = Conv {PAD} (m, k1) f = Reshape (m, tokens)
         x = Transpose <perm = [0, 2, 1]> (f) y = MatMul (x, w0) turned = Transpose <perm = [0, 2, 1]> (y)
         back = Reshape (turned, image) both = Add (p, back) epsilon = Add (both, m)"""
-    found = [fold for fold in find_folds(factor_program(body).graph) if fold.name in ("m", "x")]
-    assert [(fold.name, fold.axis, fold.kind) for fold in found] == [("m", 1, "run_time"), ("x", -1, "run_time")]
+    found = [site for site in find_sites(factor_program(body).graph) if site.name in ("m", "x")]
+    assert [(site.name, site.axis, site.kind) for site in found] == [("m", 1, "run_time"), ("x", -1, "run_time")]
 
 
 def test_shared_constants_stay_as_they_are_for_others(tmp_path: Path) -> None:
@@ -373,23 +373,23 @@ def test_shared_constants_stay_as_they_are_for_others(tmp_path: Path) -> None:
     body = f"""{BLOCK} n = LayerNormalization <axis = -1> (x, g0, b0) p = MatMul (n, w0)
         q = LayerNormalization <axis = -1> (p, g0, b0) r = MatMul (q, w0) y = Add (r, q) {END}"""
     program = factor_program(body)
-    fold = the_fold(program, "n")
+    site = the_site(program, "n")
     before = {name: numpy_of(v).copy() for name, v in program.graph.initializers.items() if name in ("g0", "b0", "w0")}
-    assert change(program, tmp_path, lambda g, n: apply_fold(g, n, fold, factors(4))) < 1e-5
+    assert change(program, tmp_path, lambda g, n: rescale_site(g, n, site, factors(4))) < 1e-5
     for name, array in before.items():
         np.testing.assert_array_equal(numpy_of(program.graph.initializers[name]), array)
 
 
 def test_folds_after_one_another(tmp_path: Path) -> None:
-    """A layer that is a reader of one fold and the producer of another, with a shift that gives it a bias."""
+    """A layer that is a reader of one site and the producer of another, with a shift that gives it a bias."""
     body = f"""{BLOCK} n = LayerNormalization <axis = -1> (x, g0, b0) m = MatMul (n, w0) y = MatMul (m, w1) {END}"""
     program = factor_program(body)
 
     def all_of_them(graph: ir.Graph, names: Names) -> None:
-        first, second = find_folds(graph)
+        first, second = find_sites(graph)
         assert (first.kind, second.kind) == ("norm", "linear")
-        apply_fold(graph, names, first, factors(4), factors(4, 6))
-        apply_fold(graph, names, second, factors(4, 7))
+        rescale_site(graph, names, first, factors(4), factors(4, 6))
+        rescale_site(graph, names, second, factors(4, 7))
 
     assert change(program, tmp_path, all_of_them) < 1e-5
     assert counts(program.graph)["Add"] == 1
@@ -399,16 +399,16 @@ def test_folds_after_one_another(tmp_path: Path) -> None:
 def test_factors_that_are_no_factors(wrong: npt.NDArray[np.float64]) -> None:
     program, value, _ = program_for("conv")
     with pytest.raises(ValueError, match="4 positive factors"):
-        apply_fold(program.graph, Names(program.graph), the_fold(program, value), wrong)
+        rescale_site(program.graph, Names(program.graph), the_site(program, value), wrong)
 
 
 def test_a_value_of_unknown_rank() -> None:
     program = factor_program(f"m = Conv {PAD} (sample, k0) epsilon = Conv {PAD} (m, k1)")
     next(iter(program.graph)).outputs[0].shape = None
-    fold = the_fold(program, "m")
-    assert fold.reason == "the rank of 'm' is not known"
+    site = the_site(program, "m")
+    assert site.reason == "the rank of 'm' is not known"
     with pytest.raises(PassError, match="no known rank"):
-        apply_fold(program.graph, Names(program.graph), fold, factors(4))
+        rescale_site(program.graph, Names(program.graph), site, factors(4))
 
 
 PAIRS: dict[str, tuple[int, str]] = {
@@ -430,7 +430,7 @@ def test_queries_and_keys(case: str, error: float, tmp_path: Path, monkeypatch: 
     assert (pair.name, pair.channels, pair.reason) == ("scores", channels, "")
     s = factors(channels)
     spoil(monkeypatch, pair.key_edits[0], error)
-    difference = change(program, tmp_path, lambda g, n: apply_pair(g, n, pair, s))
+    difference = change(program, tmp_path, lambda g, n: rescale_pair(g, n, pair, s))
     assert difference > 1e-4 if error else difference < 1e-5
 
 
@@ -440,4 +440,4 @@ def test_rotated_queries_take_no_factors() -> None:
     (pair,) = find_pairs(program.graph)
     assert "rotary" in pair.reason
     with pytest.raises(ValueError, match="takes no factors"):
-        apply_pair(program.graph, Names(program.graph), pair, np.ones(4))
+        rescale_pair(program.graph, Names(program.graph), pair, np.ones(4))

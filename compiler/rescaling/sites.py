@@ -1,8 +1,8 @@
-"""Moving one factor for each channel of an activation out of the way: which folds are legal, and doing them.
+"""Rescaling: one factor for each channel of an activation moves into constants. Finds the sites, and applies factors.
 
     layer(x, W)  =  layer(x / s, W s)         s > 0, one for each channel
 
-The readers' weights take the s. Where the 1 / s goes is found in the graph (folds_trace.py), not by names:
+The weights of the readers take s. The tracer (trace.py) finds constants that take 1 / s in the graph, not by names:
 
     norm      the gain and the shift of a LayerNormalization, GroupNormalization or RMSNormalization
     adaln     x (1 + scale) + shift: the rows of the layer that makes scale and shift, W / s, b / s, and for the scale
@@ -10,14 +10,14 @@ The readers' weights take the s. Where the 1 / s goes is found in the graph (fol
     linear    the rows and the bias of a layer, through ReLU too (DFQ, arXiv 1906.04721)
     value     the rows that make the values of attention: softmax mixes tokens and no channels
     gated     value * gelu(gate): the rows that make the value
-    run_time  nowhere, and `reason` says why: a Mul divides the activation
+    run_time  no constant takes 1 / s (`reason` says why): a Mul divides the activation
 
-All layers that read a value take the same factors, so none of them may be read by anything else, or the fold is not
-legal. `find_pairs` finds products of two activations instead, (q s) (k / s)^T. Factors are exact in real numbers; in
+All layers that read a value take the same factors. If anything else reads the value, it can only be divided at run
+time. `find_pairs` finds products of two activations instead, (q s) (k / s)^T. Factors are exact in real numbers; in
 float32 they round.
 
-A shift as well, x = s (x' + o), is legal where a sum on the way holds a constant (RepQ-ViT, arXiv 2212.08254), and
-where no reader pads with zeros: 0 is not o.
+A shift as well, x = s (x' + o), is legal if a sum on the way holds a constant (RepQ-ViT, arXiv 2212.08254) and no
+reader pads with zeros, because 0 is not o.
 """
 
 from __future__ import annotations
@@ -33,29 +33,30 @@ from ..errors import PassError
 from ..graph.nodes import Names, consumers, is_op, name_of
 from ..graph.ops import Layer, is_mover, layer_of, layers
 from ..graph.require import inputs, required
-from .axes import Atom, Layout, Size, sizes_of
-from .edits import Edit, Factors, add_to_bias, apply_edit, other_readers
-from .ends import Route, Wish
-from .nodes import before_mover, called, eventual
-from .scaling import channel_axis, divide_value, input_channels, multiplied_weight, multiply_weight
+from .axes import Atom, AxisSize, Layout, sizes_of
+from .edits import Edit, add_to_bias, apply_edit, other_readers
+from .ends import Request, Route
+from .nodes import before_mover, eventual, op_and_name
+from .scaling import Factors, channel_axis, divide_value, input_channels, multiplied_weight, multiply_weight
 from .trace import Tracer
 
-Kind = Literal["norm", "adaln", "linear", "value", "gated", "run_time"]
-KINDS: tuple[Kind, ...] = ("value", "gated", "adaln", "norm")  # the first that was passed on the way; else linear
+SiteKind = Literal["norm", "adaln", "linear", "value", "gated", "run_time"]
+# The first of these marks on a route is the kind of its site; without any, the kind is linear.
+KIND_ORDER: tuple[SiteKind, ...] = ("value", "gated", "adaln", "norm")
 
 
 @dataclass(frozen=True, eq=False)
-class Fold:
-    """A value whose channels can be divided, all the layers that read it, and where the division goes.
+class RescalingSite:
+    """A value whose channels can be divided, all layers that read it, and the constants that take the division.
 
-    `edits` are the constants that take 1 / s. `shift_edits` take a shift too, where `shift_reason` is empty.
-    `dividers` are the nodes that read what a Mul at run time divides.
+    `edits` change the constants that take 1 / s. `shift_edits` take a shift too, if `shift_reason` is empty.
+    `dividers` are the nodes that read the quotient of a Mul at run time.
     """
 
     value: ir.Value
     axis: int
     readers: tuple[Layer, ...]
-    kind: Kind
+    kind: SiteKind
     reason: str
     edits: tuple[Edit, ...] = ()
     shift_edits: tuple[Edit, ...] = ()
@@ -72,15 +73,15 @@ class Fold:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What the readers read: the value, or what movers made of it. Channels have the same numbers in all."""
+        """Return the names of the readers' inputs: the value, or outputs of movers. Channels keep their numbers."""
         return tuple(dict.fromkeys(name_of(layer.activations[0]) for layer in self.readers))
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A product of two activations, query times key: q s and k / s have the same. `reason` says why it has none.
+    """A product of two activations, query times key; q s and k / s have the same product. `reason` is why it has none.
 
-    There is a factor for each head and channel where heads can be told apart, else one for each channel of a head.
+    There is a factor for each head and channel if the heads can be separated, else one for each channel of a head.
     """
 
     node: ir.Node
@@ -95,8 +96,8 @@ class Pair:
         return self.node.name or name_of(self.node.outputs[0])
 
 
-def find_folds(graph: ir.Graph) -> list[Fold]:
-    """Every layer with a constant weight is a reader of exactly one fold. In the order of the graph."""
+def find_sites(graph: ir.Graph) -> list[RescalingSite]:
+    """Return the sites in the order of the graph. Every layer with a constant weight reads exactly one of them."""
     found = [layer for layer in layers(graph) if layer.weight is not None]
     tracer = Tracer({layer.output: layer for layer in found})
     groups: dict[tuple[ir.Value, int], list[Layer]] = {}
@@ -106,33 +107,33 @@ def find_folds(graph: ir.Graph) -> list[Fold]:
         groups.setdefault((value, axis), []).append(layer)
         movers.setdefault((value, axis), set()).update(passed)
     return [
-        fold
+        site
         for (value, axis), readers in groups.items()
-        for fold in _folds(tracer, value, axis, readers, movers[value, axis])
+        for site in _sites_of(tracer, value, axis, readers, movers[value, axis])
     ]
 
 
-def apply_fold(
-    graph: ir.Graph, names: Names, fold: Fold, factors: npt.ArrayLike, shifts: npt.ArrayLike | None = None
+def rescale_site(
+    graph: ir.Graph, names: Names, site: RescalingSite, factors: npt.ArrayLike, shifts: npt.ArrayLike | None = None
 ) -> None:
-    """Divide a fold's value by the factors `[C]` and multiply its readers' weights by them.
+    """Divide a site's value by the factors `[C]` and multiply the weights of its readers by them.
 
-    With `shifts` o `[C]` it becomes x / s - o, and the readers' biases take what they lose. Exact; nodes that nobody
-    reads any more are left to the caller.
+    With `shifts` o `[C]` the value becomes x / s - o, and the biases of the readers make up for o. The result is exact.
+    The caller removes nodes that have become unused.
     """
     s = np.asarray(factors, np.float64)
-    if s.shape != (fold.channels,) or not (np.isfinite(s) & (s > 0)).all():
-        raise ValueError(f"{fold.name}: {fold.channels} positive factors, not {s.shape}")
-    if shifts is not None and (fold.kind == "run_time" or fold.shift_reason):
-        raise ValueError(f"{fold.name} takes no shift: {fold.shift_reason or fold.reason}")
-    if fold.kind == "run_time":
-        if fold.value.shape is None:
-            raise PassError(f"{fold.name} has no known rank", where=fold.name, hint="run normalize first")
-        divide_value(graph, names, fold.value, fold.dividers, s, fold.axis)
+    if s.shape != (site.channels,) or not (np.isfinite(s) & (s > 0)).all():
+        raise ValueError(f"{site.name}: {site.channels} positive factors, not {s.shape}")
+    if shifts is not None and (site.kind == "run_time" or site.shift_reason):
+        raise ValueError(f"{site.name} takes no shift: {site.shift_reason or site.reason}")
+    if site.kind == "run_time":
+        if site.value.shape is None:
+            raise PassError(f"{site.name} has no known rank", where=site.name, hint="run normalize first")
+        divide_value(graph, names, site.value, site.dividers, s, site.axis)
     o = np.zeros_like(s) if shifts is None else np.asarray(shifts, np.float64)
-    for edit in fold.edits if shifts is None else fold.shift_edits:
+    for edit in site.edits if shifts is None else site.shift_edits:
         apply_edit(graph, names, edit, 1 / s, -o)
-    for reader in fold.readers:
+    for reader in site.readers:
         multiply_weight(graph, names, _now(reader), s)
         if shifts is not None:
             layer = _now(reader)
@@ -142,12 +143,12 @@ def apply_fold(
 
 
 def _now(layer: Layer) -> Layer:
-    """A layer as it stands after other folds gave it other weights."""
+    """Return a layer with its current weight: other sites may have replaced it."""
     return required(layer_of(layer.node), "the layer that reads a rescaled value", layer.node)
 
 
 def _source(layer: Layer) -> tuple[ir.Value, int, set[ir.Node]]:
-    """The value that a layer reads, seen back through movers for as long as one axis counts its channels."""
+    """Return (value, channel axis, movers passed): a layer's input, traced back while one axis holds its channels."""
     value, axis = layer.activations[0], channel_axis(layer)
     sizes, passed = sizes_of(value), set()
     if sizes is None:
@@ -164,17 +165,18 @@ def _source(layer: Layer) -> tuple[ir.Value, int, set[ir.Node]]:
     return value, axis, passed
 
 
-def _folds(tracer: Tracer, value: ir.Value, axis: int, readers: list[Layer], movers: set[ir.Node]) -> list[Fold]:
-    """One fold for a value that layers alone read; else one at run time for each view that they have of it."""
+def _sites_of(
+    tracer: Tracer, value: ir.Value, axis: int, readers: list[Layer], movers: set[ir.Node]
+) -> list[RescalingSite]:
+    """Return one site for a value that only layers read, else a run-time site for each view that they have of it."""
     known = movers | {layer.node for layer in readers}
     reason = ""
     for seen in dict.fromkeys([value, *(node.outputs[0] for node in movers)]):
         if seen.is_graph_output():
             reason = f"{name_of(seen)!r} is an output of the graph"
         elif others := other_readers(seen, known):
-            reason = (
-                f"{called(eventual(others[0]))} reads {name_of(seen)!r}, too, and is no layer that can take the factors"
-            )
+            reader = op_and_name(eventual(others[0]))
+            reason = f"{reader} reads {name_of(seen)!r}, too, and is no layer that can take the factors"
     sizes = sizes_of(value)
     if sizes is None:
         reason = f"the rank of {name_of(value)!r} is not known"
@@ -183,33 +185,35 @@ def _folds(tracer: Tracer, value: ir.Value, axis: int, readers: list[Layer], mov
         for layer in readers:
             views.setdefault(layer.activations[0], []).append(layer)
         return [
-            Fold(view, channel_axis(own[0]), tuple(own), "run_time", reason, dividers=tuple(n.node for n in own))
+            RescalingSite(
+                view, channel_axis(own[0]), tuple(own), "run_time", reason, dividers=tuple(n.node for n in own)
+            )
             for view, own in views.items()
         ]
     layout = Layout.of(sizes, axis)
-    route = tracer.trace(value, Wish(layout))
+    route = tracer.trace(value, Request(layout))
     if isinstance(route, str):
         nodes = tuple(n for n in consumers(value) if n in known)
-        return [Fold(value, axis, tuple(readers), "run_time", route, dividers=nodes)]
-    kind: Kind = next((kind for kind in KINDS if kind in route.marks), "linear")
-    shift = _pads(readers) or tracer.trace(value, Wish(layout, shift=True))
+        return [RescalingSite(value, axis, tuple(readers), "run_time", route, dividers=nodes)]
+    kind: SiteKind = next((kind for kind in KIND_ORDER if kind in route.marks), "linear")
+    shift = _pads(readers) or tracer.trace(value, Request(layout, shift=True))
     refused, edits = (shift, ()) if isinstance(shift, str) else ("", shift.edits)
-    return [Fold(value, axis, tuple(readers), kind, "", route.edits, edits, refused)]
+    return [RescalingSite(value, axis, tuple(readers), kind, "", route.edits, edits, refused)]
 
 
 def _pads(readers: list[Layer]) -> str:
-    """Which reader pads with zeros, which a shift would make another number of."""
+    """Return which reader pads with zeros (a shift would change the zeros), or the empty string."""
     for layer in readers:
         attributes = layer.node.attributes
         padded = "pads" in attributes and any(attributes["pads"].as_ints())
         automatic = "auto_pad" in attributes and attributes["auto_pad"].as_string().startswith("SAME")
         if padded or automatic:
-            return f"{called(layer.node)} pads with zeros"
+            return f"{op_and_name(layer.node)} pads with zeros"
     return ""
 
 
 def find_pairs(graph: ir.Graph) -> list[Pair]:
-    """The products of two activations, each with what takes the factors of its contracted axis."""
+    """Return the products of two activations, each with the edits that take the factors of its contracted axis."""
     tracer = Tracer({layer.output: layer for layer in layers(graph) if layer.weight is not None})
     found = []
     for layer in layers(graph):
@@ -222,10 +226,10 @@ def _pair(tracer: Tracer, node: ir.Node) -> Pair:
     query, key = inputs(node, 2)
     out, left, right = sizes_of(node.outputs[0]), sizes_of(query), sizes_of(key)
     if left is None or out is None or (right is not None and len(left) != len(right)) or len(left) < 3:
-        return Pair(node, 0, reason=f"{called(node)} broadcasts its operands")
+        return Pair(node, 0, reason=f"{op_and_name(node)} broadcasts its operands")
     width = left[-1]
     if not isinstance(width, int):
-        return Pair(node, 0, reason=f"{called(node)} contracts an axis of unknown length")
+        return Pair(node, 0, reason=f"{op_and_name(node)} contracts an axis of unknown length")
     if right is None:
         right = [*left[:-2], width, out[-1]]
     reason = ""
@@ -235,7 +239,7 @@ def _pair(tracer: Tracer, node: ir.Node) -> Pair:
         routes = []
         for index, sizes, axis in ((0, left, len(left) - 1), (1, right, len(left) - 2)):
             layout = _contracted(sizes, axis, width, bool(each))
-            routes.append(tracer.into(node, index, Wish(layout)))
+            routes.append(tracer.into(node, index, Request(layout)))
         query_route, key_route = routes
         if isinstance(query_route, Route) and isinstance(key_route, Route):
             return Pair(node, channels, query_route.edits, key_route.edits)
@@ -243,13 +247,13 @@ def _pair(tracer: Tracer, node: ir.Node) -> Pair:
     return Pair(node, 0, reason=reason)
 
 
-def _contracted(sizes: list[Size], axis: int, width: int, heads: bool) -> Layout:
-    """Channels of the contracted axis, and of the axis of the heads in front of them."""
+def _contracted(sizes: list[AxisSize], axis: int, width: int, heads: bool) -> Layout:
+    """Return the layout whose channels are the contracted axis, with the axis of the heads in front of it."""
     layout = Layout.of(sizes, axis)
     return layout.with_axis(1, (Atom(sizes[1], width),)) if heads else layout
 
 
-def apply_pair(graph: ir.Graph, names: Names, pair: Pair, factors: npt.ArrayLike) -> None:
+def rescale_pair(graph: ir.Graph, names: Names, pair: Pair, factors: npt.ArrayLike) -> None:
     """Multiply the queries by the factors `[channels]`, and divide the keys by them."""
     s: Factors = np.asarray(factors, np.float64)
     if pair.reason:
