@@ -151,7 +151,7 @@ class AssignBits(Pass):
             "a budget of latency, which widths do not change": self.latency is not None,
             "layers in float, which have no parts": self.floats,
             "narrower activations, which a layer has once": self.activation_widths != (8,),
-            "the score mixdq, which draws pictures for each unit": self.score == "mixdq",
+            "the score mixdq, which draws images for each unit": self.score == "mixdq",
         }
         for other in (what for what, there in alone.items() if there and self.parts > 1):
             raise RecipeError(
@@ -280,7 +280,7 @@ class _Search:
         scores = [list(row) for row in errors]
         content = [unit.content for unit in self.units]
         for k, (unit, row) in enumerate(zip(self.units, self.choices, strict=True)):
-            self.context.progress(f"{self.options.name}: pictures", k + 1, len(self.units))
+            self.context.progress(f"{self.options.name}: images", k + 1, len(self.units))
             for c, choice in enumerate(row if unit.content else ()):
 
                 def fed(call: int, unit: Unit = unit, choice: BitChoice = choice) -> Feeds:

@@ -132,7 +132,7 @@ class _Attention:
 
     @property
     def heads(self) -> int:
-        """The heads that the layout `[batch, heads, tokens, tokens]` shows; 1 where it is another."""
+        """Return the heads that the layout `[batch, heads, tokens, tokens]` shows; 1 where it is another."""
         size = self.weights.shape[1] if self.weights.shape is not None and self.rank == 4 else 1
         return size if isinstance(size, int) else 1
 

@@ -142,7 +142,7 @@ class FitNoise(Pass):
                 drawn.append(info.x_next)
 
         few = replace(context, samples=min(context.samples, JUDGED))
-        follow_trajectories(program, few, denoiser, f"{self.name}, pictures", keep, table)
+        follow_trajectories(program, few, denoiser, f"{self.name}, images", keep, table)
         got = np.concatenate(drawn)[: len(wanted)]
         decibels = [sqnr_db(a, b) for a, b in zip(wanted, got, strict=True)]
         return float(np.mean(np.clip(decibels, -EXACT_DB, EXACT_DB)))

@@ -100,8 +100,8 @@ def _readers(value: ir.Value) -> set[tuple[ir.Node, int]]:
 
 def _is_integer(node: ir.Node) -> bool:
     """Return whether a layer multiplies dequantized matrices."""
-    makers = [value.producer() for value in node.inputs[:2] if value is not None]
-    return len(makers) == 2 and all(is_op(maker, "DequantizeLinear") for maker in makers)
+    producers = [value.producer() for value in node.inputs[:2] if value is not None]
+    return len(producers) == 2 and all(is_op(node, "DequantizeLinear") for node in producers)
 
 
 def _error(array: npt.NDArray[np.float32], half: npt.NDArray[np.float32]) -> float:

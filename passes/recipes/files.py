@@ -31,13 +31,13 @@ PASSES = "mezzotint.passes"  # each module in it holds one pass
 
 
 def pass_names() -> list[str]:
-    """Every pass there is: one for each other file of this folder."""
+    """Return the names of all passes: one for each file of passes/."""
     package = importlib.import_module(PASSES)
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
 
 
 def make_pass(name: str, options: dict[str, Any] | None = None, where: str = "recipe") -> Pass:
-    """A pass by its name, its options checked. Raises RecipeError with the nearest name for a misspelt one."""
+    """Return a pass by its name, with checked options. Raise RecipeError, with the nearest name for a misspelt one."""
     if name not in pass_names():
         raise RecipeError(f"there is no pass called {name!r}", where=where, hint=_nearest(name, pass_names()))
     module = importlib.import_module(f"{PASSES}.{name}")
@@ -60,7 +60,7 @@ def make_pass(name: str, options: dict[str, Any] | None = None, where: str = "re
 
 
 def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
-    """A named recipe, or one from a YAML file. Raises RecipeError."""
+    """Return a named recipe, or one from a YAML file. Raise RecipeError if there is neither, or it is not valid."""
     if name in RECIPES:
         return RECIPES[name]
     if name in extended_by:
@@ -77,7 +77,7 @@ def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
 
 
 def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -> Recipe:
-    """A recipe from plain data: name, description, paper, baseline, claim, extends, passes."""
+    """Return a recipe from plain data. The keys: name, description, paper, baseline, claim, extends, passes."""
     keys = ["name", "description", "paper", "baseline", "claim", "extends", "passes"]
     if not isinstance(data, dict):
         raise RecipeError("a recipe is a mapping with a list of passes", where=where, hint=f"keys: {', '.join(keys)}")
@@ -94,7 +94,7 @@ def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -
 
 
 def with_options(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with `pass.option` settings applied to every pass of that name."""
+    """Return the recipe with `pass.option` settings applied to every pass of that name. Raise RecipeError."""
     passes = list(recipe.passes)
     for key, value in settings.items():
         name, dot, option = key.partition(".")
@@ -112,7 +112,7 @@ def with_options(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as a YAML file that load_recipe reads back."""
+    """Return the recipe as the text of a YAML file that load_recipe reads."""
     return yaml.safe_dump(recipe.to_json(), sort_keys=False, width=110)
 
 

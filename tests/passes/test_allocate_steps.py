@@ -112,7 +112,7 @@ def features(*rows: list[float]) -> Doubles:
 
 
 def test_density_by_hand() -> None:
-    """Three calls alike and one far away: D = 2, 2, 2, 0 and V is largest for the last."""
+    """Three equal calls and one far away: D = 2, 2, 2, 0 and V is largest for the last."""
     f = features([1, 0], [1, 0], [1, 0], [0, 3])
     np.testing.assert_allclose(density_weights(f, 0.5, 0.0), [1, 1, 1, 0])
     # V = 1, 1, 1, 3

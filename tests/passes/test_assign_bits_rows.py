@@ -188,7 +188,7 @@ def test_the_float_graph_keeps_its_weights(assigned: Program, inserted: Program)
     for name in mixed:
         kept = numpy_of(inserted.float_model.graph.initializers[name])
         np.testing.assert_array_equal(kept, numpy_of(assigned.graph.initializers[name]))
-        assert name not in inserted.graph.initializers, "nobody reads it there any more"
+        assert name not in inserted.graph.initializers, "nothing reads the uncut weight any more"
         assert not np.array_equal(kept, numpy_of(inserted.graph.initializers[f"{name}_rows"]))
 
 
@@ -252,7 +252,7 @@ def test_rows_lie_in_their_grids_behind_round_weights(
     inserted: Program, here: Context, options: dict[str, Any]
 ) -> None:
     after = pipeline.run_passes(inserted, [RoundWeights(**options)], here)
-    assert after.plan is not None and after.plan.report, "new scales do not lose what assign_bits told"
+    assert after.plan is not None and after.plan.report, "new scales keep the report of assign_bits"
     check_inside(after)
     assert {name: b.tolist() for name, b in row_bits(after).items()} == {
         name: b.tolist() for name, b in row_bits(inserted).items()

@@ -132,8 +132,8 @@ def test_every_range_covers_what_was_seen(pairs: list[tuple[float, float]], marg
 
 def test_gain_decides() -> None:
     """Equal channels gain nothing, and lose by the margin; what the quantizer of the tensor gives is never worse."""
-    alike = np.tile(np.array([[-1.0], [1.0]], np.float32), (CALLS, 1, 4))
-    assert table_of(ChannelScales(), measured(alike)) is None
+    equal = np.tile(np.array([[-1.0], [1.0]], np.float32), (CALLS, 1, 4))
+    assert table_of(ChannelScales(), measured(equal)) is None
     program = measured(spread())
     assert table_of(ChannelScales(), program) is not None
     q = table_of(ALWAYS, program)
@@ -157,7 +157,7 @@ READERS = {
     "an addition that two read": (f"{CONV} s = Add (y, sample) z = Conv {PAD} (s, w1) epsilon = Add (s, z)", True),
     "an activation and its size": (f"{CONV} k = Shape (y) r = Relu (y) epsilon = Reshape (r, k)", True),
     "an activation": (ALONE, True),
-    "nobody": (f"[conv] epsilon = Conv {PAD} (sample, w0)", True),
+    "no reader": (f"[conv] epsilon = Conv {PAD} (sample, w0)", True),
 }
 
 
@@ -165,7 +165,7 @@ READERS = {
 def test_who_reads_it_decides(case: str) -> None:
     """A layer needs one scale; what is only joined and quantized again is joined on integers."""
     body, expected = READERS[case]
-    name = "epsilon" if case == "nobody" else "y"
+    name = "epsilon" if case == "no reader" else "y"
     program = measured(spread(), body)
     assert program.stats is not None and program.plan is not None
     stats = replace(
@@ -220,8 +220,8 @@ def test_the_whole_recipe(context: Context) -> None:
     made = {site: q for site, q in program.plan.quantizers.items() if q.by == "channel_scales"}
     assert {site.consumer for site in made} >= {"b1_conv1", "b1_conv2", "b2_conv1", "b2_conv2", "conv_in"}
     assert "down" not in {site.consumer for site in made}  # a Resize turns its integers into the next layer's input
-    told = next(iter(made.values())).to_json()
-    assert (told["channels"], told["rows"], told["axis"]) == (16, 3, 1)
+    row = next(iter(made.values())).to_json()
+    assert (row["channels"], row["rows"], row["axis"]) == (16, 3, 1)
 
 
 def test_a_silent_channel_is_not_cut_to_nothing() -> None:

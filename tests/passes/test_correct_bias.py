@@ -164,7 +164,7 @@ def test_against_the_layer_only_what_the_weights_do_is_seen(program: Program, co
 
 
 def with_float_graph(program: Program) -> Program:
-    """The golden graph with one in float beside it."""
+    """The golden graph with a second layer, in float, next to it."""
     return replace(program, float_model=infer_shapes(ir.from_onnx_text(FLOAT)), frozen=(0, 2, 4))
 
 

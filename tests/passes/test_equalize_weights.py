@@ -1,4 +1,4 @@
-"""equalize_weights: both sides of a pair get equal ranges, the function stays, and what was refused is told."""
+"""equalize_weights: both sides of a pair get equal ranges, the function stays, and refusals have reasons."""
 
 from __future__ import annotations
 

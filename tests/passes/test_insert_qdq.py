@@ -71,7 +71,7 @@ def test_golden_consumer_site(check_golden: Check) -> None:
 
 
 def test_golden_row_widths(check_golden: Check) -> None:
-    """Weights are cut off at the ends of their rows; one that an Add reads, too, stays beside its copy."""
+    """Weights are cut off at the ends of their rows; one that an Add also reads stays next to its copy."""
 
     def prepare(program: Program) -> Program:
         """Of 2 and 8 bits, which needs no Clip, and of 2 and 4; steps of 0.5."""

@@ -44,7 +44,7 @@ INPUTS = Observe(groups=0, channels="inputs")
 def test_factors_move_into_a_norm(check_golden: Check) -> None:
     step = SmoothScales(alphas=1.0, weight_bits=8, activation_bits=4, **PLAIN)
     after = check_golden(step, "norm", shape=(4, 4, 4), prepare=with_channels("normed", -1, (1, 1, 16, 2)))
-    assert after.stats is not None  # the pipeline does not drop them; the digest tells that they are of another graph
+    assert after.stats is not None  # the pipeline does not drop them; their digest is that of another graph
     assert after.history[-1].note.startswith("1 of 1 values scaled (1 norm), ")
 
 

@@ -163,7 +163,7 @@ LINEAR = """joined = Concat <axis = 1> (quiet, loud) tokens = Transpose <perm = 
 
 
 def bimodal(body: str, loudness: float) -> Program:
-    """A layer over two parts of 4 channels, one so much louder; both matter alike to what it computes."""
+    """A layer over two parts of 4 channels, one much louder; both matter equally to the output."""
     weight = np.random.default_rng(5).standard_normal((4, 8)).astype(np.float32)
     weight[:, 4:] /= loudness
     conv = "Conv" in body

@@ -179,8 +179,8 @@ def learned(program: Program, context: Context, groups: tuple[int, ...], clip_we
 
 def test_only_what_moves_is_learned(planned: Program, context: Context) -> None:
     assert planned.plan is not None
-    told: list[tuple[str, int, int]] = []
-    loud = replace(context, progress=lambda stage, done, total: told.append((stage, done, total)))
+    stages_seen: list[tuple[str, int, int]] = []
+    loud = replace(context, progress=lambda stage, done, total: stages_seen.append((stage, done, total)))
     plan = after(StepScales(source="learned"), planned, loud)
     for site in (Site("stays"), WEIGHT):
         assert plan.quantizers[site] is planned.plan.quantizers[site]
@@ -188,9 +188,9 @@ def test_only_what_moves_is_learned(planned: Program, context: Context) -> None:
     assert (table.table, table.by, table.scale.shape) == (True, "step_scales", (2,))
     assert table.scale.dtype == np.float32
     assert table.zero_point.dtype == np.uint8
-    stages = [stage for stage, _, _ in told]
+    stages = [stage for stage, _, _ in stages_seen]
     assert stages[-1] == "step_scales (learning)"
-    assert told[-1][1] == told[-1][2] > 0
+    assert stages_seen[-1][1] == stages_seen[-1][2] > 0
 
 
 def check_near_the_measured(program: Program, context: Context, factor: float = 1.0) -> None:

@@ -104,7 +104,7 @@ def test_scales_when_asked_for(context: Context, quantized: Program) -> None:
 
 
 def test_islands_and_factors_but_no_layers(check_golden: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight float constants two are rounded; the factor's tiny value is lost to nobody, its row is long enough."""
+    """Of eight float constants two are rounded; the factor's tiny value does not count, as its row is long enough."""
     monkeypatch.setattr(store_half, "SMALLEST_SAVING", 4)
     after = check_golden(StoreHalf(), "island")
     assert after.history[-1].note.startswith(
