@@ -129,3 +129,11 @@ def test_the_logger_of_the_package_is_quiet_until_configured() -> None:
 
 def test_evaluation_names_every_option() -> None:
     assert open_ended(evaluate_bundle) == []
+
+
+def test_every_command_that_shows_progress_can_be_quiet() -> None:
+    commands = [command.callback for command in app.app.registered_commands if command.callback is not None]
+    showing = [command for command in commands if "shown(" in inspect.getsource(command)]
+
+    assert len(showing) == 9
+    assert [command.__name__ for command in showing if "quiet" not in names(command)] == []
