@@ -25,6 +25,7 @@ from mezzotint import compile_model
 from mezzotint.bench import peers
 from mezzotint.bench.pairs import PEAK, folder_bytes, in_turns, middle_timestep, parallel_run, ratio, unseen_seed
 from mezzotint.doctor import examine
+from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import MezzotintError
@@ -32,7 +33,6 @@ from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
-from mezzotint.text.console import progress
 
 FLOAT = "fp32 onnxruntime"
 LABELS = {
@@ -60,7 +60,7 @@ class Table:
         args = self.args
         bundles: list[Bundle] = []
         for recipe in args.recipe:
-            with progress() as report:
+            with shown() as report:
                 bundle = compile_model(
                     args.model,
                     self.folder / recipe,
@@ -124,7 +124,7 @@ class Table:
         args, seed = self.args, unseen_seed(bundle)
         exact = self.networks[FLOAT]
         others = {name: network for name, network in self.networks.items() if name != FLOAT}
-        with progress() as report:
+        with shown() as report:
             images, sqnr = parallel_run(
                 exact, others, bundle, args.images, seed=seed, batch=args.batch, progress=report
             )
