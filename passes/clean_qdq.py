@@ -1,4 +1,4 @@
-"""clean_qdq: remove quantizers that change no number.
+"""clean_qdq: remove quantizers, or move them to smaller data, without changing a number.
 
 1. Q(move(x)) -> move(Q(x)), where all readers of a Transpose, Reshape or nearest Resize quantize it with the same
    per-tensor quantizer. The data mover then works on 8-bit data, a quarter of the bytes. A per-tensor quantizer does

@@ -1,4 +1,4 @@
-"""correct_softmax: add the probability that rounding removes from attention back.
+"""correct_softmax: add back the probability that rounding removes from attention.
 
 Most probabilities of a long row are smaller than half a step of an 8-bit grid and round to 0, so a row of Q(A) sums to
 less than 1. The error has one sign, and no averaging removes it. Softmax Bias Correction for Quantized Generative

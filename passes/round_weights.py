@@ -1,4 +1,4 @@
-"""round_weights: round weights so that the outputs of their layers change least, rather than the weights.
+"""round_weights: round weights so that the outputs of their layers change least.
 
 After insert_qdq every quantized layer computes W' x with W' = s q and q = rint(W / s). Rounding each weight to the
 nearest point is best only for uncorrelated inputs; pixels and channels are correlated. Here q is chosen to lower
