@@ -12,6 +12,7 @@ from ..graph.ops import Layer
 from .axes import Layout
 from .edits import Edit, Role
 from .nodes import op_and_name
+from .refusal import Refusal
 
 NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 CHANNEL_NORMS = ("GroupNormalization", "InstanceNormalization", "BatchNormalization")
@@ -48,24 +49,24 @@ class Route:
         return Route(self.edits + other.edits, self.marks | other.marks)
 
 
-def edit_route(node: ir.Node, index: int, layout: Layout, role: Role, request: Request) -> Route | str:
+def edit_route(node: ir.Node, index: int, layout: Layout, role: Role, request: Request) -> Route | Refusal:
     if layout.channels() is None:
-        return f"{op_and_name(node)} joins channels and something of unknown length"
+        return Refusal(f"{op_and_name(node)} joins channels and something of unknown length")
     return Route((Edit(node, index, layout, role, request.offset, request.shift),))
 
 
-def rows_route(layer: Layer, request: Request) -> Route | str:
+def rows_route(layer: Layer, request: Request) -> Route | Refusal:
     """The rows of a layer, and its bias."""
     node, layout = layer.node, request.layout
     axis = 1 if layer.kind == "conv" else layout.rank - 1
     if not layout.only_on(axis):
-        return f"the rows of {op_and_name(node)} are not the channels (something in between mixes them)"
+        return Refusal(f"the rows of {op_and_name(node)} are not the channels (something in between mixes them)")
     if not request.plain and layer.bias is None and is_op(node, "MatMul"):
-        return f"{op_and_name(node)} has no bias"
+        return Refusal(f"{op_and_name(node)} has no bias")
     return edit_route(node, 1, Layout((layout.axes[axis],), layout.base), "rows", request)
 
 
-def norm_route(node: ir.Node, request: Request) -> Route | str:
+def norm_route(node: ir.Node, request: Request) -> Route | Refusal:
     """The gain and the shift that a norm has as inputs."""
     layout, gain = request.layout, node.inputs[1] if len(node.inputs) > 1 else None
     first = 1
@@ -73,22 +74,22 @@ def norm_route(node: ir.Node, request: Request) -> Route | str:
         first = (node.attributes["axis"].as_int() if "axis" in node.attributes else -1) % layout.rank
     axes = (1,) if is_op(node, *CHANNEL_NORMS) else tuple(range(first, layout.rank))
     if not layout.only_on(*axes):
-        return f"{op_and_name(node)} mixes channels"
+        return Refusal(f"{op_and_name(node)} mixes channels")
     if gain is None or not is_constant(gain) or gain.shape is None:
-        return f"{op_and_name(node)} has no gain that is constant"
+        return Refusal(f"{op_and_name(node)} has no gain that is constant")
     own = Layout(tuple(layout.axes[d] for d in axes), layout.base)
     index = own.channels()
     if index is None or np.broadcast_shapes(index.shape, gain.shape.numpy()) != tuple(gain.shape.numpy()):
-        return f"{op_and_name(node)} has a gain for each group, not for each channel"
+        return Refusal(f"{op_and_name(node)} has a gain for each group, not for each channel")
     route = edit_route(node, 1, own, "gain", Request(own))
     shift = node.inputs[2] if len(node.inputs) > 2 else None
-    if isinstance(route, str):
+    if isinstance(route, Refusal):
         return route
     if shift is None:
-        return route.marked("norm") if request.plain else f"{op_and_name(node)} has no shift"
+        return route.marked("norm") if request.plain else Refusal(f"{op_and_name(node)} has no shift")
     term = (
         edit_route(node, 2, own, "term", request)
         if is_constant(shift)
-        else f"{op_and_name(node)} has a shift that is computed"
+        else Refusal(f"{op_and_name(node)} has a shift that is computed")
     )
-    return term if isinstance(term, str) else (route + term).marked("norm")
+    return term if isinstance(term, Refusal) else (route + term).marked("norm")

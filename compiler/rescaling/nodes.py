@@ -11,6 +11,7 @@ from ..graph.nodes import consumers, is_constant, is_op, name_of, numpy_of
 from ..graph.ops import is_mover
 from .axes import AxisSize, Layout, sizes_of
 from .edits import only_reads_sizes
+from .refusal import Refusal
 
 ELEMENTWISE = ("Sigmoid", "Erf", "Tanh", "HardSigmoid", "Softplus", "Exp", "Pow", "Neg", "Gelu", "HardSwish", "Elu")
 ARITHMETIC = ("Add", "Sub", "Mul", "Div")
@@ -36,12 +37,12 @@ def eventual(node: ir.Node) -> ir.Node:
     return node
 
 
-def before_mover(node: ir.Node, layout: Layout) -> Layout | str:
+def before_mover(node: ir.Node, layout: Layout) -> Layout | Refusal:
     """The layout of what a data mover reads."""
     x = node.inputs[0]
     sizes = None if x is None else sizes_of(x)
     if sizes is None:
-        return f"{op_and_name(node)} reads a value of unknown rank"
+        return Refusal(f"{op_and_name(node)} reads a value of unknown rank")
     if is_op(node, "Transpose"):
         order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(layout.rank))[::-1]
         return layout.transposed(order)
@@ -49,29 +50,29 @@ def before_mover(node: ir.Node, layout: Layout) -> Layout | str:
         return layout
     if is_op(node, "Resize", "Expand"):
         return _stretched(node, layout, sizes)
-    return layout.reshaped(sizes) or f"{op_and_name(node)} mixes channels with something else"
+    return layout.reshaped(sizes) or Refusal(f"{op_and_name(node)} mixes channels with something else")
 
 
-def _stretched(node: ir.Node, layout: Layout, sizes: list[AxisSize]) -> Layout | str:
+def _stretched(node: ir.Node, layout: Layout, sizes: list[AxisSize]) -> Layout | Refusal:
     out = sizes_of(node.outputs[0])
     lead = layout.rank - len(sizes)
     if out is None or len(out) != layout.rank or any(layout.on(d) for d in range(lead)):
-        return f"{op_and_name(node)} repeats channels"
+        return Refusal(f"{op_and_name(node)} repeats channels")
     layout = replace(layout, axes=layout.axes[lead:])
     for d, size in enumerate(sizes):
         if size != out[d + lead] or size is None:
             if layout.on(d):
-                return f"{op_and_name(node)} repeats channels"
+                return Refusal(f"{op_and_name(node)} repeats channels")
             layout = layout.without_channels(d, size)
     return layout
 
 
-def operand(node: ir.Node, index: int, layout: Layout) -> Layout | str:
+def operand(node: ir.Node, index: int, layout: Layout) -> Layout | Refusal:
     """The layout of one operand of an elementwise node whose result has this layout."""
     x = node.inputs[index]
     sizes = None if x is None else sizes_of(x)
     if sizes is None:
-        return f"{op_and_name(node)} reads a value of unknown rank"
+        return Refusal(f"{op_and_name(node)} reads a value of unknown rank")
     return _stretched(node, layout, sizes)
 
 

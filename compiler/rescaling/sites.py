@@ -37,6 +37,7 @@ from .axes import Atom, AxisSize, Layout, sizes_of
 from .edits import Edit, add_to_bias, apply_edit, other_readers
 from .ends import Request, Route
 from .nodes import before_mover, eventual, op_and_name
+from .refusal import Refusal
 from .scaling import Factors, channel_axis, divide_value, input_channels, multiplied_weight, multiply_weight
 from .trace import Tracer
 
@@ -157,7 +158,7 @@ def _source(layer: Layer) -> tuple[ir.Value, int, set[ir.Node]]:
     layout = Layout.of(sizes, axis).with_axis(axis % len(sizes), (Atom(channels, 1),) if channels > 1 else ())
     while (node := value.producer()) is not None and is_mover(node) and node.inputs[0] is not None:
         before = before_mover(node, layout)
-        if isinstance(before, str) or not any(before.whole(d, channels) for d in range(before.rank)):
+        if isinstance(before, Refusal) or not any(before.whole(d, channels) for d in range(before.rank)):
             break
         passed.add(node)
         value, layout = node.inputs[0], before
@@ -192,24 +193,24 @@ def _sites_of(
         ]
     layout = Layout.of(sizes, axis)
     route = tracer.trace(value, Request(layout))
-    if isinstance(route, str):
+    if isinstance(route, Refusal):
         nodes = tuple(n for n in consumers(value) if n in known)
-        return [RescalingSite(value, axis, tuple(readers), "run_time", route, dividers=nodes)]
+        return [RescalingSite(value, axis, tuple(readers), "run_time", route.reason, dividers=nodes)]
     kind: SiteKind = next((kind for kind in KIND_ORDER if kind in route.marks), "linear")
     shift = _pads(readers) or tracer.trace(value, Request(layout, shift=True))
-    refused, edits = (shift, ()) if isinstance(shift, str) else ("", shift.edits)
+    refused, edits = (shift.reason, ()) if isinstance(shift, Refusal) else ("", shift.edits)
     return [RescalingSite(value, axis, tuple(readers), kind, "", route.edits, edits, refused)]
 
 
-def _pads(readers: list[Layer]) -> str:
-    """Return which reader pads with zeros (a shift would change the zeros), or the empty string."""
+def _pads(readers: list[Layer]) -> Refusal | None:
+    """Return a refusal that names a reader that pads with zeros, which a shift would change, or None."""
     for layer in readers:
         attributes = layer.node.attributes
         padded = "pads" in attributes and any(attributes["pads"].as_ints())
         automatic = "auto_pad" in attributes and attributes["auto_pad"].as_string().startswith("SAME")
         if padded or automatic:
-            return f"{op_and_name(layer.node)} pads with zeros"
-    return ""
+            return Refusal(f"{op_and_name(layer.node)} pads with zeros")
+    return None
 
 
 def find_pairs(graph: ir.Graph) -> list[Pair]:
@@ -243,7 +244,7 @@ def _pair(tracer: Tracer, node: ir.Node) -> Pair:
         query_route, key_route = routes
         if isinstance(query_route, Route) and isinstance(key_route, Route):
             return Pair(node, channels, query_route.edits, key_route.edits)
-        reason = reason or next(r for r in routes if isinstance(r, str))
+        reason = reason or next(r.reason for r in routes if isinstance(r, Refusal))
     return Pair(node, 0, reason=reason)
 
 

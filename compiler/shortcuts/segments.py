@@ -23,6 +23,7 @@ from ..graph.nodes import Builder, Names, is_constant, is_op, known_ints, name_o
 from ..graph.ops import Layer, is_mover, layers
 from ..graph.require import producer, shape_of
 from ..graph.scopes import scope_of, within
+from ..rescaling.refusal import Refusal
 from ..rescaling.scaling import channel_axis, divide_value, input_channels, multiply_weight
 
 Dim = int | ir.SymbolicDim
@@ -92,7 +93,7 @@ def find_joined(graph: ir.Graph, timely: Collection[ir.Value] = ()) -> tuple[lis
         if isinstance(joined, Joined):
             found.append(joined)
         else:
-            reasons[layer.name] = joined
+            reasons[layer.name] = joined.reason
     return found, reasons
 
 
@@ -139,22 +140,22 @@ def divide_parts(graph: ir.Graph, names: Names, joined: Joined, factors: Sequenc
     divide_value(graph, names, layer.activations[0], [layer.node], each, channel_axis(layer))
 
 
-def _joined(layer: Layer, concat: ir.Node, axis: int | None) -> Joined | str:
-    """What is joined in front of a layer, or why it cannot be taken apart."""
+def _joined(layer: Layer, concat: ir.Node, axis: int | None) -> Joined | Refusal:
+    """Return the parts that are joined in front of a layer, or why the layer cannot be taken apart."""
     out = concat.outputs[0]
     if axis is None or out.shape is None:
-        return "its input is rearranged on the way"
+        return Refusal("its input is rearranged on the way")
     if concat.attributes["axis"].as_int() % len(out.shape) != axis:
-        return "joined along another axis"
+        return Refusal("joined along another axis")
     if layer.kind == "conv" and "group" in layer.node.attributes and layer.node.attributes["group"].as_int() != 1:
-        return "its channels are in groups"
+        return Refusal("its channels are in groups")
     parts = [v for v in concat.inputs if v is not None]
     if any(is_constant(v) for v in parts):
-        return "a part is constant"
+        return Refusal("a part is constant")
     sizes = [known_ints(v.shape, [axis]) for v in parts]
     known = [size[0] for size in sizes if size is not None]
     if len(known) < len(parts) or sum(known) != input_channels(layer):
-        return "the sizes of its parts are not known"
+        return Refusal("the sizes of its parts are not known")
     return Joined(layer, concat, tuple(known))
 
 
