@@ -24,9 +24,11 @@ from typing import Any
 from mezzotint.compiler.core.pipeline import Pass, Recipe
 from mezzotint.passes.recipes.catalog import DEFAULT, RECIPES
 from mezzotint.passes.recipes.files import make_pass, pass_names, to_yaml
+from tools.rooms import purpose, room_of, sources
 
 DOCS = Path(__file__).parents[1] / "docs"
-HOUSE = ("mezzotint", "compiler", "passes", "runtime", "tools")
+TOPS = ("mezzotint", "passes", "compiler", "runtime", "tools")
+TOOLS = "Programs for working on the project; nothing imports them but tests and each other."
 GENERATED = "Written by `tools/docs.py`; do not edit.\n"
 _ARXIV = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{4,5})\b")
 _TITLE = re.compile(r"^(\w+): (.+?)(?:\n\n|\Z)", re.S)
@@ -135,18 +137,23 @@ def commands() -> str:
 
 
 def modules() -> str:
-    """Every file of the house with the first sentence of its docstring."""
-    parts = [f"# Modules\n\n{GENERATED}"]
-    for folder in HOUSE:
-        rows = []
-        root = DOCS.parent / folder
-        for file in sorted(root.rglob("*.py")):
-            docstring = ast.get_docstring(ast.parse(file.read_text("utf-8")))
-            if docstring and not any(part.is_symlink() for part in file.parents):
-                first = " ".join(docstring.partition("\n\n")[0].split())
-                rows.append(f"| `{file.relative_to(root).as_posix()}` | {first} |")
-        parts.append(f"## {folder}/\n\n| file | what it is for |\n|---|---|\n" + "\n".join(rows))
-    return "\n\n".join(parts) + "\n"
+    """Return every file with the first paragraph of its docstring, by room, under the room's purpose."""
+    root = DOCS.parent
+    rooms: dict[str, list[Path]] = {}
+    for file in sources(root, TOPS):
+        rooms.setdefault(room_of(root, file), []).append(file)
+    sections = [f"# Modules\n\n{GENERATED}"]
+    for room, files in sorted(rooms.items(), key=lambda item: (TOPS.index(item[0].partition("/")[0]), item[0])):
+        about = purpose(root, room) if (root / room / "__init__.py").is_file() else TOOLS
+        rows = [f"| `{file.name}` | {first_paragraph(file)} |" for file in files if file.name != "__init__.py"]
+        table = "\n\n| file | what it is for |\n|---|---|\n" + "\n".join(rows) if rows else ""
+        sections.append(f"{'#' * (2 + room.count('/'))} {room}/\n\n{about}{table}")
+    return "\n\n".join(sections) + "\n"
+
+
+def first_paragraph(file: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def heading(name: str) -> str:
