@@ -1,4 +1,4 @@
-"""Where the channels of a value lie, seen back through nodes that move data.
+"""Places of the channels in a value, traced back through nodes that move data.
 
 An axis is a product of atoms, the outermost first. An atom of `stride` k counts k channels for each of its steps; one
 of stride 0 counts something else (tokens, the batch). Cutting 128 channels into 4 heads of 32 cuts one atom into two,
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 AxisSize = int | str | None
-"""How long an axis is: a number, an open dimension's name, or unknown."""
+"""The length of an axis: a number, the name of an open dimension, or None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Layout:
         return self.base == 0 and self.only_on(axis) and self.axes[axis] == _axis(Atom(channels, 1))
 
     def transposed(self, order: Sequence[int]) -> Layout:
-        """What a Transpose reads: the axes before it."""
+        """Return the layout of a Transpose's input."""
         before: list[Axis] = [()] * self.rank
         for place, axis in zip(order, self.axes, strict=True):
             before[place] = axis
@@ -82,7 +82,7 @@ class Layout:
         return self.with_axis(axis, _axis(Atom(size)))
 
     def reshaped(self, sizes: Sequence[AxisSize]) -> Layout | None:
-        """What a Reshape reads, of these sizes; None when the channels' places there cannot be told."""
+        """Return the layout of a Reshape's input of these sizes, or None if the channels have no known place there."""
         atoms = [atom for axis in self.axes for atom in axis]
         front: list[Axis] = []
         back: list[Axis] = []
@@ -122,7 +122,7 @@ class Layout:
 
 
 def sizes_of(value: ir.Value) -> list[AxisSize] | None:
-    """The lengths of a value's axes, None where its rank is not known."""
+    """Return the lengths of a value's axes, or None if its rank is not known."""
     if value.shape is None:
         return None
     return [size_of(dim) for dim in value.shape]

@@ -1,11 +1,11 @@
 """Edits of the constants that take channel factors. Each node gets a constant of its own; other readers keep the old.
 
-An edit turns what its node adds or multiplies with, so that the value further down becomes
+An edit changes the constant that its node adds or multiplies with, so that the value further down becomes
 
     v  ->  v m + a                  m and a: one number for each channel
 
-`offset` o is what is added to the constant before it arrives there: (c + o) m + a - o takes the place of c. That is the
-1 of `x * (1 + scale)`: a scale b becomes (b + 1) m - 1, which for m = 1 / s is (b + 1 - s) / s.
+`offset` o is added to the constant on the way to that value: (c + o) m + a - o replaces c. It is the 1 of
+`x * (1 + scale)`: a scale b becomes (b + 1) m - 1, which for m = 1 / s is (b + 1 - s) / s.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Edit:
 
 
 def apply_edit(graph: ir.Graph, names: Names, edit: Edit, multiply: Factors, add: Factors) -> None:
-    """Change the constants of one edit, m and a being given for each channel."""
+    """Change the constants of one edit. m and a have one number for each channel."""
     m = _placed(edit.layout, multiply, 1.0)
     a = _placed(edit.layout, add, 0.0) if edit.additive else np.zeros(1)
     a = a + edit.offset * (m - 1)
@@ -60,14 +60,14 @@ def apply_edit(graph: ir.Graph, names: Names, edit: Edit, multiply: Factors, add
 
 
 def add_to_bias(graph: ir.Graph, names: Names, node: ir.Node, summand: Factors) -> None:
-    """Add `[out]` to a layer's bias; a layer that has none gets one."""
+    """Add `[out]` to a layer's bias. A layer without a bias gets one."""
     layer = _layer(node)
     _set_bias(graph, names, layer, lambda bias: bias + summand, np.asarray(summand, np.float32))
 
 
 def magnitudes(edit: Edit, channels: int, columns: Factors | None = None, *, lengths: bool = False) -> Factors:
-    """The largest magnitude of what an edit changes, for each channel; of rows, their input channels multiplied by
-    `columns`. With `lengths` instead the length of each row plus the magnitude of its bias, `offset` included."""
+    """Return the largest magnitude of the edited constant for each channel; of rows, with input channels multiplied by
+    `columns`. With `lengths`, return the length of each row plus the magnitude of its bias, `offset` included."""
     if edit.role == "rows":
         layer = _layer(edit.node)
         found = row_lengths(layer) if lengths else row_ranges(layer, columns)
@@ -103,7 +103,7 @@ def _layer(node: ir.Node) -> Layer:
 
 
 def _set_bias(graph: ir.Graph, names: Names, layer: Layer, change: Change, fresh: npt.NDArray[np.float32]) -> None:
-    """Replace a bias `[out]`, or the rows of its time table, by what `change` makes of it; `fresh` where none was."""
+    """Apply `change` to a bias `[out]` or to the rows of its time table. A layer without a bias gets `fresh`."""
     node, bias = layer.node, layer.bias
     build = Builder(graph, names, node)
     if bias is not None:
@@ -135,7 +135,7 @@ def _set_bias(graph: ir.Graph, names: Names, layer: Layer, change: Change, fresh
 
 
 def _placed(layout: Layout, values: Factors, neutral: float) -> Factors:
-    """Numbers for each channel where the channels are, another one elsewhere."""
+    """Return the number of each channel at its places, and `neutral` elsewhere."""
     index = _channels(layout)
     placed: Factors = np.where(index >= 0, values[np.maximum(index, 0)], neutral)
     return placed
@@ -147,10 +147,10 @@ def _channels(layout: Layout) -> npt.NDArray[np.int64]:
 
 
 def only_reads_sizes(node: ir.Node) -> bool:
-    """Whether a node takes the sizes of what it reads, and no contents."""
+    """Return whether a node reads the sizes of its input and not the contents."""
     return is_op(node, "Shape", "Size")
 
 
 def other_readers(value: ir.Value, known: set[ir.Node]) -> list[ir.Node]:
-    """Who reads the contents of a value besides these nodes."""
+    """Return the nodes outside of `known` that read the contents of a value."""
     return [n for n in consumers(value) if n not in known and not only_reads_sizes(n)]

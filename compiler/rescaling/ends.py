@@ -1,4 +1,4 @@
-"""Where factors come to rest: constants, the rows of a layer, the gain and the shift of a norm."""
+"""Constants that end a route and take the factors: the rows of a layer, the gain and the shift of a norm, a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANNEL_NORMS = ("GroupNormalization", "InstanceNormalization", "BatchNormalizat
 
 @dataclass(frozen=True)
 class Request:
-    """What should happen to a value: v -> v m + a with an `offset` that is added later; `shift` asks for the a."""
+    """A requested change of a value: v -> v m + a, where `offset` is added later and `shift` says that a is wanted."""
 
     layout: Layout
     offset: float = 0.0
@@ -28,7 +28,7 @@ class Request:
 
     @property
     def plain(self) -> bool:
-        """Whether a factor is all."""
+        """Return whether the request is for factors only."""
         return self.offset == 0 and not self.shift
 
     def on(self, layout: Layout) -> Request:
@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Route:
-    """The edits that do it, and what was passed on the way: "norm", "adaln", "value", "gated"."""
+    """The edits that fulfil a request, with marks of nodes passed on the way: "norm", "adaln", "value", "gated"."""
 
     edits: tuple[Edit, ...]
     marks: frozenset[str] = frozenset()
@@ -56,7 +56,7 @@ def edit_route(node: ir.Node, index: int, layout: Layout, role: Role, request: R
 
 
 def rows_route(layer: Layer, request: Request) -> Route | Refusal:
-    """The rows of a layer, and its bias."""
+    """Return the route that ends at the rows of a layer and its bias."""
     node, layout = layer.node, request.layout
     axis = 1 if layer.kind == "conv" else layout.rank - 1
     if not layout.only_on(axis):
@@ -67,7 +67,7 @@ def rows_route(layer: Layer, request: Request) -> Route | Refusal:
 
 
 def norm_route(node: ir.Node, request: Request) -> Route | Refusal:
-    """The gain and the shift that a norm has as inputs."""
+    """Return the route that ends at the gain and the shift of a norm."""
     layout, gain = request.layout, node.inputs[1] if len(node.inputs) > 1 else None
     first = 1
     if not is_op(node, *CHANNEL_NORMS):

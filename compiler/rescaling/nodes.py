@@ -1,4 +1,4 @@
-"""What nodes do to channels, read off the nodes: which axes they move, change, take apart or broadcast."""
+"""Effects of single nodes on channels: which axes they move, change, take apart or broadcast."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ LONGEST_CHAIN = 12  # nodes between an activation function's input and its last 
 
 
 def op_and_name(node: ir.Node) -> str:
+    """Return the operation and the name of a node, such as `Conv 'x'`, for a reason."""
     return f"{node.op_type} {node.name or name_of(node.outputs[0])!r}"
 
 
 def read_by_others(value: ir.Value, reader: ir.Node) -> str:
-    """Who else sees a value; the empty string where nobody does."""
+    """Return which other node reads a value, or the empty string."""
     if value.is_graph_output():
         return f"{name_of(value)!r} is an output of the graph"
     others = [n for n in consumers(value) if n is not reader and not only_reads_sizes(n)]
@@ -31,14 +32,14 @@ def read_by_others(value: ir.Value, reader: ir.Node) -> str:
 
 
 def eventual(node: ir.Node) -> ir.Node:
-    """The node that computes with what a mover hands on; a mover that several read is named itself."""
+    """Return the node that computes with a mover's output. If several nodes read the output, return the mover."""
     while is_mover(node) and len(readers := consumers(node.outputs[0])) == 1:
         node = readers[0]
     return node
 
 
 def before_mover(node: ir.Node, layout: Layout) -> Layout | Refusal:
-    """The layout of what a data mover reads."""
+    """Return the layout of a data mover's input."""
     x = node.inputs[0]
     sizes = None if x is None else sizes_of(x)
     if sizes is None:
@@ -68,7 +69,7 @@ def _stretched(node: ir.Node, layout: Layout, sizes: list[AxisSize]) -> Layout |
 
 
 def operand(node: ir.Node, index: int, layout: Layout) -> Layout | Refusal:
-    """The layout of one operand of an elementwise node whose result has this layout."""
+    """Return the layout of one operand of an elementwise node whose result has this layout."""
     x = node.inputs[index]
     sizes = None if x is None else sizes_of(x)
     if sizes is None:
@@ -77,18 +78,18 @@ def operand(node: ir.Node, index: int, layout: Layout) -> Layout | Refusal:
 
 
 def constant_operand(node: ir.Node) -> int | None:
-    """Which of two operands is a constant, float32."""
+    """Return the index of the operand that is constant, or None."""
     return next((i for i, v in enumerate(node.inputs) if is_constant(v) and v is not None), None)
 
 
 def own_gate(node: ir.Node) -> bool:
-    """Whether a product multiplies a value with a function of itself, element by element (SiLU, GELU)."""
+    """Return whether a product multiplies a value with a function of itself, element by element (SiLU, GELU)."""
     first, second = (_elementwise_sources(v) for v in node.inputs)
     return bool(first & second)
 
 
 def _elementwise_sources(value: ir.Value | None) -> set[ir.Value]:
-    """A value and all that it is computed from element by element, a few nodes back."""
+    """Return a value and the values that it is computed from element by element, a few nodes back."""
     found: set[ir.Value] = set()
     edge = [value]
     for _ in range(LONGEST_CHAIN):
@@ -100,12 +101,12 @@ def _elementwise_sources(value: ir.Value | None) -> set[ir.Value]:
 
 
 def smaller_first(node: ir.Node) -> tuple[int, int]:
-    """The operands of a product, one that is broadcast before the other."""
+    """Return the operand indices of a product, a broadcast operand first."""
     return (1, 0) if modulates(node, 1) and not modulates(node, 0) else (0, 1)
 
 
 def modulates(node: ir.Node, index: int) -> bool:
-    """Whether one operand of a product is repeated along an axis of the other."""
+    """Return whether one operand of a product is repeated along an axis of the other."""
     out, x = sizes_of(node.outputs[0]), node.inputs[index]
     sizes = None if x is None else sizes_of(x)
     if out is None or sizes is None:
@@ -114,13 +115,14 @@ def modulates(node: ir.Node, index: int) -> bool:
 
 
 def pads_zeros(node: ir.Node) -> bool:
+    """Return whether a Pad fills with the constant 0."""
     mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
     value = node.inputs[2] if len(node.inputs) > 2 else None
     return mode == "constant" and (value is None or (is_constant(value) and not numpy_of(value).any()))
 
 
 def changed_axes(node: ir.Node, rank: int) -> list[int]:
-    """The axes along which a pooling, a mean or a padding computes; all of them where that is not known."""
+    """Return the axes along which a pooling, a mean or a padding computes; all axes if they are not known."""
     if is_op(node, "Pad"):
         pads = _numbers(node, 1)
         if pads is None or len(pads) != 2 * rank:
@@ -134,7 +136,7 @@ def changed_axes(node: ir.Node, rank: int) -> list[int]:
 
 
 def part_of(node: ir.Node, value: ir.Value) -> tuple[int, int, int, int] | None:
-    """(axis, start, length, total) of what a Split, Slice or Gather takes, where it is one of equal parts."""
+    """Return (axis, start, length, total) of the part that a Split, Slice or Gather takes, or None if parts differ."""
     whole = node.inputs[0] if node.inputs else None
     sizes = None if whole is None else sizes_of(whole)
     if sizes is None or not is_op(node, "Split", "Slice", "Gather"):
@@ -180,7 +182,7 @@ def _cut(node: ir.Node, sizes: list[AxisSize]) -> tuple[int, int, int] | None:
 
 
 def _numbers(node: ir.Node, index: int) -> list[int] | None:
-    """The integers of a constant input."""
+    """Return the integers of a constant input, or None."""
     value = node.inputs[index] if len(node.inputs) > index else None
     if value is None or not is_constant(value):
         return None

@@ -1,9 +1,9 @@
-"""Factors for each input channel of a layer: what the value is divided by, the weights are multiplied with.
+"""Factors for each input channel of a layer: the value is divided by them, the weights are multiplied with them.
 
     layer(x, W)  =  layer(x / s, W s)         s > 0, one for each input channel
 
-The product is the same whoever divides x. Here nodes do it at run time (`divide_value`), which is always legal and
-costs a pass over the data; where the factors may move into what made x instead, compiler/rescaling/sites.py says.
+Here nodes divide x at run time (`divide_value`), which is always legal and costs a pass over the data.
+compiler/rescaling/sites.py finds the values whose factors can move into their producers instead.
 
 Zero padding stays exact: 0 / s is 0.
 """
@@ -109,7 +109,7 @@ def divide_value(
     factors: npt.NDArray[np.floating],
     axis: int,
 ) -> ir.Value:
-    """One Mul by 1 / factors `[C]` along `axis` of a value, for these of its readers; returns what they read."""
+    """Insert a Mul by 1 / factors `[C]` along `axis` of a value, for these readers. Return its output."""
     if value.shape is None:
         raise ValueError(f"{name_of(value)} has no known rank")
     rank = len(value.shape)

@@ -1,7 +1,7 @@
-"""What the passes share that choose factors for input channels: find the sites, judge candidates, apply, report.
+"""Base of the passes that choose factors for input channels: find the sites, compare candidates, apply, report.
 
-A pass says which candidates a value has; here each is judged by the expected error (compiler/rescaling/smoothing.py),
-and the best is applied where it gains enough: `gain` dB where the factors move into the nodes that make the value
+A pass proposes candidates for a value. They are compared by the expected error (compiler/rescaling/smoothing.py), and
+the best is applied if it gains enough: `gain` dB where the factors move into the nodes that make the value
 (compiler/rescaling/sites.py), `run_time_gain` dB where a Mul has to divide at run time, and that only with `run_time`.
 Values with no such site, and without a Mul, are listed in `Program.refused`, each with the reason.
 """
@@ -35,7 +35,7 @@ NO_PLACE, NO_AXIS = "no rescaling is exact", "its channels were measured along a
 
 @dataclass(frozen=True)
 class ScaledInputs(GraphPass):
-    """The options that all of them have.
+    """The options that these passes share.
 
     `weight_bits`, `activation_bits` and `islands` are those of the plan to come (choose_scales, insert_qdq), `timed`
     says that its activation scales know the timestep, `clipped` that its weights are not rounded over their whole
@@ -56,10 +56,10 @@ class ScaledInputs(GraphPass):
 
     @abstractmethod
     def candidates(self, evidence: Evidence, weights: list[GroupedWeight]) -> Mapping[str, Factors]:
-        """Factors to judge, by a name for the note. All equal to 1 is always a candidate, and not among them."""
+        """Return the candidate factors, by a name for the note. Factors of 1 are always compared, and not listed."""
 
     def describe(self, tally: Tally) -> str:
-        """What a pass wants to say besides."""
+        """Return an addition to the note; empty by default."""
         return ""
 
     def run(self, program: Program, context: Context) -> Program:
@@ -89,7 +89,7 @@ class ScaledInputs(GraphPass):
     def _scale(
         self, graph: ir.Graph, names: Names, stats: Stats, site: RescalingSite, quantized: list[Layer], tally: Tally
     ) -> str | None:
-        """Apply the best factors that a value has, or return why it keeps its own."""
+        """Apply the best factors of a value and return None, or return why the value stays as it is."""
         numbers = sum(_numbers(stats, layer) for layer in quantized)
         tally.numbers += numbers
         late = site.kind == "run_time"
@@ -112,7 +112,7 @@ class ScaledInputs(GraphPass):
 
 @dataclass
 class Tally:
-    """What happened to the values, for the note."""
+    """Counts of scaled and unscaled values, for the note."""
 
     taken: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
@@ -147,6 +147,6 @@ def _counted(counter: Counter[str]) -> str:
 
 
 def _numbers(stats: Stats, layer: Layer) -> int:
-    """How many numbers a layer read in the calls that were measured."""
+    """Return how many numbers a layer read in the measured calls."""
     summary = stats.summary(name_of(layer.activations[0]))
     return 0 if summary is None else summary.count

@@ -1,12 +1,12 @@
 """How far up the graph a factor for each channel of a value can move, and which constants take it.
 
-`Tracer.trace` walks from a value to what made it. It ends at constants that can hold the factors (the rows of a layer,
-the gain and the shift of a norm, a table) and returns the edits to them, or a reason in plain words. On the way every
-value may be read by nobody else, for else the others would see the factors.
+`Tracer.trace` walks from a value to its producers. It ends at constants that can hold the factors (the rows of a layer,
+the gain and the shift of a norm, a table) and returns the edits to them, or a Refusal. On the way no value may have
+another reader, because that reader would see the factors.
 
-What lets factors through: data movers; ReLU and what else is positively homogeneous; pooling; the values of attention,
-since softmax mixes tokens and no channels; one operand of a product (the value half of a GEGLU; `1 + scale` of an
-adaptive norm); both operands of a sum. What does not: every other nonlinearity, and norms, which mix channels.
+These let factors through: data movers; ReLU and other positively homogeneous functions; pooling; the values of
+attention, since softmax mixes tokens and no channels; one operand of a product (the value half of a GEGLU; `1 + scale`
+of an adaptive norm); both operands of a sum. Every other nonlinearity stops them, and so do norms, which mix channels.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 
 
 class Tracer:
-    """Traces in one graph; `layers` maps the output of each layer with a constant weight to it."""
+    """Traces in one graph. `layers` maps the output of each layer with a constant weight to that layer."""
 
     def __init__(self, layers: dict[ir.Value, Layer]) -> None:
         self._layers = layers
 
     def into(self, node: ir.Node, index: int, request: Request) -> Route | Refusal:
-        """Divide what a node reads as input `index`, which nobody else may read."""
+        """Return the route that divides input `index` of a node. The input may have no other reader."""
         value = required(node.inputs[index], f"input {index}", node)
         if is_constant(value):
             if value.dtype != ir.DataType.FLOAT:
@@ -62,7 +62,7 @@ class Tracer:
         return self.trace(value, request)
 
     def trace(self, value: ir.Value, request: Request) -> Route | Refusal:
-        """The route for a value whose readers all agree."""
+        """Return the route for a value whose readers all take the same factors."""
         node = value.producer()
         if node is None:
             return Refusal(f"{name_of(value)!r} is an input of the graph")
@@ -113,7 +113,7 @@ class Tracer:
             return self._sum(node, request)
         x = 1 - number
         constant = required(node.inputs[number], f"input {number}", node)
-        if tensor_of(constant).size == 1 and not request.shift:  # x takes what is added later, too
+        if tensor_of(constant).size == 1 and not request.shift:  # x takes the later summand, too
             later = request.offset + float(numpy_of(constant).reshape(()))
             route = self._operand(node, x, replace(request, offset=later))
             if isinstance(route, Route):
@@ -125,7 +125,7 @@ class Tracer:
         return route + own if isinstance(route, Route) and isinstance(own, Route) else _first_refusal(route, own)
 
     def _sum(self, node: ir.Node, request: Request) -> Route | Refusal:
-        """Both operands take the factors, one of them the summands."""
+        """Return a route in which both operands take the factors, and one of them the summands."""
         reason = ""
         for first in (0, 1):
             one = self._operand(node, first, request)
@@ -136,7 +136,7 @@ class Tracer:
         return Refusal(f"{op_and_name(node)} adds two activations (a residual stream), and {reason}")
 
     def _operand(self, node: ir.Node, index: int, request: Request) -> Route | Refusal:
-        """One operand of an elementwise node, which may be broadcast."""
+        """Return the route of one operand of an elementwise node. The operand may be broadcast."""
         layout = operand(node, index, request.layout)
         return layout if isinstance(layout, Refusal) else self.into(node, index, request.on(layout))
 
@@ -171,7 +171,7 @@ class Tracer:
         return self._operand(node, 0, request)
 
     def _scale(self, node: ir.Node, number: int, request: Request, role: Role) -> Route | Refusal:
-        """A constant that has a number for each channel takes the factors; a single number lets them through."""
+        """Return the route through a constant factor: one for each channel takes the factors, a scalar passes them."""
         if not request.plain:
             return Refusal(f"{op_and_name(node)} in between lets no summands through")
         constant = tensor_of(node.inputs[number])
@@ -187,7 +187,7 @@ class Tracer:
         return route if isinstance(route, Refusal) else route.marked("norm")
 
     def _attention(self, node: ir.Node, value: ir.Value, request: Request) -> Route | Refusal:
-        """Rows of the product come from the first operand, columns from the second, leading axes from both."""
+        """Return the route through a product: its rows come from the first operand, its columns from the second."""
         layout = request.layout
         if layout.rank < 2 or not request.plain:
             return Refusal(f"{op_and_name(node)} in between lets no summands through")
@@ -205,7 +205,7 @@ class Tracer:
         return route if isinstance(route, Refusal) else route.marked("value")
 
     def _gather(self, node: ir.Node, value: ir.Value, request: Request) -> Route | Refusal:
-        """A row of a table (of timesteps, of classes), or one part of an activation."""
+        """Return the route into a row of a table (of timesteps, of classes), or into one part of an activation."""
         table, rows = node.inputs[0], node.inputs[1]
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
         if table is None or rows is None or rows.shape is None:
@@ -218,7 +218,7 @@ class Tracer:
         return edit_route(node, 0, replace(request.layout, axes=((), *request.layout.axes[count:])), "term", request)
 
     def _part(self, node: ir.Node, value: ir.Value, request: Request) -> Route | Refusal:
-        """One of equal parts: the factors reach those rows only."""
+        """Return the route into one of equal parts: the factors reach the rows of that part only."""
         found = part_of(node, value)
         whole = node.inputs[0]
         sizes = None if whole is None else sizes_of(whole)

@@ -5,7 +5,7 @@ A row keeps the inverse G = H^-1 of the columns that are still free. Until none 
     p  = the free column with the least (w_p - s q_p)^2 / G_pp
     w -= (w_p - s q_p) / G_pp G_p,        G -= G_p G_p^T / G_pp,        p is done
 
-and a weight that was pushed further than half a step beyond the grid is taken first, before it gets worse. Every row
+and a weight more than half a step beyond the grid is taken first, before it moves further. Every row
 has an order of its own, so that d inputs cost d^3 for each row; many rows go at once, and what is done leaves the
 matrices now and then, which saves two thirds.
 """
@@ -21,11 +21,11 @@ from ..core.formats import Grid, ends, of_rows
 from .matrix import Matrix, Root
 
 ROOM = 1 << 26  # bytes of inverses that are worked on at once
-COMPACTIONS = 8  # how often the columns that are done are taken out
+COMPACTIONS = 8  # how often finished columns are removed from the matrices
 
 
 def obq(weight: Matrix, root: Root, scale: Floats, grid: Grid) -> Floats:
-    """Integers `[rows, d]`, as float32."""
+    """Return integers `[rows, d]`, as float32."""
     upper = root.upper.astype(np.float64)
     inverse = np.empty_like(upper)
     inverse[np.ix_(root.order, root.order)] = upper.T @ upper

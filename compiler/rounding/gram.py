@@ -1,9 +1,9 @@
-"""What a layer's weights are rounded against: columns of its input, and their products H = sum x x^T.
+"""Columns of a layer's input and their products H = sum x x^T, against which its weights are rounded.
 
-With y = W x for every output position, rounding W to W' costs ||(W - W') X||^2 = tr((W - W') H (W - W')^T), so that H
-is all that has to be kept of the inputs: d^2 numbers for d inputs of an output, one such matrix for each group of a
+With y = W x for every output position, rounding W to W' costs ||(W - W') X||^2 = tr((W - W') H (W - W')^T), so only
+H has to be kept of the inputs: d^2 numbers for d inputs of an output, one such matrix for each group of a
 convolution. A convolution's columns are its input unfolded (kernel, stride, padding, dilation). Positions are sampled
-before they are unfolded, which bounds memory: neighbouring pixels say nearly the same, and H needs only several
+before they are unfolded, which bounds memory: neighbouring pixels are nearly equal, and H needs only several
 columns for each input.
 """
 
@@ -25,14 +25,14 @@ from ..errors import PassError
 from ..graph.nodes import is_op, name_of
 
 Positions = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""(indices along the first dimension, flat indices of a position in what follows), alike in shape."""
+"""(indices along the first dimension, flat indices of a position in the remaining dimensions), of one shape."""
 
 MIRROR = 1024  # rows at once
 
 
 @dataclass(frozen=True)
 class Unfold:
-    """How columns `[positions, groups, d]` come out of a layer's input; a linear layer has no kernel."""
+    """The unfolding of a layer's input into columns `[positions, groups, d]`; a linear layer has no kernel."""
 
     kernel: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class Unfold:
 
     @staticmethod
     def of(node: ir.Node, weight_shape: Sequence[int]) -> Unfold:
-        """That of a Conv, Gemm or MatMul whose weight has this shape. Raises PassError."""
+        """Return the unfolding of a Conv, Gemm or MatMul whose weight has this shape. Raise PassError."""
         if not is_op(node, "Conv"):
             return Unfold()
         automatic = node.attributes.get("auto_pad")
@@ -63,7 +63,7 @@ class Unfold:
         return Unfold(kernel, numbers("strides", 1), numbers("pads", 0, 2 * rank), numbers("dilations", 1), int(groups))
 
     def positions(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """How many outputs there are, along each dimension, for an input of that shape (channels left out)."""
+        """Return the number of outputs along each dimension, without channels, for an input of this shape."""
         if not self.kernel:
             return tuple(shape[:-1])
         rank = len(self.kernel)
@@ -73,7 +73,7 @@ class Unfold:
         return (shape[0], *outputs)
 
     def columns(self, x: Floats, chosen: Positions) -> Floats:
-        """The inputs of the outputs at the chosen positions, `[positions, groups, d]`, as weights see them."""
+        """Return the inputs of the outputs at these positions, `[positions, groups, d]`, in the order of the weights."""
         first, inner = chosen
         sizes = self.positions(x.shape)
         where: tuple[npt.NDArray[Any], ...] = np.unravel_index(inner, sizes[1:]) if len(sizes) > 1 else ()
@@ -92,7 +92,7 @@ class Unfold:
 
 
 def choose_positions(sizes: Sequence[int], limit: int, rng: np.random.Generator) -> Positions:
-    """At most `limit` positions of `sizes`, as many for each index of the first dimension (the samples)."""
+    """Return at most `limit` positions of `sizes`, as many for each index of the first dimension (the samples)."""
     count, each = sizes[0], prod(sizes[1:])
     samples = np.arange(count) if count <= limit else np.sort(rng.choice(count, limit, replace=False))
     share = min(each, max(limit // len(samples), 1))
@@ -112,11 +112,11 @@ class Gram:
             turned = columns.transpose(1, 2, 0)
             self._matrix += turned @ turned.transpose(0, 2, 1)
             return
-        # One triangle, in place: BLAS reads rows as columns, so the transposed views are what it wants.
+        # One triangle, in place: BLAS reads rows as columns, so it gets transposed views.
         self._syrk(1.0, columns[:, 0].T, beta=1.0, c=self._matrix[0].T, overwrite_c=1)
 
     def matrix(self) -> Floats:
-        """H, both triangles. Nothing can be added afterwards."""
+        """Return H with both triangles. Call it after the last add()."""
         if len(self._matrix) == 1:
             mirror(self._matrix[0])
         return self._matrix

@@ -1,7 +1,7 @@
-"""The inputs of quantized layers, as matrices: latents go through the rounded prefix, and H = X X^T is what stays.
+"""The inputs of quantized layers as matrices H = X X^T, gathered by running latents through the rounded prefix.
 
 Latents are those of the float trajectory, kept for a few of its calls. For each stage a graph that ends at the inputs
-of its layers is run on them, beside the float graph where the difference of the two is wanted.
+of its layers is run on them, next to the float graph if their difference is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GramKey = tuple[tuple[str, Unfold], ...]
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """What one network call reads for one batch of samples."""
+    """The inputs of one network call for one batch of samples."""
 
     call: int
     timestep: Timestep
@@ -48,9 +48,9 @@ class Latents:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A weight with what its layers read: `taps` in the quantized graph, `float_taps` in the float one.
+    """A weight with the inputs of its layers: `taps` in the quantized graph, `float_taps` in the float one.
 
-    `key` says whose H is whose: layers that read the same value in the same way share it. `floats` is the weight in the
+    `key` identifies H: layers that read the same value in the same way share one. `floats` is the weight in the
     float graph: in the quantized one it may be cut off where the grid of a narrow row ends.
     """
 
@@ -64,7 +64,7 @@ class Inputs:
 
     @staticmethod
     def of(weight: QuantizedWeight, float_layers: Mapping[str, Layer], where: str) -> Inputs:
-        """Raises PassError for a layer that the float graph does not have."""
+        """Return the inputs of a weight. Raise PassError for a layer that the float graph does not have."""
         value = weight.value
         shape = shape_of(value).numpy()
         found = [float_layers.get(layer_name(node)) for node in weight.readers]
@@ -92,7 +92,7 @@ class Inputs:
         )
 
     def rows(self) -> Floats:
-        """The weights that are to be rounded, `[outputs, inputs of an output]`."""
+        """Return the weights to round, `[outputs, inputs of an output]`."""
         return weight_rows(self.floats, self.weight.axis)
 
     @property
@@ -110,7 +110,7 @@ class Inputs:
 
 @dataclass(eq=False)
 class Gathered:
-    """The matrices of one stage; each is let go when its last weight is rounded."""
+    """The matrices of one stage. Each is freed when its last weight is rounded."""
 
     _grams: dict[GramKey, Gram] = field(default_factory=dict)
     _shifts: dict[int, Floats] = field(default_factory=dict)
@@ -181,7 +181,7 @@ def gather(
     shifts: bool,
     step: Callable[[], None],
 ) -> Gathered:
-    """H of every weight of a stage, from at most `columns` positions of its inputs; `step` after each batch.
+    """Return H of every weight of a stage, from at most `columns` positions of its inputs; `step` after each batch.
 
     `rounded` names the constants that are grid points already.
     """
@@ -189,9 +189,9 @@ def gather(
     gathered = Gathered()
     for inputs in stage:
         gathered.expect(inputs, shifts)
-    given = {name_of(v) for v in program.graph.inputs}
-    taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.taps) if t not in given]
-    float_taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.float_taps) if t not in given]
+    graph_inputs = {name_of(v) for v in program.graph.inputs}
+    taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.taps) if t not in graph_inputs]
+    float_taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.float_taps) if t not in graph_inputs]
     with ExitStack() as sessions:
 
         def prefix(model: ir.Model, taps: Sequence[str], level: Level) -> Executor:

@@ -2,19 +2,19 @@
 
 All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is clamped to its row's grid.
 
-nearest   rint(w / s): the optimum where H is diagonal.
-gptq      (arXiv 2210.17323) column after column; the error of each is made up for by those that follow. With
+nearest   rint(w / s): the optimum if H is diagonal.
+gptq      (arXiv 2210.17323) column after column; later columns compensate the error of each. With
           U^T U = H^-1, U upper triangular, and e = (w_i - s q_i) / U_ii:  w_j -= e U_ij for all j > i. Columns with
-          much input go first (`order`), while there are many left to make up for them. Updates go to a block of
+          much input go first (`order`), while many columns are left to compensate. Updates go to a block of
           columns at once, to the rest when the block is done.
-gptaq     (arXiv 2504.02692) gptq whose layer has to undo what its quantized inputs X did to it, compared with the float
-          ones X_f: min ||W X_f - W' X||^2, with D = (X_f - X) X^T. The paper adds, column by column, the part of
+gptaq     (arXiv 2504.02692) gptq that also compensates the error of the quantized inputs X against the float inputs
+          X_f: min ||W X_f - W' X||^2, with D = (X_f - X) X^T. The paper adds, column by column, the part of
           W D that later columns can carry; here the least squares target W + alpha W D H^-1 is computed at once, which
           needs W D `[rows, d]` in place of D `[d, d]` and of a second matrix of that size. `shifted_target` does it.
 comq      (arXiv 2403.07134) coordinate descent without an inverse: q_i = rint((w_i + (r_i / H_ii)) / s), where
           r = (W - s q) H without column i's own part; several sweeps. Columns are visited by |x_i| mean |w_i|, largest
           first; the paper orders them for each row on its own, which would undo the blocks.
-obq       in rounding_exact.py.
+obq       in compiler/rounding/exact.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FIRST_RAISE = 1e-4
 class Root:
     """U `[d, d]`, upper triangular, U^T U = (H + damp mean(diag H) I)^-1 with rows and columns in `order`.
 
-    `lower` is what LAPACK made: U with rows and columns reversed.
+    `lower` is the output of LAPACK: U with rows and columns reversed.
     """
 
     lower: Matrix

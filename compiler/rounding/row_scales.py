@@ -1,8 +1,8 @@
 """Scales for rounded weights: a shrink search for each row, and the best scale for integers that are known.
 
-search    of a list of shrinks of the largest magnitude, and the scale there was, the one with the least
+search    among a list of fractions of the largest magnitude, and the present scale, the one with the least
           sum_i h_i (w_i - s q_i)^2; h = 1 (mean square) or the diagonal of H = X X^T (the layer's output, as if inputs
-          were uncorrelated). OBC and GPTQ search alike, on 100 points and with the power 2.4.
+          were uncorrelated). OBC and GPTQ search in the same way, on 100 points and with the power 2.4.
 refit     with q fixed, E(s) = (w - s q) H (w - s q)^T is a parabola: s = (w H q) / (q H q).
 """
 
@@ -21,7 +21,7 @@ CACHED = 1 << 16  # weights whose scales are searched at once
 
 
 def search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Floats:
-    """A scale for each row `[rows]`; `importance` `[d]` is that of an input."""
+    """Return a scale for each row `[rows]`; `importance` `[d]` weights the inputs."""
     at_once = max(CACHED // weight.shape[1], 1)
     parts = (slice(i, i + at_once) for i in range(0, len(weight), at_once))
     return np.concatenate([_search(weight[part], scale[part], of_rows(grid, part), importance) for part in parts])
@@ -39,7 +39,7 @@ def _search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Fl
 
 
 def refit(weight: Matrix, integers: Floats, gram: Matrix, scale: Floats) -> Floats:
-    """The best scale of each row for its integers; that of a row of zeros, or a negative one, stays."""
+    """Return the best scale of each row for its integers. A row whose best scale is not positive keeps its own."""
     seen = integers.astype(gram.dtype) @ gram
     square = np.einsum("ij,ij->i", seen, integers, dtype=np.float64)
     product = np.einsum("ij,ij->i", seen, weight, dtype=np.float64)

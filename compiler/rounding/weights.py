@@ -1,4 +1,4 @@
-"""The weights of a graph that insert_qdq wrote: found with their grids and readers, and replaced by grid points."""
+"""The quantized weights of a graph behind insert_qdq: their grids and readers, and their replacement by grid points."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ class QuantizedWeight:
 
     @property
     def name(self) -> str:
-        """Its first reader's: what messages and patterns call it."""
+        """Return the name of the first reader, which messages and patterns use."""
         return layer_name(self.readers[0])
 
     def rows(self) -> Floats:
         return weight_rows(self.value, self.axis)
 
     def scale(self) -> Floats:
-        """One for each row `[rows]`."""
+        """Return a scale for each row `[rows]`."""
         _, value = inputs(self.quantize, 2)
         rows = int(shape_of(self.value).numpy()[self.axis])
         return np.ascontiguousarray(np.broadcast_to(numpy_of(value).reshape(-1).astype(np.float32), rows))
 
     @property
     def per_row(self) -> bool:
-        """Whether every row has a scale of its own."""
+        """Return whether every row has a scale of its own."""
         return tensor_of(self.quantize.inputs[1]).size == shape_of(self.value).numpy()[self.axis]
 
 
 def layer_name(node: ir.Node) -> str:
-    """As `Layer.name` of compiler/graph/ops.py."""
+    """Return the name that `Layer.name` of compiler/graph/ops.py has."""
     return node.name or name_of(node.outputs[0])
 
 
 def weight_rows(value: ir.Value, axis: int) -> Floats:
-    """A constant as `[outputs, inputs of an output]`, float32; `axis` is that of the outputs."""
+    """Return a constant as `[outputs, inputs of an output]`, float32; `axis` is the axis of the outputs."""
     turned: Floats = np.moveaxis(numpy_of(value), axis, 0).astype(np.float32)
     return np.ascontiguousarray(turned.reshape(len(turned), -1))
 
 
 def find_weights(graph: ir.Graph) -> list[QuantizedWeight]:
-    """All of them, in the order of their first readers. Raises PassError where one cannot be rounded."""
+    """Return all quantized weights, in the order of their first readers. Raise PassError if one cannot be rounded."""
     found: dict[ir.Node, tuple[list[ir.Node], list[ir.Node], set[int]]] = {}
     for node in graph:
         if not is_op(node, "Conv", "Gemm", "MatMul"):
@@ -122,9 +122,9 @@ def _checked(quantize: ir.Node, pairs: list[ir.Node], readers: list[ir.Node], ax
 def replace_weight(
     program: Program, weight: QuantizedWeight, rows: Floats, scale: Floats, folder: Path, by: str
 ) -> None:
-    """Put grid points, s q as `[outputs, inputs]`, in a weight's place, and new scales in the graph's.
+    """Replace a weight by grid points, s q as `[outputs, inputs]`, and its scales in the graph.
 
-    Everyone else who reads the constant keeps it as it was. A large one is appended to the stored weights.
+    Other readers of the constant keep the old one. A large constant is appended to the stored weights.
     """
     old = weight.value
     shape = shape_of(old).numpy()
@@ -144,7 +144,7 @@ def replace_weight(
 
 
 def with_scales(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Floats]], by: str) -> Plan:
-    """The plan with the new scales of weights: for each layer's name (weight, its name in the plan, scales)."""
+    """Return the plan with the new scales of weights: for each layer's name (weight, its name in the plan, scales)."""
     quantizers: dict[Site, Quantizer] = dict(plan.quantizers)
     for layer, (weight, value, scale) in changed.items():
         site = Site(value, layer) if Site(value, layer) in quantizers else Site(value)
