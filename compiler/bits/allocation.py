@@ -43,17 +43,17 @@ class Allocation:
 
 
 def smallest(costs: CostTable) -> int:
-    """The least that any allocation costs."""
+    """Return the smallest cost of any allocation."""
     return sum(min(row) for row in costs)
 
 
 def allocate(
     errors: ErrorTable, costs: CostTable, budget: int, *, time_limit: float = TIME_LIMIT_S
 ) -> Allocation | None:
-    """The candidates `[units]` of least total error whose costs add up to `budget` at most; None where none do.
+    """Return the candidates `[units]` of least total error whose costs sum to at most `budget`, or None.
 
     `errors` (not negative) and `costs` have one row for each unit, of one number for each of its candidates. A gap
-    above RELATIVE_GAP says that the time limit, in seconds, stopped the search.
+    above RELATIVE_GAP means that the time limit, in seconds, stopped the search.
     """
     if smallest(costs) > budget:
         return None
@@ -77,7 +77,7 @@ def _of(errors: ErrorTable, costs: CostTable, chosen: Sequence[int], gap: float)
 
 
 def _priced(errors: ErrorTable, costs: CostTable, budget: int) -> Allocation:
-    """The relaxation's answer; its gap is that to the bound which the price proves."""
+    """Return the relaxation's answer. Its gap is the distance to the bound that the price proves."""
 
     def at(price: float) -> tuple[Allocation, float]:
         chosen, bound = [], -price * budget
@@ -103,12 +103,12 @@ def _priced(errors: ErrorTable, costs: CostTable, budget: int) -> Allocation:
 
 
 def _first_least(pairs: Sequence[tuple[float, float]]) -> int:
-    """The place of the least pair, the first of equals."""
+    """Return the index of the least pair, the first of equals."""
     return min(range(len(pairs)), key=pairs.__getitem__)
 
 
 def _solved(errors: ErrorTable, costs: CostTable, budget: float, scale: float, time_limit: float) -> Allocation | None:
-    """The integer program's answer, which may overdraw the budget by what the solver rounds; None without any."""
+    """Return the integer program's answer, or None. It may overdraw the budget by the solver's rounding."""
     sizes = [len(row) for row in errors]
     ends = np.cumsum([0, *sizes])
     flat = np.concatenate([np.asarray(row, np.float64) for row in errors])
@@ -135,8 +135,8 @@ def _solved(errors: ErrorTable, costs: CostTable, budget: float, scale: float, t
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """HiGHS prints the name of a function of its own when it mends a solution, whatever it was told, past Python's
-    streams. Standard output belongs to what a command answers."""
+    """Redirect file descriptor 1. HiGHS prints to it when it repairs a solution, in spite of its options, and standard
+    output is reserved for the result of a command."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)

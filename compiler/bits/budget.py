@@ -1,4 +1,4 @@
-"""What an allocation of bits may cost: whole numbers for each choice of each unit, and how much there is."""
+"""The cost of an allocation of bits, in whole numbers for each choice of each unit, and the budget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FINE = 1000  # costs are whole numbers: latencies count in thousandths of an in
 
 @dataclass(frozen=True)
 class Budget:
-    """`amount` is what was asked for, (cost + `base`) / `whole` what an allocation of that cost takes of it."""
+    """A budget of `amount`. An allocation of some cost takes (cost + `base`) / `whole` of it."""
 
     kind: BudgetKind
     amount: float
@@ -65,7 +65,7 @@ class Budget:
 
     @property
     def limit(self) -> int:
-        """The largest cost that the amount allows."""
+        """Return the largest cost that the amount allows."""
         return math.floor(self.amount * self.whole * (1 + 1e-12)) - self.base
 
     def takes(self, cost: int) -> float:
@@ -75,7 +75,7 @@ class Budget:
         return WORDS[self.kind].format(self.takes(cost))
 
     def check(self, where: str) -> None:
-        """Raise RecipeError where nothing fits into the budget."""
+        """Raise RecipeError if no allocation fits into the budget."""
         least = smallest(self.costs)
         if least > self.limit:
             raise RecipeError(
@@ -87,16 +87,16 @@ class Budget:
 
 
 def mean_bits(units: Sequence[Unit], chosen: Sequence[BitChoice]) -> float:
-    """Bits for each weight of the units, those in float with all theirs."""
+    """Return the mean bits of the units' weights; weights in float count 32."""
     total = sum(unit.size for unit in units)
     return sum(u.size * c.weight for u, c in zip(units, chosen, strict=True)) / total if total else float(FLOAT_BITS)
 
 
 def fixed_bytes(units: Sequence[Unit], program: Program) -> int:
-    """What a file holds besides the units' weights: islands, norms, biases, the rows of tables, and the graph itself.
+    """Return the bytes of a file without the units' weights: islands, norms, biases, table rows, and the graph itself.
 
-    A bias that depends on the timestep is a row for each timestep in the graph already; scales that do multiply the
-    others by the groups. An estimate: on the digits it is a tenth too small, 0.006 of the fp32 size.
+    A bias that depends on the timestep already has a row for each timestep in the graph; scales that do multiply the
+    others by the groups. The result is an estimate: on the digits a tenth too small, 0.006 of the fp32 size.
     """
     plan = program.require_plan()
     weights = {name_of(unit.weight): unit.size for unit in units if unit.weight is not None}

@@ -1,10 +1,10 @@
 """MixDQ's metric-decoupled search (arXiv 2405.17873): content and quality are scored, and budgeted, apart.
 
-What is in a picture is decided by attention and feed-forward layers, how well it is drawn by convolutions, and a
-squared error of epsilon sees the second alone. So units of matmuls (content) are scored by 1 - SSIM of the pictures
-that a short trajectory ends with, convolutions (quality) by their squared error. The two do not add up; the budget is
-split between them in several ways, each group is solved by itself, and of the whole allocations the one whose pictures
-are most like the float network's is kept: measured, not predicted.
+The content of an image is decided by attention and feed-forward layers, its quality by convolutions, and a squared
+error of epsilon measures the second alone. So units of matmuls (content) are scored by 1 - SSIM of the images that a
+short trajectory ends with, convolutions (quality) by their squared error. The two do not add up; the budget is
+split between them in several ways, each group is solved separately, and the whole allocation whose images are
+most similar to the float network's is kept: this is measured, not predicted.
 
 Network calls, each for all samples: those of the profile (units * widths * calls), content units * widths * `length`,
 and splits * `length`.
@@ -39,7 +39,7 @@ FeedsAtCall = Callable[[int], Feeds]
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Pictures of short trajectories from seeded noise: `length` of the deployment's timesteps, by DDIM.
+    """Images of short trajectories from seeded noise: `length` of the deployment's timesteps, by DDIM.
 
     Timesteps between two training timesteps are rounded; a flow is followed by Euler's method.
     """
@@ -50,7 +50,7 @@ class Pictures:
     length: int
 
     def draw(self, simulator: Simulator, fed: FeedsAtCall | None = None) -> Images:
-        """All samples; `fed` gives what is fed at each network call of the deployment beside the plain inputs."""
+        """Return all samples. `fed` gives the feeds of each network call in addition to the plain inputs."""
         timesteps = self.program.deployment.timesteps
         chosen = np.unique(np.linspace(0, len(timesteps) - 1, self.length).round().astype(int))
         calls = {timesteps[k]: int(k) for k in chosen}
@@ -81,7 +81,7 @@ def _short(schedule: Schedule, times: Sequence[Timestep]) -> Solver:
 
 
 def unlike(reference: Images, pictures: Images) -> float:
-    """1 - SSIM, the mean over the pictures, which are moved to begin at 0 where the reference's do."""
+    """Return 1 - SSIM, the mean over the images. Both are shifted by the minimum of the reference."""
     low, peak = reference.min(), max(float(np.ptp(reference)), 1e-12)
     return 1.0 - float(np.mean(ssim(reference - low, pictures - low, peak=peak)))
 
@@ -94,7 +94,7 @@ def split_budget(
     splits: int,
     measured: Callable[[tuple[int, ...]], float],
 ) -> tuple[Allocation, list[float]]:
-    """(the allocation whose `measured` error is least, the measured errors of all splits).
+    """Return (the allocation whose `measured` error is least, the measured errors of all splits).
 
     The budget must suffice. Splits that come to the same allocation are measured once.
     """

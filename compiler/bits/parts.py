@@ -1,4 +1,4 @@
-"""Parts of a weight: its output channels in some order, cut into so many pieces that can each have a width of its own.
+"""Parts of a weight: its output channels in some order, cut into pieces that can each have a width of its own.
 
 A channel of a weight has a scale of its own anyway, kernels take integers of any width up to 8 bits, and the file
 stores channels by what their integers need (compiler/lowering/packing.py): widths by channel cost no time, and a file
@@ -11,7 +11,7 @@ kurtosis  of the channel's weights, the mean of (w - mean)^4 over that of (w - m
 
 The error of a part is no measurement of its own: at each width it is the weight's measured error times the part's share
 of the squared rounding error of all channels. That is what a layer's own output does, because all channels read the
-same inputs; that the network minds each channel's error alike is assumed.
+same inputs; the network is assumed to be equally sensitive to each channel's error.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .units import FLOAT, BitChoice, Unit
 
 ChannelOrder = Literal["error", "kurtosis"]
 Rounded = Callable[[Unit, int], npt.NDArray[np.float32]]
-JOINED_BYTES = 1000  # of nodes that put a weight together, beside 4 for each channel; 700 to 1500 on the digits
+JOINED_BYTES = 1000  # of nodes that join a weight, in addition to 4 for each channel; 700 to 1500 on the digits
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What an integer program chooses for, in place of whole units: one row of choices, errors and costs for each."""
+    """The units of an integer program, in place of whole units, with a row of choices, errors and costs for each."""
 
     units: list[Unit]
     choices: list[Sequence[BitChoice]]
@@ -62,14 +62,14 @@ def cut(
 ) -> Parts:
     """Every unit whose channels can differ, cut; `rounded` gives its weight at a width, in float.
 
-    `step` hears how many units are done.
+    `step` is called with the number of units that are done.
     """
-    made = Parts([], [], [], [])
+    all_parts = Parts([], [], [], [])
     for done, (unit, row, wrong, price) in enumerate(zip(units, choices, errors, costs, strict=True)):
         step(done)
         widths = sorted({choice.weight for choice in row} - {FLOAT.weight})
         if parts == 1 or not cuttable(unit) or len(widths) < 2:
-            made.add(unit, row, list(wrong), list(price))
+            all_parts.add(unit, row, list(wrong), list(price))
             continue
         lost = {bits: channel_errors(unit, rounded(unit, bits)) for bits in widths}
         members = pieces_of(lost[widths[0]] if order == "error" else kurtosis(channels_of(unit)), parts)
@@ -78,17 +78,17 @@ def cut(
             part = replace(unit, rows=rows, macs=unit.macs * len(rows) // unit.channels)
             # A cost is so much for each weight or multiplication, of which every channel has as many.
             shared = [p * len(rows) // unit.channels for p in price]
-            made.add(part, row, [e * float(shares[c.weight][k]) for e, c in zip(wrong, row, strict=True)], shared)
-    return made
+            all_parts.add(part, row, [e * float(shares[c.weight][k]) for e, c in zip(wrong, row, strict=True)], shared)
+    return all_parts
 
 
 def cuttable(unit: Unit) -> bool:
-    """Whether a unit has a weight whose channels are the same for all layers that read it."""
+    """Return whether a unit has a weight whose channels are the same for all layers that read it."""
     return unit.weight is not None and len({layer.weight_axis for layer in unit.layers}) == 1
 
 
 def joined_bytes(units: Sequence[Unit]) -> int:
-    """What a file takes more, about, when the channels of all these weights differ."""
+    """Return roughly how many bytes a file grows by if the channels of all these weights differ."""
     return sum(4 * unit.channels + JOINED_BYTES for unit in units if cuttable(unit))
 
 
@@ -98,7 +98,7 @@ def pieces_of(values: Doubles, parts: int) -> list[npt.NDArray[np.int64]]:
 
 
 def shares_of(errors: Doubles, members: Sequence[npt.NDArray[np.int64]]) -> Doubles:
-    """Each member's share of the sum; by their sizes where there is no error at all."""
+    """Return each member's share of the sum, or by their sizes if there is no error at all."""
     sums = np.array([errors[rows].sum() for rows in members])
     total = sums.sum()
     shares: Doubles = sums / total if total > 0 else np.array([len(rows) / len(errors) for rows in members])
@@ -106,12 +106,12 @@ def shares_of(errors: Doubles, members: Sequence[npt.NDArray[np.int64]]) -> Doub
 
 
 def channels_of(unit: Unit) -> npt.NDArray[np.float32]:
-    """A unit's weight as `[channels, weights of one]`."""
+    """Return a unit's weight as `[channels, weights of one]`."""
     return _by_channel(unit, numpy_of(unit.require_weight()))
 
 
 def channel_errors(unit: Unit, rounded: npt.NDArray[np.float32]) -> Doubles:
-    """The squared error of each channel `[channels]`, summed."""
+    """Return the summed squared error of each channel `[channels]`."""
     difference = _by_channel(unit, rounded) - channels_of(unit)
     errors: Doubles = np.einsum("ij,ij->i", difference, difference, dtype=np.float64)
     return errors

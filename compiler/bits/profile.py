@@ -1,13 +1,13 @@
-"""How much each unit of an allocation hurts at each width and each network call: squared errors, as a table.
+"""The error profile of an allocation's units: squared errors of the output at each width and each network call.
 
 Measured on the trajectory of the float network (a few samples, a few of the deployment's calls), with one unit
 quantized and all others in float:
 
     noise(u, c, t) = sum |eps_{u,c}(x_t) - eps(x_t)|^2              signal(t) = sum |eps(x_t)|^2
 
-sqnr    that, for every unit and width: units * (widths + activation widths) runs over the scenes
+sqnr    this noise, for every unit and width: units * (widths + activation widths) runs over the scenes
 layer   the layers' own outputs in place of epsilon, all in the same run: widths * (weights / 256 MB) runs, each about
-        twice as dear as a plain one, however many layers there are; what happens behind a layer is left out
+        twice as expensive as a plain one, for any number of layers; effects behind a layer are left out
 hawq    one probe for each unit, and no run for a width: with the output's squared error as the loss, the Hessian at
         the float weights is J^T J, whose trace is E |J u|^2 over random signs u (Hutchinson), and
         J u = (eps(w + d u) - eps(w)) / d needs no gradient. noise = trace / n * |Q_c(w) - w|^2 (HAWQ-V2, -V3)
@@ -52,7 +52,7 @@ class Profile:
     activations: Mapping[str, Mapping[int, Doubles]]
 
     def noise(self, unit: str, choice: BitChoice) -> Doubles:
-        """Of a unit at each call: errors of weights and activations are taken as independent, and add up."""
+        """Return the noise of a unit at each call. Errors of weights and activations are independent and add up."""
         if choice == FLOAT:
             return np.zeros(len(self.calls))
         parts = [self.weights.get(unit, {}).get(choice.weight), self.activations.get(unit, {}).get(choice.activation)]
@@ -62,7 +62,7 @@ class Profile:
         return self.share(self.noise(unit, choice), weighting)
 
     def share(self, noise: Doubles, weighting: Weighting) -> float:
-        """Noise `[calls]` as one share of the signal: each call relative to its own, or all together."""
+        """Return noise `[calls]` as a share of the signal: the mean over calls, or that of the sums."""
         if weighting == "relative":
             return float(np.mean(noise / self.signal))
         return float(noise.sum() / self.signal.sum())
@@ -70,7 +70,7 @@ class Profile:
 
 @dataclass(frozen=True, eq=False)
 class Profiler:
-    """What is measured, and on what."""
+    """Measures profiles of units of one program at the given widths."""
 
     program: Program
     context: Context
@@ -146,19 +146,19 @@ class Profiler:
         return Profile(calls, signal(scenes), weights, activations)
 
     def switched(self, simulator: Simulator, unit: Unit, bits: int, call: int) -> Feeds:
-        """What is fed to quantize all activations of a unit at a call."""
+        """Return the feeds that quantize all activations of a unit at a call."""
         fed: dict[str, AnyArray] = {}
         for layer in unit.layers:
             fed |= simulator.activations(layer.name, bits, call)
         return fed
 
     def quantized(self, simulator: Simulator, unit: Unit, choice: BitChoice, call: int) -> Feeds:
-        """What is fed to quantize a whole unit at a call."""
+        """Return the feeds that quantize a whole unit at a call."""
         fed = self.switched(simulator, unit, choice.activation, call) if self.activation_widths else {}
         return fed if unit.weight is None else {**fed, name_of(unit.weight): self.rounded(unit, choice.weight)}
 
     def _own_shares(self, chunk: Sequence[Unit], bits: int, scenes: Sequence[Scene]) -> dict[str, Doubles]:
-        """By unit, noise over signal of its first layer's output `[calls]`: beside it runs the weights' error."""
+        """Return, by unit, noise over signal of its first layer's output `[calls]`. A copy of it gives the noise."""
         model = self.program.model.clone()
         names = Names(model.graph)
         nodes = {node.name or name_of(node.outputs[0]): node for node in model.graph}
@@ -196,13 +196,13 @@ def _copied(node: ir.Node) -> dict[str, Any]:
 
 
 def _chunks(units: Sequence[Unit]) -> list[list[Unit]]:
-    """The units cut where the weights of a piece would exceed CHUNK_BYTES; a piece has one unit at least."""
+    """Split the units into chunks of at most CHUNK_BYTES of weights; a chunk has at least one unit."""
     chunks: list[list[Unit]] = []
-    held = 0
+    size = 0
     for unit in units:
-        if not chunks or held + 4 * unit.size > CHUNK_BYTES:
+        if not chunks or size + 4 * unit.size > CHUNK_BYTES:
             chunks.append([])
-            held = 0
+            size = 0
         chunks[-1].append(unit)
-        held += 4 * unit.size
+        size += 4 * unit.size
     return chunks

@@ -1,4 +1,4 @@
-"""What assign_bits tells: the profile, the Pareto curve and the choice, as plain data."""
+"""The report of assign_bits: the profile, the Pareto curve and the choice, as plain data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .simulate import Scene
 from .units import FLOAT, BitChoice, Unit, joined
 
 CURVE = 10  # budgets of the Pareto curve
-MIXED = "mixed"  # what a layer is called whose channels have several widths
+MIXED = "mixed"  # the label of a layer whose channels have several widths
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class BitReport:
         return [row[c] for row, c in zip(self.choices, allocation.chosen, strict=True)]
 
     def to_json(self, found: Allocation, profile: Profile, scenes: Sequence[Scene]) -> dict[str, Any]:
-        """Decibels are None where there is no error."""
+        """Return the report as JSON data. Decibels are None without an error."""
         timesteps = {scene.call: scene.timestep for scene in scenes}
         chosen = self.picked(found)
         table = {
@@ -57,12 +57,12 @@ class BitReport:
         }
 
     def channels(self, found: Allocation) -> dict[str, dict[str, int]]:
-        """The number of output channels by bits, of the layers where they differ."""
+        """Return the number of output channels by bits, for layers whose channels differ."""
         rows = [(unit.name, bits) for unit, _, bits in joined(self.units, self.picked(found)) if bits is not None]
         return {name: {str(b): int((bits == b).sum()) for b in np.unique(bits)} for name, bits in rows}
 
     def note(self, report: Mapping[str, Any]) -> str:
-        """`report` in one line of the history."""
+        """Return `report` as one line of the history."""
         point = report["chosen"]
         words = {"float": "in float", MIXED: "mixed by channel"}
         layers = [f"{n} {words.get(label, f'at {label} bits')}" for label, n in point["layers"].items()]
@@ -74,12 +74,12 @@ class BitReport:
         )
 
     def _labels(self, chosen: Sequence[BitChoice]) -> dict[str, str]:
-        """What each layer got."""
+        """Return the label of each layer's width."""
         found = joined(self.units, chosen)
         return {unit.name: choice.label if bits is None else MIXED for unit, choice, bits in found}
 
     def _common(self) -> list[BitChoice]:
-        """The choices that every unit with weights has."""
+        """Return the choices that all units with weights share."""
         rows = [set(row) for unit, row in zip(self.units, self.choices, strict=True) if unit.weight is not None]
         shared = set.intersection(*rows) if rows else set()
         return sorted(shared - {FLOAT})
@@ -91,7 +91,7 @@ class BitReport:
         return {"label": choice.label, **self._point(made), "measured_sqnr_db": json_db(_db(measured))}
 
     def _curve(self) -> list[Allocation]:
-        """The best allocations under budgets from the least to all that can be spent, evenly spaced."""
+        """Return the best allocations under evenly spaced budgets, from the smallest to the largest useful one."""
         costs = self.budget.costs
         free = sum(row[int(np.argmin(wrong))] for row, wrong in zip(costs, self.errors, strict=True))
         limits = np.linspace(smallest(costs), max(free, smallest(costs)), CURVE)

@@ -1,8 +1,8 @@
-"""A float graph in one session, of which single weights and activations are quantized for one call.
+"""A float graph in one session; single weights and activations can be quantized for one call.
 
-A weight is an initializer that is an input, too: onnxruntime takes what is fed in its place. That costs the packing of
-weights when the session is built: a call of the digits takes 15 to 20 % longer, and a session for each candidate
-would take longer than its calls. An activation has its pair of Q and DQ beside it, and a switch (Where) between both.
+A weight is both an initializer and an input: a fed array replaces it. onnxruntime then cannot pack the weight when it
+builds the session: a call of the digits takes 15 to 20 % longer, but a session for each candidate would take longer
+than its calls. An activation has a pair of Q and DQ next to it, and a switch (Where) that selects one of the two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .units import narrowed
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One batch at one network call of the float trajectory: `call` is its index, `output` what the network said."""
+    """One batch at one network call of the float trajectory: `call` is its index, `output` the float output."""
 
     call: int
     timestep: Timestep
@@ -78,27 +78,27 @@ class Simulator:
         self._inputs = self._executor.inputs
 
     def output(self, x: Images, t: Timestep, conditions: Conditions, changes: Feeds | None = None) -> Images:
-        """The network's output of one call, with what `weight` and `activations` made fed in place of the float."""
-        given = feeds(self._inputs, self._program.signature, x, t, conditions)
-        outputs = self._executor.run({**given, **(changes or {})})
+        """Return the network's output of one call. `changes` are feeds that replace weights or switch activations."""
+        plain = feeds(self._inputs, self._program.signature, x, t, conditions)
+        outputs = self._executor.run({**plain, **(changes or {})})
         return np.asarray(outputs[self._program.signature.output], np.float32)
 
     def activations(self, layer: str, bits: int, call: int) -> Feeds:
-        """What switches the activations of a layer to `bits`, with the rows that the call has in tables."""
-        given: dict[str, AnyArray] = {}
+        """Return the feeds that switch the activations of a layer to `bits`, with the table rows of the call."""
+        switched: dict[str, AnyArray] = {}
         for view in self._views[layer]:
             q = narrowed(view.quantizer, bits, view.quantizer.by)
             row = self._groups[call] if q.table else ...
-            given |= {
+            switched |= {
                 view.switch: np.array(True),
                 view.scale: np.asarray(q.scale[row]),
                 view.zero: np.asarray(q.zero_point[row]),
                 view.top: np.array(q.format.qmax, q.format.dtype),
             }
-        return given
+        return switched
 
     def follow(self, context: Context, calls: Sequence[int], samples: int, stage: str) -> list[Scene]:
-        """The float trajectory of a few samples, kept at these network calls."""
+        """Return the scenes of the float trajectory of a few samples at these network calls."""
         found: list[Scene] = []
         timesteps = self._program.deployment.timesteps
 
@@ -112,9 +112,9 @@ class Simulator:
         return found
 
     def noise(self, scenes: Sequence[Scene], changes: Feeds | Callable[[int], Feeds]) -> Doubles:
-        """Squared error of the output, summed, at each call of the scenes in their order `[calls]`.
+        """Return the summed squared error of the output at each call of the scenes, in call order `[calls]`.
 
-        `changes` are the same at every call, or made for each.
+        `changes` are the same feeds at every call, or a function of the call.
         """
         sums: dict[int, float] = {}
         for scene in scenes:
@@ -185,7 +185,7 @@ class Simulator:
 
 
 def signal(scenes: Sequence[Scene]) -> Doubles:
-    """The sum of squares of the float output at each call of the scenes, in their order."""
+    """Return the sum of squares of the float output at each call of the scenes, in call order."""
     sums: dict[int, float] = {}
     for scene in scenes:
         sums[scene.call] = sums.get(scene.call, 0.0) + float(np.sum(scene.output.astype(np.float64) ** 2))

@@ -1,4 +1,4 @@
-"""Units of an allocation of bits: what gets one choice, which choices there are, a plan that holds them."""
+"""Units of an allocation of bits, the choices of widths for them, and plans with chosen widths."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FLOAT = BitChoice(FLOAT_BITS, FLOAT_BITS)
 class Unit:
     """A weight with all layers that read it, or a matmul of two activations, which has none; `macs` for one sample.
 
-    `rows` are the output channels that are meant, where that is not all of them (compiler/bits/parts.py).
+    `rows` are the output channels of a part of a weight (compiler/bits/parts.py), or None for the whole weight.
     """
 
     layers: tuple[Layer, ...]
@@ -80,12 +80,12 @@ class Unit:
 
     @property
     def content(self) -> bool:
-        """Whether it decides what is in the picture, rather than how it is drawn (MixDQ): no convolution."""
+        """Return whether the unit decides the content of the image, not its quality (MixDQ): no convolution."""
         return self.layers[0].kind != "conv"
 
 
 def units_of(found: Sequence[Layer]) -> list[Unit]:
-    """The layers by the weight that they read, in the order of the graph."""
+    """Return the layers grouped by the weight that they read, in the order of the graph."""
     members: dict[str, list[Layer]] = {}
     for layer in found:
         key = f"weight {name_of(layer.weight)}" if layer.weight is not None else f"layer {layer.name}"
@@ -143,7 +143,7 @@ def with_macs(units: Sequence[Unit], program: Program, context: Context) -> list
 
 
 class WeightQuantizers:
-    """The quantizers of weights at any width, each made once: the plan's own where it has that width."""
+    """The quantizers of weights at any width, cached. The plan's own quantizer is used if it has that width."""
 
     def __init__(self, plan: Plan, method: WeightMethod, by: str) -> None:
         self.plan, self.method, self.by = plan, method, by
@@ -204,9 +204,9 @@ def narrowed(quantizer: Quantizer, bits: int, by: str) -> Quantizer:
 
 
 def with_choices(units: Sequence[Unit], chosen: Sequence[BitChoice], quantizers: WeightQuantizers) -> Plan:
-    """The plan with the chosen widths; what stays in float is an island of it."""
+    """Return the plan with the chosen widths. Layers that stay in float are its islands."""
     plan, by = quantizers.plan, quantizers.by
-    held, islands = dict(plan.quantizers), dict(plan.islands)
+    quantized, islands = dict(plan.quantizers), dict(plan.islands)
     for unit, choice, bits in joined(units, chosen):
         if choice == FLOAT:
             islands |= {layer.name: f"{by}: worth more in float" for layer in unit.layers}
@@ -215,20 +215,20 @@ def with_choices(units: Sequence[Unit], chosen: Sequence[BitChoice], quantizers:
             for value in layer.activations:
                 whole = plan.of(name_of(value), layer.name)
                 if whole is not None and whole.format.bits > choice.activation:
-                    held[Site(name_of(value), layer.name)] = narrowed(whole, choice.activation, by)
+                    quantized[Site(name_of(value), layer.name)] = narrowed(whole, choice.activation, by)
             for site in (Site(name_of(layer.weight)), Site(name_of(layer.weight), layer.name)):
                 own = plan.quantizers.get(site)
                 if own is None or own.axis != layer.weight_axis:
                     continue
                 if bits is not None:
-                    held[site] = quantizers.by_row(layer, bits)
+                    quantized[site] = quantizers.by_row(layer, bits)
                 elif not _has_width(own, choice.weight):
-                    held[site] = quantizers(layer, choice.weight)
-    return replace(plan, quantizers=held, islands=islands)
+                    quantized[site] = quantizers(layer, choice.weight)
+    return replace(plan, quantizers=quantized, islands=islands)
 
 
 def quantized_model(program: Program, units: Sequence[Unit], plan: Plan) -> ir.Model:
-    """The float graph with the weights as the plan leaves them, made one at a time when it is written."""
+    """Return the float graph with the weights rounded as in the plan, computed one at a time when it is written."""
     model = program.model.clone()
     for unit in units:
         quantizer = plan.of(name_of(unit.weight))

@@ -73,7 +73,7 @@ class Unfold:
         return (shape[0], *outputs)
 
     def columns(self, x: Floats, chosen: Positions) -> Floats:
-        """Return the inputs of the outputs at these positions, `[positions, groups, d]`, in the order of the weights."""
+        """Return the inputs of the outputs at these positions, `[positions, groups, d]`, ordered as in the weights."""
         first, inner = chosen
         sizes = self.positions(x.shape)
         where: tuple[npt.NDArray[Any], ...] = np.unravel_index(inner, sizes[1:]) if len(sizes) > 1 else ()

@@ -1,5 +1,4 @@
-"""What quantization costs a layer over joined parts, in each of the forms that compiler/shortcuts/segments.py can
-write.
+"""The expected quantization error of a layer over joined parts, in each form that segments.py can write.
 
 Everything is measured on the graph in which every such layer is taken apart: the parts, what each piece computes, and
 the sum. With m_i(grid) the mean squared error of part i on a grid, q_i its mean square, W_i the columns that read it,
@@ -44,7 +43,7 @@ OCTAVES = 8  # factors are sought this far up and down
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Summaries of each network call: of each part, of what its piece computes, and of the sum."""
+    """Summaries of each network call: of each part, of the output of its piece, and of the sum."""
 
     parts: tuple[tuple[Summary, ...], ...]
     partial: tuple[tuple[Summary, ...], ...]
@@ -54,7 +53,7 @@ class Seen:
 def measure_segments(
     program: Program, context: Context, wanted: Sequence[str], samples: int, stage: str
 ) -> dict[str, Seen]:
-    """Follow a few trajectories through the graph with these layers (by name) taken apart; it is not changed."""
+    """Return summaries by layer name, from a few trajectories through a copy of the graph with these layers split."""
     model = program.model.clone()
     names = Names(model.graph)
     found, _ = find_joined(model.graph)
@@ -100,7 +99,7 @@ class FormCosts:
         self._energy = [float(np.square(joined.columns(i, self._weight)).sum()) for i in range(len(seen.parts))]
 
     def error(self, form: Form, factors: Sequence[float] = ()) -> float:
-        """Mean over the network calls of the squared error, relative to the power of the output."""
+        """Return the mean over the network calls of the squared error, relative to the power of the output."""
         count = len(self._seen.parts)
         f = list(factors) or [1.0] * count
         lost = self._weight_errors(f, apart=form == "layers")
@@ -135,13 +134,13 @@ class FormCosts:
         return tuple(2.0**e for e in chosen)
 
     def traffic(self, form: Form) -> float:
-        """Bytes that one form moves for one picture, beside the weights (multiplications are the same in all)."""
+        """Return the bytes that one form moves for one image, without weights (all forms multiply equally often)."""
         read = sum(part[0].count for part in self._seen.parts)
         written = self._seen.total[0].count
         pieces = len(self._seen.parts) if form == "layers" else 1
         conv = self._joined.layer.kind == "conv"
-        made = 1 + 5 if conv else 4  # 8 bits and back to float, or float at once
-        moved = 6.0 * read + pieces * made * written  # float to 8 bits, and read by the layer
+        output_bytes = 1 + 5 if conv else 4  # 8 bits and back to float, or float at once
+        moved = 6.0 * read + pieces * output_bytes * written  # float to 8 bits, and read by the layer
         if form == "factors":
             moved += 8 * read
         return moved + (4 * (pieces + 1) * written if pieces > 1 else 0)
@@ -159,7 +158,7 @@ class FormCosts:
         )
 
     def _weight_errors(self, factors: Sequence[float], *, apart: bool) -> list[float]:
-        """Squared rounding error of the columns of each part, in units of the weight as it was."""
+        """Return the squared rounding error of the columns of each part, in units of the original weight."""
         columns = [self._joined.columns(i, self._weight) * np.float32(f) for i, f in enumerate(factors)]
         limits = [np.abs(np.moveaxis(c, self._axis, 0)).reshape(self._outputs, -1).max(axis=1) for c in columns]
         common = np.max(limits, axis=0)

@@ -5,7 +5,7 @@
 
 W_a and W_b are the columns of W that read a and b. The layers are found in the graph: between the Concat and the layer
 there may be nodes that only move data; then a Split behind them makes the parts, else the layers read what was joined.
-Whoever else reads the Concat goes on reading it.
+Other readers of the Concat keep it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Joined:
 
     @property
     def parts(self) -> tuple[ir.Value, ...]:
-        """What is joined now: a layer that made a part may have been taken apart since."""
+        """Return the current inputs of the Concat: a layer that made a part may have been split since."""
         return tuple(v for v in self.concat.inputs if v is not None)
 
     @property
     def moved(self) -> bool:
-        """Whether something between the Concat and the layer moved the data."""
+        """Return whether nodes between the Concat and the layer move the data."""
         return self.layer.activations[0] is not self.concat.outputs[0]
 
     @property
@@ -58,7 +58,7 @@ class Joined:
         return list(zip([0, *behind[:-1]], behind, strict=True))
 
     def columns(self, part: int, weight: npt.NDArray[np.float32]) -> Floats:
-        """What of the layer's weight, or of an array of its shape, multiplies a part."""
+        """Return the columns of the layer's weight, or of an array of its shape, that multiply a part."""
         first, behind = self.ends[part]
         layer = self.layer
         if layer.kind == "conv" or layer.weight_axis == 0:
@@ -68,7 +68,7 @@ class Joined:
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """What split_layer wrote: one layer for each of `parts`, which compute `partial`, and their sum."""
+    """The nodes that split_layer wrote: one layer for each of `parts`, which compute `partial`, and their sum."""
 
     parts: tuple[ir.Value, ...]
     partial: tuple[ir.Value, ...]
@@ -78,7 +78,7 @@ class Pieces:
 def find_joined(graph: ir.Graph, timely: Collection[ir.Value] = ()) -> tuple[list[Joined], dict[str, str]]:
     """Layers with a constant weight that read a Concat, and, by name, why others that do cannot be taken apart.
 
-    `timely` values depend on the timestep alone: whatever reads them becomes a table and is no concern here.
+    `timely` values depend on the timestep alone: layers that read them become tables and are skipped.
     """
     found: list[Joined] = []
     reasons: dict[str, str] = {}
@@ -98,7 +98,7 @@ def find_joined(graph: ir.Graph, timely: Collection[ir.Value] = ()) -> tuple[lis
 
 
 def split_layer(graph: ir.Graph, names: Names, joined: Joined) -> Pieces:
-    """Write one layer for each part; their sum takes the place of what the layer computed.
+    """Write one layer for each part. Their sum replaces the output of the layer.
 
     The bias stays with the first of them, be it constant or of the timestep. The sum is a Sum, not an Add: it joins no
     two feature maps but the pieces of one (compiler/core/islands.py looks through one addition).
@@ -172,7 +172,7 @@ def _concat_above(value: ir.Value, axis: int | None) -> tuple[ir.Node | None, in
 
 
 def _axis_before(mover: ir.Node, axis: int) -> int | None:
-    """Which axis of a mover's input becomes `axis` of its output, untouched and whole."""
+    """Return which axis of a mover's input becomes `axis` of its output, untouched and whole."""
     before, after = (
         None if v is None or v.shape is None else list(v.shape) for v in (mover.inputs[0], mover.outputs[0])
     )
@@ -193,13 +193,13 @@ def _axis_before(mover: ir.Node, axis: int) -> int | None:
 
 
 def _same(some: Sequence[Dim], others: Sequence[Dim]) -> bool:
-    """Whether sizes are known, or have a name, and are equal."""
+    """Return whether all sizes are numbers or named, and equal."""
     named = all(isinstance(n, int) or n.value is not None for n in (*some, *others))
     return named and list(some) == list(others)
 
 
 def _split(graph: ir.Graph, build: Builder, joined: Joined, before: ir.Node) -> list[ir.Value]:
-    """The parts of a value that was moved since they were joined."""
+    """Return the parts of a value that was moved after the Concat."""
     value = joined.layer.activations[0]
     shape = shape_of(value)
     axis = channel_axis(joined.layer) % len(shape)
