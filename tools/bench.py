@@ -1,10 +1,10 @@
-"""Measures what the README claims: speed beside fp32 onnxruntime in the same run, size, memory, loop overhead.
+"""Measures the claims of docs/measurements.md: speed against fp32 onnxruntime in the same run, size, memory, overhead.
 
-    python tools/bench.py digits              embedded model, batch 16, pictures and sampling loop too
+    python tools/bench.py digits              embedded model, batch 16, images and sampling loop too
     python tools/bench.py cifar10             the ddpm-cifar10-32 configuration, random weights, batch 4
     python tools/bench.py sd15                the Stable Diffusion 1.5 UNet configuration, random weights
     python tools/bench.py sd15-gptq           the same, with 4-bit weights rounded by GPTQ
-    python tools/bench.py digits --peer       onnxruntime's own quantizer beside it
+    python tools/bench.py digits --peer       onnxruntime's own quantizer too
 
 Threads are pinned (--threads, 2 by default). Every bar is printed with what was measured; the exit code is 1 when one
 was missed.

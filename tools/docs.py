@@ -1,9 +1,9 @@
-"""Writes the pages of docs/ that follow from the code: one for each recipe and pass, the commands, the modules.
+"""Writes the pages of docs/ that come from the code: recipes, passes, commands and modules.
 
     python tools/docs.py            write them
-    python tools/docs.py --check    exit code 1 when one of them is not what the code says, or has no source any more
+    python tools/docs.py --check    exit code 1 when a page differs from the code, or has no source any more
 
-A test runs the check, so a docstring and its page cannot part. The figures on the pages of recipes are those of
+A test runs the check, so a docstring and its page stay equal. The figures on the pages of recipes are those of
 docs/leaderboard.md.
 """
 
@@ -118,7 +118,7 @@ def pass_index() -> str:
 
 
 def commands() -> str:
-    """What typer says of the command line."""
+    """Return typer's description of the command line."""
     line = [
         sys.executable,
         "-m",
@@ -157,7 +157,7 @@ def first_paragraph(file: Path) -> str:
 
 
 def heading(name: str) -> str:
-    """The first sentence of a pass's module, without its name."""
+    """Return the first sentence of a pass's module, without its name."""
     found = _TITLE.match(inspect.getdoc(importlib.import_module(f"mezzotint.passes.{name}")) or "")
     return " ".join(found[2].split()).rstrip(".") if found else ""
 
@@ -172,7 +172,7 @@ def order(step: Pass) -> list[tuple[str, Any]]:
 
 
 def prose(docstring: str) -> str:
-    """A docstring as Markdown: indented lines are formulas and tables of plain text."""
+    """Return a docstring as Markdown: indented lines become blocks of plain text."""
     lines, inside = [], False
     for line in docstring.splitlines():
         indented = line.startswith("    ") or (inside and not line.strip())
@@ -188,12 +188,12 @@ def prose(docstring: str) -> str:
 
 
 def linked(text: str) -> str:
-    """arXiv numbers as links."""
+    """Return the text with arXiv numbers as links."""
     return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def measured(board: Path) -> dict[str, dict[str, list[str]]]:
-    """Recipe -> width -> cells of the leaderboard's row."""
+    """Return recipe -> width -> cells of the leaderboard's row."""
     found: dict[str, dict[str, list[str]]] = {}
     width = ""
     for line in board.read_text(encoding="utf-8").splitlines():
