@@ -56,7 +56,7 @@ import numpy as np
 
 from mezzotint.compiler.bits.allocation import Allocation, allocate
 from mezzotint.compiler.bits.budget import Budget, BudgetKind
-from mezzotint.compiler.bits.mixdq import Pictures, split_budget, unlike
+from mezzotint.compiler.bits.mixdq import ShortTrajectories, split_budget, unlike
 from mezzotint.compiler.bits.parts import ChannelOrder, Parts, cut, joined_bytes
 from mezzotint.compiler.bits.profile import Profiler, Weighting
 from mezzotint.compiler.bits.report import BitReport
@@ -275,7 +275,7 @@ class _Search:
         self, profiler: Profiler, simulator: Simulator, errors: list[list[float]]
     ) -> tuple[Allocation, list[float]]:
         """Return the allocation of mixdq's search; see compiler/bits/mixdq.py."""
-        pictures = Pictures(self.program, self.context, self.options.samples, self.options.length)
+        pictures = ShortTrajectories(self.program, self.context, self.options.samples, self.options.length)
         reference = pictures.draw(simulator)
         scores = [list(row) for row in errors]
         content = [unit.content for unit in self.units]

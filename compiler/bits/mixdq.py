@@ -38,7 +38,7 @@ FeedsAtCall = Callable[[int], Feeds]
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class ShortTrajectories:
     """Images of short trajectories from seeded noise: `length` of the deployment's timesteps, by DDIM.
 
     Timesteps between two training timesteps are rounded; a flow is followed by Euler's method.
@@ -80,10 +80,10 @@ def _short(schedule: Schedule, times: Sequence[Timestep]) -> Solver:
     return Solver(tuple(Step(t, 1.0, -sigma, {"x": 1.0, "out": end - sigma}) for t, (sigma, end) in pairs))
 
 
-def unlike(reference: Images, pictures: Images) -> float:
+def unlike(reference: Images, images: Images) -> float:
     """Return 1 - SSIM, the mean over the images. Both are shifted by the minimum of the reference."""
     low, peak = reference.min(), max(float(np.ptp(reference)), 1e-12)
-    return 1.0 - float(np.mean(ssim(reference - low, pictures - low, peak=peak)))
+    return 1.0 - float(np.mean(ssim(reference - low, images - low, peak=peak)))
 
 
 def split_budget(

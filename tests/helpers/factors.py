@@ -1,4 +1,4 @@
-"""Small graphs whose channels take factors, and the check that a rewrite kept what they compute."""
+"""Small graphs whose channels take factors, and the check that a rewrite keeps their outputs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ DOUBLE = "float[4] double = {1, 1, 2, 2}"
 BLOCK = "flat_x = Reshape (sample, tokens) x = Transpose <perm = [0, 2, 1]> (flat_x)"
 """Tokens `x` [batch, 16, 4] of the sample."""
 END = "turned = Transpose <perm = [0, 2, 1]> (y) epsilon = Reshape (turned, image)"
-"""Back from tokens `y` to a picture."""
+"""Tokens `y` back to an image."""
 
 
 def factor_program(
@@ -119,7 +119,7 @@ def change(
     rewrite: Callable[[ir.Graph, Names], None],
     conditions: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> float:
-    """By how much a rewrite of the graph, done in place, changes its output."""
+    """Return the relative difference of the outputs before and after a rewrite of the graph in place."""
     before = outputs(program, folder, conditions)
     rewrite(program.graph, Names(program.graph))
     remove_dead(program.graph)
