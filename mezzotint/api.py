@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mezzotint.compiler.bundle.staging import staged, staged_file
-from mezzotint.compiler.bundle.writer import save_model, write_bundle
+from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions, random_conditions
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context, Recipe
@@ -20,6 +20,7 @@ from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -138,14 +139,14 @@ def compile_with(
             dump=pipeline.Dump(bundle / "passes", models=output.dump_passes),
             reproducer=target.absolute().with_name(f"{target.name}.failed"),
         )
-        facts = {
-            "mezzotint": __version__,
-            "recipe": recipe.to_json(),
-            "calibration": {"seed": calibration.seed, "samples": calibration.samples, "batch": calibration.batch},
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
-            **({"card": card} if card else {}),
-        }
-        write_bundle(program, bundle, work, facts, threads=threads)
+        compilation = Compilation(
+            mezzotint=__version__,
+            recipe=RecipeEntry(recipe.to_json()),
+            calibration=Calibration(calibration.seed, calibration.samples, calibration.batch),
+            versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+            card=card,
+        )
+        write_bundle(program, bundle, work, compilation, threads=threads)
     return open_bundle(target, verify=False)  # its files were hashed while they were written
 
 

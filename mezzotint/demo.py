@@ -31,11 +31,11 @@ def run_demo(
         images.side_by_side(grids).save(folder / "digits.png")
         images.save_images(pairs.float_images, folder / "float.png")
         images.save_images(pairs.quantized_images, folder / "integer.png")
-        kernels = bundle.manifest["kernels"]
+        kernels = bundle.manifest.kernels
         sizes = folder_bytes(exported), folder_bytes(bundle.path / MODEL)
         summary = {
             "images": IMAGES,
-            "deployment": {k: bundle.manifest["deployment"][k] for k in ("sampler", "steps", "eta")},
+            "deployment": {k: getattr(bundle.deployment, k) for k in ("sampler", "steps", "eta")},
             "float_bytes": sizes[0],
             "integer_bytes": sizes[1],
             "size_ratio": sizes[1] / sizes[0],
@@ -44,9 +44,9 @@ def run_demo(
             "float_call_ms": before * 1e3,
             "integer_call_ms": after * 1e3,
             "speedup": ratio,
-            "integer_kernels": kernels["integer"],
-            "float_kernels": kernels["float"],
-            "islands": bundle.manifest["islands"],
+            "integer_kernels": kernels.integer,
+            "float_kernels": kernels.floating,
+            "islands": dict(bundle.manifest.islands),
             **pairs.to_json(),
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8", newline="\n")

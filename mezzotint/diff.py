@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.bundle.manifest import Manifest
+from mezzotint.runtime.bundle.manifest_entries import PassRecord, QuantizerEntry
 from mezzotint.runtime.errors import InputError
 
 _NODE = re.compile(r'^\s+\[(?:"(?P<quoted>[^"]*)"|(?P<plain>[^\]]*))\] .*? = (?P<op>[\w.]+)(?P<rest>.*)$')
@@ -51,18 +53,16 @@ def compare_bundles(one: Bundle, other: Bundle) -> Difference:
     """Return tables `made`, `measured`, `nodes`, `passes`, `quantizers`, `kernels` and `islands`."""
     a, b = one.manifest, other.manifest
     pair = ("", "first", "second")
-    quantizers = _changes(
-        {q["site"]: _quantizer(q) for q in a["quantizers"]}, {q["site"]: _quantizer(q) for q in b["quantizers"]}
-    )
-    kernels = _changes(*({name: row["kernel"] for name, row in m["kernels"]["layers"].items()} for m in (a, b)))
+    quantizers = _changes({q.site: _quantizer(q) for q in a.quantizers}, {q.site: _quantizer(q) for q in b.quantizers})
+    kernels = _changes(*({name: layer.kernel for name, layer in m.kernels.layers.items()} for m in (a, b)))
     tables = {
         "made": DiffTable("how they were made", pair, _changes(_made(one), _made(other))),
         "measured": DiffTable("what they measure", pair, _pairs(_measured(a), _measured(b))),
-        "nodes": DiffTable("operations", pair, _changes(a["nodes"], b["nodes"])),
-        "passes": DiffTable("passes", ("pass", "first", "second"), _passes(a["history"], b["history"])),
+        "nodes": DiffTable("operations", pair, _changes(a.nodes, b.nodes)),
+        "passes": DiffTable("passes", ("pass", "first", "second"), _passes(a.history, b.history)),
         "quantizers": DiffTable("quantizers", ("site", "first", "second"), quantizers),
         "kernels": DiffTable("kernels", ("layer", "first", "second"), kernels),
-        "islands": DiffTable("islands", ("layer", "first", "second"), _changes(a["islands"], b["islands"])),
+        "islands": DiffTable("islands", ("layer", "first", "second"), _changes(a.islands, b.islands)),
     }
     return Difference(f"{one.path} and {other.path}", tables)
 
@@ -100,58 +100,59 @@ def _pairs(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[Any,
 
 
 def _made(bundle: Bundle) -> dict[str, Any]:
-    m = bundle.manifest
+    manifest = bundle.manifest
     return {
-        "recipe": m["recipe"]["name"],
-        "source": f"{m['source']['kind']} {m['source']['name']}",
-        "weights": str(m["source"].get("weights_sha256", "unknown"))[:12],
+        "recipe": manifest.recipe.name,
+        "source": f"{manifest.source.kind} {manifest.source.name}",
+        "weights": (manifest.source.weights_sha256 or "unknown")[:12],
         "deployment": str(bundle.deployment),
         "prediction": bundle.signature.prediction,
         "timestep tables": len(bundle.deployed_timesteps or ()),
-        **{f"calibration {key}": value for key, value in m["calibration"].items()},
-        **{f"version of {key}": value for key, value in m["versions"].items()},
-        "mezzotint": m["mezzotint"],
+        **{f"calibration {key}": value for key, value in manifest.calibration.to_json().items()},
+        **{f"version of {key}": value for key, value in manifest.versions.items()},
+        "mezzotint": manifest.mezzotint,
     }
 
 
-def _measured(m: Mapping[str, Any]) -> dict[str, Any]:
-    shares = m.get("noise", {}).get("shares", {})
+def _measured(manifest: Manifest) -> dict[str, Any]:
+    shares = manifest.noise.get("shares", {})
+    storage = manifest.require_storage()
     return {
-        "bytes of the model": m["storage"]["model_bytes"],
-        "of the float parameters": m["storage"]["ratio"],
-        "integer kernels": m["kernels"]["integer"],
-        "float kernels": m["kernels"]["float"],
-        "quantizers": len(m["quantizers"]),
-        "seconds to compile": round(sum(record["seconds"] for record in m["history"]), 1),
+        "bytes of the model": storage.model_bytes,
+        "of the float parameters": storage.ratio,
+        "integer kernels": manifest.kernels.integer,
+        "float kernels": manifest.kernels.floating,
+        "quantizers": len(manifest.quantizers),
+        "seconds to compile": round(sum(record.seconds for record in manifest.history), 1),
         **({"SQNR a call, dB": round(shares["none"], 2)} if "none" in shares else {}),
         **({"SQNR a call, corrected, dB": round(shares["kept"], 2)} if "kept" in shares else {}),
     }
 
 
-def _passes(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> tuple[tuple[Any, ...], ...]:
+def _passes(one: Sequence[PassRecord], other: Sequence[PassRecord]) -> tuple[tuple[Any, ...], ...]:
     """Return the passes of only one bundle, and the options that differ."""
     rows: list[tuple[Any, ...]] = []
-    first, second = ([str(record["pass"]) for record in history] for history in (one, other))
+    first, second = ([record.name for record in history] for history in (one, other))
     for kind, a, b, c, d in difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
         if kind == "equal":
             for mine, its in zip(one[a:b], other[c:d], strict=True):
-                changed = _changes(mine["options"], its["options"])
-                rows += [(f"{mine['pass']}.{option}", *values) for option, *values in changed]
+                changed = _changes(mine.options, its.options)
+                rows += [(f"{mine.name}.{option}", *values) for option, *values in changed]
             continue
-        rows += [(record["pass"], "yes", NOTHING) for record in one[a:b]]
-        rows += [(record["pass"], NOTHING, "yes") for record in other[c:d]]
+        rows += [(record.name, "yes", NOTHING) for record in one[a:b]]
+        rows += [(record.name, NOTHING, "yes") for record in other[c:d]]
     return tuple(rows)
 
 
-def _quantizer(q: Mapping[str, Any]) -> str:
+def _quantizer(q: QuantizerEntry) -> str:
     """Return one line: format, scale or range of the scales, zero points, and the pass that chose them."""
-    scale = q["scale"]
-    scales = f"{scale[0]:.4g} .. {scale[1]:.4g}" if isinstance(scale, list) else f"{scale:.4g}"
-    rows = f", {q['rows']} rows" if q["rows"] > 1 else ""
-    channels = f", {q['channels']} channels" if q["channels"] > 1 else ""
-    zeros = q["zero_point"]
+    scale = q.scale
+    scales = f"{scale[0]:.4g} .. {scale[1]:.4g}" if isinstance(scale, tuple) else f"{scale:.4g}"
+    rows = f", {q.rows} rows" if q.rows > 1 else ""
+    channels = f", {q.channels} channels" if q.channels > 1 else ""
+    zeros = q.zero_point
     zero = f"{zeros[0]}" if len(zeros) == 1 else f"{zeros[0]} .. {zeros[-1]}"
-    return f"{q['format']}, scale {scales}, zero point {zero}{rows}{channels}, {q['by']}"
+    return f"{q.format}, scale {scales}, zero point {zero}{rows}{channels}, {q.by}"
 
 
 def _dump(bundle: Bundle, name: str) -> Path:

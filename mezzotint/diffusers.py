@@ -90,7 +90,7 @@ def attach(
 def _scheduler(pipe: Any, bundle: Bundle, correction: bool | None) -> Any:
     """Return the pipeline's scheduler, corrected where possible; a correction of another bundle is removed."""
     present = pipe.scheduler
-    if getattr(present, "bundle", bundle).manifest["digest"] != bundle.manifest["digest"]:
+    if getattr(present, "bundle", bundle).manifest.digest != bundle.manifest.digest:
         present = type(present).from_config(present.config)
     if correction is False or (correction is None and bundle.correction is None):
         return present

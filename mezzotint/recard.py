@@ -11,21 +11,19 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mezzotint.compiler.bundle.card import CARD, card
-from mezzotint.compiler.bundle.card_code import described
+from mezzotint.compiler.bundle.card import CARD, card_text
 from mezzotint.compiler.bundle.card_figures import bench_figures, eval_figures, eval_speed, evaluated
 from mezzotint.compiler.bundle.staging import staged, write_text
 from mezzotint.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, seal_bundle
+from mezzotint.runtime.bundle.manifest_entries import input_entries
 from mezzotint.runtime.errors import InputError
 
 from .io.hub import checked_license, checked_model
-
-_BEFORE = "digests_before"  # digests of the same network with earlier cards: figures may name one of them
-_SEALED = ("format", "files", "digest")  # keys that sealing writes
 
 
 def rewrite_card(
@@ -42,31 +40,31 @@ def rewrite_card(
     where it cannot be written: the bundle is then as it was.
     """
     bundle = open_bundle(folder)
-    manifest = {key: value for key, value in bundle.manifest.items() if key not in _SEALED}
-    known = [*manifest.get(_BEFORE, ()), bundle.manifest["digest"]]
-    measured = dict(manifest.get("measured", {}))
+    manifest = bundle.manifest
+    known = (*manifest.digests_before, manifest.digest)  # of the same network: figures may name an earlier one
+    measured = dict(manifest.measured)
     if evaluation is not None:
         measured |= _evaluation(evaluation, known)
     if bench is not None:
         measured["bench"] = bench_figures(_read(bench), machine(), str(bench))
-    fields = dict(manifest.get("card", {}))
+    fields = dict(manifest.card)
     if license is not None:
         fields = {key: value for key, value in fields.items() if not key.startswith("license")}
         fields |= {"license": checked_license(license), "license_from": "given"}
     if base_model is not None:
         fields["base_model"] = checked_model(base_model)
-    if "inputs" not in manifest:  # compiled by a version whose manifest has no inputs
-        manifest["inputs"] = described(bundle.denoiser().inputs)
-    manifest |= _unless_empty("measured", measured) | _unless_empty("card", fields)
+    if manifest.inputs is None:  # compiled by a version whose manifest has no inputs
+        manifest = replace(manifest, inputs=input_entries(bundle.denoiser().inputs))
+    manifest = replace(manifest, measured=measured, card=fields)
     target = bundle.path.resolve()
-    if card(manifest, target) == (target / CARD).read_text(encoding="utf-8"):
+    if card_text(manifest, target) == (target / CARD).read_text(encoding="utf-8"):
         return bundle
-    manifest[_BEFORE] = known
+    manifest = replace(manifest, digests_before=known)
     with staged(target, force=True) as (copy, _):
         shutil.copytree(target, copy, copy_function=_link, dirs_exist_ok=True)
         for name in (CARD, MANIFEST):  # new files: writing through a link would change the existing bundle
             (copy / name).unlink(missing_ok=True)
-        write_text(copy / CARD, card(manifest, copy))
+        write_text(copy / CARD, card_text(manifest, copy))
         seal_bundle(copy, manifest)
     return open_bundle(folder, verify=False)  # its files were hashed while they were sealed
 
@@ -93,10 +91,6 @@ def machine() -> str:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         words = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), words)
     return f"{words}, {os.cpu_count()} cores, {platform.system()}"
-
-
-def _unless_empty(key: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value} if value else {}
 
 
 def _link(source: str, target: str) -> str:

@@ -130,7 +130,7 @@ def sd15_gptq(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     recipe = {"recipe": "gptq", "settings": {"choose_scales.weight_bits": 4}}
     bundle = _sd15(args, folder, bars, gigabytes=14, minutes=45, steps=4, calibration_samples=4, **recipe)
     _size_of_parameters(bundle, bars, 0.15)
-    print(next(record["note"] for record in bundle.manifest["history"] if record["pass"] == "round_weights"))
+    print(next(record.note for record in bundle.manifest.history if record.name == "round_weights"))
 
 
 def _sd15(
@@ -163,12 +163,12 @@ def _sd15(
     output = bundle.denoiser(args.threads)(x, bundle.deployment.timesteps[0], encoder_hidden_states=prompt)
     finite = bool(np.isfinite(output).all())
     bars.add("one call returns finite values", float(finite), "1", finite)
-    print(json.dumps({k: bundle.manifest["kernels"][k] for k in ("integer", "float")}))
+    print(json.dumps({"integer": bundle.manifest.kernels.integer, "float": bundle.manifest.kernels.floating}))
     return bundle
 
 
 def _size_of_parameters(bundle: Bundle, bars: Bars, limit: float) -> None:
-    size = folder_bytes(bundle.path / MODEL) / bundle.manifest["source"]["parameter_bytes"]
+    size = folder_bytes(bundle.path / MODEL) / bundle.manifest.source.parameter_bytes
     bars.add("size of fp32 parameters", size, f"<= {limit}", size <= limit)
 
 
@@ -207,7 +207,7 @@ def _speed_and_size(
     bars.add(f"speed-up of one call, batch {batch}, {threads} threads", ratio, f">= {speed}", ratio >= speed)
     share = folder_bytes(bundle.path / MODEL) / folder_bytes(exported)
     bars.add("size of the fp32 file", share, f"<= {size}", share <= size)
-    print(json.dumps({k: bundle.manifest["kernels"][k] for k in ("integer", "float")}))
+    print(json.dumps({"integer": bundle.manifest.kernels.integer, "float": bundle.manifest.kernels.floating}))
 
 
 def _peer(bundle: Bundle, exported: Path, batch: int, threads: int | None, folder: Path) -> None:

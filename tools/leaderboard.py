@@ -111,12 +111,12 @@ class Board:
                     progress=report,
                     force=True,
                 )
-                seconds = sum(float(record["seconds"]) for record in bundle.manifest["history"])
+                seconds = sum(float(record.seconds) for record in bundle.manifest.history)
                 mine = bundle.denoiser(self.args.threads)
                 n, threads = self.images, self.args.threads
                 drawn = bundle.sample(n, seed=unseen_seed(bundle), batch=BATCH, threads=threads)
                 data = self.quality(bundle, mine, drawn, report)
-                kernels = bundle.manifest["kernels"]
+                kernels = bundle.manifest.kernels
                 return Row(
                     name,
                     width,
@@ -128,8 +128,8 @@ class Board:
                     None,
                     folder_bytes(bundle.path / MODEL) / folder_bytes(self.exported),
                     seconds,
-                    f"{kernels['integer']}/{kernels['float']}",
-                    len(bundle.manifest["islands"]),
+                    f"{kernels.integer}/{kernels.floating}",
+                    len(bundle.manifest.islands),
                 )
         except MezzotintError as error:
             print(f"{name} {width}: refused after {time.perf_counter() - start:.0f} s: {error}", flush=True)

@@ -85,7 +85,7 @@ def study(
     features = FeatureNet(threads=threads)
     wanted: Moments = features.moments(reference)
     rows = []
-    sqnr = _sqnr(bundle.manifest["noise"]["shares"])
+    sqnr = _sqnr(bundle.manifest.noise["shares"])
     for part, correction in variants(table).items():
         if parts and part not in parts:
             continue

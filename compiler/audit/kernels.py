@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from mezzotint.runtime.bundle.manifest_entries import Kernels, LayerKernel
 
 from ..graph.nodes import counts
 from ..graph.ops import Layer
@@ -31,28 +32,19 @@ class KernelAudit:
     def floating(self) -> int:
         return sum(n for op, n in self.operations.items() if op.rpartition(".")[2] in FLOAT_KERNELS)
 
-    def to_json(self, islands: Mapping[str, str]) -> dict[str, Any]:
+    def entry(self, islands: Mapping[str, str]) -> Kernels:
         """Return the manifest's `kernels`. `islands` gives the reasons why layers are in float on purpose."""
         rows = {}
         for name, verdict in self.layers.items():
             kernel = "" if verdict is None else verdict.kernel
-            row: dict[str, Any] = {
-                "kernel": kernel or "unknown",
-                "integer": verdict is not None and verdict.integer and kernel in INTEGER_KERNELS,
-            }
-            if not row["integer"]:
-                row["why"] = islands.get(name) or _why(verdict)
-            rows[name] = row
+            integer = verdict is not None and verdict.integer and kernel in INTEGER_KERNELS
+            why = "" if integer else islands.get(name) or _why(verdict)
+            rows[name] = LayerKernel(kernel or "unknown", integer, why)
         for name, why in islands.items():  # matrix products that are no layers cannot be quantized at all
             verdict = self.fusion.of(name)
             kernel = verdict.kernel if verdict is not None and verdict.kernel else "float"
-            rows.setdefault(name, {"kernel": kernel, "integer": False, "why": why})
-        return {
-            "integer": self.integer,
-            "float": self.floating,
-            "operations": dict(sorted(self.operations.items())),
-            "layers": rows,
-        }
+            rows.setdefault(name, LayerKernel(kernel, False, why))
+        return Kernels(self.integer, self.floating, dict(sorted(self.operations.items())), rows)
 
 
 def _why(verdict: Verdict | None) -> str:

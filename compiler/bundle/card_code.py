@@ -1,23 +1,22 @@
-"""The programs that a model card shows: complete, with the names, sizes and types of this bundle's own inputs.
+"""The complete programs of a model card, with the names, sizes and types of the bundle's own inputs.
 
-tests/mezzotint/test_recard.py runs each one as it is printed, in the bundle's folder. An input's open dimensions become
-those of the sample where they bear its names, and else a prompt's length.
+tests/mezzotint/test_recard.py runs each one as it is printed, in the bundle's folder. An open dimension of an input has
+the size of the sample's dimension of the same name, or else the length of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mezzotint.runtime.bundle.bundle import MODEL
-from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.bundle.manifest import Manifest
 
-BATCH = 1  # rows in an example, unless the graph says
-PICTURES = 2
-TOKENS = 77  # what an open dimension of a condition becomes: the tokens of a CLIP prompt
-NARROW = frozenset({"int4", "uint4"})  # storage types whose MatMuls onnxruntime computes inexactly, unless told not to
+EXAMPLE_BATCH = 1  # rows in an example where the graph does not fix them
+EXAMPLE_IMAGES = 2
+TOKENS = 77  # the size of an open dimension of a condition: the tokens of a CLIP prompt
+NARROW = frozenset({"int4", "uint4"})  # storage types whose MatMuls onnxruntime computes inexactly by default
 
-# What diffusers calls the samplers, and what it has to be told beside the configuration.
+# Sampler -> (class of diffusers, arguments in addition to the configuration).
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", ""),
     "ddpm": ("DDPMScheduler", ""),
@@ -32,18 +31,13 @@ SCHEDULERS = {
 }
 
 
-def described(inputs: Mapping[str, tuple[Any, Sequence[int | str | None]]]) -> dict[str, dict[str, Any]]:
-    """dtype and declared shape of each input, as a manifest has them."""
-    return {name: {"dtype": str(dtype), "shape": list(shape)} for name, (dtype, shape) in inputs.items()}
-
-
-def plain_onnxruntime(manifest: Mapping[str, Any]) -> str:
-    """One call of the network."""
-    signature = manifest["signature"]
-    t = manifest["deployment"]["calls"][len(manifest["deployment"]["calls"]) // 2]
+def plain_onnxruntime(manifest: Manifest) -> str:
+    """Return the program of one network call."""
+    signature, calls = manifest.signature, manifest.deployment.calls
+    t = calls[len(calls) // 2]
     lines = ["import numpy as np", "import onnxruntime as ort", ""]
     options = ""
-    if NARROW & set(manifest["storage"]["types"]):
+    if manifest.storage is not None and NARROW & set(manifest.storage.types):
         lines += [
             "options = ort.SessionOptions()",
             "# Else onnxruntime rounds what 4-bit MatMuls read to 8 bits, on its own.",
@@ -55,44 +49,44 @@ def plain_onnxruntime(manifest: Mapping[str, Any]) -> str:
         "rng = np.random.default_rng(0)",
         "inputs = {",
     ]
-    for name in manifest["inputs"]:
-        made = _timestep(manifest, t) if name == signature["timestep"] else _array(manifest, name, None)
-        lines.append(f"    {_quoted(name)}: {made},")
+    for name in manifest.require_inputs():
+        array = _timestep(manifest, t) if name == signature.timestep else _array(manifest, name, None)
+        lines.append(f"    {_quoted(name)}: {array},")
     lines += [
         "}",
-        f"[prediction] = session.run([{_quoted(signature['output'])}], inputs)",
+        f"[prediction] = session.run([{_quoted(signature.output)}], inputs)",
         "print(prediction.shape, prediction.dtype)",
     ]
     return "\n".join(lines)
 
 
-def own_runtime(manifest: Mapping[str, Any]) -> str:
-    """Pictures, with everything that the bundle knows about sampling."""
-    signature = manifest["signature"]
-    fixed = manifest["inputs"][signature["sample"]]["shape"][0]
+def own_runtime(manifest: Manifest) -> str:
+    """Return the program that draws images with the bundle's own sampling."""
+    signature = manifest.signature
+    fixed = manifest.require_inputs()[signature.sample].shape[0]
     lines = ["from mezzotint import open_bundle", "", 'bundle = open_bundle(".")']
-    given = ""
-    if signature["conditions"]:
+    arguments = ""
+    if signature.conditions:
         lines = ["import numpy as np", *lines, "rng = np.random.default_rng(0)"]
-        roles = ["conditions", *(["unconditional"] if Deployment.from_json(manifest["deployment"]).guided else [])]
+        roles = ["conditions", *(["unconditional"] if manifest.deployment.guided else [])]
         for role in roles:
-            rows = [f"    {_quoted(name)}: {_array(manifest, name, 1)}," for name in signature["conditions"]]
+            rows = [f"    {_quoted(name)}: {_array(manifest, name, 1)}," for name in signature.conditions]
             lines += [f"{role} = {{", *rows, "}"]
-        given = "".join(f", {role}={role}" for role in roles)
-    shape = [PICTURES, *manifest["sample_shape"]]
-    note = f"float32 {shape}, in the model's own range" + ("; one row of a condition serves all" if given else "")
+        arguments = "".join(f", {role}={role}" for role in roles)
+    shape = [EXAMPLE_IMAGES, *manifest.sample_shape]
+    note = f"float32 {shape}, in the model's own range" + ("; one row of a condition serves all" if arguments else "")
     if isinstance(fixed, int):
         note += f"; the network takes {fixed} at once"
-    lines += [f"images = bundle.sample({PICTURES}, seed=0{given})", f"print(images.shape)  # {note}"]
+    lines += [f"images = bundle.sample({EXAMPLE_IMAGES}, seed=0{arguments})", f"print(images.shape)  # {note}"]
     return "\n".join(lines)
 
 
-def with_diffusers(manifest: Mapping[str, Any], correction: bool) -> str:
-    """A sampling loop of diffusers' scheduler and the bundle in the network's place."""
-    deployment = Deployment.from_json(manifest["deployment"])
+def with_diffusers(manifest: Manifest, correction: bool) -> str:
+    """Return a sampling loop with a scheduler of diffusers, and the bundle in the place of the network."""
+    deployment = manifest.deployment
     scheduler, more = SCHEDULERS[deployment.sampler]
     correction = correction and not _only_here(manifest)
-    conditions = list(manifest["signature"]["conditions"])
+    conditions = list(manifest.signature.conditions)
     passes = ["conditional", *(["unconditional"] if deployment.guided else [])] if conditions else []
     flow = deployment.sampler == "flow-euler"
     lines = [
@@ -110,7 +104,7 @@ def with_diffusers(manifest: Mapping[str, Any], correction: bool) -> str:
         lines.append("rng = np.random.default_rng(0)")
     for role in passes:
         lines += [f"{role} = {{", *_keywords(manifest, conditions), "}"]
-    size = ", ".join(map(str, _shape(manifest, manifest["signature"]["sample"], None)))
+    size = ", ".join(map(str, _shape(manifest, manifest.signature.sample, None)))
     start = "" if flow else " * scheduler.init_noise_sigma"
     lines += [
         "generator = torch.Generator().manual_seed(0)",
@@ -132,7 +126,7 @@ def with_diffusers(manifest: Mapping[str, Any], correction: bool) -> str:
 
 
 def in_a_pipeline() -> str:
-    """The bundle in a pipeline that somebody has loaded."""
+    """Return the program that puts the bundle into a loaded pipeline."""
     return "\n".join(
         [
             "from mezzotint.diffusers import attach",
@@ -143,14 +137,14 @@ def in_a_pipeline() -> str:
     )
 
 
-def _only_here(manifest: Mapping[str, Any]) -> bool:
-    """Whether no scheduler of diffusers can apply the correction (runtime/diffusers/scheduler.py)."""
-    form, sampler = manifest.get("noise", {}).get("form"), manifest["deployment"]["sampler"]
+def _only_here(manifest: Manifest) -> bool:
+    """Return whether no scheduler of diffusers can apply the correction (runtime/diffusers/scheduler.py)."""
+    form, sampler = manifest.noise.get("form"), manifest.deployment.sampler
     return (form, sampler) == ("ptqd-released", "ddim")
 
 
-def _keywords(manifest: Mapping[str, Any], conditions: Sequence[str]) -> list[str]:
-    """The conditions as a diffusers network takes them: those of its own call, and SDXL's in a dict of their own."""
+def _keywords(manifest: Manifest, conditions: Sequence[str]) -> list[str]:
+    """Return the conditions as a diffusers network takes them: arguments of its call, and a dict for those of SDXL."""
     direct = [name for name in conditions if name in ("encoder_hidden_states", "class_labels")]
     added = [name for name in conditions if name not in direct]
     rows = [f"    {_quoted(n)}: torch.from_numpy({_array(manifest, n, None)})," for n in direct]
@@ -160,31 +154,32 @@ def _keywords(manifest: Mapping[str, Any], conditions: Sequence[str]) -> list[st
     return rows
 
 
-def _array(manifest: Mapping[str, Any], name: str, rows: int | None) -> str:
-    """An expression for an input: random where it is floating, zeros where it counts something."""
-    dtype, shape = manifest["inputs"][name]["dtype"], tuple(_shape(manifest, name, rows))
+def _array(manifest: Manifest, name: str, rows: int | None) -> str:
+    """Return an expression for an input: random numbers for a floating type, ones for bool, zeros for integers."""
+    dtype, shape = manifest.require_inputs()[name].dtype, tuple(_shape(manifest, name, rows))
     if dtype.startswith("float"):
         return f"rng.standard_normal({shape}).astype(np.{dtype})"
     return f"np.{'ones' if dtype == 'bool' else 'zeros'}({shape}, np.{dtype if dtype != 'bool' else 'bool_'})"
 
 
-def _timestep(manifest: Mapping[str, Any], t: float) -> str:
-    """An expression for one timestep in the shape that the graph declares: [], [1] or [batch]."""
-    told = manifest["inputs"][manifest["signature"]["timestep"]]
-    if not told["shape"]:
-        return f"np.array({t!r}, np.{told['dtype']})"
-    return f"np.full({tuple(_shape(manifest, manifest['signature']['timestep'], None))}, {t!r}, np.{told['dtype']})"
+def _timestep(manifest: Manifest, t: float) -> str:
+    """Return an expression for one timestep in the shape that the graph declares: [], [1] or [batch]."""
+    name = manifest.signature.timestep
+    declared = manifest.require_inputs()[name]
+    if not declared.shape:
+        return f"np.array({t!r}, np.{declared.dtype})"
+    return f"np.full({tuple(_shape(manifest, name, None))}, {t!r}, np.{declared.dtype})"
 
 
-def _shape(manifest: Mapping[str, Any], name: str, rows: int | None) -> list[int]:
-    """The sizes of an input in an example, `rows` in front unless None: then what the graph says, or BATCH."""
-    sample = manifest["inputs"][manifest["signature"]["sample"]]["shape"]
-    batch = sample[0] if isinstance(sample[0], int) else BATCH
-    known = {d: n for d, n in zip(sample, (batch, *manifest["sample_shape"]), strict=True) if isinstance(d, str)}
-    first, *rest = manifest["inputs"][name]["shape"]
-    sizes = manifest["sample_shape"] if name == manifest["signature"]["sample"] else rest
+def _shape(manifest: Manifest, name: str, rows: int | None) -> list[int]:
+    """Return the sizes of an input in an example. The first is `rows`; for None that of the graph, or EXAMPLE_BATCH."""
+    sample = manifest.require_inputs()[manifest.signature.sample].shape
+    batch = sample[0] if isinstance(sample[0], int) else EXAMPLE_BATCH
+    known = {d: n for d, n in zip(sample, (batch, *manifest.sample_shape), strict=True) if isinstance(d, str)}
+    first, *rest = manifest.require_inputs()[name].shape
+    sizes = manifest.sample_shape if name == manifest.signature.sample else rest
     front = rows if rows is not None else first if isinstance(first, int) else batch
-    return [front, *(n if isinstance(n, int) else known.get(n, TOKENS) for n in sizes)]
+    return [front, *(n if isinstance(n, int) else known.get(n or "", TOKENS) for n in sizes)]
 
 
 def _quoted(name: str) -> str:

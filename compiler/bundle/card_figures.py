@@ -85,13 +85,13 @@ def bench_figures(data: Any, machine: str, where: str) -> dict[str, Any]:
         raise InputError(what, where=where, hint=_BENCH) from error
 
 
-def measured(found: Mapping[str, Any]) -> str:
-    """The sections of the card, empty where nothing was measured."""
+def figure_sections(measured: Mapping[str, Any]) -> str:
+    """Return the sections of the card; an empty text without measurements."""
     parts = []
-    if "eval" in found:
-        parts.append(_quality(found["eval"]))
-    if "bench" in found:
-        parts.append(_speed(found["bench"]))
+    if "eval" in measured:
+        parts.append(_quality(measured["eval"]))
+    if "bench" in measured:
+        parts.append(_speed(measured["bench"]))
     return "\n\n".join(parts)
 
 

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
+
+from mezzotint.runtime.bundle.manifest_entries import Storage, StoredType
 
 from ..core.program import Program
 from ..graph.nodes import is_op
 
-NAMED = ("int2", "int4", "int8", "float16", "float32", "int32")
+STORAGE_TYPES = ("int2", "int4", "int8", "float16", "float32", "int32")
 _NAMES = {"float": "float32"}
 _STORED = {1: 2, 2: 2, 3: 4, 4: 4}  # bits of a weight -> bits in the file; all others 8
 
 
-def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> dict[str, Any]:
+def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> Storage:
     """Bytes, constants and values by storage type; the size of the files, also relative to the float parameters."""
-    types: dict[str, dict[str, int]] = {}
+    types: dict[str, StoredType] = {}
     for value in lowered.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None:
             kind, values = _kind(value, tensor)
-            row = types.setdefault(kind, {"bytes": 0, "constants": 0, "values": 0})
-            row["bytes"] += tensor.nbytes
-            row["constants"] += 1
-            row["values"] += values
+            total = types.get(kind, StoredType(0, 0, 0))
+            types[kind] = StoredType(total.bytes + tensor.nbytes, total.constants + 1, total.values + values)
     size, source = sum(file.stat().st_size for file in files), _float_bytes(program)
-    return {
-        "types": {kind: types[kind] for kind in (*NAMED, "other") if kind in types},
-        "constant_bytes": sum(row["bytes"] for row in types.values()),
-        "model_bytes": size,
-        "float_bytes": source,
-        "ratio": round(size / source, 6) if source else None,
-        "notes": _notes(program),
-    }
+    return Storage(
+        types={kind: types[kind] for kind in (*STORAGE_TYPES, "other") if kind in types},
+        constant_bytes=sum(stored.bytes for stored in types.values()),
+        model_bytes=size,
+        float_bytes=source,
+        ratio=round(size / source, 6) if source else None,
+        notes=_notes(program),
+    )
 
 
 def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
@@ -48,7 +47,7 @@ def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
             return f"int{8 // count}", tensor.size * count
     name = tensor.dtype.name.lower()
     name = _NAMES.get(name, name)
-    return name if name in NAMED else "other", tensor.size
+    return name if name in STORAGE_TYPES else "other", tensor.size
 
 
 def _float_bytes(program: Program) -> int:
@@ -60,12 +59,12 @@ def _float_bytes(program: Program) -> int:
     return 4 * sum(t.size for t in tensors if t is not None and t.dtype.is_floating_point())
 
 
-def _notes(program: Program) -> list[str]:
+def _notes(program: Program) -> tuple[str, ...]:
     """Where a weight has fewer bits than the file spends on it."""
     if program.plan is None or program.float_model is None:
-        return []
+        return ()
     weights = program.float_model.graph.initializers
     chosen = [q for site, q in program.plan.quantizers.items() if site.value in weights]
     bits = {b for q in chosen for b in q.widths or (q.format.bits,)}
     wider = [(b, _STORED.get(b, 8)) for b in sorted(bits) if _STORED.get(b, 8) != b]
-    return [f"weights of {b} bits are stored in {stored}: the file has no type between" for b, stored in wider]
+    return tuple(f"weights of {b} bits are stored in {stored}: the file has no type between" for b, stored in wider)

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
+from mezzotint.runtime.bundle.manifest import Manifest
+from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry, Source, input_entries
 from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.bundle.ranges import RANGES
 
 from ..audit.kernels import audit_kernels
-from ..core.program import Program
+from ..core.program import Plan, Program
 from ..graph import weight_store as store
 from ..graph.nodes import counts, name_of, numpy_of
 from ..graph.ops import layers
+from ..graph.require import dtype_of, shape_of
 from ..lowering.lower import lower
-from .card import CARD, NOISE_PLOT, card
-from .card_code import described
+from .card import CARD, NOISE_PLOT, card_text
 from .range_rows import range_rows
 from .staging import write_text
 from .storage import storage
 
 EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """The facts of a compilation that its program does not have. `card` are the fields of the model card."""
+
+    mezzotint: str
+    recipe: RecipeEntry
+    calibration: Calibration
+    versions: Mapping[str, str]
+    card: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_model(model: ir.Model, path: Path) -> None:
@@ -51,14 +65,14 @@ def forget_types(model: ir.Model) -> None:
 
 
 def write_bundle(
-    program: Program, bundle: Path, work: Path, facts: Mapping[str, Any], *, threads: int | None = None
+    program: Program, bundle: Path, work: Path, compilation: Compilation, *, threads: int | None = None
 ) -> None:
     """Write a bundle: the lowered graph, the configurations of model and scheduler, the correction, the ranges, the
     FX text, the manifest with all hashes.
 
-    `facts` is what only the caller knows (recipe, calibration, versions). `bundle` may hold pass dumps already.
+    `bundle` may hold pass dumps already.
     """
-    islands = program.plan.islands if program.plan else {}
+    plan = program.plan or Plan()
     quantized = program.float_model is not None
     lowered = lower(program) if quantized else program.model
     save_model(lowered, bundle / MODEL)
@@ -78,33 +92,39 @@ def write_bundle(
     if program.fx_text is not None:
         write_text(bundle / "passes" / "000_fx.txt", program.fx_text)
     source_layers = list(layers((program.float_model or program.model).graph))
-    kernels = audit_kernels(bundle / MODEL, source_layers, work, threads=threads).to_json(islands if quantized else {})
-    manifest = {
-        **facts,
-        "source": source,
-        "signature": program.signature.to_json(),
-        "inputs": described({name_of(v): _declared(v) for v in lowered.graph.inputs}),
-        "deployment": program.deployment.to_json(),
-        "deployed_timesteps": None if program.frozen is None else list(program.frozen),
-        "sample_shape": list(program.shape),
-        "history": [record.to_json() for record in program.history],
-        "kernels": kernels,
-        "storage": storage(program, lowered, files),
-        "quantizers": [
-            {"site": str(site), **quantizer.to_json()}
-            for site, quantizer in (program.plan.quantizers.items() if program.plan else ())
-        ],
-        "islands": dict(islands),
-        "refused": dict(program.refused),
-        **({"noise": dict(program.noise_report)} if program.noise_report else {}),
-        **({"bits": dict(program.plan.report)} if program.plan and program.plan.report else {}),
-        "nodes": dict(sorted(counts(lowered.graph).items())),
-    }
-    write_text(bundle / CARD, card(manifest, bundle))
+    kernels = audit_kernels(bundle / MODEL, source_layers, work, threads=threads)
+    manifest = Manifest(
+        mezzotint=compilation.mezzotint,
+        recipe=compilation.recipe,
+        calibration=compilation.calibration,
+        versions=compilation.versions,
+        card=compilation.card,
+        source=Source(
+            str(source["kind"]),
+            str(source["name"]),
+            int(source["parameter_bytes"]),
+            source.get("weights_sha256"),
+            source.get("class"),
+        ),
+        signature=program.signature,
+        inputs=input_entries({name_of(v): _declared(v) for v in lowered.graph.inputs}),
+        deployment=program.deployment,
+        deployed_timesteps=None if program.frozen is None else tuple(program.frozen),
+        sample_shape=program.shape,
+        history=tuple(record.entry() for record in program.history),
+        kernels=kernels.entry(plan.islands if quantized else {}),
+        storage=storage(program, lowered, files),
+        quantizers=tuple(quantizer.entry(site) for site, quantizer in plan.quantizers.items()),
+        islands=dict(plan.islands),
+        refused=dict(program.refused),
+        noise=dict(program.noise_report),
+        bits=dict(plan.report),
+        nodes=dict(sorted(counts(lowered.graph).items())),
+    )
+    write_text(bundle / CARD, card_text(manifest, bundle))
     seal_bundle(bundle, manifest)
 
 
 def _declared(value: ir.Value) -> tuple[Any, list[int | str | None]]:
-    """dtype and declared shape of a graph input."""
-    assert value.dtype is not None and value.shape is not None
-    return value.dtype.numpy(), [d if isinstance(d, int) else d.value for d in value.shape]
+    """Return dtype and declared shape of a graph input."""
+    return dtype_of(value).numpy(), [d if isinstance(d, int) else d.value for d in shape_of(value)]

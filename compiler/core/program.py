@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.runtime.arrays import Floats, Integers
+from mezzotint.runtime.bundle.manifest_entries import PassRecord, QuantizerEntry
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
@@ -74,19 +75,21 @@ class Quantizer:
         widths, counts = np.unique(self.row_bits, return_counts=True)
         return {int(b): int(n) for b, n in zip(widths, counts, strict=True)}
 
-    def to_json(self) -> dict[str, Any]:
+    def entry(self, site: Site) -> QuantizerEntry:
+        """Return the manifest's entry of this quantizer."""
         scales = self.scale.reshape(-1)
         rows = len(self.scale) if self.table else 1
-        return {
-            "format": self.format.name,
-            "axis": self.axis,
-            "scale": float(scales[0]) if scales.size == 1 else [float(scales.min()), float(scales.max())],
-            "channels": int(scales.size) // rows,
-            "rows": rows,
-            "zero_point": sorted({int(z) for z in self.zero_point.reshape(-1)}),
-            "by": self.by,
-            **({"row_bits": {str(b): n for b, n in self.widths.items()}} if self.widths else {}),
-        }
+        return QuantizerEntry(
+            site=str(site),
+            format=self.format.name,
+            axis=self.axis,
+            scale=float(scales[0]) if scales.size == 1 else (float(scales.min()), float(scales.max())),
+            channels=int(scales.size) // rows,
+            rows=rows,
+            zero_point=tuple(sorted({int(z) for z in self.zero_point.reshape(-1)})),
+            by=self.by,
+            row_bits={str(b): n for b, n in self.widths.items()} or None,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,17 @@ class Record:
     peak_memory_mb: float
     note: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "pass": self.name,
-            "options": dict(self.options),
-            "nodes_before": self.nodes_before,
-            "nodes_after": self.nodes_after,
-            "note": self.note,
-            "seconds": round(self.seconds, 3),
-            "peak_memory_mb": round(self.peak_memory_mb, 1),
-        }
+    def entry(self) -> PassRecord:
+        """Return the manifest's entry of this record."""
+        return PassRecord(
+            name=self.name,
+            options=dict(self.options),
+            nodes_before=self.nodes_before,
+            nodes_after=self.nodes_after,
+            note=self.note,
+            seconds=round(self.seconds, 3),
+            peak_memory_mb=round(self.peak_memory_mb, 1),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,7 +54,7 @@ def save_program(program: Program, folder: Path, pending: Sequence[Mapping[str, 
         "allocation": list(program.allocation),
         "refused": dict(program.refused),
         "noise_report": dict(program.noise_report),
-        "history": [r.to_json() for r in program.history],
+        "history": [r.entry().to_json() for r in program.history],
         "fx_text": program.fx_text,
         "pending": [dict(p) for p in pending],
     }

@@ -111,7 +111,7 @@ class PeerRuns:
             return self._float(x, t)
 
         for i in range(trajectories):
-            self._follow(record, int(self._bundle.manifest["calibration"]["seed"]), i * self._batch)
+            self._follow(record, int(self._bundle.manifest.calibration.seed), i * self._batch)
         return [calls[round(k)] for k in np.linspace(0, len(calls) - 1, count)]
 
     def _float(self, x: Images, t: Timestep) -> Images:

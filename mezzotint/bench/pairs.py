@@ -282,7 +282,7 @@ def latency_ratio(
 
 def unseen_seed(bundle: Bundle) -> int:
     """Return a seed that neither the calibration nor any pass draws from."""
-    return SeedOffset.EVALUATION.after(int(bundle.manifest["calibration"]["seed"]))
+    return SeedOffset.EVALUATION.after(int(bundle.manifest.calibration.seed))
 
 
 def middle_timestep(bundle: Bundle) -> Timestep:

@@ -56,5 +56,5 @@ class ReferenceModel:
 
     def has_weights_of(self, program: Program) -> bool:
         """Return whether an imported program has the weights that the bundle was compiled from."""
-        compiled_from = self._bundle.manifest["source"].get("weights_sha256")
+        compiled_from = self._bundle.manifest.source.weights_sha256
         return bool(program.source.get("weights_sha256") == compiled_from)

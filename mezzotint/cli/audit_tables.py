@@ -27,7 +27,7 @@ def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
     files = {model.name: model}
     if model.is_dir():
         bundle = open_bundle(model)
-        islands = bundle.manifest.get("islands", {})
+        islands = bundle.manifest.islands
         names = bundle.precisions.files.values() if bundle.precisions else ()
         files = {name: bundle.path / name for name in names} or {
             bundle.model_path.relative_to(bundle.path).as_posix(): bundle.model_path

@@ -27,12 +27,12 @@ def card(
     from ..recard import rewrite_card
     from ..text import console
 
-    before = open_bundle(bundle, verify=False).manifest["digest"]
+    before = open_bundle(bundle, verify=False).manifest.digest
     rewritten = rewrite_card(bundle, evaluation=eval_, bench=bench, license=license, base_model=base_model)
-    after = rewritten.manifest["digest"]
+    after = rewritten.manifest.digest
     summary = {
         "card": str(bundle / CARD),
-        "measured": ", ".join(rewritten.manifest.get("measured", {})) or "nothing",
+        "measured": ", ".join(rewritten.manifest.measured) or "nothing",
         "digest": after,
         "digest before": before if before != after else "the same: nothing changed",
     }

@@ -138,7 +138,7 @@ def diagnose(
     rows, unconditional_rows = _rows(conditions, n), _rows(unconditional, n)
     float_model = ReferenceModel(bundle, reference, threads=threads)
     with tempfile.TemporaryDirectory() as work:
-        context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads, conditions=rows)
+        context = Context(Path(work), seed=bundle.manifest.calibration.seed, threads=threads, conditions=rows)
         program = replayed(float_model.program(context.folder), recipe, context)
         compared = put_side_by_side(program, bundle.model_path)
         if not compared.layers:
@@ -162,7 +162,7 @@ def checked_recipe(bundle: Bundle) -> Recipe:
             hint="debug the bundles that it was mixed from, one by one",
         )
     try:
-        recipe = recipe_from_json(bundle.manifest["recipe"], where=str(bundle.path))
+        recipe = recipe_from_json(bundle.manifest.recipe.to_json(), where=str(bundle.path))
     except RecipeError as error:
         raise InputError(
             f"the passes on the float graph must be run again, and one is not known here: {error.what}",
@@ -293,17 +293,17 @@ class _Probe:
         manifest = self.bundle.manifest
         noise = {name: sum(cost.noise().values()) for name, cost in self.costs.items()}
         everything = sum(noise.values())
-        bits = {q["site"]: int(q["format"].lstrip("uint")) for q in manifest["quantizers"]}
-        kernels = manifest["kernels"]["layers"]
+        bits = {quantizer.site: quantizer.bits for quantizer in manifest.quantizers}
+        kernels = {name: layer.kernel for name, layer in manifest.kernels.layers.items()}
         layers = []
         for name in sorted(noise, key=lambda name: -noise[name]):
             facts, share = self.facts[name], noise[name] / everything if everything else 0.0
             weight = compared.layers[name].weight
             width = bits.get(weight, FULL_BITS) if weight else None
             suggestion = suggest(name, facts, share, recipe, width)
-            kernel = kernels.get(name, {}).get("kernel", "unknown")
+            kernel = kernels.get(name, "unknown")
             layers.append(LayerCost(name, kernel, self.costs[name], share, facts.local(), suggestion))
-        islands = dict(manifest["islands"])
+        islands = dict(manifest.islands)
         return Diagnosis(
             tuple(layers), self.together, self.shipped, self.calls, compared.unknown, islands, same_weights
         )

@@ -29,8 +29,8 @@ def size(bundle: Bundle, reference: Path) -> dict[str, Any]:
 
 def kernels(bundle: Bundle) -> dict[str, Any]:
     """Return the numbers of integer and float kernels, and the islands with their reasons, from the manifest."""
-    counts = bundle.manifest["kernels"]
-    return {"integer": counts["integer"], "float": counts["float"], "islands": dict(bundle.manifest["islands"])}
+    counts = bundle.manifest.kernels
+    return {"integer": counts.integer, "float": counts.floating, "islands": dict(bundle.manifest.islands)}
 
 
 def speed(

@@ -119,7 +119,7 @@ def _prepare(
     bundle = sampler.bundle
     deployment, table = bundle.plan(), bundle.correction
     settings = {
-        "bundle": bundle.manifest["digest"],
+        "bundle": bundle.manifest.digest,
         "reference": network_digest(sampler.reference.path),
         "sample_shape": list(bundle.sample_shape),
         "pictures": n,
@@ -206,9 +206,9 @@ def _evaluation(
         key=job.key,
         bundle={
             "name": bundle.path.name,
-            "recipe": manifest["recipe"]["name"],
-            "digest": manifest["digest"],
-            "weights_sha256": manifest["source"].get("weights_sha256"),
+            "recipe": manifest.recipe.name,
+            "digest": manifest.digest,
+            "weights_sha256": manifest.source.weights_sha256,
         },
         reference={"name": reference.name, "digest": settings["reference"], "same_weights": same_weights},
         deployment=str(bundle.deployment),

@@ -16,6 +16,7 @@ from typing import Any
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.passes.recipes.files import recipe_from_json, to_yaml
 from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.bundle.manifest_entries import Storage
 from mezzotint.runtime.bundle.ranges import RANGES, Ranges
 
 from ..text.report import model_bytes
@@ -28,37 +29,38 @@ PageData = dict[str, Any]
 
 def load_ranges(bundle: Bundle) -> Ranges | None:
     """Return the ranges of a bundle over its timesteps; None for a bundle without."""
-    return Ranges.load(bundle.path / RANGES) if RANGES in bundle.manifest["files"] else None
+    return Ranges.load(bundle.path / RANGES) if RANGES in bundle.manifest.files else None
 
 
 def summary_section(bundle: Bundle) -> PageData:
     """Return the facts and sizes of the bundle."""
-    m = bundle.manifest
-    kernels, before, size = m["kernels"], m["source"]["parameter_bytes"], model_bytes(bundle)
+    manifest, size = bundle.manifest, model_bytes(bundle)
+    kernels, source, recipe = manifest.kernels, manifest.source, manifest.recipe
+    runs, history = manifest.calibration, manifest.history
     shape = "x".join(map(str, bundle.sample_shape))
     rows = [
-        ("source", f"{m['source']['kind']} {m['source']['name']} ({m['source'].get('class', 'ONNX')})"),
-        ("recipe", f"{m['recipe']['name']}: {m['recipe']['description']}"),
+        ("source", f"{source.kind} {source.name} ({source.class_name or 'ONNX'})"),
+        ("recipe", f"{recipe.name}: {recipe.description}"),
         ("deployment", str(bundle.deployment)),
-        ("sample", f"{shape}, predicts {m['signature']['prediction']}"),
-        ("conditions", ", ".join(m["signature"]["conditions"]) or "none"),
+        ("sample", f"{shape}, predicts {manifest.signature.prediction}"),
+        ("conditions", ", ".join(manifest.signature.conditions) or "none"),
         ("noise correction", "none" if bundle.correction is None else str(bundle.correction.fitted_for)),
-        ("calibration", f"{m['calibration']['samples']} samples, seed {m['calibration']['seed']}"),
-        ("compiled in", f"{sum(r['seconds'] for r in m['history']):.1f} s, {len(m['history'])} passes"),
-        ("digest", m["digest"]),
+        ("calibration", f"{runs.samples} samples, seed {runs.seed}"),
+        ("compiled in", f"{sum(record.seconds for record in history):.1f} s, {len(history)} passes"),
+        ("digest", manifest.digest),
     ]
     if bundle.precisions is not None:
         rows.insert(2, ("precisions", f"{', '.join(bundle.precisions.files)}; the graph below is that of the first"))
     return {
-        "name": m["source"]["name"],
-        "recipe": m["recipe"]["name"],
+        "name": source.name,
+        "recipe": recipe.name,
         "bytes": size,
-        "float_bytes": before,
-        "integer": kernels["integer"],
-        "float": kernels["float"],
-        "layers": len(kernels["layers"]),
-        "integer_layers": sum(row["integer"] for row in kernels["layers"].values()),
-        "islands": len(m["islands"]),
+        "float_bytes": source.parameter_bytes,
+        "integer": kernels.integer,
+        "float": kernels.floating,
+        "layers": len(kernels.layers),
+        "integer_layers": sum(layer.integer for layer in kernels.layers.values()),
+        "islands": len(manifest.islands),
         "rows": rows,
     }
 
@@ -66,18 +68,18 @@ def summary_section(bundle: Bundle) -> PageData:
 def passes_section(bundle: Bundle) -> PageData:
     """Return one row for each pass, with its diff as compressed text."""
     rows = []
-    for number, row in enumerate(bundle.manifest["history"], 1):
-        file = bundle.path / "passes" / f"{number:03d}_{row['pass']}.diff"
+    for number, record in enumerate(bundle.manifest.history, 1):
+        file = bundle.path / "passes" / f"{number:03d}_{record.name}.diff"
         rows.append(
             {
                 "number": number,
-                "name": row["pass"],
-                "note": row["note"],
-                "before": row["nodes_before"],
-                "after": row["nodes_after"],
-                "seconds": row["seconds"],
-                "peak": row["peak_memory_mb"],
-                "options": {k: str(v) for k, v in row["options"].items()},
+                "name": record.name,
+                "note": record.note,
+                "before": record.nodes_before,
+                "after": record.nodes_after,
+                "seconds": record.seconds,
+                "peak": record.peak_memory_mb,
+                "options": {k: str(v) for k, v in record.options.items()},
                 "diff": _diff(file),
             }
         )
@@ -105,14 +107,14 @@ def verdict_rows(bundle: Bundle) -> list[PageData]:
     rows = [
         {
             "name": name,
-            "op": row.get("op", ""),
-            "kernel": row["kernel"],
-            "integer": row["integer"],
-            "rule": row.get("rule", "island" if name in bundle.manifest["islands"] else ""),
-            "why": row.get("why", ""),
-            "fix": row.get("fix", ""),
+            "op": "",
+            "kernel": layer.kernel,
+            "integer": layer.integer,
+            "rule": "island" if name in bundle.manifest.islands else "",
+            "why": layer.why,
+            "fix": "",
         }
-        for name, row in bundle.manifest["kernels"]["layers"].items()
+        for name, layer in bundle.manifest.kernels.layers.items()
     ]
     return sorted(rows, key=lambda row: row["integer"])
 
@@ -120,19 +122,19 @@ def verdict_rows(bundle: Bundle) -> list[PageData]:
 def quantizer_rows(bundle: Bundle) -> list[PageData]:
     """Return the manifest's quantizers, each list of zero points reduced to its extremes."""
     rows = []
-    for q in bundle.manifest["quantizers"]:
-        zero = q["zero_point"] if isinstance(q["zero_point"], list) else [q["zero_point"]]
+    for q in bundle.manifest.quantizers:
+        zero, scale = q.zero_point, q.scale
         rows.append(
             {
-                "site": q["site"],
-                "format": q["format"],
-                "axis": q["axis"],
-                "channels": q["channels"],
-                "rows": q["rows"],
-                "scale": [_round(s) for s in (q["scale"] if isinstance(q["scale"], list) else [q["scale"]])],
+                "site": q.site,
+                "format": q.format,
+                "axis": q.axis,
+                "channels": q.channels,
+                "rows": q.rows,
+                "scale": [_round(s) for s in (scale if isinstance(scale, tuple) else [scale])],
                 "zero": [min(zero), max(zero)] if zero else [],
-                "by": q["by"],
-                "bits": q.get("row_bits", {}),
+                "by": q.by,
+                "bits": q.row_bits or {},
             }
         )
     return rows
@@ -140,7 +142,7 @@ def quantizer_rows(bundle: Bundle) -> list[PageData]:
 
 def range_section(bundle: Bundle, table: Ranges | None) -> PageData:
     """Return the range of each quantizer at each timestep; a constant row is one number instead of a list."""
-    count = len(bundle.manifest["quantizers"])
+    count = len(bundle.manifest.quantizers)
     if not count:
         return {"note": "nothing in this bundle is quantized"}
     if table is None:
@@ -155,7 +157,7 @@ def range_section(bundle: Bundle, table: Ranges | None) -> PageData:
 
 def noise_section(bundle: Bundle) -> PageData:
     """Return the noise of each network call, without its lists."""
-    report = bundle.manifest.get("noise")
+    report = bundle.manifest.noise
     if not report:
         return {"note": "no noise was fitted: the recipe has no fit_noise pass"}
     calls = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in report["calls"]]
@@ -164,23 +166,23 @@ def noise_section(bundle: Bundle) -> PageData:
 
 def manifest_section(bundle: Bundle) -> PageData:
     """Return files, digest, recipe, versions, storage and refusals."""
-    m = bundle.manifest
+    manifest = bundle.manifest
     try:
-        recipe = to_yaml(recipe_from_json(m["recipe"], where=str(bundle.path)))
+        recipe = to_yaml(recipe_from_json(manifest.recipe.to_json(), where=str(bundle.path)))
     except RecipeError as error:
         recipe = f"# cannot be written as YAML here: {error.what}\n"
     return {
-        "files": [{"name": name, **entry} for name, entry in m["files"].items()],
-        "digest": m["digest"],
+        "files": [{"name": name, **entry.to_json()} for name, entry in manifest.files.items()],
+        "digest": manifest.digest,
         "recipe": recipe,
-        "versions": m["versions"],
-        "storage": _storage(m.get("storage")),
-        "refused": m.get("refused", {}),
+        "versions": manifest.versions,
+        "storage": _storage(manifest.storage),
+        "refused": manifest.refused,
     }
 
 
-def _storage(storage: Mapping[str, Any] | None) -> list[PageData]:
-    return [] if storage is None else [{"type": kind, **row} for kind, row in storage["types"].items()]
+def _storage(storage: Storage | None) -> list[PageData]:
+    return [] if storage is None else [{"type": kind, **stored.to_json()} for kind, stored in storage.types.items()]
 
 
 def answers(bundle: Bundle, rows: Sequence[PageData], measured: Mapping[str, Any]) -> list[PageData]:
@@ -206,11 +208,11 @@ def _why_slow(measured: Mapping[str, Any]) -> PageData:
 
 
 def _what_changed(bundle: Bundle) -> PageData:
-    history = bundle.manifest["history"]
-    changed = [r for r in history if r["nodes_before"] != r["nodes_after"]]
-    largest = sorted(changed, key=lambda r: -abs(r["nodes_after"] - r["nodes_before"]))[:4]
-    lines = [f"{r['pass']}: {r['nodes_before']} -> {r['nodes_after']} nodes" for r in largest]
-    head = f"{history[0]['nodes_before']} -> {history[-1]['nodes_after']} nodes" if history else "no pass ran"
+    history = bundle.manifest.history
+    changed = [r for r in history if r.nodes_before != r.nodes_after]
+    largest = sorted(changed, key=lambda r: -abs(r.nodes_after - r.nodes_before))[:4]
+    lines = [f"{r.name}: {r.nodes_before} -> {r.nodes_after} nodes" for r in largest]
+    head = f"{history[0].nodes_before} -> {history[-1].nodes_after} nodes" if history else "no pass ran"
     return {"question": "What changed?", "head": head, "lines": lines, "section": "passes"}
 
 

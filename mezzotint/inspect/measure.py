@@ -71,7 +71,7 @@ def measure_sections(bundle: Bundle, options: PageOptions, progress: Progress = 
 def audit_rows(bundle: Bundle, threads: int | None = None) -> list[PageData]:
     """Return the fusion audit by this onnxruntime, failures first: {name, op, kernel, integer, rule, why, fix}."""
     with TemporaryDirectory() as folder:
-        islands = bundle.manifest["islands"]
+        islands = bundle.manifest.islands
         audit = audit_fusion(bundle.model_path, Path(folder), threads=threads, islands=islands)
     return [v.to_json() for v in sorted(audit.verdicts, key=lambda v: (v.integer, not v.failed))]
 

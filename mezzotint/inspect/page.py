@@ -45,7 +45,7 @@ def page_data(bundle: Bundle, measured: PageData, ranges: Ranges | None = None) 
     Without an audit in `measured`, the compilation's own audit is shown.
     """
     audit = measured.get("audit") or inspect_data.verdict_rows(bundle)
-    islands = bundle.manifest["islands"]
+    islands = bundle.manifest.islands
     drawn = read_graph(bundle.model_path, bundle.signature.timestep, {row["name"]: row for row in audit}, islands)
     quantizers = inspect_data.quantizer_rows(bundle)
     rows = quantizers_of(drawn, [q["site"] for q in quantizers])
@@ -61,8 +61,8 @@ def page_data(bundle: Bundle, measured: PageData, ranges: Ranges | None = None) 
     _add_times(drawn, measured["speed"])
     table = inspect_data.load_ranges(bundle) if ranges is None else ranges
     return {
-        "title": f"{bundle.manifest['source']['name']}, {bundle.manifest['recipe']['name']}",
-        "version": bundle.manifest["mezzotint"],
+        "title": f"{bundle.manifest.source.name}, {bundle.manifest.recipe.name}",
+        "version": bundle.manifest.mezzotint,
         "summary": inspect_data.summary_section(bundle),
         "answers": inspect_data.answers(bundle, audit, measured),
         "pictures": measured["pictures"],

@@ -63,7 +63,7 @@ def make_overlay(bundle: Bundle, what: What, *, debug: Path | None = None, threa
     if what == "precision":
         values = _precisions(bundle, graph)
     elif what == "kernel":
-        values = {name: row["kernel"] for name, row in bundle.manifest["kernels"]["layers"].items()}
+        values = {name: layer.kernel for name, layer in bundle.manifest.kernels.layers.items()}
     elif what == "scale":
         values = _scales(bundle, graph)
     elif what == "time":
@@ -87,8 +87,8 @@ def make_overlay(bundle: Bundle, what: What, *, debug: Path | None = None, threa
 def _results(bundle: Bundle, values: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
     """Return the values with colours: reserved ones for layers in float, and the palette in turn for other words."""
     words = sorted({value for value in values.values() if isinstance(value, str)})
-    layers = bundle.manifest["kernels"]["layers"]
-    floating = {str(values[n]) for n, row in layers.items() if n in values and not row["integer"]}
+    layers = bundle.manifest.kernels.layers
+    floating = {str(values[n]) for n, layer in layers.items() if n in values and not layer.integer}
     colours = {}
     for word in words:
         if word in _STORED.values():
@@ -107,9 +107,9 @@ def _precisions(bundle: Bundle, graph: Any) -> dict[str, Value]:
     """Return the weight format of layers, and for other nodes the type of their output where the file has it."""
     manifest = bundle.manifest
     formats = {  # of weights: activations are unsigned
-        q["site"].partition(" -> ")[0]: ("mixed widths" if q.get("row_bits") else str(q["format"]))
-        for q in manifest["quantizers"]
-        if not str(q["format"]).startswith("u")
+        q.value: ("mixed widths" if q.row_bits else q.format)
+        for q in manifest.quantizers
+        if not q.format.startswith("u")
     }
     words: dict[str, Value] = {}
     for node in graph:
@@ -117,11 +117,11 @@ def _precisions(bundle: Bundle, graph: Any) -> dict[str, Value]:
         if node.name and dtype is not None and dtype.name in _STORED:
             words[node.name] = _STORED[dtype.name]
     weights = _weights(graph, formats)
-    for name, row in manifest["kernels"]["layers"].items():
-        if row["integer"]:
+    for name, layer in manifest.kernels.layers.items():
+        if layer.integer:
             words[name] = weights.get(name, "integer")
         else:
-            why = str(row.get("why", ""))
+            why = layer.why
             words[name] = why.partition(":")[0] if why.startswith("island") else "float"
     return words
 
@@ -153,9 +153,9 @@ def _constant(value: Any) -> bool:
 def _scales(bundle: Bundle, graph: Any) -> dict[str, Value]:
     """Return the widest scale of each QuantizeLinear, and of each integer layer with a quantized output."""
     widest = {}
-    for quantizer in bundle.manifest["quantizers"]:
-        scale = quantizer["scale"]
-        widest[quantizer["site"].partition(" -> ")[0]] = max(scale) if isinstance(scale, list) else scale
+    for quantizer in bundle.manifest.quantizers:
+        scale = quantizer.scale
+        widest[quantizer.value] = max(scale) if isinstance(scale, tuple) else scale
     scales: dict[str, Value] = {}
     for node in graph:
         if node.op_type == "QuantizeLinear":

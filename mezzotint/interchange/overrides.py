@@ -28,6 +28,7 @@ import numpy as np
 
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.signature import Timestep
@@ -99,7 +100,7 @@ def make_overrides(
     recipe = checked_recipe(bundle)
     raw = ir.load(float_model).graph
     with tempfile.TemporaryDirectory(prefix="mezzotint-overrides-") as work:
-        context = Context(Path(work), seed=bundle.manifest["calibration"]["seed"], threads=threads)
+        context = Context(Path(work), seed=bundle.manifest.calibration.seed, threads=threads)
         before = reference.program(context.folder)
         after = replayed(before, recipe, context)
         float_layers = list(layers(after.graph))
@@ -108,7 +109,7 @@ def make_overrides(
         names = [name for name in activations if _in_graph(raw, name)]
         changed = _changed(before, after, names, bundle, conditions, context)
         tensors, widened, skipped = _activations(activations, names, changed)
-        formats = {q["site"].partition(" -> ")[0]: q for q in bundle.manifest["quantizers"]}
+        formats = {q.value: q for q in bundle.manifest.quantizers}
         for layer in float_layers:  # in here: the weights are in the temporary folder
             if layer.weight is None or (name := name_of(layer.weight)) not in weights:
                 continue
@@ -116,7 +117,7 @@ def make_overrides(
             if why:
                 skipped[name] = why
             else:
-                kind = WEIGHT_TYPES[_bits(formats[name])]
+                kind = WEIGHT_TYPES[formats[name].bits]
                 tensors[name] = _weight(weights[name], kind, layer.weight_axis)
     if not tensors:
         raise InputError(
@@ -129,7 +130,7 @@ def make_overrides(
         for node in raw
         if node.op_type in OPERATIONS and name_of(node.outputs[0]) not in quantized and node.name
     ]
-    return Overrides(bundle.manifest["digest"], tensors, widened, skipped, excluded)
+    return Overrides(bundle.manifest.digest, tensors, widened, skipped, excluded)
 
 
 def _activations(
@@ -149,10 +150,6 @@ def _activations(
             tensors[name], wide = _activation(row)
             widened += [name] if wide else []
     return tensors, widened, skipped
-
-
-def _bits(quantizer: Mapping[str, Any]) -> int:
-    return int(str(quantizer["format"]).lstrip("uint"))
 
 
 def _in_graph(graph: Any, name: str) -> bool:
@@ -181,13 +178,13 @@ def _weight(scale: AnyArray, kind: str, axis: int | None) -> list[dict[str, Any]
     return [{"axis": axis, "quant_type": kind, **rows[0]}, *rows[1:]]
 
 
-def _weight_problem(raw: Any, weight: Any, quantizer: Mapping[str, Any] | None) -> str | None:
+def _weight_problem(raw: Any, weight: Any, quantizer: QuantizerEntry | None) -> str | None:
     from mezzotint.compiler.graph.nodes import numpy_of
 
     if quantizer is None:
         return "the manifest has no quantizer for it"
-    width = _bits(quantizer)
-    if quantizer.get("row_bits"):
+    width = quantizer.bits
+    if quantizer.row_bits:
         return "its channels have several widths"
     if width not in WEIGHT_TYPES:
         return f"it has {width} bits, and onnxruntime's quantizer has 8 and 4"

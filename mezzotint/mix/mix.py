@@ -132,7 +132,7 @@ def _named(bundles: Mapping[str, Bundle | str | Path] | Sequence[Bundle | str | 
     by_name: dict[str, Bundle] = {}
     for key, value in pairs:
         bundle = value if isinstance(value, Bundle) else open_bundle(value)
-        name = str(bundle.manifest["recipe"]["name"]) if key is None else key
+        name = str(bundle.manifest.recipe.name) if key is None else key
         if name in by_name:
             raise InputError(
                 f"two bundles are called {name!r}", where=str(bundle.path), hint="name them: NAME=BUNDLE on the line"
@@ -155,8 +155,8 @@ def _check_same_network(bundles: Mapping[str, Bundle]) -> None:
     """Raise InputError where source, signature, schedule, deployment or sample shape differ."""
     (name, first), *others = bundles.items()
     for other, bundle in others:
-        pairs = {
-            "source": [b.manifest["source"].get("weights_sha256") for b in (first, bundle)],
+        pairs: dict[str, list[Any]] = {
+            "source": [b.manifest.source.weights_sha256 for b in (first, bundle)],
             "signature": [b.signature for b in (first, bundle)],
             "schedule": [b.schedule for b in (first, bundle)],
             "deployment": [b.deployment for b in (first, bundle)],

@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mezzotint.compiler.bundle.card import CARD, NOISE_PLOT, card
-from mezzotint.compiler.bundle.card_code import described
+from mezzotint.compiler.bundle.card import CARD, NOISE_PLOT, card_text
 from mezzotint.compiler.bundle.staging import write_text
 from mezzotint.compiler.errors import CompileError
 from mezzotint.compiler.mixing.mixture import write_sharing
 from mezzotint.compiler.mixing.noise import NoiseTables, mixed_correction, mixed_report
 from mezzotint.runtime import __version__, streams
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, Bundle, seal_bundle
+from mezzotint.runtime.bundle.manifest_entries import RecipeEntry, input_entries
 from mezzotint.runtime.bundle.model_config import CONFIG
+from mezzotint.runtime.bundle.precisions import Mixture, PrecisionEntry
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.signature import Timestep
 from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import folder_bytes
-
-# Entries of a manifest that hold for its own bundle only.
-_OWN = ("format", "files", "digest", "noise", "measured", "digests_before")
 
 
 def write_mix(
@@ -52,7 +52,7 @@ def write_mix(
         _check_same(name, bundles[name], folder / file, threads)
         _copy_passes(bundles[name].path / "passes", folder / "passes" / name)
     write_text(folder / SCHEDULER, json.dumps(dict(default.schedule.config), indent=2) + "\n")
-    if CONFIG in default.manifest["files"]:
+    if CONFIG in default.manifest.files:
         shutil.copyfile(default.path / CONFIG, folder / CONFIG)
     steps = default.deployment.solver(default.schedule).steps
     noise = {name: _noise_of(bundle) for name, bundle in bundles.items()}
@@ -64,43 +64,47 @@ def write_mix(
         from mezzotint.compiler.correction.noise_plot import plot_noise  # matplotlib takes a second to load
 
         plot_noise(report, folder / NOISE_PLOT)
-    manifest = {
-        **{key: value for key, value in default.manifest.items() if key not in _OWN},
-        "mezzotint": __version__,
-        "inputs": described(default.denoiser(threads).inputs),
-        "recipe": {
-            "name": " + ".join(names),
-            "description": "mixed: " + ", ".join(f"{name} at {calls.count(name)} calls" for name in names),
-        },
-        "calibration": {**default.manifest["calibration"], "seed": max(map(calibration_seed, bundles.values()))},
-        "deployed_timesteps": _deployed(bundles),
-        "precisions": {
-            name: {
-                "file": files[name],
-                "recipe": bundle.manifest["recipe"],
-                "compiled": bundle.manifest["digest"],
-                "calls": calls.count(name),
-                "cost": costs[name] / max(costs.values()),
-                "bytes": folder_bytes(folder / files[name]),
-                "bytes_alone": folder_bytes(bundle.model_path),
-                "integer_kernels": bundle.manifest["kernels"]["integer"],
-                "float_kernels": bundle.manifest["kernels"]["float"],
-                "islands": bundle.manifest["islands"],
-            }
+    mixture = Mixture(
+        precisions={
+            name: PrecisionEntry(
+                file=files[name],
+                recipe=bundle.manifest.recipe,
+                compiled=bundle.manifest.digest,
+                calls=calls.count(name),
+                cost=costs[name] / max(costs.values()),
+                bytes=folder_bytes(folder / files[name]),
+                bytes_alone=folder_bytes(bundle.model_path),
+                integer_kernels=bundle.manifest.kernels.integer,
+                float_kernels=bundle.manifest.kernels.floating,
+                islands=bundle.manifest.islands,
+            )
             for name, bundle in bundles.items()
         },
-        "precision_of_call": list(calls),
-        "shared_bytes": shared,
-        "precision_choice": {**facts, "correction": correction_facts},
-        **({"noise": report} if report else {}),
-    }
-    write_text(folder / CARD, card(manifest, folder))
+        calls=tuple(calls),
+        shared_bytes=shared,
+        choice={**facts, "correction": correction_facts},
+    )
+    description = "mixed: " + ", ".join(f"{name} at {calls.count(name)} calls" for name in names)
+    seed = max(map(calibration_seed, bundles.values()))
+    manifest = replace(
+        default.manifest,
+        mezzotint=__version__,
+        inputs=input_entries(default.denoiser(threads).inputs),
+        recipe=RecipeEntry({"name": " + ".join(names), "description": description}),
+        calibration=replace(default.manifest.calibration, seed=seed),
+        deployed_timesteps=_deployed(bundles),
+        mixture=mixture,
+        noise=report or {},
+        measured={},
+        digests_before=(),
+    )
+    write_text(folder / CARD, card_text(manifest, folder))
     seal_bundle(folder, manifest)
 
 
 def calibration_seed(bundle: Bundle) -> int:
     """Return the seed of a compilation; its passes draw from the few seeds after it."""
-    return int(bundle.manifest["calibration"]["seed"])
+    return bundle.manifest.calibration.seed
 
 
 def _check_same(name: str, bundle: Bundle, file: Path, threads: int | None) -> None:
@@ -132,10 +136,10 @@ def _copy_passes(source: Path, target: Path) -> None:
 
 
 def _noise_of(bundle: Bundle) -> NoiseTables:
-    return NoiseTables(bundle.correction, bundle.manifest.get("noise"), bool(bundle.manifest["quantizers"]))
+    return NoiseTables(bundle.correction, bundle.manifest.noise or None, bool(bundle.manifest.quantizers))
 
 
-def _deployed(bundles: Mapping[str, Bundle]) -> list[float] | None:
+def _deployed(bundles: Mapping[str, Bundle]) -> tuple[Timestep, ...] | None:
     """Return the timesteps that every network with tables has a row for."""
     tables = [bundle.deployed_timesteps for bundle in bundles.values() if bundle.deployed_timesteps is not None]
-    return [t for t in tables[0] if all(t in others for others in tables)] if tables else None
+    return tuple(t for t in tables[0] if all(t in others for others in tables)) if tables else None

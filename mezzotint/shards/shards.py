@@ -119,7 +119,7 @@ def sample_shards(
         check_channels(bundle.sample_shape[0], folder)
     summary = sample_summary(bundle, folder, n, options)
     settings = {
-        "bundle": bundle.manifest["digest"],
+        "bundle": bundle.manifest.digest,
         "sample_shape": list(bundle.sample_shape),
         "pictures": n,
         "shard_size": shard_size,

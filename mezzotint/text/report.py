@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage
 from mezzotint.runtime.sampling.options import SamplingOptions
 
 from . import console
@@ -20,24 +22,23 @@ from .report_mix import precisions_of, print_precisions
 def model_bytes(bundle: Bundle) -> int:
     """Return the bytes of the bundle's ONNX files and their external data."""
     folder = MODEL.rpartition("/")[0] + "/"
-    return sum(entry["bytes"] for name, entry in bundle.manifest["files"].items() if name.startswith(folder))
+    return sum(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith(folder))
 
 
 def compile_summary(bundle: Bundle) -> dict[str, Any]:
     """Return the main facts of a compiled bundle."""
     manifest = bundle.manifest
-    kernels, source = manifest["kernels"], manifest["source"]
     return {
         "bundle": str(bundle.path),
-        "recipe": manifest["recipe"]["name"],
+        "recipe": manifest.recipe.name,
         "model_bytes": model_bytes(bundle),
-        "parameter_bytes_before": source["parameter_bytes"],
-        "integer_kernels": kernels["integer"],
-        "float_kernels": kernels["float"],
-        "islands": manifest["islands"],
-        "seconds": round(sum(r["seconds"] for r in manifest["history"]), 1),
-        "peak_memory_mb": max((r["peak_memory_mb"] for r in manifest["history"]), default=0.0),
-        "digest": manifest["digest"],
+        "parameter_bytes_before": manifest.source.parameter_bytes,
+        "integer_kernels": manifest.kernels.integer,
+        "float_kernels": manifest.kernels.floating,
+        "islands": manifest.islands,
+        "seconds": round(sum(record.seconds for record in manifest.history), 1),
+        "peak_memory_mb": max((record.peak_memory_mb for record in manifest.history), default=0.0),
+        "digest": manifest.digest,
     }
 
 
@@ -80,32 +81,33 @@ def inspection(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.path),
         "model_bytes": model_bytes(bundle),
         "corrected": bundle.correction is not None,
-        **{k: v for k, v in bundle.manifest.items() if k not in hidden},
+        **{k: v for k, v in bundle.manifest.to_json().items() if k not in hidden},
     }
 
 
 def print_inspection(bundle: Bundle) -> None:
     """Print the facts of a bundle as tables."""
-    m = bundle.manifest
+    manifest = bundle.manifest
+    source, signature, kernels = manifest.source, manifest.signature, manifest.kernels
     size = model_bytes(bundle)
     console.print_pairs(
         str(bundle.path),
         {
-            "recipe": f"{m['recipe']['name']}: {m['recipe']['description']}",
-            "source": f"{m['source']['kind']} {m['source']['name']}",
-            "inputs": ", ".join([m["signature"]["sample"], m["signature"]["timestep"], *m["signature"]["conditions"]]),
-            "output": f"{m['signature']['output']} ({m['signature']['prediction']})",
+            "recipe": f"{manifest.recipe.name}: {manifest.recipe.description}",
+            "source": f"{source.kind} {source.name}",
+            "inputs": ", ".join([signature.sample, signature.timestep, *signature.conditions]),
+            "output": f"{signature.output} ({signature.prediction})",
             "deployment": str(bundle.deployment),
             "timestep tables": "none"
             if bundle.deployed_timesteps is None
             else f"{len(bundle.deployed_timesteps)} rows",
-            "size": f"{size / 1e6:.2f} MB; float parameters were {m['source']['parameter_bytes'] / 1e6:.2f} MB",
-            "storage": _storage(m["storage"])
-            if "storage" in m
-            else "unknown: compiled by a version that did not count it",
-            "kernels": f"{m['kernels']['integer']} integer, {m['kernels']['float']} float",
+            "size": f"{size / 1e6:.2f} MB; float parameters were {source.parameter_bytes / 1e6:.2f} MB",
+            "storage": "unknown: compiled by a version that did not count it"
+            if manifest.storage is None
+            else _storage(manifest.storage),
+            "kernels": f"{kernels.integer} integer, {kernels.floating} float",
             "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
-            "digest": m["digest"],
+            "digest": manifest.digest,
         },
     )
     if bundle.precisions is not None:
@@ -115,40 +117,40 @@ def print_inspection(bundle: Bundle) -> None:
         ("pass", "nodes", "what it did", "seconds", "peak MB"),
         [
             (
-                r["pass"],
-                f"{r['nodes_before']} -> {r['nodes_after']}",
-                r["note"],
-                f"{r['seconds']:.1f}",
-                f"{r['peak_memory_mb']:.0f}",
+                record.name,
+                f"{record.nodes_before} -> {record.nodes_after}",
+                record.note,
+                f"{record.seconds:.1f}",
+                f"{record.peak_memory_mb:.0f}",
             )
-            for r in m["history"]
+            for record in manifest.history
         ],
     )
-    if "bits" in m:
-        _print_bits(m["bits"])
-    if "noise" in m:
-        _print_noise(m["noise"])
-    if m["quantizers"]:
-        rows = [(q["site"], _format(q), _scale(q), _zero(q), q["by"]) for q in m["quantizers"]]
+    if manifest.bits:
+        _print_bits(manifest.bits)
+    if manifest.noise:
+        _print_noise(manifest.noise)
+    if manifest.quantizers:
+        rows = [(q.site, _format(q), _scale(q), _zero(q), q.by) for q in manifest.quantizers]
         console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
-    kernels = [(name, row["kernel"], row.get("why", "")) for name, row in m["kernels"]["layers"].items()]
-    console.print_table("layers", ("layer", "kernel", "why not integer"), kernels)
-    if refused := m.get("refused"):  # absent in bundles of older versions
-        console.print_table("factors without a place", ("value", "why"), list(refused.items()))
+    layers = [(name, layer.kernel, layer.why) for name, layer in kernels.layers.items()]
+    console.print_table("layers", ("layer", "kernel", "why not integer"), layers)
+    if manifest.refused:
+        console.print_table("factors without a place", ("value", "why"), list(manifest.refused.items()))
 
 
-def _storage(storage: dict[str, Any]) -> str:
+def _storage(storage: Storage) -> str:
     """Return bytes and values by storage type, one a line, and notes on constants stored wider than their type."""
     rows = [
-        f"{kind}: {row['bytes'] / 1e6:.2f} MB, {row['values']} values in {row['constants']} constants"
-        for kind, row in storage["types"].items()
+        f"{kind}: {stored.bytes / 1e6:.2f} MB, {stored.values} values in {stored.constants} constants"
+        for kind, stored in storage.types.items()
     ]
-    rest = storage["model_bytes"] - storage["constant_bytes"]
-    ratio = [] if storage["ratio"] is None else [f"{storage['ratio']:.3f} of the float parameters"]
-    return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *storage["notes"]])
+    rest = storage.model_bytes - storage.constant_bytes
+    ratio = [] if storage.ratio is None else [f"{storage.ratio:.3f} of the float parameters"]
+    return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *storage.notes])
 
 
-def _print_bits(bits: dict[str, Any]) -> None:
+def _print_bits(bits: Mapping[str, Any]) -> None:
     """Print the Pareto curve of assign_bits, with the chosen point."""
     points = [("", p) for p in bits["pareto"]] + [("chosen", bits["chosen"])]
     rows = [
@@ -159,7 +161,7 @@ def _print_bits(bits: dict[str, Any]) -> None:
     console.print_table("bits", ("", kind, "bits a weight", "layers by bits", "predicted SQNR, dB"), rows)
 
 
-def _print_noise(noise: dict[str, Any]) -> None:
+def _print_noise(noise: Mapping[str, Any]) -> None:
     """Print the measurements of fit_noise at each network call, and the part that the sampler undoes."""
     words = {"none": "nothing", "both": "slope and bias"}
     rows = [
@@ -187,22 +189,22 @@ def _db(value: float | None) -> str:
     return "no error" if value is None else f"{value:.1f}"
 
 
-def _format(quantizer: dict[str, Any]) -> str:
+def _format(quantizer: QuantizerEntry) -> str:
     """Return `int8`, or `int8 (4 bits: 115, 8 bits: 13)` with the number of channels of each width."""
-    widths = ", ".join(f"{bits} bits: {n}" for bits, n in quantizer.get("row_bits", {}).items())
-    return f"{quantizer['format']} ({widths})" if widths else str(quantizer["format"])
+    widths = ", ".join(f"{bits} bits: {n}" for bits, n in (quantizer.row_bits or {}).items())
+    return f"{quantizer.format} ({widths})" if widths else quantizer.format
 
 
-def _scale(quantizer: dict[str, Any]) -> str:
-    scale = quantizer["scale"]
-    if isinstance(scale, list):
-        rows, channels = quantizer["rows"], quantizer["channels"]
-        return f"{scale[0]:.3g} .. {scale[1]:.3g} ({f'{rows} rows' if rows > 1 else f'{channels} channels'})"
+def _scale(quantizer: QuantizerEntry) -> str:
+    scale, rows = quantizer.scale, quantizer.rows
+    if isinstance(scale, tuple):
+        count = f"{rows} rows" if rows > 1 else f"{quantizer.channels} channels"
+        return f"{scale[0]:.3g} .. {scale[1]:.3g} ({count})"
     return f"{scale:.4g}"
 
 
-def _zero(quantizer: dict[str, Any]) -> str:
-    return ", ".join(str(z) for z in quantizer["zero_point"])
+def _zero(quantizer: QuantizerEntry) -> str:
+    return ", ".join(str(z) for z in quantizer.zero_point)
 
 
 def print_recipes(name: str | None, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from mezzotint.runtime.bundle.bundle import Bundle
@@ -14,20 +15,20 @@ from . import console
 
 def mix_summary(bundle: Bundle) -> dict[str, Any]:
     """Return the main facts of a mixed bundle."""
-    manifest = bundle.manifest
-    rows = manifest["precisions"]
+    mixture = bundle.manifest.require_mixture()
+    entries = mixture.precisions.values()
     return {
         "bundle": str(bundle.path),
         "precisions": {
-            name: {key: row[key] for key in ("file", "calls", "cost", "bytes", "bytes_alone")}
-            for name, row in rows.items()
+            name: {key: getattr(entry, key) for key in ("file", "calls", "cost", "bytes", "bytes_alone")}
+            for name, entry in mixture.precisions.items()
         },
-        "precision_of_call": manifest["precision_of_call"],
-        "bytes": sum(row["bytes"] for row in rows.values()) + manifest["shared_bytes"],
-        "bytes_alone": sum(row["bytes_alone"] for row in rows.values()),
-        "shared_bytes": manifest["shared_bytes"],
-        **manifest["precision_choice"],
-        "digest": manifest["digest"],
+        "precision_of_call": list(mixture.calls),
+        "bytes": sum(entry.bytes for entry in entries) + mixture.shared_bytes,
+        "bytes_alone": sum(entry.bytes_alone for entry in entries),
+        "shared_bytes": mixture.shared_bytes,
+        **mixture.choice,
+        "digest": bundle.manifest.digest,
     }
 
 
@@ -47,15 +48,15 @@ def mix_rows(summary: dict[str, Any]) -> dict[str, str]:
 
 def print_precisions(bundle: Bundle) -> None:
     """Print the precisions of a mixed bundle, and the calls that use them."""
-    manifest, timesteps = bundle.manifest, bundle.deployment.calls
+    mixture, timesteps = bundle.manifest.require_mixture(), bundle.deployment.calls
     rows = [
-        (name, row["file"], f"{row['bytes'] / 1e6:.2f}", f"{row['cost']:.3f}", row["calls"])
-        for name, row in manifest["precisions"].items()
+        (name, entry.file, f"{entry.bytes / 1e6:.2f}", f"{entry.cost:.3f}", entry.calls)
+        for name, entry in mixture.precisions.items()
     ]
-    title = f"precisions, {_rule(manifest['precision_choice'])}"
+    title = f"precisions, {_rule(mixture.choice)}"
     console.print_table(title, ("precision", "file", "MB of its own", "cost of a call", "calls"), rows)
-    table = manifest["precision_choice"]["snr_db"]
-    noise = manifest["precision_choice"]["schedule_snr_db"]
+    table = mixture.choice["snr_db"]
+    noise = mixture.choice["schedule_snr_db"]
     runs = [
         (
             str(first) if first == last else f"{first} to {last}",
@@ -64,7 +65,7 @@ def print_precisions(bundle: Bundle) -> None:
             _range(table[name][first : last + 1]),
             _range(noise[first : last + 1]),
         )
-        for first, last, name in spans(manifest["precision_of_call"])
+        for first, last, name in spans(mixture.calls)
     ]
     console.print_table(
         "network calls", ("call", "timestep", "precision", "SNR of the prediction, dB", "of the schedule, dB"), runs
@@ -79,7 +80,7 @@ def precisions_of(bundle: Bundle, plan: Deployment) -> dict[str, str]:
     return {"precisions": ", ".join(f"{name}: {count} calls" for name, count in used.items())}
 
 
-def _rule(choice: dict[str, Any]) -> str:
+def _rule(choice: Mapping[str, Any]) -> str:
     if choice["rule"].startswith("relaxed"):
         return f"{choice['rule']} {choice['fraction']:g} of the calls"
     tau = choice["threshold_db"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,16 +31,15 @@ from ..sampling.options import SamplingOptions
 from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
 from ..session import Denoiser
-from ..signature import Images, Signature, whole
+from ..signature import Images
+from .manifest import Manifest, check_format, manifest_digest
+from .manifest_entries import FileEntry
 from .precisions import Precisions
 
-FORMAT_VERSION = 2
 MANIFEST = "mezzotint.json"
 MODEL = "unet/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
 CORRECTION = "correction.safetensors"
-TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
-"""Keys that differ between two runs of the same compilation; wherever they stand, the digest leaves them out."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -52,22 +51,18 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest as canonical JSON, without its own digest and without times."""
-    facts = _without_times({key: value for key, value in manifest.items() if key != "digest"})
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def seal_bundle(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `mezzotint.json`: `facts`, the format, the hash of every file in the folder, and the digest. Returns it."""
+def seal_bundle(folder: str | Path, manifest: Manifest) -> Manifest:
+    """Write `mezzotint.json` with the hash of every file in the folder and the digest. Return what was written."""
     folder = Path(folder)
-    found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    names = [name for name in found if name != MANIFEST]
-    files = {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
-    manifest: dict[str, Any] = {"format": FORMAT_VERSION, **facts, "files": files}
-    manifest["digest"] = manifest_digest(manifest)
-    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    files = {
+        name: FileEntry(file_sha256(folder / name), (folder / name).stat().st_size)
+        for name in paths
+        if name != MANIFEST
+    }
+    manifest = replace(manifest, files=files)
+    manifest = replace(manifest, digest=manifest_digest(manifest.to_json()))
+    text = json.dumps(manifest.to_json(), indent=2, allow_nan=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
     return manifest
 
@@ -81,10 +76,11 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     if not folder.is_dir():
         raise BundleError("there is no such folder", where=str(folder), hint="give the folder that `compile` wrote")
     manifest = _read_manifest(folder / MANIFEST)
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         _check_file(folder, name, entry, verify)
-    for name in (MODEL, SCHEDULER):
-        if name not in manifest["files"]:
+    networks = () if manifest.mixture is None else [entry.file for entry in manifest.mixture.precisions.values()]
+    for name in (MODEL, SCHEDULER, *networks):
+        if name not in manifest.files:
             raise BundleError(f"the manifest does not list {name}", where=str(folder / MANIFEST))
     return Bundle(folder, manifest)
 
@@ -92,30 +88,45 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 class Bundle:
     """An opened bundle; make it with `open_bundle`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self.model_path = path / MODEL
+        self.signature = manifest.signature
+        self.deployment = manifest.deployment
+        self.deployed_timesteps = manifest.deployed_timesteps
+        self.sample_shape = manifest.sample_shape
+        self.precisions: Precisions | None = None
         self._denoisers: dict[tuple[int | None, str], Denoiser] = {}
         try:
-            self.signature = Signature.from_json(manifest["signature"])
-            self.deployment = Deployment.from_json(manifest["deployment"])
             self.schedule = Schedule.load(path / SCHEDULER)
-            channels, height, width = (int(size) for size in manifest["sample_shape"])
-            deployed = manifest["deployed_timesteps"]
-            self.deployed_timesteps = None if deployed is None else tuple(whole(deployed))
-            mixed = "precisions" in manifest
-            steps = self.deployment.solver(self.schedule).steps if mixed else ()
-            self.precisions = Precisions.from_manifest(manifest, steps)
-        except (KeyError, TypeError, ValueError, MezzotintError) as error:
-            what = f"the manifest is incomplete or inconsistent: {type(error).__name__} {error}"
+            if manifest.mixture is not None:
+                steps = self.deployment.solver(self.schedule).steps
+                self.precisions = Precisions.of_mixture(manifest.mixture, steps)
+        except MezzotintError as error:
+            what = f"the manifest does not fit the other files: {type(error).__name__} {error.what}"
             raise BundleError(what, where=str(path / MANIFEST), hint="compile the model again") from error
-        self.sample_shape = (channels, height, width)
+
+    def __repr__(self) -> str:
+        """Return the bundle in short, one line for each fact."""
+        facts = self.manifest
+        size = sum(entry.bytes for name, entry in facts.files.items() if name.startswith(f"{MODEL.partition('/')[0]}/"))
+        kernels = facts.kernels
+        lines = {
+            "recipe": facts.recipe.name,
+            "deployment": str(self.deployment),
+            "sample": " x ".join(map(str, self.sample_shape)),
+            "size": f"{size / 1e6:.2f} MB",
+            "kernels": f"{kernels.integer} of {kernels.integer + kernels.floating} integer",
+            "islands": f"{len(facts.islands)}",
+            "correction": "yes" if CORRECTION in facts.files else "no",
+        }
+        return "\n".join([f"Bundle {self.path}", *(f"  {key:<11}{value}" for key, value in lines.items())])
 
     @cached_property
     def correction(self) -> Correction | None:
         """The tables that undo the quantization noise, or None where none were fitted."""
-        return Correction.load(self.path / CORRECTION) if CORRECTION in self.manifest["files"] else None
+        return Correction.load(self.path / CORRECTION) if CORRECTION in self.manifest.files else None
 
     def correction_for(self, deployment: Deployment) -> Correction | None:
         """The tables for a way of sampling, interpolated where only the steps differ; None where they do not fit."""
@@ -269,45 +280,26 @@ class Bundle:
         )
 
 
-def _without_times(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_times(part) for key, part in value.items() if key not in TIME_KEYS}
-    if isinstance(value, (list, tuple)):
-        return [_without_times(part) for part in value]
-    return value
-
-
-def _read_manifest(file: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"there is no {MANIFEST}", where=str(file.parent), hint="this folder is not a bundle")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"the manifest is not readable JSON: {error}", where=str(file)) from error
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise BundleError("the manifest does not say its format", where=str(file))
-    if manifest["format"] != FORMAT_VERSION:
-        raise BundleError(
-            f"the bundle has format {manifest['format']!r}, this version of Mezzotint reads {FORMAT_VERSION}",
-            where=str(file),
-            hint="compile the model again, or use the version that wrote it",
-        )
-    if manifest.get("digest") != manifest_digest(manifest):
+    check_format(data, str(file))
+    if data.get("digest") != manifest_digest(data):
         raise BundleError("the manifest was changed after it was written", where=str(file), hint="compile again")
-    if not isinstance(manifest.get("files"), dict):
-        raise BundleError("the manifest lists no files", where=str(file))
-    return manifest
+    return Manifest.from_json(data, str(file))
 
 
-def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
+def _check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise BundleError(f"the manifest names a file outside the bundle: {name}", where=str(folder / MANIFEST))
     file = folder / name
     if not file.is_file():
         raise BundleError("a file of the bundle is missing", where=str(file), hint="copy the whole folder again")
-    if not isinstance(entry, dict) or not {"sha256", "bytes"} <= set(entry):
-        raise BundleError(f"the manifest has no hash for {name}", where=str(folder / MANIFEST))
-    if file.stat().st_size != entry["bytes"] or (verify and file_sha256(file) != entry["sha256"]):
+    if file.stat().st_size != entry.bytes or (verify and file_sha256(file) != entry.sha256):
         raise BundleError("a file was changed after the bundle was sealed", where=str(file), hint="copy it again")
 
 

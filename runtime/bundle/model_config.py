@@ -62,7 +62,7 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
 
 def bundle_config(bundle: Bundle) -> dict[str, Any] | None:
     """The configuration that a bundle keeps; None for one made from an ONNX file that came without. BundleError."""
-    if CONFIG not in bundle.manifest["files"]:
+    if CONFIG not in bundle.manifest.files:
         return None
     file = bundle.path / CONFIG
     try:

@@ -18,6 +18,88 @@ from typing import Any
 
 from ..errors import InputError
 from ..sampling.steps import Step
+from .json_fields import Fields
+from .manifest_entries import RecipeEntry
+
+
+@dataclass(frozen=True)
+class PrecisionEntry:
+    """One precision of a mixed bundle. `compiled` is the digest of the bundle that it was; `cost` is relative to the
+    dearest precision's; `bytes` are its own, `bytes_alone` those before constants were shared."""
+
+    file: str
+    recipe: RecipeEntry
+    compiled: str
+    calls: int
+    cost: float
+    bytes: int
+    bytes_alone: int
+    integer_kernels: int
+    float_kernels: int
+    islands: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "recipe": self.recipe.to_json(),
+            "compiled": self.compiled,
+            "calls": self.calls,
+            "cost": self.cost,
+            "bytes": self.bytes,
+            "bytes_alone": self.bytes_alone,
+            "integer_kernels": self.integer_kernels,
+            "float_kernels": self.float_kernels,
+            "islands": dict(self.islands),
+        }
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> PrecisionEntry:
+        return cls(
+            fields.text("file"),
+            fields.one("recipe", RecipeEntry.from_json),
+            fields.text("compiled"),
+            fields.integer("calls"),
+            fields.number("cost"),
+            fields.integer("bytes"),
+            fields.integer("bytes_alone"),
+            fields.integer("integer_kernels"),
+            fields.integer("float_kernels"),
+            fields.texts("islands"),
+        )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The precisions of a mixed bundle, the name of one for each network call, and how the choice was made.
+
+    `choice` is open plain data for display.
+    """
+
+    precisions: Mapping[str, PrecisionEntry]
+    calls: tuple[str, ...]
+    shared_bytes: int
+    choice: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Four keys of the manifest itself."""
+        return {
+            "precisions": {name: entry.to_json() for name, entry in self.precisions.items()},
+            "precision_of_call": list(self.calls),
+            "shared_bytes": self.shared_bytes,
+            "precision_choice": dict(self.choice),
+        }
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> Mixture | None:
+        """Read the manifest's own keys; None for a bundle of one precision."""
+        if "precisions" not in fields:
+            return None
+        return cls(
+            fields.named("precisions", PrecisionEntry.from_json),
+            fields.each_text("precision_of_call"),
+            fields.integer("shared_bytes"),
+            fields.table("precision_choice"),
+        )
 
 
 @dataclass(frozen=True)
@@ -35,16 +117,10 @@ class Precisions:
             raise InputError(f"a call uses the precision {unknown[0]!r}, which is not among {sorted(self.files)}")
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], steps: Sequence[Step]) -> Precisions | None:
-        """What a manifest says, or None where the bundle has one precision only. Raises InputError, KeyError."""
-        if "precisions" not in manifest:
-            return None
-        if not isinstance(manifest["precisions"], Mapping):
-            raise InputError("the manifest's precisions are not a table")
-        files = {str(name): str(row["file"]) for name, row in manifest["precisions"].items()}
-        if missing := sorted(set(files.values()) - set(manifest["files"])):
-            raise InputError(f"the manifest does not list {missing[0]}")
-        return cls(files, tuple(map(str, manifest["precision_of_call"])), tuple(steps))
+    def of_mixture(cls, mixture: Mixture, steps: Sequence[Step]) -> Precisions:
+        """Return the precisions that a manifest lists. Raises InputError where they do not fit the steps."""
+        files = {name: entry.file for name, entry in mixture.precisions.items()}
+        return cls(files, mixture.calls, tuple(steps))
 
     def nearest(self, steps: Sequence[Step]) -> tuple[int, ...]:
         """For each call of another way of sampling the fitted call that stands for it."""

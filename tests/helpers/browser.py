@@ -5,7 +5,6 @@ Playwright brings its own driver and no browser: Chromium is the system's. Where
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from mezzotint import Bundle, open_bundle
-from mezzotint.runtime.bundle.bundle import MANIFEST, seal_bundle
+from mezzotint.runtime.bundle.bundle import seal_bundle
 from mezzotint.runtime.bundle.ranges import Ranges
+from tests.helpers.manifests import changed_manifest
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -79,9 +79,9 @@ def made_up_ranges(bundle: Bundle) -> Ranges:
     """Ranges that drift with the timestep for activations, and stay for weights; not all were measured."""
     rng = np.random.default_rng(7)
     times = np.array(sorted(bundle.deployed_timesteps or bundle.deployment.timesteps), np.float64)
-    rows = bundle.manifest["quantizers"]
+    rows = bundle.manifest.quantizers
     start, drift = rng.uniform(1, 4, (len(rows), 1)), rng.uniform(-0.7, 2, (len(rows), 1))
-    drift[[q["format"].startswith("int") for q in rows]] = 0
+    drift[[q.format.startswith("int") for q in rows]] = 0
     width = start * (1 + drift * np.linspace(0, 1, len(times)))
     high, low = (0.6 * width).astype(np.float32), (-0.4 * width).astype(np.float32)
     seen = np.where(drift != 0, 0.9, np.nan).astype(np.float32)
@@ -92,9 +92,7 @@ def changed_bundle(bundle: Bundle, folder: Path, model: onnx.ModelProto, **facts
     """A copy of a bundle with another graph and other facts in its manifest, sealed again."""
     shutil.copytree(bundle.path, folder)
     onnx.save(model, folder / "unet" / "model.onnx")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    kept = {k: v for k, v in manifest.items() if k not in ("files", "digest", "format")}
-    seal_bundle(folder, {**kept, **facts})
+    seal_bundle(folder, changed_manifest(bundle.manifest, **facts))
     return open_bundle(folder)
 
 
@@ -117,9 +115,9 @@ def named_bundle(bundle: Bundle, folder: Path) -> tuple[Bundle, dict[str, str]]:
             scope = "/".join(part for part in joined if not part.isdigit())
         names[node.name] = f"{scope}/{node.op_type}_{number}"
         node.name = names[node.name]
-    kernels = bundle.manifest["kernels"]
+    kernels = bundle.manifest.kernels.to_json()
     layers = {names.get(name, name): row for name, row in kernels["layers"].items()}
-    islands = {names.get(name, name): why for name, why in bundle.manifest["islands"].items()}
+    islands = {names.get(name, name): why for name, why in bundle.manifest.islands.items()}
     return changed_bundle(bundle, folder, model, kernels={**kernels, "layers": layers}, islands=islands), names
 
 
@@ -161,15 +159,15 @@ def large_bundle(bundle: Bundle, folder: Path, nodes: int = 8000, quantizers: in
         [helper.make_tensor_value_info(bundle.signature.output, TensorProto.FLOAT, sizes)],
         [helper.make_tensor("kernel", TensorProto.FLOAT, [1, 1, 1, 1], [1.0])],
     )
-    base = bundle.manifest["quantizers"][0]
+    base = bundle.manifest.quantizers[0].to_json()
     sites = [n.output[0] for n in chain[: quantizers - 300]] + [f"w{i}.weight" for i in range(300)]
     rows = [{**base, "site": s, "format": "int8" if s.endswith("weight") else "uint8", "rows": 1} for s in sites]
-    history = [{**bundle.manifest["history"][0], "pass": f"pass_{i}"} for i in range(14)]
+    history = [{**bundle.manifest.history[0].to_json(), "pass": f"pass_{i}"} for i in range(14)]
     made = changed_bundle(
         bundle,
         folder,
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
-        kernels={**bundle.manifest["kernels"], "layers": layers},
+        kernels={**bundle.manifest.kernels.to_json(), "layers": layers},
         quantizers=rows,
         history=history,
         islands={},

@@ -23,7 +23,8 @@ from mezzotint.compiler import frontend
 from mezzotint.compiler.audit.kernels import INTEGER_KERNELS
 from mezzotint.compiler.core.verify import relative_difference
 from mezzotint.compiler.errors import ConditionError, ModelError, OutputError, RecipeError
-from mezzotint.runtime.bundle.bundle import MANIFEST, TIME_KEYS
+from mezzotint.runtime.bundle.bundle import MANIFEST
+from mezzotint.runtime.bundle.manifest import TIME_KEYS
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.runtime.session import Denoiser, open_session
@@ -102,9 +103,9 @@ class TestEndToEnd:
         assert images.shape == (5, 1, 8, 8)
         assert np.isfinite(images).all()
         np.testing.assert_array_equal(images, sample(hand.bundle.path, 5, batch=3, threads=THREADS))
-        kernels = hand.bundle.manifest["kernels"]
-        assert (kernels["integer"], kernels["float"]) == (INTEGER, CONVS - INTEGER)
-        assert hand.bundle.manifest["source"]["name"] == "hand.onnx"
+        kernels = hand.bundle.manifest.kernels
+        assert (kernels.integer, kernels.floating) == (INTEGER, CONVS - INTEGER)
+        assert hand.bundle.manifest.source.name == "hand.onnx"
 
     def test_a_unet(self, unet: Compiled) -> None:
         images = unet.bundle.sample(3, batch=2, threads=THREADS)
@@ -128,14 +129,14 @@ class TestEndToEnd:
         self, unet: Compiled, conditional: Compiled, tmp_path: Path
     ) -> None:
         for number, compiled in enumerate((unet, conditional)):
-            kernels, islands = compiled.bundle.manifest["kernels"], compiled.bundle.manifest["islands"]
-            assert {n for n, row in kernels["layers"].items() if not row["integer"]} == set(islands)
+            kernels, islands = compiled.bundle.manifest.kernels, compiled.bundle.manifest.islands
+            assert {n for n, row in kernels.layers.items() if not row.integer} == set(islands)
             assert len(islands) == 2
             built = tmp_path / f"{number}.onnx"
             open_session(compiled.bundle.model_path, optimized=built)  # counted once more, by other means
             names = [node.op_type for node in onnx.load(built, load_external_data=False).graph.node]
             integer = sum(name in INTEGER_KERNELS for name in names)
-            assert integer == kernels["integer"] >= len(kernels["layers"]) - len(islands)
+            assert integer == kernels.integer >= len(kernels.layers) - len(islands)
 
     def test_the_prediction_stays_close(self, unet: Compiled, conditional: Compiled) -> None:
         given = {"encoder_hidden_states": prompts(2)}
@@ -151,7 +152,7 @@ class TestEndToEnd:
         bundle = compile_model(source, tmp_path / "bundle", recipe="ptqd-w8a8", **SMALL)
 
         free = compile_model(write(hand_written(), tmp_path / "free.onnx"), tmp_path / "other", recipe="w8a8", **SMALL)
-        assert bundle.manifest["kernels"]["integer"] == INTEGER
+        assert bundle.manifest.kernels.integer == INTEGER
         images, expected = (b.sample(4, threads=THREADS, correction=False) for b in (bundle, free))
         assert float(np.median(psnr_db(expected, images, peak=2.0))) > 30
 
@@ -253,12 +254,12 @@ class TestReproducible:
         again = compile_model(hand.exported, tmp_path / "elsewhere", recipe="w8a8", dump_passes=False, **SMALL)
 
         same(files(hand.bundle.path), files(again.path))
-        assert again.manifest["digest"] == hand.bundle.manifest["digest"]
+        assert again.manifest.digest == hand.bundle.manifest.digest
 
     def test_another_seed_is_another_bundle(self, hand: Compiled, tmp_path: Path) -> None:
         other = compile_model(hand.exported, tmp_path / "b", recipe="w8a8", seed=1, **SMALL)
 
-        assert other.manifest["digest"] != hand.bundle.manifest["digest"]
+        assert other.manifest.digest != hand.bundle.manifest.digest
         assert files(other.path)["unet/model.onnx"] != files(hand.bundle.path)["unet/model.onnx"]
 
     def test_in_two_processes(self, unet: Compiled, corrected: Bundle, hand: Compiled, tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ class TestReproducible:
 
         same(files(unet.bundle.path), files(tmp_path / "unet"))
         same(files(corrected.path), files(tmp_path / "hand"))
-        assert open_bundle(tmp_path / "unet").manifest["digest"] == unet.bundle.manifest["digest"]
+        assert open_bundle(tmp_path / "unet").manifest.digest == unet.bundle.manifest.digest
 
 
 class TestRecipes:
@@ -284,9 +285,9 @@ class TestRecipes:
         psnr = psnr_db(pictures(hand.exported, floating), floating.sample(4, threads=THREADS), peak=2.0)
 
         assert float(psnr.min()) > EXACT_DB
-        assert floating.manifest["quantizers"] == []
-        assert floating.manifest["kernels"]["integer"] == 0
-        assert floating.manifest["kernels"]["float"] == CONVS, f"{TIME_LAYERS} time layers became tables"
+        assert floating.manifest.quantizers == ()
+        assert floating.manifest.kernels.integer == 0
+        assert floating.manifest.kernels.floating == CONVS, f"{TIME_LAYERS} time layers became tables"
 
     def test_one_weight_off_by_one_per_cent_is_seen(self, hand: Compiled, floating: Bundle, tmp_path: Path) -> None:
         model = onnx.load(hand.exported)
@@ -301,7 +302,7 @@ class TestRecipes:
         assert corrected.correction is not None
         assert corrected.correction.deployment == corrected.deployment
         assert corrected.correction_for(corrected.deployment) is corrected.correction
-        assert [row["timestep"] for row in corrected.manifest["noise"]["calls"]] == list(corrected.deployment.calls)
+        assert [row["timestep"] for row in corrected.manifest.noise["calls"]] == list(corrected.deployment.calls)
         with_it = corrected.sample(3, threads=THREADS)
         without = corrected.sample(3, threads=THREADS, correction=False)
         np.testing.assert_array_equal(corrected.sample(3, threads=THREADS, correction=True), with_it)
@@ -309,7 +310,7 @@ class TestRecipes:
 
     def test_readers_are_told_of_the_noise(self, corrected: Bundle, hand: Compiled) -> None:
         card, plain = ((bundle.path / "README.md").read_text() for bundle in (corrected, hand.bundle))
-        assert corrected.manifest["noise"]["summary"] in card and "Quantization noise" not in plain
+        assert corrected.manifest.noise["summary"] in card and "Quantization noise" not in plain
         assert f"It was made for {corrected.deployment}." in card
         picture = (corrected.path / "noise.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and b"matplotlib" not in picture.lower()
@@ -332,7 +333,7 @@ class TestRecipes:
         want = pictures(hand.exported, coarse)
         good, bad = (float(np.median(psnr_db(want, b.sample(4), peak=2.0))) for b in (hand.bundle, coarse))
         assert good > bad + 10
-        assert {q["format"] for q in coarse.manifest["quantizers"]} == {"uint4", "int8"}
+        assert {q.format for q in coarse.manifest.quantizers} == {"uint4", "int8"}
 
     @pytest.mark.parametrize(
         "settings",
@@ -421,7 +422,7 @@ class TestConditions:
         two = compile_model(source, tmp_path / "b", conditions=tmp_path / "given.npz", **SMALL)
         three = compile_model(source, tmp_path / "c", conditions="random", **SMALL)
 
-        assert one.manifest["digest"] == two.manifest["digest"] != three.manifest["digest"]
+        assert one.manifest.digest == two.manifest.digest != three.manifest.digest
         assert one.sample(2, conditions={"context": rows[:1]}).shape == (2, 1, 8, 8)
 
 

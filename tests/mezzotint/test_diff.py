@@ -78,7 +78,7 @@ class TestBundles:
         weights = {site: row for site, row in by_name(found["quantizers"]).items() if str(row[1]).startswith("int4")}
         assert weights and all(str(row[0]).startswith("int8") for row in weights.values())
         sizes = by_name(found["measured"])["bytes of the model"]
-        assert sizes == (plain.manifest["storage"]["model_bytes"], narrow.manifest["storage"]["model_bytes"])
+        assert sizes == (plain.manifest.require_storage().model_bytes, narrow.manifest.require_storage().model_bytes)
         assert not found["made"].rows and not found["islands"].rows
 
     def test_sides_are_not_swapped(self, plain: Bundle, narrow: Bundle) -> None:
@@ -102,11 +102,11 @@ class TestPasses:
         found = compare_passes(plain, "choose_scales", "insert_qdq")
 
         counts = by_name(found.tables["operations"])
-        names = [record["pass"] for record in plain.manifest["history"]]
-        record = plain.manifest["history"][names.index("insert_qdq")]
+        names = [record.name for record in plain.manifest.history]
+        record = plain.manifest.history[names.index("insert_qdq")]
         assert counts["QuantizeLinear"][0] == "-"
         added = sum(int(str(b)) - (0 if a == "-" else int(str(a))) for a, b in counts.values())
-        assert added == record["nodes_after"] - record["nodes_before"]
+        assert added == record.nodes_after - record.nodes_before
         assert any(line.startswith("+") and "QuantizeLinear" in line for line in found.text.splitlines())
 
     def test_a_pass_that_changed_no_graph(self, plain: Bundle) -> None:
@@ -114,7 +114,7 @@ class TestPasses:
         assert not found.text and not any(t.rows for t in found.tables.values())
 
     def test_names_and_numbers(self, plain: Bundle) -> None:
-        names = [record["pass"] for record in plain.manifest["history"]]
+        names = [record.name for record in plain.manifest.history]
         number = names.index("insert_qdq") + 1
         requests = ("insert_qdq", str(number), f"{number:03}_insert_qdq")
         texts = {compare_passes(plain, "imported", requested).text for requested in requests}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mezzotint import open_bundle
-from mezzotint.compiler.bundle.writer import write_bundle
+from mezzotint.compiler.bundle.writer import Compilation, write_bundle
 from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context
@@ -28,6 +28,7 @@ from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.files import make_pass
 from mezzotint.passes.step_scales import StepScales
+from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry
 from mezzotint.text.report import print_inspection
 from tests.helpers.tiny import context_in, tiny_program
 
@@ -232,15 +233,11 @@ def test_the_bundle_tells_it(
 ) -> None:
     named = replace(planned, source={"kind": "test", "name": "tiny", "parameter_bytes": 1})
     program = pipeline.run_passes(assigned(named, here, mean_bits=5.5), [InsertQdq()], here)
-    facts = {
-        "mezzotint": "test",
-        "recipe": {"name": "test", "description": "bits"},
-        "calibration": {"seed": 0, "samples": 4, "batch": 2},
-        "versions": {},
-    }
-    write_bundle(program, tmp_path / "bundle", here.folder, facts, threads=2)
+    recipe = RecipeEntry({"name": "test", "description": "bits"})
+    compilation = Compilation("test", recipe, Calibration(seed=0, samples=4, batch=2), versions={})
+    write_bundle(program, tmp_path / "bundle", here.folder, compilation, threads=2)
     bundle = open_bundle(tmp_path / "bundle")
-    assert bundle.manifest["bits"] == report_of(program)
+    assert bundle.manifest.bits == report_of(program)
     print_inspection(bundle)
     said = capsys.readouterr().out
     assert "layers by bits" in said and "chosen" in said

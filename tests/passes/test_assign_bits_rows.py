@@ -130,8 +130,8 @@ def test_where_all_parts_agree_nothing_differs(planned: Program, here: Context) 
         pipeline.run_passes(planned, [AssignBits(**{**QUICK, "mean_bits": 8, "parts": n})], here) for n in (1, 10)
     )
     assert one.plan is not None and ten.plan is not None
-    assert {site: q.to_json() for site, q in one.plan.quantizers.items()} == {
-        site: q.to_json() for site, q in ten.plan.quantizers.items()
+    assert {site: q.entry(site) for site, q in one.plan.quantizers.items()} == {
+        site: q.entry(site) for site, q in ten.plan.quantizers.items()
     }
     assert all(q.row_bits is None for q in ten.plan.quantizers.values())
     assert not report_of(ten)["channels"] and "channels" not in report_of(one)
@@ -309,7 +309,7 @@ def test_a_snapshot_keeps_the_widths(assigned: Program, tmp_path: Path) -> None:
     assert loaded.plan is not None and assigned.plan is not None
     for site, q in assigned.plan.quantizers.items():
         got = loaded.plan.quantizers[site]
-        assert (q.row_bits is None) == (got.row_bits is None) and got.to_json() == q.to_json()
+        assert (q.row_bits is None) == (got.row_bits is None) and got.entry(site) == q.entry(site)
         if q.row_bits is not None:
             assert got.row_bits is not None and got.row_bits.dtype == np.int8
             np.testing.assert_array_equal(got.row_bits, q.row_bits)
@@ -389,14 +389,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
 @pytest.mark.parametrize("spelling", ["qdq", "integer", "premul"])
 def test_the_file_shrinks_and_the_kernels_stay(compiled: Callable[..., Bundle], spelling: str) -> None:
     eight, mixed = compiled(spelling, 1), compiled(spelling)
-    assert {q["format"] for q in eight.manifest["quantizers"]} == {"uint8", "int8"}
-    assert any(len(q.get("row_bits", {})) > 1 for q in mixed.manifest["quantizers"])
-    kernels = [bundle.manifest["kernels"] for bundle in (eight, mixed)]
-    assert kernels[0]["integer"] == kernels[1]["integer"] > 10 and kernels[0]["layers"] == kernels[1]["layers"]
-    wide, narrow = (bundle.manifest["storage"]["types"] for bundle in (eight, mixed))
+    assert {q.format for q in eight.manifest.quantizers} == {"uint8", "int8"}
+    assert any(len(q.row_bits or {}) > 1 for q in mixed.manifest.quantizers)
+    kernels = [bundle.manifest.kernels for bundle in (eight, mixed)]
+    assert kernels[0].integer == kernels[1].integer > 10 and kernels[0].layers == kernels[1].layers
+    wide, narrow = (bundle.manifest.require_storage().types for bundle in (eight, mixed))
     assert "int4" not in wide
-    packed = sum(narrow[kind]["values"] for kind in ("int2", "int4") if kind in narrow)
-    assert packed > 3000 and wide["int8"]["values"] - narrow["int8"]["values"] == packed
+    packed = sum(narrow[kind].values for kind in ("int2", "int4") if kind in narrow)
+    assert packed > 3000 and wide["int8"].values - narrow["int8"].values == packed
     made = [node.outputs[0].name or "" for node in ir.load(mixed.model_path).graph if node.op_type == "Concat"]
     assert any(name.partition("_rows_")[2] for name in made), "rows of several widths are put together again"
     x = np.random.default_rng(4).normal(size=(2, *mixed.sample_shape)).astype(np.float32)
@@ -410,9 +410,9 @@ def test_a_second_compilation_gives_the_same_bytes(compiled: Callable[..., Bundl
 
 def test_the_bundle_tells_it(compiled: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]) -> None:
     bundle = compiled("qdq")
-    bits = bundle.manifest["bits"]
+    bits = bundle.manifest.bits
     assert bits["parts"] == 10 and bits["order"] == "error" and bits["channels"]
     print_inspection(bundle)
     said = " ".join(capsys.readouterr().out.split())
     assert "mixed by channel" in said
-    assert bundle.manifest["storage"]["notes"] == []
+    assert bundle.manifest.require_storage().notes == ()

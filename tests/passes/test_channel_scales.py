@@ -220,8 +220,9 @@ def test_the_whole_recipe(context: Context) -> None:
     made = {site: q for site, q in program.plan.quantizers.items() if q.by == "channel_scales"}
     assert {site.consumer for site in made} >= {"b1_conv1", "b1_conv2", "b2_conv1", "b2_conv2", "conv_in"}
     assert "down" not in {site.consumer for site in made}  # a Resize turns its integers into the next layer's input
-    row = next(iter(made.values())).to_json()
-    assert (row["channels"], row["rows"], row["axis"]) == (16, 3, 1)
+    site, quantizer = next(iter(made.items()))
+    row = quantizer.entry(site)
+    assert (row.channels, row.rows, row.axis) == (16, 3, 1)
 
 
 def test_a_silent_channel_is_not_cut_to_nothing() -> None:

@@ -294,10 +294,10 @@ def test_a_guided_bundle(tmp_path: Path, batch: int | str) -> None:
     options = {**SMALL, "eta": 0.5, "guidance": 4.0, "recipe": "ptqd-w8a8"}
     bundle = compile_model(source, tmp_path / "b", **options, **given)
     again = compile_model(source, tmp_path / "again", **options, **given)
-    assert bundle.manifest["digest"] == again.manifest["digest"]
-    assert bundle.manifest["noise"] == again.manifest["noise"]
-    assert bundle.manifest["deployment"]["guidance"] == 4.0
-    assert len(bundle.manifest["noise"]["calls"]) == 4
+    assert bundle.manifest.digest == again.manifest.digest
+    assert bundle.manifest.noise == again.manifest.noise
+    assert bundle.manifest.deployment.guidance == 4.0
+    assert len(bundle.manifest.noise["calls"]) == 4
     network = Denoiser(bundle.model_path, bundle.signature, threads=THREADS)
 
     def predict(x: Images, t: Timestep, scale: float = 4.0) -> Images:
@@ -327,4 +327,4 @@ def test_a_guided_bundle(tmp_path: Path, batch: int | str) -> None:
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(found, drawn(4.2), rtol=0, atol=2e-3 * np.abs(found).max())
     float_bundle = compile_model(source, tmp_path / "float", **{**options, "recipe": "float"}, **given)
-    assert "noise" not in float_bundle.manifest
+    assert not float_bundle.manifest.noise

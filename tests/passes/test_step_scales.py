@@ -126,10 +126,10 @@ def test_a_zero_point_at_the_end_of_the_grid_gives_way(
 
 
 def test_a_table_is_reported_by_its_rows(planned: Program, context: Context) -> None:
-    data = after(StepScales(), planned, context).quantizers[Site("moves")].to_json()
-    assert (data["rows"], data["channels"]) == (2, 1)
-    data = after(StepScales(), planned, context).quantizers[WEIGHT].to_json()
-    assert (data["rows"], data["channels"]) == (1, 2)
+    data = after(StepScales(), planned, context).quantizers[Site("moves")].entry(Site("moves"))
+    assert (data.rows, data.channels) == (2, 1)
+    data = after(StepScales(), planned, context).quantizers[WEIGHT].entry(WEIGHT)
+    assert (data.rows, data.channels) == (1, 2)
 
 
 def test_what_does_not_move_stays_as_it_was(planned: Program, context: Context) -> None:

@@ -13,11 +13,22 @@ import onnx.parser
 import pytest
 
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
+from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Signature
+from tests.helpers.manifests import manifest_data
 
+RECORD = {
+    "pass": "none",
+    "options": {},
+    "nodes_before": 1,
+    "nodes_after": 1,
+    "note": "",
+    "seconds": 1.5,
+    "peak_memory_mb": 10,
+}
 WEIGHT = (0.1, -0.2, 0.3, 0.05, 0.6, -0.1, 0.2, 0.1, -0.3)
 
 
@@ -98,18 +109,17 @@ def make_bundle(
             ).save(folder / CORRECTION)
         manifest = seal_bundle(
             folder,
-            {
-                "mezzotint": "0.0",
-                "recipe": {"name": "test"},
-                "source": {},
-                "signature": signature.to_json(),
-                "deployment": deployment.to_json(),
-                "deployed_timesteps": deployed,
-                "sample_shape": [1, 8, 8],
-                "history": [{"pass": "none", "seconds": 1.5, "peak_memory_mb": 10}],
-                **facts,
-            },
+            Manifest.from_json(
+                manifest_data(
+                    signature=signature.to_json(),
+                    deployment=deployment.to_json(),
+                    deployed_timesteps=deployed,
+                    history=[RECORD],
+                    **facts,
+                ),
+                "conftest",
+            ),
         )
-        return folder, manifest
+        return folder, manifest.to_json()
 
     return make

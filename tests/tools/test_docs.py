@@ -49,9 +49,7 @@ def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
 
 
 def test_the_drawing_of_the_flow_names_existing_files() -> None:
-    named = re.findall(
-        r"\b(?:compiler|passes|runtime)/[\w/]+\.py\b", (ROOT / "docs/flow.svg").read_text("utf-8")
-    )
+    named = re.findall(r"\b(?:compiler|passes|runtime)/[\w/]+\.py\b", (ROOT / "docs/flow.svg").read_text("utf-8"))
     assert len(named) >= 5
     assert all((ROOT / name).is_file() for name in named), named
 

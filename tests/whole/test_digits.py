@@ -66,7 +66,7 @@ def test_compile_says_what_came_out(said: dict[str, Any], bundle: Bundle) -> Non
     assert (said["integer_kernels"], said["float_kernels"]) == (54, 5)
     assert len(said["islands"]) == 5
     assert said["model_bytes"] < 0.28 * said["parameter_bytes_before"]
-    assert said["digest"] == bundle.manifest["digest"]
+    assert said["digest"] == bundle.manifest.digest
     assert len(bundle.deployed_timesteps or ()) == STEPS
 
 
@@ -77,14 +77,14 @@ def test_every_node_of_a_compiled_model_has_a_place_and_a_name_of_its_own(bundle
     placed = Counter(name.partition("/")[0] for name in found if "/" in name)
     assert {"conv_in", "down_blocks.0", "mid_block", "up_blocks.2", "conv_out", "tables"} <= set(placed)
     assert sum(placed.values()) >= 0.98 * len(found)
-    layers = bundle.manifest["kernels"]["layers"]
+    layers = bundle.manifest.kernels.layers
     assert set(layers) <= set(found)
     assert "mid_block/resnets.0/conv1/Conv" in layers
 
 
 def test_every_pass_is_dumped_as_a_model_that_opens(bundle: Bundle) -> None:
     folder = bundle.path / "passes"
-    stems = [f"{i + 1:03d}_{record['pass']}" for i, record in enumerate(bundle.manifest["history"])]
+    stems = [f"{i + 1:03d}_{record.name}" for i, record in enumerate(bundle.manifest.history)]
     for stem in ["000_imported", *stems]:
         onnx.checker.check_model(str(folder / f"{stem}.onnx"))
         assert (folder / f"{stem}.txt").stat().st_size > 1000
@@ -181,7 +181,7 @@ def test_inspect_tells_people_and_programs(cli: Cli, bundle: Bundle) -> None:
         "ddim, 10 steps",
     ):
         assert word in text.out, word
-    assert data["digest"] == bundle.manifest["digest"]
+    assert data["digest"] == bundle.manifest.digest
     assert data["kernels"]["integer"] == 54
     assert data["corrected"] is False
     assert {q["format"] for q in data["quantizers"]} == {"uint8", "int8"}

@@ -21,12 +21,12 @@ def test_it_compiles_and_draws(hand: Compiled, tmp_path: Path, name: str) -> Non
     bundle = compile_model(hand.exported, tmp_path / "bundle", recipe=name, settings=SLOW.get(name), **SMALL)
 
     recipe = RECIPES[name]
-    assert [record["pass"] for record in bundle.manifest["history"]] == [p.name for p in recipe.passes]
+    assert [record.name for record in bundle.manifest.history] == [p.name for p in recipe.passes]
     found = compare(bundle, hand.exported, 2, threads=THREADS)
     assert np.isfinite(found.quantized_images).all()
     assert found.sqnr.pooled() > LEAST
-    kernels = bundle.manifest["kernels"]
+    kernels = bundle.manifest.kernels
     if recipe.islands == ("first", "last"):
-        assert kernels["integer"] == INTEGER
+        assert kernels.integer == INTEGER
     else:  # all four convolutions are next to an end
-        assert (kernels["integer"], kernels["float"]) == (0, CONVS)
+        assert (kernels.integer, kernels.floating) == (0, CONVS)

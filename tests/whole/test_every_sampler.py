@@ -112,7 +112,7 @@ def test_frozen_tables_hit_the_right_rows(
     bundle = compiled(float_time, tmp_path / "b", case, "float")
     deployment = bundle.deployment
     assert bundle.deployed_timesteps == tuple(sorted(deployment.timesteps))
-    assert bundle.manifest["deployment"]["calls"] == list(deployment.calls)
+    assert bundle.manifest.deployment.calls == deployment.calls
     check_exact(bundle, float_time)
     assert open_bundle(bundle.path).deployment == deployment
 
@@ -123,7 +123,7 @@ def test_the_default_recipe_draws_what_the_float_model_draws(
 ) -> None:
     """With a row of scales for each timestep."""
     bundle = compiled(float_time, tmp_path / "b", case, "w8a8-steps")
-    rows = {q["rows"] for q in bundle.manifest["quantizers"]}
+    rows = {q.rows for q in bundle.manifest.quantizers}
     assert max(rows) <= len(bundle.deployment.timesteps)
     wanted = drawn(float_time, bundle)
     found = bundle.sample(2, threads=THREADS)
@@ -189,7 +189,7 @@ def test_two_calls_at_one_timestep_share_a_row(
     assert max(Counter(calls).values()) == 2
     assert bundle.deployed_timesteps == tuple(sorted(set(calls)))
     if recipe == "pcr":
-        assert max(q["rows"] for q in bundle.manifest["quantizers"]) == len(set(calls)) < len(calls)
+        assert max(q.rows for q in bundle.manifest.quantizers) == len(set(calls)) < len(calls)
     else:
         assert bundle.correction is not None
         assert len(bundle.correction.scale) == len(calls)
@@ -205,7 +205,7 @@ def test_mixdq_rounds_timesteps_and_follows_a_flow(float_time: Path, tmp_path: P
     for i, case in enumerate((("euler", SD, 6), ("flow-euler", FLOW, 5))):
         bundle = compiled(float_time, tmp_path / f"{i}", case, "mixdq", settings=settings)
         assert np.isfinite(bundle.sample(1, threads=THREADS)).all()
-        splits = bundle.manifest["bits"]["splits"]
+        splits = bundle.manifest.bits["splits"]
         assert splits and all(np.isfinite(s) for s in splits)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def check_that_faults_show(fusion: Fusion, kernels: tuple[dict[str, str], dict[s
             assert disagreements([*told[:i], *wrong, *told[i + 1 :]], kernels), verdict
 
 
-def audited(model: Path, folder: Path, islands: dict[str, str] | None = None) -> Fusion:
+def audited(model: Path, folder: Path, islands: Mapping[str, str] | None = None) -> Fusion:
     return audit_fusion(model, folder, threads=1, islands=islands)
 
 
@@ -114,23 +114,23 @@ def test_verdicts_agree_with_the_built_graph(
         given = {"encoder_hidden_states": prompts(2)} if model == "conditional" else None
         options: dict[str, Any] = {**QUICK, "conditions": given, "size": bundle.sample_shape[1:]}
         bundle = compile_model(compiled.exported, tmp_path / "b", recipe="w8a8-steps", **options)
-    fusion = audited(bundle.model_path, tmp_path, bundle.manifest["islands"])
+    fusion = audited(bundle.model_path, tmp_path, bundle.manifest.islands)
     kernels = built_kernels(bundle.model_path, tmp_path)
     assert fusion.strays == ()
     assert fusion.failed == ()
     assert len(kernels[0]) > 15
-    assert {v.name for v in fusion.verdicts if v.rule == "island"} == set(bundle.manifest["islands"])
+    assert {v.name for v in fusion.verdicts if v.rule == "island"} == set(bundle.manifest.islands)
     assert disagreements(fusion.verdicts, kernels) == set()
     check_that_faults_show(fusion, kernels)
-    rows = bundle.manifest["kernels"]["layers"]
-    assert {row["kernel"] for row in rows.values()} <= FLOATS | PRODUCTS | {"QLinearConv", "QLinearMatMul"}
-    assert {name: row["why"] for name, row in rows.items() if not row["integer"]} == bundle.manifest["islands"]
+    rows = bundle.manifest.kernels.layers
+    assert {row.kernel for row in rows.values()} <= FLOATS | PRODUCTS | {"QLinearConv", "QLinearMatMul"}
+    assert {name: row.why for name, row in rows.items() if not row.integer} == bundle.manifest.islands
 
 
 def test_a_quantizer_that_is_taken_away_is_seen(conditional: Compiled, tmp_path: Path) -> None:
     """The same in a real model: one convolution falls back to float, nothing else changes."""
     model = Path(shutil.copy(conditional.bundle.model_path, tmp_path / "model.onnx"))
-    islands = conditional.bundle.manifest["islands"]
+    islands = conditional.bundle.manifest.islands
     before, kernels = audited(model, tmp_path, islands), built_kernels(model, tmp_path)
     name = remove_quantizer_behind(model, "Conv")
     after = audited(model, tmp_path, islands)

@@ -94,7 +94,7 @@ class TestBothForms:
         assert of("x_noise") == pytest.approx(np.sum((seen - exact["h1.act"]) ** 2), rel=1e-2)
         assert 0 < of("y_noise") < of("noise")
         assert (of("y_low"), of("y_high")) == pytest.approx((exact["h2"].min(), exact["h2"].max()), rel=1e-4)
-        scales = {q["site"]: q["scale"] for q in hand.bundle.manifest["quantizers"]}
+        scales = {q.site: q.scale for q in hand.bundle.manifest.quantizers}
         assert of("x_reach") == pytest.approx(255 * scales["h1.act"]) and group.weight == "second.w"
         assert of("y_reach") == pytest.approx(255 * scales["h2"])
 

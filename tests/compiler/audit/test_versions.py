@@ -88,10 +88,10 @@ def models(unet: Compiled, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             name = f"{model}-{spelling}"
             bundle = compile_model(file, folder / name, **options, **SMALL | {"threads": 1}, size=(8, 8))
             made[name] = bundle.model_path.rename(folder / f"{name}.onnx")
-            signature = bundle.manifest["signature"]
+            signature = bundle.manifest.signature
             x = rng.standard_normal((2, 1, 8, 8)).astype(np.float32)
             t = np.full(2, bundle.deployment.timesteps[1], np.int64)
-            given: dict[str, Any] = {signature["sample"]: x, signature["timestep"]: t}
+            given: dict[str, Any] = {signature.sample: x, signature.timestep: t}
             np.savez(made[name].with_suffix(".npz"), **given)
     return made
 

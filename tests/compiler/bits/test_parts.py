@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from mezzotint.compiler.bits.allocation import RELATIVE_GAP, allocate
 from mezzotint.compiler.bits.parts import Parts, cut, cuttable, joined_bytes, kurtosis, pieces_of, shares_of
 from mezzotint.compiler.bits.units import BitChoice, Unit, joined, units_of
 from mezzotint.compiler.core.formats import Format, Grid, RowFormats, quantize
-from mezzotint.compiler.core.program import Program, Quantizer
+from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.exact import obq
@@ -119,8 +120,10 @@ def test_what_a_quantizer_says() -> None:
     scale, zero = np.full(5, 0.5, np.float32), np.zeros(5, np.int8)
     plain = Quantizer(one(8), scale, zero, "test", axis=0)
     mixed = Quantizer(one(8), scale, zero, "test", axis=0, row_bits=np.array([2, 8, 4, 4, 8], np.int8))
-    assert plain.grid == one(8) and not plain.widths and "row_bits" not in plain.to_json()
-    assert mixed.to_json() == {**plain.to_json(), "row_bits": {"2": 1, "4": 2, "8": 2}}
+    assert plain.grid == one(8) and not plain.widths
+    site = Site("w")
+    assert "row_bits" not in plain.entry(site).to_json()
+    assert mixed.entry(site) == replace(plain.entry(site), row_bits={"2": 1, "4": 2, "8": 2})
     weight = np.full((5, 2), 9.9, np.float32)
     np.testing.assert_array_equal(rounded_weight(weight, mixed)[:, 0], [0.5, 10.0, 3.5, 3.5, 10.0])
 

@@ -16,6 +16,7 @@ import pytest
 from mezzotint import Bundle, compile_model
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.lowering import packing
+from mezzotint.runtime.bundle.manifest_entries import StoredType
 from mezzotint.runtime.session import Denoiser
 from tests.compiler.audit.test_versions import SPELLINGS
 from tests.helpers.models import SMALL, Cli
@@ -60,9 +61,9 @@ def calls(bundle: Bundle) -> list[npt.NDArray[np.float32]]:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_narrow_storage_computes_the_same_bits(compiled: Callable[..., Bundle], spelling: str) -> None:
     narrow, plain = compiled(spelling), compiled(spelling, plain=True)
-    assert narrow.manifest["kernels"] == plain.manifest["kernels"]
-    assert narrow.manifest["storage"]["types"]["int4"]["constants"] == PACKED
-    assert "int4" not in plain.manifest["storage"]["types"]
+    assert narrow.manifest.kernels == plain.manifest.kernels
+    assert narrow.manifest.require_storage().types["int4"].constants == PACKED
+    assert "int4" not in plain.manifest.require_storage().types
     for got, want in zip(calls(narrow), calls(plain), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -83,22 +84,20 @@ def test_a_weight_that_moved_would_be_seen(compiled: Callable[..., Bundle], tmp_
 
 def test_the_manifest_tells_what_is_stored_how(compiled: Callable[..., Bundle]) -> None:
     bundle = compiled("integer")
-    found = bundle.manifest["storage"]
+    found = bundle.manifest.require_storage()
     model = ir.load(bundle.model_path)
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    assert found["constant_bytes"] == sum(t.nbytes for t in tensors)
+    assert found.constant_bytes == sum(t.nbytes for t in tensors)
     int4 = [t for t in tensors if t.dtype == ir.DataType.INT4]
-    assert found["types"]["int4"] == {
-        "bytes": sum(t.nbytes for t in int4),
-        "constants": len(int4),
-        "values": sum(t.size for t in int4),
-    }
-    assert found["model_bytes"] == bundle.model_path.stat().st_size
-    assert found["float_bytes"] == bundle.manifest["source"]["parameter_bytes"]
-    assert found["ratio"] == pytest.approx(found["model_bytes"] / found["float_bytes"], abs=1e-6)
-    assert found["notes"] == []
+    assert found.types["int4"] == StoredType(
+        bytes=sum(t.nbytes for t in int4), constants=len(int4), values=sum(t.size for t in int4)
+    )
+    assert found.model_bytes == bundle.model_path.stat().st_size
+    assert found.float_bytes == bundle.manifest.source.parameter_bytes
+    assert found.ratio == pytest.approx(found.model_bytes / found.float_bytes, abs=1e-6)
+    assert found.notes == ()
     card = (bundle.path / "README.md").read_text(encoding="utf-8")
-    assert f"{found['ratio']:.3f} of the float parameters" in card
+    assert f"{found.ratio:.3f} of the float parameters" in card
 
 
 @pytest.mark.parametrize(
@@ -113,13 +112,13 @@ def test_two_bits_are_real_and_three_are_not(
     compiled: Callable[..., Bundle], bits: int, kind: str, notes: list[str]
 ) -> None:
     four, bundle = compiled("integer"), compiled("integer", bits)
-    found = bundle.manifest["storage"]
-    assert found["notes"] == notes
-    weights = four.manifest["storage"]["types"]["int4"]["values"]
-    assert weights <= found["types"][kind]["values"]
+    found = bundle.manifest.require_storage()
+    assert list(found.notes) == notes
+    weights = four.manifest.require_storage().types["int4"].values
+    assert weights <= found.types[kind].values
     if bits == 2:
-        assert found["types"]["int2"]["bytes"] == weights // 4
-    assert bundle.manifest["kernels"]["integer"] == four.manifest["kernels"]["integer"]
+        assert found.types["int2"].bytes == weights // 4
+    assert bundle.manifest.kernels.integer == four.manifest.kernels.integer
 
 
 def test_inspect_shows_it(compiled: Callable[..., Bundle], cli: Cli) -> None:
@@ -130,7 +129,9 @@ def test_inspect_shows_it(compiled: Callable[..., Bundle], cli: Cli) -> None:
     assert "of the float parameters" in flat
     assert "int4: 0.0" in flat
     assert "weights of 3 bits are stored in 4" in flat
-    assert json.loads(cli("inspect", bundle.path, "--json").out)["storage"] == bundle.manifest["storage"]
+    assert (
+        json.loads(cli("inspect", bundle.path, "--json").out)["storage"] == bundle.manifest.require_storage().to_json()
+    )
 
 
 MEMORY = """

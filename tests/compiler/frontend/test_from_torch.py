@@ -92,10 +92,10 @@ def test_names_and_bytes_are_those_of_diffusers(unet: Compiled, conditional: Com
     assert unet.bundle.signature == Signature("sample", "timestep", front.OUTPUT)
     assert conditional.bundle.signature.conditions == ("encoder_hidden_states",)
     for compiled, name in ((unet, "UNet2DModel"), (conditional, "UNet2DConditionModel")):
-        source = compiled.bundle.manifest["source"]
+        source = compiled.bundle.manifest.source
         distinct = {p.detach().numpy().tobytes() for p in compiled.module.parameters()}
-        assert (source["kind"], source["class"]) == ("diffusers", name)
-        assert source["parameter_bytes"] >= sum(len(b) for b in distinct)
+        assert (source.kind, source.class_name) == ("diffusers", name)
+        assert source.parameter_bytes >= sum(len(b) for b in distinct)
 
 
 def test_the_configuration_goes_into_the_bundle(unet: Compiled, conditional: Compiled, hand: Compiled) -> None:
@@ -104,8 +104,8 @@ def test_the_configuration_goes_into_the_bundle(unet: Compiled, conditional: Com
         text = (compiled.bundle.path / CONFIG).read_text()
         assert json.loads(text) == {key: value for key, value in theirs.items() if key != "_use_default_values"}
         assert list(json.loads(text)) == sorted(theirs)
-        assert CONFIG in compiled.bundle.manifest["files"], "sealed with the rest"
-        assert "config" not in compiled.bundle.manifest["source"], "written once"
+        assert CONFIG in compiled.bundle.manifest.files, "sealed with the rest"
+        assert "config" not in compiled.bundle.manifest.source.to_json(), "written once"
     assert not (hand.bundle.path / CONFIG).exists()
 
 

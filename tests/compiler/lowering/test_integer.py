@@ -272,10 +272,10 @@ def test_the_bundle_runs_in_plain_onnxruntime(steps_bundle: Bundle, hand: Compil
         got = plain(steps_bundle, t)
         np.testing.assert_array_equal(got, steps_bundle.denoiser(threads=2)(x, t))
         assert 0 < relative_error(want, got) < 0.05
-    kernels = steps_bundle.manifest["kernels"]
-    assert kernels["integer"] == INTEGER, kernels
-    quantizers = steps_bundle.manifest["quantizers"]
-    assert any(q["rows"] > 1 for q in quantizers)
+    kernels = steps_bundle.manifest.kernels
+    assert kernels.integer == INTEGER, kernels
+    quantizers = steps_bundle.manifest.quantizers
+    assert any(q.rows > 1 for q in quantizers)
 
 
 def test_a_timestep_outside_of_the_tables(steps_bundle: Bundle) -> None:
@@ -300,7 +300,7 @@ def contents(folder: Path) -> dict[str, Any]:
 def test_the_same_compile_twice_gives_the_same_bytes(steps_bundle: Bundle, hand: Compiled, tmp_path: Path) -> None:
     again = compile_model(hand.exported, tmp_path / "again", **BUNDLE)
     assert contents(again.path) == contents(steps_bundle.path)
-    assert again.manifest["digest"] == steps_bundle.manifest["digest"] != hand.bundle.manifest["digest"]
+    assert again.manifest.digest == steps_bundle.manifest.digest != hand.bundle.manifest.digest
 
 
 @pytest.mark.parametrize("left_out", ["fold_time", "step_scales"])

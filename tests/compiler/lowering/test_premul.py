@@ -250,7 +250,7 @@ def test_the_network_is_as_close_to_the_float_one_as_its_quantized_graph(context
 
 def test_the_bundle_runs_in_plain_onnxruntime(hand: Compiled, tmp_path: Path) -> None:
     bundle = compile_model(hand.exported, tmp_path / "bundle", recipe="w8a8-steps", settings=SETTINGS, **SMALL)
-    assert bundle.manifest["kernels"]["integer"] == INTEGER
+    assert bundle.manifest.kernels.integer == INTEGER
     check_constant(ir.load(bundle.model_path))
     x = np.random.default_rng(1).standard_normal((2, 1, 8, 8)).astype(np.float32)
     sessions = [ort.InferenceSession(f, providers=["CPUExecutionProvider"]) for f in (hand.exported, bundle.model_path)]

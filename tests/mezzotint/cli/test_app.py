@@ -104,7 +104,7 @@ class TestCompile:
         assert answer.code == 0, answer.err
         assert "compiled" in answer.out
         assert "observe: 4 done" in answer.err
-        assert open_bundle(tmp_path / "b").manifest["digest"] == hand.bundle.manifest["digest"]
+        assert open_bundle(tmp_path / "b").manifest.digest == hand.bundle.manifest.digest
 
     def test_in_json(self, cli: Cli, hand: Compiled, tmp_path: Path) -> None:
         answer = cli("compile", hand.exported, "-o", tmp_path / "b", "--json", *FAST)
@@ -112,7 +112,7 @@ class TestCompile:
         printed = json.loads(answer.out)
         assert answer.err == ""
         assert printed["integer_kernels"] == INTEGER
-        assert printed["digest"] == hand.bundle.manifest["digest"]
+        assert printed["digest"] == hand.bundle.manifest.digest
 
     def test_roles_sizes_and_settings_are_handed_on(self, cli: Cli, tmp_path: Path) -> None:
         proto = hand_written(sample="a", timestep="labels", output="made", size=("h", "w"))
@@ -127,7 +127,7 @@ class TestCompile:
         assert (bundle.signature.sample, bundle.signature.timestep) == ("a", "labels")
         assert (bundle.signature.output, bundle.signature.prediction) == ("made", "v_prediction")
         assert bundle.sample_shape == (1, 8, 16)
-        options = {step["pass"]: step.get("options", {}) for step in bundle.manifest["recipe"]["passes"]}
+        options = {step["pass"]: step.get("options", {}) for step in bundle.manifest.recipe.data["passes"]}
         assert options["choose_scales"]["activations"] == "minmax"
         assert options["observe"] == {"groups": 2, "channels": "none"}
 
@@ -138,7 +138,7 @@ class TestCompile:
         answer = cli("compile", hand.exported, "-o", tmp_path / "b", *FAST, "--recipe", tmp_path / "mine.yaml")
 
         assert answer.code == 0, answer.err
-        assert open_bundle(tmp_path / "b").manifest["digest"] == hand.bundle.manifest["digest"]
+        assert open_bundle(tmp_path / "b").manifest.digest == hand.bundle.manifest.digest
 
     def test_conditions(self, cli: Cli, tmp_path: Path) -> None:
         source = write(hand_written(context="context"), tmp_path / "m.onnx")
@@ -562,13 +562,13 @@ class TestAccidents:
 
         assert stage.exists(), "a killed process cannot clean up"
         assert contents(target) == before
-        assert open_bundle(target).manifest["digest"] == hand.bundle.manifest["digest"]
+        assert open_bundle(target).manifest.digest == hand.bundle.manifest.digest
 
         answer = cli("compile", hand.exported, "-o", target, "--force", *FAST)
 
         assert answer.code == 0, answer.err
         assert [f.name for f in tmp_path.iterdir()] == ["bundle"], "the next compile cleaned up"
-        assert open_bundle(target).manifest["digest"] == hand.bundle.manifest["digest"]
+        assert open_bundle(target).manifest.digest == hand.bundle.manifest.digest
 
     def test_a_compile_that_still_runs_is_left_alone(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
         stage = tmp_path / f".bundle.partial-{os.getppid()}"

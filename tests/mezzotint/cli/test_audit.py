@@ -10,6 +10,7 @@ import pytest
 
 from mezzotint.compiler.audit.kernels import audit_kernels
 from mezzotint.compiler.graph.ops import Layer
+from mezzotint.runtime.bundle.manifest_entries import LayerKernel
 from mezzotint.runtime.session import running_version
 from tests.helpers.groups import CONV, W, X, Y, write_groups
 from tests.helpers.models import Cli, Compiled
@@ -39,7 +40,7 @@ def test_a_bundle_as_json(cli: Cli, hand: Compiled) -> None:
     assert fusion["rules"] == {} and fusion["strays"] == []
     first = next(v for v in fusion["verdicts"] if v["name"] == "first")
     assert (first["op"], first["kernel"], first["integer"], first["rule"]) == ("Conv", "Conv", False, "island")
-    assert first["why"] == hand.bundle.manifest["islands"]["first"]
+    assert first["why"] == hand.bundle.manifest.islands["first"]
 
 
 def test_a_file_that_fails(cli: Cli, faulty: Path) -> None:
@@ -77,12 +78,10 @@ def test_the_manifest_says_why(faulty: Path, tmp_path: Path) -> None:
     node = next(node for node in ir.load(faulty).graph if node.op_type == "Conv")
     layer = Layer(node, "conv", (), None, None, None, None, node.outputs[0])
     found = audit_kernels(faulty, [layer], tmp_path, threads=1)
-    row = found.to_json({})["layers"]["node"]
-    assert (row["kernel"], row["integer"]) == ("Conv", False)
+    row = found.entry({}).layers["node"]
+    assert (row.kernel, row.integer) == ("Conv", False)
     verdict = known.fusion.failed[0]
-    assert row["why"] == f"{verdict.why} ({verdict.fix})"
-    assert found.to_json({"node": "told so"})["layers"]["node"]["why"] == "told so"
-    gone = audit_kernels(write_groups(tmp_path, "y = Exp (x)"), [layer], tmp_path, threads=1).to_json({})["layers"][
-        "node"
-    ]
-    assert gone == {"kernel": "unknown", "integer": False, "why": "the file has no such node any more"}
+    assert row.why == f"{verdict.why} ({verdict.fix})"
+    assert found.entry({"node": "told so"}).layers["node"].why == "told so"
+    gone = audit_kernels(write_groups(tmp_path, "y = Exp (x)"), [layer], tmp_path, threads=1).entry({}).layers["node"]
+    assert gone == LayerKernel("unknown", False, "the file has no such node any more")

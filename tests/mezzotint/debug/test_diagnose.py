@@ -57,8 +57,7 @@ def edited(bundle: Bundle, target: Path, name: str, factor: float) -> Bundle:
     for file in (target / "unet").glob("model.onnx*"):
         file.unlink()
     onnx.save(model, target / "unet" / "model.onnx")
-    facts = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "digest")}
-    seal_bundle(target, facts)
+    seal_bundle(target, bundle.manifest)
     return open_bundle(target)
 
 
@@ -141,12 +140,12 @@ class TestMeasures:
     def test_a_cost_is_the_error_of_the_bundle_with_all_other_layers_in_float(
         self, variant: Bundle, hand: Compiled, tmp_path: Path
     ) -> None:
-        steps = {step["pass"]: step.get("options", {}) for step in variant.manifest["recipe"]["passes"]}
+        steps = {step["pass"]: step.get("options", {}) for step in variant.manifest.recipe.data["passes"]}
         settings = {
             f"{name}.{option}": value for name, options in steps.items() for option, value in options.items()
         } | {"insert_qdq.islands": ["first", "last", "third"]}
         alone = compile_model(
-            hand.exported, tmp_path / "b", recipe=variant.manifest["recipe"]["name"], settings=settings, **SMALL
+            hand.exported, tmp_path / "b", recipe=variant.manifest.recipe.name, settings=settings, **SMALL
         )
         seed = unseen_seed(alone)
         exact = Denoiser(hand.exported, alone.signature, threads=THREADS)
@@ -219,7 +218,7 @@ class TestAdvice:
         words = ["--recipe", "w8a8", "--scheduler", "ddpm-linear", "--steps", 4, "--calibration-samples", 2]
         answer = cli("compile", hand.exported, "-o", tmp_path / "b", *words, *shlex.split(said.what))
         assert answer.code == 0, answer.err
-        assert names(found)[0] in open_bundle(tmp_path / "b").manifest["islands"]
+        assert names(found)[0] in open_bundle(tmp_path / "b").manifest.islands
 
 
 class TestRefusals:

@@ -99,8 +99,8 @@ class TestNumbers:
         found, manifest = case.found, case.bundle.manifest
 
         assert found.reference["same_weights"] is True
-        assert found.kernels["integer"] == manifest["kernels"]["integer"] > 0
-        assert found.kernels["islands"] == manifest["islands"]
+        assert found.kernels["integer"] == manifest.kernels.integer > 0
+        assert found.kernels["islands"] == manifest.islands
         size = found.size
         assert size["float_bytes"] == case.reference.stat().st_size
         assert size["share"] == pytest.approx(size["bytes"] / size["float_bytes"], abs=1e-6)
@@ -169,7 +169,7 @@ class TestNumbers:
 
         found = evaluate_bundle(mixed, hand.exported, 2, **{**FEW, "speed": True})
 
-        by_call = zip(mixed.manifest["precision_of_call"], found.eps_sqnr_db_per_step, strict=True)
+        by_call = zip(mixed.manifest.require_mixture().calls, found.eps_sqnr_db_per_step, strict=True)
         exact_calls = {name: step["db"] is None or step["db"] > 80 for name, step in by_call}
         assert exact_calls == {"float": True, "w8a8": False}
         assert found.speed is not None and found.memory is not None

@@ -152,7 +152,7 @@ class TestBlocks:
 @pytest.fixture(scope="module")
 def graph(hand: Compiled) -> dict[str, Any]:
     rows = {row["name"]: row for row in inspect_data.verdict_rows(hand.bundle)}
-    return read_graph(hand.bundle.model_path, "t", rows, hand.bundle.manifest["islands"])
+    return read_graph(hand.bundle.model_path, "t", rows, hand.bundle.manifest.islands)
 
 
 class TestGraph:
@@ -197,7 +197,7 @@ class TestGraph:
         assert {item[2] for item in root["items"] if item[0] in "IO"} == {"x", "y"}
 
     def test_quantizers_find_their_nodes(self, hand: Compiled, graph: dict[str, Any]) -> None:
-        sites = [q["site"] for q in hand.bundle.manifest["quantizers"]]
+        sites = [q.site for q in hand.bundle.manifest.quantizers]
         rows = quantizers_of(graph, sites)
         layers = {
             node["name"]: {role: sites[row] for row, role in found}
@@ -227,7 +227,7 @@ class TestData:
     def test_ranges_are_rows_of_the_manifest(self, hand: Compiled) -> None:
         table = made_up_ranges(hand.bundle)
         section = inspect_data.range_section(hand.bundle, table)
-        count = len(hand.bundle.manifest["quantizers"])
+        count = len(hand.bundle.manifest.quantizers)
         assert {len(section[name]) for name in ("low", "high", "scale", "seen_low", "seen_high")} == {count}
         moving = next(i for i, row in enumerate(section["low"]) if isinstance(row, list))
         assert section["low"][moving] == pytest.approx(table.low[moving].tolist(), rel=1e-3)
@@ -273,6 +273,6 @@ def test_times_by_node(hand: Compiled) -> None:
     data = page_data(bundle, {"speed": speed, "pictures": {"note": ""}, "cost": {"note": ""}})
 
     times = {node["name"]: node["ms"] for node in data["graph"]["nodes"] if "ms" in node}
-    assert set(bundle.manifest["kernels"]["layers"]) <= set(times)
+    assert set(bundle.manifest.kernels.layers) <= set(times)
     assert min(times.values()) >= 0 and data["speed"]["other_ms"] >= 0
     assert sum(times.values()) + data["speed"]["other_ms"] == pytest.approx(sum(found.nodes.values()) * 1e3, abs=0.01)

@@ -27,6 +27,7 @@ from tests.helpers.browser import (
     made_up_ranges,
     opened,
 )
+from tests.helpers.manifests import changed_manifest
 from tests.helpers.models import CONTEXT, INTEGER, SMALL, THREADS, Cli, Compiled, hand_written, write
 
 if TYPE_CHECKING:
@@ -177,8 +178,8 @@ class TestPage:
         canvas = shown.locator(".heat canvas")
         rows = made.data["quantizers"]
         weights = sum(q["kind"] == "weight" for q in rows)
-        assert weights == sum(q["format"] != "uint8" for q in made.bundle.manifest["quantizers"]) > 0
-        assert canvas.get_attribute("data-rows") == str(len(made.bundle.manifest["quantizers"]))
+        assert weights == sum(q.format != "uint8" for q in made.bundle.manifest.quantizers) > 0
+        assert canvas.get_attribute("data-rows") == str(len(made.bundle.manifest.quantizers))
         assert canvas.get_attribute("data-columns") == str(len(made.ranges.timesteps))
         shown.get_by_role("button", name=f"weights ({weights})").click()
         assert canvas.get_attribute("data-rows") == str(weights)
@@ -221,7 +222,7 @@ class TestPage:
         assert colours[0] != colours[1]
 
     def test_a_pass_shows_its_difference(self, made: Made, shown: Page) -> None:
-        number = [r["pass"] for r in made.bundle.manifest["history"]].index("insert_qdq") + 1
+        number = [r.name for r in made.bundle.manifest.history].index("insert_qdq") + 1
         lines = (made.bundle.path / "passes" / f"{number:03d}_insert_qdq.diff").read_text().splitlines()
         shown.click("[data-pass=insert_qdq]")
         shown.wait_for_selector(".diff .line")
@@ -315,9 +316,9 @@ class TestSafety:
         for node in model.graph.node[-3:]:
             node.name = f"{EVIL}/{node.name}"
         manifest = hand.bundle.manifest
-        history = [{**row, "note": EVIL} for row in manifest["history"]]
-        quantizers = [{**q, "site": f"{EVIL}{q['site']}"} for q in manifest["quantizers"]]
-        source = {**manifest["source"], "name": EVIL}
+        history = [{**record.to_json(), "note": EVIL} for record in manifest.history]
+        quantizers = [{**q.to_json(), "site": f"{EVIL}{q.site}"} for q in manifest.quantizers]
+        source = {**manifest.source.to_json(), "name": EVIL}
         islands = {EVIL: EVIL}
         facts: dict[str, Any] = {"history": history, "quantizers": quantizers, "source": source, "islands": islands}
         return changed_bundle(hand.bundle, tmp_path / "evil", model, **facts)
@@ -421,7 +422,7 @@ class TestCommand:
         with opened(chromium, tmp_path / "page.html") as seen:
             assert NO_REFERENCE in seen.page.inner_text("#cost") and NO_REFERENCE in seen.page.inner_text("#pictures")
             assert "--no-profile" in seen.page.inner_text("#graph")
-            if RANGES not in hand.bundle.manifest["files"]:
+            if RANGES not in hand.bundle.manifest.files:
                 assert RANGES in seen.page.inner_text("#ranges")
             assert "fit_noise" in seen.page.inner_text("#noise")
             assert seen.page.locator(".strip").count() == 1
@@ -436,12 +437,11 @@ class TestCommand:
         assert len(found["pictures"]["rows"]) == 1 and found["speed"]["call_ms"] > 0
 
     def test_a_bundle_that_cannot_be_debugged(self, hand: Compiled) -> None:
-        bundle = Bundle(hand.bundle.path, {**hand.bundle.manifest})
-        recipe = json.loads(json.dumps(bundle.manifest["recipe"]))
+        recipe = json.loads(json.dumps(hand.bundle.manifest.recipe.to_json()))
         for step in recipe["passes"]:
             if step["pass"] == "insert_qdq":
                 step.setdefault("options", {})["lowering"] = "premul"
-        bundle.manifest["recipe"] = recipe
+        bundle = Bundle(hand.bundle.path, changed_manifest(hand.bundle.manifest, recipe=recipe))
         found = measure_sections(bundle, PageOptions(hand.exported, pictures=0, profile=False))
         assert "premul" in found["cost"]["note"] and "-n 0" in found["pictures"]["note"]
 
@@ -478,7 +478,7 @@ class TestCommand:
 
     def test_options_of_the_page_without_one(self, hand: Compiled, cli: Cli) -> None:
         plain = json.loads(cli("inspect", hand.bundle.path, "--json").out)
-        assert plain["digest"] == hand.bundle.manifest["digest"]
+        assert plain["digest"] == hand.bundle.manifest.digest
         for option in ("--reference", "--seed", "--conditions", "--unconditional"):
             answer = cli("inspect", hand.bundle.path, option, "3")
             assert answer.code == 2 and f"{option} is for the page" in answer.err

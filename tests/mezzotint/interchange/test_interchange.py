@@ -39,7 +39,7 @@ def stepped(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def layers_file(bundle: Bundle, path: Path, *names: str) -> Path:
     """Write the fields of `mezzotint debug --json` that an overlay reads."""
-    known = names or [n for n, row in bundle.manifest["kernels"]["layers"].items() if row["integer"]]
+    known = names or [n for n, row in bundle.manifest.kernels.layers.items() if row.integer]
     path.write_text(json.dumps({"layers": [{"layer": n, "share": 1 / (2 + i)} for i, n in enumerate(known)]}))
     return path
 
@@ -94,17 +94,17 @@ class TestOverlay:
         precision, kernel = (
             next(iter(make_overlay(bundle, what).data.values()))["results"] for what in ("precision", "kernel")
         )
-        integer = {n for n, row in bundle.manifest["kernels"]["layers"].items() if row["integer"]}
+        integer = {n for n, row in bundle.manifest.kernels.layers.items() if row.integer}
         weighted = {n for n in integer if precision[n]["value"] == "int8"}
 
-        for name, why in bundle.manifest["islands"].items():
+        for name, why in bundle.manifest.islands.items():
             if name in precision:
                 assert precision[name]["value"] == why.partition(":")[0]
                 assert precision[name]["bgColor"] not in {precision[n]["bgColor"] for n in integer}
         assert len(integer) - len(weighted) == 8, "the two products of each of the four attentions have no weights"
         assert {precision[n]["value"] for n in integer} <= {"int8", "integer"}
-        rows = bundle.manifest["kernels"]["layers"]
-        assert {n: row["value"] for n, row in kernel.items()} == {n: rows[n]["kernel"] for n in kernel}
+        rows = bundle.manifest.kernels.layers
+        assert {n: row["value"] for n, row in kernel.items()} == {n: rows[n].kernel for n in kernel}
 
     def test_four_bits_are_distinguished_from_eight(self, hand: Compiled, tmp_path: Path) -> None:
         options: dict[str, Any] = {**SMALL, "settings": {"choose_scales.weight_bits": 4, **ENDS}}
@@ -115,8 +115,8 @@ class TestOverlay:
 
     def test_scales_are_those_of_the_manifest(self, stepped: Bundle) -> None:
         [data] = make_overlay(stepped, "scale").data.values()
-        known = [q["scale"] for q in stepped.manifest["quantizers"]]
-        widest = {max(s) if isinstance(s, list) else s for s in known}
+        known = [q.scale for q in stepped.manifest.quantizers]
+        widest = {max(s) if isinstance(s, tuple) else s for s in known}
 
         assert {row["value"] for row in data["results"].values()} <= widest
 
@@ -192,17 +192,17 @@ class TestOverrides:
     def test_scales_are_those_of_the_plan(self, hand: Compiled) -> None:
         """Compared with the manifest; weights with the scales of choose_scales for a layer's largest numbers."""
         found = make_overrides(hand.bundle, hand.exported)
-        known = {q["site"]: q for q in hand.bundle.manifest["quantizers"]}
+        known = {q.site: q for q in hand.bundle.manifest.quantizers}
 
         assert set(found.tensors) == {"second.w", "third.w", "h1.act", "h2", "h3.act", "h4"}
         assert not found.widened
         for name, rows in found.tensors.items():
             scale = np.array([row["scale"] for row in rows])
-            scales = known[name]["scale"]
-            low, high = scales if isinstance(scales, list) else (scales, scales)
+            scales = known[name].scale
+            low, high = scales if isinstance(scales, tuple) else (scales, scales)
             np.testing.assert_allclose([scale.min(), scale.max()], [low, high], rtol=1e-6)
             if rows[0]["quant_type"] == "QUInt8":
-                assert [rows[0]["zero_point"]] == known[name]["zero_point"]
+                assert (rows[0]["zero_point"],) == known[name].zero_point
         weight = next(i for i in onnx.load(hand.exported).graph.initializer if i.name == "third.w")
         largest = np.abs(numpy_helper.to_array(weight)).reshape(CHANNELS, -1).max(axis=1)
         most, _ = scale_for_range(-largest, largest, INT8)
@@ -213,13 +213,13 @@ class TestOverrides:
 
     def test_tables_become_the_widest_range(self, hand: Compiled, stepped: Bundle, tmp_path: Path) -> None:
         found = make_overrides(stepped, hand.exported)
-        known = {q["site"].partition(" -> ")[0]: q for q in stepped.manifest["quantizers"]}
-        tables = {name for name in found.tensors if known[name]["rows"] > 1}
+        known = {q.value: q for q in stepped.manifest.quantizers}
+        tables = {name for name in found.tensors if known[name].rows > 1}
 
         assert tables and tables <= set(found.widened)
         for name in tables:
             [row] = found.tensors[name]
-            widest = max(q["scale"][1] for s, q in known.items() if s == name)
+            widest = np.max(known[name].scale)
             assert row["rmin"] <= 0 <= row["rmax"]
             assert row["rmax"] - row["rmin"] >= 255 * widest * (1 - 1e-6)
         assert "depend on the timestep" in found.to_json()["note"]

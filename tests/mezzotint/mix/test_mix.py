@@ -18,7 +18,8 @@ from mezzotint.bench.pairs import compare, in_turns, parallel_run
 from mezzotint.compiler.errors import CompileError, OutputError
 from mezzotint.compiler.mixing.mixture import write_sharing
 from mezzotint.io.settings import parse_bundles, parse_costs
-from mezzotint.runtime.bundle.bundle import MANIFEST, MODEL, manifest_digest
+from mezzotint.runtime.bundle.bundle import MANIFEST, MODEL
+from mezzotint.runtime.bundle.manifest import manifest_digest
 from mezzotint.runtime.errors import BundleError, InputError, InterpolatedCorrection
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
@@ -62,6 +63,9 @@ def mixed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return made.mix(tmp_path_factory.mktemp("mixed") / "mix", budget=0.75)
 
 
+SOURCE = {"kind": "onnx", "name": "hand.onnx", "parameter_bytes": 4}
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
@@ -69,7 +73,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def reseal(bundle: Bundle, folder: Path, **changes: Any) -> Bundle:
     """A copy of a bundle with a changed manifest."""
     shutil.copytree(bundle.path, folder)
-    manifest = {**bundle.manifest, **changes}
+    manifest = {**bundle.manifest.to_json(), **changes}
     manifest["digest"] = manifest_digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return open_bundle(folder)
@@ -88,7 +92,7 @@ class TestMix:
         assert np.abs(low - high).max() > 0, "the twin: they are two networks"
 
     def test_sampling_equals_picking_by_hand(self, made: Made, mixed: Bundle) -> None:
-        names = mixed.manifest["precision_of_call"]
+        names = mixed.manifest.require_mixture().calls
         assert set(names) == set(COSTS)
         nets = [made.bundles[name].denoiser(THREADS) for name in names]
         x = samplers.initial_noise(0, (3, *mixed.sample_shape))
@@ -102,10 +106,10 @@ class TestMix:
         assert np.abs(got - drawn(nets[::-1])).max() > 0
 
     def test_the_choice_follows_from_the_figures_in_the_manifest(self, mixed: Bundle) -> None:
-        choice = mixed.manifest["precision_choice"]
+        choice = mixed.manifest.require_mixture().choice
         table = {n: [np.inf if db is None else db for db in row] for n, row in choice["snr_db"].items()}
         margins = {n: np.array(row) - np.array(choice["schedule_snr_db"]) for n, row in table.items()}
-        for call, name in enumerate(mixed.manifest["precision_of_call"]):
+        for call, name in enumerate(mixed.manifest.require_mixture().calls):
             cheap_enough = margins["w8a8"][call] >= choice["threshold_db"] - 1e-9
             assert name == ("w8a8" if cheap_enough else "float")
         assert choice["rule"] == "schedule" and choice["mean_cost"] <= 0.75
@@ -115,7 +119,7 @@ class TestMix:
 
     def test_the_measured_ratio_is_that_of_a_paired_run(self, made: Made, mixed: Bundle) -> None:
         """The network predicts epsilon, so the noise that it stands for is its output."""
-        seed = mixed.manifest["precision_choice"]["seed"]
+        seed = mixed.manifest.require_mixture().choice["seed"]
         _, found = parallel_run(
             Denoiser(made.source, mixed.signature, threads=THREADS),
             {"w8a8": made.bundles["w8a8"].denoiser(THREADS)},
@@ -124,22 +128,22 @@ class TestMix:
             seed=seed,
         )
         wanted = list(found["w8a8"].per_step().values())
-        np.testing.assert_allclose(mixed.manifest["precision_choice"]["snr_db"]["w8a8"], wanted, rtol=1e-6)
+        np.testing.assert_allclose(mixed.manifest.require_mixture().choice["snr_db"]["w8a8"], wanted, rtol=1e-6)
         assert seed == 4, "a seed that neither a pass nor an evaluation draws from"
 
     def test_the_default_is_the_most_precise(self, made: Made, mixed: Bundle, tmp_path: Path) -> None:
-        rows = mixed.manifest["precisions"]
-        assert rows["float"]["file"] == MODEL and rows["w8a8"]["file"] == "unet/model.w8a8.onnx"
+        rows = mixed.manifest.require_mixture().precisions
+        assert rows["float"].file == MODEL and rows["w8a8"].file == "unet/model.w8a8.onnx"
         assert mixed.denoiser(THREADS) is mixed.denoiser(THREADS, "float")
-        assert mixed.manifest["kernels"] == made.bundles["float"].manifest["kernels"]
-        assert rows["w8a8"]["compiled"] == made.bundles["w8a8"].manifest["digest"]
+        assert mixed.manifest.kernels == made.bundles["float"].manifest.kernels
+        assert rows["w8a8"].compiled == made.bundles["w8a8"].manifest.digest
 
     def test_a_precision_that_no_call_uses_is_left_out(self, made: Made, tmp_path: Path) -> None:
         mixed = made.mix(tmp_path / "m", budget=0.5)
 
-        assert set(mixed.manifest["precisions"]) == {"w8a8"}
-        assert mixed.manifest["precision_choice"]["unused"] == ["float"]
-        assert [n for n in mixed.manifest["files"] if n.endswith(".onnx")] == [MODEL]
+        assert set(mixed.manifest.require_mixture().precisions) == {"w8a8"}
+        assert mixed.manifest.require_mixture().choice["unused"] == ["float"]
+        assert [n for n in mixed.manifest.files if n.endswith(".onnx")] == [MODEL]
         model = (made.bundles["w8a8"].path / MODEL).read_bytes()
         assert (mixed.path / MODEL).read_bytes() == model, "nothing to share, so not a byte changed"
 
@@ -147,18 +151,18 @@ class TestMix:
         costs = {"ptqd": 0.5, "w8a8": 1.0}
         mixed = made.mix(tmp_path / "m", "w8a8", "ptqd", costs=costs, relax=0.5)
 
-        assert mixed.manifest["shared_bytes"] > 4000
-        rows = mixed.manifest["precisions"].values()
+        assert mixed.manifest.require_mixture().shared_bytes > 4000
+        rows = mixed.manifest.require_mixture().precisions.values()
         on_disk = sum(f.stat().st_size for f in (mixed.path / "unet").iterdir())
-        assert on_disk == sum(row["bytes"] for row in rows) + mixed.manifest["shared_bytes"]
-        assert on_disk < 0.9 * sum(row["bytes_alone"] for row in rows)
-        assert "unet/shared.data" in mixed.manifest["files"]
+        assert on_disk == sum(row.bytes for row in rows) + mixed.manifest.require_mixture().shared_bytes
+        assert on_disk < 0.9 * sum(row.bytes_alone for row in rows)
+        assert "unet/shared.data" in mixed.manifest.files
 
     def test_relaxing(self, made: Made, tmp_path: Path) -> None:
         last, first = (made.mix(tmp_path / f"{i}", relax=0.25, relax_first=bool(i)) for i in range(2))
-        assert last.manifest["precision_of_call"] == ["w8a8"] * 3 + ["float"]
-        assert first.manifest["precision_of_call"] == ["float"] + ["w8a8"] * 3
-        assert first.manifest["precision_choice"]["rule"] == "relaxed first"
+        assert last.manifest.require_mixture().calls == ("w8a8", "w8a8", "w8a8", "float")
+        assert first.manifest.require_mixture().calls == ("float", "w8a8", "w8a8", "w8a8")
+        assert first.manifest.require_mixture().choice["rule"] == "relaxed first"
 
     def test_the_picture_rule(self, made: Made, mixed: Bundle, tmp_path: Path) -> None:
         """By hand: errors of the raw output, times how far the step carries them into x / alpha."""
@@ -177,11 +181,11 @@ class TestMix:
         noise = samplers.seeded_noise(4)
         samplers.sample(exact, x, found.schedule, found.deployment, noise=noise, callback=add)
         worst = set(np.argsort(added)[-2:])  # the budget pays for two exact calls of four
-        assert [i for i, n in enumerate(found.manifest["precision_of_call"]) if n == "float"] == sorted(worst)
-        choice = found.manifest["precision_choice"]
+        assert [i for i, n in enumerate(found.manifest.require_mixture().calls) if n == "float"] == sorted(worst)
+        choice = found.manifest.require_mixture().choice
         assert choice["rule"] == "picture"
         assert -choice["threshold_db"] == pytest.approx(10 * np.log10(sorted(added)[1]), abs=1e-3)
-        assert found.manifest["precision_of_call"] != mixed.manifest["precision_of_call"]
+        assert found.manifest.require_mixture().calls != mixed.manifest.require_mixture().calls
 
     def test_two_calls_at_one_timestep(self, tmp_path: Path) -> None:
         source = write(hand_written(time_dtype=1), tmp_path / "h.onnx")
@@ -190,10 +194,10 @@ class TestMix:
         mixed = mix_bundles(
             bundles, tmp_path / "m", reference=source, costs=COSTS, relax=0.6, pictures=1, threads=THREADS
         )
-        times, names = mixed.deployment.calls, mixed.manifest["precision_of_call"]
-        assert times[1] == times[2] and names == ["w8a8", "w8a8", "float", "float", "float"]
+        times, names = mixed.deployment.calls, mixed.manifest.require_mixture().calls
+        assert times[1] == times[2] and names == ("w8a8", "w8a8", "float", "float", "float")
 
-        nets = {str(b.manifest["recipe"]["name"]): b.denoiser(THREADS) for b in bundles}
+        nets = {str(b.manifest.recipe.name): b.denoiser(THREADS) for b in bundles}
         x = samplers.initial_noise(0, (1, *mixed.sample_shape))
         wanted = samplers.sample([nets[name] for name in names], x, mixed.schedule, mixed.deployment)
         np.testing.assert_array_equal(mixed.sample(1, threads=THREADS), wanted)
@@ -205,18 +209,18 @@ class TestMix:
         one, two = files(mixed.path), files(again.path)
         assert sorted(one) == sorted(two)
         assert [name for name in one if one[name] != two[name] and name != MANIFEST] == []
-        assert again.manifest["digest"] == mixed.manifest["digest"]
+        assert again.manifest.digest == mixed.manifest.digest
 
     def test_costs_are_measured(self, made: Made, tmp_path: Path) -> None:
         mixed = made.mix(tmp_path / "m", costs=None, repeats=2)
-        how = mixed.manifest["precision_choice"]["cost"]
+        how = mixed.manifest.require_mixture().choice["cost"]
         assert how["kind"] == "measured" and how["threads"] == THREADS and how["batch"] == 1
         assert set(how["call_ms"]) == set(COSTS) and min(how["call_ms"].values()) > 0
-        assert max(row["cost"] for row in mixed.manifest["precisions"].values()) <= 1
+        assert max(row.cost for row in mixed.manifest.require_mixture().precisions.values()) <= 1
 
     def test_a_whole_evaluation_uses_the_mix(self, made: Made, mixed: Bundle) -> None:
         found = compare(mixed, made.source, 2, threads=THREADS)
-        exact = mixed.manifest["precision_of_call"].index("float")
+        exact = mixed.manifest.require_mixture().calls.index("float")
         assert found.sqnr.per_step()[exact] > 100
         assert found.sqnr.worst()[1] < 80
 
@@ -230,7 +234,7 @@ class TestMix:
             bundles, tmp_path / "m", reference=source, costs=COSTS, budget=0.75, pictures=2, threads=THREADS, **given
         )
 
-        assert set(mixed.manifest["precisions"]) == set(COSTS)
+        assert set(mixed.manifest.require_mixture().precisions) == set(COSTS)
         assert mixed.sample(2, threads=THREADS, **given).shape == (2, 1, 8, 8)
         with pytest.raises(InputError, match="unconditional"):
             mix_bundles(bundles, tmp_path / "n", reference=source, costs=COSTS, pictures=2)
@@ -240,7 +244,7 @@ class TestMix:
         bundles = [compile_model(source, tmp_path / r, recipe=r, **{**SMALL, "calibration_samples": 3}) for r in COSTS]
         mixed = mix_bundles(bundles, tmp_path / "m", reference=source, budget=1.0, pictures=2, repeats=1)
 
-        assert mixed.manifest["precision_choice"]["cost"]["batch"] == 3
+        assert mixed.manifest.require_mixture().choice["cost"]["batch"] == 3
         assert mixed.sample(4).shape == (4, 1, 8, 8)
 
 
@@ -250,15 +254,15 @@ class TestCorrection:
     def test_rows_come_from_each_bundle(self, made: Made, tmp_path: Path) -> None:
         costs = {"ptqd": 0.5, "ptqd2": 0.6, "float": 1.0}
         mixed = made.mix(tmp_path / "m", *costs, costs=costs, budget=0.8)
-        names = mixed.manifest["precision_of_call"]
+        names = mixed.manifest.require_mixture().calls
 
         table = mixed.correction
         assert table is not None and "float" in names and len(set(names)) > 1
         for call, name in enumerate(names):
             own = made.bundles[name].correction
             assert table.scale[call] == (1.0 if own is None else own.scale[call])
-            assert mixed.manifest["noise"]["calls"][call]["precision"] == name
-        assert mixed.manifest["precision_choice"]["correction"].startswith("ptqd")
+            assert mixed.manifest.noise["calls"][call]["precision"] == name
+        assert mixed.manifest.require_mixture().choice["correction"].startswith("ptqd")
         free, corrected = (mixed.sample(2, threads=THREADS, correction=wish) for wish in (False, True))
         assert np.abs(free - corrected).max() > 0
 
@@ -285,8 +289,8 @@ class TestCorrection:
                 except InputError as error:
                     assert "nothing to relax" in str(error)
                     continue
-                assert found.correction is None and "noise" not in found.manifest
-                assert why in found.manifest["precision_choice"]["correction"]
+                assert found.correction is None and not found.manifest.noise
+                assert why in found.manifest.require_mixture().choice["correction"]
                 break
             else:
                 pytest.fail("neither order could be relaxed")
@@ -316,14 +320,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "what"),
         [
-            ({"source": {"weights_sha256": "other"}}, "differ in their source"),
+            ({"source": {**SOURCE, "weights_sha256": "other"}}, "differ in their source"),
             ({"signature": {"sample": "x", "timestep": "t", "output": "y", "prediction": "sample"}}, "signature"),
             ({"sample_shape": [1, 16, 16]}, r"sample shape \(\(1, 8, 8\) and \(1, 16, 16\)\)"),
         ],
     )
     def test_other_sources(self, made: Made, tmp_path: Path, changes: dict[str, Any], what: str) -> None:
         if "signature" in changes:
-            changes = {"signature": {**made.bundles["w8a8"].manifest["signature"], "prediction": "sample"}}
+            changes = {"signature": {**made.bundles["w8a8"].manifest.signature.to_json(), "prediction": "sample"}}
         other = reseal(made.bundles["w8a8"], tmp_path / "other", **changes)
         with pytest.raises(InputError, match=what):
             mix_bundles({"float": made.bundles["float"], "w8a8": other}, tmp_path / "m", reference=made.source)
@@ -335,7 +339,7 @@ class TestRefusals:
                 mix_bundles({"float": other, "w8a8": made.bundles["w8a8"]}, tmp_path / "m", reference=made.source)
 
     def test_an_unknown_source(self, made: Made, tmp_path: Path) -> None:
-        pair = {n: reseal(made.bundles[n], tmp_path / n, source={}) for n in COSTS}
+        pair = {n: reseal(made.bundles[n], tmp_path / n, source=SOURCE) for n in COSTS}
         with pytest.raises(BundleError, match="does not name the weights"):
             mix_bundles(pair, tmp_path / "m", reference=made.source)
 
@@ -426,8 +430,8 @@ class TestCommand:
         answer = cli(*self.line(made, tmp_path / "m", "--budget", "0.75", "--json"))
         said = json.loads(answer.out)
         assert answer.code == 0
-        assert said["precision_of_call"] == mixed.manifest["precision_of_call"]
-        assert said["digest"] == mixed.manifest["digest"], "the door does the same"
+        assert said["precision_of_call"] == list(mixed.manifest.require_mixture().calls)
+        assert said["digest"] == mixed.manifest.digest, "the door does the same"
 
         again = cli(*self.line(made, tmp_path / "m", "--relax", "0.25", "--force"))
         assert again.code == 0
@@ -454,12 +458,12 @@ class TestCommand:
         shown = cli("inspect", mixed.path).out
         assert "network calls" in shown and "precisions, " in shown and "w8a8" in shown
         data = json.loads(cli("inspect", mixed.path, "--json").out)
-        assert data["precision_of_call"] == mixed.manifest["precision_of_call"]
+        assert data["precision_of_call"] == list(mixed.manifest.require_mixture().calls)
         assert data["model_bytes"] == sum(f.stat().st_size for f in (mixed.path / "unet").iterdir())
 
     def test_sample_says_which_ran(self, cli: Cli, mixed: Bundle, tmp_path: Path) -> None:
         said = json.loads(cli("sample", mixed.path, "-n", 2, "-o", tmp_path / "p.npy", "--json").out)
-        names = mixed.manifest["precision_of_call"]
+        names = mixed.manifest.require_mixture().calls
         assert f"float: {names.count('float')} calls" in said["precisions"]
         np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), mixed.sample(2))
 

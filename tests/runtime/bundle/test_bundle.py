@@ -17,10 +17,10 @@ from mezzotint.runtime.bundle.bundle import (
     MANIFEST,
     MODEL,
     file_sha256,
-    manifest_digest,
     open_bundle,
     seal_bundle,
 )
+from mezzotint.runtime.bundle.manifest import Manifest, manifest_digest
 from mezzotint.runtime.errors import BundleError, InputError, InterpolatedCorrection, TimestepNotDeployed
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.samplers import initial_noise, run, sample, seeded_noise
@@ -41,14 +41,14 @@ def check_images(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> None:
 def test_a_bundle_says_what_it_is(make_bundle: Make) -> None:
     folder, manifest = make_bundle(deployed=ROWS)
     bundle = open_bundle(folder)
-    assert bundle.manifest == json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    assert bundle.manifest["digest"] == manifest["digest"]
+    assert bundle.manifest.to_json() == json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    assert bundle.manifest.digest == manifest["digest"]
     assert bundle.sample_shape == (1, 8, 8)
     assert bundle.deployment.timesteps == ROWS == bundle.deployed_timesteps
     assert bundle.model_path == folder / MODEL
     assert bundle.schedule.num_train_timesteps == 1000
     assert bundle.correction is None
-    assert bundle.manifest["files"][MODEL]["sha256"] == file_sha256(folder / MODEL)
+    assert bundle.manifest.files[MODEL].sha256 == file_sha256(folder / MODEL)
     assert bundle.denoiser(1) is bundle.denoiser(1)
     assert bundle.denoiser(1).threads == 1
     assert bundle.deployed_steps() == (1, 2, 5, 10)
@@ -217,7 +217,7 @@ def test_digest_leaves_out_times_and_nothing_else(make_bundle: Make) -> None:
     slower["history"][0]["pass"] = "other"
     assert manifest_digest(slower) != manifest["digest"]
     assert make_bundle(name="again")[1]["digest"] == manifest["digest"]
-    assert seal_bundle(folder, {k: v for k, v in manifest.items() if k not in ("files", "digest")}) == manifest
+    assert seal_bundle(folder, Manifest.from_json(manifest, "here")).to_json() == manifest
 
 
 def test_changed_and_missing_files(make_bundle: Make) -> None:
@@ -243,7 +243,7 @@ def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
         open_bundle(tmp_path / "missing")
     with pytest.raises(BundleError, match=r"there is no mezzotint\.json"):
         open_bundle(tmp_path)
-    for text, message in (("{", "not readable JSON"), ("[]", "does not say its format"), ("{}", "does not say")):
+    for text, message in (("{", "not readable JSON"), ("[]", "does not state its format"), ("{}", "does not state")):
         (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
         with pytest.raises(BundleError, match=message):
             open_bundle(tmp_path)
@@ -252,17 +252,23 @@ def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "has format 1, this version of Mezzotint reads 2"),
-        ({"format": 3}, "has format 3, this version of Mezzotint reads 2"),
-        ({"signature": None}, "incomplete or inconsistent"),
-        ({"signature": {"sample": "x"}}, "incomplete or inconsistent"),
-        ({"deployment": {"sampler": "ddim"}}, "incomplete or inconsistent"),
-        ({"deployed_timesteps": 5}, "incomplete or inconsistent"),
-        ({"sample_shape": [1, 8]}, "incomplete or inconsistent"),
-        ({"files": None}, "lists no files"),
+        ({"format": 1}, "has format 1, this version of Mezzotint reads 2 and 3"),
+        ({"format": 4}, "has format 4, this version of Mezzotint reads 2 and 3"),
+        ({"signature": None}, "`signature` is incomplete or inconsistent"),
+        ({"signature": {"sample": "x"}}, "`signature` is incomplete or inconsistent"),
+        ({"deployment": {"sampler": "ddim"}}, "`deployment` is incomplete or inconsistent"),
+        ({"deployed_timesteps": 5}, "`deployed_timesteps` is incomplete or inconsistent"),
+        ({"sample_shape": [1, 8]}, "`sample_shape` is incomplete or inconsistent"),
+        ({"quantizers": {}}, "`quantizers` is {}, not a list"),
+        ({"kernels": {"integer": 1}}, r"the manifest has no `kernels\.float`"),
+        ({"kernels": {"integer": True}}, r"`kernels\.integer` is True, not an integer"),
+        ({"history": [{"pass": "one"}]}, r"the manifest has no `history\[0\]\.options`"),
+        ({"islands": {"conv": 1}}, r"`islands\.conv` is 1, not a text"),
+        ({"islnads": {}}, "a key that this version of Mezzotint does not know: `islnads`"),
+        ({"files": None}, "`files` is None, not an object"),
         ({"files": {}}, "does not list unet/model.onnx"),
-        ({"files": {"../secret": {}}}, "outside the bundle"),
-        ({"files": {MODEL: {}}}, "no hash"),
+        ({"files": {"../secret": {"sha256": "", "bytes": 0}}}, "outside the bundle"),
+        ({"files": {MODEL: {}}}, r"the manifest has no `files\.unet/model\.onnx\.sha256`"),
     ],
 )
 def test_manifests_that_do_not_add_up(make_bundle: Make, change: dict[str, Any], message: str) -> None:
@@ -273,8 +279,9 @@ def test_manifests_that_do_not_add_up(make_bundle: Make, change: dict[str, Any],
         open_bundle(folder)
     changed["digest"] = manifest_digest(changed)
     (folder / MANIFEST).write_text(json.dumps(changed), encoding="utf-8")
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=message) as caught:
         open_bundle(folder)
+    assert str(folder) in str(caught.value.where)
 
 
 def test_a_missing_key(make_bundle: Make) -> None:
@@ -282,5 +289,21 @@ def test_a_missing_key(make_bundle: Make) -> None:
     del manifest["deployed_timesteps"]
     manifest["digest"] = manifest_digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(BundleError, match="KeyError 'deployed_timesteps'"):
+    with pytest.raises(BundleError, match="the manifest has no `deployed_timesteps`") as caught:
         open_bundle(folder)
+    assert caught.value.where == str(folder / MANIFEST)
+    assert "compile the model again" in (caught.value.hint or "")
+
+
+def test_a_bundle_in_a_notebook(make_bundle: Make) -> None:
+    folder, _ = make_bundle(correction=True)
+    assert repr(open_bundle(folder)).splitlines() == [
+        f"Bundle {folder}",
+        "  recipe     test",
+        "  deployment ddim, 10 steps, eta 0",
+        "  sample     1 x 8 x 8",
+        f"  size       {(folder / MODEL).stat().st_size / 1e6:.2f} MB",
+        "  kernels    0 of 1 integer",
+        "  islands    0",
+        "  correction yes",
+    ]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.runtime.bundle.bundle import Bundle, file_sha256, manifest_digest, open_bundle
+from mezzotint.runtime.bundle.bundle import Bundle, open_bundle, seal_bundle
 from mezzotint.runtime.bundle.model_config import (
     CONFIG,
     architecture,
@@ -117,12 +117,8 @@ class TestBundle:
         for name in ("unet/model.onnx", "scheduler/scheduler_config.json"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes((bundle.path / name).read_bytes())
-        files = {name: entry for name, entry in bundle.manifest["files"].items() if (folder / name).exists()}
         (folder / CONFIG).write_text(text)
-        files[CONFIG] = {"sha256": file_sha256(folder / CONFIG), "bytes": len(text)}
-        manifest = {**bundle.manifest, "files": files}
-        manifest["digest"] = manifest_digest(manifest)
-        (folder / "mezzotint.json").write_text(json.dumps(manifest))
+        seal_bundle(folder, bundle.manifest)
         return open_bundle(folder)
 
     def test_it_is_read(self, hand: Compiled, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.bundle.bundle import MODEL, open_bundle, seal_bundle
+from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.precisions import Precisions, spans
 from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.sampling import samplers
@@ -118,6 +119,13 @@ class TestLoop:
             samplers.sample([lambda x, t: x] * 4, np.zeros((1, 1, 4, 4), np.float32), SCHEDULE, deployment)
 
 
+def precision(file: str) -> dict[str, Any]:
+    """Return the plain data of one precision's entry."""
+    counts = {"calls": 1, "cost": 1.0, "bytes": 1, "bytes_alone": 1, "integer_kernels": 0, "float_kernels": 1}
+    recipe = {"name": "test", "description": "none"}
+    return {"file": file, "recipe": recipe, "compiled": "", **counts, "islands": {}}
+
+
 @pytest.fixture
 def make_mixed(
     make_bundle: Callable[..., tuple[Path, dict[str, Any]]], denoiser_onnx: Callable[..., bytes]
@@ -132,9 +140,9 @@ def make_mixed(
         weight = next(t for t in model.graph.initializer if t.name == "weight")
         weight.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(weight), "weight"))
         (folder / FILES["low"]).write_bytes(model.SerializeToString())
-        rows = changes.get("rows", {name: {"file": file} for name, file in FILES.items()})
-        facts = {k: v for k, v in manifest.items() if k not in ("files", "digest", "format")}
-        seal_bundle(folder, {**facts, "precisions": rows, "precision_of_call": names})
+        entries = changes.get("entries", {name: precision(file) for name, file in FILES.items()})
+        mixture = {"precisions": entries, "precision_of_call": names, "shared_bytes": 0, "precision_choice": {}}
+        seal_bundle(folder, Manifest.from_json({**manifest, **mixture}, "make_mixed"))
         return folder
 
     return make
@@ -182,21 +190,20 @@ class TestBundle:
             bundle.denoiser(1, "high")
 
     @pytest.mark.parametrize(
-        ("names", "rows", "message"),
+        ("names", "entries", "message"),
         [
             (["high"] * 9, None, "9 calls, the deployment has 10"),
             (["other"] * 10, None, "'other'"),
-            (["high"] * 10, {"high": {"file": "unet/gone.onnx"}}, "does not list unet/gone.onnx"),
-            (["high"] * 10, {"high": {}}, "KeyError 'file'"),
-            (["high"] * 10, ["high"], "not a table"),
+            (["high"] * 10, {"high": precision("unet/gone.onnx")}, "does not list unet/gone.onnx"),
+            (["high"] * 10, {"high": {}}, r"the manifest has no `precisions\.high\.file`"),
+            (["high"] * 10, ["high"], r"`precisions` is \['high'\], not an object"),
         ],
     )
     def test_a_manifest_that_does_not_fit_is_refused(
-        self, make_mixed: Callable[..., Path], names: list[str], rows: Any, message: str
+        self, make_mixed: Callable[..., Path], names: list[str], entries: Any, message: str
     ) -> None:
-        folder = make_mixed(names, **({} if rows is None else {"rows": rows}))
         with pytest.raises(BundleError, match=message):
-            open_bundle(folder)
+            open_bundle(make_mixed(names, **({} if entries is None else {"entries": entries})))
 
     def test_the_choice_is_part_of_the_digest(self, make_mixed: Callable[..., Path]) -> None:
         folder = make_mixed(["high"] * 10)

@@ -32,6 +32,7 @@ from mezzotint import compile_model
 from mezzotint.diffusers import attach, correct, stand_in
 from mezzotint.io.sources import DIGITS
 from mezzotint.runtime.bundle.bundle import CORRECTION, SCHEDULER, Bundle
+from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.errors import InputError, InterpolatedCorrection, ScheduleError, TimestepNotDeployed
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
@@ -40,6 +41,7 @@ from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise, sample
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Images, Signature, Timestep
 from tests.helpers import pipelines
+from tests.helpers.manifests import manifest_data
 from tests.helpers.pipelines import SIDE, quiet
 
 SHAPE = (2, 3, 8, 8)
@@ -126,14 +128,14 @@ def planted(
     deployment = Deployment.of(schedule, case.sampler, case.steps, case.eta, guidance)
     table(deployment, schedule, form=form).save(folder / CORRECTION)
     signature = Signature("x", "t", "y", prediction=schedule.prediction)
-    manifest: dict[str, Any] = {
-        "signature": signature.to_json(),
-        "deployment": deployment.to_json(),
-        "sample_shape": SHAPE[1:],
-        "deployed_timesteps": list(deployment.timesteps) if frozen else None,
-        "files": {CORRECTION: {}},
-    }
-    return Bundle(folder, manifest)
+    data = manifest_data(
+        signature=signature.to_json(),
+        deployment=deployment.to_json(),
+        sample_shape=SHAPE[1:],
+        deployed_timesteps=list(deployment.timesteps) if frozen else None,
+        files={CORRECTION: {"sha256": "", "bytes": 0}},
+    )
+    return Bundle(folder, Manifest.from_json(data, "planted"))
 
 
 def network(x: Images, t: Timestep) -> Images:
@@ -416,9 +418,9 @@ class TestCorrect:
             step_of(corrected, corrected.timesteps[0], eta=1.0)
 
     def test_no_tables(self, noisy: Bundle) -> None:
-        noisy.manifest["files"] = {}
+        plain = Bundle(noisy.path, replace(noisy.manifest, files={}))
         with pytest.raises(InputError, match="no noise correction") as caught:
-            correct(DDIMScheduler(), noisy)
+            correct(DDIMScheduler(), plain)
         assert "d2-dpm" in (caught.value.hint or "")
 
     @pytest.mark.parametrize(
