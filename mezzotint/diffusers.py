@@ -47,7 +47,7 @@ def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None) -> Stan
     `threads` is the number of onnxruntime's threads, None for its own choice. Raises InputError for a bundle without
     the configuration of its model, BundleError for one that cannot be opened.
     """
-    return _adapter().stand_in(_opened(bundle), threads=threads)  # type: ignore[no-any-return]
+    return _adapter().bundle_stand_in(_opened(bundle), threads=threads)  # type: ignore[no-any-return]
 
 
 def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guidance = 1.0) -> Any:
@@ -58,7 +58,7 @@ def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guid
     step. Raises InputError for a bundle without noise tables, and for a scheduler, a schedule or a guidance scale that
     they were not fitted for; ScheduleError for an unknown configuration.
     """
-    return _schedulers().correct(scheduler, _opened(bundle), guidance_scale=guidance_scale)
+    return _schedulers().corrected_scheduler(scheduler, _opened(bundle), guidance_scale=guidance_scale)
 
 
 def attach(

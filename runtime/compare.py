@@ -20,7 +20,7 @@ def sqnr_db(signal: npt.NDArray[Any], noisy: npt.NDArray[Any]) -> float:
 
     Infinite for identical arrays, minus infinite for noise on a signal of zeros, NaN where either holds one.
     """
-    return _ratio_db(*_powers(signal, noisy))
+    return ratio_db(*_powers(signal, noisy))
 
 
 def psnr_db(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> npt.NDArray[np.float64]:
@@ -30,7 +30,7 @@ def psnr_db(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -
         raise InputError(f"images of shape {list(reference.shape)} with peak {peak}", hint="[batch, ...], peak above 0")
     difference = image.astype(np.float64) - reference.astype(np.float64)
     errors = (difference**2).reshape(len(difference), -1).mean(axis=1)
-    return np.array([_ratio_db(peak**2, error) for error in errors.tolist()], dtype=np.float64)
+    return np.array([ratio_db(peak**2, error) for error in errors.tolist()], dtype=np.float64)
 
 
 def ssim(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> npt.NDArray[np.float64]:
@@ -57,6 +57,20 @@ def ssim(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> n
     return np.asarray(alike.reshape(len(alike), -1).mean(axis=1), np.float64)
 
 
+def ratio_db(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise) of two powers: infinite without noise, else minus infinite without signal."""
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def db_text(value: float | None, digits: int = 1) -> str:
+    """Return decibels for display, without the unit. None, as from `json_db`, stands for an infinite ratio."""
+    return "no error" if value is None else f"{value:.{digits}f}"
+
+
 def json_db(value: float) -> float | None:
     """`value` for JSON: None where it is not finite."""
     return value if math.isfinite(value) else None
@@ -81,7 +95,7 @@ class StepSQNR:
 
     def per_step(self) -> dict[int, float]:
         """Decibels for each step, in the order in which steps were first added."""
-        return {step: _ratio_db(*powers) for step, powers in self._powers.items()}
+        return {step: ratio_db(*powers) for step, powers in self._powers.items()}
 
     def noise(self) -> dict[int, float]:
         """The sum of squares of the noise at each step."""
@@ -90,7 +104,7 @@ class StepSQNR:
     def pooled(self) -> float:
         """Decibels of all steps together: large outputs weigh more. NaN where nothing was added."""
         signal, noise = (sum(powers[i] for powers in self._powers.values()) for i in (0, 1))
-        return _ratio_db(signal, noise) if self._powers else math.nan
+        return ratio_db(signal, noise) if self._powers else math.nan
 
     def worst(self) -> tuple[int, float]:
         """The step with the lowest ratio, and its decibels; NaN is worse than any number."""
@@ -117,14 +131,6 @@ def _powers(signal: npt.NDArray[Any], noisy: npt.NDArray[Any]) -> tuple[float, f
     wanted = signal.astype(np.float64).ravel()
     noise = noisy.astype(np.float64).ravel() - wanted
     return float(wanted @ wanted), float(noise @ noise)
-
-
-def _ratio_db(signal: float, noise: float) -> float:
-    if math.isnan(signal) or math.isnan(noise):
-        return math.nan
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def _same_shape(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,8 @@ Images = npt.NDArray[np.float32]
 """Samples or predictions, float32 `[B, C, H, W]`."""
 Timestep = float
 """An int where it is a training timestep: samplers that interpolate between these have others."""
+Predict = Callable[[Images, Timestep], Images]
+"""A network with its conditions: `(x float32 [B, C, H, W], timestep) -> raw output of the same shape`."""
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 

@@ -31,9 +31,8 @@ from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
-from mezzotint.runtime.sampling.guidance import Predict
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images
+from mezzotint.runtime.signature import Images, Predict
 
 SAMPLERS = {"ddpm": 0.0, "ddim": 1.0, "euler-ancestral": 0.0}
 """The samplers with noise of their own, and DDIM's eta."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from mezzotint.runtime.compare import ssim
 from mezzotint.runtime.sampling.guidance import Conditions
-from mezzotint.runtime.sampling.samplers import initial_noise, run
+from mezzotint.runtime.sampling.samplers import initial_noise, run_solver
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.solvers import ddim
 from mezzotint.runtime.sampling.steps import Solver, Step
@@ -67,7 +67,7 @@ class ShortTrajectories:
                 return guided_output(self.program, output)
 
             x = initial_noise(few.seed, (rows, *self.program.shape), first=first)
-            drawn.append(run(call, x, _short(self.program.schedule, list(calls))))
+            drawn.append(run_solver(call, x, _short(self.program.schedule, list(calls))))
         return np.concatenate(drawn)
 
 

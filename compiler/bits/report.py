@@ -40,7 +40,9 @@ class BitReport:
         chosen = self.picked(found)
         table = {
             unit.name: {
-                choice.label: [json_db(_db(e)) for e in (profile.noise(unit.name, choice) / profile.signal).tolist()]
+                choice.label: [
+                    json_db(_error_db(e)) for e in (profile.noise(unit.name, choice) / profile.signal).tolist()
+                ]
                 for choice in row
                 if choice != FLOAT
             }
@@ -49,7 +51,7 @@ class BitReport:
         return {
             "budget": {"kind": self.budget.kind, "amount": self.budget.amount},
             "calls": [{"call": call, "timestep": timesteps[call]} for call in profile.calls],
-            "chosen": {**self._point(found), "measured_sqnr_db": json_db(_db(self.measured(chosen)))},
+            "chosen": {**self._point(found), "measured_sqnr_db": json_db(_error_db(self.measured(chosen)))},
             "uniform": [self._uniform(choice) for choice in self._common()],
             "pareto": [self._point(point) for point in self._curve()],
             "units": self._labels(chosen),
@@ -88,7 +90,7 @@ class BitReport:
         chosen = tuple(row.index(choice) if choice in row else 0 for row in self.choices)
         made = Allocation(chosen, _sum(self.errors, chosen), int(_sum(self.budget.costs, chosen)), 0.0)
         measured = self.measured(self.picked(made))
-        return {"label": choice.label, **self._point(made), "measured_sqnr_db": json_db(_db(measured))}
+        return {"label": choice.label, **self._point(made), "measured_sqnr_db": json_db(_error_db(measured))}
 
     def _curve(self) -> list[Allocation]:
         """Return the best allocations under evenly spaced budgets, from the smallest to the largest useful one."""
@@ -106,7 +108,7 @@ class BitReport:
         return {
             "takes": self.budget.takes(allocation.cost),
             "mean_bits": mean_bits(self.units, chosen),
-            "sqnr_db": json_db(_db(_sum(self.errors, allocation.chosen))),
+            "sqnr_db": json_db(_error_db(_sum(self.errors, allocation.chosen))),
             "layers": layers,
             "gap": allocation.gap,
         }
@@ -116,7 +118,8 @@ def _sum(rows: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
     return float(sum(row[c] for row, c in zip(rows, chosen, strict=True)))
 
 
-def _db(error: float) -> float:
+def _error_db(error: float) -> float:
+    """Return the SQNR of an error that is relative to the signal."""
     return -10 * float(np.log10(error)) if error > 0 else float("inf")
 
 

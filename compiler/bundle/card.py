@@ -23,6 +23,7 @@ from mezzotint.runtime.bundle.manifest_entries import Storage
 from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.bundle.precisions import Mixture
 from mezzotint.runtime.bundle.ranges import RANGES
+from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.session import TESTED_ONNXRUNTIME
 
 from . import card_code as code
@@ -160,9 +161,10 @@ def _good(manifest: Manifest) -> str:
         )
     if manifest.bits and manifest.mixture is None:
         chosen = manifest.bits["chosen"]
+        predicted, measured = (_with_unit(chosen[key]) for key in ("sqnr_db", "measured_sqnr_db"))
         paragraphs.append(
             f"Weights have {chosen['mean_bits']:.2f} bits on average; the choice was predicted to cost "
-            f"{_db(chosen['sqnr_db'])} of signal to noise, and measured {_db(chosen['measured_sqnr_db'])}."
+            f"{predicted} of signal to noise, and measured {measured}."
         )
     text = "\n\n".join(paragraphs) or "Nothing but ranges was measured while compiling."
     return f"## How good\n\n{text}"
@@ -173,8 +175,8 @@ def _span(values: list[float | None]) -> str:
     return f"{min(known):.1f} to {max(known):.1f} dB" if known else "no error"
 
 
-def _db(value: float | None) -> str:
-    return "no error" if value is None else f"{value:.1f} dB"
+def _with_unit(value: float | None) -> str:
+    return db_text(value) + (" dB" if value is not None else "")
 
 
 def _run(manifest: Manifest, config: bool, correction: bool) -> str:

@@ -43,9 +43,10 @@ def _covered(quantizer: Quantizer) -> Doubles:
 
 def _seen(site: Site, stats: Stats | None, calls: int) -> Doubles:
     """The extremes `[2, calls]` of a value; calls that calibration summed up together have the same ones."""
-    found = np.full((2, calls), np.nan)
-    for k in range(calls if stats is not None else 0):
-        assert stats is not None
+    extremes = np.full((2, calls), np.nan)
+    if stats is None:
+        return extremes
+    for k in range(calls):
         if summary := stats.summaries.get((site.value, k * stats.groups // calls)):
-            found[:, k] = summary.low, summary.high
-    return found
+            extremes[:, k] = summary.low, summary.high
+    return extremes

@@ -25,9 +25,10 @@ from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.guidance import Conditions, Predict
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser, running_version, untested_version
+from mezzotint.runtime.signature import Predict
 from mezzotint.runtime.streams import FIXED
 
 from ..text.report import model_bytes

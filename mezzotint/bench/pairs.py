@@ -15,10 +15,10 @@ from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db, psnr_db
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import Predict, predictors
+from mezzotint.runtime.sampling.guidance import predictors
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.signature import Images, Predict, Timestep
 from mezzotint.runtime.streams import FIXED, SeedOffset
 
 View = Callable[[StepInfo, Images], Images]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mezzotint.runtime.compare import db_text
+
 from ..text import console
 
 
@@ -58,7 +60,7 @@ def _print_peers(found: dict[str, Any]) -> None:
             continue
         low, high = peer["speedup_range"]
         speed = f"{peer['speedup']:.2f}x ({low:.2f} to {high:.2f})"
-        fidelity = (_db(peer["fidelity"][key]) for key in ("eps_sqnr_db", "eps_sqnr_db_worst_step"))
+        fidelity = (db_text(peer["fidelity"][key], 2) for key in ("eps_sqnr_db", "eps_sqnr_db_worst_step"))
         rows.append((peer["peer"], f"{peer['call_ms']['median']:.3f}", speed, _mb(peer["bytes"]), *fidelity))
     columns = ("", "one call, ms", "speed-up", "file", "SQNR of epsilon, dB", "worst step, dB")
     console.print_table(f"beside peers, batch {found['batch']}, {found['threads']} threads", columns, rows)
@@ -70,7 +72,3 @@ def _call(latency: dict[str, float], calls: int) -> str:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
-
-
-def _db(value: float | None) -> str:
-    return "no error" if value is None else f"{value:.2f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.runtime.compare import ratio_db
 
 SuggestionKind = Literal["range", "table", "split", "bits", "rounding", "island", "-"]
 SMALL = 0.01  # share of all costs below which a layer is not worth a change
@@ -45,7 +45,7 @@ class Facts:
 
     def local(self) -> dict[int, float]:
         """Return the SQNR of the output by call, in decibels."""
-        return {call: _db(facts["signal"], facts["noise"]) for call, facts in self.calls.items()}
+        return {call: ratio_db(facts["signal"], facts["noise"]) for call, facts in self.calls.items()}
 
     def relative(self) -> dict[str, float]:
         """Return error over signal of all calls: of `input` and `output` rounding, and of `weights`, the rest."""
@@ -108,7 +108,8 @@ def _of_weights(layer: str, relative: float, recipe: Recipe, bits: int | None) -
         return Suggestion(
             "range",
             "compile again, and compare with the model that it was compiled from",
-            f"its weights, bias or their scales are off by {_db(1.0, relative):.1f} dB, more than any rounding causes",
+            f"its weights, bias or their scales are off by {ratio_db(1.0, relative):.1f} dB, "
+            "more than any rounding causes",
         )
     if bits < FULL_BITS:
         return Suggestion(
@@ -142,9 +143,3 @@ def _median_ratio(reaches: Sequence[float], widths: Sequence[float]) -> float:
 
 def _over(noise: float, signal: float) -> float:
     return noise / signal if signal > 0 else 0.0
-
-
-def _db(signal: float, noise: float) -> float:
-    if noise <= 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
-from mezzotint.runtime.sampling.guidance import Conditions, Predict
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.signature import Predict
 from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import Latency, Ratio, folder_bytes, in_turns, middle_timestep

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mezzotint.runtime.compare import db_text
+
 from .result import Evaluation, JsonObject
 
 ReportTable = tuple[str, Sequence[str], list[tuple[str, ...]]]
@@ -36,7 +38,10 @@ def tables(evaluation: Evaluation) -> list[ReportTable]:
         (
             "SQNR of epsilon at each network call",
             ("call", "timestep", "dB"),
-            [(str(s["call"]), f"{s['timestep']:g}", _db(s["db"]) + (" worst" * (s["call"] == worst))) for s in steps],
+            [
+                (str(s["call"]), f"{s['timestep']:g}", db_text(s["db"], 2) + (" worst" * (s["call"] == worst)))
+                for s in steps
+            ],
         ),
         ("cost", ("", "bundle", "float", "ratio"), _cost(evaluation)),
     ]
@@ -128,10 +133,6 @@ def _cost(evaluation: Evaluation) -> list[tuple[str, ...]]:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
-
-
-def _db(value: float | None) -> str:
-    return "no difference" if value is None else f"{value:.2f}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from mezzotint.compiler.errors import ModelError
 from mezzotint.runtime.bundle.bundle import MANIFEST
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import ScheduleError
-from mezzotint.runtime.sampling.schedule import NAMED, Schedule
+from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -128,13 +128,14 @@ def _schedule(requested: str | Path | Schedule | None, own: Path | None, where: 
             raise ScheduleError(
                 "the model comes without a scheduler configuration",
                 where=where,
-                hint=f"name the schedule that it was trained with: --scheduler FILE, or one of {', '.join(NAMED)}",
+                hint="name the schedule that it was trained with: --scheduler FILE, or one of "
+                + ", ".join(NAMED_SCHEDULES),
             )
         return Schedule.load(own)
     if isinstance(requested, Schedule):
         chosen = requested
     else:
-        chosen = Schedule.named(str(requested)) if str(requested) in NAMED else Schedule.load(requested)
+        chosen = Schedule.named(str(requested)) if str(requested) in NAMED_SCHEDULES else Schedule.load(requested)
     if own is not None:
         trained = Schedule.load(own)
         if trained.num_train_timesteps != chosen.num_train_timesteps:

@@ -255,7 +255,7 @@ def _choose(
     """Return the choice, and its facts for the manifest."""
     bundle, names, prices = mixing.first, list(mixing.bundles), list(costs.values())
     levels = [bundle.schedule.levels(t) for t in bundle.deployment.calls]
-    schedule_db = np.array([_db(alpha, sigma) for alpha, sigma in levels])
+    schedule_db = np.array([_amplitudes_db(alpha, sigma) for alpha, sigma in levels])
     table = np.array([list(sqnr[name].per_step().values()) for name in names])
     facts: dict[str, Any] = {
         "schedule_snr_db": [json_db(v) for v in schedule_db.tolist()],
@@ -292,7 +292,7 @@ def _threshold_db(threshold: float | None) -> float | None:
     return json_db(10 * math.log10(threshold) if threshold > 0 else -math.inf)
 
 
-def _db(signal: float, noise: float) -> float:
+def _amplitudes_db(signal: float, noise: float) -> float:
     """Return signal over noise of the schedule in decibels: infinite without noise, minus infinite without signal."""
     if noise == 0:
         return math.inf

@@ -13,6 +13,7 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage
+from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.sampling.options import SamplingOptions
 
 from . import console
@@ -154,7 +155,7 @@ def _print_bits(bits: Mapping[str, Any]) -> None:
     """Print the Pareto curve of assign_bits, with the chosen point."""
     points = [("", p) for p in bits["pareto"]] + [("chosen", bits["chosen"])]
     rows = [
-        (mark, f"{p['takes']:.4g}", f"{p['mean_bits']:.2f}", _layers(p["layers"]), _db(p["sqnr_db"]))
+        (mark, f"{p['takes']:.4g}", f"{p['mean_bits']:.2f}", _layers(p["layers"]), db_text(p["sqnr_db"]))
         for mark, p in sorted(points, key=lambda pair: float(pair[1]["takes"]))
     ]
     kind = bits["budget"]["kind"]
@@ -170,7 +171,7 @@ def _print_noise(noise: Mapping[str, Any]) -> None:
             f"{row['slope']:+.4f}",
             f"{row['bias']:.4f}",
             f"{row['spread']:.4f}",
-            f"{_db(row['sqnr_db']['none'])} -> {_db(row['sqnr_db'][row['kept']])}",
+            f"{db_text(row['sqnr_db']['none'])} -> {db_text(row['sqnr_db'][row['kept']])}",
             words.get(row["kept"], row["kept"]),
             f"{row['sigma']:.4f} -> {row['noise']:.4f}" + (", clamped" if row["clamped"] else ""),
         )
@@ -183,10 +184,6 @@ def _print_noise(noise: Mapping[str, Any]) -> None:
 def _layers(counted: dict[str, int]) -> str:
     words = {"float": "in float", "mixed": "mixed by channel"}
     return ", ".join(f"{n} {words.get(label, f'at {label}')}" for label, n in counted.items())
-
-
-def _db(value: float | None) -> str:
-    return "no error" if value is None else f"{value:.1f}"
 
 
 def _format(quantizer: QuantizerEntry) -> str:

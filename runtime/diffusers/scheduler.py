@@ -42,7 +42,7 @@ _MULTISTEP = {"dpmsolver++": "dpmpp-2m", "sde-dpmsolver++": "dpmpp-2m-sde"}
 _NEAR = 1e-3  # timesteps of two libraries, float32, differ by less
 _UNFITTED = ("s_churn", "use_clipped_model_output", "per_token_timesteps")  # options of `step` that change it
 Guidance = float | Callable[[], float]
-Step = Callable[..., Any]
+StepFunction = Callable[..., Any]
 
 
 def sampler_of(scheduler: Any) -> str:
@@ -61,7 +61,7 @@ def sampler_of(scheduler: Any) -> str:
     return _SAMPLERS[name]
 
 
-def correct(scheduler: Any, bundle: Bundle, *, guidance_scale: Guidance = 1.0) -> Any:
+def corrected_scheduler(scheduler: Any, bundle: Bundle, *, guidance_scale: Guidance = 1.0) -> Any:
     """A new scheduler of the same class and configuration that applies the noise correction of its `bundle`.
 
     `guidance_scale` is what the pipeline will be called with, or a function that tells it at each step: guidance
@@ -95,7 +95,7 @@ def correct(scheduler: Any, bundle: Bundle, *, guidance_scale: Guidance = 1.0) -
     _Wrapped(corrected, bundle, table, guidance_scale)
     corrected.bundle = bundle
     # A plain copy would carry the wrapped methods along, which step the scheduler that they were made for.
-    corrected.__deepcopy__ = lambda memo: correct(corrected, bundle, guidance_scale=guidance_scale)
+    corrected.__deepcopy__ = lambda memo: corrected_scheduler(corrected, bundle, guidance_scale=guidance_scale)
     return corrected
 
 
@@ -141,7 +141,9 @@ class _Wrapped:
         self._noise = rows.noise(self._solver.steps)
         self._rows, self._at = rows, None
 
-    def _step(self, step: Step, output: Any, timestep: Any, sample: Any, args: Any, options: dict[str, Any]) -> Any:
+    def _step(
+        self, step: StepFunction, output: Any, timestep: Any, sample: Any, args: Any, options: dict[str, Any]
+    ) -> Any:
         if self._rows is None:
             raise InputError("the scheduler has no timesteps yet", hint="call set_timesteps first")
         if callable(self._guidance):

@@ -52,7 +52,7 @@ _EXTRA = "the graph was compiled without it (IP adapters change the layers): use
 
 
 class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """What the stand-ins share; make one with `stand_in`."""
+    """What the stand-ins share; make one with `bundle_stand_in`."""
 
     config_name = "config.json"
     original: ClassVar[str]
@@ -245,7 +245,7 @@ def _precisions(bundle: Bundle, threads: int | None) -> dict[Timestep, Denoiser]
     return {t: bundle.denoiser(threads, name) for t, name in found.items()}
 
 
-def stand_in(bundle: Bundle, *, threads: int | None = None) -> StandIn:
+def bundle_stand_in(bundle: Bundle, *, threads: int | None = None) -> StandIn:
     """The module that stands in for the network a bundle was made from. InputError where it cannot be told which."""
     config = bundle_config(bundle)
     if config is None:

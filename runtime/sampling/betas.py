@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .config import ConfigReader
+from .scheduler_config import ConfigReader
 
 
 def _betas(read: ConfigReader) -> npt.NDArray[np.float32]:

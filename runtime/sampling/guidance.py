@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..signature import Images, Timestep
+from ..signature import Images, Predict
 from .deployment import Deployment
 
 Conditions = Mapping[str, npt.NDArray[Any]]
 Network = Callable[..., Images]
 """`network(x, timestep, **conditions) -> output`."""
-Predict = Callable[[Images, Timestep], Images]
 
 
 def doubled_conditions(conditions: Conditions, unconditional: Conditions) -> dict[str, npt.NDArray[Any]]:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Doubles, Floats
+from ..compare import json_db, ratio_db
 from ..errors import InputError
 from .correction import FORMS, Correction
 from .deployment import Deployment
@@ -158,7 +159,9 @@ class NoiseFit:
             kept = min((name for name in PARTS if name in allowed), key=lambda name: left[name])
             fits.append(parts[kept])
             power = float(other.means[_WW].mean())
-            rows.append({"kept": kept, "sqnr_db": {name: _db(power, error) for name, error in left.items()}})
+            rows.append(
+                {"kept": kept, "sqnr_db": {name: json_db(ratio_db(power, error)) for name, error in left.items()}}
+            )
         found = self._tables(correction.deployment, steps, correction.prediction, correction.form, fits)
         excess = correction.excess.copy()
         for call, step in enumerate(steps):
@@ -242,8 +245,3 @@ class StateFit:
 
 
 Row = dict[str, Any]
-
-
-def _db(power: float, error: float) -> float | None:
-    """None where nothing is left of the error."""
-    return 10 * math.log10(power / error) if error > 0 and power > 0 else None

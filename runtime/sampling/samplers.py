@@ -16,16 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import InputError
-from ..signature import Images, Timestep
+from ..signature import Images, Predict, Timestep
 from ..streams import noise_generator
 from .correction import Correction
 from .deployment import Deployment
 from .schedule import Schedule
 from .steps import Solver, State
 
-Denoiser = Callable[[Images, Timestep], Images]
-"""`(x float32 [B, C, H, W], timestep) -> raw model output of the same shape`."""
-Noise = Callable[[int, tuple[int, ...]], Images]
+NoiseSource = Callable[[int, tuple[int, ...]], Images]
 """`(index of the network call, shape [B, C, H, W]) -> standard normal float32 noise`."""
 
 
@@ -49,12 +47,12 @@ Callback = Callable[[StepInfo], None]
 
 
 def sample(
-    denoiser: Denoiser | Sequence[Denoiser],
+    denoiser: Predict | Sequence[Predict],
     x: Images,
     schedule: Schedule,
     deployment: Deployment,
     *,
-    noise: Noise | None = None,
+    noise: NoiseSource | None = None,
     correction: Correction | None = None,
     callback: Callback | None = None,
 ) -> Images:
@@ -63,15 +61,15 @@ def sample(
     `denoiser` may be a list, with one for each network call. Samplers that add noise need `noise`. Raises InputError,
     and TimestepNotDeployed for a correction of other calls.
     """
-    return run(denoiser, x, deployment.solver(schedule), noise=noise, correction=correction, callback=callback)
+    return run_solver(denoiser, x, deployment.solver(schedule), noise=noise, correction=correction, callback=callback)
 
 
-def run(
-    denoiser: Denoiser | Sequence[Denoiser],
+def run_solver(
+    denoiser: Predict | Sequence[Predict],
     x: Images,
     solver: Solver,
     *,
-    noise: Noise | None = None,
+    noise: NoiseSource | None = None,
     correction: Correction | None = None,
     callback: Callback | None = None,
 ) -> Images:
@@ -99,7 +97,7 @@ def initial_noise(seed: int, shape: Sequence[int], *, first: int = 0) -> Images:
     return _normal(seed, 0, tuple(shape), first)
 
 
-def seeded_noise(seed: int, *, first: int = 0) -> Noise:
+def seeded_noise(seed: int, *, first: int = 0) -> NoiseSource:
     """Noise for each (image, call), whatever the batches: image i of a batch is image `first + i` of `seed`."""
     return lambda index, shape: _normal(seed, index + 1, shape, first)
 
@@ -116,10 +114,10 @@ def _normal(seed: int, draw: int, shape: tuple[int, ...], first: int) -> Images:
 
 @dataclass(frozen=True)
 class Stepper:
-    """What happens between two network calls. It holds no latents: any number of batches can be advanced side by side.
+    """The computation between two network calls. It holds no latents, so several batches can be advanced side by side.
 
-    `advance` is the body of the sampling loop; `run` is that loop over one batch. `noise` is the standard deviation
-    that each call really adds, after the correction.
+    `advance` is the body of the sampling loop; `run_solver` is that loop over one batch. `noise` is the standard
+    deviation that each call really adds, after the correction.
     """
 
     solver: Solver
@@ -138,11 +136,17 @@ class Stepper:
         return {"x": noise if self.solver.start == 1.0 else noise * np.float32(self.solver.start)}
 
     def advance(
-        self, index: int, state: State, output: Images, noise: Noise | None = None, *, scratch: Images | None = None
+        self,
+        index: int,
+        state: State,
+        output: Images,
+        noise: NoiseSource | None = None,
+        *,
+        scratch: Images | None = None,
     ) -> State:
         """The state behind call `index`, of new arrays, from the state before it and the model's output for its x.
 
-        `noise` as in `run`; `scratch`, a C-ordered array like x, saves an allocation. Raises InputError.
+        `noise` as in `run_solver`; `scratch`, a C-ordered array like x, saves an allocation. Raises InputError.
         """
         step, x = self.solver.steps[index], state["x"]
         if output.shape != x.shape or output.dtype != np.float32:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ..errors import ScheduleError
 from ..signature import PREDICTIONS, Prediction
 from .betas import alphas_cumprod_of
-from .config import ConfigReader
+from .scheduler_config import ConfigReader
 
 SPACINGS = ("leading", "trailing", "linspace")
 # "learned" variances need a network with twice the channels, which the samplers here do not read.
@@ -43,7 +43,7 @@ SAMPLER_OPTIONS: dict[str, Any] = {
     "timestep_scaling": 10.0,
     "stochastic_sampling": False,
 }
-NAMED: dict[str, dict[str, Any]] = {
+NAMED_SCHEDULES: dict[str, dict[str, Any]] = {
     "ddpm-linear": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "sd": {
         "_class_name": "DDIMScheduler",
@@ -107,9 +107,11 @@ class Schedule:
     @classmethod
     def named(cls, name: str) -> Schedule:
         """One of the built-in schedules, all with 1000 timesteps and epsilon prediction."""
-        if name not in NAMED:
-            raise ScheduleError(f"no built-in schedule is called {name!r}", hint=f"use one of {', '.join(NAMED)}")
-        config = {"num_train_timesteps": 1000, "prediction_type": "epsilon", **NAMED[name]}
+        if name not in NAMED_SCHEDULES:
+            raise ScheduleError(
+                f"no built-in schedule is called {name!r}", hint=f"use one of {', '.join(NAMED_SCHEDULES)}"
+            )
+        config = {"num_train_timesteps": 1000, "prediction_type": "epsilon", **NAMED_SCHEDULES[name]}
         return cls.from_config(config, where=f"the built-in schedule {name!r}")
 
     @classmethod

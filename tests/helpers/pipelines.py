@@ -18,14 +18,14 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from mezzotint.runtime.sampling.schedule import NAMED
+from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = (*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>")
 LENGTH = 77  # tokens of a prompt
 WIDTH = 32  # of the prompt's embeddings
 SIDE = 8  # of the latents; pictures have twice that
-STABLE: dict[str, Any] = {key: value for key, value in NAMED["sd"].items() if key != "_class_name"}
+STABLE: dict[str, Any] = {key: value for key, value in NAMED_SCHEDULES["sd"].items() if key != "_class_name"}
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:

@@ -19,7 +19,7 @@ from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
-from mezzotint.runtime.sampling.samplers import initial_noise, run
+from mezzotint.runtime.sampling.samplers import initial_noise, run_solver
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Images, Timestep
 from tests.helpers.models import SMALL, hand_written, write
@@ -130,7 +130,7 @@ def test_a_guided_trajectory_is_that_of_two_separate_calls(context: Context) -> 
             without = denoise(x, t, {"prompt": np.repeat(EMPTY_ROW, 2, axis=0)})
             return without + np.float32(scale) * (denoise(x, t, {"prompt": CONTEXT_ROWS[:2]}) - without)
 
-        run(predict, initial_noise(five.seed, (2, *program.shape)), solver)
+        run_solver(predict, initial_noise(five.seed, (2, *program.shape)), solver)
         return seen[-1]
 
     found = in_turn(program, five)[-1][0]

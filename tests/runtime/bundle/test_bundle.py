@@ -23,7 +23,7 @@ from mezzotint.runtime.bundle.bundle import (
 from mezzotint.runtime.bundle.manifest import Manifest, manifest_digest
 from mezzotint.runtime.errors import BundleError, InputError, InterpolatedCorrection, TimestepNotDeployed
 from mezzotint.runtime.sampling.deployment import Deployment
-from mezzotint.runtime.sampling.samplers import initial_noise, run, sample, seeded_noise
+from mezzotint.runtime.sampling.samplers import initial_noise, run_solver, sample, seeded_noise
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.solvers import ddim, ddpm
 from mezzotint.runtime.session import Denoiser
@@ -60,9 +60,9 @@ def test_samples_are_those_of_the_loop(make_bundle: Make, signature: Signature) 
     x = initial_noise(7, (5, 1, 8, 8))
     noise = seeded_noise(7)
     wanted = {
-        "ddim": run(network, x, ddim(bundle.schedule, ROWS)),
-        "eta": run(network, x, ddim(bundle.schedule, ROWS, eta=0.5), noise=noise),
-        "ddpm": run(network, x, ddpm(bundle.schedule, bundle.schedule.timesteps(20)), noise=noise),
+        "ddim": run_solver(network, x, ddim(bundle.schedule, ROWS)),
+        "eta": run_solver(network, x, ddim(bundle.schedule, ROWS, eta=0.5), noise=noise),
+        "ddpm": run_solver(network, x, ddpm(bundle.schedule, bundle.schedule.timesteps(20)), noise=noise),
     }
     found = {
         "ddim": bundle.sample(5, seed=7),
@@ -131,14 +131,14 @@ def test_correction_applies_where_it_was_fitted(make_bundle: Make) -> None:
     assert bundle.correction_for(bundle.deployment) is table
     network = bundle.denoiser()
     x = initial_noise(0, (2, 1, 8, 8))
-    corrected = run(network, x, ddim(bundle.schedule, ROWS), correction=table)
-    plain = run(network, x, ddim(bundle.schedule, ROWS))
+    corrected = run_solver(network, x, ddim(bundle.schedule, ROWS), correction=table)
+    plain = run_solver(network, x, ddim(bundle.schedule, ROWS))
     check_images(bundle.sample(2), corrected)
     check_images(bundle.sample(2, correction=True), corrected)
     check_images(bundle.sample(2, correction=False), plain)
     assert not np.allclose(corrected, plain, rtol=0, atol=1e-5)
     # Elsewhere it stays off by itself, and asking for it is refused with the reason.
-    ddpm_plain = run(network, x, ddpm(bundle.schedule, ROWS), noise=seeded_noise(0))
+    ddpm_plain = run_solver(network, x, ddpm(bundle.schedule, ROWS), noise=seeded_noise(0))
     check_images(bundle.sample(2, sampler="ddpm"), ddpm_plain)
     others: list[dict[str, Any]] = [{"eta": 0.5}, {"sampler": "ddpm"}, {"sampler": "pndm", "steps": 5}]
     for other in others:

@@ -18,6 +18,7 @@ from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.signature import Predict
 
 SCHEDULE = Schedule.named("ddpm-linear")
 FILES = {"low": "unet/model.low.onnx", "high": MODEL}
@@ -77,7 +78,7 @@ class TestPick:
 
 
 class TestLoop:
-    """samplers.run with a list."""
+    """samplers.run_solver with a list."""
 
     def test_a_list_of_one_denoiser_is_that_denoiser(self) -> None:
         deployment = Deployment.of(SCHEDULE, "heun", 4)
@@ -93,7 +94,7 @@ class TestLoop:
         deployment = Deployment.of(SCHEDULE, "heun", 4)
         asked: list[int] = []
 
-        def make(index: int) -> samplers.Denoiser:
+        def make(index: int) -> Predict:
             def net(x: Floats, t: float) -> Floats:
                 asked.append(index)
                 return x * np.float32(0.1 * index)

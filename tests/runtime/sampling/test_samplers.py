@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
-from mezzotint.runtime.sampling.samplers import StepInfo, Stepper, initial_noise, run, sample, seeded_noise
+from mezzotint.runtime.sampling.samplers import StepInfo, Stepper, initial_noise, run_solver, sample, seeded_noise
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.solvers import ddim, ddpm
 from mezzotint.runtime.sampling.steps import Solver
@@ -152,7 +152,7 @@ def test_callback_sees_every_step_and_may_keep_it() -> None:
 
     x = initial_noise(1, SHAPE)
     before = x.copy()
-    final = run(denoise, x, ddpm(schedule, schedule.timesteps(5)), noise=seeded_noise(1), callback=keep)
+    final = run_solver(denoise, x, ddpm(schedule, schedule.timesteps(5)), noise=seeded_noise(1), callback=keep)
     assert [info.index for info in infos] == [0, 1, 2, 3, 4]
     assert [info.timestep for info in infos] == schedule.timesteps(5).tolist()
     assert infos[0].x is x
@@ -202,7 +202,7 @@ def test_refusals() -> None:
     steps = schedule.timesteps(5)
     for solver in (ddim(schedule, steps, eta=0.5), ddim(schedule, steps, eta=1.0), ddpm(schedule, steps)):
         with pytest.raises(InputError, match="adds noise at each step") as caught:
-            run(denoise, x, solver)
+            run_solver(denoise, x, solver)
         assert caught.value.hint == "pass noise=seeded_noise(seed)"
     with pytest.raises(InputError, match="eta is 2"):
         ddim(schedule, steps, eta=2.0)
@@ -213,16 +213,16 @@ def test_refusals() -> None:
     wrongs: list[Any] = [x.astype(np.float64), x[0]]
     for wrong in wrongs:
         with pytest.raises(InputError, match="sampling begins with float32"):
-            run(denoise, wrong, quiet)
+            run_solver(denoise, wrong, quiet)
     with pytest.raises(InputError, match="the denoiser returned float32"):
-        run(lambda x, t: x[:, :1], x, quiet)
+        run_solver(lambda x, t: x[:, :1], x, quiet)
     with pytest.raises(InputError, match="the denoiser returned float64"):
-        run(lambda x, t: x.astype(np.float64), x, quiet)
+        run_solver(lambda x, t: x.astype(np.float64), x, quiet)
     with pytest.raises(InputError, match="must not be negative"):
         initial_noise(-1, SHAPE)
     _, correction = planted(schedule, "ddim", 0.0, spread=0.1)
     with pytest.raises(TimestepNotDeployed, match="rows for other network calls than these 7"):
-        run(denoise, x, ddim(schedule, schedule.timesteps(7)), correction=correction)
+        run_solver(denoise, x, ddim(schedule, schedule.timesteps(7)), correction=correction)
 
 
 class Counted(np.ndarray[Any, np.dtype[np.float32]]):
@@ -245,7 +245,7 @@ def test_the_loop_does_few_operations_for_each_call(sampler: str, most: int) -> 
     solver = Deployment.of(schedule, sampler, 20).solver(schedule)
     x = initial_noise(1, (2, 1, 8, 8)).view(Counted)
     Counted.operations = 0
-    run(lambda x, t: x, x, solver, noise=seeded_noise(1))
+    run_solver(lambda x, t: x, x, solver, noise=seeded_noise(1))
     assert 2 <= Counted.operations / len(solver.steps) <= most
 
 

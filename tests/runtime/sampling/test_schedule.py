@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mezzotint.runtime.errors import ScheduleError
 from mezzotint.runtime.sampling.deployment import Deployment, usual_sampler
-from mezzotint.runtime.sampling.schedule import NAMED, SAMPLER_OPTIONS, Schedule
+from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, SAMPLER_OPTIONS, Schedule
 
 BETAS = [0.01, 0.02, 0.05, 0.2]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def test_without_betas() -> None:
         Schedule.from_config({"shift": 3.0})
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED_SCHEDULES)
 def test_named_schedules_survive_their_configuration(name: str, tmp_path: Path) -> None:
     schedule = Schedule.named(name)
     folder = tmp_path / "scheduler"

@@ -22,7 +22,7 @@ from diffusers import (
 
 from mezzotint.runtime.errors import InputError, ScheduleError
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
-from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise, run, sample
+from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise, run_solver, sample
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.solvers import ddim
 from mezzotint.runtime.signature import Images, Timestep
@@ -201,7 +201,7 @@ def test_one_percent_on_the_output_of_the_network_is_noticed() -> None:
     config = {**LINEAR, "clip_sample": True}
     schedule = Schedule.from_config(config)
     _, expected = theirs("ddim", config, 7, 0.0)
-    found = run(
+    found = run_solver(
         lambda x, t: denoise(x, t) * np.float32(1.01), initial_noise(1, SHAPE), ddim(schedule, schedule.timesteps(7))
     )
     with pytest.raises(AssertionError):
