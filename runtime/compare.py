@@ -1,4 +1,4 @@
-"""How far two results are apart, in decibels. There are no thresholds here: who compares states the tolerance.
+"""How far two results are apart, in decibels. There are no thresholds here: the caller has the tolerance.
 
 Identical results have an infinite ratio. In Python that is `float("inf")`; JSON has no infinity, so `json_db` and
 `StepSQNR.to_json` write None for it.
@@ -16,7 +16,7 @@ from .errors import InputError
 
 
 def sqnr_db(signal: npt.NDArray[Any], noisy: npt.NDArray[Any]) -> float:
-    """Signal to quantization noise ratio, 10 log10(sum signal^2 / sum (noisy - signal)^2), over all values.
+    """Return the signal to quantization noise ratio, 10 log10(sum signal^2 / sum (noisy - signal)^2), over all values.
 
     Infinite for identical arrays, minus infinite for noise on a signal of zeros, NaN where either holds one.
     """
@@ -24,7 +24,7 @@ def sqnr_db(signal: npt.NDArray[Any], noisy: npt.NDArray[Any]) -> float:
 
 
 def psnr_db(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> npt.NDArray[np.float64]:
-    """Peak signal to noise ratio of each image `[B, ...]`, float64 `[B]`; `peak` is the range (2 for -1..1)."""
+    """Return the peak signal to noise ratio of images `[B, ...]`, float64 `[B]`; `peak` is the range (2 for -1..1)."""
     _same_shape(reference, image)
     if reference.ndim < 2 or not peak > 0:
         raise InputError(f"images of shape {list(reference.shape)} with peak {peak}", hint="[batch, ...], peak above 0")
@@ -34,7 +34,7 @@ def psnr_db(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -
 
 
 def ssim(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> npt.NDArray[np.float64]:
-    """Structural similarity of each image `[B, C, H, W]`, float64 `[B]`: 1 for identical ones.
+    """Return the structural similarity of each image `[B, C, H, W]`, float64 `[B]`: 1 for identical ones.
 
     The mean over channels and all windows of 7x7 pixels (smaller where the image is), evenly weighted, with the usual
     constants (0.01 peak)^2 and (0.03 peak)^2. Values go from 0 to `peak`: means around 0 have no brightness to compare.
@@ -53,8 +53,8 @@ def ssim(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> n
     at_x, at_y = mean(x), mean(y)
     var_x, var_y, both = mean(x * x) - at_x**2, mean(y * y) - at_y**2, mean(x * y) - at_x * at_y
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    alike = (2 * at_x * at_y + c1) * (2 * both + c2) / ((at_x**2 + at_y**2 + c1) * (var_x + var_y + c2))
-    return np.asarray(alike.reshape(len(alike), -1).mean(axis=1), np.float64)
+    similarity = (2 * at_x * at_y + c1) * (2 * both + c2) / ((at_x**2 + at_y**2 + c1) * (var_x + var_y + c2))
+    return np.asarray(similarity.reshape(len(similarity), -1).mean(axis=1), np.float64)
 
 
 def ratio_db(signal: float, noise: float) -> float:
@@ -72,7 +72,7 @@ def db_text(value: float | None, digits: int = 1) -> str:
 
 
 def json_db(value: float) -> float | None:
-    """`value` for JSON: None where it is not finite."""
+    """Return `value` for JSON: None where it is not finite."""
     return value if math.isfinite(value) else None
 
 
@@ -83,7 +83,7 @@ class StepSQNR:
         self._powers: dict[int, tuple[float, float]] = {}  # step -> (signal, noise)
 
     def add(self, step: int, ref: npt.NDArray[Any], got: npt.NDArray[Any]) -> None:
-        """Two results of any one shape, at a step that may be an index or a timestep: the caller's choice, kept."""
+        """Add two results of one shape at a step, an index or a timestep."""
         self._merge(int(step), _powers(ref, got))
 
     def __add__(self, other: StepSQNR) -> StepSQNR:
@@ -94,26 +94,26 @@ class StepSQNR:
         return merged
 
     def per_step(self) -> dict[int, float]:
-        """Decibels for each step, in the order in which steps were first added."""
+        """Return decibels for each step, in the order of first additions."""
         return {step: ratio_db(*powers) for step, powers in self._powers.items()}
 
     def noise(self) -> dict[int, float]:
-        """The sum of squares of the noise at each step."""
+        """Return the sum of squares of the noise at each step."""
         return {step: noise for step, (_, noise) in self._powers.items()}
 
     def pooled(self) -> float:
-        """Decibels of all steps together: large outputs weigh more. NaN where nothing was added."""
+        """Return the decibels of all steps together, where large outputs weigh more. NaN without additions."""
         signal, noise = (sum(powers[i] for powers in self._powers.values()) for i in (0, 1))
         return ratio_db(signal, noise) if self._powers else math.nan
 
     def worst(self) -> tuple[int, float]:
-        """The step with the lowest ratio, and its decibels; NaN is worse than any number."""
+        """Return the step with the lowest ratio, and its decibels; NaN is worse than any number."""
         if not self._powers:
             raise InputError("nothing was compared yet")
         return min(self.per_step().items(), key=lambda item: -math.inf if math.isnan(item[1]) else item[1])
 
     def to_json(self) -> dict[str, Any]:
-        """`{"per_step": {step: dB}, "pooled": dB, "worst": [step, dB]}`, with None for what is not finite."""
+        """Return `{"per_step": {step: dB}, "pooled": dB, "worst": [step, dB]}`, with None for what is not finite."""
         step, db = self.worst()
         return {
             "per_step": {str(key): json_db(value) for key, value in self.per_step().items()},

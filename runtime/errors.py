@@ -1,12 +1,12 @@
 """Every error that Mezzotint raises on purpose, drawn as a tree.
 
-The root and what a bundle's user meets live here, at the bottom of the house; `compiler/errors.py` adds
-what can go wrong while compiling. An error says what was wrong, where (node, input, file) and what to do.
+The root and the errors of a bundle's user are here; `compiler/errors.py` adds those of compilation. An error states
+what was wrong, where (node, input, file) and what to do.
 
     MezzotintError
-    |-- BundleError              a bundle that cannot be trusted or read
-    |-- ScheduleError            a scheduler configuration that is not understood, or does not fit
-    |-- InputError               a denoiser or sampler called with something it refuses
+    |-- BundleError              a bundle that is changed or cannot be read
+    |-- ScheduleError            an unknown or unfitting scheduler configuration
+    |-- InputError               an invalid argument of a denoiser or sampler
     |   |-- MixedTimesteps       one call has one timestep
     |   `-- TimestepNotDeployed  a timestep outside the frozen table
     `-- CompileError             see compiler/errors.py
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 
 class MezzotintError(Exception):
-    """Root of the tree: `what` went wrong, `where`, and the `hint` that says what to do."""
+    """Root of the tree: `what` went wrong, `where`, and a `hint` at the fix."""
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
@@ -42,7 +42,7 @@ class ScheduleError(MezzotintError):
 
 
 class InputError(MezzotintError):
-    """A call is refused because of what was handed in."""
+    """A call has an invalid argument."""
 
 
 class MixedTimesteps(InputError):

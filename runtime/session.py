@@ -1,8 +1,8 @@
-"""The only file that opens onnxruntime: sessions on the CPU, and a denoiser that refuses what it cannot mean.
+"""The only file that opens onnxruntime: sessions on the CPU, and a denoiser that checks its inputs.
 
 A `Denoiser` is a graph plus the meaning of its inputs. It checks each call (dtypes, ranks, sizes, one timestep, one
-that the graph's tables have a row for) because onnxruntime would either answer with a message about an inner node or,
-for a timestep outside a frozen table, with numbers.
+that the graph's tables have a row for). onnxruntime would report an error about an inner node, or, for a timestep
+outside a frozen table, return wrong numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .errors import InputError, MixedTimesteps, TimestepNotDeployed
 from .signature import Signature, Timestep, whole
 
 TESTED_ONNXRUNTIME = ("1.22.1", "1.23.2", "1.24.4", "1.27.0", "1.31.1", "1.32.0")
-"""Which graphs become integer kernels is decided by onnxruntime's fusion rules, and these change with its versions."""
+"""The fusion rules of onnxruntime decide which graphs become integer kernels, and they change with its versions."""
 
 Level = Literal["all", "basic", "none"]
 _LEVELS = {
@@ -59,12 +59,12 @@ _RUN_ERRORS: tuple[type[Exception], ...] = (*_ORT_ERRORS, RuntimeError)  # a fai
 
 
 def running_version() -> str:
-    """The version of the onnxruntime that is loaded."""
+    """Return the version of the loaded onnxruntime."""
     return str(ort.__version__)
 
 
 def untested_version() -> str | None:
-    """The running onnxruntime's version where no release of its minor version was tested, else None."""
+    """Return the version of the loaded onnxruntime if no release of its minor version was tested, else None."""
     running = running_version()
     tested = {tuple(version.split(".")[:2]) for version in TESTED_ONNXRUNTIME}
     return None if tuple(running.split(".")[:2]) in tested else running
@@ -79,24 +79,24 @@ def open_session(
     level: Level = "all",
     spinning: bool = True,
 ) -> ort.InferenceSession:
-    """A CPU session. `threads` None leaves their number to onnxruntime.
+    """Open a CPU session. With `threads` None onnxruntime chooses their number.
 
-    `optimized` names a file for the graph that onnxruntime really built, its large initializers beside it in
-    `<name>.data`; counting integer kernels there needs no private API. `profile` starts onnxruntime's profiler, which
-    slows every call down; `session.end_profiling()` writes the trace to `<profile>_<time>.json` and returns that name.
-    Without `spinning` waiting threads sleep: better where other work wants the cores. Raises InputError where the
-    model cannot be opened.
+    `optimized` names a file for the graph that onnxruntime really built, with its large initializers in `<name>.data`;
+    integer kernels can be counted there without a private API. `profile` starts onnxruntime's profiler, which slows
+    every call down; `session.end_profiling()` writes the trace to `<profile>_<time>.json` and returns that name.
+    Without `spinning` waiting threads sleep, which is better if other work needs the cores. Raises InputError for a
+    model that cannot be opened.
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise InputError(f"{threads!r} threads are not possible", hint="ask for 1 or more, or None")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1  # a denoiser is a chain; parallel branches only contend for the same cores
+    options.inter_op_num_threads = 1  # a denoiser is a chain: parallel branches only compete for the same cores
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     options.graph_optimization_level = _LEVELS[level]
     # The default, 4, silently rounds the activations of 4-bit MatMuls to int8 (0.8 % error on a random layer).
-    # 0 computes what the graph says: whether activations are quantized is for the compiler to decide.
+    # 0 computes the graph as it is: the compiler decides whether activations are quantized.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -148,7 +148,7 @@ class Denoiser:
             )
         for value in (*self._inputs.values(), outputs[signature.output]):
             if value.type not in _DTYPES:
-                raise InputError(f"the model's {value.name!r} has type {value.type}, which no caller can hand in")
+                raise InputError(f"the model's {value.name!r} has type {value.type}, which numpy does not have")
         for value in (self._inputs[signature.sample], outputs[signature.output]):
             if value.type != "tensor(float)" or len(value.shape) != 4:
                 raise InputError(
@@ -158,17 +158,17 @@ class Denoiser:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """In the order of the graph."""
+        """The names of the inputs, in the order of the graph."""
         return tuple(self._inputs)
 
     @property
     def inputs(self) -> Mapping[str, tuple[np.dtype[Any], tuple[int | str | None, ...]]]:
-        """dtype and declared shape of each input; a dimension that is left open is a name, or None."""
+        """dtype and declared shape of each input; an open dimension is a name, or None."""
         return {name: (np.dtype(_DTYPES[value.type]), tuple(value.shape)) for name, value in self._inputs.items()}
 
     @property
     def fixed_batch(self) -> int | None:
-        """The batch size that is written into the graph, or None where any will do."""
+        """The batch size that the graph fixes, or None where it is open."""
         size = self._inputs[self.signature.sample].shape[0]
         return size if isinstance(size, int) else None
 
@@ -181,10 +181,10 @@ class Denoiser:
         out: npt.NDArray[np.float32] | None = None,
         **conditions: npt.NDArray[Any],
     ) -> npt.NDArray[np.float32]:
-        """The raw prediction, float32 `[B, C, H, W]`, for `x` float32 `[B, C, H, W]` at one timestep.
+        """Return the raw prediction, float32 `[B, C, H, W]`, for `x` float32 `[B, C, H, W]` at one timestep.
 
-        onnxruntime reads `x` and writes the result in place, without copies. The result is a new array, the caller's
-        own, or `out` where that is given (C-contiguous float32 of the result's shape).
+        onnxruntime reads `x` and writes the result without copies. The result is a new array that belongs to the
+        caller, or `out` (C-contiguous float32 of the result's shape).
         Raises InputError, MixedTimesteps or TimestepNotDeployed, all before the network runs.
         """
         sizes: dict[str, int] = {}
@@ -213,7 +213,7 @@ class Denoiser:
         return out
 
     def _checked(self, name: str, array: object, sizes: dict[str, int]) -> npt.NDArray[Any]:
-        """`array` as the graph's input `name`, contiguous; `sizes` binds the names of dynamic dimensions in a call."""
+        """Return `array` for the input `name`, contiguous. `sizes` collects the sizes of named dimensions of a call."""
         value = self._inputs[name]
         dtype = np.dtype(_DTYPES[value.type])
         expected = f"{dtype} {value.shape}"
@@ -229,7 +229,7 @@ class Denoiser:
         return np.ascontiguousarray(array)
 
     def _timestep(self, t: object, batch: int) -> npt.NDArray[Any]:
-        """One timestep in the dtype and the shape that the graph declares: [], [1] or [batch]."""
+        """Return one timestep in the dtype and the shape that the graph declares: [], [1] or [batch]."""
         value = self._inputs[self.signature.timestep]
         step = _one_timestep(t, batch)
         dtype = _DTYPES[value.type]
@@ -241,7 +241,7 @@ class Denoiser:
             )
         if self.deployed is not None and step not in self.deployed:
             near = sorted(sorted(sorted(self.deployed), key=lambda known: abs(known - step))[:2])
-            # float32 timesteps of two libraries may differ in their last bits; the rows of two steps never do.
+            # float32 timesteps of two libraries may differ in the last bits; two rows differ by more.
             if not near or min(abs(known - step) for known in near) > 1e-3:
                 raise TimestepNotDeployed(
                     f"timestep {step:g} has no row in this graph's tables; the nearest are "

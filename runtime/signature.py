@@ -1,4 +1,4 @@
-"""What the inputs and the output of a denoiser mean, and the types of what goes in and out."""
+"""The meaning of a denoiser's inputs and output, and the types of arrays and timesteps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Images = npt.NDArray[np.float32]
 """Samples or predictions, float32 `[B, C, H, W]`."""
 Timestep = float
-"""An int where it is a training timestep: samplers that interpolate between these have others."""
+"""An int for a training timestep; samplers that interpolate between these have others."""
 Predict = Callable[[Images, Timestep], Images]
 """A network with its conditions: `(x float32 [B, C, H, W], timestep) -> raw output of the same shape`."""
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
@@ -23,7 +23,7 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 @dataclass(frozen=True)
 class Signature:
-    """Names of a denoiser's inputs and output, and what it predicts.
+    """Names of a denoiser's inputs and output, and its prediction type.
 
     `sample` is float32 `[batch, channels, height, width]`; `timestep` is an integer or float scalar or `[batch]`;
     `conditions` are all other inputs, in the order of the graph.

@@ -1,4 +1,4 @@
-"""Which row of a frozen table belongs to a timestep."""
+"""The row of a frozen table for each timestep."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .errors import InputError
 
 
 def nearest_rows(deployed: Sequence[int], num_train: int) -> npt.NDArray[np.int64]:
-    """For each training timestep the row of the nearest deployed one, int64 `[num_train]`.
+    """Return for each training timestep the row of the nearest deployed one, int64 `[num_train]`.
 
-    Row i is `deployed[i]`, in whatever order they are given. Between two that are equally near, the smaller timestep
-    wins. This is the integer map that a graph gathers from, so that any sampler finds a row at any timestep.
+    Row i is `deployed[i]`, in any order. Of two equally near ones the smaller timestep wins. A graph gathers from this
+    map, so that any sampler gets a row at any timestep.
     """
     times = np.asarray(deployed)
     if times.ndim != 1 or times.size == 0 or times.dtype.kind not in "iu":

@@ -1,14 +1,13 @@
-"""Figures that come after a compilation, for the model card: of `mezzotint eval --json` and `mezzotint bench --json`.
+"""Measurements from after a compilation, for the model card: of `mezzotint eval --json` and `mezzotint bench --json`.
 
-The manifest keeps them as plain data under `measured`, so that a card that is written anew still has them:
+The manifest keeps them as plain data under `measured`, so that a rewritten card still has them:
 
     eval    {"metrics": {NAME: {"value": number or null, "why": text, "low": number, "high": number, "unit": text}},
              "facts": {...}, "other_weights": bool}
     bench   {"call_ms", "minimum_ms", "float_call_ms", "speedup", "batch", "threads", "onnxruntime", "machine"}
 
-`low` and `high` are the ends of a confidence interval where there is one. null is what JSON has for an infinite ratio
-(no error), or for what was not measured, and then `why` says so. `facts` is whatever else the evaluation told in one
-number or word (pictures, seed ...).
+`low` and `high` are the ends of a confidence interval. null stands for an infinite ratio (no error), or for a missing
+value, with the reason in `why`. `facts` are the other single numbers and words of the evaluation (pictures, seed ...).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _BENCH = "give what `mezzotint bench --json` printed"
 
 
 def eval_figures(data: Any, where: str) -> dict[str, Any]:
-    """What the card keeps of an evaluation. Raises InputError for anything else.
+    """Return the figures of an evaluation for the card. Raises InputError for other data.
 
     A metric may be a number, null, or a mapping with `value` and perhaps `interval` (a pair) or `low` and `high`,
     `unit` and `why`.
@@ -42,14 +41,14 @@ def eval_figures(data: Any, where: str) -> dict[str, Any]:
 
 
 def evaluated(data: Any) -> str | None:
-    """The digest of the bundle that an evaluation was made of, where it says so."""
+    """Return the digest of the evaluated bundle, or None where the data has none."""
     bundle = data.get("bundle") if isinstance(data, Mapping) else None
     digest = bundle.get("digest") if isinstance(bundle, Mapping) else None
     return str(digest) if digest else None
 
 
 def eval_speed(data: Any, machine: str) -> dict[str, Any] | None:
-    """What an evaluation measured of speed, in the form of `bench_figures`; None where it measured none."""
+    """Return the speed of an evaluation in the form of `bench_figures`; None where it was not measured."""
     speed = data.get("speed")
     if not isinstance(speed, Mapping) or "call_ms" not in speed:
         return None
@@ -67,7 +66,7 @@ def eval_speed(data: Any, machine: str) -> dict[str, Any] | None:
 
 
 def bench_figures(data: Any, machine: str, where: str) -> dict[str, Any]:
-    """What the card keeps of a measurement of speed; `machine` in words. Raises InputError for anything else."""
+    """Return the figures of `mezzotint bench` for the card; `machine` in words. Raises InputError for other data."""
     try:
         floating = data["float_call_ms"]
         return {

@@ -1,4 +1,4 @@
-"""The ranges of a program's quantizers along its trajectory, as a bundle keeps them for readers
+"""The ranges of a program's quantizers along its trajectory, for display
 (runtime/bundle/ranges.py)."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..core.stats import Stats
 
 
 def range_rows(program: Program) -> Ranges | None:
-    """Rows in the order of the plan's quantizers; None where nothing is quantized."""
+    """Return rows in the order of the plan's quantizers; None without quantizers."""
     plan, timesteps = program.plan, program.deployment.timesteps
     if plan is None or not plan.quantizers:
         return None
@@ -27,12 +27,12 @@ def range_rows(program: Program) -> Ranges | None:
 
 
 def _rows(quantizer: Quantizer, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The row that each timestep uses: a constant quantizer has one."""
+    """Return the row of each timestep; a constant quantizer has one row."""
     return groups if quantizer.table else np.zeros_like(groups)
 
 
 def _covered(quantizer: Quantizer) -> Doubles:
-    """(low, high, scale) `[3, rows]` of a quantizer, the widest over its channels."""
+    """Return (low, high, scale) `[3, rows]` of a quantizer, the widest over its channels."""
     rows = len(quantizer.scale) if quantizer.table else 1
     scale = quantizer.scale.reshape(rows, -1).astype(np.float64)
     zero = np.broadcast_to(quantizer.zero_point.reshape(rows, -1).astype(np.float64), scale.shape)
@@ -42,7 +42,7 @@ def _covered(quantizer: Quantizer) -> Doubles:
 
 
 def _seen(site: Site, stats: Stats | None, calls: int) -> Doubles:
-    """The extremes `[2, calls]` of a value; calls that calibration summed up together have the same ones."""
+    """Return the extremes `[2, calls]` of a value; calls of one group of the calibration share them."""
     extremes = np.full((2, calls), np.nan)
     if stats is None:
         return extremes

@@ -1,4 +1,4 @@
-"""A file or a folder is written beside its target and moved into place, so that nothing is ever half there."""
+"""Files and folders are written next to their target and then moved into place, so that a target is always whole."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def staged(
     target: Path, *, force: bool = False, ours: Callable[[Path], bool] | None = None
 ) -> Iterator[tuple[Path, Path]]:
-    """Yield (bundle, work): two empty folders beside the target. On success the first becomes the target.
+    """Yield (bundle, work): two empty folders next to the target. On success the first becomes the target.
 
-    Raises OutputError when the target exists (unless `force`, and then it must be `ours`: a bundle or a demo when left
-    out), or cannot be written. A crash leaves a hidden folder that the next compile to the same place removes; the
-    target is never touched before all is written.
+    Raises OutputError if the target cannot be written, or exists. With `force` it may exist if `ours(target)` accepts
+    it (by default a bundle, a folder of the demo, or an empty folder). A crash leaves a hidden folder that the next
+    compilation to the same place removes. The target does not change before everything is written.
     """
     check_target(target, force=force, ours=ours)
     target = target.absolute()
@@ -40,25 +40,25 @@ def staged(
 
 @contextlib.contextmanager
 def staged_file(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
-    """Yield (file, work): a path to write to, of the target's name, and an empty folder. The same promises as `staged`.
+    """Yield (file, work): a path to write to, of the target's name, and an empty folder, as `staged` does.
 
-    What is written beside the file (its external data) moves with it.
+    Files next to the written one (its external data) move with it.
     """
     if target.exists() and not (force and target.is_file()):
         raise OutputError("the output exists already", where=str(target), hint="choose another file, or add --force")
     target = target.absolute()
     with _stage(target) as stage:
-        made, work = stage / "made", stage / "work"
-        made.mkdir()
+        written, work = stage / "written", stage / "work"
+        written.mkdir()
         work.mkdir()
-        yield made / target.name, work
-        for file in sorted(made.iterdir(), reverse=True):  # the data before the graph that reads it
+        yield written / target.name, work
+        for file in sorted(written.iterdir(), reverse=True):  # the data before the graph that reads it
             file.replace(target.parent / file.name)
 
 
 @contextlib.contextmanager
 def _stage(target: Path) -> Iterator[Path]:
-    """An empty hidden folder beside the target; failures to write become OutputError."""
+    """Yield an empty hidden folder next to the target; failures to write become OutputError."""
     stage = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _stage(target: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool] | None = None) -> None:
-    """Refuse an output that exists; with `force`, only one that Mezzotint did not write. Raises OutputError."""
+    """Raise OutputError for an output that exists; with `force`, only for one that Mezzotint did not write."""
     if not target.exists():
         return
     if not force:
@@ -90,14 +90,14 @@ def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool] | No
 
 
 def _is_ours(target: Path) -> bool:
-    """A bundle, a folder of the demo, or an empty one: what `force` may replace. Never somebody's documents."""
+    """Return whether `force` may replace a target: a bundle, a folder of the demo, or an empty folder."""
     if not target.is_dir():
         return False
     return (target / MANIFEST).is_file() or (target / "bundle" / MANIFEST).is_file() or not any(target.iterdir())
 
 
 def remove_stale(target: Path) -> None:
-    """Remove what compiles that were killed left beside the target; one killed within `_swap` is undone."""
+    """Remove the folders of killed compilations next to the target; undo a `_swap` that was killed."""
     for folder in target.parent.glob(f".{target.name}.partial-*"):
         pid = folder.name.rpartition("-")[2]
         if not pid.isdigit() or not psutil.pid_exists(int(pid)):
@@ -119,6 +119,6 @@ def _swap(bundle: Path, target: Path, old: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file of a bundle; its bytes are the same on every system."""
+    """Write a text file of a bundle, with the same bytes on every system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""What the constants of a bundle's graph take up, by the type that they are stored in: a section of the manifest."""
+"""The size of the constants of a bundle's graph by storage type: a section of the manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STORED = {1: 2, 2: 2, 3: 4, 4: 4}  # bits of a weight -> bits in the file; all 
 
 
 def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> Storage:
-    """Bytes, constants and values by storage type; the size of the files, also relative to the float parameters."""
+    """Return the sizes by storage type, and that of the files, also relative to the float parameters."""
     types: dict[str, StoredType] = {}
     for value in lowered.graph.initializers.values():
         tensor = value.const_value
@@ -38,8 +38,8 @@ def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> Stora
 
 
 def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
-    """The storage type of a constant, and how many values it holds."""
-    for node, _ in value.uses():  # bytes that are cast to be looked up in a table: compiler/lowering/packing.py
+    """Return the storage type of a constant and the number of its values."""
+    for node, _ in value.uses():  # packed values, which index a table after a Cast: compiler/lowering/packing.py
         readers = node.outputs[0].uses() if is_op(node, "Cast") and value.dtype == ir.DataType.UINT8 else ()
         tables = [reader.inputs[0] for reader, index in readers if is_op(reader, "Gather") and index == 1]
         if tables and tables[0] is not None and tables[0].const_value is not None:
@@ -51,7 +51,7 @@ def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
 
 
 def _float_bytes(program: Program) -> int:
-    """The parameters as imported, 4 bytes each; of a program that no front end made, those of its float graph."""
+    """Return the bytes of the imported parameters; for a program without a front end, those of its float graph."""
     known = program.source.get("parameter_bytes")
     if known is not None:
         return int(known)
@@ -60,7 +60,7 @@ def _float_bytes(program: Program) -> int:
 
 
 def _notes(program: Program) -> tuple[str, ...]:
-    """Where a weight has fewer bits than the file spends on it."""
+    """Return a note for each width that the file stores in more bits."""
     if program.plan is None or program.float_model is None:
         return ()
     weights = program.float_model.graph.initializers

@@ -28,7 +28,7 @@ from .range_rows import range_rows
 from .staging import write_text
 from .storage import storage
 
-EXTERNAL_BYTES = 256 << 20  # above this the weights lie in a file of their own, which onnxruntime maps into memory
+EXTERNAL_BYTES = 256 << 20  # onnxruntime maps a separate file of weights into memory
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Compilation:
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """One ONNX file, its weights beside it when there are many."""
+    """Write an ONNX file; above EXTERNAL_BYTES of weights, these are in a file of their own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clone = model.clone()
     tensors = {value: value.const_value for value in clone.graph.initializers.values() if value.const_value is not None}
@@ -58,7 +58,7 @@ def save_model(model: ir.Model, path: Path) -> None:
 
 
 def forget_types(model: ir.Model) -> None:
-    """A constant says its own type and shape: the file need not do so twice."""
+    """Remove type and shape of the values of constants, whose tensors have them."""
     for value in model.graph.initializers.values():
         if value.const_value is not None and not value.is_graph_input() and not value.metadata_props:
             value.type = value.shape = None

@@ -1,13 +1,13 @@
 """A compiled model on disk: opened, checked, and sampled from.
 
-    mezzotint.json                     the manifest: what this is, how it was made, and the hash of every file
+    mezzotint.json                     the manifest: facts of the bundle, how it was made, the hash of every file
     unet/model.onnx (+ model.onnx.data); other precisions of it as model.NAME.onnx, see precisions.py
     scheduler/scheduler_config.json    as it came from the model
     correction.safetensors             optional
-    ranges.safetensors                 what the quantizers cover at each timestep, for readers; see ranges.py
-    passes/, report, README.md         for readers
+    ranges.safetensors                 the range of each quantizer at each timestep, for display; see ranges.py
+    passes/, report, README.md         for display
 
-The manifest's digest covers everything but times: the same compilation twice gives the same digest.
+The manifest's digest covers everything except times, so the same compilation twice gives the same digest.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ CORRECTION = "correction.safetensors"
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -125,11 +125,11 @@ class Bundle:
 
     @cached_property
     def correction(self) -> Correction | None:
-        """The tables that undo the quantization noise, or None where none were fitted."""
+        """The tables that undo the quantization noise; None for a bundle without."""
         return Correction.load(self.path / CORRECTION) if CORRECTION in self.manifest.files else None
 
     def correction_for(self, deployment: Deployment) -> Correction | None:
-        """The tables for a way of sampling, interpolated where only the steps differ; None where they do not fit."""
+        """Return the tables for a deployment, interpolated where only the steps differ; None where they do not fit."""
         table = self.correction
         if table is None or table.refusal(deployment):
             return None
@@ -139,7 +139,7 @@ class Bundle:
         return table.for_deployment(deployment, steps)
 
     def denoiser(self, threads: int | None = None, precision: str | None = None) -> Denoiser:
-        """The network as a callable, or one of `precisions` by name; opened once for each number of threads."""
+        """Return the network, or one of `precisions` by name, as a callable. It opens once for each `threads`."""
         known = self.precisions.files if self.precisions else {}
         if precision is not None and precision not in known:
             raise InputError(f"no precision is called {precision!r}", where=str(self.path), hint="see `inspect`")
@@ -150,7 +150,7 @@ class Bundle:
         return self._denoisers[key]
 
     def denoisers(self, plan: Deployment | None = None, threads: int | None = None) -> list[Denoiser]:
-        """The network of each call of a way of sampling, the deployment's if left out: they differ by precision."""
+        """Return the network of each call of `plan`, by default the deployment: they differ by precision."""
         plan = plan or self.deployment
         if self.precisions is None:
             return [self.denoiser(threads)] * len(plan.calls)
@@ -173,14 +173,14 @@ class Bundle:
         threads: int | None = None,
         progress: CallProgress | None = None,
     ) -> Images:
-        """`n` images, float32 `[n, C, H, W]` in the model's own range.
+        """Return `n` images, float32 `[n, C, H, W]` in the model's own range.
 
-        Sampler, steps, eta and guidance are the deployment's unless given (eta 0 with another sampler). Image i depends
-        on `seed` and i only, however the batches fall; with `first` they are images first .. first + n - 1 of the seed.
-        `correction` None corrects where the tables are valid, True insists (InputError where they are not), False
-        leaves it; tables of another guidance scale are refused in both cases. `conditions` are arrays `[n, ...]`, or
-        `[1, ...]` for all, and so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the first
-        call where the steps meet timesteps without a row.
+        Sampler, steps, eta and guidance default to those of the deployment (eta to 0 with another sampler). Image i
+        depends only on `seed` and i, not on `batch`; with `first` the result is images first .. first + n - 1 of the
+        seed. `correction` None applies the tables where they are valid, True requires them, False ignores them; None
+        and True raise InputError for tables of another guidance scale. `conditions` are arrays `[n, ...]`, or
+        `[1, ...]` for all images; so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the
+        first call if a timestep of the steps has no row in the tables.
         """
         plan = (sampler, steps, eta, guidance)
         options = SamplingOptions(*plan, seed, batch, correction, conditions or {}, unconditional or {})
@@ -200,7 +200,7 @@ class Bundle:
         plan = self.plan(options.sampler, options.steps, options.eta, options.guidance)
         table = self._chosen_correction(plan, options.correction)
         networks = self.denoisers(plan, threads)
-        # A graph with its batch written in gets whole batches, and the surplus is cut off.
+        # A graph with a fixed batch size gets whole batches; the surplus images are dropped.
         fixed = networks[0].fixed_batch and networks[0].fixed_batch // (2 if plan.guided else 1)
         size = fixed or min(options.batch, n)
         starts = range(0, n, size)
@@ -212,7 +212,7 @@ class Bundle:
             if progress is not None:
                 progress(done, len(starts) * len(plan.calls))
 
-        parts = []
+        batches = []
         for start in starts:
             width = size if fixed else min(size, n - start)
             rows = np.minimum(np.arange(start, start + width), n - 1)
@@ -221,8 +221,8 @@ class Bundle:
             x = initial_noise(options.seed, (width, *self.sample_shape), first=first + start)
             noise = seeded_noise(options.seed, first=first + start)
             x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
-            parts.append(x[: n - start])
-        return np.concatenate(parts)
+            batches.append(x[: n - start])
+        return np.concatenate(batches)
 
     def plan(
         self,
@@ -231,7 +231,7 @@ class Bundle:
         eta: float | None = None,
         guidance: float | None = None,
     ) -> Deployment:
-        """The deployment with these choices in place of its own. Raises TimestepNotDeployed, ScheduleError."""
+        """Return the deployment with these choices instead of its own. Raises TimestepNotDeployed, ScheduleError."""
         own = self.deployment
         sampler = sampler or own.sampler
         if eta is None:
@@ -251,27 +251,27 @@ class Bundle:
         return plan
 
     def deployed_steps(self, sampler: str | None = None) -> tuple[int, ...]:
-        """The numbers of steps whose timesteps all have a row: every possible one where the tables are not frozen."""
+        """Return the numbers of steps whose timesteps all have a row; without frozen tables, every possible number."""
         deployed = self.deployed_timesteps
         most = self.schedule.num_train_timesteps if deployed is None else len(deployed)
-        found = []
+        counts = []
         for steps in range(1, most + 1):
             try:
                 times = Deployment.of(self.schedule, sampler or self.deployment.sampler, steps).timesteps
             except MezzotintError:  # too many for the schedule's offset, or too few for the sampler
                 continue
             if deployed is None or set(times) <= set(deployed):
-                found.append(steps)
-        return tuple(found)
+                counts.append(steps)
+        return tuple(counts)
 
-    def _chosen_correction(self, plan: Deployment, wish: bool | None) -> Correction | None:
-        if wish is False:
+    def _chosen_correction(self, plan: Deployment, requested: bool | None) -> Correction | None:
+        if requested is False:
             return None
         reason = self.correction.refusal(plan) if self.correction else "this bundle has none"
-        # Another sampler is a visible choice. With another scale all looks the same, and the errors grow with it.
+        # Another sampler is a visible choice. Another guidance scale is not, and it multiplies the errors.
         own = self.deployment
         visible = self.correction is None or (plan.sampler, plan.eta) != (own.sampler, own.eta)
-        if reason is None or (wish is None and visible):
+        if reason is None or (requested is None and visible):
             return self.correction_for(plan)
         raise InputError(
             f"the correction is not valid for {plan}: {reason}",

@@ -1,19 +1,19 @@
-"""The configuration of the model that a bundle was made from: what its layers are, as diffusers writes it.
+"""The configuration of the model that a bundle was made from, as diffusers writes it.
 
-A bundle keeps it as `unet/config.json`, so that it can stand in for that model inside a diffusers pipeline, and so that
-two models can be held against each other: `config_hash` covers all that describes the architecture, and nothing else.
+A bundle keeps it as `unet/config.json`, so that the bundle can replace that model inside a diffusers pipeline, and two
+models can be compared: `config_hash` covers exactly the keys that describe the architecture.
 
-The same architecture is written in several ways. A file of an older diffusers lacks the keys that came later; a module
-in memory has tuples where a file has lists, and no class name; an integer may have become a float. Hence
+The same architecture is written in several ways. A file of an older diffusers lacks later keys; a module in memory has
+tuples instead of lists, and no class name; an integer may have become a float. Therefore
 
 - private keys (`_name_or_path`, `_diffusers_version`, ...) do not count, except `_class_name`;
-- a key that is None counts as absent: None is how diffusers says that a part is not there;
+- a key that is None counts as absent: diffusers writes None for a missing part;
 - `sample_size` counts for transformers, whose table of positions has that size; to a UNet it is a default that no
   weight depends on (pipelines change it in very old models);
 - numbers are compared as numbers, sequences as lists.
 
-Keys that are missing and whose default is not None are filled in by whoever has the library at hand
-(`diffusers_unet.completed`), for both sides by the same version, before anything is compared.
+Missing keys with a default other than None are filled in before a comparison, for both sides by the same version of
+diffusers (`runtime/diffusers/unet.py`, `completed`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _ABSENT = "absent"
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bundle keeps of a configuration: sorted, without the keys that say where the model came from."""
+    """Return the keys of a configuration that a bundle keeps, sorted: without those that name the model's origin."""
     return {key: config[key] for key in sorted(config) if not key.startswith("_") or key in _KEPT}
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that describe the architecture, in one spelling (see above)."""
+    """Return the keys that describe the architecture, in one spelling (see above)."""
     counts = {key: _plain(value) for key, value in config.items() if key == CLASS or not key.startswith("_")}
     if str(counts.get(CLASS, "")).startswith("UNet"):
         counts.pop("sample_size", None)
@@ -48,20 +48,20 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 over `architecture` as canonical JSON, in hexadecimal."""
+    """Return the SHA-256 of `architecture` as canonical JSON, in hexadecimal."""
     text = json.dumps(architecture(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys of the architecture in which two configurations differ: what each has, or "absent"."""
+    """Return the keys of the architecture that differ, with both values, or "absent"."""
     left, right = architecture(one), architecture(other)
     pairs = {key: (left.get(key, _ABSENT), right.get(key, _ABSENT)) for key in sorted({*left, *right})}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def bundle_config(bundle: Bundle) -> dict[str, Any] | None:
-    """The configuration that a bundle keeps; None for one made from an ONNX file that came without. BundleError."""
+    """Return the configuration in a bundle; None for one that was made from an ONNX file. Raises BundleError."""
     if CONFIG not in bundle.manifest.files:
         return None
     file = bundle.path / CONFIG

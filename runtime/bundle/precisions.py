@@ -1,12 +1,12 @@
 """Several precisions of one network in one bundle, and which of them each network call uses.
 
-Quantization hurts most where the schedule leaves little noise in x (PTQD, arXiv 2305.10657), or at one end of the
-trajectory (PCR), so calls differ in what they need. The choice is made when bundles are mixed; here it is a name for
-each call of the deployment. It belongs to the call's position, not to its timestep: Heun calls twice at one timestep,
-and the two may differ. Nothing counts calls while sampling: the loop is handed one denoiser for each call.
+Quantization costs most where the schedule leaves little noise in x (PTQD, arXiv 2305.10657), or at one end of the
+trajectory (PCR), so calls need different precisions. `mezzotint mix` makes the choice; here it is a name for each call
+of the deployment. It belongs to the position of the call, not to its timestep: Heun calls twice at one timestep, and
+the two may differ. The sampling loop gets one denoiser for each call.
 
-Other ways of sampling have other calls. Each then takes the precision of the fitted call whose timestep is nearest, of
-the same stage of a step where there is one; of two equally near the later one, whose x has less noise.
+Other deployments have other calls. Each takes the precision of the fitted call with the nearest timestep, among those
+of the same stage of a step if there are any; of two equally near ones the later, whose x has less noise.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Precisions:
-    """`files` maps names to files of the bundle; `calls` has a name for each call of the deployment; `steps` these."""
+    """`files` maps names to files of the bundle; `calls` and `steps` have an entry for each call of the deployment."""
 
     files: Mapping[str, str]
     calls: tuple[str, ...]
@@ -123,13 +123,13 @@ class Precisions:
         return cls(files, mixture.calls, tuple(steps))
 
     def nearest(self, steps: Sequence[Step]) -> tuple[int, ...]:
-        """For each call of another way of sampling the fitted call that stands for it."""
+        """Return for each call of another deployment the fitted call that it corresponds to."""
         if [step.timestep for step in steps] == [step.timestep for step in self.steps]:
             return tuple(range(len(self.steps)))
         return tuple(self._nearest(step) for step in steps)
 
     def of(self, steps: Sequence[Step]) -> tuple[str, ...]:
-        """The name for each call of a way of sampling."""
+        """Return the name of the precision for each call of a deployment."""
         return tuple(self.calls[call] for call in self.nearest(steps))
 
     def _nearest(self, step: Step) -> int:
@@ -138,9 +138,9 @@ class Precisions:
 
 
 def spans(names: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Calls that follow each other in one precision, as (first, last, name): for readers."""
-    found = []
+    """Return successive calls of one precision as (first, last, name), for display."""
+    runs = []
     for name, run in groupby(enumerate(names), key=lambda pair: pair[1]):
         calls = [call for call, _ in run]
-        found.append((calls[0], calls[-1], name))
-    return found
+        runs.append((calls[0], calls[-1], name))
+    return runs

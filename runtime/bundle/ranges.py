@@ -1,4 +1,4 @@
-"""What each quantizer of a bundle covers at each timestep, and what calibration saw there: for readers only."""
+"""The range of each quantizer of a bundle at each timestep, and the calibrated extremes there, for display."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..arrays import Floats
 from ..errors import BundleError
 
 RANGES = "ranges.safetensors"
-"""Its place in a bundle."""
+"""Its path in a bundle."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Ranges:
 
     `low` and `high` float32 `[Q, T]` are the ends of the grid, the outermost where channels have their own; `scale`
     float32 `[Q, T]` is the largest one. `seen_low` and `seen_high` float32 `[Q, T]` are the extremes of the
-    calibration, NaN where none were measured (weights); calls that it summed up together have the same ones.
+    calibration, NaN where none were measured (weights); calls of one group of the calibration share them.
     `timesteps` float64 `[T]`.
     """
 
@@ -45,7 +45,7 @@ class Ranges:
 
     @classmethod
     def load(cls, path: str | Path) -> Ranges:
-        """Read what `save` wrote. Raises BundleError where it is something else."""
+        """Read a file of `save`. Raises BundleError for any other file."""
         try:
             with safe_open(path, framework="numpy") as file:
                 return cls(**{f.name: file.get_tensor(f.name) for f in fields(cls)})

@@ -1,1 +1,1 @@
-"""Stand-ins for a network and a scheduler of diffusers (torch, loaded when asked for)."""
+"""Stand-ins for a network and a scheduler of diffusers (torch, imported lazily)."""

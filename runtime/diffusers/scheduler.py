@@ -1,12 +1,11 @@
 """A diffusers scheduler that undoes quantization noise: of the same class, with two of its methods wrapped.
 
-The scheduler's own arithmetic stays. Before a step the model's output is corrected; behind it, where the sampler's
-noise should be another, the difference is added: the noise that diffusers has just drawn is drawn once more from the
-generator's former state. Which row of the tables belongs to a step is known from the timesteps that were set, and
-checked at each step against the timestep that the pipeline hands in.
+The scheduler's own arithmetic stays. Before a step the model's output is corrected. After a step whose noise has to
+change, the difference is added: the noise that diffusers drew is drawn again from the generator's earlier state. The
+row of the tables for a step follows from the timesteps that were set, and is checked against the timestep of each step.
 
 A pipeline may begin in the middle (img2img). A multistep solver remembers nothing there, and its first step is of first
-order: the noise is lessened as at that call of a whole run, though the step's gain is another one.
+order: the noise is reduced as at that call of a whole run, though the gain of the step differs.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ StepFunction = Callable[..., Any]
 
 
 def sampler_of(scheduler: Any) -> str:
-    """Our name of what a diffusers scheduler does. Raises InputError for one that is not implemented here."""
+    """Return Mezzotint's name of a diffusers scheduler's sampler. Raises InputError for one that is not implemented."""
     name = type(scheduler).__name__
     if name == "DPMSolverMultistepScheduler":
         kind = scheduler.config.algorithm_type
@@ -62,9 +61,9 @@ def sampler_of(scheduler: Any) -> str:
 
 
 def corrected_scheduler(scheduler: Any, bundle: Bundle, *, guidance_scale: Guidance = 1.0) -> Any:
-    """A new scheduler of the same class and configuration that applies the noise correction of its `bundle`.
+    """Return a new scheduler of the same class and configuration that applies the noise correction of its `bundle`.
 
-    `guidance_scale` is what the pipeline will be called with, or a function that tells it at each step: guidance
+    `guidance_scale` is what the pipeline will be called with, or a function that returns it at each step: guidance
     multiplies the network's error, and the tables hold for one scale. Raises InputError for a bundle without tables, a
     scheduler that it was not fitted for, another guidance scale, and another configuration of the schedule.
     """
@@ -100,7 +99,7 @@ def corrected_scheduler(scheduler: Any, bundle: Bundle, *, guidance_scale: Guida
 
 
 class _Wrapped:
-    """The state beside one scheduler; it lives as long as the wrapped methods do."""
+    """The state of one corrected scheduler; the wrapped methods hold it."""
 
     def __init__(self, scheduler: Any, bundle: Bundle, table: Correction, guidance: Guidance) -> None:
         self._scheduler, self._bundle, self._table, self._guidance = scheduler, bundle, table, guidance
@@ -124,7 +123,7 @@ class _Wrapped:
         scheduler.set_timesteps, scheduler.step = wrapped_set_timesteps, wrapped_step
 
     def _set(self) -> None:
-        """The rows for the timesteps that were just set."""
+        """Choose the rows for the timesteps that were set."""
         mine = self._table.deployment
         times = [float(t) for t in self._scheduler.timesteps]
         # A list of timesteps of one's own leaves some schedulers without a number of steps.
@@ -160,8 +159,8 @@ class _Wrapped:
         sigma, noise = self._solver.steps[index].sigma, self._noise[index]
         if sigma == noise:
             return step(fixed, timestep, sample, *args, **options)
-        handed: torch.Tensor | None = given.get("variance_noise")
-        again = _replay(given.get("generator")) if handed is None else handed.to
+        own: torch.Tensor | None = given.get("variance_noise")
+        again = _replay(given.get("generator")) if own is None else own.to
         found = step(fixed, timestep, sample, *args, **options)
         # Euler's schedulers keep x / alpha; their noise is larger by that.
         sigmas = self._scheduler.sigmas if self._table.deployment.sampler == "euler-ancestral" else None
@@ -169,10 +168,10 @@ class _Wrapped:
         return _moved(found, again(fixed) * ((noise - sigma) * scale))
 
     def _index(self, timestep: float) -> int:
-        """The network call of a step: one after the last, or, at the first, where the pipeline begins.
+        """Return the network call of a step: the one after the last call, or at first that where the pipeline begins.
 
-        Where it begins at a timestep with two calls, and does not say which, it is the second, as for diffusers; what
-        PNDM's next step is tells then whether it was.
+        A pipeline that begins at a timestep with two calls, without an index, begins at the second one, as diffusers
+        does; for PNDM the next step shows which it was.
         """
         calls = self._solver.calls
         near = [i for i, t in enumerate(calls) if abs(t - timestep) < _NEAR]
@@ -202,7 +201,7 @@ class _Wrapped:
 
 
 def _check_schedule(scheduler: Any, bundle: Bundle, table: Correction) -> None:
-    """Refuse a scheduler whose steps are others than those of the schedule that the bundle was compiled with."""
+    """Raise InputError for a scheduler with other steps than the schedule that the bundle was compiled with."""
     name = type(scheduler).__name__
     # The configuration may name the class that it was saved by.
     theirs = Schedule.from_config({**scheduler.config, "_class_name": name}, where=f"the pipeline's {name}")
@@ -231,7 +230,7 @@ def _check_guidance(table: Correction, scale: float) -> None:
 
 
 def _replay(generator: torch.Generator | Sequence[torch.Generator] | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Draws once more what diffusers will draw from here on."""
+    """Draws the random numbers that diffusers will draw next."""
     if generator is None:
         before = torch.get_rng_state()
 
@@ -254,7 +253,7 @@ def _replay(generator: torch.Generator | Sequence[torch.Generator] | None) -> Ca
 
 
 def _moved(found: Any, by: torch.Tensor) -> Any:
-    """The result of a step, a tuple or an output object, with another previous sample."""
+    """Return the result of a step, a tuple or an output object, with another previous sample."""
     if isinstance(found, tuple):
         return (found[0] + by, *found[1:])
     found.prev_sample = found.prev_sample + by

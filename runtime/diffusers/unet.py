@@ -1,14 +1,13 @@
 """A bundle in the place of a diffusers network: the modules that pipelines call instead of a UNet or a transformer.
 
-In runtime/ only this file and diffusers_scheduler.py know torch and diffusers; nothing imports them until a pipeline
-is at hand (see mezzotint/diffusers.py). A stand-in is a `ModelMixin`, so that pipelines accept it wherever they accept
-the network, in `from_pretrained(..., unet=...)` too. It has the network's configuration and the network's call, and no
-parameters: the weights are onnxruntime's. Tensors are handed over without copies in both directions where they are
-contiguous.
+In runtime/ only this file and scheduler.py import torch and diffusers, and both are imported only with a pipeline (see
+mezzotint/diffusers.py). A stand-in is a `ModelMixin`, so that pipelines accept it like the network, also in
+`from_pretrained(..., unet=...)`. It has the configuration and the call of the network, and no parameters: onnxruntime
+holds the weights. Contiguous tensors are passed without copies in both directions.
 
-What a stand-in cannot do it refuses, rather than ignore it: half precision and GPUs (the kernels are the CPU's, on
-float32 inputs), gradients, residuals and scales that reach into layers (ControlNet, LoRA, IP adapters), masks. It has
-no layers, so what looks for one finds none, and it cannot be saved as a diffusers model.
+A stand-in raises InputError for unsupported requests instead of ignoring them: half precision and GPUs (the kernels are
+the CPU's, on float32 inputs), gradients, residuals and scales inside layers (ControlNet, LoRA, IP adapters), masks. It
+has no layers, and it cannot be saved as a diffusers model.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ _EXTRA = "the graph was compiled without it (IP adapters change the layers): use
 
 
 class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """What the stand-ins share; make one with `bundle_stand_in`."""
+    """The common part of the stand-ins; make one with `bundle_stand_in`."""
 
     config_name = "config.json"
     original: ClassVar[str]
@@ -86,7 +85,7 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise AttributeError(what) from None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StandIn:
-        """What `to`, `half`, `cuda` and their kin call: refused where it would change anything."""
+        """Raise InputError for a change by `to`, `half`, `cuda` and similar methods."""
         probe = fn(torch.empty(0))
         if probe.device.type != "cpu":
             raise InputError(f"a bundle cannot move to {probe.device}", where=str(self.bundle.path), hint=_CPU)
@@ -98,7 +97,7 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         raise InputError(
             "a bundle cannot be saved as a diffusers model",
             where=str(self.bundle.path),
-            hint="save the pipeline before attaching the bundle, and copy the bundle's folder beside it",
+            hint="save the pipeline before attaching the bundle, and copy the bundle's folder next to it",
         )
 
     def _predict(
@@ -126,12 +125,12 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return type(self).output(sample=found) if return_dict else (found,)
 
     def _network(self, t: npt.NDArray[Any]) -> Denoiser:
-        """The network of a bundle of several precisions, that of the nearest timestep; else the only one."""
+        """Return the network of the nearest timestep in a bundle of several precisions, else the only one."""
         known = self._of_timestep
         return known[min(known, key=lambda mine: abs(mine - float(t.flat[0])))] if known else self.denoiser
 
     def _deployed(self) -> str:
-        """What to do about a timestep without a row, in the words of a pipeline."""
+        """Return a hint for a timestep without a row, in terms of a pipeline."""
         counts, schedule = self.bundle.deployed_steps(), self.bundle.schedule
         return (
             f"call the pipeline with num_inference_steps={' or '.join(map(str, counts[-8:]))}, and a scheduler with "
@@ -141,7 +140,7 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class UNet2DStandIn(StandIn):
-    """For a UNet2DModel: `sample` float32 `[B, C, H, W]`, one timestep, perhaps `class_labels` `[B]`."""
+    """Stand-in of a UNet2DModel: `sample` float32 `[B, C, H, W]`, one timestep, perhaps `class_labels` `[B]`."""
 
     original = "UNet2DModel"
     slot = "unet"
@@ -158,7 +157,7 @@ class UNet2DStandIn(StandIn):
 
 
 class UNet2DConditionStandIn(StandIn):
-    """For a UNet2DConditionModel: `encoder_hidden_states` `[B, tokens, width]`, SDXL's `text_embeds` and `time_ids`."""
+    """Stand-in of a UNet2DConditionModel: `encoder_hidden_states` `[B, tokens, width]`; SDXL's two more."""
 
     original = "UNet2DConditionModel"
     slot = "unet"
@@ -204,7 +203,7 @@ class UNet2DConditionStandIn(StandIn):
 
 
 class DiTStandIn(StandIn):
-    """For a DiTTransformer2DModel: `hidden_states` float32 `[B, C, H, W]`, one timestep, `class_labels` int64 `[B]`.
+    """Stand-in of a DiTTransformer2DModel: `hidden_states` `[B, C, H, W]`, one timestep, `class_labels` int64 `[B]`.
 
     The prediction has the channels of the noise only (compiler/frontend/from_torch.py); `config.out_channels` says so.
     """
@@ -231,7 +230,7 @@ STAND_INS: dict[str, type[StandIn]] = {
 
 
 def _precisions(bundle: Bundle, threads: int | None) -> dict[Timestep, Denoiser]:
-    """The network for each timestep, empty where there is one for all. A pipeline hands in no position of a call."""
+    """Return the network for each timestep; empty for a single network. A pipeline gives no position of a call."""
     if bundle.precisions is None:
         return {}
     calls, names = bundle.deployment.calls, bundle.precisions.calls
@@ -246,13 +245,13 @@ def _precisions(bundle: Bundle, threads: int | None) -> dict[Timestep, Denoiser]
 
 
 def bundle_stand_in(bundle: Bundle, *, threads: int | None = None) -> StandIn:
-    """The module that stands in for the network a bundle was made from. InputError where it cannot be told which."""
+    """Return the module that replaces the network of a bundle. Raises InputError if its class is not known."""
     config = bundle_config(bundle)
     if config is None:
         raise InputError(
             "the bundle keeps no configuration of its model, so no pipeline can use it",
             where=str(bundle.path),
-            hint="compile the diffusers model, or put its config.json beside the .onnx file and compile again",
+            hint="compile the diffusers model, or put its config.json next to the .onnx file and compile again",
         )
     if config[CLASS] not in STAND_INS:
         raise InputError(
@@ -264,14 +263,14 @@ def bundle_stand_in(bundle: Bundle, *, threads: int | None = None) -> StandIn:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the keys that it lacks, as the installed diffusers would fill them in."""
+    """Return a configuration with its missing keys, as the installed diffusers fills them in."""
     parameters = inspect.signature(getattr(diffusers, config[CLASS]).__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     return {**defaults, **config}
 
 
 def _array(name: str, tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A tensor's own memory as a numpy array; refused where that would hide a conversion."""
+    """Return a tensor's memory as a numpy array. Raises InputError if that needs a conversion."""
     if tensor.device.type != "cpu":
         raise InputError(f"{name!r} lies on {tensor.device}", where=f"input {name}", hint=_CPU)
     if tensor.dtype in (torch.float16, torch.bfloat16):

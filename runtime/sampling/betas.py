@@ -16,7 +16,7 @@ from .scheduler_config import ConfigReader
 
 
 def _betas(read: ConfigReader) -> npt.NDArray[np.float32]:
-    """float32 `[train timesteps]`, by the formulas of diffusers."""
+    """Return the betas, float32 `[train timesteps]`, by the formulas of diffusers."""
     train = read.integer("num_train_timesteps", 1000, smallest=1)
     if read.config.get("trained_betas") is not None:
         try:
@@ -39,7 +39,7 @@ def _betas(read: ConfigReader) -> npt.NDArray[np.float32]:
 
 
 def alphas_cumprod_of(read: ConfigReader) -> npt.NDArray[np.float64]:
-    """abar of each training timestep, float64 `[train]`, falling."""
+    """Return abar of each training timestep, float64 `[train]`, falling."""
     betas = _betas(read)
     if not np.all((betas > 0) & (betas < 1)):  # also false for NaN
         raise read.refuse("betas must lie between 0 and 1")

@@ -1,21 +1,21 @@
 """Quantization noise, undone while sampling (PTQD, arXiv 2305.10657; D2-DPM).
 
-At each network call the quantized output q stands for the float output w. What was measured of their difference
-(noise_fit.py) is undone in two places.
+At each network call the quantized output q replaces the float output w. Their measured difference (noise_fit.py) is
+undone in two places.
 
-The output, before the solver sees it: `corrected = scale * q - shift_c`, one scale a call, one shift a channel. That is
-the form of both methods: PTQD divides by 1 + k and subtracts a bias, D2-DPM regresses w on q. It concerns the raw
-output of the network, whatever it predicts; with guidance, the combined output.
+The output, before the solver sees it: `corrected = scale * q - shift_c`, one scale a call, one shift a channel. Both
+methods have this form: PTQD divides by 1 + k and subtracts a bias, D2-DPM regresses w on q. It applies to the raw
+output of the network, for any prediction type; with guidance, to the combined output.
 
-The sampler's own noise. Between two calls every solver here has x' = A x + B w + (what it remembers) + sigma z. What is
-left of the error in w moves x' by noise of its own, of the variance B^2 excess, and so much is taken from sigma^2:
+The sampler's own noise. Between two calls every solver has x' = A x + B w + (remembered arrays) + sigma z. The error
+that remains in w adds noise of variance B^2 excess to x', and this is subtracted from sigma^2:
 
     noise^2 = max(0, sigma^2 - B^2 excess)
 
-A step without noise (sigma 0: DDIM with eta 0, Euler, Heun ...) has nothing to take from; where the error outweighs
+A step without noise (sigma 0: DDIM with eta 0, Euler, Heun ...) has nothing to subtract from; where the error outweighs
 sigma the step becomes deterministic (`clamped`).
 
-Rows belong to network calls by their position, and say the timestep, so that no table is read in a wrong direction.
+Rows belong to network calls by position. They also have the timestep, so that a table in the wrong order is detected.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Correction:
     """One row for each call of one deployment; valid for exactly that sampler, eta, guidance and prediction.
 
     scale, excess, spread float64 `[T]`, shift float64 `[T, C]`, stages int64 `[T]` (steps.py). `spread` is the standard
-    deviation of what remains in the corrected output; readers want it, the loop does not.
+    deviation of the error that remains in the corrected output, for display; the loop does not use it.
     """
 
     deployment: Deployment
@@ -86,11 +86,11 @@ class Correction:
 
     @property
     def fitted_for(self) -> str:
-        """For messages: the one way of sampling that these tables are valid for."""
+        """The deployment that these tables are valid for, in words for messages."""
         return str(self.deployment)
 
     def refusal(self, deployment: Deployment) -> str | None:
-        """Why these tables cannot correct that way of sampling, or None where they can, interpolated perhaps."""
+        """Return the reason why these tables cannot correct `deployment`, or None where they can (interpolated)."""
         mine = self.deployment
         if (mine.sampler, mine.eta) != (deployment.sampler, deployment.eta):
             return f"it was fitted for {self.fitted_for}, not for {deployment}"
@@ -102,10 +102,10 @@ class Correction:
         return None
 
     def for_deployment(self, deployment: Deployment, schedule_steps: Sequence[Step]) -> Correction:
-        """These tables for the calls of `deployment`, between the fitted ones by interpolation over the timestep.
+        """Return these tables for the calls of `deployment`, interpolated over the timestep.
 
-        Warns (InterpolatedCorrection) where the calls are others. Raises InputError with the reason where they cannot
-        be used at all.
+        Warns (InterpolatedCorrection) if the calls differ from the fitted ones. Raises InputError with the reason if
+        the tables cannot be used.
         """
         if reason := self.refusal(deployment):
             raise InputError(f"the correction is not valid here: {reason}", hint="sample as it was fitted, or without")
@@ -135,8 +135,8 @@ class Correction:
         return Correction(deployment, self.prediction, self.form, stages, **tables)
 
     def picked(self, deployment: Deployment, schedule_steps: Sequence[Step], rows: Sequence[int]) -> Correction:
-        """These tables for the calls of `deployment`, row `rows[i]` for its call i: for calls between which nothing may
-        be interpolated, because they run different networks. Warns and raises as `for_deployment`.
+        """Return these tables for the calls of `deployment`, with row `rows[i]` for its call i. Calls of different
+        networks cannot be interpolated. Warns and raises as `for_deployment`.
         """
         if reason := self.refusal(deployment):
             raise InputError(f"the correction is not valid here: {reason}", hint="sample as it was fitted, or without")
@@ -152,7 +152,7 @@ class Correction:
         return Correction(deployment, self.prediction, self.form, stages, **tables)
 
     def apply(self, output: Floats, call: int) -> Floats:
-        """The raw output `[B, C, H, W]` of network call `call`, corrected: a new float32 array."""
+        """Return the corrected output `[B, C, H, W]` of network call `call`, a new float32 array."""
         if output.ndim != 4 or output.shape[1] != self.shift.shape[1]:
             raise InputError(f"output of shape {list(output.shape)}, the correction has {self.shift.shape[1]} channels")
         fixed: Floats = output * self._scale[call]
@@ -160,24 +160,26 @@ class Correction:
         return fixed
 
     def noise(self, steps: Sequence[Step]) -> tuple[float, ...]:
-        """The standard deviation of the noise to add at each call, 0 where the error outweighs the sampler's own."""
+        """Return the standard deviation of the noise at each call, 0 where the error outweighs the sampler's own."""
         return tuple(math.sqrt(max(0.0, left)) for left in self._variances(steps))
 
     def clamped(self, steps: Sequence[Step]) -> tuple[bool, ...]:
-        """At which calls the sampler's noise does not suffice to make up for the variance of the error."""
+        """Return for each call whether the variance of the error exceeds that of the sampler's noise."""
         return tuple(left < 0 for left in self._variances(steps))
 
     def redirected(self, solver: Solver) -> Solver:
-        """PTQD's released code computes the direction of DDIM with the lessened sigma; every other form keeps it."""
+        """Return the solver, for the form of PTQD's released code with the direction of DDIM for the reduced sigma."""
         if self.form != "ptqd-released" or self.deployment.sampler != "ddim":
             return solver
         if self.prediction != "epsilon":
-            raise InputError(f"the released form of PTQD knows epsilon, not {self.prediction}", hint="use form ptqd")
-        found = []
+            raise InputError(
+                f"the released form of PTQD is defined for epsilon, not {self.prediction}", hint="use form ptqd"
+            )
+        steps = []
         for step, noise in zip(solver.steps, self.noise(solver.steps), strict=True):
             direction = math.sqrt(max(0.0, step.next["out"] ** 2 + step.sigma**2 - noise**2))
-            found.append(replace(step, next={**step.next, "out": direction}))
-        return replace(solver, steps=tuple(found))
+            steps.append(replace(step, next={**step.next, "out": direction}))
+        return replace(solver, steps=tuple(steps))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same tables give the same bytes."""
@@ -189,7 +191,7 @@ class Correction:
 
     @classmethod
     def load(cls, path: str | Path) -> Correction:
-        """Read what `save` wrote. Raises BundleError where it is something else."""
+        """Read a file of `save`. Raises BundleError for any other file."""
         try:
             with safe_open(path, framework="numpy") as file:
                 facts: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])

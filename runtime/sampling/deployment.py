@@ -1,4 +1,4 @@
-"""What runs in production: sampler, steps, eta, guidance, hence exactly these network calls.
+"""The deployed way of sampling: sampler, steps, eta and guidance, which determine the network calls.
 
 The samplers are those of diffusers' schedulers, by name:
 
@@ -40,7 +40,7 @@ _SOLVERS: dict[str, Callable[[Schedule, int, float], Solver]] = {
 }
 SAMPLERS: tuple[str, ...] = tuple(_SOLVERS)
 UNGUIDED = 1.0
-"""The guidance scale that leaves the conditional prediction as it is, so that nothing unconditional is called."""
+"""The guidance scale at which the prediction is the conditional one, and the unconditional one is not computed."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class Deployment:
     def of(
         cls, schedule: Schedule, sampler: str, steps: int, eta: float = 0.0, guidance: float = UNGUIDED
     ) -> Deployment:
-        """Raises ScheduleError where the sampler cannot run on this schedule."""
+        """Return the deployment with the calls of a sampler. Raises ScheduleError if it cannot run on the schedule."""
         _check_choice(sampler, eta, guidance)
         calls = _SOLVERS[sampler](schedule, int(steps), float(eta)).calls
         return cls(sampler, int(steps), float(eta), calls, float(guidance))
 
     @property
     def timesteps(self) -> tuple[Timestep, ...]:
-        """The different timesteps of the calls, in the order of their first."""
+        """The distinct timesteps of the calls, in the order of their first calls."""
         return tuple(dict.fromkeys(self.calls))
 
     @property
     def whole(self) -> bool:
-        """Whether all timesteps are training timesteps, which an integer input can say."""
+        """Whether all timesteps are training timesteps, so that an integer input can represent them."""
         return all(isinstance(t, int) for t in self.calls)
 
     @property
@@ -83,15 +83,15 @@ class Deployment:
         return self.guidance != UNGUIDED
 
     def solver(self, schedule: Schedule) -> Solver:
-        """The scalars of all calls. Raises ScheduleError where the schedule makes other calls than these."""
-        found = _SOLVERS[self.sampler](schedule, self.steps, self.eta)
-        if found.calls != self.calls:
+        """Return the scalars of all calls. Raises ScheduleError if the schedule gives other calls than these."""
+        solver = _SOLVERS[self.sampler](schedule, self.steps, self.eta)
+        if solver.calls != self.calls:
             raise ScheduleError(
                 f"{self.sampler} with {self.steps} steps makes other network calls on this schedule "
-                f"({_first(found.calls)}) than it was deployed for ({_first(self.calls)})",
+                f"({_first(solver.calls)}) than it was deployed for ({_first(self.calls)})",
                 hint="use the scheduler configuration that the model was compiled with",
             )
-        return found
+        return solver
 
     def __str__(self) -> str:
         parts = [self.sampler, f"{self.steps} steps"]
@@ -120,7 +120,7 @@ class Deployment:
 
 
 def usual_sampler(schedule: Schedule) -> str:
-    """What a schedule is sampled with when nobody says: DDIM, or Euler's method for flow matching."""
+    """Return the default sampler of a schedule: DDIM, or Euler's method for flow matching."""
     return "flow-euler" if schedule.flow else "ddim"
 
 

@@ -2,9 +2,9 @@
 
     out = out_u + scale * (out_c - out_u)
 
-The unconditional half comes first, as diffusers' pipelines have it. Errors of the two halves add up to scale^2 +
-(1 - scale)^2 times the variance where they are independent (98 times at 7.5): statistics of the noise are those of the
-combined output, at the deployed scale.
+The unconditional half comes first, as in diffusers' pipelines. Independent errors of the two halves add up to scale^2 +
+(1 - scale)^2 times the variance (98 times at 7.5). So statistics of the noise are measured on the combined output, at
+the deployed scale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Network = Callable[..., Images]
 
 
 def doubled_conditions(conditions: Conditions, unconditional: Conditions) -> dict[str, npt.NDArray[Any]]:
-    """`[2 B, ...]`, unconditional rows first; a condition without unconditional rows is the same in both halves.
+    """Return `[2 B, ...]`, unconditional rows first. A condition without unconditional rows is the same in both halves.
 
     Arrays of `unconditional` have one row or as many as those of `conditions`. Raises InputError for others.
     """
@@ -36,7 +36,7 @@ def doubled_conditions(conditions: Conditions, unconditional: Conditions) -> dic
             "guidance needs unconditional rows (those of the empty prompt, or of the null class)",
             hint="give them: unconditional={name: array of one row}, or --unconditional FILE.npz",
         )
-    found = {}
+    both = {}
     for name, rows in conditions.items():
         other = np.asarray(unconditional.get(name, rows))
         if other.ndim != rows.ndim or other.shape[1:] != rows.shape[1:] or len(other) not in (1, len(rows)):
@@ -45,30 +45,30 @@ def doubled_conditions(conditions: Conditions, unconditional: Conditions) -> dic
             raise InputError(f"unconditional {name!r} is {other.dtype}, the condition {rows.dtype}")
         if len(other) != len(rows):
             other = np.repeat(other, len(rows), axis=0)
-        found[name] = np.concatenate([other, rows])
-    return found
+        both[name] = np.concatenate([other, rows])
+    return both
 
 
 def doubled(x: Images) -> Images:
-    """x for both halves, `[2 B, C, H, W]`."""
+    """Return x for both halves, `[2 B, C, H, W]`."""
     return np.concatenate([x, x])
 
 
 def combine(output: Images, scale: float) -> Images:
-    """The guided prediction `[B, C, H, W]` from both halves `[2 B, C, H, W]`; a new array."""
-    without, given = np.split(output, 2)
-    guided: Images = (given - without) * np.float32(scale)
+    """Return the guided prediction `[B, C, H, W]` of both halves `[2 B, C, H, W]`, a new array."""
+    without, conditional = np.split(output, 2)
+    guided: Images = (conditional - without) * np.float32(scale)
     guided += without
     return guided
 
 
 def guided(network: Network, conditions: Conditions, scale: float) -> Predict:
-    """A denoiser for the sampling loop from a network and conditions of `doubled_conditions`."""
+    """Return a denoiser for the sampling loop, from a network and conditions of `doubled_conditions`."""
     return lambda x, t: combine(network(doubled(x), t, **conditions), scale)
 
 
 def predictor(network: Network, plan: Deployment, conditions: Conditions, unconditional: Conditions) -> Predict:
-    """What the sampling loop calls: the network with these conditions, guided where the deployment is."""
+    """Return a denoiser for the sampling loop: the network with these conditions, guided if the deployment is."""
     if plan.guided:
         return guided(network, doubled_conditions(conditions, unconditional), plan.guidance)
     return lambda x, t: network(x, t, **conditions)
@@ -77,6 +77,6 @@ def predictor(network: Network, plan: Deployment, conditions: Conditions, uncond
 def predictors(
     networks: Sequence[Network], plan: Deployment, conditions: Conditions, unconditional: Conditions
 ) -> list[Predict]:
-    """`predictor` for each call's network; networks that are the same share one."""
-    made = {network: predictor(network, plan, conditions, unconditional) for network in dict.fromkeys(networks)}
-    return [made[network] for network in networks]
+    """Return `predictor` of each call's network; calls of one network share one."""
+    by_network = {network: predictor(network, plan, conditions, unconditional) for network in dict.fromkeys(networks)}
+    return [by_network[network] for network in networks]

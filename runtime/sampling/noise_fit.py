@@ -1,21 +1,21 @@
-"""What quantization adds to each prediction, measured: float output w beside quantized output q, for the same x.
+"""The measured quantization noise of each prediction: float output w and quantized output q for the same x.
 
 Only sums are kept, for each network call and channel, over images and pixels; they suffice for every form of correction
-and for how good it is on other pictures, see correction.py for what it is for. d = q - w.
+and for its quality on other images. correction.py applies it. d = q - w.
 
     regression      D2-DPM's deterministic form: a = Cov(w, q) / Var(q), corrected = a q - b_c with the mean of w_c.
                     No values are dropped as outliers.
     ptqd            the paper: k = Cov(d, w) / Var(w) over all images, channels and pixels, the intercept dropped;
-                    corrected = q / (1 + k) - E[r_c] / (1 + k),  r = d - k w.  What is left counts as independent noise.
+                    corrected = q / (1 + k) - E[r_c] / (1 + k),  r = d - k w.  The rest counts as independent noise.
     ptqd-released   the code: k+ = max(k, 0), corrected = (q - E[d_c]) / (1 + k+). It equals the paper's form only where
                     the channels of w have mean 0; the released DDIM step differs too (`Correction.redirected`).
 
-How far the error moves the next state is, by PTQD, its variance times the squared gain of the step. The regression has
-it measured on the states themselves (`StateFit`): where the predicted image is clipped, much of the error goes.
+In PTQD the error adds its variance times the squared gain of the step to the next state. The regression measures this
+on the states themselves (`StateFit`), because clipping the predicted image removes much of the error.
 
-`gated` compares on held-out calls: each call keeps the slope, the bias, both or neither, whichever leaves the least
-error. Noise is taken from the sampler only where the error really adds variance to the next state: an error that goes
-along with the picture takes some away, and white noise does not bring that back.
+`gated` compares on held-out images: each call keeps the slope, the bias, both or neither, whichever leaves the least
+error. Noise is subtracted from the sampler's only where the error really adds variance to the next state: an error that
+is correlated with the image reduces the variance, and white noise does not restore that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .deployment import Deployment
 from .steps import Step
 
 PARTS = ("none", "slope", "bias", "both")
-"""What of the output's correction a call may keep."""
+"""The parts of the output's correction that a call may keep."""
 _W, _D, _WW, _WD, _DD = range(5)
 
 
@@ -63,12 +63,12 @@ class _Sums:
         return self.table / self.count
 
     def covariance(self, a: int, b: int, product: int) -> float:
-        """Of two quantities within their channels, averaged over these."""
+        """Return the covariance of two quantities within their channels, averaged over the channels."""
         m = self.means
         return float((m[product] - m[a] * m[b]).mean())
 
     def fit(self, form: str) -> tuple[float, Doubles]:
-        """(scale, shift `[C]`) of a form."""
+        """Return (scale, shift `[C]`) of a form."""
         m = self.means
         if form == "regression":
             ww, wd, dd = (self.covariance(*of) for of in ((_W, _W, _WW), (_W, _D, _WD), (_D, _D, _DD)))
@@ -89,7 +89,7 @@ class _Sums:
         return 1 / (1 + slope), (m[_D] - slope * m[_W]) / (1 + slope)
 
     def error(self, scale: float, shift: Doubles) -> tuple[float, float]:
-        """(mean square, variance within channels) of the error that is left: scale q - shift - w."""
+        """Return (mean square, variance within channels) of the remaining error scale q - shift - w."""
         m, a = self.means, scale - 1
         mean = a * m[_W] + scale * m[_D] - shift
         square = a * a * m[_WW] + 2 * a * scale * m[_WD] + scale**2 * m[_DD]
@@ -108,11 +108,11 @@ class NoiseFit:
 
     @property
     def calls(self) -> tuple[int, ...]:
-        """Which network calls have been measured, rising."""
+        """The measured network calls, rising."""
         return tuple(sorted(self._sums))
 
     def add(self, call: int, float_output: Floats, quantized_output: Floats) -> None:
-        """Both outputs `[B, C, H, W]` for the same x, at network call `call`."""
+        """Add both outputs `[B, C, H, W]` for the same x, at network call `call`."""
         if float_output.shape != quantized_output.shape or float_output.ndim != 4 or float_output.size == 0:
             raise InputError(
                 f"outputs of shapes {list(float_output.shape)} and {list(quantized_output.shape)} at call {call}",
@@ -130,7 +130,7 @@ class NoiseFit:
     def correction(
         self, deployment: Deployment, steps: Sequence[Step], prediction: str, form: str = "regression"
     ) -> Correction:
-        """Tables for the deployment's calls, nothing held back. Raises InputError for calls that were not measured."""
+        """Return tables for the deployment's calls, from all sums. Raises InputError for calls without measurements."""
         if form not in FORMS:
             raise InputError(f"no form of correction is called {form!r}", hint=f"use one of {', '.join(FORMS)}")
         fits = [self._of(call, len(steps)).fit(form) for call in range(len(steps))]
@@ -144,7 +144,7 @@ class NoiseFit:
         states: StateFit,
         allowed: Collection[str] = PARTS,
     ) -> tuple[Correction, list[Row]]:
-        """What of these tables helps on calls that they were not fitted to, and a row of figures for each call.
+        """Return the parts of these tables that help on held-out images, and a row of figures for each call.
 
         `states` are held out as well, and were made with `correction`. Of PARTS only those `allowed` are considered.
         """
@@ -209,30 +209,30 @@ class NoiseFit:
 
 
 class StateFit:
-    """Streaming sums over the state x' behind each network call: what the corrected error does to it."""
+    """Streaming sums over the state x' after each network call: the effect of the corrected error on it."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Doubles] = {}
 
     def add(self, call: int, float_state: Floats, corrected_state: Floats) -> None:
-        """x' `[B, C, H, W]`, without the sampler's noise, from the float output and from the corrected one."""
+        """Add x' `[B, C, H, W]`, without the sampler's noise, from the float output and from the corrected one."""
         f = float_state.astype(np.float64).ravel()
         g = corrected_state.astype(np.float64).ravel() - f
         sums = np.array([f.size, f.sum(), g.sum(), f @ g, g @ g])
         self._sums[call] = self._sums[call] + sums if call in self._sums else sums
 
     def moved(self, call: int) -> float:
-        """The variance of what the error adds to x'."""
+        """Return the variance that the error adds to x'."""
         count, _, g, _, gg = self._of(call)
         return max(0.0, gg / count - (g / count) ** 2)
 
     def added(self, call: int) -> float:
-        """By how much the variance of x' exceeds that of the float network's; below 0 where contrast was lost."""
+        """Return the variance of x' minus that of the float network's; below 0 where contrast was lost."""
         count, f, g, fg, _ = self._of(call)
         return self.moved(call) + 2 * (fg / count - f * g / count**2)
 
     def measured(self, correction: Correction, steps: Sequence[Step]) -> Correction:
-        """The correction with an excess that was measured, per squared gain, in place of the output's variance."""
+        """Return the correction with the measured excess, per squared gain, instead of the output's variance."""
         gains = [step.gain**2 for step in steps]
         excess = [self.moved(call) / gain if gain > 0 else 0.0 for call, gain in enumerate(gains)]
         return replace(correction, excess=np.array(excess))

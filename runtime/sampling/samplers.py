@@ -1,11 +1,11 @@
 """The sampling loop: one for all samplers, over any callable that predicts.
 
-Calibration, noise fitting and production run this same loop; only the denoiser differs. The random numbers are handed
-in, so that two runs (float beside quantized, ours beside another library's) can share them. So are the denoisers where
-calls differ in them (precisions.py): one for each call, by position, because two calls may have one timestep.
+Calibration, noise fitting and production run this loop; only the denoiser differs. The random numbers are an argument,
+so two runs can share them (float and quantized, Mezzotint and another library). Where calls use different networks
+(precisions.py), the denoisers are a list by position of the call, because two calls may have one timestep.
 
 `steps.py` has the arithmetic of a step, `solvers*.py` the scalars of each sampler; here they are a few float32 passes
-over the batch. With a `Correction` the output is corrected before the step, and the sampler's own noise is another.
+over the batch. With a `Correction` the output is corrected before the step, and the sampler adds less noise.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ NoiseSource = Callable[[int, tuple[int, ...]], Images]
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one network call saw and made. The arrays belong to the callback: the loop does not write to them again.
+    """Input and output of one network call, for a callback. The loop does not write to the arrays again.
 
-    `output` is the denoiser's own, before the correction (and the denoiser's to reuse, if it does); `state` is x and
-    what the solver remembered before the call.
+    `output` is the denoiser's own, before the correction (a denoiser may reuse that array); `state` is x and the
+    remembered arrays of the solver before the call.
     """
 
     index: int
@@ -56,9 +56,9 @@ def sample(
     correction: Correction | None = None,
     callback: Callback | None = None,
 ) -> Images:
-    """Denoise `x` `[B, C, H, W]`, standard normal noise, as `deployment` says. Returns float32, a new array.
+    """Denoise `x` `[B, C, H, W]`, standard normal noise, by the sampler of `deployment`. Return a new float32 array.
 
-    `denoiser` may be a list, with one for each network call. Samplers that add noise need `noise`. Raises InputError,
+    `denoiser` may be a list with one for each network call. Samplers that add noise need `noise`. Raises InputError,
     and TimestepNotDeployed for a correction of other calls.
     """
     return run_solver(denoiser, x, deployment.solver(schedule), noise=noise, correction=correction, callback=callback)
@@ -73,7 +73,7 @@ def run_solver(
     correction: Correction | None = None,
     callback: Callback | None = None,
 ) -> Images:
-    """`sample` with the calls of a solver, for whoever chose the timesteps by hand."""
+    """Return what `sample` returns, for a solver instead of a deployment."""
     if x.dtype != np.float32 or x.ndim != 4:
         raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, channels, height, width]")
     calls = [denoiser] * len(solver.steps) if callable(denoiser) else denoiser
@@ -93,12 +93,12 @@ def run_solver(
 
 
 def initial_noise(seed: int, shape: Sequence[int], *, first: int = 0) -> Images:
-    """The noise that sampling begins with, float32 `[B, C, H, W]`; its image i is image `first + i` of `seed`."""
+    """Return the initial noise, float32 `[B, C, H, W]`; its image i is image `first + i` of `seed`."""
     return _normal(seed, 0, tuple(shape), first)
 
 
 def seeded_noise(seed: int, *, first: int = 0) -> NoiseSource:
-    """Noise for each (image, call), whatever the batches: image i of a batch is image `first + i` of `seed`."""
+    """Return the noise of each (image, call), the same for all batch sizes; image i is image `first + i` of `seed`."""
     return lambda index, shape: _normal(seed, index + 1, shape, first)
 
 
@@ -107,7 +107,7 @@ def _normal(seed: int, draw: int, shape: tuple[int, ...], first: int) -> Images:
         raise InputError(f"seed {seed} and first image {first} must not be negative")
     out = np.empty(shape, dtype=np.float32)
     for i in range(shape[0]):
-        # One generator (8 microseconds) for each image: this is what makes an image independent of its batch.
+        # One generator (8 microseconds) for each image makes the image independent of its batch.
         noise_generator(seed, first + i, draw).standard_normal(dtype=np.float32, out=out[i])
     return out
 
@@ -132,7 +132,7 @@ class Stepper:
         object.__setattr__(self, "solver", self.correction.redirected(self.solver))
 
     def begin(self, noise: Images) -> State:
-        """The state before the first call, from standard normal noise `[B, C, H, W]`."""
+        """Return the state before the first call, from standard normal noise `[B, C, H, W]`."""
         return {"x": noise if self.solver.start == 1.0 else noise * np.float32(self.solver.start)}
 
     def advance(
@@ -144,7 +144,7 @@ class Stepper:
         *,
         scratch: Images | None = None,
     ) -> State:
-        """The state behind call `index`, of new arrays, from the state before it and the model's output for its x.
+        """Return the state after call `index`, as new arrays, from the state before it and the output for its x.
 
         `noise` as in `run_solver`; `scratch`, a C-ordered array like x, saves an allocation. Raises InputError.
         """

@@ -1,10 +1,10 @@
-"""The training schedule as data: what a diffusers `scheduler_config.json` says, reduced to numbers.
+"""The training schedule as numbers, from a diffusers `scheduler_config.json`.
 
 A schedule of betas has one `alphas_cumprod` (abar below) for each training timestep: x_t = sqrt(abar) x0 +
 sqrt(1 - abar) noise. A schedule of flow matching (`shift`) has x_t = (1 - sigma) x0 + sigma noise, and its timestep is
-num_train_timesteps * sigma. `deployment.py` has the choice on top of it: sampler, steps, eta, hence the network calls.
+num_train_timesteps * sigma. `deployment.py` adds sampler, steps and eta, which determine the network calls.
 
-What only some samplers read stays in `config`; `solvers.py` and its neighbours take it from there.
+Options of single samplers stay in `config`, where `solvers*.py` read them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .scheduler_config import ConfigReader
 SPACINGS = ("leading", "trailing", "linspace")
 # "learned" variances need a network with twice the channels, which the samplers here do not read.
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
-# What one sampler or the other reads from the configuration beside the fields of a Schedule, with diffusers' defaults.
+# Options of single samplers that are not fields of a Schedule, with the defaults of diffusers.
 SAMPLER_OPTIONS: dict[str, Any] = {
     "use_karras_sigmas": False,
     "sigma_min": None,
@@ -82,21 +82,21 @@ class Schedule:
 
     @property
     def last_timestep(self) -> int:
-        """The noisiest timestep there is. Flow matching begins at pure noise, timestep num_train_timesteps."""
+        """The noisiest timestep. Flow matching begins at pure noise, timestep num_train_timesteps."""
         return self.num_train_timesteps - (0 if self.flow else 1)
 
     @property
     def reader(self) -> ConfigReader:
-        """For what a sampler reads from the configuration by itself."""
+        """The reader of the configuration, for options of a single sampler."""
         return ConfigReader(self.config, "the scheduler configuration")
 
     def option(self, key: str) -> Any:
-        """One of SAMPLER_OPTIONS."""
+        """Return one of SAMPLER_OPTIONS."""
         return self.reader.get(key, SAMPLER_OPTIONS[key])
 
     def levels(self, timestep: float) -> tuple[float, float]:
-        """(share of the image, share of the noise) in x at a timestep; between two training timesteps as diffusers
-        has it, by interpolating the ratio of the two."""
+        """Return (share of the image, share of the noise) in x at a timestep. Between two training timesteps the ratio
+        of the two is interpolated, as in diffusers."""
         if self.flow:
             sigma = timestep / self.num_train_timesteps
             return 1 - sigma, sigma
@@ -106,7 +106,7 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str) -> Schedule:
-        """One of the built-in schedules, all with 1000 timesteps and epsilon prediction."""
+        """Return a built-in schedule, with 1000 timesteps and epsilon prediction."""
         if name not in NAMED_SCHEDULES:
             raise ScheduleError(
                 f"no built-in schedule is called {name!r}", hint=f"use one of {', '.join(NAMED_SCHEDULES)}"
@@ -198,7 +198,7 @@ class Schedule:
         )
 
     def timesteps(self, steps: int) -> npt.NDArray[np.int64]:
-        """The timesteps of `steps` network calls in their order (falling), int64 `[steps]`, as diffusers chooses them.
+        """Return the timesteps of `steps` network calls in order (falling), int64 `[steps]`, as diffusers chooses them.
 
         The spacings are those of table 2 of "Common Diffusion Noise Schedules and Sample Steps are Flawed"
         (arXiv 2305.08891).
@@ -221,7 +221,7 @@ class Schedule:
         return np.ascontiguousarray(found)
 
     def digest(self) -> str:
-        """SHA-256 over everything that the samplers read: configurations that mean the same have the same digest."""
+        """Return the SHA-256 of everything that the samplers read: equivalent configurations have the same digest."""
         facts = [
             self.prediction,
             self.clip_sample,

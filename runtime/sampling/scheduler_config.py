@@ -1,4 +1,4 @@
-"""Typed values out of a diffusers configuration; whatever does not fit is refused, naming key and place."""
+"""Typed values of a diffusers configuration; errors name the key and the place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import ScheduleError
 
 
 class ConfigReader:
-    """`default` is taken for a key that is missing, or null."""
+    """`default` replaces a key that is missing or null."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config = config
@@ -48,7 +48,7 @@ class ConfigReader:
         return value
 
     def must_be(self, key: str, allowed: Any, default: Any, who: str) -> None:
-        """Refuse an option that a sampler here does not implement."""
+        """Raise ScheduleError for an option that the samplers do not implement."""
         value = self.get(key, default)
         if value != allowed:
             raise self.refuse(f"{who} with {key} {value!r} is not supported", f"set {key} to {allowed!r}")

@@ -95,7 +95,7 @@ def lcm(schedule: Schedule, steps: int) -> Solver:
 
 
 def flow_euler(schedule: Schedule, steps: int) -> Solver:
-    """x' = x + (sigma' - sigma) * velocity; with `stochastic_sampling` the picture, noised again to sigma'."""
+    """x' = x + (sigma' - sigma) * velocity; with `stochastic_sampling` the image, noised again to sigma'."""
     if schedule.shift is None:
         raise ScheduleError("flow-euler needs a schedule of flow matching", hint="use another sampler")
     if not 1 <= steps <= schedule.num_train_timesteps:

@@ -33,7 +33,7 @@ OLDER = ("out before", "out 2 before", "out 3 before")
 
 
 def pndm(schedule: Schedule, steps: int) -> Solver:
-    """All calls, those of a Runge-Kutta step told apart by their stage."""
+    """Return the solver. The calls of a Runge-Kutta step differ by their stage."""
     if schedule.flow or schedule.prediction not in ("epsilon", "v_prediction"):
         raise ScheduleError(f"pndm cannot sample {schedule.prediction}", hint="it needs epsilon or v_prediction")
     times = _times(schedule, steps)
@@ -60,7 +60,7 @@ def _times(schedule: Schedule, steps: int) -> list[int]:
 
 
 def _multistep(schedule: Schedule, steps: int, times: list[int], first: int) -> list[Step]:
-    """The calls of the linear multistep form; `first` outputs are remembered already."""
+    """Return the calls of the linear multistep form; `first` outputs are remembered already."""
     ratio = schedule.num_train_timesteps // steps
     # The first step is made twice, the second time from where it led to.
     again = first == 0 and len(times) > 1
@@ -86,7 +86,7 @@ def _multistep(schedule: Schedule, steps: int, times: list[int], first: int) -> 
 
 
 def _runge_kutta(schedule: Schedule, steps: int, times: list[int]) -> list[Step]:
-    """Three steps of four calls each."""
+    """Return the calls of three steps with four calls each."""
     half = schedule.num_train_timesteps // steps // 2
     found: list[Step] = []
     for k, (t, after) in enumerate(pairwise(times)):
@@ -117,7 +117,7 @@ def _step(schedule: Schedule, t: int, row: Weights, keep: dict[str, Weights], st
 
 
 def _transfer(schedule: Schedule, t: int, end: int, mix: Weights, base: str) -> Weights:
-    """x' as weights, from the state `base` at timestep t along the mixed output."""
+    """Return x' as weights, from the state `base` at timestep t along the mixed output."""
     bar = float(schedule.alphas_cumprod[t])
     final = 1.0 if schedule.reader.flag("set_alpha_to_one", False) else float(schedule.alphas_cumprod[0])
     bar_next = float(schedule.alphas_cumprod[end]) if end >= 0 else final

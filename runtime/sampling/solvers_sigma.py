@@ -25,7 +25,7 @@ from .steps import Solver, Step, image_of
 
 @dataclass(frozen=True)
 class _Grid:
-    """Timesteps and their sigmas, falling; `sigmas` has one more, where the last step ends."""
+    """Return timesteps and their sigmas, falling; `sigmas` has one more, the end of the last step."""
 
     timesteps: list[Timestep]
     sigmas: list[float]
@@ -179,7 +179,7 @@ def _falling(begin: int, width: float, steps: int) -> Doubles:
 
 
 def _karras(schedule: Schedule, known: Doubles, own: Doubles, multistep: bool, steps: int) -> Doubles:
-    """Evenly spaced in sigma^(1/7) (arXiv 2206.00364, formula 5)."""
+    """Return sigmas evenly spaced in sigma^(1/7) (arXiv 2206.00364, formula 5)."""
     # DPM-Solver++ spans the whole schedule, Euler and Heun the timesteps of the spacing.
     ends = (known[0], known[-1]) if multistep else (own[-1], own[0])
     low = schedule.option("sigma_min") or float(ends[0])
@@ -190,5 +190,5 @@ def _karras(schedule: Schedule, known: Doubles, own: Doubles, multistep: bool, s
 
 
 def _nearest_times(sigmas: Doubles, logs: Doubles) -> Doubles:
-    """The timesteps of sigmas, between two training timesteps by their logarithms."""
+    """Return the timesteps of sigmas, interpolated between training timesteps over log sigma."""
     return np.interp(np.log(np.maximum(sigmas, 1e-10)), logs, np.arange(len(logs)))

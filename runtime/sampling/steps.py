@@ -1,16 +1,16 @@
-"""What one network call of a sampler computes, as scalars: a function of the schedule and the number of steps alone.
+"""The scalars of each network call of a sampler: a function of the schedule and the number of steps alone.
 
-Every sampler here is linear between two network calls, apart from the clipping of the predicted image. The state is an
-array `x`, which is also what the network sees, and what a solver of higher order remembers, by name:
+Every sampler here is linear between two network calls, except for the clipping of the predicted image. The state is an
+array `x`, the network's input, and the arrays that a solver of higher order remembers, by name:
 
-    image = clip(image_x * x + image_out * out)                what the network says the picture is
-    x'    = sum of next[name] * array[name] + noise * z        over x, out, image and what is remembered
-    kept  = sum of keep[kept][name] * array[name]              what the next call will remember
+    image = clip(image_x * x + image_out * out)                the image that the network predicts
+    x'    = sum of next[name] * array[name] + noise * z        over x, out, image and the remembered arrays
+    kept  = sum of keep[kept][name] * array[name]              remembered for the next call
 
-Samplers that are written down for another scaling of the state (Euler, Heun: x / alpha) are rewritten in the network's,
-so that no call has to scale its input.
+Samplers with another scaling of the state in their papers (Euler, Heun: x / alpha) are rewritten in the scaling of the
+network, so that no call has to scale its input.
 
-With a `Correction` what quantization noise does to the variance of x' is taken out of the sampler's own noise, see
+With a `Correction` the variance that quantization noise adds to x' is subtracted from the sampler's own noise, see
 correction.py. Only the noise changes; the direction keeps the sigma that it was derived with.
 """
 
@@ -26,7 +26,7 @@ from ..signature import Images, Timestep
 from .schedule import Schedule
 
 State = dict[str, Images]
-"""`x` and what is remembered, each float32 `[B, C, H, W]`."""
+"""`x` and the remembered arrays, each float32 `[B, C, H, W]`."""
 Weights = Mapping[str, float]
 FIRST = 0  # the stage of every call of a sampler that calls the network once a step
 
@@ -35,8 +35,8 @@ FIRST = 0  # the stage of every call of a sampler that calls the network once a 
 class Step:
     """One network call and the scalars around it, see the module's formulas.
 
-    `sigma` is the sampler's own standard deviation of the noise. `stage` tells calls apart that a solver makes in one
-    step (Heun: 0 and 1): their errors are different ones, though their timestep may be the same.
+    `sigma` is the standard deviation of the sampler's own noise. `stage` numbers the calls within one step (Heun: 0 and
+    1): their errors differ, though their timestep may be the same.
     """
 
     timestep: Timestep
@@ -59,7 +59,7 @@ class Step:
         return self.next.get("x", 0.0) + self.next.get("image", 0.0) * self.image_x
 
     def advance(self, state: State, out: Images, scratch: Images) -> State:
-        """The state behind this call without its noise; `out` and `scratch` may be used again afterwards."""
+        """Return the state after this call, without its noise; `out` and `scratch` may be reused afterwards."""
         arrays = {**state, "out": out}
         rows = {**self.keep, "x": self.next}
         if any("image" in row for row in rows.values()):
@@ -74,7 +74,7 @@ class Step:
         }
 
     def _without_image(self, row: Weights) -> Weights:
-        """Two passes over the arrays instead of four: where nothing is clipped, the image is a sum as well."""
+        """Return the row without the image, which is itself a sum unless it is clipped: two passes instead of four."""
         if "image" not in row:
             return row
         share = row["image"]
@@ -85,7 +85,7 @@ class Step:
 
     @staticmethod
     def _same(row: Weights, state: State) -> Images | None:
-        """An array that is remembered as it is; nobody writes to a state again. x is always a new one."""
+        """Return an array that is kept unchanged, or None. States are never written to again; x is always new."""
         (name, weight), *more = row.items()
         return state.get(name) if weight == 1.0 and not more else None
 
@@ -104,7 +104,7 @@ class Solver:
 
 
 def _sum(row: Weights, arrays: Mapping[str, Images], scratch: Images) -> Images:
-    """The weighted sum as a new array; terms whose weight is 0 cost nothing."""
+    """Return the weighted sum as a new array; terms of weight 0 cost nothing."""
     terms = [(weight, arrays[name]) for name, weight in row.items() if weight]
     if not terms:
         return np.zeros_like(scratch)
@@ -116,11 +116,11 @@ def _sum(row: Weights, arrays: Mapping[str, Images], scratch: Images) -> Images:
 
 
 def image_of(schedule: Schedule, alpha: float, sigma: float) -> tuple[float, float]:
-    """(image_x, image_out), where x = alpha * image + sigma * noise. Raises InputError where alpha is 0 and matters."""
+    """Return (image_x, image_out) for x = alpha * image + sigma * noise. Raises InputError for epsilon at alpha 0."""
     kind = schedule.prediction
     if kind == "epsilon":
         if alpha == 0:
-            raise InputError("epsilon says nothing about the image where the schedule has no signal left")
+            raise InputError("epsilon does not determine the image where the schedule has no signal left")
         return 1 / alpha, -sigma / alpha
     if kind == "v_prediction":
         return alpha, -sigma
@@ -130,7 +130,7 @@ def image_of(schedule: Schedule, alpha: float, sigma: float) -> tuple[float, flo
 
 
 def noise_of(schedule: Schedule, alpha: float, sigma: float) -> tuple[float, float]:
-    """The noise in x as (share of x, share of the output), where x = alpha * image + sigma * noise."""
+    """Return the noise in x as (share of x, share of the output), where x = alpha * image + sigma * noise."""
     kind = schedule.prediction
     if kind == "epsilon":
         return 0.0, 1.0

@@ -140,7 +140,7 @@ def test_the_released_form_knows_epsilon_only() -> None:
     schedule = Schedule.from_config({"beta_schedule": "linear", "prediction_type": "v_prediction"})
     deployment = Deployment.of(schedule, "ddim", 5, 1.0)
     correction = planted(deployment, schedule, form="ptqd-released")
-    with pytest.raises(InputError, match="knows epsilon, not v_prediction") as caught:
+    with pytest.raises(InputError, match="is defined for epsilon, not v_prediction") as caught:
         Stepper(deployment.solver(schedule), correction)
     assert caught.value.hint == "use form ptqd"
 
