@@ -8,7 +8,7 @@ VENV := .venv
 # Holds while what is installed is what pyproject.toml asks for.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check venv clean
+.PHONY: demo test quick check venv clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mezzotint demo -o out/demo
@@ -16,6 +16,10 @@ demo: $(STAMP)
 # Two workers, one file each at a time, one thread per torch call: the same on every machine, and no more than two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations 10 $(PYTEST_ARGS)
+
+# The loop while editing: what needs no torch and no browser, and is not slow; under a minute on two cores.
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --quick -q $(PYTEST_ARGS)
 
 check: $(STAMP)
 	tools/check

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph.constant_folding import infer_shapes
-from tests.helpers import golden
+from tests.helpers import golden, tiers
 from tests.helpers.tiny import context_in, program_of, tiny_program
 
 # the fixtures of the front ends, the API and the command line; the browser
@@ -26,6 +26,26 @@ Check = Callable[..., Program]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/passes/golden/*/*.after.txt")
+    parser.addoption("--quick", action="store_true", help="only tests that are not slow and need no torch or browser")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out, with --quick, the files that need torch or are slow."""
+    if not config.getoption("--quick") or collection_path.suffix != ".py":
+        return None
+    return None if tiers.is_quick(collection_path.relative_to(tiers.TESTS).as_posix()) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tiers.mark(items)
+    if config.getoption("--quick"):
+        items[:] = [item for item in items if item.get_closest_marker("pure") or item.get_closest_marker("onnxruntime")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    with tiers.check(item):
+        return (yield)
 
 
 @pytest.fixture
