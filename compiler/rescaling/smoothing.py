@@ -30,7 +30,7 @@ from ..graph.ops import Layer
 from .scaling import Factors
 
 ROUNDED_ROWS = 256
-RANGE_SHRINKS = (1.0, 0.9, 0.8, 0.7)  # of the range of a row of weights: the coarse form of choose_scales' search
+COARSE_SHRINKS = (1.0, 0.9, 0.8, 0.7)  # of the range of a row of weights: the coarse form of choose_scales' search
 
 
 class GroupedWeight:
@@ -110,8 +110,8 @@ class Reader:
             error -= rows
             return np.asarray(np.einsum("grct,grct->grc", error, error, dtype=np.float64))
 
-        least = errors(RANGE_SHRINKS[0])
-        for shrink in RANGE_SHRINKS[1:] if self._widths.clipped else ():
+        least = errors(COARSE_SHRINKS[0])
+        for shrink in COARSE_SHRINKS[1:] if self._widths.clipped else ():
             sums = errors(shrink)
             better = sums.sum(axis=2) < least.sum(axis=2)
             least[better] = sums[better]

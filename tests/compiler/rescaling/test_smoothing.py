@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from mezzotint.compiler.core.formats import Format, dequantize, quantize, scale_for_range
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rescaling.smoothing import (
-    RANGE_SHRINKS,
+    COARSE_SHRINKS,
     Evidence,
     GroupedWeight,
     Widths,
@@ -79,7 +79,7 @@ def slow_noise(
         mine = [(c, w * factors[c]) for r, c, w in every if r == row]
         limit = max(abs(w) for _, w in mine)
         tried = []
-        for shrink in RANGE_SHRINKS if widths.clipped else (1.0,):
+        for shrink in COARSE_SHRINKS if widths.clipped else (1.0,):
             step = limit * shrink / qmax
             errors = [(c, max(-qmax, min(qmax, round(w / step))) * step - w) for c, w in mine]
             tried.append((sum(e * e for _, e in errors), errors))
@@ -183,7 +183,7 @@ def test_the_expected_noise_is_that_of_real_rounding(widths: Widths, alpha: floa
     best = np.zeros_like(scaled_w)
     for column in range(rows):
         tried = []
-        for shrink in RANGE_SHRINKS:
+        for shrink in COARSE_SHRINKS:
             limit = np.abs(scaled_w[:, column]).max() * shrink
             grid = scale_for_range(-limit, limit, fmt)
             tried.append(dequantize(quantize(scaled_w[:, column], *grid, fmt), *grid))
