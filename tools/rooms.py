@@ -15,6 +15,7 @@ import ast
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +56,7 @@ def sources(root: Path, tops: tuple[str, ...] = (*TOPS, "tests", "tools")) -> li
 
 def imports(root: Path, path: Path) -> list[Import]:
     """Return every import of a file: statements anywhere, `import_module("...")` and `__import__("...")`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
-    return list(_imports(tree, _package(root, path), root, lazy=False))
+    return list(_imports(_tree(path.read_text(encoding="utf-8")), _package(root, path), root, lazy=False))
 
 
 def room_of(root: Path, path: Path) -> str:
@@ -146,6 +146,11 @@ def purpose(root: Path, room: str) -> str:
     """Return the first paragraph of a room's docstring."""
     docstring = ast.get_docstring(ast.parse((root / room / "__init__.py").read_text(encoding="utf-8"))) or ""
     return " ".join(docstring.partition("\n\n")[0].split())
+
+
+@cache
+def _tree(source: str) -> ast.Module:
+    return ast.parse(source, feature_version=(3, 10))
 
 
 def _package(root: Path, path: Path) -> list[str]:
