@@ -80,7 +80,9 @@ class RescalingSite:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A product of two activations, query times key; q s and k / s have the same product. `reason` is why it has none.
+    """A product of two activations, query times key; q s and k / s have the same product.
+
+    `reason` says why it takes no factors; it is empty for a pair that does.
 
     There is a factor for each head and channel if the heads can be separated, else one for each channel of a head.
     """
