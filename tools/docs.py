@@ -131,8 +131,8 @@ def commands() -> str:
         "--title",
         "Commands",
     ]
-    told = subprocess.run(line, capture_output=True, text=True, check=True, cwd=DOCS.parent, timeout=120).stdout
-    title, _, rest = told.partition("\n")
+    text = subprocess.run(line, capture_output=True, text=True, check=True, cwd=DOCS.parent, timeout=120).stdout
+    title, _, rest = text.partition("\n")
     return f"{title}\n\n{GENERATED}\n{rest.strip()}\n"
 
 

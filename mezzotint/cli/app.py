@@ -190,13 +190,14 @@ def sample(
     from mezzotint.runtime.bundle.bundle import open_bundle
     from mezzotint.runtime.sampling.options import SamplingOptions
 
-    from ..io.settings import load_conditions
+    from ..io.settings import load_condition_files
     from ..shards.draw import check_output, sample_rows, sample_to_path
     from ..shards.shards import IMAGES_PER_SHARD, ShardOptions
     from ..text import console
 
     check_output(output, shard_size=shard_size, format=format_, shards=shards)
     opened = open_bundle(bundle)
+    rows, unconditional_rows = load_condition_files(conditions, unconditional)
     options = SamplingOptions(
         sampler=sampler,
         steps=steps,
@@ -205,8 +206,8 @@ def sample(
         seed=seed,
         batch=batch,
         correction=correction,
-        conditions={} if conditions is None else load_conditions(conditions),
-        unconditional={} if unconditional is None else load_conditions(unconditional),
+        conditions=rows,
+        unconditional=unconditional_rows,
     )
     shard_options = ShardOptions(shard_size or IMAGES_PER_SHARD, format_ or "npz", force=force)
     with shown(quiet=quiet or json) as report:

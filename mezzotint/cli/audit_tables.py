@@ -33,7 +33,11 @@ def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
             bundle.model_path.relative_to(bundle.path).as_posix(): bundle.model_path
         }
     elif model.exists() and model.suffix != ".onnx":
-        raise BundleError("neither a bundle's folder nor an .onnx file", where=str(model))
+        raise BundleError(
+            "neither a bundle's folder nor an .onnx file",
+            where=str(model),
+            hint="give the folder that `compile` wrote, or a file that ends in .onnx",
+        )
     with TemporaryDirectory() as folder:
         return {
             name: audit_fusion(file, Path(folder), threads=threads, islands=islands) for name, file in files.items()

@@ -31,9 +31,10 @@ def debug(
 
     from ..debug.diagnose import diagnose
     from ..debug.tables import print_diagnosis
-    from ..io.settings import load_conditions
+    from ..io.settings import load_condition_files
     from ..text import console
 
+    rows, unconditional_rows = load_condition_files(conditions, unconditional)
     with shown(quiet=quiet or json) as report:
         diagnosis = diagnose(
             open_bundle(bundle),
@@ -41,8 +42,8 @@ def debug(
             pictures,
             calls=calls,
             seed=seed,
-            conditions=None if conditions is None else load_conditions(conditions),
-            unconditional=None if unconditional is None else load_conditions(unconditional),
+            conditions=rows,
+            unconditional=unconditional_rows,
             threads=threads,
             progress=report,
         )

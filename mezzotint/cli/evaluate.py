@@ -43,27 +43,19 @@ def evaluate(
     """Compare a bundle's images with those of the float model, with confidence intervals, and the cost of a call."""
     from mezzotint.runtime.bundle.bundle import open_bundle
 
+    from ..evaluate.options import EvaluationOptions
     from ..evaluate.report import OTHER_WEIGHTS, print_evaluation
-    from ..evaluate.run import PAGE_FILE, evaluate_bundle
-    from ..io.settings import load_conditions
+    from ..evaluate.run import PAGE_FILE, evaluate_with
+    from ..io.settings import load_condition_files
     from ..text import console
 
+    rows, unconditional_rows = load_condition_files(conditions, unconditional)
+    options = EvaluationOptions(
+        pictures, seed, batch, rows, unconditional_rows, features, correction, speed, resamples=resamples
+    )
     with shown(quiet=quiet or json) as report:
-        evaluation = evaluate_bundle(
-            open_bundle(bundle),
-            reference,
-            pictures,
-            seed=seed,
-            batch=batch,
-            threads=threads,
-            conditions=None if conditions is None else load_conditions(conditions),
-            unconditional=None if unconditional is None else load_conditions(unconditional),
-            features=features,
-            correction=correction,
-            output=output,
-            speed=speed,
-            resamples=resamples,
-            progress=report,
+        evaluation = evaluate_with(
+            open_bundle(bundle), reference, options, output=output, threads=threads, progress=report
         )
     if json:
         if not evaluation.reference["same_weights"]:

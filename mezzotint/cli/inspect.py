@@ -49,11 +49,11 @@ def inspect(
         from ..inspect.measure import PageOptions
         from ..inspect.page import write_page
         from ..io.images import check_place
-        from ..io.settings import load_conditions
+        from ..io.settings import load_condition_files
         from ..text import console
 
         check_place(html)
-        rows = [None if file is None else load_conditions(file) for file in (conditions, unconditional)]
+        rows = load_condition_files(conditions, unconditional)
         options = PageOptions(reference, pictures, calls, profile, rows[0], rows[1], seed, threads)
         with shown(quiet=quiet or json) as report:
             write_page(opened, html, options, report)

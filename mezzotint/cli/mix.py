@@ -40,11 +40,12 @@ def mix(
     json: Json = False,
 ) -> None:
     """Mix bundles of one network into one that chooses a precision at each network call."""
-    from ..io.settings import load_conditions, parse_bundles, parse_costs
+    from ..io.settings import load_condition_files, parse_bundles, parse_costs
     from ..mix.mix import mix_bundles
     from ..text import console
     from ..text.report_mix import mix_rows, mix_summary, print_precisions
 
+    rows, unconditional_rows = load_condition_files(conditions, unconditional)
     with shown(quiet=quiet or json) as report:
         mixed = mix_bundles(
             parse_bundles(bundles),
@@ -58,8 +59,8 @@ def mix(
             pictures=pictures,
             batch=batch,
             seed=seed,
-            conditions=None if conditions is None else load_conditions(conditions),
-            unconditional=None if unconditional is None else load_conditions(unconditional),
+            conditions=rows,
+            unconditional=unconditional_rows,
             threads=threads,
             force=force,
             progress=report,

@@ -32,6 +32,7 @@ from . import cost as eval_cost
 from . import metrics as eval_metrics
 from .extractors import NONE, Extractor, default_extractor, open_extractor
 from .images import measure_images
+from .options import EvaluationOptions
 from .report import markdown
 from .result import Evaluation
 from .shards import PAIR_FORMAT, SHARD_SIZE, PairSampler
@@ -60,35 +61,48 @@ def evaluate_bundle(
 ) -> Evaluation:
     """Compare the bundle with `reference`, the float .onnx: images, and with `speed` the time and memory of a call.
 
-    `features` is a name of extractors.py, `conditions` are `[n, ...]` or `[1, ...]`, `correction` is that of
-    `Bundle.sample`. Without a seed the noise is one that no pass has seen. Without `speed` the same evaluation gives
-    the same bytes. Every refusal comes before the first network call: InputError for settings that are impossible or
-    differ from those of the run in the folder; OutputError where the folder cannot be written.
+    The options are those of `EvaluationOptions`. With `output`, a folder, a run that was stopped is resumed. Without
+    `speed` the same evaluation gives the same bytes. Every refusal comes before the first network call: InputError for
+    settings that are impossible or differ from those of the run in the folder; OutputError where the folder cannot be
+    written.
     """
-    if n < 1 or batch < 1 or shard_size < 1:
-        raise InputError(f"{n} images in batches of {batch}", hint="ask for at least one of each")
+    options = EvaluationOptions(
+        n, seed, batch, conditions or {}, unconditional or {}, features, correction, speed, resamples, shard_size
+    )
+    return evaluate_with(bundle, reference, options, output=output, threads=threads, progress=progress)
+
+
+def evaluate_with(
+    bundle: Bundle,
+    reference: str | Path,
+    options: EvaluationOptions,
+    *,
+    output: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Do the work of `evaluate_bundle`, for its options as one value."""
     float_model = ReferenceModel(bundle, reference, threads=threads)
     float_model.check()
-    batch = _batch(bundle, float_model.network, batch, n, threads)
     sampler = PairSampler(
         bundle,
         float_model,
-        unseen_seed(bundle) if seed is None else seed,
-        batch,
+        unseen_seed(bundle) if options.seed is None else options.seed,
+        _batch(bundle, float_model.network, options.batch, options.n, threads),
         threads,
-        correction,
-        dict(conditions or {}),
-        dict(unconditional or {}),
+        options.correction,
+        dict(options.conditions),
+        dict(options.unconditional),
     )
     folder = None if output is None else Path(output)
-    job = _prepare(sampler, n, folder, shard_size, features, resamples)
-    if job.begun and (earlier := _finished(job, speed)) is not None:
+    job = _prepare(sampler, options, folder)
+    if job.begun and (earlier := _finished(job, options.speed)) is not None:
         return earlier
     with TemporaryDirectory() as work:
         same_weights = float_model.has_weights_of(float_model.program(Path(work)))
     numbers = measure_images(sampler, job.run, job.extractor, job.no_features, keep=job.keep, progress=progress)
-    metrics = _metrics(numbers, resamples, progress)
-    timed, memory = _measure_cost(sampler, progress) if speed else (None, None)
+    metrics = _metrics(numbers, options.resamples, progress)
+    timed, memory = _measure_cost(sampler, progress) if options.speed else (None, None)
     evaluation = _evaluation(job, same_weights, numbers, metrics, timed, memory)
     if folder is not None:
         _write(folder, evaluation)
@@ -112,18 +126,16 @@ class _Job:
     key: dict[str, Any]
 
 
-def _prepare(
-    sampler: PairSampler, n: int, folder: Path | None, shard_size: int, features: str | None, resamples: int
-) -> _Job:
+def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | None) -> _Job:
     """Step 1: return the job. Raises InputError, OutputError for settings and folders that are refused."""
-    bundle = sampler.bundle
+    bundle, n, features = sampler.bundle, options.n, options.features
     deployment, table = bundle.plan(), bundle.correction
     settings = {
         "bundle": bundle.manifest.digest,
         "reference": network_digest(sampler.reference.path),
         "sample_shape": list(bundle.sample_shape),
         "pictures": n,
-        "shard_size": -(-shard_size // sampler.batch) * sampler.batch,
+        "shard_size": -(-options.shard_size // sampler.batch) * sampler.batch,
         "format": PAIR_FORMAT,
         "seed": sampler.seed,
         "sampler": deployment.sampler,
@@ -142,7 +154,7 @@ def _prepare(
         "layout": EVALUATION_LAYOUT,
         "run": run.digest,
         "features": None if extractor is None else [extractor.name, extractor.digest],
-        "resamples": resamples,
+        "resamples": options.resamples,
     }
     return _Job(sampler, run, folder is not None, begun, extractor, reason or "no features were requested", key)
 

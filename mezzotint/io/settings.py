@@ -93,6 +93,11 @@ def parse_costs(items: list[str]) -> dict[str, float]:
     return costs
 
 
+def load_condition_files(*paths: Path | None) -> list[dict[str, npt.NDArray[Any]]]:
+    """Return the arrays of each .npz file by name, none for an absent file. Raises ConditionError."""
+    return [{} if path is None else load_conditions(path) for path in paths]
+
+
 def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of an .npz file by name; pickled objects are refused. Raises ConditionError."""
     try:
@@ -106,8 +111,10 @@ def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
         EOFError,
         BadZipFile,
     ) as error:  # the last four: no archive
+        # numpy takes anything else for a pickle, and its advice would run the file's code.
+        reason = "it is no .npz archive of plain arrays" if "pickle" in str(error) else error
         raise ConditionError(
-            f"cannot read the conditions: {error}",
+            f"cannot read the conditions: {reason}",
             where=str(path),
             hint="write them with numpy.savez(FILE, name=array)",
         ) from error

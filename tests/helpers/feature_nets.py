@@ -85,11 +85,11 @@ def feature_net(path: Path, size: int = 8, logits: bool = True) -> Path:
     """An ONNX network with FEATURES features, and CLASSES logits, of grey pictures."""
     rng = np.random.default_rng(3)
     pixels = size * size
-    told = f", float[batch,{CLASSES}] logits" if logits else ""
+    second_output = f", float[batch,{CLASSES}] logits" if logits else ""
     last = "logits = MatMul (features, v)" if logits else ""
     model = onnx.parser.parse_model(f"""
     <ir_version: 10, opset_import: ["" : 21]>
-    net (float[batch,1,{size},{size}] x) => (float[batch,{FEATURES}] features{told})
+    net (float[batch,1,{size},{size}] x) => (float[batch,{FEATURES}] features{second_output})
     {{
         flat = Flatten <axis = 1> (x)
         features = MatMul (flat, w)

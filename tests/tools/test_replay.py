@@ -45,9 +45,9 @@ def failed(tiny: Program, context: Context, tmp_path: Path) -> Path:
         pipeline.run_passes(tiny, [*passes[:MEASURED], Breaks(), *passes[MEASURED:]], context, reproducer=folder)
     program, pending = snapshot.load_program(folder)
     assert [p["pass"] for p in pending] == ["breaks", *(p.name for p in passes[MEASURED:])]
-    mended = tmp_path / "mended.failed"
-    snapshot.save_program(program, mended, pending=pending[1:])
-    return mended
+    fixed = tmp_path / "fixed.failed"
+    snapshot.save_program(program, fixed, pending=pending[1:])
+    return fixed
 
 
 def test_the_pending_passes_run(replay: ModuleType, failed: Path, capsys: pytest.CaptureFixture[str]) -> None:

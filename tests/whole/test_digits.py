@@ -136,9 +136,9 @@ def test_sample_writes_what_the_api_draws(
     answers = [cli("sample", bundle.path, "-o", path, *common) for path in (raw, png)]
 
     assert [a.code for a in answers] == [0, 0], answers
-    told = json.loads(answers[0].out)
-    assert (told["pictures"], told["sampler"], told["eta"], told["steps"]) == (4, sampler, eta, STEPS)
-    assert told["correction"] is False
+    summary = json.loads(answers[0].out)
+    assert (summary["pictures"], summary["sampler"], summary["eta"], summary["steps"]) == (4, sampler, eta, STEPS)
+    assert summary["correction"] is False
     images: npt.NDArray[np.float32] = np.load(raw)
     expected = bundle.sample(4, sampler=sampler, eta=eta, seed=3, batch=3, threads=THREADS)
     np.testing.assert_array_equal(images, expected)

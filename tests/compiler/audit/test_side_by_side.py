@@ -69,7 +69,7 @@ class TestBothForms:
         self, hand: Compiled, program: Program, x: Floats, tmp_path: Path
     ) -> None:
         found = put_side_by_side(program, hand.bundle.model_path)
-        told = run(found, program, x, tmp_path)
+        measured = run(found, program, x, tmp_path)
         group = found.layers["second"]
         values = ["h1.act", "h1.act_dequantized", "h2", "h2_dequantized"]
         model = onnx.load(hand.bundle.model_path)
@@ -85,9 +85,9 @@ class TestBothForms:
         _, seen, made = session.run(["y", "h1.act_dequantized", "h2_dequantized"], feed)
 
         def of(fact: str) -> float:
-            return float(told[group.measurements[fact]])
+            return float(measured[group.measurements[fact]])
 
-        assert set(group.measurements) == set(MEASUREMENTS) and all(told[tap].size == 1 for tap in group.taps)
+        assert set(group.measurements) == set(MEASUREMENTS) and all(measured[tap].size == 1 for tap in group.taps)
         assert of("signal") == pytest.approx(np.sum(exact["h2"] ** 2), rel=1e-4)
         assert of("noise") == pytest.approx(np.sum((made - exact["h2"]) ** 2), rel=1e-2)
         assert of("x_signal") == pytest.approx(np.sum(exact["h1.act"] ** 2), rel=1e-4)

@@ -46,10 +46,10 @@ PLAIN = NoiseTables(None, None, True)
 def test_each_call_has_the_row_of_its_precision() -> None:
     tables = {"low": known(1), "high": known(7), "float": FLOAT}
     calls = ["low", "high", "low", "float"]
-    found, told = mixed_correction(tables, calls, DEPLOYMENT, STEPS)
+    found, note = mixed_correction(tables, calls, DEPLOYMENT, STEPS)
 
     assert found is not None
-    assert told == "regression, the rows of each call from low, high"
+    assert note == "regression, the rows of each call from low, high"
     for name in CORRECTION_TABLES:
         low, high, got = (getattr(c, name) for c in (tables["low"].correction, tables["high"].correction, found))
         np.testing.assert_array_equal(got[:3], [low[0], high[1], low[2]])
@@ -70,9 +70,9 @@ def test_each_call_has_the_row_of_its_precision() -> None:
     ],
 )
 def test_there_is_none_where_it_would_be_another(tables: dict[str, NoiseTables], calls: str, why: str) -> None:
-    found, told = mixed_correction(tables, list(calls), DEPLOYMENT, STEPS)
+    found, note = mixed_correction(tables, list(calls), DEPLOYMENT, STEPS)
     assert found is None
-    assert told.startswith("none: ") and why in told
+    assert note.startswith("none: ") and why in note
 
 
 def test_what_no_call_uses_does_not_count() -> None:

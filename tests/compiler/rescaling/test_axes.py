@@ -46,8 +46,8 @@ def test_a_reshape_is_undone_or_refused(sizes: list[int], data: st.DataObject) -
     second = data.draw(st.sampled_from([n for n in divisors if (total // first) % n == 0]))
     before = (first, second, total // first // second)
     unknown = data.draw(st.sampled_from([None, 0, 1, 2]))
-    told: list[AxisSize] = [None if d == unknown else n for d, n in enumerate(before)]
-    layout = Layout.of(sizes, axis).reshaped(told)
+    target: list[AxisSize] = [None if d == unknown else n for d, n in enumerate(before)]
+    layout = Layout.of(sizes, axis).reshaped(target)
     if layout is not None:
         want = numbered(tuple(sizes), axis).reshape(before)
         np.testing.assert_array_equal(spelled(layout, before), want)

@@ -98,10 +98,10 @@ class TestBreakdown:
     def test_a_float_bundle_has_no_integer_kernels(self, hand: Compiled, tmp_path: Path) -> None:
         bundle = compile_model(hand.exported, tmp_path / "b", recipe="float", **SMALL)
 
-        told = bench.run_bench(bundle, threads=THREADS, repeats=1).to_json()
+        result = bench.run_bench(bundle, threads=THREADS, repeats=1).to_json()
 
-        assert told["floor"] == {"integer_kernels_ms": 0.0, "share": 0.0, "call_ms": 0.0}
-        assert INTEGER_GROUP not in [row["group"] for row in told["groups"]]
+        assert result["floor"] == {"integer_kernels_ms": 0.0, "share": 0.0, "call_ms": 0.0}
+        assert INTEGER_GROUP not in [row["group"] for row in result["groups"]]
 
     @pytest.mark.parametrize(
         ("op", "group"),
@@ -164,24 +164,24 @@ class TestMeasure:
     """The latency, and what is handed in."""
 
     def test_the_latency_is_measured_without_the_profiler(self, measured: bench.Bench) -> None:
-        told = measured.to_json()
+        result = measured.to_json()
 
-        assert json.loads(json.dumps(told)) == told
-        assert told["call_ms"]["median"] >= told["call_ms"]["minimum"] > 0
-        assert told["float_call_ms"]["median"] >= told["float_call_ms"]["minimum"] > 0
+        assert json.loads(json.dumps(result)) == result
+        assert result["call_ms"]["median"] >= result["call_ms"]["minimum"] > 0
+        assert result["float_call_ms"]["median"] >= result["float_call_ms"]["minimum"] > 0
         assert measured.floating is not None
         assert len(measured.floating.seconds) == len(measured.quantized.seconds) == 2 * 2 * 3
         assert len(measured.floating.blocks) == len(measured.quantized.blocks) == 2 * 2
         ratio = measured.floating.median / measured.quantized.median
-        assert told["speedup"] == pytest.approx(ratio, abs=1e-4)
-        low, high = told["speedup_range"]
+        assert result["speedup"] == pytest.approx(ratio, abs=1e-4)
+        low, high = result["speedup_range"]
         each = [s / q for s, q in zip(measured.floating.blocks, measured.quantized.blocks, strict=True)]
         assert (low, high) == pytest.approx((min(*each, ratio), max(*each, ratio)), abs=1e-4)
-        assert (told["peers"], told["fidelity"]) == ([], None)
-        assert told["floor"]["call_ms"] < told["call_ms"]["median"]
-        assert told["timestep"] == measured.bundle.deployment.timesteps[2]
-        assert told["inputs"] == {"x": "float32 [2, 1, 8, 8], random normal"}
-        assert any("without the profiler" in note for note in told["notes"])
+        assert (result["peers"], result["fidelity"]) == ([], None)
+        assert result["floor"]["call_ms"] < result["call_ms"]["median"]
+        assert result["timestep"] == measured.bundle.deployment.timesteps[2]
+        assert result["inputs"] == {"x": "float32 [2, 1, 8, 8], random normal"}
+        assert any("without the profiler" in note for note in result["notes"])
         timed = measured.bundle.denoiser(THREADS).session
         assert not timed.get_session_options().enable_profiling
 
@@ -242,34 +242,34 @@ class TestPeers:
     """Other quantizers of the same float model."""
 
     @pytest.fixture(scope="class")
-    def told(self, hand: Compiled) -> dict[str, Any]:
+    def result(self, hand: Compiled) -> dict[str, Any]:
         options: dict[str, Any] = {"batch": 2, "threads": THREADS, "repeats": 2, "rounds": 1, "calibration": 6}
         return bench.run_bench(hand.bundle, float_model=hand.exported, peers=peers.PEERS, **options).to_json()
 
-    def test_each_has_speed_size_and_fidelity(self, told: dict[str, Any], hand: Compiled) -> None:
-        peer = next(p for p in told["peers"] if p["peer"] == peers.ONNXRUNTIME)
+    def test_each_has_speed_size_and_fidelity(self, result: dict[str, Any], hand: Compiled) -> None:
+        peer = next(p for p in result["peers"] if p["peer"] == peers.ONNXRUNTIME)
 
-        assert json.loads(json.dumps(told, allow_nan=False)) == told
+        assert json.loads(json.dumps(result, allow_nan=False)) == result
         assert peer["error"] is None
         low, high = peer["speedup_range"]
         assert 0 < low <= peer["speedup"] <= high
-        assert peer["speedup"] == pytest.approx(told["float_call_ms"]["median"] / peer["call_ms"]["median"], rel=0.01)
-        assert peer["bytes"] > 0 and told["float_bytes"] == hand.exported.stat().st_size
-        for fidelity in (peer["fidelity"], told["fidelity"]):
+        assert peer["speedup"] == pytest.approx(result["float_call_ms"]["median"] / peer["call_ms"]["median"], rel=0.01)
+        assert peer["bytes"] > 0 and result["float_bytes"] == hand.exported.stat().st_size
+        for fidelity in (peer["fidelity"], result["fidelity"]):
             assert fidelity["pictures"] == 4 and 5 < fidelity["eps_sqnr_db_worst_step"] <= fidelity["eps_sqnr_db"]
 
-    def test_the_fidelity_is_that_of_a_paired_run(self, told: dict[str, Any], hand: Compiled) -> None:
+    def test_the_fidelity_is_that_of_a_paired_run(self, result: dict[str, Any], hand: Compiled) -> None:
         exact = Denoiser(hand.exported, hand.bundle.signature, threads=THREADS)
         nets = hand.bundle.denoisers(threads=THREADS)
         _, sqnr = paired_run(exact, nets, hand.bundle, 4, seed=unseen_seed(hand.bundle), batch=2)
 
-        assert told["fidelity"]["eps_sqnr_db"] == pytest.approx(sqnr.pooled(), rel=1e-6)
+        assert result["fidelity"]["eps_sqnr_db"] == pytest.approx(sqnr.pooled(), rel=1e-6)
 
     @pytest.mark.parametrize("name", peers.PEERS[1:])
-    def test_what_is_not_installed_is_reported(self, told: dict[str, Any], name: str) -> None:
+    def test_what_is_not_installed_is_reported(self, result: dict[str, Any], name: str) -> None:
         if name in peers.available():
             pytest.skip(f"{name} is installed")
-        peer = next(p for p in told["peers"] if p["peer"] == name)
+        peer = next(p for p in result["peers"] if p["peer"] == name)
 
         assert peer["error"] == "not installed"
         assert peer["call_ms"] is peer["speedup"] is peer["fidelity"] is None
@@ -288,10 +288,10 @@ class TestPeers:
         monkeypatch.setattr(peers, "prepare_peer", fail)
         words = ("--float", hand.exported, "--peers", "--repeats", 1, "--rounds", 1, "--calibration", 2, "--json")
 
-        told = json.loads(cli("bench", hand.bundle.path, *words).out)
+        result = json.loads(cli("bench", hand.bundle.path, *words).out)
 
-        assert [p["error"] for p in told["peers"]] == [None, *["RuntimeError: unsupported operation Foo"] * 4]
-        assert told["peers"][0]["speedup"] > 0
+        assert [p["error"] for p in result["peers"]] == [None, *["RuntimeError: unsupported operation Foo"] * 4]
+        assert result["peers"][0]["speedup"] > 0
 
     def test_conditions_are_calibrated_on(self, tmp_path: Path) -> None:
         source = write(hand_written(context="context"), tmp_path / "m.onnx")
@@ -352,14 +352,14 @@ class TestCommand:
     def test_in_json(self, cli: Cli, hand: Compiled) -> None:
         answer = cli("bench", hand.bundle.path, "--batch", 2, "--threads", 1, "--repeats", 2, "--json")
 
-        told = json.loads(answer.out)
-        assert (told["batch"], told["threads"], told["repeats"]) == (2, 1, 2)
-        assert (told["float_call_ms"], told["speedup"]) == (None, None)
-        assert 0 < told["floor"]["share"] < 1
-        for rows in (told["groups"], told["operations"]):
-            assert sum(row["nodes"] for row in rows) == told["profile"]["nodes"]
+        result = json.loads(answer.out)
+        assert (result["batch"], result["threads"], result["repeats"]) == (2, 1, 2)
+        assert (result["float_call_ms"], result["speedup"]) == (None, None)
+        assert 0 < result["floor"]["share"] < 1
+        for rows in (result["groups"], result["operations"]):
+            assert sum(row["nodes"] for row in rows) == result["profile"]["nodes"]
             assert sum(row["share"] for row in rows) == pytest.approx(1, abs=1e-4)
-            assert sum(row["ms"] for row in rows) == pytest.approx(told["profile"]["kernels_ms"], abs=2e-3)
+            assert sum(row["ms"] for row in rows) == pytest.approx(result["profile"]["kernels_ms"], abs=2e-3)
 
     @pytest.mark.parametrize("name", ["none.onnx", "text.onnx"])
     def test_a_float_model_that_is_none(self, cli: Cli, hand: Compiled, tmp_path: Path, name: str) -> None:
