@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     ConditionSource = Conditions | str | Path | None  # arrays, RANDOM, or an .npz file
 
-RECIPE = "w8a8-steps"
+RECIPE = "w8a8-best"
 RANDOM = "random"
 
 

@@ -62,7 +62,7 @@ def quality(bundle: Bundle, float_model: Path) -> tuple[float, float]:
 
 
 def test_compile_says_what_came_out(said: dict[str, Any], bundle: Bundle) -> None:
-    assert said["recipe"] == "w8a8-steps"
+    assert said["recipe"] == "w8a8-best"
     assert (said["integer_kernels"], said["float_kernels"]) == (54, 5)
     assert len(said["islands"]) == 5
     assert said["model_bytes"] < 0.28 * said["parameter_bytes_before"]
@@ -173,7 +173,7 @@ def test_inspect_tells_people_and_programs(cli: Cli, bundle: Bundle) -> None:
 
     assert text.code == 0
     for word in (
-        "w8a8-steps",
+        "w8a8-best",
         "54 integer, 5 float",
         "freeze_time",
         "choose_scales",
