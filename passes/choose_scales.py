@@ -3,7 +3,8 @@
 - Activations (uint8, per tensor): from the summaries of observe, by `minmax`, `percentile` or `mse`
   (compiler/scales/ranges.py has the formulas).
 - Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
-  channel (compiler/scales/weights.py).
+  channel (compiler/scales/weights.py). Without `per_channel` the channels of a weight have one scale in common, as in
+  DFQ (arXiv 1906.04721).
 
 Every range contains 0.
 
@@ -32,6 +33,7 @@ class ChooseScales(Pass):
 
     - `activations`, `weights`: the methods.
     - `percentile`: in percent; used by the method `percentile` only.
+    - `per_channel`: a scale for each output channel of a weight, otherwise one for the whole weight.
     - `activation_bits`, `weight_bits`: widths in bits. The file stores weights of 2 bits in 2, of 3 and 4 bits in 4,
       and of 5 to 8 bits in 8.
     """
@@ -41,6 +43,7 @@ class ChooseScales(Pass):
     percentile: float = 99.999
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    per_channel: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats"})
     gives: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -75,7 +78,8 @@ class ChooseScales(Pass):
         """Add one quantizer for a weight; a layer that shares the weight along another axis gets its own."""
         site = Site(name_of(layer.weight))
         shared = quantizers.get(site)
-        if shared is None:
-            quantizers[site] = weight_quantizer(layer, fmt, self.weights, self.name)
-        elif shared.axis != layer.weight_axis:
-            quantizers[Site(site.value, layer.name)] = weight_quantizer(layer, fmt, self.weights, self.name)
+        if shared is not None:
+            if shared.axis == layer.weight_axis:
+                return
+            site = Site(site.value, layer.name)
+        quantizers[site] = weight_quantizer(layer, fmt, self.weights, self.name, per_channel=self.per_channel)

@@ -53,10 +53,13 @@ class FitNoise(Pass):
 
     - `form`: `regression`, `ptqd` or `ptqd-released`.
     - `gate`: keep only terms that help on held-out noise; otherwise all are kept, as in the papers.
+    - `noise`: reduce the sampler's noise by the variance that the remaining error adds. PTQD does this; D2-DPM's
+      deterministic form does not.
     """
 
     form: str = "regression"
     gate: bool = True
+    noise: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
     gives: ClassVar[frozenset[str]] = frozenset({"correction"})
@@ -92,6 +95,8 @@ class FitNoise(Pass):
         self._follow(program, fresh, f"{self.name}, held out", judge)
         if self.form == "regression":
             correction = states.measured(correction, steps)
+        if not self.noise:
+            correction = replace(correction, excess=np.zeros_like(correction.excess))
         candidates = {
             parts: fit.gated(correction, steps, held_out, states, allowed) for parts, allowed in ALLOWED.items()
         }

@@ -112,7 +112,7 @@ def _compiled(target: Path, sampler: str, bits: int, steps: int, threads: int, r
     return compile_model(
         "digits",
         target,
-        recipe="d2-dpm",
+        recipe="d2-dpm-gated",
         settings={"choose_scales.weight_bits": bits},
         sampler=sampler,
         eta=SAMPLERS[sampler],

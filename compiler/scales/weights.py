@@ -1,4 +1,4 @@
-"""Quantizers of weights: symmetric, one scale for each output channel.
+"""Quantizers of weights: symmetric, one scale for each output channel, or the same one for all of them.
 
 minmax  the largest magnitude of the channel
 mse     the share of it, in 21 steps from 1 to 0.6, with the least squared error of rounding and clipping together (the
@@ -28,14 +28,21 @@ def weight_format(bits: int) -> Format:
     return INT8 if bits == 8 else Format(bits, signed=True, symmetric=True)
 
 
-def weight_quantizer(layer: Layer, fmt: Format, method: WeightMethod, by: str) -> Quantizer:
-    """Return the quantizer of a layer's weight along its output channels; `by` is the name of the pass."""
+def weight_quantizer(
+    layer: Layer, fmt: Format, method: WeightMethod, by: str, *, per_channel: bool = True
+) -> Quantizer:
+    """Return the quantizer of a layer's weight along its output channels; `by` is the name of the pass.
+
+    Without `per_channel` all channels have the scale of the whole weight. It is still written once for each of them:
+    the form of the file, and so its kernels, are the same.
+    """
     axis = required(layer.weight_axis, "the output axis of the weight", layer.node)
     weight = np.moveaxis(numpy_of(required(layer.weight, "the weight", layer.node)), axis, 0)
-    rows = weight.reshape(len(weight), -1)
+    rows = weight.reshape(len(weight) if per_channel else 1, -1)
     limit = np.abs(rows).max(axis=1)
     if method == "mse":
         limit = limit * _best_shrinks(rows, limit, fmt)
+    limit = np.broadcast_to(limit, len(weight))
     scale, zero = scale_for_range(-limit, limit, fmt)
     return Quantizer(fmt, scale, zero, by, axis=axis)
 

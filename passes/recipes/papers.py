@@ -10,6 +10,7 @@ from mezzotint.compiler.core.pipeline import Pass, Recipe
 
 from ..allocate_steps import AllocateSteps
 from ..assign_bits import AssignBits
+from ..choose_scales import ChooseScales
 from ..correct_bias import CorrectBias
 from ..correct_softmax import CorrectSoftmax
 from ..dilate_weights import DilateWeights
@@ -32,6 +33,26 @@ def _against_w8a8(name: str, claim: str, paper: str, description: str, passes: t
     return Recipe(name, description, passes, paper=paper, baseline="w8a8", claim=claim)
 
 
+TENSOR = ChooseScales(per_channel=False)
+EVERY_CALL = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS)
+"""A row of scales for each call. Every gain counts, so all activations get tables."""
+
+BASELINES = (
+    Recipe(
+        "w8a8-time",
+        "w8a8 with a time embedding that is computed and quantized like all other layers, not stored as tables",
+        tuple(step for step in static() if step.name != "freeze_time"),
+        paper="what TFMQ-DM, arXiv 2311.16503, is compared with",
+    ),
+    Recipe(
+        "w8a8-tensor",
+        "w8a8 with one scale for each weight, not one for each of its output channels",
+        static(scales=TENSOR),
+        paper="what DFQ, arXiv 1906.04721, is compared with",
+    ),
+)
+"""Where papers start from: w8a8 with a loss that their method repairs."""
+
 TIMESTEPS = (
     Recipe(
         "tdq",
@@ -44,16 +65,16 @@ TIMESTEPS = (
     Recipe(
         "tfmq",
         "time features stored as tables, and finite set calibration: a row of scales for each activation and call",
-        # Every gain counts, so all activations get tables.
-        (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS),
-        paper="TFMQ-DM, arXiv 2311.16503 (without its reconstruction-based weight rounding)",
-        baseline="w8a8",
+        EVERY_CALL,
+        paper="TFMQ-DM, arXiv 2311.16503 (time features cached in float, so there is nothing to reconstruct; without "
+        "its block reconstruction of the other weights)",
+        baseline="w8a8-time",
         claim="w4a8",
     ),
     Recipe(
         "pcr",
-        "w8a8-steps with a row of scales for each call, measured behind the quantized calls before it",
-        (*TIMED, GroupSteps(method="each"), StepScales(), *INTEGER_OPERATIONS, SettleScales()),
+        "tfmq with scales for each call that are measured behind the quantized calls before it",
+        (*EVERY_CALL, SettleScales()),
         paper="PCR: progressive calibration (Progressive Calibration and Activation Relaxing, arXiv 2311.06322), "
         "without its 10-bit calls",
         baseline="tfmq",
@@ -61,16 +82,33 @@ TIMESTEPS = (
     ),
     _against_w8a8(
         "ptqd-w8a8",
-        "w8a8",
-        "PTQD, arXiv 2305.10657",
-        "w8a8 with a sampling loop that corrects the quantization noise, in the form of the paper",
+        "w4a8",
+        "PTQD, arXiv 2305.10657 (its three corrections at every call, in the closed forms of the paper; without the "
+        "block reconstruction of its base quantizer; its widths by step are `mezzotint mix`)",
+        "w8a8 with a sampling loop that corrects the quantization noise as the paper writes it, helpful or not",
+        static(behind=(FitNoise(form="ptqd", gate=False),)),
+    ),
+    _against_w8a8(
+        "ptqd-gated",
+        "w4a8",
+        "PTQD, arXiv 2305.10657, and a choice of ours on images from noise that the fit did not see",
+        "ptqd-w8a8 with only those terms that bring images nearer to the float network's",
         static(behind=(FitNoise(form="ptqd"),)),
     ),
     _against_w8a8(
         "d2-dpm",
         "w8a8",
-        "D2-DPM (its deterministic form), arXiv 2501.08180",
-        "w8a8 with a sampling loop that corrects the quantization noise by a regression on the quantized output",
+        "D2-DPM, arXiv 2501.08180 (its deterministic form at every call; means for each channel, and no values dropped "
+        "as outliers)",
+        "w8a8 with a sampling loop that replaces each prediction by its regression on the quantized output",
+        static(behind=(FitNoise(gate=False, noise=False),)),
+    ),
+    _against_w8a8(
+        "d2-dpm-gated",
+        "w8a8",
+        "D2-DPM, arXiv 2501.08180, PTQD's reduced sampler noise, arXiv 2305.10657, and a choice of ours on images from "
+        "noise that the fit did not see",
+        "d2-dpm with less noise of the sampler, and only those terms that bring images nearer to the float network's",
         static(behind=(FitNoise(),)),
     ),
     _against_w8a8(
@@ -112,14 +150,15 @@ SHORTCUTS = (
 )
 
 FACTORS = (
-    _against_w8a8(
+    Recipe(
         "dfq",
-        "w8a8",
-        "DFQ, arXiv 1906.04721 (no absorption of biases; means are measured, since there is no batch normalization; "
-        "weights have a scale per channel, while the paper gains most with one per tensor)",
-        "w8a8 with equal ranges of the channels between two layers, and biases corrected by the mean error of their "
-        "layer",
-        static(EqualizeWeights(), behind=(CorrectBias(steps="mean"),)),
+        "w8a8-tensor with equal ranges of the channels between two layers, and biases corrected by the mean error of "
+        "their layer",
+        static(EqualizeWeights(), scales=TENSOR, behind=(CorrectBias(steps="mean"),)),
+        paper="DFQ, arXiv 1906.04721 (one scale for each weight; no absorption of biases; means are measured, since "
+        "there is no batch normalization)",
+        baseline="w8a8-tensor",
+        claim="w8a8",
     ),
     _against_w8a8(
         "smoothquant",
@@ -217,4 +256,4 @@ BITS = (
     ),
 )
 
-PAPERS = (*TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *BITS)
+PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *BITS)

@@ -28,10 +28,15 @@ ISLANDS = ("first", "second", "penultimate", "last")
 
 
 def static(
-    *rewrites: Pass, plan: Sequence[Pass] = (), behind: Sequence[Pass] = (), observe: Observe | None = None
+    *rewrites: Pass,
+    plan: Sequence[Pass] = (),
+    behind: Sequence[Pass] = (),
+    observe: Observe | None = None,
+    scales: ChooseScales | None = None,
 ) -> tuple[Pass, ...]:
     """Return the passes of w8a8, with further ones on the float graph, the plan and the quantized graph."""
-    return (*EXACT, *rewrites, observe or Observe(), ChooseScales(), *plan, InsertQdq(), CleanQdq(), *behind)
+    measured = (observe or Observe(), scales or ChooseScales())
+    return (*EXACT, *rewrites, *measured, *plan, InsertQdq(), CleanQdq(), *behind)
 
 
 def stepwise(

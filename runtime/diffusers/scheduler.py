@@ -72,7 +72,7 @@ def corrected_scheduler(scheduler: Any, bundle: Bundle, *, guidance_scale: Guida
         raise InputError(
             "this bundle has no noise correction",
             where=str(bundle.path),
-            hint="compile it with a recipe that has fit_noise, such as d2-dpm",
+            hint="compile it with a recipe that has fit_noise, such as d2-dpm-gated",
         )
     sampler = sampler_of(scheduler)
     if sampler != table.deployment.sampler:

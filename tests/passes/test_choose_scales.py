@@ -50,7 +50,7 @@ def test_activation_ranges_are_those_of_the_method(observed: Program, context: C
 
 
 def check_scale(
-    program: Program, site: Site, scale: Floats, zero: npt.NDArray[np.uint8] | npt.NDArray[np.int8]
+    program: Program, site: Site, scale: Floats, zero: npt.NDArray[np.uint8] | npt.NDArray[np.int8] | np.int8
 ) -> None:
     assert program.plan is not None
     quantizer = program.plan.quantizers[site]
@@ -101,6 +101,21 @@ def test_no_shrink_of_the_weights_is_better(observed: Program, context: Context,
     widest = planned(observed, context, ChooseScales(weights="minmax"))
     assert widest.plan is not None
     np.testing.assert_allclose(widest.plan.quantizers[Site(name)].scale, limit / 127, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "axis"), [("b1_w1", 0), ("q_w", 1)])
+def test_the_channels_of_a_weight_may_have_one_scale(observed: Program, context: Context, name: str, axis: int) -> None:
+    """It is the best one for the whole weight, not that of any channel."""
+    weight = numpy_of(observed.graph.initializers[name])
+    widest = planned(observed, context, ChooseScales(weights="minmax", per_channel=False))
+    check_scale(widest, Site(name), np.full(weight.shape[axis], np.abs(weight).max() / 127, np.float32), np.int8(0))
+    best = planned(observed, context, ChooseScales(per_channel=False))
+    assert best.plan is not None
+    scales = set(best.plan.quantizers[Site(name)].scale.tolist())
+    assert len(scales) == 1
+    assert weight_error(best, name, axis).sum() <= weight_error(widest, name, axis).sum()
+    apart = planned(observed, context, ChooseScales())
+    assert weight_error(best, name, axis).sum() > weight_error(apart, name, axis).sum()
 
 
 def test_statistics_of_another_graph_are_refused(observed: Program, context: Context) -> None:

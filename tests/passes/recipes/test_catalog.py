@@ -157,6 +157,26 @@ def test_what_a_recipe_is_beside_exists() -> None:
         assert recipe.paper or recipe.name == "float"
 
 
+def test_methods_are_what_they_say() -> None:
+    """A paper's own form under the paper's name, and a baseline that lacks the method and nothing else."""
+
+    def options(recipe: str, step: str) -> dict[str, Any]:
+        (found,) = (p.options() for p in RECIPES[recipe].passes if p.name == step)
+        return found
+
+    assert options("ptqd-w8a8", "fit_noise") == {"form": "ptqd", "gate": False, "noise": True}
+    assert options("d2-dpm", "fit_noise") == {"form": "regression", "gate": False, "noise": False}
+    for name in ("ptqd-w8a8", "d2-dpm"):
+        gated, plain = (RECIPES[f"{name.removesuffix('-w8a8')}-gated"], RECIPES[name])
+        assert gated.passes[:-1] == plain.passes[:-1] and gated.passes[-1].options()["gate"]
+    assert RECIPES["pcr"].passes[:-1] == RECIPES["tfmq"].passes
+    assert [p for p in RECIPES["w8a8"].passes if p.name != "freeze_time"] == list(RECIPES["w8a8-time"].passes)
+    assert "freeze_time" in [p.name for p in RECIPES["tfmq"].passes]
+    assert not options("dfq", "choose_scales")["per_channel"]
+    without = [p for p in RECIPES["dfq"].passes if p.name not in ("equalize_weights", "correct_bias")]
+    assert without == list(RECIPES[RECIPES["dfq"].baseline].passes)
+
+
 @pytest.mark.parametrize(
     ("setting", "message", "hint"),
     [
