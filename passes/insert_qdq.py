@@ -25,6 +25,9 @@ The plan's list of islands gets every layer that stays in float, with the reason
 (compiler/core/islands.py), the islands that the plan already has (assign_bits), layers without a quantizer in the plan,
 and operators without an integer kernel.
 
+A bias that would not fit into int32 raises the scale of its weight, or, where that costs too much, keeps the layer in
+float (compiler/lowering/bias_room.py).
+
 Errors: RecipeError if the lowering cannot express the plan's tables.
 """
 
@@ -40,7 +43,7 @@ import onnx_ir as ir
 from mezzotint.compiler.core.formats import along, ends
 from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import Context, Pass
-from mezzotint.compiler.core.program import Plan, Program, Quantizer
+from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.errors import PassError, RecipeError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.elementwise import make_scalars
@@ -57,6 +60,7 @@ from mezzotint.compiler.graph.nodes import (
 from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.graph.scopes import TABLES_SCOPE
+from mezzotint.compiler.lowering.bias_room import Room, make_room
 from mezzotint.compiler.scales.timetable import deployed_rows, group_of_train, lookup, step_index
 
 STORED_BITS = 8  # every format is stored in whole bytes
@@ -92,13 +96,16 @@ class InsertQdq(Pass):
                 reasons[layer.name] = reason
         self._check_lowering(every_layer, plan)
         float_model = program.model.clone()
-        chosen = [layer for layer in every_layer if layer.name not in reasons]
-        writer = _Writer(program, plan, context.folder)
-        for layer in chosen:
-            writer.quantize(layer)
-        writer.drop_unread()
-        make_scalars(program.graph)
-        note = f"{len(chosen)} layers quantized, {len(reasons)} kept in float"
+        writer, room = self._write(program, plan, set(reasons), context)
+        while room.refused:  # each round keeps more layers in float
+            reasons |= room.refused
+            program = program.with_model(float_model.clone())
+            writer, room = self._write(program, plan, set(reasons), context)
+        quantized = sum(layer.name not in reasons for layer in every_layer)
+        note = f"{quantized} layers quantized, {len(reasons)} kept in float"
+        if room.raised:
+            note += f"; {len(room.raised)} weights have larger scales, so that their biases fit into int32"
+        plan = _with_raised(plan, every_layer, room)
         frozen = deployed_rows(program) if writer.has_tables else program.frozen
         return replace(
             program,
@@ -108,6 +115,16 @@ class InsertQdq(Pass):
             lowering=self.lowering,
             note=note,
         )
+
+    def _write(self, program: Program, plan: Plan, kept: set[str], context: Context) -> tuple[_Writer, Room]:
+        """Write the quantizers of all layers that are not `kept` in float, and make room for their biases."""
+        writer = _Writer(program, plan, context.folder)
+        for layer in list(layers(program.graph)):
+            if layer.name not in kept:
+                writer.quantize(layer)
+        writer.drop_unread()
+        make_scalars(program.graph)
+        return writer, make_room(program, program.graph)
 
     def _check_lowering(self, every_layer: list[Layer], plan: Plan) -> None:
         """Raise RecipeError if the lowering cannot express the plan's tables.
@@ -135,6 +152,17 @@ class InsertQdq(Pass):
                 where=self.name,
                 hint="give all rows one zero point: --set step_scales.zero_point=constant",
             )
+
+
+def _with_raised(plan: Plan, every_layer: list[Layer], room: Room) -> Plan:
+    """Return the plan with the scales of weights that were raised for the biases of their layers."""
+    quantizers = dict(plan.quantizers)
+    for layer in every_layer:
+        if layer.name in room.raised and layer.weight is not None:
+            site = Site(name_of(layer.weight), layer.name)
+            site = site if site in quantizers else Site(name_of(layer.weight))
+            quantizers[site] = replace(quantizers[site], scale=room.raised[layer.name])
+    return replace(plan, quantizers=quantizers)
 
 
 def _planned(layer: Layer, plan: Plan) -> bool:

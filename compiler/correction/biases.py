@@ -21,7 +21,8 @@ from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, replace_use
 from ..graph.ops import Layer, layers, time_table
 from ..graph.require import inputs, required, shape_of, tensor_of
-from ..lowering.qdq import INT32_LIMIT, dequantizer
+from ..lowering.bias_room import BIAS_LIMIT
+from ..lowering.qdq import dequantizer
 from ..scales.timetable import rows_and_index
 
 
@@ -75,7 +76,7 @@ class QuantizedLayer:
             inputs(required(dequantizer(v), "the DequantizeLinear", v), 2)[1] for v in inputs(self.node, 2)
         )
         finest = rows_and_index(x_scale)[0].astype(np.float64).min() * numpy_of(w_scale).astype(np.float64)
-        return bool(np.all(np.abs(values) <= INT32_LIMIT * finest))
+        return bool(np.all(np.abs(values) <= BIAS_LIMIT * finest))
 
     def with_bias(self, graph: ir.Graph, names: Names, values: Doubles) -> QuantizedLayer:
         """Write another bias, in the form of `values`, and return the layer; a MatMul without a bias gets an Add."""

@@ -21,21 +21,18 @@ Up to 1.27 onnxruntime silently drops a convolution's bias if it is not constant
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from ..core.program import Program
-from ..graph.nodes import Builder, Names, consumers, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
-from ..graph.ops import time_table
+from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
 from ..graph.require import inputs as inputs_of
 from ..graph.require import producer
-from ..scales.timetable import group_of_row, lookup, rows_and_index
+from ..scales.timetable import lookup
 from .layout import hide_ranks, split_biases
-from .qdq import INT32_LIMIT, dequantizer, fold_weights
+from .qdq import check_int32, fold_weights, middle_of
+from .quantized import QuantizedLayer, accumulator_bias, quantized_layer
 
 CONTRIB = "com.microsoft"
 
@@ -46,7 +43,7 @@ def lower_integer(program: Program) -> ir.Model:
     fold_weights(model.graph)
     writer = _Writer(program, model.graph)
     for node in list(model.graph):
-        layer = _quantized_layer(node)
+        layer = quantized_layer(node)
         if layer is not None:
             writer.lower(layer)
     writer.write_channel_scales()
@@ -58,49 +55,6 @@ def lower_integer(program: Program) -> ir.Model:
     return model
 
 
-@dataclass(frozen=True, eq=False)
-class _QuantizedLayer:
-    """A layer between its DequantizeLinear nodes."""
-
-    node: ir.Node
-    x: ir.Node
-    w: ir.Node
-    bias: ir.Value | None
-    bias_add: ir.Node | None
-
-
-def _quantized_layer(node: ir.Node) -> _QuantizedLayer | None:
-    """Return the layer of a Conv, Gemm or MatMul with dequantized input and constant weight, else None."""
-    if not is_op(node, "Conv", "Gemm", "MatMul"):
-        return None
-    x, w = (dequantizer(v) for v in node.inputs[:2])
-    if x is None or w is None or not is_constant(w.inputs[0]):
-        return None
-    if not is_op(node, "MatMul"):
-        return _QuantizedLayer(node, x, w, node.inputs[2] if len(node.inputs) > 2 else None, None)
-    readers = consumers(node.outputs[0])
-    if len(readers) == 1 and is_op(readers[0], "Add") and not node.outputs[0].is_graph_output():
-        bias = next((v for v in readers[0].inputs if v is not node.outputs[0]), None)
-        width = w.inputs[0].shape[-1] if w.inputs[0] is not None and w.inputs[0].shape is not None else None
-        if bias is not None and is_constant(bias) and bias.shape is not None and list(bias.shape) == [width]:
-            return _QuantizedLayer(node, x, w, bias, readers[0])
-    return _QuantizedLayer(node, x, w, None, None)
-
-
-def _middle(zero: ir.Value) -> npt.NDArray[Any]:
-    """Return the zero point that a kernel gets in place of one for each channel; the bias corrects for it."""
-    dtype = zero.dtype.numpy() if zero.dtype is not None else np.dtype(np.uint8)
-    limits = np.iinfo(dtype)
-    return np.array((int(limits.min) + int(limits.max) + 1) // 2, dtype)
-
-
-def _shift(scale: ir.Value, zero: ir.Value) -> tuple[npt.NDArray[np.float64], ir.Value | None]:
-    """Return (`[groups, C]`, row index): (zero_point - middle) * scale, which a bias adds to make up for `_middle`."""
-    rows, index = rows_and_index(scale)
-    zeros, _ = rows_and_index(zero)
-    return (zeros.astype(np.float64) - float(_middle(zero))) * rows.astype(np.float64), index
-
-
 class _Writer:
     """Writes integer nodes. Rows of biases are collected, to be looked up together in the end."""
 
@@ -110,27 +64,23 @@ class _Writer:
         self._rows: dict[str, ir.Value] = {}
         self._divided: dict[ir.Node, list[tuple[ir.Node, int]]] = {}
 
-    def lower(self, layer: _QuantizedLayer) -> None:
+    def lower(self, layer: QuantizedLayer) -> None:
         if is_op(layer.node, "Conv"):
             self._conv(layer)
         else:
             self._matmul(layer)
 
-    def _conv(self, layer: _QuantizedLayer) -> None:
-        out = layer.node.outputs[0]
-        readers = consumers(out)
-        if len(readers) != 1 or not is_op(readers[0], "QuantizeLinear") or out.is_graph_output():
+    def _conv(self, layer: QuantizedLayer) -> None:
+        out, quantize = layer.node.outputs[0], layer.output_quantizer
+        if quantize is None:
             return
-        quantize = readers[0]
         _, y_scale, y_zero = inputs_of(quantize, 3)
         per_channel = list(y_scale.shape or ()) not in ([], [1])
-        bias = self._int32_bias(layer, _shift(y_scale, y_zero) if per_channel else None)
-        if bias is None and (layer.bias is not None or per_channel):
-            return  # the bias does not fit into int32 at this scale: the layer stays in float
+        bias = _int32_bias(self.program, layer)
         build = Builder(self.graph, self.names, layer.node)
         w_scale, out_scale = inputs_of(layer.w, 2)[1], [y_scale, y_zero]
         if per_channel:
-            one, middle = np.array(1, np.float32), np.array(_middle(y_zero))
+            one, middle = np.array(1, np.float32), np.array(middle_of(y_zero))
             out_scale = [build.constant(f"{name_of(out)}_{n}", v) for n, v in (("one", one), ("middle", middle))]
         inputs = [*layer.x.inputs[:3], *layer.w.inputs[:3], *out_scale]
         attributes = {name: a.value for name, a in layer.node.attributes.items()}
@@ -163,33 +113,7 @@ class _Writer:
             self._rows[name_of(row)] = row
             self._waiting.setdefault(name_of(row), []).append((conv, rows))
 
-    def _int32_bias(
-        self, layer: _QuantizedLayer, shift: tuple[npt.NDArray[np.float64], ir.Value | None] | None
-    ) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
-        """Return (rows `[n, C]`, row index) of the int32 bias, or None if there is no bias or it does not fit.
-
-        The row index is None when n is 1. `shift` `[groups, C]`, in the output's unit, is added to the bias.
-        """
-        if layer.bias is None and shift is None:
-            return None
-        timed = None if layer.bias is None else time_table(layer.bias)
-        w_scale, x_scale = inputs_of(layer.w, 2)[1], inputs_of(layer.x, 2)[1]
-        if timed:
-            table, row = numpy_of(timed[0]).astype(np.float64), timed[1]
-        else:
-            table, row = np.zeros((1, 1)) if layer.bias is None else numpy_of(layer.bias)[None].astype(np.float64), None
-        scales, index = rows_and_index(x_scale)
-        terms = [(scales[:, None].astype(np.float64), index), shift or (np.zeros((1, 1)), None)]
-        if timed:
-            terms = [(r if index is None else r[group_of_row(self.program)], None) for r, index in terms]
-        else:
-            row = next((index for _, index in terms if index is not None), None)
-        rows = np.rint((table + terms[1][0]) / (terms[0][0] * numpy_of(w_scale)))
-        if np.abs(rows).max(initial=0.0) > INT32_LIMIT:
-            return None
-        return rows.astype(np.int32), row
-
-    def _matmul(self, layer: _QuantizedLayer) -> None:
+    def _matmul(self, layer: QuantizedLayer) -> None:
         weight, w_scale, w_zero = inputs_of(layer.w, 3)
         build = Builder(self.graph, self.names, layer.node)
         attributes = layer.node.attributes
@@ -256,3 +180,16 @@ class _Writer:
             looked_up = lookup(build, table, row, [1] * len(zeros), f"{name_of(row)}_zero_points")
             for conv, zero in zip(convs, looked_up, strict=True):
                 conv.replace_input_with(2, zero)
+
+
+def _int32_bias(program: Program, layer: QuantizedLayer) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
+    """Return (rows `[n, C]`, row index) of the int32 bias, or None if there is no bias.
+
+    The row index is None when n is 1. Raises PassError for a bias that does not fit.
+    """
+    bias = accumulator_bias(program, layer)
+    if bias is None:
+        return None
+    rows = np.rint(bias.values / (bias.x_scale * numpy_of(inputs_of(layer.w, 2)[1])))
+    check_int32(rows, layer.node)
+    return rows.astype(np.int32), bias.row

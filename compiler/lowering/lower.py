@@ -9,6 +9,7 @@ import onnx_ir as ir
 from ..core.program import Lowering, Program
 from ..errors import RecipeError
 from . import packing
+from .bias_room import with_room
 from .integer import lower_integer
 from .premul import lower_premul
 from .qdq import lower_qdq
@@ -23,7 +24,7 @@ LOWERINGS: Mapping[Lowering, Callable[[Program], ir.Model]] = {
 def lower(program: Program) -> ir.Model:
     """Return the graph that the target gets of a quantized program, in the form of `program.lowering`, packed.
 
-    Raises RecipeError for an unknown lowering.
+    Raises RecipeError for an unknown lowering, PassError for a bias that fits into int32 at no scale.
     """
     if program.lowering not in LOWERINGS:
         raise RecipeError(
@@ -31,6 +32,6 @@ def lower(program: Program) -> ir.Model:
             where="insert_qdq.lowering",
             hint=f"choose one of {', '.join(LOWERINGS)}",
         )
-    model = LOWERINGS[program.lowering](program)
+    model = LOWERINGS[program.lowering](with_room(program))
     packing.pack(model)
     return model

@@ -8,10 +8,14 @@ biases, values do not change.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ..core.formats import along
+from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, initializer, is_constant, is_op, name_of, numpy_of, remove_dead
 from ..graph.require import dtype_of, inputs
 
@@ -63,6 +67,22 @@ def grid_ends(quantize_node: ir.Node) -> tuple[int, int]:
     return lowest, highest
 
 
+def middle_of(zero: ir.Value) -> npt.NDArray[Any]:
+    """Return the zero point that a kernel gets in place of one for each channel; the bias corrects for it."""
+    limits = np.iinfo(zero.dtype.numpy() if zero.dtype is not None else np.dtype(np.uint8))
+    return np.array((int(limits.min) + int(limits.max) + 1) // 2, limits.dtype)
+
+
+def check_int32(integers: npt.NDArray[Any], layer: ir.Node) -> None:
+    """Raise PassError for a bias that does not fit into int32: a clamped or a wrapped one would be wrong."""
+    if not np.all(np.abs(integers) <= INT32_LIMIT):
+        raise PassError(
+            f"the bias does not fit into int32: it would be {np.abs(integers).max():.3g}",
+            where=f"{layer.op_type} {layer.name!r}",
+            hint="keep the layer in float (insert_qdq.islands)",
+        )
+
+
 def _fold_weight(graph: ir.Graph, quantize_node: ir.Node) -> None:
     """Replace QuantizeLinear(constant), and the Clip of a narrow format behind it, by integers, row by row."""
     weight, scale, zero = inputs(quantize_node, 3)
@@ -101,8 +121,7 @@ def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, 
         return  # no bias of one number for each channel, such as a mask over attention scores: no kernel takes it
     scale = np.broadcast_to(scale, values.shape).astype(np.float32)
     integers = np.rint(values.astype(np.float64) / scale)
-    if np.abs(integers).max(initial=0.0) > INT32_LIMIT:
-        return  # the bias exceeds int32 at this scale and stays in float; a clamped bias would be wrong
+    check_int32(integers, layer)
     build = Builder(graph, names, holder)
     stem = name_of(bias)
     holder.replace_input_with(

@@ -17,10 +17,12 @@ from mezzotint.compiler.core.execute import Executor, feeds
 from mezzotint.compiler.core.formats import INT8, Format, dequantize, quantize, scale_for_range
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import counts, is_constant, name_of, numpy_of
 from mezzotint.compiler.graph.ops import Layer, layers, time_table
 from mezzotint.compiler.lowering.integer import lower_integer
+from mezzotint.compiler.lowering.lower import lower
 from mezzotint.compiler.scales.timetable import deployed_rows
 from mezzotint.passes.clean_qdq import CleanQdq
 from mezzotint.passes.fold_time import FoldTime
@@ -246,16 +248,16 @@ def test_a_table_in_the_graph_that_is_off_is_seen(
         check()
 
 
-def test_a_bias_that_is_too_large_for_the_accumulator_stays_in_float(context: Context) -> None:
-    """Zero points go into the bias: where the input's grid is so fine that they overflow, nothing is lowered."""
+def test_zero_points_that_do_not_fit_into_the_bias_are_refused(context: Context) -> None:
+    """Zero points go into the bias: where the grid is too fine for them the form is refused; `lower` makes room."""
     program, known = quantized(Case("bare"), context)
-    assert "QLinearConv" in counts(lower_integer(program).graph)
     fine = program.model.clone()
     for name in ("sample_scale", "conv_w_scale"):
         value = fine.graph.initializers[name]
         value.const_value = ir.tensor(numpy_of(value) * np.float32(1e-5), name=name)
-    kernels = counts(lower_integer(program.with_model(fine)).graph)
-    assert kernels["Conv"] == 1 and "QLinearConv" not in kernels
+    with pytest.raises(PassError, match="does not fit into int32"):
+        lower_integer(program.with_model(fine))
+    assert "QLinearConv" in counts(lower(program.with_model(fine)).graph)
     assert known.y.table
 
 
