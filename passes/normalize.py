@@ -1,10 +1,11 @@
 """normalize: bring graphs of all exporters into one form.
 
 1. Inline functions, turn Constant nodes into initializers, and remove initializers from the graph's inputs.
+2. Raise opsets below 18 to 18. The pipeline compares the outputs before and after, as for every exact pass.
    GroupNormalization with a scale per group (opsets 18 to 20) becomes that of opset 21, with a scale per channel.
-2. Remove Dropout, which does nothing at inference.
 3. Name the open dimensions of the inputs `batch`, `channels`, `height`, `width`.
-4. Fold nodes that only constants feed, merge equal subexpressions, remove Identity nodes and dead nodes.
+4. Fold nodes that only constants feed, remove nodes that return an input of theirs (`x / 1`, Dropout, a Reshape to the
+   same shape), make shapes constant that are known, merge equal subexpressions, remove dead nodes.
 5. Sort the nodes, name them after their modules, and infer shapes.
 
 The exporter's notes are dropped, because they name files of its machine. The names of modules are kept.
@@ -20,8 +21,10 @@ from onnx_ir.passes import common
 
 from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.graph.constant_folding import fold_constants, infer_shapes, upgrade_group_norms
-from mezzotint.compiler.graph.nodes import is_op, name_of, remove_dead, replace_value
+from mezzotint.compiler.graph.constant_folding import fix_reshapes, fold_constants, infer_shapes
+from mezzotint.compiler.graph.no_ops import remove_no_ops
+from mezzotint.compiler.graph.nodes import name_of, remove_dead
+from mezzotint.compiler.graph.opset import raise_opset, upgrade_group_norms
 from mezzotint.compiler.graph.scopes import SCOPES, name_by_module
 
 KEPT_METADATA = (SCOPES, "pkg.torch.onnx.class_hierarchy")
@@ -41,11 +44,13 @@ class Normalize(GraphPass):
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.RemoveInitializersFromInputsPass(),
         )(program.model).model
+        model, raised = raise_opset(model)
         model = upgrade_group_norms(model)
         _drop_notes(model)
-        _drop_dropout(model.graph)
         _name_dimensions(model.graph, program)
-        model = fold_constants(model)
+        model = infer_shapes(fold_constants(model))
+        removed = remove_no_ops(model.graph)
+        fix_reshapes(model.graph)
         model = ir.passes.Sequential(
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.IdentityEliminationPass(),
@@ -58,7 +63,9 @@ class Normalize(GraphPass):
         known = infer_shapes(model)
         values = [v for node in known.graph for v in node.outputs]
         shapes = sum(v.shape is not None for v in values)
-        return program.with_model(known, f"shapes of {shapes} of {len(values)} values known")
+        notes = [raised, f"{removed} nodes without effect removed" if removed else ""]
+        notes.append(f"shapes of {shapes} of {len(values)} values known")
+        return program.with_model(known, ", ".join(note for note in notes if note))
 
 
 def _drop_notes(model: ir.Model) -> None:
@@ -73,16 +80,6 @@ def _drop_notes(model: ir.Model) -> None:
         node.metadata_props.update(kept)
         for value in node.outputs:
             value.metadata_props.clear()
-
-
-def _drop_dropout(graph: ir.Graph) -> None:
-    for node in list(graph):
-        if is_op(node, "Dropout") and node.inputs[0] is not None and not any(v.uses() for v in node.outputs[1:]):
-            out = node.outputs[0]
-            kept = ir.Value(name=f"{name_of(out)}_kept", type=out.type, shape=out.shape)
-            graph.insert_before(node, ir.node("Identity", [node.inputs[0]], outputs=[kept]))
-            replace_value(out, kept)
-            graph.remove(node, safe=True)
 
 
 def _name_dimensions(graph: ir.Graph, program: Program) -> None:

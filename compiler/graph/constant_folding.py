@@ -1,34 +1,19 @@
-"""Constant folding (onnxscript) and shape inference (onnx)."""
+"""Constant folding (onnxscript), shape inference (onnx), and the constant shapes that follow from it."""
 
 from __future__ import annotations
 
 import logging
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants as _fold
-from onnxscript.version_converter import convert_version
 
 from . import weight_store as store
-from .nodes import is_op, name_of
+from .nodes import Builder, Names, is_constant, is_op, name_of
 
-GROUP_NORM_OPSETS = range(18, 21)
 FOLDED_INPUT_BYTES = 1 << 20
 FOLDED_OUTPUT_BYTES = 1 << 20
-
-
-def upgrade_group_norms(model: ir.Model) -> ir.Model:
-    """Convert a model to opset 21 when its GroupNormalizations take one scale per group, which is a deprecated form."""
-    epsilons = {
-        name_of(n.outputs[0]): n.attributes.get("epsilon") for n in model.graph if is_op(n, "GroupNormalization")
-    }
-    if epsilons and model.opset_imports.get("", 0) in GROUP_NORM_OPSETS:
-        convert_version(model, 21)
-        for node in model.graph:
-            epsilon = epsilons.get(name_of(node.outputs[0])) if is_op(node, "GroupNormalization") else None
-            if epsilon is not None:  # the converter of onnxscript 0.7 drops it
-                node.attributes.add(epsilon)
-    return model
 
 
 def fold_constants(model: ir.Model) -> ir.Model:
@@ -69,6 +54,30 @@ def infer_shapes(model: ir.Model) -> ir.Model:
             if value.shape is None or not _as_known(value.shape, inferred_value.shape):
                 value.shape = inferred_value.shape
     return model
+
+
+def fix_reshapes(graph: ir.Graph) -> None:
+    """Give each Reshape to a computed shape a constant one, where all sizes but one are known."""
+    names = Names(graph)
+    for node in graph:
+        if not is_op(node, "Reshape") or is_constant(node.inputs[1]) or node.outputs[0].shape is None:
+            continue
+        x, shape = node.inputs[0], list(node.outputs[0].shape)
+        if sum(not isinstance(size, int) for size in shape) > 1 or 0 in shape or x is None:
+            continue
+        same = [*zip(shape, x.shape or (), strict=False)]
+        sizes = [
+            size if isinstance(size, int) else 0 if i < len(same) and _equal(*same[i]) else -1
+            for i, size in enumerate(shape)
+        ]
+        node.attributes.pop("allowzero", None)
+        build = Builder(graph, names, node)
+        node.replace_input_with(1, build.constant(f"{name_of(node.outputs[0])}_shape", np.array(sizes, np.int64)))
+
+
+def _equal(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    named = isinstance(size, ir.SymbolicDim) and isinstance(other, ir.SymbolicDim) and size.value is not None
+    return named and size == other
 
 
 def _as_known(known: ir.Shape, inferred: ir.Shape | None) -> bool:
