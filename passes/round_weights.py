@@ -15,8 +15,9 @@ searches those of each row again by mean square; `output` searches by the diagon
 best scale for it. With any method, a row stays rounded to nearest with the plan's scale if the method does not lower
 its error. Rows may have widths of their own (assign_bits); each stays inside its grid.
 
-Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, with every sample at each
-call (whatever allocate_steps chose), and `columns` positions for each layer, shared equally by calls and samples. With
+Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
+images of the calibration at each call (whatever allocate_steps chose), and `columns` positions for each layer, shared
+equally by calls and samples. A few images suffice, because an image has many positions. With
 `balance` each call's share is divided by its mean square; otherwise the calls with the largest inputs would dominate.
 
 Layers are rounded in stages, in the graph's order. The matrices H of one stage fit into `memory_gb` (a stage has at
@@ -73,7 +74,7 @@ class RoundWeights(Pass):
     - `method`, `scales`: as above.
     - `damp` (of the mean diagonal of H), `act_order` (largest inputs first) and `block` (columns): those of gptq.
     - `alpha`: the share of the inputs' error that gptaq undoes. `sweeps`: of comq over all columns.
-    - `exact_inputs`, `calls`, `columns`, `balance`, `stage` (layers), `memory_gb` (GB): as above.
+    - `exact_inputs`, `calls`, `samples`, `columns`, `balance`, `stage` (layers), `memory_gb` (GB): as above.
     - `layers`: patterns of node names (as in a shell: `*`, `?`); empty means all. Other layers stay at nearest.
     """
 
@@ -86,6 +87,7 @@ class RoundWeights(Pass):
     sweeps: int = 3
     exact_inputs: int = 320
     calls: int = 10
+    samples: int = 8
     columns: int = 8192
     balance: bool = True
     memory_gb: float = 3.0
@@ -97,7 +99,7 @@ class RoundWeights(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        counts = ("block", "sweeps", "calls", "columns", "stage")
+        counts = ("block", "sweeps", "calls", "samples", "columns", "stage")
         bad = [name for name in counts if getattr(self, name) < 1]
         bad += [name for name in ("damp", "alpha", "exact_inputs") if not 0 <= getattr(self, name) < np.inf]
         bad += [] if 0 < self.memory_gb < np.inf else ["memory_gb"]
@@ -114,7 +116,8 @@ class RoundWeights(Pass):
             return program.noted("no layer has quantized weights: nothing to round")
         float_layers = {layer.name: layer for layer in layers(program.float_model.graph)}
         every_input = [Inputs.of(weight, float_layers, self.name) for weight in weights]
-        latents = chosen_latents(program, context, self.calls)
+        few = replace(context, samples=min(self.samples, context.samples))
+        latents = chosen_latents(program, few, self.calls)
         stages = list(self._stages(every_input))
         total, done = len(stages) * len(latents) + len(every_input), 0
         report = _Report()
