@@ -160,7 +160,7 @@ def _verdict(group: FusionGroup, match: Match, islands: Mapping[str, str]) -> Ve
         return _gone(group, match, verdict)
     verdict = replace(verdict, kernel=kernel.op_type, built=name_of(kernel.outputs[0]))
     if is_integer_kernel(kernel) or (is_ort_mover(group.node) and moves_integers(kernel)):
-        explanation = None if group.written else first_explanation(group, broken=True)
+        explanation = first_explanation(group, broken=True)
         return _with(verdict, explanation) if explanation else replace(verdict, integer=True)
     if verdict.name in islands:
         return _with(verdict, (ISLAND, islands[verdict.name], "none is needed: it is in float on purpose"))

@@ -30,7 +30,7 @@ from .facts import (
     zero_point_of,
 )
 from .groups import PROPAGATING, FusionGroup, is_known, is_ort_mover, node_label, per_channel, scale_of
-from .rules_bias import bias_scale, bias_type, float_bias, product_and_sum
+from .rules_bias import bias_overflow, bias_scale, bias_type, float_bias, product_and_sum
 from .rules_output import also_in_float, graph_output, no_output, two_scales
 
 SELECTORS = "qdq_transformer/selectors_actions/qdq_selectors.cc"
@@ -42,18 +42,23 @@ NO_KERNEL = "no-integer-kernel"
 
 @dataclass(frozen=True)
 class Rule:
-    """One reason. `explain(group)` returns (reason, fix), or None; `broken` rules also apply to integer kernels."""
+    """One reason. `explain(group)` returns (reason, fix), or None.
+
+    `broken` rules also apply to integer kernels; `written` ones to integer operations that the file itself has, too.
+    """
 
     id: str
     source: str
     explain: Callable[[FusionGroup], Explanation | None]
     broken: bool = False
+    written: bool = False
 
 
 def first_explanation(group: FusionGroup, *, broken: bool = False) -> tuple[str, str, str] | None:
     """Return (rule, reason, fix) of the first rule that explains a group, or None. `broken`: of those rules only."""
     for rule in RULES:
-        explanation = rule.explain(group) if rule.broken or not broken else None
+        asked = not broken or (rule.written if group.written else rule.broken)
+        explanation = rule.explain(group) if asked else None
         if explanation is not None:
             return (rule.id, *explanation)
     return None
@@ -278,6 +283,7 @@ RULES: tuple[Rule, ...] = (
     Rule("matmul-add", "matmul_add_fusion.cc", product_and_sum),
     Rule("bias-type", SELECTORS, bias_type),
     Rule("bias-scale", SELECTORS, bias_scale, broken=True),
+    Rule("bias-overflow", "measured", bias_overflow, broken=True, written=True),
     Rule("float-bias", "qdq_transformer/weight_bias_quantization.cc", float_bias),
     Rule("graph-output", SELECTORS, graph_output),
     Rule("no-output-quantizer", SELECTORS, no_output),

@@ -163,6 +163,8 @@ LINEAR = "[node] c = MatMul (d, md) "
 WIDE = "q = QuantizeLinear (x, s, z16) d = DequantizeLinear (q, s, z16) "
 UNARY = "[node] c = {} "
 
+Y_ALONE = "y = DequantizeLinear (qy, s2, z)"
+WRITTEN = "[node] qy = QLinearConv <pads = [1,1,1,1]> (q, s, z, w, ws, wz, s2, z, b) "
 PLANTED = {
     "no output quantizer": Planted(
         "no-output-quantizer", "Conv", ("'c'", "Exp ('y')"), X + W + CONV + "y = Exp (c)", X + W + CONV + Y
@@ -254,6 +256,39 @@ PLANTED = {
         ("'bs_off'", "3.0%"),
         X + W + BIAS.replace("bs", "bs_off") + CONV_BIAS + Y,
         X + W + BIAS + CONV_BIAS + Y,
+    ),
+    "a float bias beyond int32": Planted(
+        "bias-overflow",
+        "QLinearConv",
+        ("'bf'", "1.5e+12"),
+        X + W.replace("ws", "ws_dead") + CONV_BIAS.replace("bd", "bf") + Y,
+        X + W + CONV_BIAS.replace("bd", "bf") + Y,
+    ),
+    "a float bias of a product beyond int32": Planted(
+        "bias-overflow",
+        "QGemm",
+        ("'bf'",),
+        X + M.replace("ws", "ws_dead") + LINEAR + "a = Add (c, bf) qy = QuantizeLinear (a, s2, z) " + Y_ALONE,
+        X + M + LINEAR + "a = Add (c, bf) qy = QuantizeLinear (a, s2, z) " + Y_ALONE,
+        TOKENS,
+        op="MatMul",
+    ),
+    "an int32 bias at its end": Planted(
+        "bias-overflow",
+        "QGemm",
+        ("'bd'", "2.147e+09"),
+        X + M + BIAS.replace("(b,", "(b_end,") + "[node] y = Gemm (d, md, bd)",
+        X + M + BIAS + "[node] y = Gemm (d, md, bd)",
+        ROWS,
+        op="Gemm",
+    ),
+    "a written bias at its end": Planted(
+        "bias-overflow",
+        "QLinearConv",
+        ("'b_end'",),
+        X + WRITTEN.replace(", b)", ", b_end)") + Y_ALONE,
+        X + WRITTEN + Y_ALONE,
+        op="QLinearConv",
     ),
     "8-bit bias": Planted(
         "bias-type",
