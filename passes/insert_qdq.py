@@ -159,9 +159,10 @@ def _with_raised(plan: Plan, every_layer: list[Layer], room: Room) -> Plan:
     quantizers = dict(plan.quantizers)
     for layer in every_layer:
         if layer.name in room.raised and layer.weight is not None:
-            site = Site(name_of(layer.weight), layer.name)
-            site = site if site in quantizers else Site(name_of(layer.weight))
-            quantizers[site] = replace(quantizers[site], scale=room.raised[layer.name])
+            value, own = name_of(layer.weight), Site(name_of(layer.weight), layer.name)
+            shared = sum(other.weight is layer.weight for other in every_layer) > 1
+            site = own if shared or own in quantizers else Site(value)
+            quantizers[site] = replace(quantizers.get(own) or quantizers[Site(value)], scale=room.raised[layer.name])
     return replace(plan, quantizers=quantizers)
 
 

@@ -4,8 +4,9 @@
 2. Raise opsets below 18 to 18. The pipeline compares the outputs before and after, as for every exact pass.
    GroupNormalization with a scale per group (opsets 18 to 20) becomes that of opset 21, with a scale per channel.
 3. Name the open dimensions of the inputs `batch`, `channels`, `height`, `width`.
-4. Fold nodes that only constants feed, remove nodes that return an input of theirs (`x / 1`, Dropout, a Reshape to the
-   same shape), make shapes constant that are known, merge equal subexpressions, remove dead nodes.
+4. Fold nodes that only constants feed, and layers with zero weights (compiler/graph/dead_layers.py). Remove nodes that
+   return an input of theirs (`x / 1`, Dropout, a Reshape to the same shape), make shapes constant that are known, merge
+   equal subexpressions, remove dead nodes.
 5. Sort the nodes, name them after their modules, and infer shapes.
 
 The exporter's notes are dropped, because they name files of its machine. The names of modules are kept.
@@ -22,6 +23,7 @@ from onnx_ir.passes import common
 from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.graph.constant_folding import fix_reshapes, fold_constants, infer_shapes
+from mezzotint.compiler.graph.dead_layers import fold_dead_layers
 from mezzotint.compiler.graph.no_ops import remove_no_ops
 from mezzotint.compiler.graph.nodes import name_of, remove_dead
 from mezzotint.compiler.graph.opset import raise_opset, upgrade_group_norms
@@ -49,6 +51,7 @@ class Normalize(GraphPass):
         _drop_notes(model)
         _name_dimensions(model.graph, program)
         model = infer_shapes(fold_constants(model))
+        dead = fold_dead_layers(model)
         removed = remove_no_ops(model.graph)
         fix_reshapes(model.graph)
         model = ir.passes.Sequential(
@@ -64,6 +67,7 @@ class Normalize(GraphPass):
         values = [v for node in known.graph for v in node.outputs]
         shapes = sum(v.shape is not None for v in values)
         notes = [raised, f"{removed} nodes without effect removed" if removed else ""]
+        notes.append(f"{dead} layers with zero weights became constants" if dead else "")
         notes.append(f"shapes of {shapes} of {len(values)} values known")
         return program.with_model(known, ", ".join(note for note in notes if note))
 

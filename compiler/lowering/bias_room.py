@@ -8,7 +8,7 @@ bias int32 itself, and the integers wrap around (measured on 1.31.1: 0.7 dB, wit
 
 The weights of the channel become coarser, by at most half a step each. n of them change its output by less than
 n 255 |b| / 2^31, a thousandth of the bias for 10,000 weights, and far less than one step of a quantizer whose range
-contains the bias.
+contains the bias. Another layer that reads the same weight keeps its own scale.
 
 The bound assumes that x_scale is the same for all timesteps. A row far quieter than the loudest one (256 times) would
 raise the scale at the loud rows' cost: such a layer is refused, and insert_qdq leaves it in float.
@@ -26,9 +26,9 @@ from mezzotint.runtime.arrays import Doubles, Floats
 
 from ..core.program import Program
 from ..errors import PassError
-from ..graph.nodes import Builder, Names, consumers, name_of, numpy_of, replace_use
-from ..graph.require import inputs
-from .quantized import AccumulatorBias, QuantizedLayer, accumulator_bias, quantized_layer
+from ..graph.nodes import Builder, Names, consumers, is_constant, name_of, numpy_of, replace_use
+from ..graph.require import inputs, producer
+from .quantized import AccumulatorBias, IntegerLayer, accumulator_bias, integer_layer
 
 BIAS_LIMIT = 2**30
 QUIETEST = 1 / 256  # of the loudest row of an input's scales
@@ -48,26 +48,24 @@ def make_room(program: Program, graph: ir.Graph) -> Room:
 
     `program` gives the rows of its tables. Layers that are refused keep their scales.
     """
-    waiting: dict[ir.Value, list[tuple[QuantizedLayer, AccumulatorBias]]] = {}
-    for node in graph:
-        layer = quantized_layer(node)
-        bias = None if layer is None else accumulator_bias(program, layer)
-        if layer is not None and bias is not None:
-            waiting.setdefault(inputs(layer.w, 2)[1], []).append((layer, bias))
+    biases = [
+        (layer, bias)
+        for layer in (integer_layer(node) for node in graph)
+        if layer is not None and (bias := accumulator_bias(program, layer)) is not None
+    ]
     raised: dict[str, Floats] = {}
     refused: dict[str, str] = {}
-    for value, members in waiting.items():
-        old = numpy_of(value)
-        needs = [_least_scale(bias) for _, bias in members]
-        need = np.max(np.stack([np.broadcast_to(n if old.ndim else n.max(), old.shape) for n in needs]), axis=0)
+    for layer, bias in biases:
+        old = numpy_of(inputs(layer.w, 2)[1])
+        need = _least_scale(bias)
+        need = need if old.ndim else need.max()
         with np.errstate(over="ignore"):
             new = np.where(need > old, need * _ROUNDING, old).astype(np.float32)
-        late = [_name(layer) for layer, bias in members if not _fits(bias, new)]
-        if late:
-            refused |= dict.fromkeys(late, "its bias does not fit into int32: its input is far quieter at some steps")
+        if not _fits(bias, new) or (is_constant(layer.w.inputs[0]) and not _fits(bias, old)):
+            refused[_name(layer)] = "its bias does not fit into int32: its input is far quieter at some steps"
         elif not np.array_equal(new, old):
-            _replace(graph, value, new, [layer for layer, _ in members])
-            raised |= {_name(layer): new for layer, _ in members}
+            _raise_scale(graph, layer, new)
+            raised[_name(layer)] = new
     return Room(raised, refused)
 
 
@@ -98,21 +96,35 @@ def _fits(bias: AccumulatorBias, w_scale: Floats) -> bool:
     return bool(np.all(np.isfinite(w_scale)) and np.all(np.abs(bias.values) <= steps * BIAS_LIMIT))
 
 
-def _name(layer: QuantizedLayer) -> str:
+def _name(layer: IntegerLayer) -> str:
     """Return the name that `Layer.name` of compiler/graph/ops.py has."""
     return layer.node.name or name_of(layer.node.outputs[0])
 
 
-def _replace(graph: ir.Graph, old: ir.Value, scale: Floats, members: list[QuantizedLayer]) -> None:
-    """Let the quantizers of a weight read another scale; other readers of the old one keep it."""
-    stored = {layer.w.inputs[0] for layer in members}
-    sources = {node for value in stored if value is not None and (node := value.producer()) is not None}
-    sources |= {node for s in list(sources) if s.op_type == "Clip" and (node := inputs(s, 1)[0].producer()) is not None}
-    dequantizers = {node for value in stored if value is not None for node in consumers(value)}
-    pairs = [node for node in consumers(old) if node in sources | dequantizers]
-    if len(pairs) == len(consumers(old)):
-        old.const_value = ir.tensor(scale, name=name_of(old))
+def _raise_scale(graph: ir.Graph, layer: IntegerLayer, scale: Floats) -> None:
+    """Write another scale into the quantizers of a weight. Where other layers read them, write a pair for this one."""
+    pair = _pair(layer.w)
+    names, stem = Names(graph), name_of(inputs(pair[0], 1)[0])
+    build = Builder(graph, names, before=layer.node)
+    old, value = inputs(layer.w, 2)[1], build.constant(f"{stem}_raised_scale", scale)
+    if all(len(consumers(node.outputs[0])) == 1 for node in pair):
+        for node in (pair[0], pair[-1]):
+            node.replace_input_with(1, value)
+        if not old.uses():
+            graph.initializers.pop(name_of(old), None)
         return
-    new = Builder(graph, Names(graph), before=pairs[0]).constant(f"{name_of(old)}_raised", scale)
-    for node in pairs:
-        replace_use(node, old, new)
+    out = inputs(pair[0], 1)[0]
+    for node in pair:
+        rest = [value, *node.inputs[2:]] if node.op_type != "Clip" else node.inputs[1:]
+        attributes = {name: a.value for name, a in node.attributes.items()}
+        like = node.outputs[0]
+        out = build.op(node.op_type, [out, *rest], f"{stem}_raised", like=like, attributes=attributes)
+    replace_use(layer.node, layer.w.outputs[0], out)
+
+
+def _pair(dequantize: ir.Node) -> list[ir.Node]:
+    """Return the QuantizeLinear of a weight, the Clip of a narrow format, and the DequantizeLinear."""
+    nodes = [dequantize]
+    while nodes[0].op_type != "QuantizeLinear":
+        nodes.insert(0, producer(inputs(nodes[0], 1)[0]))
+    return nodes

@@ -32,7 +32,7 @@ from ..graph.require import producer
 from ..scales.timetable import lookup
 from .layout import hide_ranks, split_biases
 from .qdq import check_int32, fold_weights, middle_of
-from .quantized import QuantizedLayer, accumulator_bias, quantized_layer
+from .quantized import IntegerLayer, accumulator_bias, integer_layer
 
 CONTRIB = "com.microsoft"
 
@@ -43,7 +43,7 @@ def lower_integer(program: Program) -> ir.Model:
     fold_weights(model.graph)
     writer = _Writer(program, model.graph)
     for node in list(model.graph):
-        layer = quantized_layer(node)
+        layer = integer_layer(node)
         if layer is not None:
             writer.lower(layer)
     writer.write_channel_scales()
@@ -64,13 +64,13 @@ class _Writer:
         self._rows: dict[str, ir.Value] = {}
         self._divided: dict[ir.Node, list[tuple[ir.Node, int]]] = {}
 
-    def lower(self, layer: QuantizedLayer) -> None:
+    def lower(self, layer: IntegerLayer) -> None:
         if is_op(layer.node, "Conv"):
             self._conv(layer)
         else:
             self._matmul(layer)
 
-    def _conv(self, layer: QuantizedLayer) -> None:
+    def _conv(self, layer: IntegerLayer) -> None:
         out, quantize = layer.node.outputs[0], layer.output_quantizer
         if quantize is None:
             return
@@ -113,7 +113,7 @@ class _Writer:
             self._rows[name_of(row)] = row
             self._waiting.setdefault(name_of(row), []).append((conv, rows))
 
-    def _matmul(self, layer: QuantizedLayer) -> None:
+    def _matmul(self, layer: IntegerLayer) -> None:
         weight, w_scale, w_zero = inputs_of(layer.w, 3)
         build = Builder(self.graph, self.names, layer.node)
         attributes = layer.node.attributes
@@ -182,7 +182,7 @@ class _Writer:
                 conv.replace_input_with(2, zero)
 
 
-def _int32_bias(program: Program, layer: QuantizedLayer) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
+def _int32_bias(program: Program, layer: IntegerLayer) -> tuple[npt.NDArray[np.int32], ir.Value | None] | None:
     """Return (rows `[n, C]`, row index) of the int32 bias, or None if there is no bias.
 
     The row index is None when n is 1. Raises PassError for a bias that does not fit.

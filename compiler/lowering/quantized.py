@@ -18,7 +18,7 @@ from .qdq import dequantizer, middle_of
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedLayer:
+class IntegerLayer:
     """A layer between its DequantizeLinear nodes; the Add behind a MatMul, if there is one, adds its bias."""
 
     node: ir.Node
@@ -36,7 +36,7 @@ class QuantizedLayer:
         return readers[0] if alone else None
 
 
-def quantized_layer(node: ir.Node) -> QuantizedLayer | None:
+def integer_layer(node: ir.Node) -> IntegerLayer | None:
     """Return the layer of a Conv, Gemm or MatMul with dequantized input and constant weight, else None.
 
     The weight may be integers already (fold_weights), or a float constant behind its QuantizeLinear.
@@ -47,14 +47,14 @@ def quantized_layer(node: ir.Node) -> QuantizedLayer | None:
     if x is None or w is None or not _is_weight(w.inputs[0]):
         return None
     if not is_op(node, "MatMul"):
-        return QuantizedLayer(node, x, w, node.inputs[2] if len(node.inputs) > 2 else None, None)
+        return IntegerLayer(node, x, w, node.inputs[2] if len(node.inputs) > 2 else None, None)
     readers = consumers(node.outputs[0])
     if len(readers) == 1 and is_op(readers[0], "Add") and not node.outputs[0].is_graph_output():
         bias = next((v for v in readers[0].inputs if v is not node.outputs[0]), None)
         width = w.inputs[0].shape[-1] if w.inputs[0] is not None and w.inputs[0].shape is not None else None
         if bias is not None and is_constant(bias) and bias.shape is not None and list(bias.shape) == [width]:
-            return QuantizedLayer(node, x, w, bias, readers[0])
-    return QuantizedLayer(node, x, w, None, None)
+            return IntegerLayer(node, x, w, bias, readers[0])
+    return IntegerLayer(node, x, w, None, None)
 
 
 def _is_weight(value: ir.Value | None) -> bool:
@@ -78,7 +78,7 @@ class AccumulatorBias:
     row: ir.Value | None
 
 
-def accumulator_bias(program: Program, layer: QuantizedLayer) -> AccumulatorBias | None:
+def accumulator_bias(program: Program, layer: IntegerLayer) -> AccumulatorBias | None:
     """Return what a layer adds to its sum, or None if that is nothing.
 
     An output that is quantized per channel adds (zero_point - middle) * scale of each channel, because the kernel has

@@ -23,7 +23,7 @@ from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph.nodes import counts, numpy_of
 from mezzotint.compiler.lowering import bias_room
 from mezzotint.compiler.lowering.bias_room import BIAS_LIMIT, Room, make_room
-from mezzotint.compiler.lowering.lower import LOWERINGS, lower
+from mezzotint.compiler.lowering.lower import lower
 from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
@@ -124,7 +124,7 @@ def test_a_file_computes_what_its_plan_says(
 def test_the_plan_has_the_scales_of_the_file_and_every_bias_fits(context: Context) -> None:
     after = pipeline.run_passes(program("conv"), passes("qdq", False), context)
     plan = after.require_plan()
-    stored = next(v for n, v in after.graph.initializers.items() if n.startswith("conv_w_scale"))
+    stored = next(v for n, v in after.graph.initializers.items() if n == "conv_w_raised_scale")
     assert np.array_equal(plan.quantizers[Site("conv_w")].scale, numpy_of(stored))
     biases = [v for n, v in lower(after).graph.initializers.items() if n.endswith("_int32")]
     assert len(biases) == 1 and np.abs(numpy_of(biases[0])).max() <= BIAS_LIMIT
@@ -173,11 +173,11 @@ def test_room_is_made_again_for_a_bias_that_a_later_pass_changed(context: Contex
     bias.const_value = ir.tensor(numpy_of(bias) * np.float32(1e3), name="bias")
     with pytest.raises(PassError, match="does not fit into int32"):
         lower_qdq(after.model)
-    before = numpy_of(after.graph.initializers["conv_w_scale"]).copy()
+    before = numpy_of(after.graph.initializers["conv_w_raised_scale"]).copy()
     np.testing.assert_allclose(
         outputs(lower(after), context), outputs(after.model, context, "none"), atol=step_of(after.model)
     )
-    assert np.array_equal(before, numpy_of(after.graph.initializers["conv_w_scale"])), "the program was changed"
+    assert np.array_equal(before, numpy_of(after.graph.initializers["conv_w_raised_scale"])), "the program was changed"
 
 
 def test_a_bias_that_no_scale_fits_is_refused(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
