@@ -9,7 +9,12 @@ Every name is loaded on first use: importing the package loads neither torch nor
 accept a function `progress`, see mezzotint/progress.py; log messages go to the logger "mezzotint".
 """
 
-from __future__ import annotations
+import sys  # before all others, `__future__` too: they might be files of the current folder
+
+if getattr(sys, "argv", [""])[0] == "-m" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    # `python -m mezzotint` puts the current folder first on the path. That is needed to find this package only: a
+    # numpy.py or json.py there does not belong to this program.
+    del sys.path[0]
 
 import importlib
 import logging

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mezzotint.compiler.bundle.staging import staged, staged_file
+from mezzotint.compiler.bundle.staging import check_target_file, staged, staged_file
 from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions, random_conditions
 from mezzotint.compiler.core import pipeline
@@ -116,10 +117,12 @@ def compile_with(
     source = resolve(model, options.deployment.scheduler)
     deployment = options.deployment.on(source.schedule)
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
-    with staged(target, force=output.force) as (bundle, work):
+    with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
+        if output.export is not None:
+            check_target_file(Path(output.export), force=output.force)
         program = _import(source, work, deployment, options.roles, threads, progress)
         if output.export is not None:
-            save_model(program.model, Path(output.export))
+            save_model(program.model, exported.enter_context(staged_file(Path(output.export), force=output.force))[0])
         context = Context(
             work,
             seed=calibration.seed,

@@ -60,13 +60,18 @@ def rewrite_card(
     if card_text(manifest, target) == (target / CARD).read_text(encoding="utf-8"):
         return bundle
     manifest = replace(manifest, digests_before=known)
-    with staged(target, force=True) as (copy, _):
+    with staged(target, force=True, ours=_is_any) as (copy, _):
         shutil.copytree(target, copy, copy_function=_link, dirs_exist_ok=True)
         for name in (CARD, MANIFEST):  # new files: writing through a link would change the existing bundle
             (copy / name).unlink(missing_ok=True)
         write_text(copy / CARD, card_text(manifest, copy))
         seal_bundle(copy, manifest)
     return open_bundle(folder, verify=False)  # its files were hashed while they were sealed
+
+
+def _is_any(folder: Path) -> bool:
+    """Accept a bundle with further files in it: the copy has them too."""
+    return True
 
 
 def _evaluation(file: Path, known: Sequence[str]) -> dict[str, Any]:

@@ -78,8 +78,10 @@ class Observe(Pass):
         values = len({value for value, _ in stats.summaries})
         each = program.allocation or (context.samples,)
         samples = f"{min(each)} to {max(each)}" if min(each) < max(each) else f"{each[0]}"
-        cached = "; from the cache" if known else ""
-        note = f"{values} values over {stats.calls} calls, {samples} samples at each step{cached}"
+        if known:  # reported here, and not in the note: the bundle does not depend on where its statistics come from
+            context.progress("statistics from the cache", 0, 1)
+            context.progress("statistics from the cache", 1, 1)
+        note = f"{values} values over {stats.calls} calls, {samples} samples at each step"
         return replace(program, stats=stats, note=note)
 
     def _measure(self, program: Program, context: Context) -> Stats:

@@ -90,7 +90,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/correction/noise_report.py": {"scipy"},
     "compiler/correction/noise_plot.py": {"matplotlib"},
     "compiler/core/memory.py": {"psutil"},
-    "compiler/bundle/staging.py": {"psutil"},
+    "compiler/stages.py": {"psutil"},
     "compiler/bundle/card.py": {"yaml"},
     "passes/recipes/files.py": {"pydantic", "yaml"},
 }

@@ -1,121 +1,206 @@
-"""Files and folders are written next to their target and then moved into place, so that a target is always whole."""
+"""Files and folders are written next to their target and then moved into place, so that a target is always whole.
+
+What is at the target is never replaced unseen. Without `force`, a target that exists when the work begins is refused,
+and so is one that appears meanwhile. With `force`, a target is replaced only if Mezzotint wrote all of it, and it is
+still the one that was there when the work began.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import shutil
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from mezzotint.runtime.bundle.bundle import MANIFEST
 
 from ..errors import OutputError
+from ..moves import Occupant, exchange, move_new, occupant
+from ..stages import OLD, OLD_FILES, partial_folder
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DEMO_FILES = frozenset({"bundle", "float.onnx", "float.onnx.data", "digits.png", "float.png", "integer.png"})
+SUMMARY = "summary.json"
+Ours = Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An output file as it was when a command began: what is there at the end is replaced only if it is this."""
+
+    before: Occupant | None
+
+
+def claim_file(target: Path) -> Claim:
+    """Return the claim on an output file that exists or not. Raises OutputError for a folder, a link, a device."""
+    check_target_file(target, force=True)
+    return Claim(occupant(target))
 
 
 @contextlib.contextmanager
 def staged(
-    target: Path, *, force: bool = False, ours: Callable[[Path], bool] | None = None
+    target: Path, *, force: bool = False, ours: Ours | None = None, shared: bool = False
 ) -> Iterator[tuple[Path, Path]]:
     """Yield (bundle, work): two empty folders next to the target. On success the first becomes the target.
 
-    Raises OutputError if the target cannot be written, or exists. With `force` it may exist if `ours(target)` accepts
-    it (by default a bundle, a folder of the demo, or an empty folder). A crash leaves a hidden folder that the next
-    compilation to the same place removes. The target does not change before everything is written.
+    Raises OutputError if the target cannot be written, exists, or was changed meanwhile. With `force` it may exist if
+    `ours(target)` accepts it (by default `is_ours`); a link to such a folder stays, and the folder is replaced. Of
+    several commands that write a `shared` target, the last one wins. A crash leaves a hidden folder that the next
+    command in the same place removes. The target does not change before everything is written.
     """
+    target = place_of(target)
     check_target(target, force=force, ours=ours)
-    target = target.absolute()
-    with _stage(target) as stage:
-        bundle, work = stage / "bundle", stage / "work"
+    before = occupant(target)
+    with partial_folder(target) as folder:
+        bundle, work = folder / "bundle", folder / "work"
         bundle.mkdir()
         work.mkdir()
         yield bundle, work
-        _swap(bundle, target, stage / "old")
+        now = occupant(target)
+        if now is not None and not shared:
+            _check_unchanged(before, now, target, force)
+        if now is not None:
+            check_target(target, force=force, ours=ours)
+            exchange(bundle, target, folder / OLD)
+            return
+        try:
+            move_new(bundle, target)
+        except FileExistsError:
+            raise _appeared(target) from None
 
 
 @contextlib.contextmanager
-def staged_file(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+def staged_file(target: Path, *, force: bool = False, claim: Claim | None = None) -> Iterator[tuple[Path, Path]]:
     """Yield (file, work): a path to write to, of the target's name, and an empty folder, as `staged` does.
 
-    Files next to the written one (its external data) move with it.
+    Files next to the written one (its external data) move with it, and are refused alike. `force` replaces what is
+    there, a `claim` only what it was made on. Raises OutputError.
     """
-    if target.exists() and not (force and target.is_file()):
-        raise OutputError("the output exists already", where=str(target), hint="choose another file, or add --force")
     target = target.absolute()
-    with _stage(target) as stage:
-        written, work = stage / "written", stage / "work"
+    check_target_file(target, force=force or claim is not None)
+    with partial_folder(target) as folder:
+        written, work, old = folder / "written", folder / "work", folder / OLD_FILES
         written.mkdir()
         work.mkdir()
         yield written / target.name, work
-        for file in sorted(written.iterdir(), reverse=True):  # the data before the graph that reads it
-            file.replace(target.parent / file.name)
+        now = occupant(target)
+        if claim is not None and now is not None and not force:
+            _check_unchanged(claim.before, now, target, force=False)
+        # The data before the graph that reads it, so that a graph is never beside the data of another.
+        files = sorted(written.iterdir(), key=lambda file: (file.name == target.name, file.name))
+        for file in files:
+            replaced = force or (file.name == target.name and claim is not None and claim.before is not None)
+            check_target_file(target.with_name(file.name), force=replaced)
+        if len(files) == 1 and now is not None:
+            files[0].replace(target)
+        else:
+            _publish(files, target.parent, old)
 
 
-@contextlib.contextmanager
-def _stage(target: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder next to the target; failures to write become OutputError."""
-    stage = target.parent / f".{target.name}.partial-{os.getpid()}"
+def _publish(files: list[Path], place: Path, old: Path) -> None:
+    """Move files to their place in this order. Files that are there go to `old` first, in the opposite order."""
+    old.mkdir()
+    moved: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(target)
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir()
-        yield stage
-    except OSError as error:
-        what = "the disk is full" if error.errno in _FULL else f"cannot write: {error.strerror or error}"
-        raise OutputError(
-            what, where=str(error.filename or target), hint="free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        for file in reversed(files):
+            if occupant(place / file.name) is not None:
+                (place / file.name).rename(old / file.name)
+        for file in files:
+            move_new(file, place / file.name)
+            moved.append(place / file.name)
+    except BaseException as error:
+        for path in reversed(moved):
+            path.unlink()
+        for file in files:
+            if (old / file.name).exists():
+                (old / file.name).replace(place / file.name)
+        if isinstance(error, FileExistsError):
+            raise _appeared(Path(error.filename2 or error.filename)) from None
+        raise
 
 
-def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool] | None = None) -> None:
+def place_of(target: Path) -> Path:
+    """Return the absolute path of a folder to write; a link to a folder is followed."""
+    there = occupant(target)
+    followed = there is not None and target.is_symlink() and target.is_dir()
+    return target.resolve() if followed else target.absolute()
+
+
+def check_target(target: Path, *, force: bool, ours: Ours | None = None) -> None:
     """Raise OutputError for an output that exists; with `force`, only for one that Mezzotint did not write."""
-    if not target.exists():
+    if occupant(target) is None:
         return
     if not force:
         raise OutputError("the output exists already", where=str(target), hint="choose another folder, or add --force")
-    if not (ours or _is_ours)(target):
+    if ours is not None:
+        foreign = None if ours(target) else "the output exists, and Mezzotint did not write it"
+    else:
+        foreign = foreign_part(target)
+    if foreign is not None:
         raise OutputError(
-            "the output exists, and Mezzotint did not write it",
+            foreign,
             where=str(target),
             hint="choose another folder; --force replaces only what Mezzotint wrote",
         )
 
 
-def _is_ours(target: Path) -> bool:
-    """Return whether `force` may replace a target: a bundle, a folder of the demo, or an empty folder."""
+def check_target_file(target: Path, *, force: bool) -> None:
+    """Raise OutputError for an output file that exists; with `force`, only for one that is no plain file."""
+    there = occupant(target)
+    if there is not None and (target.is_symlink() or not target.is_file()):
+        raise OutputError("the output exists already, and is no plain file", where=str(target), hint="choose another")
+    if not force and there is not None:
+        raise OutputError("the output exists already", where=str(target), hint="choose another file, or add --force")
+
+
+def foreign_part(target: Path) -> str | None:
+    """Return why `force` may not replace a folder: it holds something that is not of a bundle or of the demo.
+
+    A bundle holds the files of its manifest, a demo its own files and a bundle. An empty folder may be replaced.
+    """
+    no = "the output exists, and Mezzotint did not write it"
     if not target.is_dir():
-        return False
-    return (target / MANIFEST).is_file() or (target / "bundle" / MANIFEST).is_file() or not any(target.iterdir())
+        return no
+    names = {entry.name for entry in target.iterdir()}
+    if not names:
+        return None
+    if MANIFEST in names:
+        return _foreign_file(target)
+    if names <= DEMO_FILES | {SUMMARY} and (target / "bundle" / MANIFEST).is_file():
+        return _foreign_file(target / "bundle")
+    return no
 
 
-def remove_stale(target: Path) -> None:
-    """Remove the folders of killed compilations next to the target; undo a `_swap` that was killed."""
-    for folder in target.parent.glob(f".{target.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        if not pid.isdigit() or not psutil.pid_exists(int(pid)):
-            if (folder / "old").exists() and not target.exists():
-                (folder / "old").rename(target)
-            shutil.rmtree(folder, ignore_errors=True)
+def _foreign_file(bundle: Path) -> str | None:
+    """Return the complaint about the first file of a bundle's folder that its manifest does not list."""
+    try:
+        known = set(json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return f"the output exists, and its {MANIFEST} cannot be read"
+    for path in sorted(bundle.rglob("*")):
+        name = path.relative_to(bundle).as_posix()
+        if name != MANIFEST and name not in known and (path.is_symlink() or not path.is_dir()):
+            return f"the output holds a file that Mezzotint did not write: {name}"
+    return None
 
 
-def _swap(bundle: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
-        try:
-            bundle.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-    else:
-        bundle.rename(target)
+def _check_unchanged(before: Occupant | None, now: Occupant, target: Path, force: bool) -> None:
+    if before is None and not force:
+        raise _appeared(target)
+    if before != now:
+        raise OutputError(
+            "another command wrote the output while this one ran; it is left as it is",
+            where=str(target),
+            hint="choose another place, or run this command again",
+        )
+
+
+def _appeared(target: Path) -> OutputError:
+    return OutputError(
+        "the output appeared while this command ran; it is left as it is",
+        where=str(target),
+        hint="choose another place, or add --force",
+    )
 
 
 def write_text(path: Path, text: str) -> None:

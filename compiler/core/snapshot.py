@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
@@ -30,6 +30,8 @@ from ..graph import weight_store as store
 from .formats import Format
 from .program import Plan, Program, Quantizer, Record, Site
 from .stats import Stats, Summary
+
+STATS_ARRAYS = "stats.safetensors"
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -130,7 +132,7 @@ def save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
         arrays[f"channels.{i}"] = extremes
     for i, sums in enumerate(stats.squares.values()):
         arrays[f"squares.{i}"] = sums
-    save_file(arrays, folder / "stats.safetensors")
+    (folder / STATS_ARRAYS).write_bytes(save(arrays))
     return {
         "digest": stats.digest,
         "groups": stats.groups,
@@ -145,7 +147,7 @@ def save_stats(stats: Stats, folder: Path) -> dict[str, Any]:
 
 def load_stats(data: Mapping[str, Any], folder: Path) -> Stats:
     """Return the statistics that `save_stats` wrote."""
-    arrays = load_file(folder / "stats.safetensors")
+    arrays = load_file(folder / STATS_ARRAYS)
     summaries: dict[tuple[str, int], Summary] = {}
     for i, (name, group) in enumerate(data["keys"]):
         count, low, high, total, square = (float(v) for v in arrays[f"{i}.moments"])
@@ -170,7 +172,7 @@ def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
         f = q.format
         grid = [f.bits, f.signed, f.symmetric]
         entries.append([site.value, site.consumer, grid, q.axis, q.by, q.scale.ndim, q.table])
-    save_file(arrays, folder / "plan.safetensors")
+    (folder / "plan.safetensors").write_bytes(save(arrays))
     return {
         "islands": dict(plan.islands),
         "quantizers": entries,

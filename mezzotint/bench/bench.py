@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.compiler.stages import scratch
 from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
@@ -205,13 +205,13 @@ def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tupl
 def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | None, repeats: int) -> Breakdown:
     """Run the bundle's graph under onnxruntime's profiler; the first call warms up and is not counted."""
     x, t = initial_noise(FIXED, (batch, *bundle.sample_shape)), middle_timestep(bundle)
-    with TemporaryDirectory(prefix="mezzotint-bench-") as folder:
+    with scratch() as folder:
         net = Denoiser(
             bundle.model_path,
             bundle.signature,
             threads=threads,
             deployed=bundle.deployed_timesteps,
-            profile=Path(folder) / "trace",
+            profile=folder / "trace",
         )
         for _ in range(1 + min(repeats, MAX_PROFILED_CALLS)):
             net(x, t, **conditions)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError, MezzotintError
@@ -70,7 +71,8 @@ class PeerRuns:
         self._bundle, self._model, self._exact, self._rows = bundle, model, exact, rows
         self._batch, self._threads = batch, threads
         self._plan = bundle.plan(guidance=1.0)
-        self._folder = TemporaryDirectory(prefix="mezzotint-peers-")
+        self._files = ExitStack()
+        self._folder = self._files.enter_context(scratch())
 
     def __enter__(self) -> PeerRuns:
         return self
@@ -79,7 +81,7 @@ class PeerRuns:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.nets.clear()  # before the files that they may have mapped into memory
-        self._folder.cleanup()
+        self._files.__exit__(kind, error, trace)
 
     def prepare(
         self, names: Sequence[str], calibration: int, progress: Progress
@@ -125,7 +127,7 @@ class PeerRuns:
     def _prepared(self, name: str, calls: Sequence[Call]) -> PeerResult:
         if name not in peers.available():
             return PeerResult(name, "not installed")
-        folder = Path(self._folder.name) / name
+        folder = self._folder / name
         folder.mkdir()
         start = time.perf_counter()
         try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.errors import BundleError
 
 from ..text import console
@@ -38,10 +38,8 @@ def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
             where=str(model),
             hint="give the folder that `compile` wrote, or a file that ends in .onnx",
         )
-    with TemporaryDirectory() as folder:
-        return {
-            name: audit_fusion(file, Path(folder), threads=threads, islands=islands) for name, file in files.items()
-        }
+    with scratch() as folder:
+        return {name: audit_fusion(file, folder, threads=threads, islands=islands) for name, file in files.items()}
 
 
 def to_json(model: Path, fusions: Mapping[str, Fusion]) -> dict[str, Any]:

@@ -22,12 +22,14 @@ def overlay(
     json: Json = False,
 ) -> None:
     """Write node data for Model Explorer: the nodes of the network, coloured by one of their properties."""
+    from mezzotint.compiler.bundle.staging import check_target_file
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..interchange import write_json
     from ..interchange.overlay import make_overlay
     from ..text import console
 
+    check_target_file(output, force=force)
     opened = open_bundle(bundle)
     node_data = make_overlay(opened, what, debug=debug, threads=threads)  # type: ignore[arg-type]  # it refuses others
     write_json(output, node_data.data, force=force)
@@ -52,6 +54,7 @@ def overrides(
     json: Json = False,
 ) -> None:
     """Write TensorQuantOverrides for onnxruntime's quantizer: the bundle's scales for tensors of the float model."""
+    from mezzotint.compiler.bundle.staging import check_target_file
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..interchange import write_json
@@ -59,6 +62,7 @@ def overrides(
     from ..io.settings import load_conditions
     from ..text import console
 
+    check_target_file(output, force=force)
     rows = None if conditions is None else load_conditions(conditions)
     scales = make_overrides(open_bundle(bundle), float_, conditions=rows, threads=threads)
     write_json(output, scales.to_json(), force=force)

@@ -32,7 +32,6 @@ measured call takes 3 to 5 s on one thread.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from mezzotint.compiler.core.execute import Executor, feeds
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.stages import scratch
 from mezzotint.passes.recipes.files import recipe_from_json
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
@@ -137,8 +137,8 @@ def diagnose(
     chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(calls or count, count))})
     rows, unconditional_rows = _rows(conditions, n), _rows(unconditional, n)
     float_model = ReferenceModel(bundle, reference, threads=threads)
-    with tempfile.TemporaryDirectory() as work:
-        context = Context(Path(work), seed=bundle.manifest.calibration.seed, threads=threads, conditions=rows)
+    with scratch() as work:
+        context = Context(work, seed=bundle.manifest.calibration.seed, threads=threads, conditions=rows)
         program = replayed(float_model.program(context.folder), recipe, context)
         compared = put_side_by_side(program, bundle.model_path)
         if not compared.layers:

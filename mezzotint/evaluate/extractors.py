@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import isbuiltin
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,9 @@ def _module(name: str) -> torch.nn.Module:
         module: Any = import_module(place)
         for part in attribute.split("."):
             module = getattr(module, part)
-        if not isinstance(module, torch.nn.Module) and callable(module):
+        if not isinstance(module, torch.nn.Module) and callable(module) and not isbuiltin(module):
             module = module()
-    except Exception as error:  # third-party code
+    except (Exception, SystemExit) as error:  # third-party code
         raise InputError(
             f"{name} cannot be made: {type(error).__name__}: {error}",
             where="--features",

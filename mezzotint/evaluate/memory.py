@@ -1,9 +1,7 @@
 """The memory that opening a model and calling it once adds to a fresh process.
 
-    python -m mezzotint.evaluate.memory '{"bundle": ..., "models": [...], "batch": ..., "threads": ...}'
-
 In one process, the figure of the second model would include what the first left behind and all other loaded data. The
-process loads its libraries, makes its inputs, notes its resident memory, opens the model, and makes one call at the
+new process loads its libraries, makes its inputs, notes its resident memory, opens the model, and makes one call at the
 deployment's middle timestep. It prints the peak (the system's high-water mark of that process) and the memory before
 the model was opened, in bytes. A bundle of several precisions has several models. The difference is reported: the
 model, onnxruntime's prepacked weights and its activations. A memory-mapped file counts as far as it was read.
@@ -12,9 +10,6 @@ model, onnxruntime's prepacked weights and its activations. A memory-mapped file
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +26,7 @@ from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import middle_timestep
+from ..io.children import run_isolated
 
 
 @dataclass(frozen=True)
@@ -66,15 +62,7 @@ def memory_of_one_call(
         "models": [str(model.absolute()) for model in models],
     }
     task |= {"batch": batch, "threads": threads, "conditions": shapes}
-    here = str(Path(__file__).resolve().parents[2])  # this copy of the package, whichever is installed
-    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "mezzotint.evaluate.memory", json.dumps(task)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_isolated(__name__, json.dumps(task))
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         what = lines[-1] if lines else f"it ended with {done.returncode}"
@@ -106,5 +94,6 @@ def _high_water() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-if __name__ == "__main__":
-    print(json.dumps(asdict(_measure(json.loads(sys.argv[1])))))
+def main(task: str) -> None:
+    """Measure and print as JSON what `memory_of_one_call` asks a new process for."""
+    print(json.dumps(asdict(_measure(json.loads(task)))))

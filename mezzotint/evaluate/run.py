@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import InputError
@@ -98,8 +98,8 @@ def evaluate_with(
     job = _prepare(sampler, options, folder)
     if job.begun and (earlier := _finished(job, options.speed)) is not None:
         return earlier
-    with TemporaryDirectory() as work:
-        same_weights = float_model.has_weights_of(float_model.program(Path(work)))
+    with scratch() as work:
+        same_weights = float_model.has_weights_of(float_model.program(work))
     numbers = measure_images(sampler, job.run, job.extractor, job.no_features, keep=job.keep, progress=progress)
     metrics = _metrics(numbers, options.resamples, progress)
     timed, memory = _measure_cost(sampler, progress) if options.speed else (None, None)

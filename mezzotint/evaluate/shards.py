@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.progress import CallProgress
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -113,12 +113,9 @@ class PairShard:
     def load(self) -> ImagePairs | None:
         """Return the pairs, None where the file is missing, damaged, or of another run.
 
-        The partial file of a killed run is removed.
+        What a killed run left is removed.
         """
-        for part in self.path.parent.glob(f".{self.path.name}.partial-*"):
-            pid = part.name.rpartition("-")[2]
-            if not pid.isdigit() or not psutil.pid_exists(int(pid)):
-                part.unlink(missing_ok=True)
+        remove_leftovers(self.path.parent)
         try:
             with safe_open(self.path, framework="numpy") as file:
                 facts = json.loads((file.metadata() or {})[_KEY])

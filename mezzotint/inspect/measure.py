@@ -10,13 +10,13 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mezzotint.compiler.audit.fusion import audit_fusion
+from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import MezzotintError
@@ -70,9 +70,9 @@ def measure_sections(bundle: Bundle, options: PageOptions, progress: Progress = 
 
 def audit_rows(bundle: Bundle, threads: int | None = None) -> list[PageData]:
     """Return the fusion audit by this onnxruntime, failures first: {name, op, kernel, integer, rule, why, fix}."""
-    with TemporaryDirectory() as folder:
+    with scratch() as folder:
         islands = bundle.manifest.islands
-        audit = audit_fusion(bundle.model_path, Path(folder), threads=threads, islands=islands)
+        audit = audit_fusion(bundle.model_path, folder, threads=threads, islands=islands)
     return [v.to_json() for v in sorted(audit.verdicts, key=lambda v: (v.integer, not v.failed))]
 
 

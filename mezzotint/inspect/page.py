@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mezzotint.compiler.bundle.staging import claim_file
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.ranges import Ranges
 from mezzotint.runtime.progress import Progress, silent
@@ -34,8 +35,9 @@ def write_page(bundle: Bundle, target: Path, options: PageOptions | None = None,
 
     Raises InputError for a missing reference, OutputError where the file cannot be written.
     """
+    claim = claim_file(target)
     data = page_data(bundle, measure_sections(bundle, options or PageOptions(), progress))
-    with replacing(target) as part:
+    with replacing(target, claim) as part:
         part.write_text(render_page(data), encoding="utf-8", newline="\n")
 
 

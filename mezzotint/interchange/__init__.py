@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint.compiler.errors import OutputError
+from mezzotint.compiler.bundle.staging import check_target_file
 from mezzotint.runtime.errors import InputError
 
 from ..io.files import replacing
@@ -19,8 +19,7 @@ OVERRIDES_FORMAT = 1
 
 def write_json(path: Path, data: Any, *, force: bool = False) -> None:
     """Write a temporary file and move it into place. Raises OutputError for an existing target."""
-    if path.exists() and not (force and path.is_file()):
-        raise OutputError("the output exists already", where=str(path), hint="choose another file, or add --force")
+    check_target_file(path, force=force)
     with replacing(path) as part:
         part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8", newline="\n")
 

@@ -18,7 +18,6 @@ quantizer uses it where a scale clips a weight.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry
@@ -99,13 +99,13 @@ def make_overrides(
     reference.check()
     recipe = checked_recipe(bundle)
     raw = ir.load(float_model).graph
-    with tempfile.TemporaryDirectory(prefix="mezzotint-overrides-") as work:
-        context = Context(Path(work), seed=bundle.manifest.calibration.seed, threads=threads)
+    with scratch() as work:
+        context = Context(work, seed=bundle.manifest.calibration.seed, threads=threads)
         before = reference.program(context.folder)
         after = replayed(before, recipe, context)
         float_layers = list(layers(after.graph))
         reader = ScaleReader(ir.load(bundle.model_path), bundle)
-        activations, weights, quantized = reader.read(float_layers, Path(work), threads)
+        activations, weights, quantized = reader.read(float_layers, work, threads)
         names = [name for name in activations if _in_graph(raw, name)]
         changed = _changed(before, after, names, bundle, conditions, context)
         tensors, widened, skipped = _activations(activations, names, changed)

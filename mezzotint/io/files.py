@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from mezzotint.compiler.errors import OutputError
+from mezzotint.compiler.bundle.staging import Claim, claim_file, staged_file
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, claim: Claim | None = None) -> Iterator[Path]:
     """Yield a temporary path; at the end its file replaces `path`.
 
-    Parent folders are created. A failure leaves an earlier file as it was; errors of the disk become OutputError.
+    A file that is there is replaced only if the `claim` was made on it: at the beginning of a long command, or now when
+    left out. Folders above are made. A failure leaves an earlier file as it was; errors of the disk become OutputError.
     """
-    part = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write: {error.strerror or error}", where=str(path), hint="free some space or choose another place"
-        ) from error
-    finally:
-        with suppress(NotADirectoryError):  # a file in the place of a parent folder, reported above
-            part.unlink(missing_ok=True)
+    with staged_file(path, claim=claim or claim_file(path)) as (file, _):
+        yield file

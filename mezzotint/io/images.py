@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from mezzotint.compiler.bundle.staging import Claim
 from mezzotint.compiler.errors import OutputError
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import Images
@@ -104,13 +105,15 @@ def _not_images(what: str, where: str | None = None) -> InputError:
     )
 
 
-def save_images(images: Images, path: Path, columns: int | None = None) -> None:
+def save_images(images: Images, path: Path, columns: int | None = None, claim: Claim | None = None) -> None:
     """Write a PNG grid, or the float32 array for a path that ends in .npy. An earlier file is replaced at the end.
+
+    A `claim` was made on that file when a long command began.
 
     Raises InputError for other endings and for latents, OutputError for a place that cannot be written.
     """
     check_image_file(path)
-    with replacing(path) as part, part.open("wb") as file:
+    with replacing(path, claim) as part, part.open("wb") as file:
         if path.suffix == ".npy":
             np.save(file, images)
         else:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mezzotint.compiler.bundle.staging import claim_file
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
@@ -50,10 +51,11 @@ def sample_to_path(
     summary = sample_summary(bundle, output, n, options)
     if output.suffix in FILES:
         images.check_image_file(output, bundle.sample_shape[0])
+        claim = claim_file(output)
         drawn = bundle.sample_with(
             options, n, threads=threads, progress=lambda done, total: progress("sample", done, total)
         )
-        images.save_images(drawn, output)
+        images.save_images(drawn, output, claim=claim)
         return summary
     if shards is not None:
         shard_options = replace(shard_options, shards=parse_shards(shards, n, shard_options.shard_size))

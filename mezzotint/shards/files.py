@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mezzotint.compiler.bundle.staging import remove_stale, staged, staged_file
+from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.errors import OutputError
+from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.signature import Images
 
 from ..io.images import from_pixels, picture, to_pixels
@@ -75,7 +76,7 @@ class Shard:
 
         Raises OutputError where a shard of another run is in its place.
         """
-        remove_stale(self.path)
+        remove_leftovers(self.folder)
         try:
             self.load()
         except Damaged:
@@ -98,7 +99,7 @@ class Shard:
                 seed = np.asarray(self.seed)
                 np.savez(handle, images=images, index=self.index, seed=seed, run=np.asarray(self.run))
             return
-        with staged(self.path, force=True, ours=_is_picture_shard) as (folder, _):
+        with staged(self.path, force=True, ours=_is_picture_shard, shared=True) as (folder, _):
             hashes = {}
             for i, number in enumerate(self.index.tolist()):
                 data = io.BytesIO()

@@ -12,6 +12,7 @@ import numpy as np
 
 from mezzotint.compiler.bundle.staging import staged_file
 from mezzotint.compiler.errors import OutputError
+from mezzotint.compiler.stages import PREFIX
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.guidance import Conditions
 
@@ -58,7 +59,7 @@ def belongs(folder: Path, settings: Mapping[str, Any]) -> bool:
     before = read_run(folder / RUN)
     if before is None:
         # A killed run, or one on another machine that is writing its settings, may have left a hidden folder.
-        if any(not entry.name.startswith(f".{RUN}.partial-") for entry in folder.iterdir()):
+        if any(not entry.name.startswith(PREFIX) for entry in folder.iterdir()):
             raise OutputError(
                 "the folder exists, and no samples were drawn into it", where=str(folder), hint="choose another folder"
             )

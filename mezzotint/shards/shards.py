@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mezzotint.compiler.bundle.staging import remove_stale
+from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
@@ -216,7 +216,7 @@ def _missing(run: Run, chosen: list[int], force: bool, progress: Progress) -> li
     for done, number in enumerate(chosen):
         progress("check shards", done, len(chosen))
         if force:
-            remove_stale(run.shard(number).path)
+            remove_leftovers(run.folder)
         if force or not run.shard(number).complete():
             missing.append(number)
     progress("check shards", len(chosen), len(chosen))

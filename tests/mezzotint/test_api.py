@@ -23,11 +23,13 @@ from mezzotint.compiler import frontend
 from mezzotint.compiler.audit.kernels import INTEGER_KERNELS
 from mezzotint.compiler.core.verify import relative_difference
 from mezzotint.compiler.errors import ConditionError, ModelError, OutputError, RecipeError
+from mezzotint.compiler.stages import OLD
 from mezzotint.runtime.bundle.bundle import MANIFEST
 from mezzotint.runtime.bundle.manifest import TIME_KEYS
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.runtime.session import Denoiser, open_session
+from tests.helpers.leftovers import leave_stage
 from tests.helpers.models import (
     CONTEXT,
     CONVS,
@@ -480,12 +482,9 @@ class TestOutput:
 
     def test_a_swap_that_was_killed_is_undone(self, hand: Compiled, tmp_path: Path) -> None:
         """Between two renames the old bundle lies in the stage folder only."""
-        gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
         old = compile_model(hand.exported, tmp_path / "b", recipe="float", **SMALL)
         before = files(old.path)
-        stage = tmp_path / f".b.partial-{int(gone.stdout)}"
-        stage.mkdir()
-        old.path.rename(stage / "old")
+        old.path.rename(leave_stage(tmp_path / "b") / OLD)
 
         source = write(hand_written(context="context"), tmp_path / "m.onnx")
         with pytest.raises(ConditionError):

@@ -34,6 +34,7 @@ def other_weight(program: Program) -> Program:
 
 CHANGES: dict[str, Change] = {
     "samples": lambda p, c: (p, replace(c, samples=3)),
+    "threads": lambda p, c: (p, replace(c, threads=7)),
     "seed": lambda p, c: (p, replace(c, seed=1)),
     "batch": lambda p, c: (p, replace(c, batch=1)),
     "conditions": lambda p, c: (p, replace(c, conditions={"label": np.zeros(2)})),
@@ -56,8 +57,10 @@ def measured(program: Program, context: Context) -> tuple[Stats, str]:
 
 def test_the_second_time_comes_from_the_cache(tiny: Program, cached: Context) -> None:
     first, said = measured(tiny, cached)
-    again, note = measured(tiny, replace(cached, threads=1))
-    assert note == f"{said}; from the cache"
+    stages: list[str] = []
+    again, note = measured(tiny, replace(cached, progress=lambda stage, done, total: stages.append(stage)))
+    assert note == said
+    assert "statistics from the cache" in stages and "observe" not in stages
     assert again.digest == first.digest and again.timesteps == first.timesteps and again.calls == first.calls
     assert list(again.summaries) == list(first.summaries)
     for key, summary in first.summaries.items():
@@ -85,11 +88,26 @@ def test_stored_weights_count_by_their_contents(tiny: Program, cached: Context, 
         assert not measured_once(program, cached, {}, lambda: made)[1]
 
 
-def test_an_entry_that_cannot_be_read_is_named(tiny: Program, cached: Context) -> None:
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda entry: (entry / "stats.json").write_text("{"),
+    "another type": lambda entry: (entry / "stats.json").write_text("[]"),
+    "a changed number": lambda entry: (entry / "stats.json").write_text(
+        (entry / "stats.json").read_text().replace('"calls": ', '"calls": 1')
+    ),
+    "no arrays": lambda entry: (entry / "stats.safetensors").unlink(),
+    "cut arrays": lambda entry: (entry / "stats.safetensors").write_bytes(b"hello"),
+    "a changed byte": lambda entry: (entry / "stats.safetensors").write_bytes(
+        (entry / "stats.safetensors").read_bytes()[:-1] + b"?"
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_named(tiny: Program, cached: Context, damage: str) -> None:
     measured(tiny, cached)
     assert cached.cache is not None
     (entry,) = cached.cache.iterdir()
-    (entry / "stats.json").write_text("{")
+    DAMAGE[damage](entry)
     with pytest.raises(StatsError, match="cannot be read") as caught:
         measured(tiny, cached)
     assert caught.value.where == str(entry) and "delete" in (caught.value.hint or "")

@@ -23,11 +23,13 @@ from mezzotint import __version__, open_bundle
 from mezzotint.cli.options import plain_warnings
 from mezzotint.compiler.audit.kernels import audit_kernels
 from mezzotint.compiler.errors import CompileError, OutputError
+from mezzotint.compiler.stages import PREFIX
 from mezzotint.io.settings import parse_output, parse_roles, parse_settings, parse_size
 from mezzotint.passes.recipes.catalog import DEFAULT, RECIPES
 from mezzotint.passes.recipes.files import load_recipe, pass_names
 from mezzotint.runtime.errors import InputError, InterpolatedCorrection
 from tests.helpers.full_disk import FULL_DISK
+from tests.helpers.leftovers import leave_stage
 from tests.helpers.models import FAST, INTEGER, THREADS, Answer, Cli, Compiled, hand_written, write
 
 ROOT = Path(__file__).parents[3]
@@ -549,10 +551,9 @@ class TestAccidents:
         process = subprocess.Popen(
             [sys.executable, "-m", "mezzotint", *map(str, words)], cwd=ROOT, stderr=subprocess.DEVNULL
         )
-        stage = tmp_path / f".bundle.partial-{process.pid}"
         deadline = time.monotonic() + 60
         try:
-            while not list((stage / "bundle" / "passes").glob("*_lower_norms.txt")):
+            while not list(tmp_path.glob(f"{PREFIX}*/bundle/passes/*_lower_norms.txt")):
                 assert process.poll() is None, "it ended before it could be killed"
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -560,7 +561,7 @@ class TestAccidents:
             process.kill()
             process.wait()
 
-        assert stage.exists(), "a killed process cannot clean up"
+        assert len(list(tmp_path.iterdir())) == 2, "a killed process cannot clean up"
         assert contents(target) == before
         assert open_bundle(target).manifest.digest == hand.bundle.manifest.digest
 
@@ -571,8 +572,7 @@ class TestAccidents:
         assert open_bundle(target).manifest.digest == hand.bundle.manifest.digest
 
     def test_a_compile_that_still_runs_is_left_alone(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
-        stage = tmp_path / f".bundle.partial-{os.getppid()}"
-        stage.mkdir()
+        stage = leave_stage(tmp_path / "bundle", pid=os.getpid())
 
         assert cli("compile", hand.exported, "-o", tmp_path / "bundle", *FAST).code == 0
 

@@ -21,6 +21,7 @@ from mezzotint.evaluate.run import PAGE_FILE, RESULT_FILE, evaluate_bundle
 from mezzotint.evaluate.shards import PairSampler
 from mezzotint.runtime.errors import InputError
 from tests.helpers.feature_nets import feature_net
+from tests.helpers.leftovers import leave_stage
 from tests.helpers.models import SMALL, THREADS, Cli, Compiled, hand_written, write
 from tests.helpers.tiny import tiny_model
 
@@ -254,7 +255,7 @@ class TestFolder:
         elif fault == "changed":
             file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
         elif fault == "killed":
-            file.rename(file.with_name(f".{file.name}.partial-999999999"))
+            file.rename(leave_stage(file) / "written")
         elif fault == "foreign":
             case.evaluate(tmp_path / "other", seed=9)
             file.write_bytes((tmp_path / "other" / file.name).read_bytes())

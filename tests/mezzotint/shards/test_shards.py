@@ -22,12 +22,14 @@ from PIL import Image
 
 from mezzotint import Bundle, compile_model, read_shards, sample_to_folder
 from mezzotint.compiler.errors import OutputError
+from mezzotint.compiler.stages import OWNER
 from mezzotint.io.images import to_pixels
 from mezzotint.runtime.errors import InputError, MezzotintError, TimestepNotDeployed
 from mezzotint.runtime.signature import Images
 from mezzotint.shards.run import RUN, Run
 from mezzotint.shards.shards import parse_shards
 from tests.helpers.full_disk import FULL_DISK
+from tests.helpers.leftovers import leave_stage
 from tests.helpers.models import CONTEXT, SMALL, Cli, Compiled, hand_written, write
 
 ROOT = Path(__file__).parents[3]
@@ -221,16 +223,14 @@ class TestBytes:
     def test_what_a_killed_run_left_is_removed(self, hand: Compiled, whole: Path, tmp_path: Path, format: str) -> None:
         data = contents(whole)
         name = "shard_00001.npz" if format == "npz" else "shard_00001"
-        ended = subprocess.Popen([sys.executable, "-c", ""])
-        ended.wait()
-        for pid, shard in ((ended.pid, name), (os.getppid(), "shard_00002")):  # the second one still lives
-            (whole / f".{shard}.partial-{pid}").mkdir()
-            (whole / f".{shard}.partial-{pid}" / "half").write_bytes(b"half")
+        leave_stage(whole / name)
+        lives = leave_stage(whole / "shard_00002", pid=os.getpid())
+        (lives / OWNER).unlink()
 
         drawn = sample_to_folder(hand.bundle, whole, N, format=format, **OPTIONS)
 
         assert drawn.made == ()
-        left = f".shard_00002.partial-{os.getppid()}/half"
+        left = f"{lives.name}/half"
         assert contents(whole) == {**data, left: b"half"}
 
     def test_a_shard_of_another_run(self, hand: Compiled, whole: Path, tmp_path: Path, format: str) -> None:

@@ -1,0 +1,48 @@
+"""Python in a new process that never imports from the current folder.
+
+`python -m` and `python -c` look into the current folder first: a `numpy.py` there would run. A child started here has
+no entry of the module path that depends on the current folder, starts in the root folder, and takes
+`mezzotint` from the files of this process, whichever copy is installed. Entries of PYTHONPATH are kept, as absolute
+paths.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+# Nothing but `sys` is loaded before the path is clean: any other import could come from the current folder.
+_START = """
+import sys
+sys.path[:] = [entry for entry in sys.path if entry]
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("mezzotint", sys.argv[1])
+package = sys.modules["mezzotint"] = module_from_spec(spec)
+spec.loader.exec_module(package)
+from importlib import import_module
+import_module(sys.argv[2]).main(sys.argv[3])
+"""
+
+
+def run_isolated(module: str, argument: str) -> subprocess.CompletedProcess[str]:
+    """Run `main(argument)` of a module of this package in a new process, and return what it wrote."""
+    return subprocess.run(
+        [sys.executable, "-c", _START, str(PACKAGE / "__init__.py"), module, argument],
+        cwd=PACKAGE.anchor,
+        env={**os.environ, "PYTHONPATH": absolute_paths(os.environ.get("PYTHONPATH", ""))},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+
+
+def absolute_paths(paths: str) -> str:
+    """Return a PYTHONPATH that does not depend on the current folder, for which an empty entry stands."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in paths.split(os.pathsep) if entry)
