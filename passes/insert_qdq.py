@@ -23,7 +23,7 @@ float, so their outputs are not quantized.
 
 The plan's list of islands gets every layer that stays in float, with the reason: the roles and patterns of `islands`
 (compiler/core/islands.py), the islands that the plan already has (assign_bits), layers without a quantizer in the plan,
-and operators without an integer kernel.
+and operators without an integer kernel. A role that no layer has is a warning in the log, and in the note.
 
 A bias that would not fit into int32 raises the scale of its weight, or, where that costs too much, keeps the layer in
 float (compiler/lowering/bias_room.py).
@@ -42,7 +42,7 @@ import onnx_ir as ir
 
 from mezzotint.compiler.core.formats import along, ends
 from mezzotint.compiler.core.islands import Islands
-from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.pipeline import LOG, Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.errors import PassError, RecipeError
 from mezzotint.compiler.graph import weight_store as store
@@ -105,6 +105,10 @@ class InsertQdq(Pass):
         note = f"{quantized} layers quantized, {len(reasons)} kept in float"
         if room.raised:
             note += f"; {len(room.raised)} weights have larger scales, so that their biases fit into int32"
+        if islands.unmatched:
+            missing = f"no layer has the role {', '.join(map(repr, islands.unmatched))}"
+            LOG.warning("%s: %s; name the layers: --set insert_qdq.islands", self.name, missing)
+            note += f"; {missing}"
         plan = _with_raised(plan, every_layer, room)
         frozen = deployed_rows(program) if writer.has_tables else program.frozen
         return replace(

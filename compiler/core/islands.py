@@ -1,12 +1,18 @@
 """Islands: the layers that a recipe keeps in float, by role or by a pattern of names.
 
 first        reads the sample, whose lowest bits are the noise that the model must predict
-second       reads the output of a first layer, through norms and activations only. At the last timesteps the noise in
-             that output is a hundredth of the image: less than one step of an 8-bit grid over the range of the image
-penultimate  computes what a last layer reads, through norms, activations and one addition: a residual branch and the
-             shortcut next to it, whose errors no later layer averages out
+second       reads the output of a first layer. At the last timesteps the noise in that output is a hundredth of the
+             image: less than one step of an 8-bit grid over the range of the image
+penultimate  computes what a last layer reads, through one addition at most: a residual branch and the shortcut next to
+             it, whose errors no later layer averages out
 last         computes the output
 attention    matmuls of two activations
+
+Between the sample, a layer and the output, every operation is seen through that brings in no other feature map: norms,
+activations, factors and additions that depend on the timestep or on conditions only, channels of a condition behind
+the sample, a Split of the variance, and the sample itself where the output is c_skip sample + c_out F(c_in sample).
+What depends on the sample by way of another layer is another feature map. A transposed convolution counts as a layer,
+though it is never an island by role: it is in float already.
 
 On the digits model the second and the two penultimate layers cause 80 to 90 % of the error of epsilon at the last step,
 and three quarters of it in the middle of the trajectory.
@@ -22,7 +28,7 @@ import onnx_ir as ir
 
 from ..errors import RecipeError
 from ..graph.nodes import consumers, is_constant, is_op, name_of
-from ..graph.ops import Layer, is_mover
+from ..graph.ops import Layer, float_reason
 from .program import Program
 
 ROLES = {
@@ -39,15 +45,14 @@ class Islands:
 
     def __init__(self, program: Program, layers: list[Layer], chosen: tuple[str, ...], where: str) -> None:
         self._chosen = chosen
-        sample = program.signature.sample
-        first = [layer for layer in layers if any(_reaches_up(v, sample) for v in layer.activations)]
-        last = [layer for layer in layers if _reaches_down(layer.output)]
-        from_first = _computed_from([layer.output for layer in first], layers)
-        to_last = _read_by([v for layer in last for v in layer.activations], layers)
+        flow = _Flow(program, layers)
+        first = [layer for layer in layers if any(flow.is_sample(v) for v in layer.activations)]
+        last = flow.makers(flow.outputs, through_concat=True)
+        from_first = flow.computed_from([layer.output for layer in first])
         members = {
             "first": first,
             "second": [layer for layer in layers if any(v in from_first for v in layer.activations)],
-            "penultimate": [layer for layer in layers if layer.output in to_last],
+            "penultimate": flow.makers([v for layer in last for v in layer.activations]),
             "last": last,
             "attention": [layer for layer in layers if layer.kind == "attention"],
         }
@@ -61,6 +66,11 @@ class Islands:
                     f"layers are called {', '.join(layer.name for layer in layers[:4])} ...",
                 )
 
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Return the chosen roles that no layer has."""
+        return tuple(island for island in self._chosen if island in ROLES and not self._names[island])
+
     def reason(self, layer: Layer) -> str | None:
         """Return why a layer stays in float, or None for a layer that is quantized."""
         for island in self._chosen:
@@ -71,55 +81,67 @@ class Islands:
         return None
 
 
-def _computed_from(sources: list[ir.Value], layers: list[Layer]) -> set[ir.Value]:
-    """Return the sources and the values computed from them and constants alone, up to the next layers."""
-    ends = {node for layer in layers for node in (layer.node, layer.bias_add) if node is not None}
-    computed, waiting = set(sources), list(sources)
-    while waiting:
-        for node in consumers(waiting.pop()):
-            if node in ends or not all(v is None or v in computed or _carries_no_data(v) for v in node.inputs):
+class _Flow:
+    """The way of the sample's contents through a graph: by itself (`bare`), and by way of a layer (`deep`)."""
+
+    def __init__(self, program: Program, layers: list[Layer]) -> None:
+        graph, signature = program.graph, program.signature
+        self._by_output = {layer.output: layer for layer in layers}
+        self._ends = {node for layer in layers for node in (layer.node, layer.bias_add) if node is not None}
+        self._ends |= {node for node in graph if float_reason(node) is not None}
+        named = [v for v in graph.outputs if name_of(v) == signature.output]
+        self.outputs: list[ir.Value] = named or list(graph.outputs)
+        self._bare = {v for v in graph.inputs if name_of(v) == signature.sample}
+        self._deep: set[ir.Value] = set()
+        for node in graph:
+            if is_op(node, "Shape", "Size", "ConstantOfShape"):
                 continue
-            fresh = [out for out in node.outputs if out not in computed]
-            computed.update(fresh)
-            waiting.extend(fresh)
-    return computed
+            data = [v for v in node.inputs if v is not None and not _carries_no_data(v)]
+            bare, deep = any(v in self._bare for v in data), any(v in self._deep for v in data)
+            if deep or (bare and node in self._ends):
+                self._deep.update(node.outputs)
+            if bare and node not in self._ends:
+                self._bare.update(node.outputs)
+
+    def is_sample(self, value: ir.Value) -> bool:
+        """Return whether a value comes from the sample, past no layer."""
+        return value in self._bare and value not in self._deep
+
+    def computed_from(self, sources: list[ir.Value]) -> set[ir.Value]:
+        """Return the sources and the values that bring in no other feature map, up to the next layers."""
+        computed, waiting = set(sources), list(sources)
+        while waiting:
+            for node in consumers(waiting.pop()):
+                others = [v for v in node.inputs if v is not None and v not in computed and not _carries_no_data(v)]
+                if node in self._ends or any(v in self._bare or v in self._deep for v in others):
+                    continue
+                fresh = [out for out in node.outputs if out not in computed]
+                computed.update(fresh)
+                waiting.extend(fresh)
+        return computed
+
+    def makers(self, targets: list[ir.Value], *, through_concat: bool = False) -> list[Layer]:
+        """Return the layers that make these values, through one addition (or concatenation) of feature maps."""
+        found: set[ir.Value] = set()
+        waiting = [(value, False) for value in targets]
+        seen = set(waiting)
+        while waiting:
+            value, joined = waiting.pop()
+            node = value.producer()
+            if value in self._by_output:
+                found.add(value)
+                continue
+            if node is None or node in self._ends or (is_op(node, "Concat") and not through_concat):
+                continue
+            maps = dict.fromkeys(v for v in node.inputs if v is not None and v in self._deep)
+            join = is_op(node, "Add", "Concat") and len(maps) > 1
+            if not (join and joined):
+                fresh = [(v, joined or join) for v in maps if (v, joined or join) not in seen]
+                seen.update(fresh)
+                waiting.extend(fresh)
+        return [layer for output, layer in self._by_output.items() if output in found]
 
 
 def _carries_no_data(value: ir.Value) -> bool:
     """Return whether a value is constant, a size of a feature map, or ones of such a size (from lower_norms)."""
     return is_constant(value) or value.dtype == ir.DataType.INT64 or is_op(value.producer(), "ConstantOfShape")
-
-
-def _read_by(targets: list[ir.Value], layers: list[Layer]) -> set[ir.Value]:
-    """Return the targets and the values they are computed from, up to the layers before, through one addition."""
-    outputs = {layer.output for layer in layers}
-    read: set[ir.Value] = set()
-    waiting = [(value, False) for value in targets]
-    while waiting:
-        value, joined = waiting.pop()
-        read.add(value)
-        node = value.producer()
-        if value in outputs or node is None or is_op(node, "Concat"):
-            continue
-        data = [v for v in node.inputs if v is not None and not _carries_no_data(v)]
-        join = is_op(node, "Add") and len(data) > 1
-        if not (join and joined):
-            waiting.extend((v, joined or join) for v in data)
-    return read
-
-
-def _reaches_up(value: ir.Value, name: str) -> bool:
-    """Return whether a value is the input of that name, apart from nodes that only move data."""
-    producer = value.producer()
-    if producer is None:
-        return name_of(value) == name
-    first = producer.inputs[0] if producer.inputs else None
-    return is_mover(producer) and first is not None and _reaches_up(first, name)
-
-
-def _reaches_down(value: ir.Value) -> bool:
-    """Return whether a value is a graph output, apart from nodes that only move data."""
-    if value.is_graph_output():
-        return True
-    readers = consumers(value)
-    return len(readers) == 1 and is_mover(readers[0]) and _reaches_down(readers[0].outputs[0])

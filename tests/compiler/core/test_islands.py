@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,10 +15,13 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.ops import layers
+from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.fold_time import FoldTime
 from mezzotint.passes.freeze_time import FreezeTime
+from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.lower_norms import LowerNorms
 from mezzotint.passes.normalize import Normalize
+from mezzotint.passes.observe import Observe
 from tests.helpers.tiny import program_of, tiny_program
 
 EXACT: dict[str, tuple[Pass, ...]] = {
@@ -33,14 +38,28 @@ def chosen(program: Program, *islands: str) -> set[str]:
     return {layer.name for layer in every if in_float.reason(layer) is not None}
 
 
-def graph_of(body: str) -> Program:
+WEIGHTS: dict[str, tuple[int, ...]] = {
+    "w": (4, 4, 3, 3),
+    "p": (4, 4, 1, 1),
+    "wide": (4, 8, 3, 3),
+    "tall": (8, 4, 3, 3),
+    "v": (4,),
+    "patch": (4, 4, 2, 2),
+    "square": (4, 4),
+    "rows16": (4, 16),
+}
+
+
+def graph_of(body: str, inputs: str = "") -> Program:
     """Float [batch, 4, 8, 8] from `sample` to `epsilon`; 3x3 weights `w`, 1x1 weights `p`, vectors `v`."""
     model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]>
-    g (float[batch,4,8,8] sample, int64[batch] timestep) => (float[batch,4,8,8] epsilon)
-    <float[4,4,3,3] w, float[4,4,1,1] p, float[4,8,3,3] wide, float[4] v>
+    g (float[batch,4,8,8] sample, int64[batch] timestep{inputs}) => (float[batch,4,8,8] epsilon)
+    <float half = {{0.5}}, int64[4] to_map = {{-1, 1, 1, 1}}, int64[2] sides = {{2, 3}}, int64[1] last_axis = {{3}},
+     int64[3] tokens = {{0, 4, 16}}, int64[4] small = {{0, 16, 4, 4}}, float[4,4,3,3] w, float[4,4,1,1] p,
+     float[4,8,3,3] wide, float[8,4,3,3] tall, float[4] v, float[4,4,2,2] patch, float[4,4] square, float[4,16] rows16>
     {{ {body} }}""")
     named = {v.name: v for node in model.graph for v in node.inputs if v is not None}
-    for name, shape in (("w", (4, 4, 3, 3)), ("p", (4, 4, 1, 1)), ("wide", (4, 8, 3, 3)), ("v", (4,))):
+    for name, shape in WEIGHTS.items():
         value = named.get(name)
         if value is not None:
             value.const_value = ir.tensor(np.full(shape, 0.5, np.float32), name=name)
@@ -159,5 +178,88 @@ def test_a_pattern_that_matches_nothing(tiny: Program, context: Context, pattern
     assert all(layer.name in hint for layer in list(layers(program.graph))[:4])
 
 
-def test_roles_that_nobody_plays_are_no_error() -> None:
-    assert chosen(graph_of(f"end = Relu (sample) {LAST}"), "attention", "second") == set()
+def test_roles_that_no_layer_has_are_known() -> None:
+    program = graph_of(f"end = Relu (sample) {LAST}")
+    assert chosen(program, "attention", "second") == set()
+    assert Islands(program, list(layers(program.graph)), ("attention", "first", "z"), "test").unmatched == (
+        "attention",
+    )
+
+
+TIME = "n = Cast <to = 1> (timestep) t = Reshape (n, to_map)"
+C = f"Conv {PAD}"
+WHOLE = {
+    "preconditioning": (
+        f"{TIME} x = Mul (sample, half) [a] a = {C} (x, w) b = Add (a, t) [s] c = {C} (b, w) d = Relu (c) "
+        f"[p] e = {C} (d, w) f = Sigmoid (e) [z] F = {C} (f, w) g = Mul (F, half) h = Mul (sample, half) "
+        "epsilon = Add (g, h)",
+        ("a", "s", "p", "z"),
+    ),
+    "a norm first": (
+        f"x = InstanceNormalization (sample, v, v) [a] a = {C} (x, w) b = LeakyRelu (a) [s] c = {C} (b, w) "
+        f"[p] d = {C} (c, w) e = Relu (d) [z] epsilon = {C} (e, w)",
+        ("a", "s", "p", "z"),
+    ),
+    "a decomposed norm": (
+        "m = ReduceMean <keepdims = 1> (sample, sides) x = Sub (sample, m) y = Mul (x, x) "
+        f"r = ReduceMean <keepdims = 1> (y, sides) q = Add (r, half) k = Sqrt (q) u = Div (x, k) [a] a = {C} (u, w) "
+        f"[s] b = {C} (a, w) [p] c = {C} (b, w) [z] epsilon = {C} (c, w)",
+        ("a", "s", "p", "z"),
+    ),
+    "a shortcut beside the first": (
+        f"x = InstanceNormalization (sample, v, v) [a] a = {C} (x, w) [one] o = Conv (sample, p) j = Add (a, o) "
+        f"[s] c = {C} (j, w) [p] d = {C} (c, w) [z] epsilon = {C} (d, w)",
+        ("a one", "s", "p", "z"),
+    ),
+    "channels of a condition": (
+        f"[embed] hint = {C} (extra, w) x = Concat <axis = 1> (sample, hint) [a] a = {C} (x, wide) "
+        f"[s] b = {C} (a, w) [p] c = {C} (b, w) [z] epsilon = {C} (c, w)",
+        ("a", "s", "p", "z"),
+    ),
+    "a transformer": (
+        f"{TIME} [a] patches = Conv <strides = [2, 2], kernel_shape = [2, 2]> (sample, patch) "
+        "r = Reshape (patches, tokens) k = Transpose <perm = [0, 2, 1]> (r) m = LayerNormalization (k, v) "
+        "o = Squeeze (t, last_axis) n1 = Mul (m, o) n2 = Add (n1, o) [s] l1 = MatMul (n2, square) g1 = Sigmoid (l1) "
+        "[f] l2 = MatMul (g1, square) stream = Add (k, l2) n3 = LayerNormalization (stream, v) "
+        "[p] l3 = MatMul (n3, square) stream2 = Add (stream, l3) n4 = LayerNormalization (stream2, v) "
+        "n5 = Mul (n4, o) [z] l4 = MatMul (n5, rows16) "
+        "back = Transpose <perm = [0, 2, 1]> (l4) blocks = Reshape (back, small) "
+        "epsilon = DepthToSpace <blocksize = 2> (blocks)",
+        ("a", "s", "p", "z"),
+    ),
+    "a variance beside": (
+        f"[a] a = {C} (sample, w) [s] b = {C} (a, w) [p] c = {C} (b, w) [z] both = {C} (c, tall) "
+        "epsilon, variance = Split <axis = 1, num_outputs = 2> (both)",
+        ("a", "s", "p", "z"),
+    ),
+    "a sum of two at the end": (
+        f"[a] a = {C} (sample, w) [s] b = {C} (a, w) c = Relu (b) [p] d = {C} (c, w) [z] e = {C} "
+        "(d, w) [y] f = Conv (d, p) h = Add (e, f) epsilon = Tanh (h)",
+        ("a", "s", "p", "y z"),
+    ),
+    "a transposed convolution at both ends": (
+        f"up = ConvTranspose {PAD} (sample, w) [s] b = {C} (up, w) epsilon = ConvTranspose {PAD} (b, w)",
+        ("", "", "", ""),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_roles_are_found_behind_what_brings_in_no_other_feature_map(case: str) -> None:
+    body, names = WHOLE[case]
+    program = graph_of(body, ", float[batch,4,8,8] extra" if "extra" in body else "")
+    found = [" ".join(sorted(chosen(program, role))) for role in ("first", "second", "penultimate", "last")]
+    assert found == list(names)
+
+
+def test_a_role_that_no_layer_has_is_a_warning(
+    tiny: Program, context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = graph_of(WHOLE["a norm first"][0])
+    plan = (Normalize(), Observe(), ChooseScales())
+    with caplog.at_level(logging.WARNING, "mezzotint"):
+        after = pipeline.run_passes(program, [*plan, InsertQdq(islands=("first", "attention"))], context)
+        assert "no layer has the role 'attention'" in caplog.text and "'attention'" in after.history[-1].note
+        caplog.clear()
+        pipeline.run_passes(program, [*plan, InsertQdq(islands=("first", "last"))], context)
+        assert not caplog.text
