@@ -18,6 +18,7 @@ if getattr(sys, "argv", [""])[0] == "-m" and not (sys.flags.isolated or getattr(
 
 import importlib
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,9 @@ if not (Path(__file__).parent / "runtime").is_dir():  # a checkout where links c
     __path__.append(str(Path(__file__).parent.parent))
 
 from mezzotint.runtime import __version__  # noqa: E402 (found by the line above where there are no links)
+
+# From its import on, onnxruntime 1.31 keeps a database in the user's home and sends figures over the network.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 

@@ -1,15 +1,26 @@
-"""The figures of fit_noise over the trajectory, as one plot in the bundle."""
+"""The figures of fit_noise over the trajectory, as one plot in the bundle.
+
+Matplotlib keeps a cache in the user's home and takes its defaults from files there and in the current folder. Here it
+gets a temporary folder instead, and its own defaults: the plot depends on the report only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import atexit
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from ..stages import scratch
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HOME = "MPLCONFIGDIR"
 CallRows = Sequence[Mapping[str, Any]]
 
 
@@ -18,9 +29,36 @@ def plot_noise(report: Mapping[str, Any], path: Path) -> None:
 
     Network calls run from left to right, in the order of sampling. The same report gives the same bytes.
     """
+    with _own_home():
+        import matplotlib.figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    with matplotlib.rc_context(defaults):
+        figure = matplotlib.figure.Figure(figsize=(12, 6.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw(report, figure)
+        # Without the library's name and version, the bytes depend on the report only.
+        figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
+
+
+@contextmanager
+def _own_home() -> Iterator[None]:
+    """Let Matplotlib be imported with a temporary folder as its home; the process keeps it until it ends."""
+    if "matplotlib" in sys.modules or HOME in os.environ:  # the caller's own choice
+        yield
+        return
+    files = ExitStack()
+    atexit.register(files.close)
+    os.environ[HOME] = str(files.enter_context(scratch()))
+    try:
+        yield
+    finally:
+        del os.environ[HOME]
+
+
+def _draw(report: Mapping[str, Any], figure: Figure) -> None:
     rows: CallRows = report["calls"]
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3).ravel()
     figure.suptitle(f"Quantization noise at each network call ({report['form']})")
     _lines(panels[0], rows, "SQNR on held-out calls, dB", **_sqnr(rows))
@@ -34,8 +72,6 @@ def plot_noise(report: Mapping[str, Any], path: Path) -> None:
     _lines(panels[5], rows, "shape of what is left", skewness=_of(rows, "skewness"), kurtosis=_of(rows, "kurtosis"))
     for panel in panels:
         panel.legend(fontsize="small")
-    # Without the library's name and version, the bytes depend on the report only.
-    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
 
 
 def _sqnr(rows: CallRows) -> dict[str, list[Any]]:

@@ -84,6 +84,17 @@ class TestTorch:
             open_extractor(f"{HERE}:{name}", GREY)
         assert refused.value.hint
 
+    @pytest.mark.parametrize("name", ["sys:exit", "os:abort", "os:fork", "builtins:input", "builtins:len", "site:main"])
+    def test_what_is_no_network_is_refused(self, name: str) -> None:
+        """Functions of the interpreter are not called; one that ends the process is an error like any other."""
+        with pytest.raises(InputError, match=r"not a torch.nn.Module|cannot be made"):
+            open_extractor(name, GREY)
+
+    def test_a_function_that_ends_the_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(f"{HERE}.number", lambda: sys.exit(0))
+        with pytest.raises(InputError, match="cannot be made: SystemExit"):
+            open_extractor(f"{HERE}:number", GREY)
+
     def test_a_package_that_is_not_there(self) -> None:
         with pytest.raises(InputError, match=r"ModuleNotFoundError.*no_such_package") as refused:
             open_extractor("no_such_package.nets:Net", GREY)
