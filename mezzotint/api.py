@@ -264,4 +264,4 @@ def _arrays(program: Program, conditions: Conditions | None, rows: int, seed: in
     """Return the conditions as arrays; for None, `rows` random ones."""
     if conditions is None:
         return random_conditions(program, rows, seed)
-    return {name: np.asarray(array) for name, array in conditions.items()}
+    return {name: np.atleast_1d(np.asarray(array)) for name, array in conditions.items()}  # a number is one row

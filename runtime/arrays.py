@@ -12,3 +12,8 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[Any]
 """Of one of numpy's integer types: int8 to int64, or unsigned."""
+
+
+def shared_row(rows: AnyArray) -> AnyArray | None:
+    """Return the one row, `[1, ...]`, that all rows `[n, ...]` are equal to, or None where they differ."""
+    return rows[:1] if len(rows) == 1 or bool((rows == rows[:1]).all()) else None

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
+from .arrays import shared_row
 from .errors import InputError, MixedTimesteps, TimestepNotDeployed
 from .signature import Signature, Timestep, whole
 
@@ -217,6 +218,7 @@ class Denoiser:
         value = self._inputs[name]
         dtype = np.dtype(_DTYPES[value.type])
         expected = f"{dtype} {value.shape}"
+        array = self._shared(name, array)
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != len(value.shape):
             raise InputError(f"input {name!r} is {_kind(array)}, expected a numpy array {expected}")
         for axis, (size, declared) in enumerate(zip(array.shape, value.shape, strict=True)):
@@ -227,6 +229,20 @@ class Denoiser:
                     where=f"axis {axis}" + (f", where {declared} is {known}" if isinstance(declared, str) else ""),
                 )
         return np.ascontiguousarray(array)
+
+    def _shared(self, name: str, array: object) -> object:
+        """Return the one row that all samples share for a condition that the graph declares as a number or one row."""
+        shape = self._inputs[name].shape
+        serves_all = name in self.signature.conditions and (not shape or shape[0] == 1)
+        if not serves_all or not isinstance(array, np.ndarray) or array.ndim != max(len(shape), 1) or not len(array):
+            return array
+        row = shared_row(array)
+        if row is None:
+            raise InputError(
+                f"the model takes one {name!r} for all samples of a call, and the rows of {_kind(array)} differ",
+                hint="call it with one sample, or with the same row for all",
+            )
+        return row if shape else row.reshape(())
 
     def _timestep(self, t: object, batch: int) -> npt.NDArray[Any]:
         """Return one timestep in the dtype and the shape that the graph declares: [], [1] or [batch]."""

@@ -158,6 +158,8 @@ def _array(manifest: Manifest, name: str, rows: int | None) -> str:
     """Return an expression for an input: random numbers for a floating type, ones for bool, zeros for integers."""
     dtype, shape = manifest.require_inputs()[name].dtype, tuple(_shape(manifest, name, rows))
     if dtype.startswith("float"):
+        if not shape:
+            return f"np.array(rng.standard_normal(), np.{dtype})"
         return f"rng.standard_normal({shape}).astype(np.{dtype})"
     return f"np.{'ones' if dtype == 'bool' else 'zeros'}({shape}, np.{dtype if dtype != 'bool' else 'bool_'})"
 
@@ -176,7 +178,10 @@ def _shape(manifest: Manifest, name: str, rows: int | None) -> list[int]:
     sample = manifest.require_inputs()[manifest.signature.sample].shape
     batch = sample[0] if isinstance(sample[0], int) else EXAMPLE_BATCH
     known = {d: n for d, n in zip(sample, (batch, *manifest.sample_shape), strict=True) if isinstance(d, str)}
-    first, *rest = manifest.require_inputs()[name].shape
+    declared = manifest.require_inputs()[name].shape
+    if not declared:
+        return [] if rows is None else [rows]
+    first, *rest = declared
     sizes = manifest.sample_shape if name == manifest.signature.sample else rest
     front = rows if rows is not None else first if isinstance(first, int) else batch
     return [front, *(n if isinstance(n, int) else known.get(n or "", TOKENS) for n in sizes)]

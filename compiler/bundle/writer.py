@@ -22,6 +22,7 @@ from ..graph import weight_store as store
 from ..graph.nodes import counts, name_of, numpy_of
 from ..graph.ops import layers
 from ..graph.require import dtype_of, shape_of
+from ..lowering.any_timestep import take_any_timestep
 from ..lowering.lower import lower
 from .card import CARD, NOISE_PLOT, card_text
 from .range_rows import range_rows
@@ -74,7 +75,7 @@ def write_bundle(
     """
     plan = program.plan or Plan()
     quantized = program.float_model is not None
-    lowered = lower(program) if quantized else program.model
+    lowered = take_any_timestep(lower(program) if quantized else program.model, program.signature)
     save_model(lowered, bundle / MODEL)
     files = sorted((bundle / MODEL).parent.glob(f"{Path(MODEL).name}*"))
     write_text(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")

@@ -16,6 +16,7 @@ from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import ConditionError, ModelError
 
+OPEN_TOKENS = 77  # tokens of a prompt of CLIP, for random conditions of an open length
 CalibrationDenoiser = Callable[[Images, Timestep, Conditions], Images]
 
 
@@ -181,17 +182,18 @@ def _check_channels(program: Program) -> None:
 def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
     """Return standard normal rows for every float condition: enough for speed and size, not for quality.
 
-    Raises ConditionError for integer conditions (class labels), whose range is unknown, and for open dimensions.
+    A condition that the model declares with one row, or as a number, gets one row. Open dimensions are OPEN_TOKENS.
+    Raises ConditionError for integer conditions (class labels), whose range is unknown.
     """
     rng = streams.CONDITIONS.generator(seed)
     conditions: dict[str, AnyArray] = {}
     for name, value in program.conditions().items():
-        sizes = [] if value.shape is None else list(value.shape)[1:]
-        if value.dtype is None or not value.dtype.is_floating_point() or not all(isinstance(d, int) for d in sizes):
+        if value.dtype is None or value.shape is None or not value.dtype.is_floating_point():
             raise ConditionError(
                 f"no random values can be drawn for the condition {name!r} ({value.dtype}{value.shape})",
                 hint="give --conditions FILE.npz with real ones",
             )
-        shape = [rows, *(int(d) for d in sizes if isinstance(d, int))]
+        first, *rest = list(value.shape) or [1]
+        shape = [1 if first == 1 else rows, *(size if isinstance(size, int) else OPEN_TOKENS for size in rest)]
         conditions[name] = rng.standard_normal(shape).astype(value.dtype.numpy())
     return conditions

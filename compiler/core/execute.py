@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mezzotint.runtime.arrays import AnyArray
+from mezzotint.runtime.arrays import AnyArray, shared_row
 from mezzotint.runtime.session import Level, open_session
 from mezzotint.runtime.signature import Signature, Timestep
 
+from ..errors import ConditionError
 from ..graph import weight_store as store
 from ..graph.nodes import name_of, remove_dead
 
@@ -82,12 +83,31 @@ def feeds(
     t: Timestep,
     conditions: Feeds | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the inputs of one call, the timestep in the shape and type of the graph's input."""
+    """Return the inputs of one call, the timestep in the shape and type of the graph's input.
+
+    A condition that the graph declares with one row, or as a number, gets the one row that all samples share.
+    Raises ConditionError where the rows differ.
+    """
     time = inputs[signature.timestep]
     dtype = np.dtype(np.int64) if time.dtype is None else time.dtype.numpy()
     rank = 0 if time.shape is None else len(time.shape)
     size = () if rank == 0 else (1 if time.shape is not None and time.shape[0] == 1 else len(x),)
-    return {signature.sample: x, signature.timestep: np.full(size, t, dtype), **(conditions or {})}
+    rows = {name: _shared(inputs[name], array) for name, array in (conditions or {}).items()}
+    return {signature.sample: x, signature.timestep: np.full(size, t, dtype), **rows}
+
+
+def _shared(value: ir.Value, rows: AnyArray) -> AnyArray:
+    shape = None if value.shape is None else list(value.shape)
+    if shape is None or rows.ndim != max(len(shape), 1) or not (shape == [] or shape[0] == 1):
+        return rows
+    row = shared_row(rows)
+    if row is None:
+        raise ConditionError(
+            f"the model takes one {value.name!r} for all samples of a call, and the rows differ",
+            where=f"input {value.name}",
+            hint="give one row, or export the model with a batch for this input",
+        )
+    return row.reshape(()) if shape == [] else row
 
 
 def _tapped(model: ir.Model, taps: Sequence[str]) -> ir.Model:

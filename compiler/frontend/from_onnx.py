@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from ..core.verify import weights_finite
 from ..errors import ModelError, SignatureError
 from ..graph import weight_store as store
 from ..graph.nodes import name_of
+from .batch import settle_batch
+from .foreign import check_plain
+from .half import widen_halves
 from .roles import infer_signature
 
+_LOG = logging.getLogger("mezzotint")
+
 OLDEST_OPSET = 13  # QuantizeLinear has an axis since then
-_QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"}
 
 
 def import_onnx(
@@ -76,6 +81,7 @@ def finish_import(
     fx_text: str | None = None,
 ) -> Program:
     """Return the Program of an imported graph, for both front ends: store the weights, check them, find the shape."""
+    settle_batch(model.graph, signature, where)
     shape = _sample_shape(model.graph, signature, size, where)
     _check_timestep(model.graph, signature, deployment)
     try:
@@ -129,15 +135,27 @@ def load_onnx(path: Path) -> ir.Model:
             where=str(path),
             hint="export it again with a later opset, or convert it with onnx.version_converter",
         )
-    if quantized := next((n for n in model.graph if n.op_type in _QUANTIZED), None):
-        raise ModelError(
-            f"the model is quantized already: node {quantized.name!r} is a {quantized.op_type}",
-            where=str(path),
-            hint="compile the float model it was made from",
-        )
+    check_plain(model, str(path))
+    sort_nodes(model, str(path))
     for name, value in model.graph.initializers.items():
         _check_external(name, value.const_value, path)
+    if half := widen_halves(model):
+        _LOG.info("%s: half precision inside (first at %r) is widened to float32", path, half)
     return model
+
+
+def sort_nodes(model: ir.Model, where: str) -> None:
+    """Put each node behind those that compute its inputs, in subgraphs and functions too. Raises ModelError for a ring.
+
+    onnxruntime sorts for itself, and converters to half precision leave their Casts at the end of the list.
+    """
+    try:
+        for graph in (model.graph, *model.functions.values()):
+            graph.sort()
+    except ValueError as error:
+        raise ModelError(
+            f"the graph's nodes cannot be put in order: {error}", where=where, hint="export the model again"
+        ) from error
 
 
 def _check_external(name: str, tensor: ir.TensorProtocol | None, path: Path) -> None:

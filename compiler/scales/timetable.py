@@ -23,21 +23,19 @@ def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], 
     `row_of` is that of `nearest_row_of_timestep`. A timestep outside of the training schedule is clipped to it.
     """
     timestep = next(v for v in program.graph.inputs if name_of(v) == program.signature.timestep)
-    int64 = ir.DataType.INT64
-    value = timestep
-    if timestep.dtype is not None and timestep.dtype.is_floating_point():
-        if (fine := _fineness(program)) > 1:
-            factor = build.constant(f"{stem}_fineness", np.array(fine, timestep.dtype.numpy()))
-            value = build.op("Mul", [value, factor], f"{stem}_fine", like=timestep)
-        value = build.op("Round", [value], f"{stem}_round", like=timestep)
-    if timestep.dtype != int64:
-        value = build.op(
-            "Cast", [value], f"{stem}_integer", dtype=int64, shape=timestep.shape, attributes={"to": int(int64)}
-        )
+    int64, kind = ir.DataType.INT64, timestep.dtype
+    # The first one before any arithmetic: the file takes a timestep of any rank (compiler/lowering/any_timestep.py).
     flat = build.constant(f"{stem}_flat_shape", np.array([-1]))
-    value = build.op("Reshape", [value, flat], f"{stem}_flat", dtype=int64, shape=[None])
+    value = build.op("Reshape", [timestep, flat], f"{stem}_flat", dtype=kind, shape=[None])
     first = build.constant(f"{stem}_first", np.array([0]))
-    value = build.op("Gather", [value, first], f"{stem}_one", dtype=int64, shape=[1], attributes={"axis": 0})
+    value = build.op("Gather", [value, first], f"{stem}_one", dtype=kind, shape=[1], attributes={"axis": 0})
+    if kind is not None and kind.is_floating_point():
+        if (fine := _fineness(program)) > 1:
+            factor = build.constant(f"{stem}_fineness", np.array(fine, kind.numpy()))
+            value = build.op("Mul", [value, factor], f"{stem}_fine", like=value)
+        value = build.op("Round", [value], f"{stem}_round", like=value)
+    if kind != int64:
+        value = build.op("Cast", [value], f"{stem}_integer", dtype=int64, shape=[1], attributes={"to": int(int64)})
     last = len(row_of) - 1
     limits = [build.constant(f"{stem}_lowest", np.array(0)), build.constant(f"{stem}_highest", np.array(last))]
     value = build.op("Clip", [value, *limits], f"{stem}_clipped", dtype=int64, shape=[1])

@@ -47,8 +47,8 @@ def _sliced(conditions: Conditions, first: int, stop: int) -> Conditions:
 
 
 def _checked(conditions: Conditions, n: int) -> Conditions:
-    for name, array in conditions.items():
-        shape = np.shape(array)
-        if len(shape) == 0 or shape[0] not in (1, n):
-            raise InputError(f"condition {name!r} has shape {list(shape)}", hint=f"give [{n}, ...] or [1, ...]")
-    return {name: np.asarray(array) for name, array in conditions.items()}
+    arrays = {name: np.atleast_1d(np.asarray(array)) for name, array in conditions.items()}  # a number is one row
+    for name, array in arrays.items():
+        if array.shape[0] not in (1, n):
+            raise InputError(f"condition {name!r} has shape {list(array.shape)}", hint=f"give [{n}, ...] or [1, ...]")
+    return arrays
