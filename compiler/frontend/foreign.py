@@ -65,7 +65,8 @@ def check_plain(model: ir.Model, where: str) -> None:
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Yield all nodes, those in functions and subgraphs too, but not the calls of functions."""
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in graph.all_nodes():
             if node.op_identifier() not in model.functions:
                 yield node

@@ -149,8 +149,9 @@ def sort_nodes(model: ir.Model, where: str) -> None:
 
     onnxruntime sorts for itself, and converters to half precision leave their Casts at the end of the list.
     """
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     try:
-        for graph in (model.graph, *model.functions.values()):
+        for graph in graphs:
             graph.sort()
     except ValueError as error:
         raise ModelError(
