@@ -8,6 +8,7 @@ CompileError
 |-- PassError           a pass left an invalid graph, or relied on a fact that does not hold
 |   `-- NotExact        an exact pass changed the function
 |-- StatsError          statistics are missing, or were measured on another graph
+|-- AcceptanceError     the finished file does not run, is not finite, or is below --min-sqnr under --strict
 `-- OutputError         the output folder cannot be written
 """
 
@@ -46,6 +47,10 @@ class NotExact(PassError):
 
 class StatsError(CompileError):
     """Statistics are missing, or were measured on another graph."""
+
+
+class AcceptanceError(CompileError):
+    """The finished file does not run, gives values that are not finite, or is less accurate than was asked for."""
 
 
 class OutputError(CompileError):

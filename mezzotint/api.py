@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mezzotint.compiler.acceptance.accept import AcceptanceLimits, accept
 from mezzotint.compiler.bundle.staging import check_target_file, staged, staged_file
 from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions, random_conditions
@@ -20,8 +22,10 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.runtime import __version__
+from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry
+from mezzotint.runtime.errors import LowFidelity
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -36,6 +40,7 @@ from .io.sources import ModelSource, ModuleSource, OnnxSource, resolve
 from .options import (
     RANDOM,
     RECIPE,
+    AcceptanceOptions,
     CalibrationOptions,
     CompileOptions,
     DeploymentOptions,
@@ -77,6 +82,9 @@ def compile_model(
     export: str | Path | None = None,
     cache: str | Path | None = None,
     license: str | None = None,
+    min_sqnr: float = 15.0,
+    strict: bool = False,
+    acceptance_seconds: float = 120.0,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -92,6 +100,9 @@ def compile_model(
     path for the imported float graph. `cache` is a folder of calibration statistics: compilations that calibrate on the
     same graph in the same way measure once. `license` is the identifier of the model's licence, for the bundle's card;
     when left out, that of the card in the model's own folder.
+    The finished file is run beside the float model before the bundle is written, for about `acceptance_seconds` at
+    most. Where the SQNR of the prediction is below `min_sqnr` dB at a group of timesteps, a `LowFidelity` warning names
+    the worst layers and what helps; with `strict` this is an error.
     `progress` is a function of (stage, done, total); `mezzotint.progress.auto()` shows bars in a terminal and lines in
     a notebook. By default nothing is shown.
 
@@ -103,6 +114,7 @@ def compile_model(
         CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
         ImportRoles(inputs or {}, output_name, prediction, size),
         OutputOptions(dump_passes, export, license, force),
+        AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
     )
     return compile_with(model, Path(output), options, threads=threads, progress=progress)
 
@@ -120,7 +132,7 @@ def compile_with(
     with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
         if output.export is not None:
             check_target_file(Path(output.export), force=output.force)
-        program = _import(source, work, deployment, options.roles, threads, progress)
+        program = imported = _import(source, work, deployment, options.roles, threads, progress)
         if output.export is not None:
             save_model(program.model, exported.enter_context(staged_file(Path(output.export), force=output.force))[0])
         context = Context(
@@ -149,8 +161,18 @@ def compile_with(
             versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
             card=card,
         )
-        write_bundle(program, bundle, work, compilation, threads=threads)
-    return open_bundle(target, verify=False)  # its files were hashed while they were written
+        wanted = options.acceptance
+        limits = AcceptanceLimits(wanted.min_sqnr, wanted.strict, wanted.acceptance_seconds)
+        finished = program
+
+        def run(file: Path) -> Acceptance:
+            return accept(imported, finished, file, recipe, context, limits)
+
+        write_bundle(program, bundle, work, compilation, threads=threads, accept=run)
+    compiled = open_bundle(target, verify=False)  # its files were hashed while they were written
+    if compiled.manifest.acceptance is not None and compiled.manifest.acceptance.warning:
+        warnings.warn(compiled.manifest.acceptance.warning, LowFidelity, stacklevel=2)
+    return compiled
 
 
 def export_model(

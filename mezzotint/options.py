@@ -5,12 +5,13 @@ The file loads neither numpy nor torch; defaults that have a home elsewhere are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.compiler.errors import ConditionError
+from mezzotint.compiler.errors import ConditionError, RecipeError
 
 if TYPE_CHECKING:
     from mezzotint.compiler.core.pipeline import Recipe
@@ -105,6 +106,26 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
+class AcceptanceOptions:
+    """What the finished file must reach beside the float model: SQNR in dB at each group of timesteps.
+
+    Below `min_sqnr` there is a warning, with `strict` an error. `acceptance_seconds` is the budget of the run.
+    """
+
+    min_sqnr: float = 15.0
+    strict: bool = False
+    acceptance_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.min_sqnr):
+            raise RecipeError(f"--min-sqnr is {self.min_sqnr}", hint="give decibels, such as 15")
+        if not 0 <= self.acceptance_seconds < math.inf:
+            raise RecipeError(
+                f"--acceptance-seconds is {self.acceptance_seconds}", hint="give seconds, 0 for the least run"
+            )
+
+
+@dataclass(frozen=True)
 class CompileOptions:
     """Every option of a compilation that can change its result or its files."""
 
@@ -113,3 +134,4 @@ class CompileOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     roles: ImportRoles = field(default_factory=ImportRoles)
     output: OutputOptions = field(default_factory=OutputOptions)
+    acceptance: AcceptanceOptions = field(default_factory=AcceptanceOptions)

@@ -7,12 +7,15 @@ Identical results have an infinite ratio. In Python that is `float("inf")`; JSON
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
+
+PEAK = 2.0  # the range of images, which lie in [-1, 1]
 
 
 def sqnr_db(signal: npt.NDArray[Any], noisy: npt.NDArray[Any]) -> float:
@@ -96,6 +99,14 @@ class StepSQNR:
     def per_step(self) -> dict[int, float]:
         """Return decibels for each step, in the order of first additions."""
         return {step: ratio_db(*powers) for step, powers in self._powers.items()}
+
+    def over(self, steps: Iterable[int]) -> StepSQNR:
+        """Return the part of these steps, as far as they were added."""
+        part = StepSQNR()
+        for step in steps:
+            if step in self._powers:
+                part._merge(step, self._powers[step])
+        return part
 
     def noise(self) -> dict[int, float]:
         """Return the sum of squares of the noise at each step."""

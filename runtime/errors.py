@@ -53,5 +53,9 @@ class TimestepNotDeployed(InputError):
     """The timestep has no row in the bundle's tables."""
 
 
+class LowFidelity(UserWarning):
+    """A compiled file is less accurate than `min_sqnr`."""
+
+
 class InterpolatedCorrection(UserWarning):
     """The noise tables were fitted for another number of steps, and interpolated between its timesteps."""

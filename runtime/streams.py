@@ -28,6 +28,8 @@ class SeedOffset(IntEnum):
     """Comparisons of a finished bundle with its float model."""
     MIXING = 4
     """The errors that a mixture of precisions is chosen by."""
+    ACCEPTANCE = 5
+    """The finished file beside the float model, at the end of a compilation."""
     UNCONDITIONAL = 1000
     """Random unconditional rows: other rows than the conditional ones of any usual seed."""
 

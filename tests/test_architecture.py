@@ -46,6 +46,7 @@ ARROWS = {
     "compiler/frontend": ". core graph",
     "compiler/rescaling": ". core graph",
     "compiler/scales": ". core graph",
+    "compiler/acceptance": ". audit calibration core graph",
     "compiler/bits": ". calibration core graph scales",
     "compiler/lowering": ". core graph scales",
     "compiler/shortcuts": "calibration core graph rescaling scales",

@@ -27,10 +27,11 @@ import onnx_ir as ir
 
 from mezzotint.api import compile_model
 from mezzotint.bench import peers
-from mezzotint.bench.pairs import call_ratio, compare, folder_bytes, latency_ratio
+from mezzotint.bench.pairs import compare, folder_bytes, latency_ratio
 from mezzotint.compiler.core.memory import PeakMemory
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.latency import call_ratio
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep

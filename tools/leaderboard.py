@@ -33,9 +33,7 @@ import numpy as np
 from mezzotint.api import compile_model, export_model
 from mezzotint.bench import peers
 from mezzotint.bench.pairs import (
-    PEAK,
     Comparison,
-    call_ratio,
     folder_bytes,
     middle_timestep,
     paired_run,
@@ -47,8 +45,9 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
-from mezzotint.runtime.compare import psnr_db
+from mezzotint.runtime.compare import PEAK, psnr_db
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.latency import call_ratio
 from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network

@@ -23,12 +23,13 @@ import numpy as np
 
 from mezzotint import compile_model
 from mezzotint.bench import peers
-from mezzotint.bench.pairs import PEAK, folder_bytes, in_turns, middle_timestep, parallel_run, ratio, unseen_seed
+from mezzotint.bench.pairs import folder_bytes, middle_timestep, parallel_run, unseen_seed
 from mezzotint.doctor import examine
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
-from mezzotint.runtime.compare import psnr_db
+from mezzotint.runtime.compare import PEAK, psnr_db
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.latency import in_turns, ratio
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -41,6 +42,7 @@ from .grids import (
     steps_of,
 )
 
+MAX_AXES_AS_INPUT = 18  # the opset since which ReduceMax reads its axes from an input
 MEASUREMENTS = (
     "signal",
     "noise",
@@ -67,18 +69,21 @@ class PairedLayer:
 
     `switch` is the graph input that selects the quantized form; `weight` is the weight's name in the float graph;
     `measurements` maps MEASUREMENTS to graph values. Where the input is a Concat, `parts` are the values (low, high) of
-    its inputs' extremes.
+    its inputs' extremes. `channels` is the value `[C]` of the largest magnitude in each channel of the input, for
+    layers with weights.
     """
 
     switch: str
     weight: str
     measurements: Mapping[str, str]
     parts: tuple[tuple[str, str], ...] = ()
+    channels: str | None = None
 
     @property
     def taps(self) -> list[str]:
         """Return the names of all values that a call has to return."""
-        return [*self.measurements.values(), *(name for pair in self.parts for name in pair)]
+        extremes = [name for pair in self.parts for name in pair]
+        return [*self.measurements.values(), *extremes, *([] if self.channels is None else [self.channels])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +190,8 @@ class _Writer:
             place = list(self.graph.outputs).index(target)
             target.name, out.name = self.names.unique(f"{name_of(target)}_float"), name_of(target)
             self.graph.outputs[place] = out
-        return PairedLayer(name_of(switch), name_of(layer.weight), measurements, self._parts(build, x))
+        channels = self._channels(build, layer, x)
+        return PairedLayer(name_of(switch), name_of(layer.weight), measurements, self._parts(build, x), channels)
 
     def copy(self, value: ir.Value | None) -> ir.Value | None:
         """Return a copy of a value of the lowered graph that depends on constants and the timestep only.
@@ -279,6 +285,21 @@ class _Writer:
         )
         levels = build.constant(f"{name_of(scale)}_steps", np.array(steps_of(grid), np.float32))
         return name_of(build.op("Mul", [widest, levels], f"{name_of(scale)}_reach", like=widest))
+
+    def _channels(self, build: Builder, layer: Layer, x: ir.Value) -> str | None:
+        """Write the largest magnitude of each input channel, and return its name. None for an input of unknown rank."""
+        if layer.weight is None or x.shape is None:
+            return None
+        axis = 1 if layer.kind == "conv" else len(x.shape) - 1
+        axes = [other for other in range(len(x.shape)) if other != axis]
+        inputs: list[ir.Value | None] = [build.op("Abs", [x], f"{name_of(x)}_magnitude", like=x)]
+        attributes: dict[str, Any] = {"keepdims": 0}
+        if self.graph.opset_imports.get("", 0) >= MAX_AXES_AS_INPUT:
+            inputs.append(build.constant(f"{name_of(x)}_axes", np.array(axes, np.int64)))
+        else:
+            attributes["axes"] = axes
+        shape, name = [x.shape[axis]], f"{name_of(x)}_channels"
+        return name_of(build.op("ReduceMax", inputs, name, like=x, shape=shape, attributes=attributes))
 
     def _parts(self, build: Builder, x: ir.Value) -> tuple[tuple[str, str], ...]:
         concat = above(x)

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import Storage
@@ -146,8 +147,8 @@ def _made(manifest: Manifest) -> str:
 
 
 def _good(manifest: Manifest) -> str:
-    """Return the measurements of the compilation."""
-    paragraphs = []
+    """Return the measurements of the compilation. Times are left out."""
+    paragraphs = [] if manifest.acceptance is None else [_accepted(manifest.acceptance)]
     if noise := manifest.noise:
         paragraphs.append(
             f"Quantization noise is undone while sampling ({CORRECTION}; `{NOISE_PLOT}` shows it, `--no-correction` "
@@ -168,6 +169,19 @@ def _good(manifest: Manifest) -> str:
         )
     text = "\n\n".join(paragraphs) or "Nothing but ranges was measured while compiling."
     return f"## How good\n\n{text}"
+
+
+def _accepted(acceptance: Acceptance) -> str:
+    """Return the accuracy of the finished file: in words, by group of timesteps, and what is low."""
+    rows = "\n".join(f"| {group} | {_with_unit(group.sqnr_db)} |" for group in acceptance.groups)
+    text = (
+        "The finished file was run beside the float model, on noise that nothing was fitted to. Signal to quantization "
+        f"noise of the prediction: {acceptance.sqnr_text()}. PSNR of images from the same noise "
+        f"({acceptance.images}): {acceptance.psnr_text()}.\n\n| network calls | SQNR |\n|---|---|\n{rows}"
+    )
+    return "\n\n".join(
+        [text, *(f"{note[0].upper()}{note[1:]}." for note in (acceptance.note, acceptance.warning) if note)]
+    )
 
 
 def _span(values: list[float | None]) -> str:

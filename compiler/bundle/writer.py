@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry, Source, input_entries
@@ -66,18 +67,26 @@ def forget_types(model: ir.Model) -> None:
 
 
 def write_bundle(
-    program: Program, bundle: Path, work: Path, compilation: Compilation, *, threads: int | None = None
+    program: Program,
+    bundle: Path,
+    work: Path,
+    compilation: Compilation,
+    *,
+    threads: int | None = None,
+    accept: Callable[[Path], Acceptance] | None = None,
 ) -> None:
     """Write a bundle: the lowered graph, the configurations of model and scheduler, the correction, the ranges, the
     FX text, the manifest with all hashes.
 
-    `bundle` may hold pass dumps already.
+    `bundle` may hold pass dumps already. `accept` runs the finished file; what it returns is in the manifest, and what
+    it raises leaves the bundle unsealed.
     """
     plan = program.plan or Plan()
     quantized = program.float_model is not None
     lowered = take_any_timestep(lower(program) if quantized else program.model, program.signature)
     save_model(lowered, bundle / MODEL)
     files = sorted((bundle / MODEL).parent.glob(f"{Path(MODEL).name}*"))
+    acceptance = None if accept is None else accept(bundle / MODEL)
     write_text(bundle / SCHEDULER, json.dumps(dict(program.schedule.config), indent=2) + "\n")
     source = dict(program.source)
     if (config := source.pop("config", None)) is not None:
@@ -120,6 +129,7 @@ def write_bundle(
         refused=dict(program.refused),
         noise=dict(program.noise_report),
         bits=dict(plan.report),
+        acceptance=acceptance,
         nodes=dict(sorted(counts(lowered.graph).items())),
     )
     write_text(bundle / CARD, card_text(manifest, bundle))

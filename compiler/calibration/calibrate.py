@@ -37,7 +37,7 @@ def follow_trajectories(
     """
     deployment = program.deployment
     check_conditions(program, context)
-    _check_channels(program)
+    require_same_channels(program)
     spans = batch_spans(program, context)
     total = len(spans) * len(deployment.calls)
     calls = 0
@@ -97,7 +97,7 @@ class LockStep:
 
     def __init__(self, program: Program, context: Context) -> None:
         check_conditions(program, context)
-        _check_channels(program)
+        require_same_channels(program)
         self._program, self._context = program, context
         self._stepper = samplers.Stepper(program.deployment.solver(program.schedule))
         self._spans = batch_spans(program, context)
@@ -167,7 +167,7 @@ def check_conditions(program: Program, context: Context) -> None:
         )
 
 
-def _check_channels(program: Program) -> None:
+def require_same_channels(program: Program) -> None:
     """Raise ModelError for a model that predicts fewer channels than it takes (inpainting: mask and masked image)."""
     output = next(v for v in program.graph.outputs if v.name == program.signature.output)
     channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None

@@ -24,6 +24,7 @@ from mezzotint.compiler.stages import scratch
 from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.latency import Latency, in_turns, ratio
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
@@ -33,7 +34,7 @@ from mezzotint.runtime.streams import FIXED
 
 from ..text.report import model_bytes
 from .beside_peers import CALIBRATION, PeerResult, PeerRuns
-from .pairs import Latency, folder_bytes, in_turns, middle_timestep, ratio
+from .pairs import folder_bytes, middle_timestep
 from .trace import Breakdown, read_trace
 
 MAX_PROFILED_CALLS = 10  # a trace takes about 1 kB for each node of each call

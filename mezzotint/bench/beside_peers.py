@@ -25,6 +25,7 @@ from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError, MezzotintError
+from mezzotint.runtime.latency import Latency
 from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network
@@ -33,7 +34,7 @@ from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
 
 from . import peers
-from .pairs import Latency, folder_bytes, unseen_seed
+from .pairs import folder_bytes, unseen_seed
 from .peers import Call
 
 CALIBRATION = 16  # network calls

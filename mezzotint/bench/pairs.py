@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.bundle.bundle import Bundle
-from mezzotint.runtime.compare import StepSQNR, json_db, psnr_db
+from mezzotint.runtime.compare import PEAK, StepSQNR, json_db, psnr_db
+from mezzotint.runtime.latency import Latency, paired_latencies, timed_block
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import predictors
@@ -22,7 +22,6 @@ from mezzotint.runtime.signature import Images, Predict, Timestep
 from mezzotint.runtime.streams import FIXED, SeedOffset
 
 View = Callable[[StepInfo, Images], Images]
-PEAK = 2.0  # images lie in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -169,41 +168,6 @@ def parallel_run(
     return np.concatenate(float_images), sqnr
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Seconds of each measured network call; `blocks` has the median of each block of calls."""
-
-    seconds: tuple[float, ...]
-    blocks: tuple[float, ...] = ()
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
-
-    @property
-    def minimum(self) -> float:
-        return min(self.seconds)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A speed-up: the ratio of the medians, and the smallest and the largest ratio of neighbouring blocks."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
-
-
-def ratio(exact: Latency, other: Latency) -> Ratio:
-    """Return how many times as fast `other` is as `exact`; their blocks were measured in turns (`in_turns`)."""
-    value = exact.median / other.median
-    each = [value, *(e / o for e, o in zip(exact.blocks, other.blocks, strict=True))]
-    return Ratio(value, min(each), max(each))
-
-
 def latencies(
     bundle: Bundle,
     batch: int,
@@ -228,40 +192,9 @@ def latencies(
 
     quantized = on_rows(bundle.denoiser(threads))
     if float_model is None:
-        return [Latency(_block(quantized, x, t, repeats))]
+        return [Latency(timed_block(quantized, x, t, repeats))]
     exact = on_rows(_opened(float_model, bundle, threads))
-    return list(_in_blocks(exact, quantized, x, t, repeats))
-
-
-def call_ratio(
-    exact: Predict, quantized: Predict, x: Images, t: Timestep, *, repeats: int = 7
-) -> tuple[float, float, float]:
-    """Return (float seconds, quantized seconds, float / quantized) of one call of two networks: medians, in blocks."""
-    mine, before = _in_blocks(exact, quantized, x, t, repeats)
-    return before.median, mine.median, before.median / mine.median
-
-
-def in_turns(nets: Sequence[Predict], x: Images, t: Timestep, *, repeats: int = 7, rounds: int = 1) -> list[Latency]:
-    """Time one call of several networks, in blocks forwards and backwards: a drift affects all of them equally."""
-    blocks_of: list[list[tuple[float, ...]]] = [[] for _ in nets]
-    for i in (*range(len(nets)), *reversed(range(len(nets)))) * rounds:
-        blocks_of[i].append(_block(nets[i], x, t, repeats))
-    return [Latency(sum(blocks, ()), tuple(float(np.median(block)) for block in blocks)) for blocks in blocks_of]
-
-
-def _in_blocks(exact: Predict, quantized: Predict, x: Images, t: Timestep, repeats: int) -> tuple[Latency, Latency]:
-    before, mine, after = (_block(net, x, t, repeats) for net in (exact, quantized, exact))
-    return Latency(mine), Latency(before + after)
-
-
-def _block(net: Predict, x: Images, t: Timestep, repeats: int) -> tuple[float, ...]:
-    net(x, t)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        net(x, t)
-        times.append(time.perf_counter() - start)
-    return tuple(times)
+    return list(paired_latencies(exact, quantized, x, t, repeats))
 
 
 def latency_ratio(

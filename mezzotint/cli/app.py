@@ -9,6 +9,7 @@ import typer
 
 from ..options import (
     RECIPE,
+    AcceptanceOptions,
     CalibrationOptions,
     CompileOptions,
     DeploymentOptions,
@@ -94,6 +95,13 @@ def compile_(
         Path | None, typer.Option(help="Folder where calibration statistics are kept for later compilations.")
     ] = None,
     license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
+    min_sqnr: Annotated[
+        float, typer.Option(help="Warn where a group of timesteps has a lower SQNR of the prediction, in dB.")
+    ] = 15.0,
+    strict: Annotated[bool, typer.Option("--strict", help="Make that warning an error.")] = False,
+    acceptance_seconds: Annotated[
+        float, typer.Option(help="About how long the finished file may be run beside the float model.")
+    ] = 120.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the options and print the plan, without running the model.")
     ] = False,
@@ -113,6 +121,7 @@ def compile_(
         CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
         ImportRoles(settings.parse_roles(input_ or []), output_name, predicted, settings.parse_size(size)),
         OutputOptions(dump_passes, license=license, force=force),
+        AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
     )
     if dry_run:
         from ..dry_run import plan_compile
@@ -126,7 +135,10 @@ def compile_(
     with shown(quiet=quiet or json) as report:
         compiled = compile_with(model, bundle, options, threads=threads, progress=report)
     summary = compile_summary(compiled)
-    console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(summary))
+    console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(compiled, summary))
+    acceptance = compiled.manifest.acceptance
+    if acceptance is not None and acceptance.slower:
+        console.print_warning(f"the compiled file is not faster than the float model: {acceptance.speed_text()}")
 
 
 @app.command()

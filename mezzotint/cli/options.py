@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mezzotint.runtime.errors import InterpolatedCorrection, MezzotintError
+from mezzotint.runtime.errors import InterpolatedCorrection, LowFidelity, MezzotintError
 
 # Spelled out, because --help must not load numpy; a test compares them with runtime/sampling/deployment.py.
 SAMPLER_NAMES = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
@@ -34,7 +34,7 @@ def plain_warnings() -> Iterator[None]:
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if not issubclass(category, InterpolatedCorrection):
+        if not issubclass(category, (InterpolatedCorrection, LowFidelity)):
             usual(message, category, *where, **more)
             return
         from ..text.console import print_warning

@@ -16,6 +16,7 @@ The suggestion follows from the source of a layer's own error. Relative to its s
 that of its input's rounding, plus that of its output's rounding, plus a rest: the weights, or attention's second
 input. The largest of the three decides:
 
+    outliers  a channel of the input is more than 16 times as large as the median of its channels
     range     input or output: the grid is more than 2 times as wide as its values, or less than half as wide;
               weights: the rest is above -10 dB, more than any rounding
     table     the scale is constant, and the widest call is more than 2 times the narrowest
@@ -32,7 +33,7 @@ measured call takes 3 to 5 s on one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.compiler.audit.side_by_side import SideBySide, put_side_by_side
-from mezzotint.compiler.core.execute import Executor, feeds
+from mezzotint.compiler.audit.suggestions import FULL_BITS, Facts, Suggestion, suggest
+from mezzotint.compiler.audit.switched import SwitchedNetwork
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -58,7 +60,6 @@ from mezzotint.runtime.signature import Images, Timestep
 
 from ..bench.pairs import unseen_seed
 from ..bench.reference import ReferenceModel
-from .rules import FULL_BITS, Facts, Suggestion, suggest
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def diagnose(
                 where=str(bundle.path),
                 hint="`mezzotint inspect` lists the layers and why each is in float; check the reference, too",
             )
-        with _SwitchedNetwork(compared, program, context) as network:
+        with SwitchedNetwork(compared, program, context) as network:
             probe = _Probe(network, bundle, rows, unconditional_rows, chosen, progress)
             probe.follow(n, unseen_seed(bundle) if seed is None else seed, threads)
     return probe.diagnosis(compared, recipe, float_model.has_weights_of(program))
@@ -198,39 +199,11 @@ def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:
     return {name: np.repeat(a, n, axis=0) if len(a) == 1 else np.asarray(a[:n]) for name, a in arrays}
 
 
-class _SwitchedNetwork:
-    """The session of the joint graph, a context manager.
-
-    `switched` are the layers to quantize in the next call, `values` the taps of the last one.
-    """
-
-    def __init__(self, compared: SideBySide, program: Program, context: Context) -> None:
-        self.groups, self._signature = compared.layers, program.signature
-        self.taps = {name: group.taps for name, group in compared.layers.items()}
-        taps = list(dict.fromkeys(tap for names in self.taps.values() for tap in names))
-        # Fusion on a tapped quantized graph might select kernels that the bundle does not use.
-        self._executor = Executor(compared.model, context.folder, taps=taps, threads=context.threads, level="basic")
-        self.switched: Sequence[str] = ()
-        self.values: dict[str, npt.NDArray[Any]] = {}
-
-    def __call__(self, x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
-        inputs = feeds(self._executor.inputs, self._signature, x, t, conditions)
-        inputs |= {self.groups[name].switch: np.array(True) for name in self.switched}
-        self.values = self._executor.run(inputs)
-        return np.asarray(self.values[self._signature.output], np.float32)
-
-    def __enter__(self) -> _SwitchedNetwork:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._executor.close()
-
-
 @dataclass
 class _Probe:
     """The measurements at the chosen calls of the float trajectory; only sums are kept."""
 
-    network: _SwitchedNetwork
+    network: SwitchedNetwork
     bundle: Bundle
     conditions: Conditions
     unconditional: Conditions
@@ -258,35 +231,22 @@ class _Probe:
             done += 1
             self.progress("layers, one by one", done, total)
 
+        def quantized(info: StepInfo, layers: Sequence[str]) -> Images:
+            return self.network.quantized(layers, lambda: predict(info.x, info.timestep))
+
         def measure_call(info: StepInfo) -> None:
             if info.index not in self.chosen:
                 return
             self.calls[info.index] = info.timestep
-            self._note(info.index)
+            self.network.note(self.facts, info.index)
             for name in names:
-                add(self.costs[name], info, self._quantized(predict, info, [name]))
-            add(self.together, info, self._quantized(predict, info, names))
+                add(self.costs[name], info, quantized(info, [name]))
+            add(self.together, info, quantized(info, names))
             add(self.shipped, info, whole(info.x, info.timestep))
 
         x = samplers.initial_noise(seed, (n, *self.bundle.sample_shape))
         noise = samplers.seeded_noise(seed)
         samplers.sample(predict, x, self.bundle.schedule, deployment, noise=noise, callback=measure_call)
-
-    def _note(self, call: int) -> None:
-        """Add the facts of every layer from the float call that just ran."""
-        values = self.network.values
-        for name, group in self.network.groups.items():
-            facts = {fact: float(np.max(values[tap])) for fact, tap in group.measurements.items()}
-            parts = [float(values[high] - values[low]) for low, high in group.parts]
-            self.facts[name].add(call, facts, parts)
-
-    def _quantized(self, predict: Callable[[Images, Timestep], Images], info: StepInfo, names: Sequence[str]) -> Images:
-        """Return the prediction with the named layers quantized."""
-        self.network.switched = names
-        try:
-            return predict(info.x, info.timestep)
-        finally:
-            self.network.switched = ()
 
     def diagnosis(self, compared: SideBySide, recipe: Recipe, same_weights: bool) -> Diagnosis:
         """Return the measurements with a suggestion for each layer."""

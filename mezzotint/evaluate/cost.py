@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.latency import Latency, Ratio, in_turns
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Predict
 from mezzotint.runtime.streams import FIXED
 
-from ..bench.pairs import Latency, Ratio, folder_bytes, in_turns, middle_timestep
+from ..bench.pairs import folder_bytes, middle_timestep
 from ..text.report import model_bytes
 from .memory import memory_of_one_call
 

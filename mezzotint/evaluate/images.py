@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.bundle.bundle import Bundle
-from mezzotint.runtime.compare import psnr_db, ssim
+from mezzotint.runtime.compare import PEAK, psnr_db, ssim
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress
 
-from ..bench.pairs import PEAK
 from ..shards.run import Run
 from .extractors import Extractor, perceptual_distance
 from .metrics import PairNumbers, squares

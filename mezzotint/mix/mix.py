@@ -25,6 +25,7 @@ from mezzotint.compiler.mixing.choice import PrecisionChoice, by_margin, picture
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import BundleError, InputError
+from mezzotint.runtime.latency import in_turns
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions, predictors
 from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise
@@ -33,7 +34,7 @@ from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images
 from mezzotint.runtime.streams import FIXED, SeedOffset
 
-from ..bench.pairs import in_turns, middle_timestep, parallel_run
+from ..bench.pairs import middle_timestep, parallel_run
 from ..bench.reference import ReferenceModel
 from .write import calibration_seed, write_mix
 

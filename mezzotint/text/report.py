@@ -11,6 +11,7 @@ from typing import Any
 
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
+from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage
 from mezzotint.runtime.compare import db_text
@@ -39,11 +40,12 @@ def compile_summary(bundle: Bundle) -> dict[str, Any]:
         "islands": manifest.islands,
         "seconds": round(sum(record.seconds for record in manifest.history), 1),
         "peak_memory_mb": max((record.peak_memory_mb for record in manifest.history), default=0.0),
+        "acceptance": None if manifest.acceptance is None else manifest.acceptance.to_json(),
         "digest": manifest.digest,
     }
 
 
-def compile_rows(summary: dict[str, Any]) -> dict[str, str]:
+def compile_rows(bundle: Bundle, summary: dict[str, Any]) -> dict[str, str]:
     """Return compile_summary for display."""
     size, before = summary["model_bytes"], summary["parameter_bytes_before"]
     return {
@@ -52,6 +54,7 @@ def compile_rows(summary: dict[str, Any]) -> dict[str, str]:
         "size": f"{size / 1e6:.2f} MB, {size / before:.3f} of the float parameters' {before / 1e6:.2f} MB",
         "kernels": f"{summary['integer_kernels']} integer, {summary['float_kernels']} float",
         "kept in float": "\n".join(f"{name}: {why}" for name, why in summary["islands"].items()) or "nothing",
+        **({} if bundle.manifest.acceptance is None else bundle.manifest.acceptance.shown()),
         "passes": f"{summary['seconds']:.1f} s, peak memory {summary['peak_memory_mb']:.0f} MB",
         "digest": summary["digest"],
     }
@@ -107,12 +110,15 @@ def print_inspection(bundle: Bundle) -> None:
             if manifest.storage is None
             else _storage(manifest.storage),
             "kernels": f"{kernels.integer} integer, {kernels.floating} float",
+            **({} if manifest.acceptance is None else manifest.acceptance.shown()),
             "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
             "digest": manifest.digest,
         },
     )
     if bundle.precisions is not None:
         print_precisions(bundle)
+    if manifest.acceptance is not None:
+        _print_acceptance(manifest.acceptance)
     console.print_table(
         "passes",
         ("pass", "nodes", "what it did", "seconds", "peak MB"),
@@ -138,6 +144,18 @@ def print_inspection(bundle: Bundle) -> None:
     console.print_table("layers", ("layer", "kernel", "why not integer"), layers)
     if manifest.refused:
         console.print_table("factors without a place", ("value", "why"), list(manifest.refused.items()))
+
+
+def _print_acceptance(acceptance: Acceptance) -> None:
+    """Print the SQNR of each group of timesteps, and the worst layers where it is low."""
+    rows = [
+        (str(group), group.last - group.first + 1, group.measured, db_text(group.sqnr_db))
+        for group in acceptance.groups
+    ]
+    console.print_table("accuracy of the finished file", ("", "calls", "compared", "SQNR of the prediction, dB"), rows)
+    if acceptance.layers:
+        layers = [(layer.layer, f"{layer.share:.0%}", layer.why, layer.advice) for layer in acceptance.layers]
+        console.print_table("worst layers", ("layer", "of the error", "why", "what helps"), layers)
 
 
 def _storage(storage: Storage) -> str:

@@ -66,6 +66,14 @@ class Fields:
                 raise self._error(self._inner(f"{key}.{name}"), value, "an integer")
         return values
 
+    def numbers(self, key: str) -> dict[str, float]:
+        """Return an object whose values are numbers."""
+        values = self.table(key)
+        for name, value in values.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise self._error(self._inner(f"{key}.{name}"), value, "a number")
+        return values
+
     def each_text(self, key: str) -> tuple[str, ...]:
         """Return a list of texts."""
         values = self._typed(key, list, "a list of texts")

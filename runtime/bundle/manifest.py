@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import BundleError
 from ..sampling.deployment import Deployment
 from ..signature import Signature, Timestep, whole
+from .acceptance import Acceptance
 from .json_fields import HINT, Fields, T
 from .manifest_entries import (
     Calibration,
@@ -36,9 +37,10 @@ class Manifest:
     """All facts of a bundle, in the order of the file. `seal_bundle` fills in `files` and `digest`.
 
     `deployed_timesteps` are the rows of the frozen tables, None without tables. `quantizers` are in the order of the
-    plan. `islands` and `refused` give a reason for each layer or value. `inputs` and `storage` are None for bundles
-    that were compiled before the manifest had them. `card`, `measured`, `noise` and `bits` are open plain data for
-    display: the fields of the model card, the figures of `mezzotint card`, the reports of fit_noise and assign_bits.
+    plan. `islands` and `refused` give a reason for each layer or value. `inputs`, `storage` and `acceptance` are
+    None for bundles that were compiled before the manifest had them. `card`, `measured`, `noise` and `bits` are open
+    plain data for display: the fields of the model card, the figures of `mezzotint card`, the reports of fit_noise and
+    assign_bits.
     `digests_before` are those that the bundle had before its card was rewritten.
     """
 
@@ -62,6 +64,7 @@ class Manifest:
     noise: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    acceptance: Acceptance | None = None
     mixture: Mixture | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
     digests_before: tuple[str, ...] = ()
@@ -105,6 +108,7 @@ class Manifest:
             **_unless_empty("noise", self.noise),
             **_unless_empty("bits", self.bits),
             "nodes": dict(self.nodes),
+            **({} if self.acceptance is None else {"acceptance": self.acceptance.to_json()}),
             **({} if self.mixture is None else self.mixture.to_json()),
             **_unless_empty("measured", self.measured),
             **({"digests_before": list(self.digests_before)} if self.digests_before else {}),
@@ -167,6 +171,7 @@ def _manifest(fields: Fields) -> Manifest:
         noise=fields.maybe("noise", fields.table) or {},
         bits=fields.maybe("bits", fields.table) or {},
         card=fields.maybe("card", fields.table) or {},
+        acceptance=fields.maybe("acceptance", lambda key: fields.one(key, Acceptance.from_json)),
         mixture=Mixture.from_json(fields),
         measured=fields.maybe("measured", fields.table) or {},
         digests_before=fields.maybe("digests_before", fields.each_text) or (),

@@ -16,12 +16,13 @@ import pytest
 
 from mezzotint import compile_model, doctor
 from mezzotint.bench import bench, peers
-from mezzotint.bench.pairs import Latency, Ratio, paired_run, ratio, unseen_seed
+from mezzotint.bench.pairs import paired_run, unseen_seed
 from mezzotint.bench.trace import GROUPS, INTEGER_GROUP, Breakdown, group_of, read_trace
 from mezzotint.compiler.audit.kernels import audit_kernels
 from mezzotint.compiler.errors import OutputError
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.latency import Latency, Ratio, ratio
 from mezzotint.runtime.session import TESTED_ONNXRUNTIME, Denoiser, untested_version
 from mezzotint.runtime.signature import Signature
 from tests.helpers.models import FAST, SMALL, THREADS, Cli, Compiled, hand_written, write

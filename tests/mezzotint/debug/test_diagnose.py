@@ -16,11 +16,11 @@ from onnx import numpy_helper
 
 from mezzotint import compile_model, open_bundle
 from mezzotint.bench.pairs import paired_run, unseen_seed
+from mezzotint.compiler.audit.suggestions import Facts, suggest
 from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import SignatureError
 from mezzotint.debug.diagnose import Diagnosis, diagnose
-from mezzotint.debug.rules import Facts, suggest
 from mezzotint.mix.mix import mix_bundles
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.recipes.catalog import RECIPES

@@ -14,13 +14,14 @@ import pytest
 
 import mezzotint
 from mezzotint import Bundle, MezzotintError, compile_model, mix_bundles, open_bundle
-from mezzotint.bench.pairs import compare, in_turns, parallel_run
+from mezzotint.bench.pairs import compare, parallel_run
 from mezzotint.compiler.errors import CompileError, OutputError
 from mezzotint.compiler.mixing.mixture import write_sharing
 from mezzotint.io.settings import parse_bundles, parse_costs
 from mezzotint.runtime.bundle.bundle import MANIFEST, MODEL
 from mezzotint.runtime.bundle.manifest import manifest_digest
 from mezzotint.runtime.errors import BundleError, InputError, InterpolatedCorrection
+from mezzotint.runtime.latency import in_turns
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.session import Denoiser

@@ -1,4 +1,4 @@
-"""From the measurements of a layer to a suggestion (diagnose.py lists the rules)."""
+"""From the measurements of a layer to a suggestion (mezzotint/debug/diagnose.py lists the rules)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from mezzotint.compiler.core.pipeline import Recipe
 from mezzotint.runtime.compare import ratio_db
 
-SuggestionKind = Literal["range", "table", "split", "bits", "rounding", "island", "-"]
+from ..core.pipeline import Recipe
+
+SuggestionKind = Literal["outliers", "range", "table", "split", "bits", "rounding", "island", "-"]
 SMALL = 0.01  # share of all costs below which a layer is not worth a change
 MISFIT = 2.0  # the width of a grid over that of its values, or the inverse
 DRIFT = 2.0  # the widest call over the narrowest
+OUTLIER = 16.0  # the largest channel of an input over the median of its channels
 UNEVEN = 4.0  # the widest part of a Concat over the narrowest
 NO_ROUNDING = 0.1  # relative error of a layer's output that no rounding of weights reaches
 FULL_BITS = 8
@@ -34,13 +36,18 @@ class Suggestion:
 
 @dataclass
 class Facts:
-    """Measurements of a layer at each call (MEASUREMENTS of audit/side_by_side.py); widths of its input's parts."""
+    """Measurements of a layer at each call (MEASUREMENTS of side_by_side.py), and of its input over all calls.
+
+    `parts` are the widths of the input's parts, `outlier` the largest channel over the median of the channels.
+    """
 
     calls: dict[int, Mapping[str, float]] = field(default_factory=dict)
     parts: list[float] = field(default_factory=list)
+    outlier: float = 1.0
 
-    def add(self, call: int, facts: Mapping[str, float], parts: Sequence[float]) -> None:
+    def add(self, call: int, facts: Mapping[str, float], parts: Sequence[float], outlier: float = 1.0) -> None:
         self.calls[call] = facts
+        self.outlier = max(self.outlier, outlier)
         self.parts = [max(pair) for pair in zip(self.parts or parts, parts, strict=True)]
 
     def local(self) -> dict[int, float]:
@@ -72,6 +79,13 @@ def suggest(layer: str, facts: Facts, share: float, recipe: Recipe, weight_bits:
         return Suggestion("-", "leave it", f"it causes less than {SMALL:.0%} of the error")
     relative = facts.relative()
     part = max(relative, key=lambda name: relative[name])
+    # A few large channels hide the rounding of the others in the input, and not in the output.
+    if part != "output" and facts.outlier > OUTLIER:
+        return Suggestion(
+            "outliers",
+            "move the channels' scales into the weights: --recipe smoothquant, repq or ditas",
+            f"a channel of its input is {_factor(facts.outlier)} times as large as most, and they share a grid",
+        )
     if part == "weights":
         return _of_weights(layer, relative[part], recipe, weight_bits)
     end: Literal["x", "y"] = "x" if part == "input" else "y"
@@ -98,12 +112,14 @@ def suggest(layer: str, facts: Facts, share: float, recipe: Recipe, weight_bits:
             "put split_shortcuts after normalize in the recipe",
             f"one part of its input is {uneven:.2g} times as wide as another, and they share a grid",
         )
-    return Suggestion("island", _island(layer, recipe), f"the rounding of its {part} causes most of its error")
+    return Suggestion("island", islands_option(recipe, [layer]), f"the rounding of its {part} causes most of its error")
 
 
 def _of_weights(layer: str, relative: float, recipe: Recipe, bits: int | None) -> Suggestion:
     if bits is None:
-        return Suggestion("island", _island(layer, recipe), "the rounding of its second input causes most of its error")
+        return Suggestion(
+            "island", islands_option(recipe, [layer]), "the rounding of its second input causes most of its error"
+        )
     if relative > NO_ROUNDING:
         return Suggestion(
             "range",
@@ -121,14 +137,18 @@ def _of_weights(layer: str, relative: float, recipe: Recipe, bits: int | None) -
             "round the weights against their inputs: --recipe w8a8-best, or round_weights at the end of your recipe",
             "its weights cause most of its error, and were rounded to the nearest",
         )
-    return Suggestion("island", _island(layer, recipe), "its weights cause most of its error")
+    return Suggestion("island", islands_option(recipe, [layer]), "its weights cause most of its error")
 
 
-def _island(layer: str, recipe: Recipe) -> str:
-    """Return the options that keep a layer in float, in addition to the islands of the recipe."""
-    islands = [*recipe.islands, layer]
+def islands_option(recipe: Recipe, layers: Sequence[str]) -> str:
+    """Return the options that keep layers in float, in addition to the islands of the recipe."""
+    islands = [*recipe.islands, *layers]
     named = [step.name for step in recipe.passes if "islands" in step.options()]
     return " ".join(f"--set '{name}.islands=[{', '.join(_quoted(i) for i in islands)}]'" for name in named)
+
+
+def _factor(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _quoted(name: str) -> str:

@@ -1,0 +1,66 @@
+"""The graph of side_by_side.py as a network whose layers are quantized one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mezzotint.runtime.signature import Images, Timestep
+
+from ..core.execute import Executor, feeds
+from ..core.pipeline import Context
+from ..core.program import Program
+from .side_by_side import PairedLayer, SideBySide
+from .suggestions import Facts
+
+
+class SwitchedNetwork:
+    """The session of the joint graph, a context manager.
+
+    `switched` are the layers to quantize in the next call, `values` the taps of the last one.
+    """
+
+    def __init__(self, compared: SideBySide, program: Program, context: Context) -> None:
+        self.groups, self._signature = compared.layers, program.signature
+        self.taps = {name: group.taps for name, group in compared.layers.items()}
+        taps = list(dict.fromkeys(tap for names in self.taps.values() for tap in names))
+        # Fusion on a tapped quantized graph might select kernels that the bundle does not use.
+        self._executor = Executor(compared.model, context.folder, taps=taps, threads=context.threads, level="basic")
+        self.switched: Sequence[str] = ()
+        self.values: dict[str, npt.NDArray[Any]] = {}
+
+    def __call__(self, x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
+        inputs = feeds(self._executor.inputs, self._signature, x, t, conditions)
+        inputs |= {self.groups[name].switch: np.array(True) for name in self.switched}
+        self.values = self._executor.run(inputs)
+        return np.asarray(self.values[self._signature.output], np.float32)
+
+    def note(self, facts: Mapping[str, Facts], call: int) -> None:
+        """Add the measurements of every layer in the call that just ran."""
+        for name, group in self.groups.items():
+            measured = {fact: float(np.max(self.values[tap])) for fact, tap in group.measurements.items()}
+            parts = [float(self.values[high] - self.values[low]) for low, high in group.parts]
+            facts[name].add(call, measured, parts, self._outlier(group))
+
+    def _outlier(self, group: PairedLayer) -> float:
+        """Return the largest channel of a layer's input over the median of its channels that are not empty."""
+        channels = np.zeros(1) if group.channels is None else self.values[group.channels]
+        used = channels[channels > 0]
+        return float(used.max() / np.median(used)) if used.size else 1.0
+
+    def quantized(self, names: Sequence[str], call: Callable[[], Images]) -> Images:
+        """Return what `call` returns while the named layers are quantized."""
+        self.switched = names
+        try:
+            return call()
+        finally:
+            self.switched = ()
+
+    def __enter__(self) -> SwitchedNetwork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.close()
