@@ -238,7 +238,7 @@ def _runs(file: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise AcceptanceError(
-            f"the compiled file does not run: {error.what}",
-            where=error.where or str(file),
+            f"the compiled file does not run: {error.what.replace(str(file), file.name)}",
+            where=f"{file.parent.name}/{file.name}" if error.where == str(file) else error.where,
             hint="no bundle was written; compile with another recipe (--recipe w8a8, or float), and report this",
         ) from error

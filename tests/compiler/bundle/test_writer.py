@@ -10,9 +10,9 @@ import pytest
 
 from mezzotint import Bundle, compile_model
 from mezzotint.compiler.bundle import writer
+from mezzotint.compiler.errors import AcceptanceError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.runtime.bundle.bundle import MODEL
-from mezzotint.runtime.errors import InputError
 from tests.helpers.models import SMALL, Compiled
 
 
@@ -33,5 +33,5 @@ def test_weights_lie_beside_the_graph(unet: Compiled, tmp_path: Path, monkeypatc
 
 def test_the_sizes_of_a_split_must_not(unet: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the limit guards against: onnxruntime's shape inference does not read other files."""
-    with pytest.raises(InputError, match="Split"):
+    with pytest.raises(AcceptanceError, match="Split"):
         compiled(unet, tmp_path, monkeypatch, 64)
