@@ -18,10 +18,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.visible import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+LONGEST_STAGE = 60  # characters before a bar
 
 __all__ = ["Bars", "Lines", "Progress", "auto", "shown", "silent", "stage"]
 
@@ -74,7 +77,7 @@ class Lines:
         now = time.perf_counter()
         self._started.setdefault(stage, now)
         if done >= total:
-            self._write(f"{stage}: {total} done in {now - self._started.pop(stage):.1f} s")
+            self._write(f"{visible(stage)}: {total} done in {now - self._started.pop(stage):.1f} s")
 
 
 class Bars:
@@ -95,7 +98,7 @@ class Bars:
             self._display[0].start()
         bars = self._display[0]
         if stage not in self._tasks or (done == 0 and bars.tasks[self._tasks[stage]].finished):
-            self._tasks[stage] = bars.add_task(stage, total=total)
+            self._tasks[stage] = bars.add_task(visible(stage, LONGEST_STAGE), total=total)
         bars.update(self._tasks[stage], completed=done, total=total)
         if bars.finished:
             self.close()
@@ -112,7 +115,7 @@ def _new_display() -> RichProgress:
     from rich.progress import Progress as RichProgress
 
     return RichProgress(
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -7,7 +7,6 @@ replaces the first in one move. The files of the network are not touched.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ from mezzotint.compiler.bundle.staging import staged, write_text
 from mezzotint.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, seal_bundle
 from mezzotint.runtime.bundle.manifest_entries import input_entries
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import read_json
 
 from .io.hub import checked_license, checked_model
 
@@ -107,11 +107,5 @@ def _link(source: str, target: str) -> str:
 
 
 def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the figures are not readable JSON: {error}",
-            where=str(file),
-            hint="write them with `mezzotint eval --json > FILE` or `mezzotint bench --json > FILE`",
-        ) from error
+    hint = "write them with `mezzotint eval --json > FILE` or `mezzotint bench --json > FILE`"
+    return read_json(file, "the file of figures", InputError, hint=hint)

@@ -8,12 +8,12 @@ still the one that was there when the work began.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mezzotint.runtime.bundle.bundle import MANIFEST
+from mezzotint.runtime.json_text import read_json
 
 from ..errors import OutputError
 from ..moves import Occupant, exchange, move_new, occupant
@@ -174,8 +174,8 @@ def foreign_part(target: Path) -> str | None:
 def _foreign_file(bundle: Path) -> str | None:
     """Return the complaint about the first file of a bundle's folder that its manifest does not list."""
     try:
-        known = set(json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        known = set(read_json(bundle / MANIFEST, "the manifest", OutputError)["files"])
+    except (OutputError, TypeError, KeyError):
         return f"the output exists, and its {MANIFEST} cannot be read"
     for path in sorted(bundle.rglob("*")):
         name = path.relative_to(bundle).as_posix()

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from mezzotint.runtime.bundle.bundle import file_sha256
+from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.session import running_version
 
 from ..core import snapshot
@@ -35,7 +36,7 @@ from ..stages import partial_folder
 
 STATS_FILE = "stats.json"
 CACHE_LAYOUT = 2
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError, StatsError)
 
 
 def measured_once(
@@ -73,7 +74,7 @@ def _keep(stats: Stats, entry: Path) -> None:
 
 
 def _load(entry: Path) -> Stats:
-    facts = json.loads((entry / STATS_FILE).read_text(encoding="utf-8"))
+    facts = read_json(entry / STATS_FILE, "the statistics", StatsError)
     if facts.pop("sha256") != _hash(facts) or facts["arrays"] != file_sha256(entry / snapshot.STATS_ARRAYS):
         raise ValueError("they were changed after they were written")
     return snapshot.load_stats(facts["stats"], entry)

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 
 from mezzotint.runtime.bundle.model_config import CLASS, public_config
+from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Signature
@@ -43,12 +44,11 @@ def load_model(folder: Path) -> torch.nn.Module:
     import diffusers
 
     config_file = folder / "config.json"
-    try:
-        name = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is not an object
-        raise ModelError(
-            f"cannot read the model's configuration: {error}", where=str(config_file), hint="download the model again"
-        ) from error
+    hint = "download the model again"
+    config = read_json(config_file, "the model's configuration", ModelError, hint=hint, infinite=True)
+    if not isinstance(config, dict):
+        raise ModelError("the model's configuration is not a JSON object", where=str(config_file), hint=hint)
+    name = config.get("_class_name")
     if name not in SUPPORTED:
         raise unsupported(str(name), str(config_file))
     diffusers.logging.set_verbosity_error()

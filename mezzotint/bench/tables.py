@@ -38,7 +38,7 @@ def print_bench(found: dict[str, Any]) -> None:
         cells = [(row[column], row["nodes"], f"{row['ms']:.3f}", f"{row['share']:.1%}") for row in rows]
         console.print_table(title, (column, "nodes", "ms", "share"), cells)
     for note in found["notes"]:
-        console.out.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print_line(note)
 
 
 def _print_peers(found: dict[str, Any]) -> None:

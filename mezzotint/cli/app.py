@@ -60,7 +60,8 @@ def demo(
         console.print_json(summary)
         return
     console.print_pairs("digits, W8A8", demo_rows(summary))
-    console.out.print(f"images:   {output / 'digits.png'}\nbundle:   {output / 'bundle'}", highlight=False)
+    console.print_line(f"images:   {output / 'digits.png'}")
+    console.print_line(f"bundle:   {output / 'bundle'}")
 
 
 @app.command("compile")
@@ -166,7 +167,7 @@ def export(
             force=force,
             progress=report,
         )
-    console.out.print(f"wrote {output}", highlight=False)
+    console.print_line(f"wrote {output}")
 
 
 @app.command()

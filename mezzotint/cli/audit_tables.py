@@ -59,7 +59,7 @@ def print_audit(fusions: Mapping[str, Fusion], *, everything: bool = False) -> N
         if failed:
             console.print_table("quantized, but not on an integer kernel", ("node", "is", "runs as", "rule"), failed)
         for v in fusion.failed:
-            console.out.print(f"{v.name}: {v.why}. What helps: {v.fix}", highlight=False, markup=False)
+            console.print_line(f"{v.name}: {v.why}. What helps: {v.fix}")
         meant = [(v.name, *_kernels(v), v.rule, v.why) for v in fusion.verdicts if not v.integer and not v.failed]
         if meant:
             console.print_table("in float as the file says", ("node", "is", "runs as", "rule", "why"), meant)
@@ -67,9 +67,7 @@ def print_audit(fusions: Mapping[str, Fusion], *, everything: bool = False) -> N
             rows = [(v.name, *_kernels(v), v.why) for v in fusion.verdicts if v.integer]
             console.print_table("on integer kernels", ("node", "is", "runs as", ""), rows)
         if fusion.strays:
-            console.out.print(
-                "kernels that no node of the file explains: " + ", ".join(fusion.strays), highlight=False, markup=False
-            )
+            console.print_line("kernels that no node of the file explains: " + ", ".join(fusion.strays))
 
 
 def _kernels(verdict: Verdict) -> tuple[str, str]:

@@ -46,9 +46,9 @@ def diff(
     if json:
         console.print_json(difference.to_json())
         return
-    console.out.print(difference.title, highlight=False, markup=False)
+    console.print_line(difference.title)
     for table in difference.tables.values():
         if table.rows:
             console.print_table(table.title, table.columns, table.rows)
         else:
-            console.out.print(f"{table.title}: no difference", highlight=False)
+            console.print_line(f"{table.title}: no difference")

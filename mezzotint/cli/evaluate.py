@@ -64,4 +64,4 @@ def evaluate(
         return
     print_evaluation(evaluation)
     if output is not None:
-        console.out.print(f"page: {output / PAGE_FILE}", highlight=False, markup=False)
+        console.print_line(f"page: {output / PAGE_FILE}")

@@ -58,7 +58,7 @@ def inspect(
         with shown(quiet=quiet or json) as report:
             write_page(opened, html, options, report)
         if not json:
-            console.out.print(f"wrote {html}", highlight=False, markup=False, soft_wrap=True)
+            console.print_line(f"wrote {html}")
             return
     from ..text.report import inspection, print_inspection
 

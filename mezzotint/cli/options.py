@@ -13,7 +13,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mezzotint.runtime.errors import InterpolatedCorrection, LowFidelity, MezzotintError
+from mezzotint.runtime.errors import InterpolatedCorrection, LowFidelity
+from mezzotint.runtime.visible import one_line
+
+from .boundary import DEBUG, as_error, wants_traceback
+
+LONGEST_USAGE = 500  # characters of a message about the command line
 
 # Spelled out, because --help must not load numpy; a test compares them with runtime/sampling/deployment.py.
 SAMPLER_NAMES = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
@@ -49,18 +54,36 @@ def plain_warnings() -> Iterator[None]:
 
 
 class CommandGroup(TyperGroup):
-    """The commands. An error of Mezzotint is printed as a message (exit code 2); `--debug` adds the traceback."""
+    """The commands. Every exception is printed as one message (exit code 2); `--debug` adds the traceback."""
 
     def main(self, args: list[str] | None = None, *rest: Any, **extra: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in words
         try:
             with plain_warnings():
-                return super().main([word for word in words if word != "--debug"], *rest, **extra)
-        except MezzotintError as error:
-            if debug:
+                return super().main([word for word in words if word != DEBUG], *rest, **extra)
+        except Exception as error:
+            if wants_traceback(words):
                 traceback.print_exc()
             from ..text.console import print_error
 
-            print_error(error)
+            print_error(as_error(error))
             sys.exit(2)
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _visible_usage():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _visible_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _visible_usage() -> Iterator[None]:
+    """Make the message of a wrong command line visible: it repeats words of the command line."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "message"):
+            error.message = one_line(error.message, LONGEST_USAGE)
+        raise

@@ -32,14 +32,12 @@ def print_diagnosis(diagnosis: Diagnosis, top: int) -> None:
     for layer in diagnosis.layers[:top]:
         if layer.suggestion.kind != "-":
             text = f"{layer.name}: {layer.suggestion.why}. {layer.suggestion.what}"
-            console.out.print(text, highlight=False, markup=False)
+            console.print_line(text)
     _print_steps(diagnosis, top)
     for name, why in diagnosis.unknown.items():
-        console.out.print(f"{name} was not measured: {why}", highlight=False, markup=False)
+        console.print_line(f"{name} was not measured: {why}")
     if len(diagnosis.layers) > top:
-        console.out.print(
-            f"{len(diagnosis.layers) - top} layers with smaller costs: see --top, --json", highlight=False
-        )
+        console.print_line(f"{len(diagnosis.layers) - top} layers with smaller costs: see --top, --json")
 
 
 def _print_steps(diagnosis: Diagnosis, top: int) -> None:

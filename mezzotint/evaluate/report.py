@@ -70,7 +70,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for title, columns, rows in tables(evaluation):
         console.print_table(title, columns, rows)
     for note in notes(evaluation):
-        console.out.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print_line(note)
 
 
 def notes(evaluation: Evaluation) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import read_json
 
 JsonObject = Mapping[str, Any]
 
@@ -43,6 +45,6 @@ class Evaluation:
     def load(cls, file: Path) -> Evaluation | None:
         """Return the evaluation of a file, None where the file is missing or holds something else."""
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return cls(**read_json(file, "the evaluation", InputError))
+        except (InputError, TypeError):
             return None

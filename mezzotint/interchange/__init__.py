@@ -10,6 +10,7 @@ import numpy as np
 
 from mezzotint.compiler.bundle.staging import check_target_file
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import read_json
 
 from ..io.files import replacing
 
@@ -65,10 +66,7 @@ def load_arguments(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the overrides are not readable JSON: {error}", where=str(path)) from error
+    data = read_json(path, "the file of overrides", InputError)
     if (
         not isinstance(data, dict)
         or data.get("format") != OVERRIDES_FORMAT

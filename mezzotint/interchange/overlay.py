@@ -18,7 +18,6 @@ result after one of them: times are those of the nodes whose names it kept, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, Literal, get_args
 
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import read_json
 
 What = Literal["precision", "kernel", "scale", "time", "cost"]
 Value = str | float
@@ -194,10 +194,10 @@ def _costs(file: Path | None) -> dict[str, Value]:
             where="--what cost",
             hint="`mezzotint debug BUNDLE --reference FLOAT.onnx --json > debug.json`, then --layers debug.json",
         )
+    data = read_json(file, "the output of `mezzotint debug --json`", InputError)
     try:
-        layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
-        return {str(row["layer"]): float(row["share"]) for row in layers}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {str(row["layer"]): float(row["share"]) for row in data["layers"]}
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"this is not the output of `mezzotint debug --json`: {type(error).__name__} {error}",
             where=str(file),

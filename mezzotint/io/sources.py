@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from mezzotint.compiler.errors import ModelError
 from mezzotint.runtime.bundle.bundle import MANIFEST
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import ScheduleError
+from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, Schedule
 
 if TYPE_CHECKING:
@@ -100,14 +100,13 @@ def _own_config(file: Path) -> dict[str, Any] | None:
     """Return the diffusers configuration next to an ONNX file, None for a file of another tool with that name."""
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the configuration next to the model is not readable JSON: {error}",
-            where=str(file),
-            hint="download it again, or move it away: the graph does not need it",
-        ) from error
+    config = read_json(
+        file,
+        "the configuration next to the model",
+        ModelError,
+        hint="download it again, or move it away: the graph does not need it",
+        infinite=True,
+    )
     return config if isinstance(config, dict) and isinstance(config.get(CLASS), str) else None
 
 

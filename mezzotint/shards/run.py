@@ -14,6 +14,7 @@ from mezzotint.compiler.bundle.staging import staged_file
 from mezzotint.compiler.errors import OutputError
 from mezzotint.compiler.stages import PREFIX
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.guidance import Conditions
 
 from ..io.images import check_place
@@ -80,14 +81,14 @@ def read_run(file: Path) -> dict[str, Any] | None:
     """Return the settings of a run, None where there is no file. Raises InputError for a changed or foreign file."""
     if not file.exists():
         return None
+    facts = read_json(file, "the settings of the run", InputError, hint="choose another folder")
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
         if facts["layout"] != RUN_LAYOUT:
             raise ValueError(f"layout {facts['layout']!r}, this version of Mezzotint knows {RUN_LAYOUT}")
         settings: dict[str, Any] = facts["settings"]
         if facts["run"] != _digest(settings):
             raise ValueError("it was changed after it was written")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"the settings of a run cannot be read: {error}", where=str(file), hint="choose another folder"
         ) from error

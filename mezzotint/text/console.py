@@ -1,4 +1,7 @@
-"""The output of the command line: tables, JSON, errors and warnings."""
+"""The output of the command line: tables, JSON, errors and warnings. Nothing else prints.
+
+Text of a model or of a file is data: its markup is not obeyed, and its control characters are shown as escapes.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.visible import one_line, visible
 
 out = Console()
 err = Console(stderr=True)
+
+
+class CellLines(tuple[str, ...]):
+    """A cell of several lines."""
 
 
 def print_json(data: Any) -> None:
@@ -22,14 +30,29 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
+def print_line(text: str) -> None:
+    """Print one line on standard output, without wrapping it."""
+    out.print(visible(text, None), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_text(text: str) -> None:
+    """Print a text of several lines on standard output, as it is."""
+    for line in text.splitlines():
+        print_line(line)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on standard output; markup in its cells is shown as it is."""
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    """Print a table on standard output. A CellLines has a line for each part."""
+    table = Table(title=escape(visible(title)), title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(escape(column), overflow="fold")
+        table.add_column(escape(visible(column)), overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(_cell(cell) for cell in row))
     out.print(table)
+
+
+def _cell(cell: Any) -> str:
+    return escape("\n".join(visible(part) for part in (cell if isinstance(cell, CellLines) else (cell,))))
 
 
 def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
@@ -38,14 +61,14 @@ def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
 
 
 def print_error(error: MezzotintError) -> None:
-    """Print the error, its place and its hint on standard error."""
-    err.print(f"[bold red]error:[/] {escape(error.what)}", highlight=False, soft_wrap=True)
+    """Print the error, its place and its hint on standard error, each on one line."""
+    err.print(f"[bold red]error:[/] {escape(one_line(error.what))}", highlight=False, soft_wrap=True)
     if error.where:
-        err.print(f"  where: {escape(error.where)}", highlight=False, soft_wrap=True)
+        err.print(f"  where: {escape(one_line(error.where))}", highlight=False, soft_wrap=True)
     if error.hint:
-        err.print(f"  what to do: {escape(error.hint)}", highlight=False, soft_wrap=True)
+        err.print(f"  what to do: {escape(one_line(error.hint))}", highlight=False, soft_wrap=True)
 
 
 def print_warning(text: str) -> None:
     """Print a warning on standard error."""
-    err.print(f"[bold yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold yellow]warning:[/] {escape(one_line(text))}", highlight=False, soft_wrap=True)

@@ -45,7 +45,7 @@ def compile_summary(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def compile_rows(bundle: Bundle, summary: dict[str, Any]) -> dict[str, str]:
+def compile_rows(bundle: Bundle, summary: dict[str, Any]) -> dict[str, Any]:
     """Return compile_summary for display."""
     size, before = summary["model_bytes"], summary["parameter_bytes_before"]
     return {
@@ -53,7 +53,7 @@ def compile_rows(bundle: Bundle, summary: dict[str, Any]) -> dict[str, str]:
         "recipe": summary["recipe"],
         "size": f"{size / 1e6:.2f} MB, {size / before:.3f} of the float parameters' {before / 1e6:.2f} MB",
         "kernels": f"{summary['integer_kernels']} integer, {summary['float_kernels']} float",
-        "kept in float": "\n".join(f"{name}: {why}" for name, why in summary["islands"].items()) or "nothing",
+        "kept in float": console.CellLines(f"{name}: {why}" for name, why in summary["islands"].items()) or "nothing",
         **({} if bundle.manifest.acceptance is None else bundle.manifest.acceptance.shown()),
         "passes": f"{summary['seconds']:.1f} s, peak memory {summary['peak_memory_mb']:.0f} MB",
         "digest": summary["digest"],
@@ -158,7 +158,7 @@ def _print_acceptance(acceptance: Acceptance) -> None:
         console.print_table("worst layers", ("layer", "of the error", "why", "what helps"), layers)
 
 
-def _storage(storage: Storage) -> str:
+def _storage(storage: Storage) -> console.CellLines:
     """Return bytes and values by storage type, one a line, and notes on constants stored wider than their type."""
     rows = [
         f"{kind}: {stored.bytes / 1e6:.2f} MB, {stored.values} values in {stored.constants} constants"
@@ -166,7 +166,7 @@ def _storage(storage: Storage) -> str:
     ]
     rest = storage.model_bytes - storage.constant_bytes
     ratio = [] if storage.ratio is None else [f"{storage.ratio:.3f} of the float parameters"]
-    return "\n".join([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *storage.notes])
+    return console.CellLines([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *storage.notes])
 
 
 def _print_bits(bits: Mapping[str, Any]) -> None:
@@ -230,7 +230,7 @@ def print_recipes(name: str | None, *, as_json: bool) -> None:
             return
         rows = [(r.name, r.description, ", ".join(r.islands) or "-", r.paper) for r in RECIPES.values()]
         console.print_table("recipes", ("name", "what it does", "kept in float", "paper"), rows)
-        console.out.print("mezzotint recipes NAME prints one as YAML, or a pass with its options.", highlight=False)
+        console.print_line("mezzotint recipes NAME prints one as YAML, or a pass with its options.")
     elif name in pass_names():
         _print_pass(name, as_json)
     else:
@@ -238,7 +238,7 @@ def print_recipes(name: str | None, *, as_json: bool) -> None:
         if as_json:
             console.print_json(recipe.to_json())
         else:
-            console.out.print(to_yaml(recipe), end="", markup=False, highlight=False, soft_wrap=True)
+            console.print_text(to_yaml(recipe))
 
 
 def _print_pass(name: str, as_json: bool) -> None:
@@ -251,6 +251,6 @@ def _print_pass(name: str, as_json: bool) -> None:
     if as_json:
         console.print_json(described)
         return
-    console.out.print(description, markup=False, highlight=False, soft_wrap=True)
+    console.print_text(description)
     rows = [(o, d["type"], d["default"]) for o, d in options.items()]
     console.print_table("options", ("option", "type", "default"), rows)

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
+from ..json_text import read_json
 from ..progress import CallProgress
 from ..sampling.correction import Correction
 from ..sampling.deployment import Deployment
@@ -283,10 +284,7 @@ class Bundle:
 def _read_manifest(file: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"there is no {MANIFEST}", where=str(file.parent), hint="this folder is not a bundle")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"the manifest is not readable JSON: {error}", where=str(file)) from error
+    data = read_json(file, "the manifest", BundleError)
     check_format(data, str(file))
     if data.get("digest") != manifest_digest(data):
         raise BundleError("the manifest was changed after it was written", where=str(file), hint="compile again")

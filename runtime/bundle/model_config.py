@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
+from ..json_text import read_json
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -65,10 +66,7 @@ def bundle_config(bundle: Bundle) -> dict[str, Any] | None:
     if CONFIG not in bundle.manifest.files:
         return None
     file = bundle.path / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"the model's configuration is not readable JSON: {error}", where=str(file)) from error
+    config = read_json(file, "the model's configuration", BundleError)
     if not isinstance(config, dict) or not isinstance(config.get(CLASS), str):
         raise BundleError("the model's configuration does not name its class", where=str(file), hint="compile it again")
     return config

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ScheduleError
+from ..json_text import read_json
 from ..signature import PREDICTIONS, Prediction
 from .betas import alphas_cumprod_of
 from .scheduler_config import ConfigReader
@@ -126,10 +127,7 @@ class Schedule:
                 where=str(path),
                 hint="give a scheduler_config.json, its folder, or the name of a built-in schedule",
             )
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ScheduleError(f"the configuration is not readable JSON: {error}", where=str(file)) from error
+        config = read_json(file, "the configuration", ScheduleError, infinite=True)
         if not isinstance(config, dict):
             raise ScheduleError("the configuration is not a JSON object", where=str(file))
         return cls.from_config(config, where=str(file))
