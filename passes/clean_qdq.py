@@ -7,6 +7,8 @@
 3. Q and DQ nodes with the same inputs become one node.
 4. Shape(DQ(q)) -> Shape(q). onnxruntime copies a DQ for each of its readers, and would dequantize a whole feature map
    only to read its size.
+5. DepthToSpace(DQ(q)) -> DQ(DepthToSpace(q)), and the Slice behind it, where q has one scale (lower_transposed writes
+   these two). Bytes move in a fifth of the time of floats.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class CleanQdq(Pass):
     def run(self, program: Program, context: Context) -> Program:
         graph = program.graph
         names = Names(graph)
+        # Case 5, before case 2. Premul reads the float value in front of the quantizer: there it would round again.
+        sunk = 0 if program.lowering == "premul" else sum(_sink(graph, names, node) for node in list(graph))
         moved = _hoist_until_still(graph, names)  # case 1
         undone = _drop_round_trips(graph)  # case 2
         merged = _merge_equal(graph)  # case 3
@@ -40,7 +44,7 @@ class CleanQdq(Pass):
         remove_dead(graph)
         return program.noted(
             f"{moved} moved in front of data movers, {undone} round trips gone, {merged} merged, "
-            f"{measured} shapes taken from integers"
+            f"{measured} shapes taken from integers" + (f", {sunk} moved behind DepthToSpace" if sunk else "")
         )
 
 
@@ -82,6 +86,30 @@ def _hoist(graph: ir.Graph, names: Names, mover: ir.Node) -> bool:
     for quantize in readers:
         quantize.outputs[0].replace_all_uses_with(out)
         graph.remove(quantize, safe=True)
+    return True
+
+
+def _sink(graph: ir.Graph, names: Names, mover: ir.Node) -> bool:
+    """Move the DequantizeLinear in front of a DepthToSpace, or of the Slice behind one, to its output."""
+    source = mover.inputs[0] if is_op(mover, "DepthToSpace", "Slice") else None
+    pair = None if source is None else source.producer()
+    if source is None or pair is None or not is_op(pair, "DequantizeLinear") or consumers(source) != [mover]:
+        return False
+    integers, scale, zero = pair.inputs[:3]
+    out = mover.outputs[0]
+    if integers is None or scale is None or scale.shape is None or list(scale.shape) not in ([], [1]):
+        return False
+    if source.is_graph_output() or out.is_graph_output():
+        return False
+    if is_op(mover, "Slice") and not is_op(integers.producer(), "DepthToSpace"):
+        return False
+    readers = consumers(out)
+    mover.replace_input_with(0, integers)
+    build = Builder(graph, names, after=mover)
+    dequantized = build.op("DequantizeLinear", [out, scale, zero], f"{name_of(out)}_dequantized", like=out)
+    out.type = integers.type
+    for reader in readers:
+        replace_use(reader, out, dequantized)
     return True
 
 

@@ -78,7 +78,7 @@ def _transposed(group: FusionGroup) -> Explanation | None:
         return None
     return (
         "there is no integer kernel for transposed convolutions",
-        "leave it in float, or upsample by Resize (nearest) and a Conv",
+        "write its phases as the channels of a Conv, and interleave them by DepthToSpace (the pass lower_transposed does)",
     )
 
 

@@ -147,7 +147,7 @@ class Program:
     lowering      the form in which the target gets the quantized graph
     allocation    the number of calibration samples used at each timestep of the deployment, in the order of first
                   calls; empty: every sample at every timestep
-    refused       the values and nodes that a rescaling pass left unchanged, with the reason
+    refused       the values and nodes that a rewriting pass left unchanged, with the reason
     noise_report  the measurements of fit_noise, as plain data for display
     """
 

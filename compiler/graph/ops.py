@@ -165,5 +165,5 @@ def float_reason(node: ir.Node) -> str | None:
     if is_op(node, "Conv", "Gemm", "MatMul") and layer_of(node) is None:
         return "its weights are not constant, or its attributes have no integer kernel"
     if is_op(node, "ConvTranspose"):
-        return "onnxruntime has no integer kernel for transposed convolutions"
+        return "onnxruntime has no integer kernel for transposed convolutions, and lower_transposed left it as it is"
     return None

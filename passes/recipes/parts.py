@@ -16,12 +16,14 @@ from ..freeze_time import FreezeTime
 from ..group_steps import GroupSteps
 from ..insert_qdq import InsertQdq
 from ..lower_norms import LowerNorms
+from ..lower_transposed import LowerTransposed
 from ..normalize import Normalize
 from ..observe import Observe
 from ..step_scales import StepScales
 
-EXACT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
-FAST = (Normalize(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
+FLOAT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
+EXACT = (Normalize(), LowerTransposed(), FreezeTime(), FoldScales(), LowerNorms())
+FAST = (Normalize(), LowerTransposed(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
 ISLANDS = ("first", "second", "penultimate", "last")
