@@ -16,9 +16,9 @@ Exactly one of these budgets must be given:
 - `bops`: multiplications times bits of weights times bits of activations, relative to W8A8.
 
 Scores: `sqnr` as above; `hawq`, noise from the trace of the Gauss-Newton matrix, by probes without gradients; `mixdq`,
-convolutions by that squared error and matmuls by the SSIM of images (arXiv 2405.17873; compiler/bits/mixdq.py). The
-scope `layer` measures the noise in each layer's own output: a few runs for all layers, for networks too large for one
-run for each layer and width.
+layers of cross-attention and feed-forward by the SSIM of images, all others by that squared error (arXiv 2405.17873;
+compiler/bits/mixdq.py). The scope `layer` measures the noise in each layer's own output: a few runs for all layers, for
+networks too large for one run for each layer and width.
 
 Measured on the digits (46 weights, 2 samples, 3 calls; error of the weights alone): 45.8 dB with 8 bits everywhere,
 20.1 dB with 4, and 44.2 dB with 5.0 bits a weight (predicted 42.9). The noise comes from the outermost convolutions at
@@ -56,11 +56,12 @@ import numpy as np
 
 from mezzotint.compiler.bits.allocation import Allocation, allocate
 from mezzotint.compiler.bits.budget import Budget, BudgetKind
-from mezzotint.compiler.bits.mixdq import ShortTrajectories, split_budget, unlike
+from mezzotint.compiler.bits.content import content_layers
+from mezzotint.compiler.bits.mixdq import ShortTrajectories, content_scores, split_budget, unlike
 from mezzotint.compiler.bits.parts import ChannelOrder, Parts, cut, joined_bytes
-from mezzotint.compiler.bits.profile import Profiler, Weighting
+from mezzotint.compiler.bits.profile import Profile, Profiler, Weighting
 from mezzotint.compiler.bits.report import BitReport
-from mezzotint.compiler.bits.simulate import Simulator
+from mezzotint.compiler.bits.simulate import Scene, Simulator
 from mezzotint.compiler.bits.units import (
     FLOAT,
     BitChoice,
@@ -90,7 +91,8 @@ class AssignBits(Pass):
     - `mean_bits`, `size`, `latency`, `bops`: the budget. `islands`: as in insert_qdq; they stay in float.
     - `calls`, `samples`: the profile uses so many calls of the deployment, evenly spaced, and images.
     - `weighting`: `relative` counts every call equally, `absolute` by the power of epsilon there.
-    - `weights`: as in choose_scales. `splits`, `length` (calls of an image): of mixdq.
+    - `weights`: as in choose_scales. `splits`, `length` (calls of an image): of mixdq. `spread`, `probes`: of hawq,
+      which adds probes of a trace until its standard error is that share of it, or there are so many.
     """
 
     mean_bits: float | None = None
@@ -110,6 +112,8 @@ class AssignBits(Pass):
     float_cost: float = 4.0
     splits: int = 7
     length: int = 8
+    probes: int = 32
+    spread: float = 0.1
     parts: int = 1
     order: ChannelOrder = "error"
 
@@ -130,8 +134,9 @@ class AssignBits(Pass):
             values = getattr(self, option)
             fine = bool(values) and len(set(values)) == len(values) and all(2 <= b <= 8 for b in values)
             self._check(option, fine, "choose different widths from 2 to 8")
-        for option in ("calls", "samples", "splits", "length", "parts"):
+        for option in ("calls", "samples", "splits", "length", "parts", "probes"):
             self._check(option, getattr(self, option) >= 1, "choose 1 or more")
+        self._check("spread", 0 < self.spread < np.inf, "choose above 0, such as 0.1")
         self._check("float_cost", 1 <= self.float_cost < np.inf, "integers are faster: choose 1 or more")
         if self.scope == "layer" and self.score != "sqnr":
             raise RecipeError(f"the scope layer has no score {self.score}", where=self.name, hint="use score sqnr")
@@ -215,22 +220,14 @@ class _Search:
     def run(self) -> tuple[Plan, str]:
         """Return (the plan with the chosen widths and its report, the note)."""
         o = self.options
-        with_activations = o.floats or o.activation_widths != (8,)
-        profiler = Profiler(
-            self.program,
-            self.context,
-            self.quantizers,
-            self.units,
-            tuple(sorted(o.widths)),
-            tuple(sorted(o.activation_widths)) if with_activations else (),
-        )
-        last = len(self.program.deployment.timesteps) - 1
-        calls = sorted({round(float(c)) for c in np.linspace(0, last, o.calls)})
-        measure = {"sqnr": profiler.outputs, "hawq": profiler.hawq, "mixdq": profiler.outputs}[o.score]
-        measure = profiler.own_outputs if o.scope == "layer" else measure
+        narrow = tuple(sorted(o.activation_widths)) if o.floats or o.activation_widths != (8,) else ()
+        widths = tuple(sorted(o.widths))
+        profiler = Profiler(self.program, self.context, self.quantizers, self.units, widths, narrow)
+        spaced = np.linspace(0, len(self.program.deployment.timesteps) - 1, o.calls)
+        calls = sorted({round(float(c)) for c in spaced})
         with profiler.simulator() as simulator:
             scenes = simulator.follow(self.context, calls, o.samples, f"{o.name}: float trajectory")
-            profile = measure(simulator, scenes)
+            profile = self._profile(profiler, simulator, scenes)
             errors = [
                 [profile.error(unit.name, choice, o.weighting) for choice in row]
                 for unit, row in zip(self.units, self.choices, strict=True)
@@ -256,10 +253,23 @@ class _Search:
         )
         report = bit_report.to_json(allocation, profile, scenes)
         report |= {"score": o.score, "scope": o.scope, "weighting": o.weighting, "splits": splits}
+        if o.score == "mixdq":
+            report |= {"content": sorted(content_layers(self.program))}
         if o.parts > 1:
             report |= {"parts": o.parts, "order": o.order, "channels": bit_report.channels(allocation)}
+        if profile.traces:
+            report |= {"traces": {name: trace.to_json() for name, trace in profile.traces.items()}}
         plan = with_choices(parts.units, bit_report.picked(allocation), self.quantizers)
-        return replace(plan, report=report), bit_report.note(report)
+        return replace(plan, report=report), bit_report.note(report) + profile.note()
+
+    def _profile(self, profiler: Profiler, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
+        if self.options.score == "hawq":
+            return profiler.hawq(simulator, scenes, self.options.probes, self.options.spread)
+        return (
+            profiler.own_outputs(simulator, scenes)
+            if self.options.scope == "layer"
+            else profiler.outputs(simulator, scenes)
+        )
 
     def _cutting(self, done: int) -> None:
         if self.options.parts > 1:
@@ -277,16 +287,9 @@ class _Search:
         """Return the allocation of mixdq's search; see compiler/bits/mixdq.py."""
         pictures = ShortTrajectories(self.program, self.context, self.options.samples, self.options.length)
         reference = pictures.draw(simulator)
-        scores = [list(row) for row in errors]
-        content = [unit.content for unit in self.units]
-        for k, (unit, row) in enumerate(zip(self.units, self.choices, strict=True)):
-            self.context.progress(f"{self.options.name}: images", k + 1, len(self.units))
-            for c, choice in enumerate(row if unit.content else ()):
-
-                def fed(call: int, unit: Unit = unit, choice: BitChoice = choice) -> Feeds:
-                    return profiler.quantized(simulator, unit, choice, call)
-
-                scores[k][c] = unlike(reference, pictures.draw(simulator, fed)) if choice != FLOAT else 0.0
+        names = content_layers(self.program)
+        content = [unit.name in names for unit in self.units]
+        scores = content_scores(profiler, simulator, pictures, reference, self.choices, errors, content)
 
         def measured(chosen: tuple[int, ...]) -> float:
             taken = [row[c] for row, c in zip(self.choices, chosen, strict=True)]

@@ -1,10 +1,11 @@
 """MixDQ's metric-decoupled search (arXiv 2405.17873): content and quality are scored, and budgeted, apart.
 
-The content of an image is decided by attention and feed-forward layers, its quality by convolutions, and a squared
-error of epsilon measures the second alone. So units of matmuls (content) are scored by 1 - SSIM of the images that a
-short trajectory ends with, convolutions (quality) by their squared error. The two do not add up; the budget is
-split between them in several ways, each group is solved separately, and the whole allocation whose images are
-most similar to the float network's is kept: this is measured, not predicted.
+The content of an image is decided by the layers of cross-attention and feed-forward (compiler/bits/content.py), its
+quality by all others, and a squared error of epsilon measures the second alone. So content units are scored by 1 - SSIM
+of the images that a short trajectory ends with, the others by their squared error. The two do not add up; the budget is
+split between them in several ways, each group is solved separately, and the whole allocation whose images are most
+similar to the float network's is kept: this is measured, not predicted. A network without content layers, such as an
+unconditional UNet, is one group, solved by squared errors alone.
 
 Network calls, each for all samples: those of the profile (units * widths * calls), content units * widths * `length`,
 and splits * `length`.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -32,7 +34,9 @@ from ..core.pipeline import Context
 from ..core.program import Program
 from ..graph.require import required
 from .allocation import Allocation, allocate, smallest
+from .profile import Profiler
 from .simulate import Simulator
+from .units import FLOAT, BitChoice, Unit
 
 FeedsAtCall = Callable[[int], Feeds]
 
@@ -86,6 +90,30 @@ def unlike(reference: Images, images: Images) -> float:
     return 1.0 - float(np.mean(ssim(reference - low, images - low, peak=peak)))
 
 
+def content_scores(
+    profiler: Profiler,
+    simulator: Simulator,
+    pictures: ShortTrajectories,
+    reference: Images,
+    choices: Sequence[Sequence[BitChoice]],
+    errors: Sequence[Sequence[float]],
+    content: Sequence[bool],
+) -> list[list[float]]:
+    """Return the errors of each choice of each unit; in the rows of content units what it changes in the `reference`
+    images."""
+
+    def moved(unit: Unit, choice: BitChoice) -> float:
+        if choice == FLOAT:
+            return 0.0
+        return unlike(reference, pictures.draw(simulator, partial(profiler.quantized, simulator, unit, choice)))
+
+    scores = []
+    for k, (unit, row) in enumerate(zip(profiler.units, choices, strict=True)):
+        profiler.context.progress(f"{profiler.by}: images", k + 1, len(profiler.units))
+        scores.append([moved(unit, choice) for choice in row] if content[k] else list(errors[k]))
+    return scores
+
+
 def split_budget(
     errors: Sequence[Sequence[float]],
     costs: Sequence[Sequence[int]],
@@ -96,7 +124,8 @@ def split_budget(
 ) -> tuple[Allocation, list[float]]:
     """Return (the allocation whose `measured` error is least, the measured errors of all splits).
 
-    The budget must suffice. Splits that come to the same allocation are measured once.
+    The budget must suffice. Splits that come to the same allocation are measured once. There is nothing to split where
+    one of the groups is empty.
     """
     groups = [[k for k, c in enumerate(content) if c == side] for side in (True, False)]
     spans = [(smallest([costs[k] for k in g]), sum(max(costs[k]) for k in g)) for g in groups]

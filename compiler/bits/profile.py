@@ -8,17 +8,20 @@ quantized and all others in float:
 sqnr    this noise, for every unit and width: units * (widths + activation widths) runs over the scenes
 layer   the layers' own outputs in place of epsilon, all in the same run: widths * (weights / 256 MB) runs, each about
         twice as expensive as a plain one, for any number of layers; effects behind a layer are left out
-hawq    one probe for each unit, and no run for a width: with the output's squared error as the loss, the Hessian at
-        the float weights is J^T J, whose trace is E |J u|^2 over random signs u (Hutchinson), and
-        J u = (eps(w + d u) - eps(w)) / d needs no gradient. noise = trace / n * |Q_c(w) - w|^2 (HAWQ-V2, -V3)
+hawq    probes for each unit, and no run for a width: with the output's squared error as the loss, the Hessian at the
+        float weights is J^T J, whose trace is E |J u|^2 over random signs u (Hutchinson), and
+        J u = (eps(w + d u) - eps(w)) / d needs no gradient. noise = trace / n * |Q_c(w) - w|^2 (HAWQ-V2, -V3). A run
+        has other signs at every call, and runs are added until the standard error of the mean over the calls is small
+        enough
 
 A run over the scenes is calls * samples / batch network calls.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -39,17 +42,35 @@ from .units import FLOAT, BitChoice, Unit, WeightQuantizers
 
 Weighting = Literal["relative", "absolute"]
 PROBE = 1e-3  # the step of a finite difference, relative to the root mean square of the weights
+LEAST_PROBES = 4  # runs from which a spread can be told
 CHUNK_BYTES = 256 << 20  # of weights that a graph of layer errors holds at a time
 
 
 @dataclass(frozen=True, eq=False)
+class Trace:
+    """The trace of the Gauss-Newton matrix of one weight at each call `[calls]`, the mean of several probes.
+
+    `spread` is the standard error of its mean over the calls (each relative to the signal), as a share of that mean;
+    None for too few probes to tell.
+    """
+
+    values: Doubles
+    probes: int
+    spread: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"values": self.values.tolist(), "probes": self.probes, "spread": self.spread}
+
+
+@dataclass(frozen=True, eq=False)
 class Profile:
-    """`weights` and `activations` are noise `[calls]` by unit and bits; `signal` is `[calls]` too."""
+    """`weights` and `activations` are noise `[calls]` by unit and bits, `signal` is `[calls]`; `traces` are of hawq."""
 
     calls: tuple[int, ...]
     signal: Doubles
     weights: Mapping[str, Mapping[int, Doubles]]
     activations: Mapping[str, Mapping[int, Doubles]]
+    traces: Mapping[str, Trace] = field(default_factory=dict)
 
     def noise(self, unit: str, choice: BitChoice) -> Doubles:
         """Return the noise of a unit at each call. Errors of weights and activations are independent and add up."""
@@ -57,6 +78,15 @@ class Profile:
             return np.zeros(len(self.calls))
         parts = [self.weights.get(unit, {}).get(choice.weight), self.activations.get(unit, {}).get(choice.activation)]
         return sum((part for part in parts if part is not None), np.zeros(len(self.calls)))
+
+    def note(self) -> str:
+        """Return what the traces took, as the end of a line; nothing for other scores."""
+        traces = self.traces.values()
+        if not traces:
+            return ""
+        probes = f"; {sum(trace.probes for trace in traces) / len(traces):.1f} probes for each trace"
+        known = [trace.spread for trace in traces if trace.spread is not None]
+        return f"{probes}, with a standard error of {max(known):.0%} at most" if known else probes
 
     def error(self, unit: str, choice: BitChoice, weighting: Weighting) -> float:
         return self.share(self.noise(unit, choice), weighting)
@@ -104,19 +134,39 @@ class Profiler:
 
         return self._profile(simulator, scenes, at_widths)
 
-    def hawq(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
-        """The score `hawq`."""
+    def hawq(self, simulator: Simulator, scenes: Sequence[Scene], probes: int, spread: float) -> Profile:
+        """The score `hawq`: up to `probes` for each weight, until the spread of its trace is at most `spread`."""
         order = {unit.name: k for k, unit in enumerate(self.units)}
+        traces: dict[str, Trace] = {}
 
         def at_widths(unit: Unit) -> dict[int, Doubles]:
             weight = numpy_of(unit.require_weight())
-            step = PROBE * max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-12)
-            signs = streams.PROBES.generator(self.context.seed, order[unit.name]).integers(0, 2, weight.shape)
-            probe = (weight + np.float32(step) * (2 * signs - 1).astype(np.float32)).astype(np.float32)
-            trace = simulator.noise(scenes, {name_of(unit.weight): probe}) / step**2
-            return {b: trace / weight.size * _squares(self.rounded(unit, b) - weight) for b in self.widths}
+            trace = self._trace(simulator, scenes, unit, order[unit.name], probes, spread)
+            traces[unit.name] = trace
+            return {b: trace.values / weight.size * _squares(self.rounded(unit, b) - weight) for b in self.widths}
 
-        return self._profile(simulator, scenes, at_widths)
+        return replace(self._profile(simulator, scenes, at_widths), traces=traces)
+
+    def _trace(
+        self, simulator: Simulator, scenes: Sequence[Scene], unit: Unit, place: int, probes: int, spread: float
+    ) -> Trace:
+        weight, power = numpy_of(unit.require_weight()), signal(scenes)
+        step = PROBE * max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-12)
+        found: list[Doubles] = []
+        left: float | None = None
+        while len(found) < probes and (left is None or left > spread):
+
+            def probed(call: int, probe: int = len(found)) -> Feeds:
+                signs = streams.PROBES.generator(self.context.seed, place, probe, call).integers(0, 2, weight.shape)
+                moved = weight + np.float32(step) * (2 * signs - 1).astype(np.float32)
+                return {name_of(unit.weight): moved.astype(np.float32)}
+
+            found.append(simulator.noise(scenes, probed) / step**2)
+            if len(found) >= LEAST_PROBES:
+                shares = np.mean(np.array(found) / power, axis=1)
+                error = float(np.std(shares, ddof=1)) / math.sqrt(len(found))
+                left = error / max(float(np.mean(shares)), 1e-30)
+        return Trace(np.mean(found, axis=0), len(found), left)
 
     def own_outputs(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
         """The scope `layer`: the share of noise in each layer's own output."""

@@ -78,11 +78,6 @@ class Unit:
             return 0
         return int(self.weight.shape.numpy()[axis])
 
-    @property
-    def content(self) -> bool:
-        """Return whether the unit decides the content of the image, not its quality (MixDQ): no convolution."""
-        return self.layers[0].kind != "conv"
-
 
 def units_of(found: Sequence[Layer]) -> list[Unit]:
     """Return the layers grouped by the weight that they read, in the order of the graph."""

@@ -234,8 +234,8 @@ BITS = (
         "mixdq",
         "w4a8",
         "MixDQ, arXiv 2405.17873 (without its separate first text token; no activations in half precision)",
-        "2, 4 or 8 bits for each layer, 4 on average, by an integer program; separate scores for convolutions and "
-        "matmuls",
+        "2, 4 or 8 bits for each layer, 4 on average, by an integer program; cross-attention and feed-forward scored by "
+        "images, all others by the error of epsilon",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="mixdq"),)),
     ),
     _against_w8a8(
@@ -249,8 +249,8 @@ BITS = (
     _against_w8a8(
         "hawq",
         "w4a8",
-        "HAWQ-V2 and HAWQ-V3, arXiv 1911.03852 and 2011.10680 (Gauss-Newton traces of epsilon's error; probes without "
-        "gradients)",
+        "HAWQ-V2 and HAWQ-V3, arXiv 1911.03852 and 2011.10680 (Gauss-Newton traces of epsilon's error, to 10 % by "
+        "random probes, without gradients)",
         "2, 4 or 8 bits for each layer, 4 on average, by an integer program over the traces of their Hessians",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="hawq"),)),
     ),

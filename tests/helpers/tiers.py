@@ -52,6 +52,7 @@ TORCH = (
 )
 PURE = (
     "compiler/bits/test_allocation.py",
+    "compiler/bits/test_content.py",
     "compiler/bits/test_parts.py",
     "compiler/calibration/test_collect.py",
     "compiler/core/test_stats.py",

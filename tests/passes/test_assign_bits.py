@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mezzotint import open_bundle
+from mezzotint.compiler.bits.mixdq import split_budget
 from mezzotint.compiler.bundle.writer import Compilation, write_bundle
 from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.compiler.core.execute import Executor
@@ -20,6 +21,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.scales.weights import weight_format, weight_quantizer
+from mezzotint.passes import assign_bits
 from mezzotint.passes.assign_bits import AssignBits
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.group_steps import GroupSteps
@@ -179,6 +181,30 @@ def test_mixdq_keeps_the_best_split(planned: Program, here: Context) -> None:
     assert 1 <= len(report["splits"]) <= 3 and all(0 <= s < 2 for s in report["splits"])
 
 
+def test_mixdq_splits_the_budget_between_content_and_quality(
+    planned: Program, here: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of both groups by name, and the scores of each; the tiny network has no content of its own."""
+    seen: list[tuple[Any, list[bool]]] = []
+
+    def spied(errors: Any, costs: Any, content: list[bool], *rest: Any) -> Any:
+        seen.append((errors, content))
+        return split_budget(errors, costs, content, *rest)
+
+    monkeypatch.setattr(assign_bits, "split_budget", spied)
+    options: dict[str, Any] = {"mean_bits": 5.5, "score": "mixdq", "splits": 2, "length": 2}
+    plain = report_of(assigned(planned, here, **options))
+    assert plain["content"] == [] and len(plain["splits"]) == 1
+    monkeypatch.setattr(assign_bits, "content_layers", lambda program: frozenset({"q", "b1_conv1"}))
+    report = report_of(assigned(planned, here, **options))
+    (quality, nothing), (scores, content) = seen
+    names = list(report["units"])
+    assert not any(nothing) and {name for name, of in zip(names, content, strict=True) if of} == {"q", "b1_conv1"}
+    assert report["content"] == ["b1_conv1", "q"]
+    for name, row, errors in zip(names, scores, quality, strict=True):
+        assert (row != errors) == (name in ("q", "b1_conv1")), "images score these, and errors all others"
+
+
 def test_the_same_twice_and_a_snapshot_keeps_it(planned: Program, here: Context, tmp_path: Path) -> None:
     one, two = (assigned(planned, here, mean_bits=5.0) for _ in range(2))
     assert one.plan is not None and two.plan is not None
@@ -210,6 +236,8 @@ def test_only_what_changes_gets_another_quantizer(planned: Program, here: Contex
         ({"calls": 0}, "calls is 0"),
         ({"samples": 0}, "samples is 0"),
         ({"splits": 0}, "splits is 0"),
+        ({"probes": 0}, "probes is 0"),
+        ({"spread": 0.0}, "spread is 0"),
         ({"float_cost": 0.5}, "float_cost is 0.5"),
         ({"scope": "layer", "score": "hawq"}, "scope layer has no score hawq"),
         ({"latency": 1.5}, "widths do not change the latency"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from mezzotint.compiler.bits.content import content_layers
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
@@ -18,6 +20,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.core.verify import relative_difference, structure
 from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.compiler.graph.nodes import Names, remove_dead
+from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rescaling.edits import apply_edit
 from mezzotint.compiler.rescaling.sites import find_pairs, find_sites, rescale_pair, rescale_site
 from mezzotint.passes.fold_scales import FoldScales
@@ -81,6 +84,9 @@ def test_tiny(passes: tuple[Pass, ...], context: Context) -> None:
 @pytest.mark.parametrize("passes", [HIGH, EXACT], ids=["high", "lowered"])
 def test_a_conditional_unet(conditional: Compiled, passes: tuple[Pass, ...], tmp_path: Path) -> None:
     program = import_onnx(conditional.exported, tmp_path, **DEPLOYED, size=(8, 8))
+    layer_names = {layer.name for layer in layers(program.graph)}
+    content = {name for name in layer_names if fnmatch(name, "*/attn2/*") or fnmatch(name, "*/ff/*")}
+    assert content and content_layers(program) == content, "what diffusers calls cross-attention and feed-forward"
     context = context_in(tmp_path, conditions={"encoder_hidden_states": prompts(2)})
     want = {"run_time": 29, "norm": 16, "value": 8, "gated": 4}
     check(program, passes, context, want, pairs=8)

@@ -118,6 +118,21 @@ class TestMix:
         alpha, sigma = mixed.schedule.levels(mixed.deployment.calls[1])
         assert choice["schedule_snr_db"][1] == pytest.approx(10 * np.log10(alpha**2 / sigma**2))
 
+    def test_without_a_budget_a_call_is_cheap_where_its_error_is_below_the_schedules_noise(
+        self, made: Made, tmp_path: Path
+    ) -> None:
+        """PTQD's rule, from the schedule's own alphas: |eps|^2 / |error|^2 against abar / (1 - abar)."""
+        settings = {"choose_scales.weight_bits": 4}
+        coarse = compile_model(made.source, tmp_path / "coarse", recipe="w8a8", settings=settings, **NOISY)
+        options: dict[str, Any] = {"reference": made.source, "costs": COSTS, "pictures": 2, "threads": THREADS}
+        mixed = mix_bundles({"float": made.bundles["float"], "w8a8": coarse}, tmp_path / "mix", **options)
+        found = mixed.manifest.require_mixture()
+        abar = np.cumprod(1 - np.linspace(0.0001, 0.02, 1000))[[int(t) for t in mixed.deployment.calls]]
+        snr = np.array(found.choice["snr_db"]["w8a8"])
+        enough = snr >= 10 * np.log10(abar / (1 - abar))
+        assert list(found.calls) == ["w8a8" if cheap else "float" for cheap in enough]
+        assert set(found.calls) == set(COSTS) and (snr > 0).all(), "the error alone is small at every call"
+
     def test_the_measured_ratio_is_that_of_a_paired_run(self, made: Made, mixed: Bundle) -> None:
         """The network predicts epsilon, so the noise that it stands for is its output."""
         seed = mixed.manifest.require_mixture().choice["seed"]
