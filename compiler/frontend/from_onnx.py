@@ -19,6 +19,7 @@ from ..core.program import Program
 from ..core.verify import weights_finite
 from ..errors import ModelError, SignatureError
 from ..graph import weight_store as store
+from ..graph.model_file import read_model
 from ..graph.nodes import name_of
 from .batch import settle_batch
 from .foreign import check_plain
@@ -116,62 +117,11 @@ def _check_timestep(graph: ir.Graph, signature: Signature, deployment: Deploymen
 
 def load_onnx(path: Path) -> ir.Model:
     """Return the model of an ONNX file, external weights still on disk. Raises ModelError if it cannot be compiled."""
-    if not path.exists():
-        raise ModelError("the model file does not exist", where=str(path), hint="check the path")
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds of errors for bytes that are not a model
-        raise ModelError(
-            f"this is not an ONNX model, or it is truncated ({type(error).__name__})",
-            where=str(path),
-            hint="export or download it again",
-        ) from error
-    if not model.graph.num_nodes() or not model.graph.inputs:
-        raise ModelError("the file holds no graph", where=str(path), hint="export or download it again")
-    opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
-    if opset < OLDEST_OPSET:
-        raise ModelError(
-            f"the model has opset {opset}; {OLDEST_OPSET} is the oldest that can be quantized",
-            where=str(path),
-            hint="export it again with a later opset, or convert it with onnx.version_converter",
-        )
+    model = read_model(path, oldest_opset=OLDEST_OPSET)
     check_plain(model, str(path))
-    sort_nodes(model, str(path))
-    for name, value in model.graph.initializers.items():
-        _check_external(name, value.const_value, path)
     if half := widen_halves(model):
         _LOG.info("%s: half precision inside (first at %r) is widened to float32", path, half)
     return model
-
-
-def sort_nodes(model: ir.Model, where: str) -> None:
-    """Put each node behind those that compute its inputs, in subgraphs and functions too. Raises ModelError for a ring.
-
-    onnxruntime sorts for itself, and converters to half precision leave their Casts at the end of the list.
-    """
-    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    try:
-        for graph in graphs:
-            graph.sort()
-    except ValueError as error:
-        raise ModelError(
-            f"the graph's nodes cannot be put in order: {error}", where=where, hint="export the model again"
-        ) from error
-
-
-def _check_external(name: str, tensor: ir.TensorProtocol | None, path: Path) -> None:
-    if not isinstance(tensor, ir.ExternalTensor):
-        return
-    file = Path(tensor.path)
-    if not file.exists():
-        raise _missing_data(f"{tensor.location} (weight {name!r})", str(path))
-    end = (tensor.offset or 0) + (tensor.length or 0)
-    if file.stat().st_size < end:
-        raise ModelError(
-            f"the external data file is shorter than the weight {name!r} needs ({end} bytes)",
-            where=str(file),
-            hint="copy or download it again",
-        )
 
 
 def _missing_data(file: str, where: str) -> ModelError:

@@ -139,7 +139,7 @@ def test_shortened_external_data(tmp_path: Path, read: Read) -> None:
     data = (tmp_path / "m.weights").read_bytes()
     (tmp_path / "m.weights").write_bytes(data[:-1])
 
-    with pytest.raises(ModelError, match=r"shorter than the weight .* needs") as caught:
+    with pytest.raises(ModelError, match=r"shorter than the constant .* needs") as caught:
         read(path)
     assert "m.weights" in (caught.value.where or "")
     assert caught.value.hint
