@@ -114,7 +114,8 @@ def test_foreign_nodes_are_named(tmp_path: Path, domain: str, op: str, complaint
     model = hand_written()
     if domain:
         model.opset_import.append(helper.make_opsetid(domain, 1))
-    node = helper.make_node(op, ["x"], ["foreign"], name="n", domain=domain)
+    outputs = ["foreign", *(["scale", "zero"] if op == "DynamicQuantizeLinear" else [])]
+    node = helper.make_node(op, ["x"], outputs, name="n", domain=domain)
     if nested:
         out = helper.make_tensor_value_info("foreign", TensorProto.FLOAT, None)
         branch = helper.make_graph([node], "branch", [], [out])
