@@ -13,15 +13,14 @@ by their names (attn2, ff); here the graph does:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-import networkx as nx
 import onnx_ir as ir
 
 from ..core.program import Program
 from ..graph.nodes import consumers, is_constant, is_op, name_of
 from ..graph.ops import Layer, layers
-from ..graph.topology import digraph
+from ..graph.topology import dependents
 
 ACTIVATIONS = (
     *("Gelu", "Erf", "Tanh", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Softplus", "QuickGelu", "Clip"),
@@ -46,12 +45,9 @@ class _Reader:
         self._attention = [layer for layer in every_layer if layer.kind == "attention"]
         self._made_by = {v: layer for layer in every_layer for v in (layer.node.outputs[0], layer.output)}
         self._at = {node: layer for layer in every_layer for node in (layer.node, layer.bias_add) if node is not None}
-        g = digraph(graph)
-        # A Shape node passes on no contents.
-        g.remove_nodes_from([k for k, data in g.nodes(data=True) if "node" in data and is_op(data["node"], "Shape")])
         signature = program.signature
-        self._from_sample = _reached(g, [signature.sample])
-        self._from_condition = _reached(g, signature.conditions)
+        self._from_sample = dependents(graph, [signature.sample])
+        self._from_condition = dependents(graph, signature.conditions)
         self._normed = set(self._behind_norms(graph))
 
     def cross_attention(self) -> Iterator[Layer]:
@@ -147,10 +143,3 @@ class _Reader:
 def _holds_data(value: ir.Value) -> bool:
     """Return whether a value is an activation, and no constant or size."""
     return not is_constant(value) and (value.dtype is None or value.dtype.is_floating_point())
-
-
-def _reached(g: nx.DiGraph, names: Iterable[str]) -> set[str]:
-    """Return the names of the values that depend on the inputs of these names, with these."""
-    keys = [f"v:{name}" for name in names if f"v:{name}" in g]
-    found = {key for start in keys for key in (start, *nx.descendants(g, start))}
-    return {key.removeprefix("v:") for key in found if key.startswith("v:")}

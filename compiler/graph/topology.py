@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -50,6 +50,15 @@ def _read(node: ir.Node) -> Iterator[ir.Value]:
 def _sizes_known(value: ir.Value) -> bool:
     """Return whether all sizes after the first dimension, which may be the batch, are known."""
     return value.shape is not None and all(isinstance(d, int) for d in list(value.shape)[1:])
+
+
+def dependents(graph: ir.Graph, inputs: Iterable[str]) -> set[str]:
+    """Return the names of these inputs and of all values that depend on their contents; sizes alone do not count."""
+    g = digraph(graph)
+    g.remove_nodes_from([key for key, data in g.nodes(data=True) if "node" in data and is_op(data["node"], "Shape")])
+    keys = [f"v:{name}" for name in inputs if f"v:{name}" in g]
+    found = {key for start in keys for key in (start, *nx.descendants(g, start))}
+    return {key.removeprefix("v:") for key in found if key.startswith("v:")}
 
 
 def time_branch(graph: ir.Graph, signature: Signature) -> TimeBranch:

@@ -234,8 +234,8 @@ BITS = (
         "mixdq",
         "w4a8",
         "MixDQ, arXiv 2405.17873 (without its separate first text token; no activations in half precision)",
-        "2, 4 or 8 bits for each layer, 4 on average, by an integer program; cross-attention and feed-forward scored by "
-        "images, all others by the error of epsilon",
+        "2, 4 or 8 bits for each layer, 4 on average, by an integer program; cross-attention and feed-forward are "
+        "scored by images, all others by the error of epsilon",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="mixdq"),)),
     ),
     _against_w8a8(
