@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
@@ -23,8 +23,8 @@ from mezzotint.runtime.session import running_version
 
 from ..errors import ModelError
 from ..graph.nodes import is_op, name_of
-from .built import built_graph
-from .groups import FusionGroup, groups, is_ort_mover, node_label
+from .built import FLOAT_KERNELS, INTEGER_KERNELS, built_graph
+from .groups import MATRICES, FusionGroup, groups, is_ort_mover, node_label
 from .match import Match, is_integer_kernel, moves_integers
 from .rules import NO_KERNEL, first_explanation
 
@@ -72,6 +72,16 @@ class Verdict:
         }
 
 
+class LayerCounts(NamedTuple):
+    """Convolutions and matrix products that run on integer kernels as the file says, and the others.
+
+    `compile`, `inspect` and `audit` show these two figures. Nodes that onnxruntime computed beforehand count nowhere.
+    """
+
+    integer: int
+    floating: int
+
+
 @dataclass(frozen=True)
 class Fusion:
     """The verdicts in the order of the file.
@@ -93,6 +103,16 @@ class Fusion:
         return next((v for v in self.verdicts if v.name == name), None)
 
     @property
+    def layers(self) -> LayerCounts:
+        """Return the counts of convolutions and matrix products, those among the strays included."""
+        layers = [v for v in self.verdicts if v.kernel and v.op in (*MATRICES, *INTEGER_KERNELS)]
+        strays = Counter(stray.partition(" ")[0] for stray in self.strays)
+        return LayerCounts(
+            sum(v.integer for v in layers) + sum(n for op, n in strays.items() if op in INTEGER_KERNELS),
+            sum(not v.integer for v in layers) + sum(n for op, n in strays.items() if op in FLOAT_KERNELS),
+        )
+
+    @property
     def totals(self) -> dict[str, int]:
         rules = Counter(v.rule for v in self.verdicts if not v.integer)
         return {
@@ -107,6 +127,7 @@ class Fusion:
     def to_json(self) -> dict[str, Any]:
         return {
             "onnxruntime": self.onnxruntime,
+            "layers": {"integer": self.layers.integer, "float": self.layers.floating},
             "totals": self.totals,
             "rules": dict(sorted(Counter(v.rule for v in self.failed).items())),
             "strays": list(self.strays),

@@ -26,11 +26,13 @@ class KernelAudit:
 
     @property
     def integer(self) -> int:
-        return sum(n for op, n in self.operations.items() if op.rpartition(".")[2] in INTEGER_KERNELS)
+        """Return the number of layers on integer kernels, as `audit` counts them."""
+        return self.fusion.layers.integer
 
     @property
     def floating(self) -> int:
-        return sum(n for op, n in self.operations.items() if op.rpartition(".")[2] in FLOAT_KERNELS)
+        """Return the number of layers in float, as `audit` counts them."""
+        return self.fusion.layers.floating
 
     def entry(self, islands: Mapping[str, str]) -> Kernels:
         """Return the manifest's `kernels`. `islands` gives the reasons why layers are in float on purpose."""

@@ -78,7 +78,7 @@ def _transposed(group: FusionGroup) -> Explanation | None:
         return None
     return (
         "there is no integer kernel for transposed convolutions",
-        "write its phases as the channels of a Conv, and interleave them by DepthToSpace (the pass lower_transposed does)",
+        "write its phases as channels of a Conv with a DepthToSpace behind it, as the pass lower_transposed does",
     )
 
 

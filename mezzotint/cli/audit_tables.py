@@ -54,7 +54,9 @@ def to_json(model: Path, fusions: Mapping[str, Fusion]) -> dict[str, Any]:
 def print_audit(fusions: Mapping[str, Fusion], *, everything: bool = False) -> None:
     """Print totals and each node without an integer kernel, with the rule and the fix; `everything` adds the others."""
     for name, fusion in fusions.items():
-        console.print_pairs(name, {**fusion.totals, "onnxruntime": fusion.onnxruntime})
+        counts = f"{fusion.layers.integer} integer, {fusion.layers.floating} float"
+        groups = {f"groups {key}": number for key, number in fusion.totals.items()}
+        console.print_pairs(name, {"layers": counts, **groups, "onnxruntime": fusion.onnxruntime})
         failed = [(v.name, *_kernels(v), v.rule) for v in fusion.failed]
         if failed:
             console.print_table("quantized, but not on an integer kernel", ("node", "is", "runs as", "rule"), failed)

@@ -14,7 +14,7 @@ from ..round_weights import RoundWeights
 from ..step_scales import StepScales
 from ..store_half import StoreHalf
 from .papers import PAPERS
-from .parts import EXACT, FLOAT, ISLANDS, static, stepwise
+from .parts import EXACT, EXACT_FLOAT, ISLANDS, static, stepwise
 
 PREMUL = (
     *EXACT,
@@ -27,7 +27,7 @@ PREMUL = (
 )
 
 OURS = (
-    Recipe("float", "the float model, faster: exact rewrites only", FLOAT),
+    Recipe("float", "the float model, faster: exact rewrites only", EXACT_FLOAT),
     Recipe(
         "w8a8",
         "static 8-bit weights per output channel and 8-bit activations per tensor; the time embedding as tables",

@@ -21,7 +21,7 @@ from ..normalize import Normalize
 from ..observe import Observe
 from ..step_scales import StepScales
 
-FLOAT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
+EXACT_FLOAT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
 EXACT = (Normalize(), LowerTransposed(), FreezeTime(), FoldScales(), LowerNorms())
 FAST = (Normalize(), LowerTransposed(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())

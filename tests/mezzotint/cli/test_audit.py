@@ -38,6 +38,9 @@ def test_a_bundle_as_json(cli: Cli, hand: Compiled) -> None:
     assert fusion["onnxruntime"] == running_version()
     assert {name: n for name, n in fusion["totals"].items() if n} == {"integer": 2, "islands": 2}
     assert fusion["rules"] == {} and fusion["strays"] == []
+    kernels = hand.bundle.manifest.kernels
+    assert fusion["layers"] == {"integer": kernels.integer, "float": kernels.floating} == {"integer": 2, "float": 2}
+    assert "2 integer, 2 float" in cli("audit", hand.bundle.path).out
     first = next(v for v in fusion["verdicts"] if v["name"] == "first")
     assert (first["op"], first["kernel"], first["integer"], first["rule"]) == ("Conv", "Conv", False, "island")
     assert first["why"] == hand.bundle.manifest.islands["first"]
