@@ -24,6 +24,8 @@ from mezzotint.runtime.progress import Progress, silent
 from ..errors import PassError, RecipeError
 from ..graph import weight_store as store
 from ..graph.nodes import model_text, text_diff
+from ..moves import exchange, move_new, occupant
+from ..stages import OLD, is_full, partial_folder
 from . import snapshot, verify
 from .memory import PeakMemory
 from .program import Program, Record
@@ -218,14 +220,30 @@ def _explain(error: Exception, program: Program, step: Pass, rest: Sequence[Pass
     if isinstance(error, MezzotintError) and not isinstance(error, PassError):
         return  # the input was refused: the pass has no defect to reproduce
     history = " -> ".join([*(r.name for r in program.history), step.name])
-    hint = None
-    if reproducer is not None:
-        snapshot.save_program(program, reproducer, pending=[{"pass": p.name, "options": p.options()} for p in rest])
-        hint = f"run it again with: python tools/replay.py {reproducer}"
+    if isinstance(error, OSError) and is_full(error):
+        return
+    hint = None if reproducer is None else _reproduce(program, rest, reproducer)
     if isinstance(error, PassError):
         error.where, error.hint = f"{error.where or step.name} (history: {history})", error.hint or hint
         return
     raise PassError(f"{step.name} failed: {type(error).__name__}: {error}", where=history, hint=hint) from error
+
+
+def _reproduce(program: Program, rest: Sequence[Pass], folder: Path) -> str:
+    """Write the reproducer and return the hint at it. A failure here must not replace the error of the pass."""
+    try:
+        with partial_folder(folder.absolute()) as hidden:
+            pending = [{"pass": p.name, "options": p.options()} for p in rest]
+            snapshot.save_program(program, hidden / "saved", pending=pending)
+            if occupant(folder) is None:
+                move_new(hidden / "saved", folder)
+            elif snapshot.is_saved_program(folder):
+                exchange(hidden / "saved", folder, hidden / OLD)
+            else:
+                return f"move {folder} away, and compile again for a folder that reproduces the error"
+    except Exception as error:
+        return f"no folder that reproduces it could be written: {str(error).splitlines()[0]}"
+    return f"run it again with: python tools/replay.py {folder}"
 
 
 def _dump(dump: Dump, number: int, name: str, program: Program, text: str, difference: str, context: Context) -> None:

@@ -32,6 +32,12 @@ from .program import Plan, Program, Quantizer, Record, Site
 from .stats import Stats, Summary
 
 STATS_ARRAYS = "stats.safetensors"
+SAVED_FILES = frozenset(
+    {
+        *("program.json", "program.onnx", "program.onnx.data", "float.onnx", "float.onnx.data", store.WEIGHTS),
+        *(STATS_ARRAYS, "plan.safetensors", "correction.safetensors"),
+    }
+)
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -67,6 +73,12 @@ def save_program(program: Program, folder: Path, pending: Sequence[Mapping[str, 
     if program.correction is not None:
         program.correction.save(folder / "correction.safetensors")
     (folder / "program.json").write_text(json.dumps(data, indent=1), encoding="utf-8", newline="\n")
+
+
+def is_saved_program(folder: Path) -> bool:
+    """Return whether a folder holds a saved program and nothing else."""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    return "program.json" in names and names <= SAVED_FILES
 
 
 def load_program(folder: Path) -> tuple[Program, list[dict[str, Any]]]:

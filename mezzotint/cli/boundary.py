@@ -35,7 +35,15 @@ def as_error(error: Exception) -> MezzotintError:
     if isinstance(error, MezzotintError):
         return error
     if isinstance(error, OSError):
+        from mezzotint.compiler.stages import is_full
+
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+        if is_full(error):
+            return SystemRefusal(
+                "the disk is full",
+                where=" and ".join(names) or "standard output",
+                hint="free some space or choose another place",
+            )
         return SystemRefusal(
             f"the system refused a file: {error.strerror or error}",
             where=" and ".join(names) or None,

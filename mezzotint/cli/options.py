@@ -17,6 +17,7 @@ from mezzotint.runtime.errors import InterpolatedCorrection, LowFidelity
 from mezzotint.runtime.visible import one_line
 
 from .boundary import DEBUG, as_error, wants_traceback
+from .ending import ended_by_signals, give_up, output_arrives
 
 LONGEST_USAGE = 500  # characters of a message about the command line
 
@@ -59,14 +60,17 @@ class CommandGroup(TyperGroup):
     def main(self, args: list[str] | None = None, *rest: Any, **extra: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
         try:
-            with plain_warnings():
+            with plain_warnings(), ended_by_signals(), output_arrives():
                 return super().main([word for word in words if word != DEBUG], *rest, **extra)
         except Exception as error:
             if wants_traceback(words):
                 traceback.print_exc()
             from ..text.console import print_error
 
-            print_error(as_error(error))
+            try:
+                print_error(as_error(error))
+            except OSError:  # standard error is full, too
+                give_up(sys.stderr)
             sys.exit(2)
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:

@@ -183,6 +183,31 @@ def test_a_failing_pass_leaves_a_reproducer(
     np.testing.assert_array_equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("there", ["a file", "other files", "an earlier one", "no place"])
+def test_a_reproducer_replaces_only_an_earlier_one_and_never_the_error(
+    tiny: Program, context: Context, tmp_path: Path, there: str
+) -> None:
+    folder = tmp_path / "reproducer"
+    if there == "a file":
+        folder.write_text("mine")
+    elif there == "other files":
+        folder.mkdir()
+        for name in ("mine", "program.json"):
+            (folder / name).write_text("mine")
+    elif there == "an earlier one":
+        snapshot.save_program(tiny, folder)
+    else:
+        (tmp_path / "file").write_text("mine")
+        folder = tmp_path / "file" / "reproducer"
+    with pytest.raises(PassError, match="breaks failed: ZeroDivisionError") as caught:
+        pipeline.run_passes(tiny, [Breaks("raise")], context, reproducer=folder)
+    assert ("tools/replay.py" in str(caught.value.hint)) == (there == "an earlier one")
+    if there == "an earlier one":
+        assert [p["pass"] for p in snapshot.load_program(folder)[1]] == ["breaks"]
+    else:
+        assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file() and "work" not in p.parts} == {"mine"}
+
+
 def test_statistics_of_a_saved_program_are_still_those_of_its_graph(
     tiny: Program, context: Context, tmp_path: Path
 ) -> None:
