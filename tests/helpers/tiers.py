@@ -54,6 +54,7 @@ PURE = (
     "compiler/bits/test_allocation.py",
     "compiler/bits/test_content.py",
     "compiler/bits/test_parts.py",
+    "compiler/bundle/test_staging.py",
     "compiler/calibration/test_collect.py",
     "compiler/core/test_stats.py",
     "compiler/correction/test_noise_report.py",
