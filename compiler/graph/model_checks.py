@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import graphlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
-from onnx import AttributeProto, TensorProto
+from onnx import TensorProto
 
 from ..errors import ModelError
-from .limits import check_limit, limit
+from .limits import check_limit
+from .model_costs import check_costs, subgraphs
 from .tensor_checks import check_tensor, node_tensors, tensors
 
 _HINT = "export the model again, or copy or download it again"
 _SMALL = 1024  # elements: such constants stay for shape inference
-_UNKNOWN_TURNS = 1 << 63
 
 
 def check_model(model: onnx.ModelProto, path: Path, *, oldest_opset: int = 1) -> None:
@@ -38,8 +38,7 @@ def check_model(model: onnx.ModelProto, path: Path, *, oldest_opset: int = 1) ->
     if not model.HasField("graph") or not model.graph.node:
         raise ModelError("the file holds no graph", where=where, hint=_HINT)
     _check_versions(model, oldest_opset, where)
-    functions = _functions(model, where)
-    _check_size(model, functions, where)
+    check_costs(model, where)
     for function in model.functions:
         for what, tensor in node_tensors(function.node):
             check_tensor(what, tensor, path)
@@ -78,17 +77,6 @@ def _check_versions(model: onnx.ModelProto, oldest: int, where: str) -> None:
         raise ModelError(f"the opset of the domain {twice[:80]!r} is stated twice", where=where, hint=_HINT)
 
 
-Functions = Mapping[tuple[str, str], onnx.FunctionProto]
-
-
-def _functions(model: onnx.ModelProto, where: str) -> Functions:
-    """Return the local functions by (domain, name)."""
-    functions = {(function.domain, function.name): function for function in model.functions}
-    if len(functions) < len(model.functions):
-        raise ModelError("two functions of the file have one name", where=where, hint=_HINT)
-    return functions
-
-
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +106,7 @@ def _check_graph(graph: onnx.GraphProto, outer: frozenset[str], path: Path) -> N
             raise ModelError(
                 f"node {_name(node)!r} reads {missing[:200]!r}, which nothing computes", where=where, hint=_HINT
             )
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             _check_graph(subgraph, known, path)
     if missing := next((value.name for value in graph.output if value.name not in known), None):
         raise ModelError(f"nothing computes the output {missing[:200]!r}", where=where, hint=_HINT)
@@ -140,19 +128,10 @@ def _name(node: onnx.NodeProto) -> str:
     return str(node.name or node.op_type)[:200]
 
 
-def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    found = []
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH or attribute.HasField("g"):
-            found.append(attribute.g)
-        found.extend(attribute.graphs)
-    return found
-
-
 def _reads(node: onnx.NodeProto) -> set[str]:
     """Return the names that a node or its subgraphs read; names inside a subgraph may be among them."""
     names = set(node.input)
-    for subgraph in _subgraphs(node):
+    for subgraph in subgraphs(node):
         names.update(value.name for value in subgraph.output)
         for inner in subgraph.node:
             names |= _reads(inner)
@@ -181,82 +160,6 @@ def _sort(graph: onnx.GraphProto | onnx.FunctionProto, where: str) -> None:
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
-
-
-# -- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def _check_size(model: onnx.ModelProto, functions: Functions, where: str) -> None:
-    costs = _Costs(model, functions, where)
-    nodes, operations = costs.of_graph(model.graph, {}, 0)
-    check_limit("nodes", nodes, "the graph has many nodes, with those of its functions and branches", where)
-    what = "the graph has a loop without an end" if operations >= _UNKNOWN_TURNS else "the graph has long loops"
-    check_limit("operations", operations, f"{what}; operations of one call", where)
-
-
-class _Costs:
-    """Counts of nodes: as they are written out, and as one call of the network runs them."""
-
-    def __init__(self, model: onnx.ModelProto, functions: Functions, where: str) -> None:
-        self._functions = functions
-        self._where = where
-        self._most = limit("depth")
-        self._known: dict[tuple[str, str], tuple[int, int]] = {}
-        self._running: list[tuple[str, str]] = []
-
-    def of_graph(self, graph: onnx.GraphProto, numbers: Mapping[str, int], depth: int) -> tuple[int, int]:
-        found = {tensor.name: value for tensor in graph.initializer if (value := _number(tensor)) is not None}
-        return self._of_nodes(graph.node, {**numbers, **found}, depth)
-
-    def _of_nodes(self, nodes: Sequence[onnx.NodeProto], numbers: dict[str, int], depth: int) -> tuple[int, int]:
-        if depth > self._most:
-            check_limit("depth", depth, "subgraphs or functions lie deep in each other", self._where)
-        written = run = 0
-        for node in nodes:
-            if node.op_type == "Constant" and node.output and (value := _constant(node)) is not None:
-                numbers[node.output[0]] = value
-            key = node.domain, node.op_type
-            inner = [self._of_function(key, depth)] if key in self._functions else []
-            inner += [self.of_graph(subgraph, numbers, depth + 1) for subgraph in _subgraphs(node)]
-            turns = self._turns(node, numbers)
-            written += 1 + sum(nodes for nodes, _ in inner)
-            run += 1 + turns * sum(operations for _, operations in inner)
-        return written, run
-
-    def _of_function(self, key: tuple[str, str], depth: int) -> tuple[int, int]:
-        if key in self._running:
-            raise ModelError(f"the function {key[1][:200]!r} calls itself", where=self._where, hint=_HINT)
-        if key not in self._known:
-            self._running.append(key)
-            # Functions may call each other more deeply than subgraphs lie in each other: they are written side by side.
-            if len(self._running) > 4 * self._most:
-                check_limit("depth", len(self._running), "functions call each other deeply", self._where)
-            self._known[key] = self._of_nodes(self._functions[key].node, {}, 0)
-            self._running.pop()
-        return self._known[key]
-
-    def _turns(self, node: onnx.NodeProto, numbers: Mapping[str, int]) -> int:
-        if node.op_type != "Loop" or node.domain not in ("", "ai.onnx"):
-            return 1
-        return max(0, numbers.get(node.input[0], _UNKNOWN_TURNS)) if node.input else _UNKNOWN_TURNS
-
-
-def _number(tensor: TensorProto) -> int | None:
-    """Return the value of an integer tensor of one element that is in the file."""
-    if tensor.data_type != TensorProto.INT64 or math.prod(tensor.dims) != 1:
-        return None
-    if tensor.HasField("raw_data"):
-        return int.from_bytes(tensor.raw_data, "little", signed=True) if len(tensor.raw_data) == 8 else None
-    return int(tensor.int64_data[0]) if len(tensor.int64_data) == 1 else None
-
-
-def _constant(node: onnx.NodeProto) -> int | None:
-    for attribute in node.attribute:
-        if attribute.name == "value_int":
-            return int(attribute.i)
-        if attribute.name == "value":
-            return _number(attribute.t)
-    return None
 
 
 # -- inputs and values ------------------------------------------------------------------------------------------------
@@ -293,7 +196,7 @@ def _check_with_onnx(model: onnx.ModelProto, where: str) -> None:
         raise ModelError(f"this is not a valid ONNX model: {_line(error)}", where=where, hint=_HINT) from error
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if constant.issuperset(name for name in node.input if name) and not _subgraphs(node):
+        if constant.issuperset(name for name in node.input if name) and not subgraphs(node):
             constant.update(node.output)
     for value in inferred.graph.value_info:
         _check_shape(value, "constants" if value.name in constant else "values", where)

@@ -35,6 +35,7 @@ from mezzotint.runtime.streams import FIXED
 from ..text.report import model_bytes
 from .beside_peers import CALIBRATION, PeerResult, PeerRuns
 from .pairs import folder_bytes, middle_timestep
+from .reference import check_float_model
 from .trace import Breakdown, read_trace
 
 MAX_PROFILED_CALLS = 10  # a trace takes about 1 kB for each node of each call
@@ -143,12 +144,8 @@ def run_bench(
         raise InputError("peers start from the float model", hint="give --float FILE.onnx")
     if repeats < 1 or rounds < 1 or calibration < 1:
         raise InputError(f"{repeats} calls, {rounds} rounds, {calibration} to calibrate on", hint="each is at least 1")
-    if float_model is not None and not float_model.is_file():
-        raise InputError(
-            "there is no such float model",
-            where=str(float_model),
-            hint="write it with `mezzotint export MODEL -o FILE.onnx`, from the model that the bundle was made of",
-        )
+    if float_model is not None:
+        check_float_model(float_model)
     net = bundle.denoiser(threads)
     batch = batch or net.fixed_batch or 1
     if net.fixed_batch not in (None, batch):

@@ -21,6 +21,8 @@ from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Predict, Timestep
 from mezzotint.runtime.streams import FIXED, SeedOffset
 
+from .reference import check_float_model
+
 View = Callable[[StepInfo, Images], Images]
 
 
@@ -89,7 +91,10 @@ def compare(
 
 def _opened(float_model: Path | Denoiser, bundle: Bundle, threads: int | None) -> Denoiser:
     """Return the float network, opened unless it is open already."""
-    return Denoiser(float_model, bundle.signature, threads=threads) if isinstance(float_model, Path) else float_model
+    if not isinstance(float_model, Path):
+        return float_model
+    check_float_model(float_model)
+    return Denoiser(float_model, bundle.signature, threads=threads)
 
 
 def paired_run(

@@ -7,9 +7,21 @@ from pathlib import Path
 
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.frontend.from_onnx import import_onnx
+from mezzotint.compiler.graph.model_file import check_model_file
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.session import Denoiser
+
+
+def check_float_model(path: Path) -> None:
+    """Raise InputError when there is no such file, ModelError for a file that no session may open."""
+    if not path.exists():
+        raise InputError(
+            "there is no such float model",
+            where=str(path),
+            hint="write it with `mezzotint export MODEL -o FILE.onnx`, from the model that the bundle was made of",
+        )
+    check_model_file(path)
 
 
 class ReferenceModel:
@@ -20,17 +32,13 @@ class ReferenceModel:
         self._bundle, self._threads = bundle, threads
 
     def check(self) -> None:
-        """Raise InputError when there is no such file."""
-        if not self.path.is_file():
-            raise InputError(
-                "there is no such float model",
-                where=str(self.path),
-                hint="write it with `mezzotint export MODEL -o FILE.onnx`, from the model that the bundle was made of",
-            )
+        """Raise InputError when there is no such file, ModelError for a file that no session may open."""
+        check_float_model(self.path)
 
     @cached_property
     def network(self) -> Denoiser:
         """The session, opened at the first use and kept until `close`."""
+        check_float_model(self.path)
         return Denoiser(self.path, self._bundle.signature, threads=self._threads)
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
     The islands are those of the bundle's manifest. Raises BundleError, ModelError or InputError.
     """
     from mezzotint.compiler.audit.fusion import audit_fusion
+    from mezzotint.compiler.graph.model_file import check_model_file
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     islands: Mapping[str, str] = {}
@@ -38,6 +39,8 @@ def audits(model: Path, *, threads: int | None = None) -> dict[str, Fusion]:
             where=str(model),
             hint="give the folder that `compile` wrote, or a file that ends in .onnx",
         )
+    for file in files.values():
+        check_model_file(file)
     with scratch() as folder:
         return {name: audit_fusion(file, folder, threads=threads, islands=islands) for name, file in files.items()}
 

@@ -29,9 +29,9 @@ def read_graph(
     model: Path, timestep: str, layers: Mapping[str, Mapping[str, Any]], islands: Mapping[str, str]
 ) -> PageData:
     """Read a bundle's ONNX file. `layers` has the rows of the fusion audit by name, `islands` the reasons by name."""
-    import onnx_ir as ir
+    from mezzotint.compiler.graph.model_file import read_model
 
-    graph = ir.load(model).graph
+    graph = read_model(model).graph
     nodes = list(graph)
     numbers = {node: i for i, node in enumerate(nodes)}
     values: dict[ir.Value, int] = {}

@@ -55,9 +55,9 @@ def make_overlay(bundle: Bundle, what: What, *, debug: Path | None = None, threa
         raise InputError(
             f"no overlay is called {what!r}", where="--what", hint=f"use one of {', '.join(get_args(What))}"
         )
-    import onnx_ir as ir
+    from mezzotint.compiler.graph.model_file import read_model
 
-    graph = ir.load(bundle.model_path).graph
+    graph = read_model(bundle.model_path).graph
     unknown = ""
     values: dict[str, Value]
     if what == "precision":

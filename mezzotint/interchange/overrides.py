@@ -89,22 +89,21 @@ def make_overrides(
 
     Raises InputError for a bundle whose layers cannot be separated (debug/diagnose.py), and for the file of another.
     """
-    import onnx_ir as ir
-
     from mezzotint.compiler.core.pipeline import Context
+    from mezzotint.compiler.graph.model_file import read_model
     from mezzotint.compiler.graph.nodes import name_of
     from mezzotint.compiler.graph.ops import layers
 
     reference = ReferenceModel(bundle, float_model, threads=threads)
     reference.check()
     recipe = checked_recipe(bundle)
-    raw = ir.load(float_model).graph
+    raw = read_model(float_model).graph
     with scratch() as work:
         context = Context(work, seed=bundle.manifest.calibration.seed, threads=threads)
         before = reference.program(context.folder)
         after = replayed(before, recipe, context)
         float_layers = list(layers(after.graph))
-        reader = ScaleReader(ir.load(bundle.model_path), bundle)
+        reader = ScaleReader(read_model(bundle.model_path), bundle)
         activations, weights, quantized = reader.read(float_layers, work, threads)
         names = [name for name in activations if _in_graph(raw, name)]
         changed = _changed(before, after, names, bundle, conditions, context)

@@ -4,7 +4,7 @@
 Python costs more than most commands. The worker may die (a damaged model can crash onnxruntime) or hang: the battery
 kills it, records the problem and starts another one. `Outcome.problem` is empty for the outcomes that are allowed:
 
-- exit code 0, or exit code 2 with a message and without a traceback;
+- exit code 0, or exit code 2 with a message of ours and without a traceback;
 - a refusal takes at most REFUSAL_SECONDS of processor time and REFUSAL_BYTES of memory, and leaves no output;
 - no file of `world` changes except under `targets`.
 """
@@ -183,6 +183,8 @@ def judged(code: object, out: str, err: str, seconds: float, memory: int) -> str
         if found := _CONTROL.search(text.replace("\r\n", "\n").replace("\x1b", "")):
             return f"a control character in the {name}: {found.group()!r}"
     if code == 2:
+        if "this is a fault of Mezzotint" in err:
+            return f"an error that is not ours: {err[:300]}"
         if not err.strip():
             return "it is refused without a message"
         if len(err) > LONGEST_MESSAGE:

@@ -61,7 +61,7 @@ def test_a_file_that_fails(cli: Cli, faulty: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gone.onnx", "no such file"),
+        ("gone.onnx", "does not exist"),
         ("notes.txt", "neither a bundle"),
         ("text.onnx", "cannot open"),
         (".", "no mezzotint.json"),
