@@ -10,6 +10,7 @@ from ..core.program import Lowering, Program
 from ..errors import RecipeError
 from . import packing
 from .bias_room import with_room
+from .float_islands import keep_islands
 from .integer import lower_integer
 from .premul import lower_premul
 from .qdq import lower_qdq
@@ -33,5 +34,6 @@ def lower(program: Program) -> ir.Model:
             hint=f"choose one of {', '.join(LOWERINGS)}",
         )
     model = LOWERINGS[program.lowering](with_room(program))
+    keep_islands(model.graph)
     packing.pack(model)
     return model
