@@ -63,7 +63,7 @@ def test_a_file_that_fails(cli: Cli, faulty: Path) -> None:
     [
         ("gone.onnx", "does not exist"),
         ("notes.txt", "neither a bundle"),
-        ("text.onnx", "cannot open"),
+        ("text.onnx", "not an ONNX model"),
         (".", "no mezzotint.json"),
     ],
 )
