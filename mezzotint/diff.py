@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import PassRecord, QuantizerEntry
@@ -124,9 +125,16 @@ def _measured(manifest: Manifest) -> dict[str, Any]:
         "float kernels": manifest.kernels.floating,
         "quantizers": len(manifest.quantizers),
         "seconds to compile": round(sum(record.seconds for record in manifest.history), 1),
+        **_accepted(manifest.acceptance),
         **({"SQNR a call, dB": round(shares["none"], 2)} if "none" in shares else {}),
         **({"SQNR a call, corrected, dB": round(shares["kept"], 2)} if "kept" in shares else {}),
     }
+
+
+def _accepted(acceptance: Acceptance | None) -> dict[str, str]:
+    if acceptance is None:
+        return {}
+    return {"SQNR of the prediction": acceptance.sqnr_text(), "PSNR of images": acceptance.psnr_text()}
 
 
 def _passes(one: Sequence[PassRecord], other: Sequence[PassRecord]) -> tuple[tuple[Any, ...], ...]:

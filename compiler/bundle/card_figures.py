@@ -18,6 +18,21 @@ from typing import Any
 
 from mezzotint.runtime.errors import InputError
 
+METRIC_NAMES = {
+    "eps_sqnr_db": "SQNR of epsilon, all steps",
+    "eps_sqnr_db_worst_step": "SQNR of epsilon, worst step",
+    "sample_sqnr_db": "SQNR of the final samples",
+    "psnr_db_median": "PSNR, median",
+    "psnr_db_p10": "PSNR, 10th percentile",
+    "psnr_db_mean": "PSNR, mean",
+    "ssim_mean": "SSIM, mean",
+    "lpips_mean": "LPIPS, mean",
+    "agreement": "same class",
+    "frechet": "Frechet distance to the float images",
+    "precision": "precision",
+    "recall": "recall",
+}
+"""The metrics of an evaluation in words, by their keys in JSON."""
 _EVAL = 'give what `mezzotint eval --json` printed, or {"metrics": {NAME: NUMBER}}'
 _BENCH = "give what `mezzotint bench --json` printed"
 
@@ -95,7 +110,10 @@ def figure_sections(measured: Mapping[str, Any]) -> str:
 
 
 def _quality(found: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | {_value(name, row)} | {_interval(row)} |" for name, row in found["metrics"].items()]
+    rows = [
+        f"| {METRIC_NAMES.get(name, name)} | {_value(name, row)} | {_interval(row)} |"
+        for name, row in found["metrics"].items()
+    ]
     words = {True: "yes", False: "no"}
     facts = ", ".join(
         f"{name} {words[value] if isinstance(value, bool) else value}" for name, value in found["facts"].items()

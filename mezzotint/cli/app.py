@@ -28,6 +28,7 @@ from .inspect import inspect
 from .interchange import overlay, overrides
 from .mix import mix
 from .options import SAMPLER_NAMES, CommandGroup, ConditionsFile, Force, Json, Quiet, Threads, UnconditionalFile
+from .panels import GroupedCommand
 
 app = typer.Typer(
     name="mezzotint",
@@ -64,7 +65,7 @@ def demo(
     console.print_line(f"bundle:   {output / 'bundle'}")
 
 
-@app.command("compile")
+@app.command("compile", cls=GroupedCommand)
 def compile_(
     model: ModelArgument,
     bundle: Annotated[Path, typer.Option("-o", "--bundle", help="Bundle folder to write.")],

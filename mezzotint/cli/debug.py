@@ -16,7 +16,8 @@ def debug(
     reference: Reference,
     pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Images in the trajectory.")] = 1,
     calls: Annotated[
-        int | None, typer.Option(min=1, help="Number of network calls to measure, evenly spaced; all when left out.")
+        int | None,
+        typer.Option(min=1, help="Network calls to measure: the worst, and others; all when left out."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Layers to print; --json contains all of them.")] = 20,
     seed: NoiseSeed = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json
+from .options import All, Json
 
 
 def diff(
@@ -16,6 +16,7 @@ def diff(
     from_: Annotated[str | None, typer.Option("--from", help="A pass of the bundle, by number or name.")] = None,
     to: Annotated[str | None, typer.Option("--to", help="The pass to compare it with.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
+    all_: All = False,
     json: Json = False,
 ) -> None:
     """Compare two bundles, or the graphs after two passes of one bundle (--from, --to)."""
@@ -24,6 +25,7 @@ def diff(
 
     from ..diff import compare_bundles, compare_passes
     from ..text import console
+    from ..text.report import MOST_ROWS
 
     one = open_bundle(bundle)
     if other is not None and from_ is None and to is None:
@@ -49,6 +51,6 @@ def diff(
     console.print_line(difference.title)
     for table in difference.tables.values():
         if table.rows:
-            console.print_table(table.title, table.columns, table.rows)
+            console.print_table(table.title, table.columns, table.rows, most=None if all_ else MOST_ROWS)
         else:
             console.print_line(f"{table.title}: no difference")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..progress import shown
-from .options import Json, Quiet
+from .options import All, Json, Quiet
 
 
 def inspect(
@@ -34,6 +34,7 @@ def inspect(
         Path | None, typer.Option(help="Page: the same of the empty prompt, for guidance.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Page: threads of onnxruntime.")] = 2,
+    all_: All = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -67,4 +68,4 @@ def inspect(
 
         print_json(inspection(opened))
     else:
-        print_inspection(opened)
+        print_inspection(opened, everything=all_)

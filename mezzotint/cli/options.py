@@ -27,6 +27,7 @@ SAMPLER_NAMES = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sd
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress. --json implies it.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
+All = Annotated[bool, typer.Option("--all", help="Print every row of every table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
 NoiseSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the noise; an unused one when left out.")]

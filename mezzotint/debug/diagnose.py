@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.compiler.audit.side_by_side import SideBySide, put_side_by_side
-from mezzotint.compiler.audit.suggestions import FULL_BITS, Facts, Suggestion, suggest
+from mezzotint.compiler.audit.suggestions import FULL_BITS, Facts, Suggestion, islands_option, suggest
 from mezzotint.compiler.audit.switched import SwitchedNetwork
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
@@ -56,9 +56,10 @@ from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Conditions, predictor
 from mezzotint.runtime.sampling.samplers import StepInfo
+from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
 
-from ..bench.pairs import unseen_seed
+from ..bench.pairs import paired_run, unseen_seed
 from ..bench.reference import ReferenceModel
 
 
@@ -99,6 +100,12 @@ class Diagnosis:
     unknown: Mapping[str, str]
     islands: Mapping[str, str]
     same_weights: bool
+    recipe: Recipe
+
+    def option(self, top: int | None = None) -> str:
+        """Return the options that keep in float those of the `top` layers whose remedy that is; empty for none."""
+        layers = [layer.name for layer in self.layers[:top] if layer.suggestion.kind == "island"]
+        return islands_option(self.recipe, layers) if layers else ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,6 +116,7 @@ class Diagnosis:
             "layers": [layer.to_json() for layer in self.layers],
             "unknown": dict(self.unknown),
             "islands": dict(self.islands),
+            "option": self.option(),
         }
 
 
@@ -124,8 +132,9 @@ def diagnose(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Diagnosis:
-    """Measure every quantized layer of a bundle on `n` images, at all network calls or at `calls` of them, evenly.
+    """Measure every quantized layer of a bundle on `n` images, at all network calls or at `calls` of them.
 
+    The calls are the worst of the bundle, and others that are evenly spaced.
     `reference` is the float .onnx that the bundle was compiled from. Each measured call takes (quantized layers + 2)
     network calls of twice the work. Without a seed the noise is one that no pass has seen. Raises InputError for a
     bundle whose layers cannot be separated: several precisions, scales folded into constants (w8a8-premul), a float
@@ -135,9 +144,9 @@ def diagnose(
         raise InputError(f"{n} images, {calls} calls", hint="ask for at least one of each")
     recipe = checked_recipe(bundle)
     count = len(bundle.deployment.calls)
-    chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(calls or count, count))})
     rows, unconditional_rows = _rows(conditions, n), _rows(unconditional, n)
     float_model = ReferenceModel(bundle, reference, threads=threads)
+    seed = unseen_seed(bundle) if seed is None else seed
     with scratch() as work:
         context = Context(work, seed=bundle.manifest.calibration.seed, threads=threads, conditions=rows)
         program = replayed(float_model.program(context.folder), recipe, context)
@@ -149,9 +158,29 @@ def diagnose(
                 hint="`mezzotint inspect` lists the layers and why each is in float; check the reference, too",
             )
         with SwitchedNetwork(compared, program, context) as network:
+            chosen: Sequence[int] = range(count)
+            if calls is not None and calls < count:
+                nets, options = (float_model.network, bundle.denoiser(threads)), (rows, unconditional_rows)
+                chosen = _chosen(_worst_call(nets, bundle, n, seed, options), calls, count)
             probe = _Probe(network, bundle, rows, unconditional_rows, chosen, progress)
-            probe.follow(n, unseen_seed(bundle) if seed is None else seed, threads)
+            probe.follow(n, seed, threads)
     return probe.diagnosis(compared, recipe, float_model.has_weights_of(program))
+
+
+def _worst_call(
+    nets: tuple[Denoiser, Denoiser], bundle: Bundle, n: int, seed: int, rows: tuple[Conditions, Conditions]
+) -> int:
+    """Return the call of the float trajectory at which the bundle has the lowest SQNR."""
+    exact, mine = nets
+    _, sqnr = paired_run(exact, mine, bundle, n, seed=seed, batch=n, conditions=rows[0], unconditional=rows[1])
+    return sqnr.worst()[0]
+
+
+def _chosen(worst: int, calls: int, count: int) -> list[int]:
+    """Return `calls` calls of `count` in order: the worst, and others evenly spaced."""
+    even = [round(i) for i in np.linspace(0, count - 1, calls)] if calls > 1 else []
+    nearest = min(even, key=lambda call: abs(call - worst), default=worst)
+    return sorted({worst, *even} - ({nearest} if nearest != worst else set()))
 
 
 def checked_recipe(bundle: Bundle) -> Recipe:
@@ -265,5 +294,5 @@ class _Probe:
             layers.append(LayerCost(name, kernel, self.costs[name], share, facts.local(), suggestion))
         islands = dict(manifest.islands)
         return Diagnosis(
-            tuple(layers), self.together, self.shipped, self.calls, compared.unknown, islands, same_weights
+            tuple(layers), self.together, self.shipped, self.calls, compared.unknown, islands, same_weights, recipe
         )

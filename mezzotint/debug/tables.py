@@ -31,8 +31,10 @@ def print_diagnosis(diagnosis: Diagnosis, top: int) -> None:
     console.print_table("layers by their cost at the output", columns, rows)
     for layer in diagnosis.layers[:top]:
         if layer.suggestion.kind != "-":
-            text = f"{layer.name}: {layer.suggestion.why}. {layer.suggestion.what}"
-            console.print_line(text)
+            remedy = "Keep it in float" if layer.suggestion.kind == "island" else layer.suggestion.what
+            console.print_line(f"{layer.name}: {layer.suggestion.why}. {remedy}")
+    if option := diagnosis.option(top):
+        console.print_line(f"to keep these layers in float: {option}")
     _print_steps(diagnosis, top)
     for name, why in diagnosis.unknown.items():
         console.print_line(f"{name} was not measured: {why}")

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mezzotint.compiler.bundle.card_figures import METRIC_NAMES
 from mezzotint.runtime.compare import db_text
 
 from .result import Evaluation, JsonObject
 
 ReportTable = tuple[str, Sequence[str], list[tuple[str, ...]]]
 
-METRICS = {
-    "eps_sqnr_db": ("SQNR of epsilon, all steps", "{:.2f} dB"),
-    "eps_sqnr_db_worst_step": ("SQNR of epsilon, worst step", "{:.2f} dB"),
-    "sample_sqnr_db": ("SQNR of the final samples", "{:.2f} dB"),
-    "psnr_db_median": ("PSNR, median", "{:.2f} dB"),
-    "psnr_db_p10": ("PSNR, 10th percentile", "{:.2f} dB"),
-    "psnr_db_mean": ("PSNR, mean", "{:.2f} dB"),
-    "ssim_mean": ("SSIM, mean", "{:.4f}"),
-    "lpips_mean": ("LPIPS, mean", "{:.4f}"),
-    "agreement": ("same class", "{:.1%}"),
-    "frechet": ("Frechet distance to the float images", "{:.4f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-}
+FORMS = {"ssim_mean": "{:.4f}", "lpips_mean": "{:.4f}", "agreement": "{:.1%}", "frechet": "{:.4f}"} | dict.fromkeys(
+    ("precision", "recall"), "{:.3f}"
+)
+DECIBELS = "{:.2f} dB"
 OTHER_WEIGHTS = "the reference has other weights than the model that the bundle was compiled from"
 
 
 def tables(evaluation: Evaluation) -> list[ReportTable]:
     """Return (title, columns, rows) of every table of the report."""
-    rows = [_metric(name, evaluation.metrics[name]) for name in METRICS]
+    rows = [_metric(name, evaluation.metrics[name]) for name in METRIC_NAMES]
     steps = evaluation.eps_sqnr_db_per_step
     worst = evaluation.worst_step
     return [
@@ -108,7 +99,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _metric(name: str, metric: JsonObject) -> tuple[str, ...]:
-    label, form = METRICS[name]
+    label, form = METRIC_NAMES[name], FORMS.get(name, DECIBELS)
     if metric["value"] is None:
         return label, metric["why"], "", ""
     ends = metric["interval"]

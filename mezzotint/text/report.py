@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from mezzotint.runtime.sampling.options import SamplingOptions
 
 from . import console
 from .report_mix import precisions_of, print_precisions
+
+MOST_ROWS = 10
+"""Rows of a long table, without --all."""
 
 
 def model_bytes(bundle: Bundle) -> int:
@@ -89,8 +93,9 @@ def inspection(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def print_inspection(bundle: Bundle) -> None:
-    """Print the facts of a bundle as tables."""
+def print_inspection(bundle: Bundle, *, everything: bool = False) -> None:
+    """Print the facts of a bundle as tables: on about two screens, or with every quantizer, layer and call."""
+    most = None if everything else MOST_ROWS
     manifest = bundle.manifest
     source, signature, kernels = manifest.source, manifest.signature, manifest.kernels
     size = model_bytes(bundle)
@@ -134,16 +139,22 @@ def print_inspection(bundle: Bundle) -> None:
         ],
     )
     if manifest.bits:
-        _print_bits(manifest.bits)
+        _print_bits(manifest.bits, most)
     if manifest.noise:
-        _print_noise(manifest.noise)
+        _print_noise(manifest.noise, most)
     if manifest.quantizers:
-        rows = [(q.site, _format(q), _scale(q), _zero(q), q.by) for q in manifest.quantizers]
-        console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
+        _print_quantizers(manifest.quantizers, everything)
     layers = [(name, layer.kernel, layer.why) for name, layer in kernels.layers.items()]
-    console.print_table("layers", ("layer", "kernel", "why not integer"), layers)
+    if everything:
+        console.print_table("layers", ("layer", "kernel", "why not integer"), layers)
+    else:
+        counted = Counter(kernel for _, kernel, _ in layers)
+        console.print_table("layers", ("kernel", "layers"), list(counted.items()), most=most)
+        floating = [(name, why) for name, _, why in layers if why]
+        if floating:
+            console.print_table("layers in float", ("layer", "why"), floating, most=most)
     if manifest.refused:
-        console.print_table("factors without a place", ("value", "why"), list(manifest.refused.items()))
+        console.print_table("factors without a place", ("value", "why"), list(manifest.refused.items()), most=most)
 
 
 def _print_acceptance(acceptance: Acceptance) -> None:
@@ -154,8 +165,10 @@ def _print_acceptance(acceptance: Acceptance) -> None:
     ]
     console.print_table("accuracy of the finished file", ("", "calls", "compared", "SQNR of the prediction, dB"), rows)
     if acceptance.layers:
-        layers = [(layer.layer, f"{layer.share:.0%}", layer.why, layer.advice) for layer in acceptance.layers]
-        console.print_table("worst layers", ("layer", "of the error", "why", "what helps"), layers)
+        layers = [(layer.layer, f"{layer.share:.0%}", layer.why) for layer in acceptance.layers]
+        console.print_table("worst layers", ("layer", "of the error", "why"), layers)
+        for advice in dict.fromkeys(layer.advice for layer in acceptance.layers):
+            console.print_line(f"what helps: {advice}")
 
 
 def _storage(storage: Storage) -> console.CellLines:
@@ -169,7 +182,7 @@ def _storage(storage: Storage) -> console.CellLines:
     return console.CellLines([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *storage.notes])
 
 
-def _print_bits(bits: Mapping[str, Any]) -> None:
+def _print_bits(bits: Mapping[str, Any], most: int | None) -> None:
     """Print the Pareto curve of assign_bits, with the chosen point."""
     points = [("", p) for p in bits["pareto"]] + [("chosen", bits["chosen"])]
     rows = [
@@ -177,10 +190,10 @@ def _print_bits(bits: Mapping[str, Any]) -> None:
         for mark, p in sorted(points, key=lambda pair: float(pair[1]["takes"]))
     ]
     kind = bits["budget"]["kind"]
-    console.print_table("bits", ("", kind, "bits a weight", "layers by bits", "predicted SQNR, dB"), rows)
+    console.print_table("bits", ("", kind, "bits a weight", "layers by bits", "predicted SQNR, dB"), rows, most=most)
 
 
-def _print_noise(noise: Mapping[str, Any]) -> None:
+def _print_noise(noise: Mapping[str, Any], most: int | None) -> None:
     """Print the measurements of fit_noise at each network call, and the part that the sampler undoes."""
     words = {"none": "nothing", "both": "slope and bias"}
     rows = [
@@ -196,7 +209,7 @@ def _print_noise(noise: Mapping[str, Any]) -> None:
         for row in noise["calls"]
     ]
     columns = ("timestep", "slope", "bias", "spread", "SQNR held out, dB", "undone", "sampler's noise")
-    console.print_table(f"noise: {noise['summary']}", columns, rows)
+    console.print_table(f"noise: {noise['summary']}", columns, rows, most=most)
 
 
 def _layers(counted: dict[str, int]) -> str:
@@ -219,7 +232,30 @@ def _scale(quantizer: QuantizerEntry) -> str:
 
 
 def _zero(quantizer: QuantizerEntry) -> str:
-    return ", ".join(str(z) for z in quantizer.zero_point)
+    """Return the zero points, or `12 .. 251 (137 values)` where there are more than three."""
+    zeros = quantizer.zero_point
+    return ", ".join(map(str, zeros)) if len(zeros) <= 3 else f"{zeros[0]} .. {zeros[-1]} ({len(zeros)} values)"
+
+
+def _print_quantizers(quantizers: Sequence[QuantizerEntry], everything: bool) -> None:
+    """Print every quantizer, or how many there are of each kind."""
+    if everything:
+        rows = [(q.site, _format(q), _scale(q), _zero(q), q.by) for q in quantizers]
+        console.print_table("quantizers", ("site", "format", "scale", "zero point", "chosen by"), rows)
+        return
+    kinds: dict[tuple[str, str, str], list[QuantizerEntry]] = {}
+    for q in quantizers:
+        table = f"{q.rows} rows" if q.rows > 1 else "one row"
+        scales = "one scale" if q.channels == 1 else "a scale for each channel"
+        kinds.setdefault((q.format, f"{scales}, {table}", q.by), []).append(q)
+    counts = [(len(found), format, scales, _range_of(found), by) for (format, scales, by), found in kinds.items()]
+    title = "quantizers (each one: --all)"
+    console.print_table(title, ("", "format", "scales", "from .. to", "chosen by"), counts, most=MOST_ROWS)
+
+
+def _range_of(quantizers: Sequence[QuantizerEntry]) -> str:
+    ends = [end for q in quantizers for end in (q.scale if isinstance(q.scale, tuple) else (q.scale,))]
+    return f"{min(ends):.3g} .. {max(ends):.3g}"
 
 
 def print_recipes(name: str | None, *, as_json: bool) -> None:

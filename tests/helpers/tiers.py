@@ -70,6 +70,7 @@ PURE = (
     "docs/test_pages.py",
     "mezzotint/evaluate/test_metrics.py",
     "mezzotint/test_options.py",
+    "mezzotint/text/",
     "mezzotint/test_progress.py",
     "passes/recipes/",
     "passes/test_group_steps.py",

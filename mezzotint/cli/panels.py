@@ -1,0 +1,32 @@
+"""The options of a long command in groups, for its help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+PANELS = {
+    "Output": ("bundle", "export", "dump_passes", "license", "force", "dry_run"),
+    "Recipe": ("recipe", "set_"),
+    "Deployment": ("scheduler", "sampler", "steps", "eta", "guidance", "train_timesteps", "timestep_unit"),
+    "Calibration": (
+        *("calibration_samples", "calibration_batch", "conditions", "unconditional", "seed", "cache"),
+        *("size",),
+    ),
+    "ONNX files": ("input_", "output", "prediction"),
+    "Acceptance of the finished file": ("min_sqnr", "strict", "acceptance_seconds"),
+    "This run": ("threads", "quiet", "json", "help"),
+}
+"""The title of each group, and the parameters of the command in it. Others are in the group `Options`."""
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help shows its options in the groups of PANELS."""
+
+    def __init__(self, *rest: Any, **extra: Any) -> None:
+        super().__init__(*rest, **extra)
+        panel_of = {name: panel for panel, names in PANELS.items() for name in names}
+        for parameter in self.params:
+            if parameter.name in panel_of:
+                parameter.rich_help_panel = panel_of[parameter.name]  # type: ignore[attr-defined]
