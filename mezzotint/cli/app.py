@@ -139,7 +139,7 @@ def compile_(
     summary = compile_summary(compiled)
     console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(compiled, summary))
     acceptance = compiled.manifest.acceptance
-    if acceptance is not None and acceptance.slower:
+    if acceptance is not None and acceptance.slower and not json:
         console.print_warning(f"the compiled file is not faster than the float model: {acceptance.speed_text()}")
 
 

@@ -11,9 +11,12 @@ from .result import Evaluation, JsonObject
 
 ReportTable = tuple[str, Sequence[str], list[tuple[str, ...]]]
 
-FORMS = {"ssim_mean": "{:.4f}", "lpips_mean": "{:.4f}", "agreement": "{:.1%}", "frechet": "{:.4f}"} | dict.fromkeys(
-    ("precision", "recall"), "{:.3f}"
-)
+METRIC_FORMS = {
+    "ssim_mean": "{:.4f}",
+    "lpips_mean": "{:.4f}",
+    "agreement": "{:.1%}",
+    "frechet": "{:.4f}",
+} | dict.fromkeys(("precision", "recall"), "{:.3f}")
 DECIBELS = "{:.2f} dB"
 OTHER_WEIGHTS = "the reference has other weights than the model that the bundle was compiled from"
 
@@ -99,7 +102,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _metric(name: str, metric: JsonObject) -> tuple[str, ...]:
-    label, form = METRIC_NAMES[name], FORMS.get(name, DECIBELS)
+    label, form = METRIC_NAMES[name], METRIC_FORMS.get(name, DECIBELS)
     if metric["value"] is None:
         return label, metric["why"], "", ""
     ends = metric["interval"]

@@ -227,7 +227,7 @@ class TestFacts:
         assert len(blocks(words, "python")) == 2
         for absent in ("diffusers", "correction", "How fast", "None", "base_model", "pipeline_tag"):
             assert absent not in words
-        assert "Nothing but ranges was measured" in words
+        assert "SQNR" in words and "Quantization noise is undone" not in words
 
     def test_the_fields_in_front(self, digits: Bundle, guided: tuple[Bundle, Any], hand: Compiled) -> None:
         assert front(text(digits)) == {
@@ -330,8 +330,8 @@ class TestLater:
         assert then.code == 0, then.err
         words = text(open_bundle(bundle))
         assert "| psnr_db | 31.25 dB | 30.5 to 32 |" in words
-        assert "| agreement | 0.875 |  |" in words
-        assert "| frechet | no error |" in words
+        assert "| same class | 0.875 |  |" in words
+        assert "| Frechet distance to the float images | no error |" in words
         assert "pictures 64" in words
         assert "takes 12.5 ms" in words
         assert "2.00 times as long" in words
@@ -359,8 +359,8 @@ class TestLater:
         rewrite_card(bundle, license="mit")
         words = text(rewrite_card(bundle, evaluation=tmp_path / "e.json"))
 
-        assert "| psnr_db_mean | 31.25 dB | 30.5 to no error |" in words
-        assert "| lpips_mean | lpips is not installed |  |" in words
+        assert "| PSNR, mean | 31.25 dB | 30.5 to no error |" in words
+        assert "| LPIPS, mean | lpips is not installed |  |" in words
         assert "has other weights" in words
         assert "correction yes" in words
         assert "One call with batch 4 takes 5 ms (median), onnxruntime 1.31.1 with its own choice of threads" in words
