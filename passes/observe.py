@@ -41,10 +41,12 @@ class Observe(Pass):
     - `channels`: the values that are also measured by channel. `outputs`: extremes of the outputs of convolutions;
       `inputs`: extremes and mean squares of the inputs of layers with weights; `all`: both. True means `outputs`, as in
       older recipes.
+    - `samples`: measure at most so many of the calibration images; None measures all of them.
     """
 
     groups: int = 1
     channels: bool | Literal["none", "outputs", "inputs", "all"] = "none"
+    samples: int | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"normal"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -55,6 +57,8 @@ class Observe(Pass):
             raise RecipeError(
                 f"observe.groups is {self.groups}", where="observe", hint="choose 0 (one group for every call) or more"
             )
+        if self.samples is not None and self.samples < 1:
+            raise RecipeError(f"observe.samples is {self.samples}", where="observe", hint="choose 1 or more")
 
     def axes(self, program: Program) -> tuple[dict[str, int], list[str]]:
         """Return (the axis of each value that is measured by channel, the names of those that layers read).
@@ -74,9 +78,12 @@ class Observe(Pass):
         return {**read, **axes}, list(read)
 
     def run(self, program: Program, context: Context) -> Program:
-        stats, known = measured_once(program, context, self.options(), lambda: self._measure(program, context))
+        most = min(self.samples or context.samples, context.samples)
+        context = replace(context, samples=most)
+        measured = replace(program, allocation=tuple(min(n, most) for n in program.allocation))
+        stats, known = measured_once(measured, context, self.options(), lambda: self._measure(measured, context))
         values = len({value for value, _ in stats.summaries})
-        each = program.allocation or (context.samples,)
+        each = measured.allocation or (context.samples,)
         samples = f"{min(each)} to {max(each)}" if min(each) < max(each) else f"{each[0]}"
         if known:  # reported here, and not in the note: the bundle does not depend on where its statistics come from
             context.progress("statistics from the cache", 0, 1)

@@ -65,13 +65,16 @@ class ScaledInputs(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         stats = program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
+        every_layer = list(layers(program.graph))
+        if not any(layer.weight is not None for layer in every_layer):
+            return program.noted("no layer has weights: nothing to scale")
         if not stats.squares:
             raise StatsError(
                 "no channel that a layer reads was measured by itself",
                 where=self.name,
                 hint="measure them: --set observe.channels=inputs",
             )
-        islands = Islands(program, list(layers(program.graph)), self.islands, self.name)
+        islands = Islands(program, every_layer, self.islands, self.name)
         names, sites, tally = Names(program.graph), find_sites(program.graph), Tally()
         refused: dict[str, str] = {}
         for i, site in enumerate(sites):

@@ -44,6 +44,7 @@ import numpy.typing as npt
 from mezzotint.compiler.audit.side_by_side import SideBySide, put_side_by_side
 from mezzotint.compiler.audit.suggestions import FULL_BITS, Facts, Suggestion, islands_option, suggest
 from mezzotint.compiler.audit.switched import SwitchedNetwork
+from mezzotint.compiler.calibration.calibrate import random_conditions
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -58,6 +59,7 @@ from mezzotint.runtime.sampling.guidance import Conditions, predictor
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.streams import SeedOffset
 
 from ..bench.pairs import paired_run, unseen_seed
 from ..bench.reference import ReferenceModel
@@ -137,8 +139,10 @@ def diagnose(
     The calls are the worst of the bundle, and others that are evenly spaced.
     `reference` is the float .onnx that the bundle was compiled from. Each measured call takes (quantized layers + 2)
     network calls of twice the work. Without a seed the noise is one that no pass has seen. Raises InputError for a
-    bundle whose layers cannot be separated: several precisions, scales folded into constants (w8a8-premul), a float
-    graph that was rewritten from statistics, or no quantized layer at all.
+    bundle whose layers cannot be separated: several precisions, scales folded into constants (w8a8-premul), or no
+    quantized layer at all.
+
+    A float graph that was rewritten from statistics (smooth_scales) is calibrated again, with `conditions` as its rows.
     """
     if n < 1 or (calls is not None and calls < 1):
         raise InputError(f"{n} images, {calls} calls", hint="ask for at least one of each")
@@ -149,7 +153,7 @@ def diagnose(
     seed = unseen_seed(bundle) if seed is None else seed
     with scratch() as work:
         context = Context(work, seed=bundle.manifest.calibration.seed, threads=threads, conditions=rows)
-        program = replayed(float_model.program(context.folder), recipe, context)
+        program = replayed(bundle, float_model.program(context.folder), recipe, context, conditions, unconditional)
         compared = put_side_by_side(program, bundle.model_path)
         if not compared.layers:
             raise InputError(
@@ -206,21 +210,51 @@ def checked_recipe(bundle: Bundle) -> Recipe:
                 where=str(bundle.path),
                 hint="compile with insert_qdq.lowering=integer, which has the same plan, and debug that bundle",
             )
-        if isinstance(step, GraphPass) and "stats" in step.needs:
-            raise InputError(
-                f"{step.name} rewrote the float graph from statistics: its layers have no counterpart in the reference",
-                where=str(bundle.path),
-                hint=f"compile without {step.name}, and debug that bundle",
-            )
     return recipe
 
 
-def replayed(program: Program, recipe: Recipe, context: Context) -> Program:
-    """Run the recipe's passes on the float graph again, on copies: the graph that the quantizers were inserted into."""
-    for step in recipe.passes:
-        if isinstance(step, GraphPass):
+def replayed(
+    bundle: Bundle,
+    program: Program,
+    recipe: Recipe,
+    context: Context,
+    conditions: Conditions | None = None,
+    unconditional: Conditions | None = None,
+) -> Program:
+    """Run the recipe's passes on the float graph again, on copies: the graph that the quantizers were inserted into.
+
+    A pass that rewrites the graph from statistics needs the calibration before it, so that runs again, too.
+    """
+    rewrites = [i for i, step in enumerate(recipe.passes) if isinstance(step, GraphPass)]
+    measured = max((i for i in rewrites if "stats" in recipe.passes[i].needs), default=-1)
+    if measured >= 0:
+        context = _calibration_context(bundle, program, context, conditions, unconditional)
+    for i, step in enumerate(recipe.passes):
+        if i <= measured or i in rewrites:
             program = step.run(replace(program, model=program.model.clone()), context)
     return program
+
+
+def _calibration_context(
+    bundle: Bundle,
+    program: Program,
+    context: Context,
+    conditions: Conditions | None = None,
+    unconditional: Conditions | None = None,
+) -> Context:
+    """Return a context that calibrates as the compilation of the bundle did. Rows left out are random, as there."""
+    calibration = bundle.manifest.calibration
+    seed, guided = calibration.seed, bundle.deployment.guided
+    rows = random_conditions(program, calibration.samples, seed) if conditions is None else conditions
+    if unconditional is None:
+        unconditional = random_conditions(program, 1, SeedOffset.UNCONDITIONAL.after(seed)) if guided else {}
+    return replace(
+        context,
+        samples=calibration.samples,
+        batch=calibration.batch,
+        conditions=dict(rows),
+        unconditional=dict(unconditional),
+    )
 
 
 def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:

@@ -101,7 +101,7 @@ def make_overrides(
     with scratch() as work:
         context = Context(work, seed=bundle.manifest.calibration.seed, threads=threads)
         before = reference.program(context.folder)
-        after = replayed(before, recipe, context)
+        after = replayed(bundle, before, recipe, context, conditions)
         float_layers = list(layers(after.graph))
         reader = ScaleReader(read_model(bundle.model_path), bundle)
         activations, weights, quantized = reader.read(float_layers, work, threads)

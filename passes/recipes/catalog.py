@@ -38,7 +38,7 @@ OURS = (
     Recipe(
         "w8a8-steps",
         "w8a8 with activation scales that depend on the timestep, and for outputs of convolutions on the channel too; "
-        "integer operations written directly",
+        "channels far louder than the others are smoothed; integer operations written directly",
         stepwise(),
         paper="TDQ, arXiv 2306.02316; TFMQ-DM, arXiv 2311.16503 (ranges of each step, measured directly)",
         baseline="w8a8",

@@ -28,6 +28,7 @@ from mezzotint.compiler.errors import RecipeError
 from .catalog import RECIPES
 
 PASSES = "mezzotint.passes"  # each module in it holds one pass
+ISLANDS_OPTION = "islands"
 
 
 def pass_names() -> list[str]:
@@ -94,7 +95,10 @@ def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -
 
 
 def with_options(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """Return the recipe with `pass.option` settings applied to every pass of that name. Raise RecipeError."""
+    """Return the recipe with `pass.option` settings applied to every pass of that name. Raise RecipeError.
+
+    Islands that are set for one pass are those of all passes that have islands, unless they are set for them too.
+    """
     passes = list(recipe.passes)
     for key, value in settings.items():
         name, dot, option = key.partition(".")
@@ -107,6 +111,15 @@ def with_options(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
             )
         passes = [
             make_pass(name, {**p.options(), option: value}, f"--set {key}") if p.name == name else p for p in passes
+        ]
+    chosen = {p.name: p.options()[ISLANDS_OPTION] for p in passes if f"{p.name}.{ISLANDS_OPTION}" in settings}
+    if chosen:
+        islands = next(iter(chosen.values()))
+        passes = [
+            make_pass(p.name, {**p.options(), ISLANDS_OPTION: islands}, f"--set {next(iter(chosen))}.{ISLANDS_OPTION}")
+            if ISLANDS_OPTION in p.options() and p.name not in chosen
+            else p
+            for p in passes
         ]
     return replace(recipe, passes=tuple(passes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from mezzotint.compiler.core.pipeline import Pass
@@ -19,6 +20,7 @@ from ..lower_norms import LowerNorms
 from ..lower_transposed import LowerTransposed
 from ..normalize import Normalize
 from ..observe import Observe
+from ..smooth_scales import SmoothScales
 from ..step_scales import StepScales
 
 EXACT_FLOAT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
@@ -27,6 +29,11 @@ FAST = (Normalize(), LowerTransposed(), FreezeTime(), FoldTime(), FoldScales(), 
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
 ISLANDS = ("first", "second", "penultimate", "last")
+SMOOTHED = (
+    # A few images show which channels are loud. Only exact places that gain 3 dB: most networks have none.
+    Observe(groups=0, channels="inputs", samples=4),
+    SmoothScales(gain=3.0, islands=ISLANDS),
+)
 
 
 def static(
@@ -45,8 +52,10 @@ def stepwise(
     *, weight_bits: Literal[4, 8] = 8, plan: Sequence[Pass] = (), behind: Sequence[Pass] = ()
 ) -> tuple[Pass, ...]:
     """Return the passes of w8a8-steps, with further ones on the plan and on the quantized graph."""
+    smoothed = tuple(replace(p, weight_bits=weight_bits) if isinstance(p, SmoothScales) else p for p in SMOOTHED)
     return (
         *FAST,
+        *smoothed,
         Observe(groups=0, channels="outputs"),
         ChooseScales(weight_bits=weight_bits),
         GroupSteps(),

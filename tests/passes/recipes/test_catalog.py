@@ -143,8 +143,11 @@ def test_islands_are_those_of_the_passes() -> None:
 
 
 def test_all_passes_keep_the_same_islands() -> None:
+    followed = with_options(RECIPES["q-diffusion"], {"insert_qdq.islands": []})
+    assert [p.options()["islands"] for p in followed.passes if "islands" in p.options()] == [[], []]
+    apart = {"split_shortcuts.islands": ["first", "last"], "insert_qdq.islands": []}
     with pytest.raises(RecipeError, match="keeps 'first', 'last' in float, and insert_qdq nothing") as caught:
-        with_options(RECIPES["q-diffusion"], {"insert_qdq.islands": []})
+        with_options(RECIPES["q-diffusion"], apart)
     assert caught.value.hint == "set the same islands for: split_shortcuts, insert_qdq"
     both = {"split_shortcuts.islands": ["first"], "insert_qdq.islands": ["first"]}
     assert with_options(RECIPES["q-diffusion"], both).islands == ("first",)
