@@ -25,12 +25,13 @@ from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry
-from mezzotint.runtime.errors import LowFidelity
+from mezzotint.runtime.errors import InputError, LowFidelity
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.sampling.schedule import Schedule
+from mezzotint.runtime.session import open_session
 from mezzotint.runtime.signature import Images, Prediction
 from mezzotint.runtime.streams import SeedOffset
 
@@ -192,6 +193,10 @@ def export_model(
     with staged_file(target, force=force) as (file, work):
         program = _import(source, work, deployment, ImportRoles(size=size), threads, progress)
         save_model(program.model, file)
+        try:
+            open_session(file, threads=threads, level="none")  # what is not a model for onnxruntime is not written
+        except InputError as error:
+            raise ModelError(error.what, where=source.name, hint="export the model again") from error
     return target
 
 

@@ -47,7 +47,12 @@ class Signature:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Signature:
-        return cls(**{**data, "conditions": tuple(data["conditions"])})
+        """Return the signature of plain data. Raises KeyError, TypeError or ValueError for anything else."""
+        conditions = data["conditions"]
+        names = [*(value for key, value in data.items() if key != "conditions"), *conditions]
+        if not isinstance(conditions, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("names are texts, and conditions are a list of them")
+        return cls(**{**data, "conditions": tuple(conditions)})
 
 
 def whole(timesteps: Any) -> list[Timestep]:

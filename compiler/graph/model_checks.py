@@ -100,6 +100,8 @@ def _check_graph(graph: onnx.GraphProto, outer: frozenset[str], path: Path) -> N
             raise ModelError(f"one of the {kind} has no name", where=where, hint=_HINT)
     if twice := _twice([*dict.fromkeys([*inputs, *constants]), *outputs]):
         raise ModelError(f"the value {twice[:200]!r} is assigned twice", where=where, hint=_HINT)
+    if twice := _twice([node.name for node in graph.node if node.name]):
+        raise ModelError(f"two nodes are called {twice[:200]!r}", where=where, hint=_HINT)
     known = outer.union(inputs, constants, outputs)
     for node in graph.node:
         if missing := next((name for name in node.input if name and name not in known), None):
@@ -170,6 +172,9 @@ def _check_inputs(graph: onnx.GraphProto, where: str) -> None:
         raise ModelError("the graph has no inputs", where=where, hint=_HINT)
     if not graph.output:
         raise ModelError("the graph has no outputs", where=where, hint=_HINT)
+    given = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    if idle := next((value.name for value in graph.output if value.name in given), None):
+        raise ModelError(f"no node computes the output {idle[:200]!r}: it is given", where=where, hint=_HINT)
     for value in graph.input:
         if not value.type.HasField("tensor_type"):
             raise ModelError(f"the input {value.name[:200]!r} is not a tensor", where=where, hint=_HINT)

@@ -37,6 +37,13 @@ class Fields:
         value: int = self._typed(key, int, "an integer")
         return value
 
+    def count(self, key: str) -> int:
+        """Return an integer that is not negative."""
+        value = self.integer(key)
+        if value < 0:
+            raise self._error(self._inner(key), value, "a count")
+        return value
+
     def number(self, key: str) -> float:
         """Return an int as it is, so that writing it again gives the same text."""
         value: float = self._typed(key, (int, float), "a number")

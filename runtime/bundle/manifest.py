@@ -27,6 +27,7 @@ from .manifest_entries import (
 from .precisions import Mixture
 
 FORMAT_VERSION = 3
+LARGEST_SIDE = 1 << 16
 TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
 """Keys that differ between two runs of the same compilation. The digest leaves them out wherever they stand."""
 _RENAMED = {"faith": "fidelity", "mend": "fix"}  # keys of format 2 -> keys of format 3
@@ -125,7 +126,9 @@ class Manifest:
         """
         check_format(data, where)
         data = _of_format_2(data) if data["format"] == 2 else data
-        return Fields({key: value for key, value in data.items() if key != "format"}, where).finish(_manifest)
+        manifest = Fields({key: value for key, value in data.items() if key != "format"}, where).finish(_manifest)
+        _check_inputs(manifest, where)
+        return manifest
 
 
 def check_format(data: Any, where: str) -> None:
@@ -180,6 +183,17 @@ def _manifest(fields: Fields) -> Manifest:
     )
 
 
+def _check_inputs(manifest: Manifest, where: str) -> None:
+    """Raise BundleError where `inputs` are not those of the signature."""
+    signature, inputs = manifest.signature, manifest.inputs
+    if inputs is None:
+        return
+    names = {signature.sample, signature.timestep, *signature.conditions}
+    ranks = [len(inputs[name].shape) for name in (signature.sample, signature.timestep) if name in inputs]
+    if set(inputs) != names or ranks[0] != 4 or ranks[1] > 1:
+        raise BundleError("the manifest's `inputs` are not those of its `signature`", where=where, hint=HINT)
+
+
 def _of_format_2(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the manifest with the keys of format 3. Names of layers are keys, too, and stay as they are."""
     changed = {key: _renamed(value) if key == "measured" else value for key, value in data.items()}
@@ -207,7 +221,9 @@ def _timesteps(rows: Any) -> tuple[Timestep, ...] | None:
 
 
 def _shape(sizes: Any) -> tuple[int, int, int]:
-    channels, height, width = (int(size) for size in sizes)
+    channels, height, width = sizes
+    if not all(type(size) is int and 1 <= size <= LARGEST_SIDE for size in sizes):
+        raise ValueError(f"sizes are integers from 1 to {LARGEST_SIDE}")
     return channels, height, width
 
 

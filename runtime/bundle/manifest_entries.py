@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class FileEntry:
 
     @classmethod
     def from_json(cls, fields: Fields) -> FileEntry:
-        return cls(fields.text("sha256"), fields.integer("bytes"))
+        return cls(fields.text("sha256"), fields.count("bytes"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, fields: Fields) -> Calibration:
-        return cls(fields.integer("seed"), fields.integer("samples"), fields.integer("batch"))
+        return cls(fields.integer("seed"), fields.count("samples"), fields.count("batch"))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Source:
         return cls(
             fields.text("kind"),
             fields.text("name"),
-            fields.integer("parameter_bytes"),
+            fields.count("parameter_bytes"),
             fields.maybe("weights_sha256", fields.text),
             fields.maybe("class", fields.text),
         )
@@ -106,7 +107,7 @@ class InputEntry:
 
     @classmethod
     def from_json(cls, fields: Fields) -> InputEntry:
-        return cls(fields.text("dtype"), fields.parsed("shape", tuple))
+        return cls(fields.parsed("dtype", _dtype), fields.parsed("shape", _sizes))
 
 
 def input_entries(inputs: Mapping[str, tuple[Any, Sequence[int | str | None]]]) -> dict[str, InputEntry]:
@@ -142,8 +143,8 @@ class PassRecord:
         return cls(
             fields.text("pass"),
             fields.table("options"),
-            fields.integer("nodes_before"),
-            fields.integer("nodes_after"),
+            fields.count("nodes_before"),
+            fields.count("nodes_after"),
             fields.text("note"),
             fields.number("seconds"),
             fields.number("peak_memory_mb"),
@@ -186,8 +187,8 @@ class Kernels:
     @classmethod
     def from_json(cls, fields: Fields) -> Kernels:
         return cls(
-            fields.integer("integer"),
-            fields.integer("float"),
+            fields.count("integer"),
+            fields.count("float"),
             fields.counts("operations"),
             fields.named("layers", LayerKernel.from_json),
         )
@@ -206,7 +207,7 @@ class StoredType:
 
     @classmethod
     def from_json(cls, fields: Fields) -> StoredType:
-        return cls(fields.integer("bytes"), fields.integer("constants"), fields.integer("values"))
+        return cls(fields.count("bytes"), fields.count("constants"), fields.count("values"))
 
 
 @dataclass(frozen=True)
@@ -234,9 +235,9 @@ class Storage:
     def from_json(cls, fields: Fields) -> Storage:
         return cls(
             fields.named("types", StoredType.from_json),
-            fields.integer("constant_bytes"),
-            fields.integer("model_bytes"),
-            fields.integer("float_bytes"),
+            fields.count("constant_bytes"),
+            fields.count("model_bytes"),
+            fields.count("float_bytes"),
             fields.parsed("ratio", lambda value: None if value is None else float(value)),
             fields.each_text("notes"),
         )
@@ -285,15 +286,39 @@ class QuantizerEntry:
     def from_json(cls, fields: Fields) -> QuantizerEntry:
         return cls(
             fields.text("site"),
-            fields.text("format"),
+            fields.parsed("format", _format),
             fields.parsed("axis", lambda value: None if value is None else int(value)),
             fields.parsed("scale", _scale),
-            fields.integer("channels"),
-            fields.integer("rows"),
+            fields.count("channels"),
+            fields.count("rows"),
             fields.parsed("zero_point", lambda values: tuple(map(int, values))),
             fields.text("by"),
             fields.maybe("row_bits", fields.counts),
         )
+
+
+_DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")  # those of runtime/session.py
+_FORMAT = re.compile(r"u?int([1-9]|1[0-6]|32)")
+
+
+def _dtype(value: Any) -> str:
+    if value not in _DTYPES:
+        raise ValueError(f"not one of {', '.join(_DTYPES)}")
+    return str(value)
+
+
+def _sizes(values: Any) -> tuple[int | str | None, ...]:
+    if not isinstance(values, list) or len(values) > 32:
+        raise ValueError("not a list of sizes")
+    if not all(value is None or isinstance(value, str) or (type(value) is int and value >= 0) for value in values):
+        raise ValueError("a size is a name, null, or an integer that is not negative")
+    return tuple(values)
+
+
+def _format(value: Any) -> str:
+    if not isinstance(value, str) or not _FORMAT.fullmatch(value):
+        raise ValueError("not a format such as int8 or uint4")
+    return value
 
 
 def _scale(value: Any) -> float | tuple[float, float]:

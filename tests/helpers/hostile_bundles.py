@@ -160,7 +160,7 @@ def odd_files(folder: Path, rng: random.Random) -> None:
         (folder.parent / "x").write_bytes(b"12")
         (folder / "folder link").symlink_to(folder.parent, target_is_directory=True)
     data["files"][name] = {"sha256": "0" * 64, "bytes": rng.choice((0, 2, 4096))}
-    if (folder / name).is_file() and "\x00" not in name and "zero" not in name:
+    if name in ("link", "folder link/x"):
         data["files"][name] = {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
     reseal(folder, data, files=False)
 
