@@ -22,7 +22,9 @@ import numpy.typing as npt
 
 from mezzotint.compiler.bundle.staging import staged
 from mezzotint.compiler.mixing.choice import PrecisionChoice, by_margin, picture_weights, relaxed
+from mezzotint.runtime.bundle.acceptance import Acceptance, GroupFidelity
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.bundle.precisions import spans
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.latency import in_turns
@@ -123,7 +125,8 @@ def mix_bundles(
         precise = sorted(by_name, key=lambda name: -sqnr[name].pooled())
         ordered = {name: by_name[name] for name in precise if name in calls}
         progress("write", 0, 1)
-        write_mix(ordered, folder, calls, prices, {**facts, **measured}, threads=threads)
+        acceptance = _acceptance(mixing.first, sqnr, calls, pictures, seed)
+        write_mix(ordered, folder, calls, prices, {**facts, **measured}, acceptance, threads=threads)
         progress("write", 1, 1)
     return open_bundle(output, verify=False)
 
@@ -215,6 +218,20 @@ def _measure(
     # Where x alone determines the noise, the output does not enter it: its error counts as 0 at such a call.
     scale = np.array([1 / share**2 if share else 0.0 for share in shares]) / images.size
     return measured, {name: scale * list(sqnr.noise().values()) for name, sqnr in measured.items()}
+
+
+def _acceptance(
+    bundle: Bundle, sqnr: Mapping[str, StepSQNR], calls: Sequence[str], pictures: int, seed: int
+) -> Acceptance:
+    """Return the SQNR of each run of calls with one precision, from the measurements of the choice."""
+    groups = []
+    for first, last, name in spans(calls):
+        part = sqnr[name].over(range(first, last + 1))
+        ends = bundle.deployment.calls[first], bundle.deployment.calls[last]
+        groups.append(GroupFidelity(first, last, ends, len(part.per_step()), json_db(part.pooled())))
+    least = bundle.manifest.acceptance.min_sqnr_db if bundle.manifest.acceptance else 0.0
+    note = "no image was drawn: these are the errors, as noise, that the choice of precisions was made by"
+    return Acceptance(seed, pictures, tuple(groups), (), least, note)
 
 
 def _costs(mixing: _Mixing, repeats: int, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:

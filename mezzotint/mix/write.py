@@ -17,6 +17,7 @@ from mezzotint.compiler.errors import CompileError
 from mezzotint.compiler.mixing.mixture import write_sharing
 from mezzotint.compiler.mixing.noise import NoiseTables, mixed_correction, mixed_report
 from mezzotint.runtime import __version__, streams
+from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, Bundle, seal_bundle
 from mezzotint.runtime.bundle.manifest_entries import RecipeEntry, input_entries
 from mezzotint.runtime.bundle.model_config import CONFIG
@@ -35,13 +36,15 @@ def write_mix(
     calls: Sequence[str],
     costs: Mapping[str, float],
     facts: Mapping[str, Any],
+    acceptance: Acceptance,
     *,
     threads: int | None = None,
 ) -> None:
     """Write the bundle that runs precision `calls[i]` at call i. The first of `bundles` becomes the default network.
 
     Layers, quantizers and storage in the manifest are those of the default network, as it was compiled. `facts` is how
-    the choice was made. Raises CompileError where a file does not compute the same as its bundle.
+    the choice was made, and `acceptance` what was measured for it. Raises CompileError where a file does not compute
+    the same as its bundle.
     """
     default = next(iter(bundles.values()))
     names = list(bundles)
@@ -93,6 +96,7 @@ def write_mix(
         recipe=RecipeEntry({"name": " + ".join(names), "description": description}),
         calibration=replace(default.manifest.calibration, seed=seed),
         deployed_timesteps=_deployed(bundles),
+        acceptance=acceptance,
         mixture=mixture,
         noise=report or {},
         measured={},
