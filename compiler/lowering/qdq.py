@@ -31,9 +31,9 @@ def lower_qdq(model: ir.Model) -> ir.Model:
         if is_op(node, "Conv", "Gemm") and len(node.inputs) > 2:
             _lower_bias(lowered.graph, names, node, node, 2)
         elif is_op(node, "MatMul"):
-            for add in consumers(node.outputs[0]):
-                if is_op(add, "Add"):
-                    _lower_bias(lowered.graph, names, node, add, 0 if is_constant(add.inputs[0]) else 1)
+            readers = consumers(node.outputs[0])
+            if len(readers) == 1 and is_op(readers[0], "Add") and not node.outputs[0].is_graph_output():
+                _lower_bias(lowered.graph, names, node, readers[0], 0 if is_constant(readers[0].inputs[0]) else 1)
     remove_dead(lowered.graph)
     return lowered
 
