@@ -13,9 +13,10 @@ import pytest
 
 from mezzotint import Bundle, compile_model, mix_bundles
 from mezzotint.bench.pairs import compare
+from mezzotint.compiler.bundle.card_figures import METRIC_NAMES
 from mezzotint.compiler.errors import OutputError
 from mezzotint.evaluate.memory import memory_of_one_call
-from mezzotint.evaluate.report import METRICS, OTHER_WEIGHTS, markdown
+from mezzotint.evaluate.report import OTHER_WEIGHTS, markdown
 from mezzotint.evaluate.result import Evaluation
 from mezzotint.evaluate.run import PAGE_FILE, RESULT_FILE, evaluate_bundle
 from mezzotint.evaluate.shards import PairSampler
@@ -85,7 +86,7 @@ class TestNumbers:
     def test_every_metric_has_a_value_or_a_reason(self, case: Case) -> None:
         metrics = case.found.metrics
 
-        assert set(metrics) == set(METRICS)
+        assert set(metrics) == set(METRIC_NAMES)
         for name, metric in metrics.items():
             if metric["value"] is None:
                 assert name == "lpips_mean" and "installed" in metric["why"]
