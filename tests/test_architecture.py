@@ -64,7 +64,7 @@ ARROWS = {
     "mezzotint": "bench io",
     "mezzotint/debug": "bench text",
     "mezzotint/evaluate": "bench frechet io shards text",
-    "mezzotint/mix": "bench",
+    "mezzotint/mix": "bench io",
     "mezzotint/inspect": "bench debug io text",
     "mezzotint/interchange": "bench debug io",
     "mezzotint/cli": ". bench debug evaluate inspect interchange io mix shards text",

@@ -204,13 +204,14 @@ def sample(
     from mezzotint.runtime.bundle.bundle import open_bundle
     from mezzotint.runtime.sampling.options import SamplingOptions
 
+    from ..io.networks import with_checked_networks
     from ..io.settings import load_condition_files
     from ..shards.draw import check_output, sample_rows, sample_to_path
     from ..shards.shards import IMAGES_PER_SHARD, ShardOptions
     from ..text import console
 
     check_output(output, shard_size=shard_size, format=format_, shards=shards)
-    opened = open_bundle(bundle)
+    opened = with_checked_networks(open_bundle(bundle))
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
     options = SamplingOptions(
         sampler=sampler,

@@ -36,13 +36,14 @@ def bench(
     from ..bench.peers import PEERS
     from ..bench.tables import print_bench
     from ..doctor import untested_onnxruntime
+    from ..io.networks import with_checked_networks
     from ..text import console
 
     if warning := untested_onnxruntime():
         console.print_warning(warning)
     with shown(quiet=quiet or json) as report:
         result = run_bench(
-            open_bundle(bundle),
+            with_checked_networks(open_bundle(bundle)),
             batch=batch,
             threads=threads,
             float_model=float_,

@@ -32,13 +32,14 @@ def debug(
 
     from ..debug.diagnose import diagnose
     from ..debug.tables import print_diagnosis
+    from ..io.networks import with_checked_networks
     from ..io.settings import load_condition_files
     from ..text import console
 
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
     with shown(quiet=quiet or json) as report:
         diagnosis = diagnose(
-            open_bundle(bundle),
+            with_checked_networks(open_bundle(bundle)),
             reference,
             pictures,
             calls=calls,

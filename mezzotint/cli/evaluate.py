@@ -46,6 +46,7 @@ def evaluate(
     from ..evaluate.options import EvaluationOptions
     from ..evaluate.report import OTHER_WEIGHTS, print_evaluation
     from ..evaluate.run import PAGE_FILE, evaluate_with
+    from ..io.networks import with_checked_networks
     from ..io.settings import load_condition_files
     from ..text import console
 
@@ -55,7 +56,12 @@ def evaluate(
     )
     with shown(quiet=quiet or json) as report:
         evaluation = evaluate_with(
-            open_bundle(bundle), reference, options, output=output, threads=threads, progress=report
+            with_checked_networks(open_bundle(bundle)),
+            reference,
+            options,
+            output=output,
+            threads=threads,
+            progress=report,
         )
     if json:
         if not evaluation.reference["same_weights"]:

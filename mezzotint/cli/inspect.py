@@ -42,6 +42,8 @@ def inspect(
     from mezzotint.runtime.bundle.bundle import open_bundle
     from mezzotint.runtime.errors import InputError
 
+    from ..io.networks import with_checked_networks
+
     page_only = {"reference": reference, "seed": seed, "conditions": conditions, "unconditional": unconditional}
     if html is None and (flags := [f"--{name}" for name, value in page_only.items() if value is not None]):
         raise InputError(f"{flags[0]} is for the page", hint="add the file to write: --html FILE")
@@ -54,6 +56,7 @@ def inspect(
         from ..text import console
 
         check_place(html)
+        with_checked_networks(opened)
         rows = load_condition_files(conditions, unconditional)
         options = PageOptions(reference, pictures, calls, profile, rows[0], rows[1], seed, threads)
         with shown(quiet=quiet or json) as report:

@@ -27,10 +27,11 @@ def overlay(
 
     from ..interchange import write_json
     from ..interchange.overlay import make_overlay
+    from ..io.networks import with_checked_networks
     from ..text import console
 
     check_target_file(output, force=force)
-    opened = open_bundle(bundle)
+    opened = with_checked_networks(open_bundle(bundle))
     node_data = make_overlay(opened, what, debug=debug, threads=threads)  # type: ignore[arg-type]  # it refuses others
     write_json(output, node_data.data, force=force)
     summary = {
@@ -59,12 +60,13 @@ def overrides(
 
     from ..interchange import write_json
     from ..interchange.overrides import make_overrides
+    from ..io.networks import with_checked_networks
     from ..io.settings import load_conditions
     from ..text import console
 
     check_target_file(output, force=force)
     rows = None if conditions is None else load_conditions(conditions)
-    scales = make_overrides(open_bundle(bundle), float_, conditions=rows, threads=threads)
+    scales = make_overrides(with_checked_networks(open_bundle(bundle)), float_, conditions=rows, threads=threads)
     write_json(output, scales.to_json(), force=force)
     summary = {
         "file": str(output),

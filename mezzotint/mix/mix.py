@@ -38,6 +38,7 @@ from mezzotint.runtime.streams import FIXED, SeedOffset
 
 from ..bench.pairs import middle_timestep, parallel_run
 from ..bench.reference import ReferenceModel
+from ..io.networks import with_checked_networks
 from .write import calibration_seed, write_mix
 
 CHOICE_RULES = ("schedule", "picture")
@@ -135,7 +136,7 @@ def _named(bundles: Mapping[str, Bundle | str | Path] | Sequence[Bundle | str | 
     pairs = list(bundles.items()) if isinstance(bundles, Mapping) else [(None, bundle) for bundle in bundles]
     by_name: dict[str, Bundle] = {}
     for key, value in pairs:
-        bundle = value if isinstance(value, Bundle) else open_bundle(value)
+        bundle = value if isinstance(value, Bundle) else with_checked_networks(open_bundle(value))
         name = str(bundle.manifest.recipe.name) if key is None else key
         if name in by_name:
             raise InputError(

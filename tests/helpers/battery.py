@@ -69,7 +69,12 @@ class Battery:
     @property
     def problems(self) -> list[str]:
         """The problems so far, each with its command, ready for an assertion."""
-        return [f"{' '.join(o.arguments)[:300]}: {o.problem}" for o in self.outcomes if o.problem]
+        return self.problems_since(0)
+
+    def problems_since(self, start: int) -> list[str]:
+        """The same of the outcomes from a number on."""
+        outcomes = self.outcomes[start:]
+        return [f"{' '.join(o.arguments)[:300]}: {o.problem}" for o in outcomes if o.problem]
 
     def run(
         self,

@@ -449,7 +449,7 @@ def deep_subgraphs(model: onnx.ModelProto, rng: random.Random) -> bytes:
         out = [helper.make_tensor_value_info("r" if depth == 0 else f"r{depth}", TensorProto.FLOAT, [])]
         graph = helper.make_graph(body, f"g{depth}", [], out)
         body = [helper.make_node("If", ["true"], [f"r{depth + 1}"], then_branch=graph, else_branch=graph)]
-        if len(graph.SerializeToString()) > 2_000_000:  # both branches: it doubles with each level
+        if len(graph.SerializeToString()) > 200_000:  # both branches: it doubles with each level
             body = [helper.make_node("If", ["true"], [f"r{depth + 1}"], then_branch=graph)]
             break
     model.graph.initializer.append(helper.make_tensor("true", TensorProto.BOOL, [], [True]))
