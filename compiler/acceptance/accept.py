@@ -104,28 +104,29 @@ def accept(
     low = entry.worst()
     if low.sqnr_db is not None and low.sqnr_db < limits.min_sqnr:
         layers = _worst_layers(program, file, recipe, context, conditions, comparison, limits)
-        entry = replace(entry, warning=_warning(entry, layers, recipe), layers=layers)
+        what, helps = _inaccurate(entry, layers), _remedies(layers, recipe)
         if limits.strict:
-            raise AcceptanceError(entry.warning, where=str(low), hint="compile so, or without --strict")
+            raise AcceptanceError(what, where=str(low), hint=f"{helps}; or compile without --strict")
+        entry = replace(entry, warning=f"{what}. What helps: {helps}", layers=layers)
     times = {**seconds, "acceptance": round(perf_counter() - started, 3)}
     return replace(entry, seconds=times)
 
 
-def advice(layers: Sequence[WorstLayer], recipe: Recipe) -> str:
+def _inaccurate(entry: Acceptance, layers: Sequence[WorstLayer]) -> str:
+    """Return what is wrong: the lowest SQNR, and the worst layers there."""
+    low = entry.worst()
+    text = f"the compiled file is inaccurate: SQNR of the prediction {low.sqnr_db:.1f} dB at {low}, "
+    text += f"below the {entry.min_sqnr_db:g} dB of --min-sqnr"
+    named = ", ".join(f"{layer.layer} ({layer.share:.0%} of the error: {layer.why})" for layer in layers)
+    return f"{text}; the worst layers are {named}" if named else text
+
+
+def _remedies(layers: Sequence[WorstLayer], recipe: Recipe) -> str:
     """Return what helps: the remedies of the layers, and the options that keep all of them in float."""
     if not layers:
         return "try --recipe w8a8-best, or wider weights and activations; `mezzotint debug` names layers where it can"
     remedies = dict.fromkeys(layer.advice for layer in layers if not layer.advice.startswith("--set"))
     return "; or ".join([*remedies, islands_option(recipe, [layer.layer for layer in layers])])
-
-
-def _warning(entry: Acceptance, layers: Sequence[WorstLayer], recipe: Recipe) -> str:
-    low = entry.worst()
-    text = f"the compiled file is inaccurate: SQNR of the prediction {low.sqnr_db:.1f} dB at {low}, "
-    text += f"below the {entry.min_sqnr_db:g} dB of --min-sqnr"
-    named = ", ".join(f"{layer.layer} ({layer.share:.0%} of the error: {layer.why})" for layer in layers)
-    named = f"; the worst layers are {named}" if named else ""
-    return f"{text}{named}. What helps: {advice(layers, recipe)}"
 
 
 class _Network:

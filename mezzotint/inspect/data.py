@@ -47,6 +47,7 @@ def summary_section(bundle: Bundle) -> PageData:
         ("noise correction", "none" if bundle.correction is None else str(bundle.correction.fitted_for)),
         ("calibration", f"{runs.samples} samples, seed {runs.seed}"),
         ("compiled in", f"{sum(record.seconds for record in history):.1f} s, {len(history)} passes"),
+        *(() if manifest.acceptance is None else manifest.acceptance.shown().items()),
         ("digest", manifest.digest),
     ]
     if bundle.precisions is not None:

@@ -154,7 +154,9 @@ def print_inspection(bundle: Bundle, *, everything: bool = False) -> None:
         if floating:
             console.print_table("layers in float", ("layer", "why"), floating, most=most)
     if manifest.refused:
-        console.print_table("left unchanged by a rewriting pass", ("value", "why"), list(manifest.refused.items()), most=most)
+        console.print_table(
+            "left unchanged by a rewriting pass", ("value", "why"), list(manifest.refused.items()), most=most
+        )
 
 
 def _print_acceptance(acceptance: Acceptance) -> None:

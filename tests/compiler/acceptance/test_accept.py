@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from mezzotint.runtime.errors import LowFidelity
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.streams import SeedOffset
-from tests.helpers.models import SMALL, hand_written
+from tests.helpers.models import FAST, SMALL, Cli, hand_written
 from tests.helpers.tiny import tiny_program
 
 
@@ -137,6 +138,20 @@ def test_low_fidelity_names_layers_and_what_helps(tmp_path: Path) -> None:
     with pytest.raises(AcceptanceError, match="below the 90 dB"):
         compile_model(tmp_path / "net.onnx", tmp_path / "strict", recipe="w8a8", min_sqnr=90.0, strict=True, **SMALL)
     assert not (tmp_path / "strict").exists()
+
+
+def test_the_command_warns_in_one_line_and_strict_is_an_error(cli: Cli, tmp_path: Path) -> None:
+    onnx.save(hand_written(), tmp_path / "net.onnx")
+    line = ("compile", tmp_path / "net.onnx", "-o", tmp_path / "b", *FAST, "--min-sqnr", "90", "--quiet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", LowFidelity)
+        warned, refused = cli(*line), cli(*line, "--strict", "--force")
+
+    assert warned.code == 0 and warned.err.count("warning: the compiled file is inaccurate") == 1
+    assert "What helps: " in warned.err and "SQNR of the prediction" in warned.out
+    assert refused.code == 2 and "error: the compiled file is inaccurate" in refused.err
+    assert "what to do: " in refused.err and "Traceback" not in refused.err
+    assert open_bundle(tmp_path / "b").manifest.acceptance is not None  # that of the first command, still whole
 
 
 def test_the_options_of_the_warning_keep_those_layers_in_float(bundle: Bundle, tmp_path: Path) -> None:
