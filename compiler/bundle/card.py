@@ -26,6 +26,7 @@ from mezzotint.runtime.bundle.precisions import Mixture
 from mezzotint.runtime.bundle.ranges import RANGES
 from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.session import TESTED_ONNXRUNTIME
+from mezzotint.runtime.visible import visible
 
 from . import card_code as code
 from .card_figures import figure_sections
@@ -179,9 +180,8 @@ def _accepted(acceptance: Acceptance) -> str:
         f"noise of the prediction: {acceptance.sqnr_text()}. PSNR of images from the same noise "
         f"({acceptance.images}): {acceptance.psnr_text()}.\n\n| network calls | SQNR |\n|---|---|\n{rows}"
     )
-    return "\n\n".join(
-        [text, *(f"{note[0].upper()}{note[1:]}." for note in (acceptance.note, acceptance.warning) if note)]
-    )
+    notes = [visible(note) for note in (acceptance.note, acceptance.warning) if note]
+    return "\n\n".join([text, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
 
 
 def _span(values: list[float | None]) -> str:

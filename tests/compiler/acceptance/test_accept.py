@@ -161,6 +161,25 @@ def test_the_options_of_the_warning_keep_those_layers_in_float(bundle: Bundle, t
     assert not other.manifest.kernels.layers[layer].integer
 
 
+@pytest.mark.parametrize(("layer", "factor"), [("second", 300.0), ("second", 60.0)])
+def test_outlier_channels_are_named_with_the_recipes_that_help(layer: str, factor: float, tmp_path: Path) -> None:
+    model = hand_written()
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if tensor.name == f"{layer}.w":
+            array[3] *= factor
+        elif tensor.name == "third.w":
+            array[:, 3] /= factor
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, tmp_path / "net.onnx")
+    options: dict[str, Any] = {**SMALL, "min_sqnr": 90.0, "settings": {"insert_qdq.islands": ["first", "last"]}}
+
+    accepted = compile_model(tmp_path / "net.onnx", tmp_path / "b", recipe="w8a8", **options).manifest.acceptance
+    assert accepted is not None
+    found = next(layer for layer in accepted.layers if layer.layer == "third")
+    assert "times as large as most" in found.why and "smoothquant, repq or ditas" in accepted.warning
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_limits_are_numbers(value: float, tmp_path: Path) -> None:
     for name in ("min_sqnr", "acceptance_seconds"):
