@@ -24,8 +24,8 @@ from ..smooth_scales import SmoothScales
 from ..step_scales import StepScales
 
 EXACT_FLOAT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
-EXACT = (Normalize(), LowerTransposed(), FreezeTime(), FoldScales(), LowerNorms())
-FAST = (Normalize(), LowerTransposed(), FreezeTime(), FoldTime(), FoldScales(), LowerNorms())
+EXACT = (Normalize(), FreezeTime(), LowerTransposed(), FoldScales(), LowerNorms())
+FAST = (Normalize(), FreezeTime(), LowerTransposed(), FoldTime(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
 ISLANDS = ("first", "second", "penultimate", "last")
