@@ -42,7 +42,8 @@ def read_text(
     require_file(path, what, error, hint)
     try:
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            size = path.stat().st_size
+            data = file.read(min(size, most) + 1)  # `read` takes all of the memory that it is asked for at once
     except OSError as failure:
         raise error(f"{what} cannot be read: {_reason(failure)}", where=str(path), hint=hint) from failure
     if len(data) > most:

@@ -48,8 +48,12 @@ class Run:
         """Write the settings unless they are there. Raises as `belongs`: another run may have been begun meanwhile."""
         if not belongs(self.folder, self.settings):
             text = json.dumps({"layout": RUN_LAYOUT, "run": self.digest, "settings": self.settings}, indent=2) + "\n"
-            with staged_file(self.folder / RUN, force=True) as (file, _):
-                file.write_text(text, encoding="utf-8", newline="\n")
+            try:
+                with staged_file(self.folder / RUN) as (file, _):
+                    file.write_text(text, encoding="utf-8", newline="\n")
+            except OutputError:
+                if not belongs(self.folder, self.settings):  # another command may have announced the same run just now
+                    raise
 
 
 def belongs(folder: Path, settings: Mapping[str, Any]) -> bool:

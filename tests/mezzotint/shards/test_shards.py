@@ -405,7 +405,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("", "cannot be read"),
+            ("", "not readable JSON"),
             ("[]", "cannot be read"),
             ('{"layout": 2}', "layout 2, this version of Mezzotint knows 1"),
             ('{"layout": 1, "run": "x", "settings": {"seed": 4}}', "changed after it was written"),
