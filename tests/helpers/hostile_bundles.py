@@ -19,9 +19,8 @@ import onnx
 
 from mezzotint.runtime.bundle.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER, file_sha256
 from mezzotint.runtime.bundle.manifest import manifest_digest
-
-from .hostile_models import KINDS as MODEL_KINDS
-from .hostile_models import damaged
+from tests.helpers.hostile_models import KINDS as MODEL_KINDS
+from tests.helpers.hostile_models import damaged
 
 Kind = Callable[[Path, random.Random], None]
 KINDS: dict[str, Kind] = {}
