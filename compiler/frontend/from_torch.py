@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 
 from mezzotint.runtime.bundle.model_config import CLASS, public_config
+from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
@@ -31,6 +32,7 @@ from ..core.program import Program
 from ..core.verify import relative_difference
 from ..errors import ModelError
 from ..graph.require import required
+from .folder_checks import check_folder, check_loaded
 from .from_onnx import finish_import
 from .torch_example import SUPPORTED, Example, PositionalModel, example_of, quiet_exporter, unsupported
 
@@ -51,15 +53,22 @@ def load_model(folder: Path) -> torch.nn.Module:
     name = config.get("_class_name")
     if name not in SUPPORTED:
         raise unsupported(str(name), str(config_file))
+    check_folder(folder, config)
     diffusers.logging.set_verbosity_error()
+    options: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
-        model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        model, info = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds of errors for missing or truncated weights
         raise ModelError(
-            f"diffusers cannot load the model: {str(error).splitlines()[0]}",
+            f"diffusers cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0][:500]}",
             where=str(folder),
             hint="check that config.json and the weights belong together and are complete",
         ) from error
+    check_loaded(info, folder)
+    if broken := next((key for key, value in model.state_dict().items() if not bool(value.isfinite().all())), None):
+        raise ModelError(
+            f"the weight {broken!r} holds NaN or infinite values", where=str(folder), hint="download the model again"
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -119,6 +128,15 @@ def _read(
         onnx_model, fx_text = _export(example.denoiser(model), example)
         config = public_config(json.loads(model.to_json_string()))  # type: ignore[operator]
         return _Reading(onnx_model, fx_text, config, example, parity, _distinct_bytes(model))
+    except MezzotintError:
+        raise
+    except Exception as error:  # torch raises many kinds of errors for sizes that do not fit each other
+        line = (str(error).splitlines() or [""])[0][:300]
+        raise ModelError(
+            f"torch cannot run or export the model: {type(error).__name__}: {line}",
+            where=name,
+            hint="check that its configuration belongs to it",
+        ) from error
     finally:
         model.train(training)
 

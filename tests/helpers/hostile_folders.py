@@ -124,11 +124,10 @@ def pickles(folder: Path, rng: random.Random) -> None:
 @kind
 def shards(folder: Path, rng: random.Random) -> None:
     """An index of shards that names files outside of the folder, or none."""
+    places = ("../outside.safetensors", "/etc/passwd", "gone", "", "config.json")
     index: Any = {
         "metadata": {"total_size": rng.choice((1, -1, 1 << 62))},
-        "weight_map": {
-            "conv_in.weight": rng.choice(("../outside.safetensors", "/etc/passwd", "gone", "", "config.json"))
-        },
+        "weight_map": {"conv_in.weight": rng.choice(places)},
     }
     (folder / WEIGHTS).rename(folder.parent / "outside.safetensors")
     text = rng.choice((json.dumps(index), "[]", "{}", "{", '{"weight_map": 5}'))

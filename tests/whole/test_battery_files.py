@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from mezzotint import compile_model
-from tests.helpers import hostile_bundles, hostile_models
+from tests.helpers import hostile_bundles, hostile_folders, hostile_models
 from tests.helpers.battery import Battery
-from tests.helpers.models import SMALL, hand_written
+from tests.helpers.models import SMALL, hand_written, small_unet
 
 TIMES = int(os.environ.get("MEZZOTINT_BATTERY", "1"))
 SCHEDULER = ("--scheduler", "ddpm-linear")
@@ -72,6 +72,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
     (folder / "m.onnx").write_bytes(hand_written(opset=17).SerializeToString())
     compile_model(folder / "m.onnx", folder / "b", recipe="ptqd-w8a8", export=folder / FLOAT, **SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder."""
+    folder = tmp_path_factory.mktemp("saved") / "m"
+    small_unet().save_pretrained(folder)  # type: ignore[operator]
     return folder
 
 
@@ -160,6 +168,19 @@ def test_a_hostile_float_model(kind: str, battery: Battery, good: Path, tmp_path
         shutil.rmtree(world)
     assert battery.problems_since(start) == []
     assert _refusals(battery, start) > 0
+
+
+@pytest.mark.parametrize("kind", sorted(set(hostile_folders.KINDS) - {"config_value"}))
+def test_a_hostile_diffusers_folder(kind: str, battery: Battery, saved: Path, tmp_path: Path) -> None:
+    start = len(battery.outcomes)
+    for seed in range(3 * TIMES):
+        world = tmp_path / str(seed)
+        shutil.copytree(saved, world / "m")
+        hostile_folders.damage(kind, world / "m", seed)
+        _run(battery, ("export", "m", "-o", "out", *SCHEDULER, "--quiet"), world)
+        shutil.rmtree(world)
+    assert battery.problems_since(start) == []
+    assert all(outcome.refused for outcome in battery.outcomes[start:])
 
 
 def test_the_battery_sees_a_traceback_and_a_file_outside(tmp_path: Path) -> None:
