@@ -177,10 +177,13 @@ def test_inspect_tells_people_and_programs(cli: Cli, bundle: Bundle) -> None:
         "54 integer, 5 float",
         "freeze_time",
         "choose_scales",
-        "why not integer",
+        "layers in float",
         "ddim, 10 steps",
     ):
         assert word in text.out, word
+    assert len(text.out.splitlines()) <= 120  # two screens
+    everything = cli("inspect", bundle.path, "--all").out
+    assert all(q.site in everything for q in bundle.manifest.quantizers)
     assert data["digest"] == bundle.manifest.digest
     assert data["kernels"]["integer"] == 54
     assert data["corrected"] is False
