@@ -20,6 +20,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from mezzotint.runtime.errors import MezzotintError
+
 from ..errors import ModelError
 from .limits import check_limit
 from .model_costs import check_costs, subgraphs
@@ -194,15 +196,25 @@ def _check_shape(value: onnx.ValueInfoProto, bound: str, where: str) -> None:
 def _check_with_onnx(model: onnx.ModelProto, where: str) -> None:
     """Run onnx's checker and its shape inference on the model without its large constants."""
     bare = _without_weights(model)
-    try:
-        onnx.checker.check_model(bare)
-        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-    except Exception as error:  # the checker raises its own, ValueError, RuntimeError and errors of protobuf
-        raise ModelError(f"this is not a valid ONNX model: {_line(error)}", where=where, hint=_HINT) from error
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if constant.issuperset(name for name in node.input if name) and not subgraphs(node):
             constant.update(node.output)
+    try:
+        onnx.checker.check_model(bare)
+        _check_values(bare, constant, where, values=False)
+        # Inference writes the values of a Range out, as many as there are: the size is known above, or not at all.
+        if not any(node.op_type == "Range" for node in model.graph.node):
+            _check_values(bare, constant, where, values=True)
+    except MezzotintError:
+        raise
+    except Exception as error:  # the checker raises its own, ValueError, RuntimeError and errors of protobuf
+        raise ModelError(f"this is not a valid ONNX model: {_line(error)}", where=where, hint=_HINT) from error
+
+
+def _check_values(bare: onnx.ModelProto, constant: set[str], where: str, *, values: bool) -> None:
+    """Raise ModelError for a tensor that is too large. With `values` sizes that the graph computes are known, too."""
+    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=values)
     for value in inferred.graph.value_info:
         _check_shape(value, "constants" if value.name in constant else "values", where)
 
