@@ -34,7 +34,7 @@ measured call takes 3 to 5 s on one thread.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,8 @@ import numpy.typing as npt
 from mezzotint.compiler.audit.side_by_side import SideBySide, put_side_by_side
 from mezzotint.compiler.audit.suggestions import FULL_BITS, Facts, Suggestion, islands_option, suggest
 from mezzotint.compiler.audit.switched import SwitchedNetwork
-from mezzotint.compiler.calibration.calibrate import random_conditions
-from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
-from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.stages import scratch
-from mezzotint.passes.recipes.files import recipe_from_json
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError
@@ -59,10 +55,10 @@ from mezzotint.runtime.sampling.guidance import Conditions, predictor
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
-from mezzotint.runtime.streams import SeedOffset
 
 from ..bench.pairs import paired_run, unseen_seed
 from ..bench.reference import ReferenceModel
+from .replay import checked_recipe, replayed
 
 
 @dataclass(frozen=True)
@@ -185,76 +181,6 @@ def _chosen(worst: int, calls: int, count: int) -> list[int]:
     even = [round(i) for i in np.linspace(0, count - 1, calls)] if calls > 1 else []
     nearest = min(even, key=lambda call: abs(call - worst), default=worst)
     return sorted({worst, *even} - ({nearest} if nearest != worst else set()))
-
-
-def checked_recipe(bundle: Bundle) -> Recipe:
-    """Return the recipe of a bundle whose layers match the float graph's. Raises InputError for other bundles."""
-    if bundle.precisions is not None:
-        raise InputError(
-            "the bundle mixes several precisions",
-            where=str(bundle.path),
-            hint="debug the bundles that it was mixed from, one by one",
-        )
-    try:
-        recipe = recipe_from_json(bundle.manifest.recipe.to_json(), where=str(bundle.path))
-    except RecipeError as error:
-        raise InputError(
-            f"the passes on the float graph must be run again, and one is not known here: {error.what}",
-            where=str(bundle.path),
-            hint="debug it where it was compiled, with the version and the passes that made it",
-        ) from error
-    for step in recipe.passes:
-        if step.options().get("lowering") == "premul":
-            raise InputError(
-                "scales folded into constants (lowering premul) cannot be separated from their layers",
-                where=str(bundle.path),
-                hint="compile with insert_qdq.lowering=integer, which has the same plan, and debug that bundle",
-            )
-    return recipe
-
-
-def replayed(
-    bundle: Bundle,
-    program: Program,
-    recipe: Recipe,
-    context: Context,
-    conditions: Conditions | None = None,
-    unconditional: Conditions | None = None,
-) -> Program:
-    """Run the recipe's passes on the float graph again, on copies: the graph that the quantizers were inserted into.
-
-    A pass that rewrites the graph from statistics needs the calibration before it, so that runs again, too.
-    """
-    rewrites = [i for i, step in enumerate(recipe.passes) if isinstance(step, GraphPass)]
-    measured = max((i for i in rewrites if "stats" in recipe.passes[i].needs), default=-1)
-    if measured >= 0:
-        context = _calibration_context(bundle, program, context, conditions, unconditional)
-    for i, step in enumerate(recipe.passes):
-        if i <= measured or i in rewrites:
-            program = step.run(replace(program, model=program.model.clone()), context)
-    return program
-
-
-def _calibration_context(
-    bundle: Bundle,
-    program: Program,
-    context: Context,
-    conditions: Conditions | None = None,
-    unconditional: Conditions | None = None,
-) -> Context:
-    """Return a context that calibrates as the compilation of the bundle did. Rows left out are random, as there."""
-    calibration = bundle.manifest.calibration
-    seed, guided = calibration.seed, bundle.deployment.guided
-    rows = random_conditions(program, calibration.samples, seed) if conditions is None else conditions
-    if unconditional is None:
-        unconditional = random_conditions(program, 1, SeedOffset.UNCONDITIONAL.after(seed)) if guided else {}
-    return replace(
-        context,
-        samples=calibration.samples,
-        batch=calibration.batch,
-        conditions=dict(rows),
-        unconditional=dict(unconditional),
-    )
 
 
 def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:

@@ -35,7 +35,7 @@ from mezzotint.runtime.signature import Timestep
 from mezzotint.runtime.streams import FIXED
 
 from ..bench.reference import ReferenceModel
-from ..debug.diagnose import checked_recipe, replayed
+from ..debug.replay import checked_recipe, replayed
 from . import OVERRIDES, OVERRIDES_FORMAT
 from .overrides_read import ScaleReader, Scales
 
