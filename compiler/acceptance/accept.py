@@ -151,28 +151,36 @@ def _compare(
     """Return the comparison of predictions, and the PSNR of each image that both draw from `x`."""
     comparison = _Comparison()
     calls, deployment = program.deployment.calls, program.deployment
-    total = len(calls) * (1 + effort.draws)
+    total = len(calls) * (1 + effort.draws) + len(effort.compared)
     done = 0
-
-    def paired(info: samplers.StepInfo) -> None:
-        if info.index in effort.compared:
-            got = mine(info.x, info.timestep)
-            comparison.add(info.index, info.timestep, info.x, info.output, got)
-        step()
 
     def step(info: samplers.StepInfo | None = None) -> None:
         nonlocal done
         done += 1
         context.progress(ACCEPTING, done, total)
 
+    def compared(index: int, latents: Images, output: Images) -> None:
+        comparison.add(index, calls[index], latents, output, mine(latents, calls[index]))
+        step()
+
     try:
         require_same_channels(program)
     except ModelError:  # no sampler can follow it: single calls on noise
         for index in sorted(effort.compared):
-            comparison.add(index, calls[index], x, exact(x, calls[index]), mine(x, calls[index]))
+            compared(index, x, exact(x, calls[index]))
         return comparison, ()
+    # The calls of one network come one after the other: threads of a session that wait for work slow the other one.
+    seen: list[tuple[int, Images, Images]] = []
+
+    def keep(info: samplers.StepInfo) -> None:
+        if info.index in effort.compared:
+            seen.append((info.index, info.x, info.output))
+        step()
+
     noise = samplers.seeded_noise(seed)
-    images = samplers.sample(exact, x, program.schedule, deployment, noise=noise, callback=paired)
+    images = samplers.sample(exact, x, program.schedule, deployment, noise=noise, callback=keep)
+    for index, latents, output in seen:
+        compared(index, latents, output)
     if not effort.draws:
         return comparison, ()
     drawn = samplers.sample(

@@ -26,7 +26,10 @@ QUANTIZED = 0.5  # the time of an integer call over that of a float call
 
 @dataclass(frozen=True)
 class Effort:
-    """The images of the one batch, the calls that are compared, and whether the finished file draws images too."""
+    """The images of the one batch, the calls that are compared, and whether the finished file draws images too.
+
+    The compared calls are the ends and the middle of each group, or the middle alone.
+    """
 
     images: int
     groups: tuple[tuple[int, int], ...]
@@ -45,7 +48,8 @@ def choose_effort(program: Program, samples: int, budget: float) -> Effort:
     call = float_call_seconds(program)
     wanted = max(1, min(MOST_IMAGES, samples // SAMPLES_FOR_AN_IMAGE)) if program.float_model is not None else 1
     whole = call * calls * (1 + 2 * QUANTIZED)
-    every, some = frozenset(range(calls)), frozenset((first + last) // 2 for first, last in groups)
+    some = frozenset((first + last) // 2 for first, last in groups)
+    every = some | frozenset(end for group in groups for end in group)
     if whole <= budget:
         images = min(wanted, int(budget / whole)) if whole else wanted
         less = f"{images} of {wanted} images" if images < wanted else ""
