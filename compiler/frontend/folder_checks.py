@@ -15,7 +15,7 @@ from mezzotint.runtime.json_text import require_file
 from ..errors import ModelError
 from ..graph.limits import check_limit
 
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS_STEM = "diffusion_pytorch_model"
 LARGEST = 1 << 20  # of a number of the configuration; prompts and channels are far below
 MOST_LAYERS = 512  # of one block, and blocks of a network
 _HINT = "download the model again"
@@ -37,13 +37,13 @@ def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
     if all(isinstance(number, int) for number in numbers):
         size = abs(numbers[0] * numbers[1] * numbers[2])
         check_limit("constants", size, f"one sample of the configuration has {numbers} numbers", where)
-    files = [*folder.glob(f"{WEIGHTS}*.safetensors"), *folder.glob(f"{WEIGHTS}*.safetensors.index.json")]
+    files = [*folder.glob(f"{WEIGHTS_STEM}*.safetensors"), *folder.glob(f"{WEIGHTS_STEM}*.safetensors.index.json")]
     if not files:
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(pattern)]
         raise ModelError(
             f"the weights are a pickle ({pickles[0]}), which may run code when it is loaded"
             if pickles
-            else f"the folder has no weights ({WEIGHTS}.safetensors)",
+            else f"the folder has no weights ({WEIGHTS_STEM}.safetensors)",
             where=str(folder),
             hint="save the model again as safetensors: model.save_pretrained(FOLDER)",
         )
