@@ -16,9 +16,10 @@ import onnx
 import onnx_ir as ir
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.signature import Timestep
 
-from ..errors import NotExact, PassError
+from ..errors import ModelError, NotExact, PassError
 from ..graph import nodes as graph
 from ..graph import weight_store as store
 from ..graph.nodes import name_of, numpy_of
@@ -84,7 +85,15 @@ class ExactChecker:
         conditions: Mapping[str, npt.NDArray[Any]],
     ) -> None:
         """Raise NotExact when the largest difference exceeds `tolerance` times the largest output."""
-        expected = self._outputs(before, conditions)
+        try:
+            expected = self._outputs(before, conditions)
+        except MezzotintError:
+            raise
+        except Exception as error:  # onnxruntime's errors have no common base
+            if before.history:
+                raise
+            line = (str(error).splitlines() or [""])[0][:300]
+            raise ModelError(f"the model cannot run: {line}", hint="export the model again") from error
         actual = self._outputs(after, conditions)
         for t in expected:
             worst = relative_difference(expected[t], actual[t])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .field_values import declared_sizes, dtype_name, format_name, scale_or_range
 from .json_fields import Fields
 
 
@@ -107,7 +107,7 @@ class InputEntry:
 
     @classmethod
     def from_json(cls, fields: Fields) -> InputEntry:
-        return cls(fields.parsed("dtype", _dtype), fields.parsed("shape", _sizes))
+        return cls(fields.parsed("dtype", dtype_name), fields.parsed("shape", declared_sizes))
 
 
 def input_entries(inputs: Mapping[str, tuple[Any, Sequence[int | str | None]]]) -> dict[str, InputEntry]:
@@ -286,43 +286,12 @@ class QuantizerEntry:
     def from_json(cls, fields: Fields) -> QuantizerEntry:
         return cls(
             fields.text("site"),
-            fields.parsed("format", _format),
+            fields.parsed("format", format_name),
             fields.parsed("axis", lambda value: None if value is None else int(value)),
-            fields.parsed("scale", _scale),
+            fields.parsed("scale", scale_or_range),
             fields.count("channels"),
             fields.count("rows"),
             fields.parsed("zero_point", lambda values: tuple(map(int, values))),
             fields.text("by"),
             fields.maybe("row_bits", fields.counts),
         )
-
-
-_DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")  # those of runtime/session.py
-_FORMAT = re.compile(r"u?int([1-9]|1[0-6]|32)")
-
-
-def _dtype(value: Any) -> str:
-    if value not in _DTYPES:
-        raise ValueError(f"not one of {', '.join(_DTYPES)}")
-    return str(value)
-
-
-def _sizes(values: Any) -> tuple[int | str | None, ...]:
-    if not isinstance(values, list) or len(values) > 32:
-        raise ValueError("not a list of sizes")
-    if not all(value is None or isinstance(value, str) or (type(value) is int and value >= 0) for value in values):
-        raise ValueError("a size is a name, null, or an integer that is not negative")
-    return tuple(values)
-
-
-def _format(value: Any) -> str:
-    if not isinstance(value, str) or not _FORMAT.fullmatch(value):
-        raise ValueError("not a format such as int8 or uint4")
-    return value
-
-
-def _scale(value: Any) -> float | tuple[float, float]:
-    if isinstance(value, list):
-        low, high = (float(end) for end in value)
-        return low, high
-    return float(value)
