@@ -10,12 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mezzotint.compiler.acceptance.accept import AcceptanceLimits, accept
-from mezzotint.compiler.bundle.staging import check_target_file, staged, staged_file
+from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
-from mezzotint.compiler.calibration.calibrate import check_conditions, random_conditions
+from mezzotint.compiler.calibration.calibrate import check_conditions
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.core.program import Program
@@ -32,14 +30,11 @@ from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.session import open_session
-from mezzotint.runtime.signature import Images, Prediction
-from mezzotint.runtime.streams import SeedOffset
+from mezzotint.runtime.signature import Images, Prediction, TimestepUnit
 
 from .io.hub import card_fields
-from .io.settings import load_conditions
 from .io.sources import ModelSource, ModuleSource, OnnxSource, resolve
 from .options import (
-    RANDOM,
     RECIPE,
     AcceptanceOptions,
     CalibrationOptions,
@@ -49,6 +44,7 @@ from .options import (
     OutputOptions,
     RecipeOptions,
 )
+from .prepared import calibration_rows, pipeline_sizes, prepare
 from .progress import stage
 
 if TYPE_CHECKING:
@@ -79,6 +75,8 @@ def compile_model(
     output_name: str | None = None,
     prediction: Prediction | None = None,
     size: tuple[int, int] | None = None,
+    timestep_unit: TimestepUnit | None = None,
+    channels: int | None = None,
     dump_passes: bool = False,
     export: str | Path | None = None,
     cache: str | Path | None = None,
@@ -97,10 +95,11 @@ def compile_model(
     hold the timesteps that it calls.
     `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
     the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` name the roles
-    of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open. `export` is a
-    path for the imported float graph. `cache` is a folder of calibration statistics: compilations that calibrate on the
-    same graph in the same way measure once. `license` is the identifier of the model's licence, for the bundle's card;
-    when left out, that of the card in the model's own folder.
+    of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open. `timestep_unit`
+    says what its timestep counts: "steps", "fraction" (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many
+    of its channels are the image's. `export` is a path for the imported float graph. `cache` is a folder of calibration
+    statistics: compilations that calibrate on the same graph in the same way measure once. `license` is the identifier
+    of the model's licence, for the bundle's card; when left out, that of the card in the model's own folder.
     The finished file is run beside the float model before the bundle is written, for about `acceptance_seconds` at
     most. Where the SQNR of the prediction is below `min_sqnr` dB at a group of timesteps, a `LowFidelity` warning names
     the worst layers and what helps; with `strict` this is an error.
@@ -113,7 +112,7 @@ def compile_model(
         RecipeOptions(recipe, settings or {}),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
         CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
-        ImportRoles(inputs or {}, output_name, prediction, size),
+        ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels),
         OutputOptions(dump_passes, export, license, force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
     )
@@ -125,25 +124,26 @@ def compile_with(
 ) -> Bundle:
     """Do the work of `compile_model`, for its options as one value."""
     calibration, output = options.calibration, options.output
-    conditions, unconditional = (_read(rows) for rows in (calibration.conditions, calibration.unconditional))
-    recipe = options.recipe.chosen()
-    source = resolve(model, options.deployment.scheduler)
-    deployment = options.deployment.on(source.schedule)
+    prepared = prepare(model, target, options)
+    recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
     with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
-        if output.export is not None:
-            check_target_file(Path(output.export), force=output.force)
-        program = imported = _import(source, work, deployment, options.roles, threads, progress)
+        program = imported = _import(
+            prepared.source, work, prepared.deployment, prepared.roles, threads, progress, prepared.sizes
+        )
         if output.export is not None:
             save_model(program.model, exported.enter_context(staged_file(Path(output.export), force=output.force))[0])
+        conditions, unconditional = calibration_rows(
+            prepared, program.conditions(), calibration.samples, calibration.seed
+        )
         context = Context(
             work,
             seed=calibration.seed,
             threads=threads,
             samples=calibration.samples,
             batch=calibration.batch,
-            conditions=_arrays(program, conditions, calibration.samples, calibration.seed),
-            unconditional=_arrays(program, unconditional, 1, SeedOffset.UNCONDITIONAL.after(calibration.seed)),
+            conditions=conditions,
+            unconditional=unconditional,
             progress=progress,
             cache=None if calibration.cache is None else Path(calibration.cache).absolute(),
         )
@@ -191,7 +191,8 @@ def export_model(
     source = resolve(model, scheduler)
     deployment = DeploymentOptions(steps=1).on(source.schedule)
     with staged_file(target, force=force) as (file, work):
-        program = _import(source, work, deployment, ImportRoles(size=size), threads, progress)
+        sizes = pipeline_sizes(source)
+        program = _import(source, work, deployment, ImportRoles(size=size), threads, progress, sizes)
         save_model(program.model, file)
         try:
             open_session(file, threads=threads, level="none")  # what is not a model for onnxruntime is not written
@@ -231,8 +232,9 @@ def _import(
     roles: ImportRoles,
     threads: int | None,
     progress: Progress,
+    sizes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Program:
-    """Return the model as a program. Raises ModelError, SignatureError."""
+    """Return the model as a program; `sizes` are known sizes of conditions. Raises ModelError, SignatureError."""
     if isinstance(source, OnnxSource):
         with stage(progress, f"import {source.name}"):
             return import_onnx(
@@ -243,19 +245,18 @@ def _import(
                 inputs=roles.inputs,
                 output=roles.output_name,
                 prediction=roles.prediction,
+                timestep_unit=roles.timestep_unit,
+                channels=roles.channels,
                 size=roles.size,
                 config=source.config,
             )
-    if roles.named:
-        raise ModelError(
-            "roles of inputs and outputs are for ONNX files", hint="a diffusers model knows its own; leave them out"
-        )
     with stage(progress, "load torch"):
         from_torch = _from_torch()
     options: dict[str, Any] = {
         "schedule": source.schedule,
         "deployment": deployment,
         "size": roles.size,
+        "sizes": sizes,
         "name": source.name,
         "threads": threads,
     }
@@ -278,17 +279,3 @@ def _from_torch() -> Any:
             hint="install the extra: pip install 'mezzotint[torch]', or compile an .onnx file",
         ) from error
     return from_torch
-
-
-def _read(conditions: ConditionSource) -> Conditions | None:
-    """Return the arrays of an .npz file or of a mapping; None for RANDOM ones. Raises ConditionError."""
-    if isinstance(conditions, (str, Path)):
-        return None if str(conditions) == RANDOM else load_conditions(Path(conditions))
-    return conditions or {}
-
-
-def _arrays(program: Program, conditions: Conditions | None, rows: int, seed: int) -> Conditions:
-    """Return the conditions as arrays; for None, `rows` random ones."""
-    if conditions is None:
-        return random_conditions(program, rows, seed)
-    return {name: np.atleast_1d(np.asarray(array)) for name, array in conditions.items()}  # a number is one row

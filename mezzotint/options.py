@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mezzotint.runtime.sampling.deployment import Deployment
     from mezzotint.runtime.sampling.guidance import Conditions
     from mezzotint.runtime.sampling.schedule import Schedule
-    from mezzotint.runtime.signature import Prediction
+    from mezzotint.runtime.signature import Prediction, TimestepUnit
 
     ConditionSource = Conditions | str | Path | None  # arrays, RANDOM, or an .npz file
 
@@ -81,18 +81,22 @@ class CalibrationOptions:
 class ImportRoles:
     """Facts that the front end cannot infer from an ONNX file, and the size (height, width) that a graph leaves open.
 
-    `inputs` maps a role ("sample", "timestep") to the name of an input.
+    `inputs` maps a role ("sample", "timestep") to the name of an input. `timestep_unit` is what the timestep counts;
+    None is what the model's class is known for, else training timesteps. `channels` is the number of channels of the
+    image where the network takes or predicts others, too.
     """
 
     inputs: Mapping[str, str] = field(default_factory=dict)
     output_name: str | None = None
     prediction: Prediction | None = None
     size: tuple[int, int] | None = None
+    timestep_unit: TimestepUnit | None = None
+    channels: int | None = None
 
     @property
     def named(self) -> bool:
-        """Whether an input, the output or the prediction is given. Models of diffusers take none of these."""
-        return bool(self.inputs or self.output_name or self.prediction)
+        """Whether a role, the prediction or the unit is given. Models of diffusers take none of these."""
+        return bool(self.inputs or self.output_name or self.prediction or self.timestep_unit or self.channels)
 
 
 @dataclass(frozen=True)

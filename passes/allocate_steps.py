@@ -25,6 +25,7 @@ Errors: RecipeError for a guided deployment, whose calls have two rows for each 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import ClassVar, Literal
@@ -40,6 +41,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import consumers, is_op, name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.runtime.arrays import Doubles
+from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images, Timestep
 
@@ -78,13 +80,16 @@ class AllocateSteps(Pass):
         if not (fine and math.isfinite(getattr(self, option))):
             raise RecipeError(f"{self.name}.{option} is {getattr(self, option)}", where=self.name, hint=hint)
 
-    def run(self, program: Program, context: Context) -> Program:
-        if program.deployment.guided:
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        if deployment.guided:
             raise RecipeError(
                 "samples of a guided deployment cannot be counted one by one: a call has two rows for each",
                 where=self.name,
                 hint="leave out allocate_steps, or calibrate without guidance",
             )
+
+    def run(self, program: Program, context: Context) -> Program:
+        self.check((), program.deployment)
         timesteps = program.deployment.timesteps
         samples = sum(rows for _, rows in batch_spans(program, context))
         budget = max(1, round(self.share * samples * len(timesteps)))

@@ -82,6 +82,7 @@ from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.scales.weights import WeightMethod
 from mezzotint.runtime.arrays import AnyArray
+from mezzotint.runtime.sampling.deployment import Deployment
 
 
 @dataclass(frozen=True)
@@ -172,15 +173,18 @@ class AssignBits(Pass):
     def _budgets(self) -> list[BudgetKind]:
         return [kind for kind in get_args(BudgetKind) if getattr(self, kind) is not None]
 
-    def run(self, program: Program, context: Context) -> Program:
-        plan = program.require_plan()
-        kinds = self._budgets()
-        if not kinds:
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        if not self._budgets():
             raise RecipeError(
                 "assign_bits has no budget",
                 where=self.name,
                 hint=f"give one of {', '.join(get_args(BudgetKind))}, such as --set assign_bits.mean_bits=5",
             )
+
+    def run(self, program: Program, context: Context) -> Program:
+        self.check((), program.deployment)
+        plan = program.require_plan()
+        kinds = self._budgets()
         every_layer = list(layers(program.graph))
         islands = Islands(program, every_layer, self.islands, self.name)
         kept = {layer.name: reason for layer in every_layer if (reason := islands.reason(layer)) is not None}

@@ -25,6 +25,7 @@ Errors: StatsError if observe did not measure channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -38,6 +39,7 @@ from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import consumers, is_op, name_of
 from mezzotint.compiler.graph.ops import Layer, is_mover, layers
+from mezzotint.runtime.sampling.deployment import Deployment
 
 Extremes = npt.NDArray[np.float64]
 SMALLEST_SHARE = 1 / 32
@@ -71,16 +73,24 @@ class ChannelScales(Pass):
                 hint="choose between 0 (the tensor's range) and 1 (the channel's own)",
             )
 
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        measured = [step.options()["channels"] for step in passes if step.name == "observe"]
+        if measured and measured[-1] in ("none", "inputs", False):
+            raise self._unmeasured()
+
+    def _unmeasured(self) -> StatsError:
+        return StatsError(
+            "no channel was measured by itself",
+            where=self.name,
+            hint="measure them: --set observe.channels=outputs",
+        )
+
     def run(self, program: Program, context: Context) -> Program:
         stats, plan = program.require_stats(), program.require_plan()
         stats.check_every_call(program.deployment.timesteps, self.name)
         convolutions = [layer for layer in layers(program.graph) if layer.output_quantized]
         if any((name_of(layer.output), 0) not in stats.channels for layer in convolutions):
-            raise StatsError(
-                "no channel was measured by itself",
-                where=self.name,
-                hint="measure them: --set observe.channels=outputs",
-            )
+            raise self._unmeasured()
         nodes = {layer.node for layer in layers(program.graph)}
         quantizers = dict(plan.quantizers)
         chosen = 0

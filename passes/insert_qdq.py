@@ -33,6 +33,7 @@ Errors: RecipeError if the lowering cannot express the plan's tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -44,7 +45,7 @@ from mezzotint.compiler.core.formats import along, ends
 from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import LOG, Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
-from mezzotint.compiler.errors import PassError, RecipeError
+from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.elementwise import make_scalars
 from mezzotint.compiler.graph.nodes import (
@@ -61,7 +62,9 @@ from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.graph.scopes import TABLES_SCOPE
 from mezzotint.compiler.lowering.bias_room import Room, make_room
+from mezzotint.compiler.lowering.limits import check_passes, check_tables
 from mezzotint.compiler.scales.timetable import deployed_rows, group_of_train, lookup, step_index
+from mezzotint.runtime.sampling.deployment import Deployment
 
 STORED_BITS = 8  # every format is stored in whole bytes
 
@@ -130,32 +133,24 @@ class InsertQdq(Pass):
         make_scalars(program.graph)
         return writer, make_room(program, program.graph)
 
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        before = passes[: list(passes).index(self)]
+        check_passes(self.lowering, {step.name: step.options() for step in before}, self.name)
+
     def _check_lowering(self, every_layer: list[Layer], plan: Plan) -> None:
         """Raise RecipeError if the lowering cannot express the plan's tables.
 
         With `qdq` a convolution with a table would stay in float without a warning.
         """
-        timed = any(layer.bias is not None and time_table(layer.bias) is not None for layer in every_layer)
         tables = [q for q in plan.quantizers.values() if q.table]
-        if self.lowering == "qdq" and (timed or tables):
-            what = "biases" if timed else "scales"
-            raise RecipeError(
-                f"{what} that depend on the timestep need the integer or the premul lowering",
-                where=self.name,
-                hint="set insert_qdq.lowering to integer, or leave out fold_time and step_scales",
-            )
-        if self.lowering != "integer" and any(q.axis is not None for q in tables):
-            raise RecipeError(
-                f"scales for each channel of an activation need the integer lowering; {self.lowering} has none",
-                where=self.name,
-                hint="leave out channel_scales, as the recipe w8a8-premul does",
-            )
-        if self.lowering == "premul" and any(np.ptp(q.zero_point) for q in tables):
-            raise RecipeError(
-                "zero points that depend on the timestep need the integer lowering: premul has constant ones",
-                where=self.name,
-                hint="give all rows one zero point: --set step_scales.zero_point=constant",
-            )
+        check_tables(
+            self.lowering,
+            scales=bool(tables),
+            biases=any(layer.bias is not None and time_table(layer.bias) is not None for layer in every_layer),
+            channels=any(q.axis is not None for q in tables),
+            zero_points=any(np.ptp(q.zero_point) for q in tables),
+            where=self.name,
+        )
 
 
 def _with_raised(plan: Plan, every_layer: list[Layer], room: Room) -> Plan:

@@ -53,9 +53,17 @@ class TimestepNotDeployed(InputError):
     """The timestep has no row in the bundle's tables."""
 
 
-class LowFidelity(UserWarning):
+class MezzotintWarning(UserWarning):
+    """Root of the warnings: the result is right, and not what the caller may expect."""
+
+
+class CompileWarning(MezzotintWarning):
+    """The model has something that the compiled one does not have, or that had to be assumed."""
+
+
+class LowFidelity(MezzotintWarning):
     """A compiled file is less accurate than `min_sqnr`."""
 
 
-class InterpolatedCorrection(UserWarning):
+class InterpolatedCorrection(MezzotintWarning):
     """The noise tables were fitted for another number of steps, and interpolated between its timesteps."""

@@ -245,7 +245,7 @@ class Denoiser:
         return row if shape else row.reshape(())
 
     def _timestep(self, t: object, batch: int) -> npt.NDArray[Any]:
-        """Return one timestep in the dtype and the shape that the graph declares: [], [1] or [batch]."""
+        """Return one timestep in the unit, the dtype and the shape that the graph wants: [], [1] or [batch]."""
         value = self._inputs[self.signature.timestep]
         step = _one_timestep(t, batch)
         dtype = _DTYPES[value.type]
@@ -264,10 +264,11 @@ class Denoiser:
                     f"{', '.join(f'{known:g}' for known in near)}",
                     hint="sample with the --steps that the graph was compiled for, or compile it for these",
                 )
+        seen = self.signature.network_time(step)
         if len(value.shape) == 0:
-            return np.array(step, dtype=dtype)
+            return np.array(seen, dtype=dtype)
         size = value.shape[0] if isinstance(value.shape[0], int) else batch
-        return np.full(size, step, dtype=dtype)
+        return np.full(size, seen, dtype=dtype)
 
 
 def _one_timestep(t: object, batch: int) -> Timestep:

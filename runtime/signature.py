@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 from .errors import ScheduleError
 
-Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "reversed_flow_prediction"]
+"""`reversed_flow_prediction` is the velocity of a network whose time runs from noise to image: image - noise."""
+TimestepUnit = Literal["steps", "fraction", "reversed_fraction"]
+"""What a network's timestep input counts, for training timestep t of N: t, t / N, or 1 - t / N."""
 Images = npt.NDArray[np.float32]
 """Samples or predictions, float32 `[B, C, H, W]`."""
 Timestep = float
@@ -19,14 +22,17 @@ Timestep = float
 Predict = Callable[[Images, Timestep], Images]
 """A network with its conditions: `(x float32 [B, C, H, W], timestep) -> raw output of the same shape`."""
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+TIMESTEP_UNITS: tuple[str, ...] = get_args(TimestepUnit)
+EXTRA_CHANNELS = "extra_channels"
+"""The condition that holds the input channels that a network does not predict, `[B, C', H, W]`: a mask, an image."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Names of a denoiser's inputs and output, and its prediction type.
+    """Names of a denoiser's inputs and output, its prediction type, and the unit of its timestep.
 
     `sample` is float32 `[batch, channels, height, width]`; `timestep` is an integer or float scalar or `[batch]`;
-    `conditions` are all other inputs, in the order of the graph.
+    `conditions` are all other inputs, in the order of the graph. `num_train_timesteps` is the N of the unit.
     """
 
     sample: str
@@ -34,6 +40,8 @@ class Signature:
     output: str
     conditions: tuple[str, ...] = ()
     prediction: Prediction = "epsilon"
+    timestep_unit: TimestepUnit = "steps"
+    num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -41,9 +49,23 @@ class Signature:
                 f"unknown prediction type {self.prediction!r}",
                 hint=f"use one of {', '.join(PREDICTIONS)}",
             )
+        if self.timestep_unit not in TIMESTEP_UNITS:
+            raise ScheduleError(
+                f"unknown timestep unit {self.timestep_unit!r}", hint=f"use one of {', '.join(TIMESTEP_UNITS)}"
+            )
+
+    def network_time(self, timestep: Timestep) -> Timestep:
+        """Return a training timestep in the unit of the network's input."""
+        if self.timestep_unit == "steps":
+            return timestep
+        fraction = float(timestep) / self.num_train_timesteps
+        return fraction if self.timestep_unit == "fraction" else 1 - fraction
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "conditions": list(self.conditions)}
+        """Return plain data; a timestep that counts steps, the usual case, has no keys for its unit."""
+        data = {**asdict(self), "conditions": list(self.conditions)}
+        usual = self.timestep_unit == "steps"
+        return {k: v for k, v in data.items() if not (usual and k in ("timestep_unit", "num_train_timesteps"))}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Signature:

@@ -168,9 +168,10 @@ def _timestep(manifest: Manifest, t: float) -> str:
     """Return an expression for one timestep in the shape that the graph declares: [], [1] or [batch]."""
     name = manifest.signature.timestep
     declared = manifest.require_inputs()[name]
+    seen = manifest.signature.network_time(t)
     if not declared.shape:
-        return f"np.array({t!r}, np.{declared.dtype})"
-    return f"np.full({tuple(_shape(manifest, name, None))}, {t!r}, np.{declared.dtype})"
+        return f"np.array({seen!r}, np.{declared.dtype})"
+    return f"np.full({tuple(_shape(manifest, name, None))}, {seen!r}, np.{declared.dtype})"
 
 
 def _shape(manifest: Manifest, name: str, rows: int | None) -> list[int]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mezzotint.runtime import streams
-from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
-from mezzotint.runtime.sampling.guidance import Conditions, combine, doubled, doubled_conditions
+from mezzotint.runtime.sampling.guidance import Conditions, combine, doubled, doubled_conditions, rows_in_turn
 from mezzotint.runtime.sampling.steps import State
 from mezzotint.runtime.signature import Images, Timestep
 
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import ConditionError, ModelError
+from .conditions import check_rows, random_rows
 
-OPEN_TOKENS = 77  # tokens of a prompt of CLIP, for random conditions of an open length
 CalibrationDenoiser = Callable[[Images, Timestep, Conditions], Images]
 
 
@@ -33,7 +31,7 @@ def follow_trajectories(
     A graph with a fixed batch gets whole batches, and so perhaps a few images more. The denoiser is called as
     `(x [B, C, H, W], timestep, conditions of the same rows) -> output`; no image is kept. Under guidance B counts both
     halves, and their outputs are combined for the sampler. `callback` and `correction` are those of the sampling loop.
-    Raises ConditionError, ModelError.
+    Raises ConditionError, and ModelError for an output that is not finite.
     """
     deployment = program.deployment
     check_conditions(program, context)
@@ -75,7 +73,9 @@ def batch_spans(program: Program, context: Context) -> list[tuple[int, int]]:
 def batch_conditions(program: Program, context: Context, first: int, rows: int) -> Conditions:
     """Return the conditions of one call for these samples, under guidance with the unconditional rows before them."""
     conditions = context.condition_rows(first, rows)
-    return doubled_conditions(conditions, context.unconditional) if program.deployment.guided else conditions
+    if not program.deployment.guided:
+        return conditions
+    return doubled_conditions(conditions, rows_in_turn(context.unconditional, first, rows))
 
 
 def both_halves(program: Program, x: Images) -> Images:
@@ -127,73 +127,21 @@ class LockStep:
 
 def check_conditions(program: Program, context: Context) -> None:
     """Raise ConditionError when conditions or unconditional rows are missing, or do not fit the model's inputs."""
-    for name, value in program.conditions().items():
-        rows = context.conditions.get(name)
-        if rows is None:
-            raise ConditionError(
-                f"the model has a condition {name!r} ({value.dtype}{value.shape}), and no data to calibrate it on",
-                where=f"input {name}",
-                hint="give --conditions FILE.npz with an array of that name, [rows, ...]; or --conditions random",
-            )
-        if value.dtype is not None and rows.dtype != value.dtype.numpy():
-            raise ConditionError(
-                f"the data for {name!r} is {rows.dtype}; the model wants {value.dtype.numpy()}",
-                where=f"input {name}",
-                hint=f"convert it: array.astype(numpy.{value.dtype.numpy()})",
-            )
-        fixed = [] if value.shape is None else list(value.shape)[1:]
-        fits = rows.ndim == len(fixed) + 1 and all(
-            not isinstance(size, int) or size == actual for size, actual in zip(fixed, rows.shape[1:], strict=False)
-        )
-        if not fits or not len(rows):
-            raise ConditionError(
-                f"the data for {name!r} has the shape {list(rows.shape)}; the model wants {value.shape}",
-                where=f"input {name}",
-                hint="the first dimension counts rows, the others must be the model's",
-            )
-    if program.deployment.guided and not program.conditions():
-        raise ConditionError("guidance is for models with a condition", hint="leave out --guidance")
-    if program.deployment.guided and not context.unconditional:
-        raise ConditionError(
-            f"guidance {program.deployment.guidance:g} needs unconditional rows (the empty prompt, the null class)",
-            hint="give --unconditional FILE.npz with one row for each condition that differs",
-        )
-    if extra := set(context.unconditional) - set(program.conditions()):
-        raise ConditionError(f"the model has no condition {sorted(extra)[0]!r}", where="--unconditional")
-    if extra := set(context.conditions) - set(program.conditions()):
-        raise ConditionError(
-            f"the model has no condition {sorted(extra)[0]!r}",
-            hint=f"its conditions are: {', '.join(program.conditions()) or 'none'}",
-        )
+    check_rows(program.conditions(), program.deployment, context.conditions, context.unconditional)
 
 
 def require_same_channels(program: Program) -> None:
-    """Raise ModelError for a model that predicts fewer channels than it takes (inpainting: mask and masked image)."""
+    """Raise ModelError for other channels than the sample's, which the import did not know yet."""
     output = next(v for v in program.graph.outputs if v.name == program.signature.output)
     channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
     if isinstance(channels, int) and channels != program.shape[0]:
         raise ModelError(
             f"the model takes {program.shape[0]} channels and predicts {channels}: no sampler can follow it alone",
             where=f"output {program.signature.output}",
-            hint="only --recipe float does without calibration",
+            hint="export it with the shape of its output, or say how many channels the image has: --channels",
         )
 
 
 def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
-    """Return standard normal rows for every float condition: enough for speed and size, not for quality.
-
-    A condition that the model declares with one row, or as a number, gets one row. Open dimensions are OPEN_TOKENS.
-    Raises ConditionError for integer conditions (class labels), whose range is unknown.
-    """
-    rng = streams.CONDITIONS.generator(seed)
-    conditions: dict[str, AnyArray] = {}
-    for name, value in program.conditions().items():
-        if value.dtype is None or value.shape is None or not value.dtype.is_floating_point():
-            raise ConditionError(
-                f"no random values can be drawn for the condition {name!r} ({value.dtype}{value.shape})",
-                hint="give --conditions FILE.npz with real ones",
-            )
-        first, *rest = list(value.shape) or [1]
-        shape = [1 if first == 1 else rows, *(size if isinstance(size, int) else OPEN_TOKENS for size in rest)]
-        conditions[name] = rng.standard_normal(shape).astype(value.dtype.numpy())
-    return conditions
+    """Return `random_rows` for the conditions of a program."""
+    return random_rows(program.conditions(), program.shape, rows, seed)

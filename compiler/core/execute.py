@@ -83,7 +83,7 @@ def feeds(
     t: Timestep,
     conditions: Feeds | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the inputs of one call, the timestep in the shape and type of the graph's input.
+    """Return the inputs of one call, the timestep in the shape, the type and the unit of the graph's input.
 
     A condition that the graph declares with one row, or as a number, gets the one row that all samples share.
     Raises ConditionError where the rows differ.
@@ -93,7 +93,7 @@ def feeds(
     rank = 0 if time.shape is None else len(time.shape)
     size = () if rank == 0 else (1 if time.shape is not None and time.shape[0] == 1 else len(x),)
     rows = {name: _shared(inputs[name], array) for name, array in (conditions or {}).items()}
-    return {signature.sample: x, signature.timestep: np.full(size, t, dtype), **rows}
+    return {signature.sample: x, signature.timestep: np.full(size, signature.network_time(t), dtype), **rows}
 
 
 def _shared(value: ir.Value, rows: AnyArray) -> AnyArray:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.guidance import rows_in_turn
 
 from ..errors import PassError, RecipeError
 from ..graph import weight_store as store
@@ -54,7 +55,7 @@ class Context:
 
     def condition_rows(self, first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
         """Return `rows` rows of each condition from `first` on, starting over after the last one."""
-        return {n: np.take(a, np.arange(first, first + rows) % len(a), axis=0) for n, a in self.conditions.items()}
+        return rows_in_turn(self.conditions, first, rows)
 
 
 class Pass(ABC):
@@ -80,6 +81,9 @@ class Pass(ABC):
     def name(self) -> str:
         """Return the class name in snake case, which is the name of the pass in recipes and of its file."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:  # noqa: B027 most passes fit everywhere
+        """Raise RecipeError for a recipe with these passes, or a deployment, that this pass cannot work with."""
 
     def options(self) -> dict[str, Any]:
         """Return the options as plain data, in the order of the fields."""
@@ -147,6 +151,11 @@ class Recipe:
     def islands(self) -> tuple[str, ...]:
         """Return the `islands` of all passes: the roles and node name patterns that stay in float."""
         return tuple(dict.fromkeys(island for p in self.passes for island in p.options().get("islands", ())))
+
+    def check(self, deployment: Deployment) -> None:
+        """Raise RecipeError for whatever the passes would refuse on any model."""
+        for step in self.passes:
+            step.check(self.passes, deployment)
 
     def to_json(self) -> dict[str, Any]:
         steps = [{"pass": p.name, **({"options": p.options()} if p.options() else {})} for p in self.passes]

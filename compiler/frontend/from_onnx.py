@@ -13,7 +13,7 @@ import onnx_ir as ir
 from mezzotint.runtime.bundle.model_config import public_config
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
-from mezzotint.runtime.signature import Prediction, Signature
+from mezzotint.runtime.signature import Prediction, Signature, TimestepUnit
 
 from ..core.program import Program
 from ..core.verify import weights_finite
@@ -22,6 +22,8 @@ from ..graph import weight_store as store
 from ..graph.model_file import read_model
 from ..graph.nodes import name_of
 from .batch import settle_batch
+from .channels import split_channels
+from .conventions import known_unit
 from .foreign import check_plain
 from .half import widen_halves
 from .roles import infer_signature
@@ -40,13 +42,16 @@ def import_onnx(
     inputs: Mapping[str, str] | None = None,
     output: str | None = None,
     prediction: Prediction | None = None,
+    timestep_unit: TimestepUnit | None = None,
+    channels: int | None = None,
     size: tuple[int, int] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Program:
     """Return the Program of an ONNX denoiser (opset 13 or later, with or without external data).
 
-    `inputs`, `output` and `prediction` name roles that cannot be inferred (see `infer_signature`). `size` is (height,
-    width) where the graph leaves them open. `config` is the diffusers configuration of the model that was exported.
+    `inputs`, `output`, `prediction` and `timestep_unit` say what cannot be inferred (see `infer_signature`), `channels`
+    how many channels the image has. `size` is (height, width) where the graph leaves them open. `config` is the
+    diffusers configuration of the model that was exported. The schedule is one for that prediction.
     Raises ModelError, SignatureError.
     """
     model = load_onnx(path)
@@ -55,6 +60,8 @@ def import_onnx(
         inputs=inputs,
         output=output,
         prediction=prediction or schedule.prediction,
+        timestep_unit=timestep_unit or known_unit(config, schedule) or "steps",
+        num_train_timesteps=schedule.num_train_timesteps,
         where=str(path),
     )
     return finish_import(
@@ -63,6 +70,7 @@ def import_onnx(
         signature=signature,
         schedule=schedule,
         deployment=deployment,
+        channels=channels,
         size=size,
         source={"kind": "onnx", "name": path.name, **({} if config is None else {"config": public_config(config)})},
         where=str(path),
@@ -79,12 +87,11 @@ def finish_import(
     size: tuple[int, int] | None,
     source: Mapping[str, Any],
     where: str,
+    channels: int | None = None,
     fx_text: str | None = None,
 ) -> Program:
     """Return the Program of an imported graph, for both front ends: store the weights, check them, find the shape."""
-    settle_batch(model.graph, signature, where)
-    shape = _sample_shape(model.graph, signature, size, where)
-    _check_timestep(model.graph, signature, deployment)
+    signature, shape = settle_inputs(model, signature, schedule, deployment, channels, size, where)
     try:
         store.adopt(model, folder)
     except FileNotFoundError as error:
@@ -102,6 +109,25 @@ def finish_import(
         source={**source, "parameter_bytes": store.parameter_bytes(model), "weights_sha256": _weights_sha(folder)},
         fx_text=fx_text,
     )
+
+
+def settle_inputs(
+    model: ir.Model,
+    signature: Signature,
+    schedule: Schedule,
+    deployment: Deployment,
+    channels: int | None,
+    size: tuple[int, int] | None,
+    where: str,
+) -> tuple[Signature, tuple[int, int, int]]:
+    """Edit the batch and the channels of a graph; return its signature and the shape of its sample.
+
+    Raises ModelError, and SignatureError for timesteps that the model's input cannot hold.
+    """
+    settle_batch(model.graph, signature, where)
+    signature = split_channels(model, signature, schedule, channels, where)
+    _check_timestep(model.graph, signature, deployment)
+    return signature, _sample_shape(model.graph, signature, size, where)
 
 
 def _check_timestep(graph: ir.Graph, signature: Signature, deployment: Deployment) -> None:

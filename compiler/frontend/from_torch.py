@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ import onnx_ir as ir
 import torch
 
 from mezzotint.runtime.bundle.model_config import CLASS, public_config
-from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.errors import CompileWarning, MezzotintError
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
-from mezzotint.runtime.signature import Signature
+from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
 
 from ..core.execute import Executor
 from ..core.program import Program
@@ -34,10 +35,12 @@ from ..errors import ModelError
 from ..graph.require import required
 from .folder_checks import check_folder, check_loaded
 from .from_onnx import finish_import
-from .torch_example import SUPPORTED, Example, PositionalModel, example_of, quiet_exporter, unsupported
+from .network_inputs import SUPPORTED, ConditionSizes, unsupported
+from .torch_example import Example, PositionalModel, example_of, quiet_exporter
 
 OPSET = 21
 OUTPUT = "out_sample"
+_SHOWN = 4  # unread parameters named in a warning
 PARITY = 2e-3  # of the largest output: float32 kernels of two libraries over some hundred layers
 
 
@@ -77,7 +80,8 @@ def import_folder(path: Path, folder: Path, **options: Any) -> Program:
 
     torch's copy of the weights is freed before onnxruntime loads its own: only one is in memory at a time.
     """
-    reading = _read(load_model(path), options["schedule"], options["deployment"], options.get("size"), str(path))
+    sizes = options.pop("sizes", None)
+    reading = _read(load_model(path), options["schedule"], options["deployment"], options.get("size"), sizes, str(path))
     return _finish(reading, folder, **options)
 
 
@@ -88,15 +92,17 @@ def import_torch(
     schedule: Schedule,
     deployment: Deployment,
     size: tuple[int, int] | None = None,
+    sizes: ConditionSizes | None = None,
     name: str = "module",
     threads: int | None = None,
 ) -> Program:
     """Return the Program of a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`.
 
     The inputs keep their diffusers names. The batch stays open, and so do height and width where the model allows.
+    `sizes` are known sizes of conditions: tokens, pooled prompts, time ids. Warns of parameters that no input reaches.
     Raises ModelError for other classes, and when the export lost weights or disagrees with torch.
     """
-    reading = _read(model, schedule, deployment, size, name)
+    reading = _read(model, schedule, deployment, size, sizes, name)
     return _finish(reading, folder, schedule=schedule, deployment=deployment, name=name, threads=threads)
 
 
@@ -113,7 +119,12 @@ class _Reading:
 
 
 def _read(
-    model: torch.nn.Module, schedule: Schedule, deployment: Deployment, size: tuple[int, int] | None, name: str
+    model: torch.nn.Module,
+    schedule: Schedule,
+    deployment: Deployment,
+    size: tuple[int, int] | None,
+    sizes: ConditionSizes | None,
+    name: str,
 ) -> _Reading:
     if type(model).__name__ not in SUPPORTED:
         raise unsupported(type(model).__name__, name)
@@ -123,11 +134,12 @@ def _read(
     model.eval()
     try:
         # A sampler with interpolated timesteps needs a float input for them.
-        example = example_of(model, size, torch.int64 if deployment.whole else torch.float32)
+        example = example_of(model, size, torch.int64 if deployment.whole else torch.float32, sizes)
         parity = _torch_outputs(model, example, schedule)
-        onnx_model, fx_text = _export(example.denoiser(model), example)
+        onnx_model, fx_text, unread = _export(example.denoiser(model), example)
+        _warn_of_unread(unread, name)
         config = public_config(json.loads(model.to_json_string()))  # type: ignore[operator]
-        return _Reading(onnx_model, fx_text, config, example, parity, _distinct_bytes(model))
+        return _Reading(onnx_model, fx_text, config, example, parity, _distinct_bytes(model, unread))
     except MezzotintError:
         raise
     except Exception as error:  # torch raises many kinds of errors for sizes that do not fit each other
@@ -172,13 +184,34 @@ def _finish(
     return program
 
 
-def _distinct_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of the module's parameters, equal ones counted once, because the exporter stores them once."""
+def _distinct_bytes(model: torch.nn.Module, unread: Sequence[str] = ()) -> int:
+    """Return the bytes of the parameters that are read, equal ones counted once: the exporter stores them once."""
     sizes: dict[tuple[int, bytes], int] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if name in unread:
+            continue
         data = parameter.detach().contiguous().numpy().reshape(-1).view(np.uint8)
         sizes[data.size, hashlib.sha256(data.data).digest()] = data.size
     return sum(sizes.values())
+
+
+def _unread_parameters(exported: torch.export.ExportedProgram, model: torch.nn.Module) -> list[str]:
+    """Return the parameters of the model that the exported call does not read, by name."""
+    signature = exported.graph_signature
+    used = {node.name for node in exported.graph.nodes if node.op == "placeholder" and node.users}
+    reached = {target for name, target in signature.inputs_to_parameters.items() if name in used}
+    return [name for name, _ in model.named_parameters() if f"model.{name}" not in reached]
+
+
+def _warn_of_unread(names: Sequence[str], where: str) -> None:
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        warnings.warn(
+            f"{where}: the exported call does not use the parameters {', '.join(names[:_SHOWN])}{more}; "
+            "they are not in the compiled model",
+            CompileWarning,
+            stacklevel=2,
+        )
 
 
 def _torch_outputs(model: torch.nn.Module, example: Example, schedule: Schedule) -> dict[int, npt.NDArray[np.float32]]:
@@ -193,7 +226,8 @@ def _torch_outputs(model: torch.nn.Module, example: Example, schedule: Schedule)
     return outputs
 
 
-def _export(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str]:
+def _export(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str, list[str]]:
+    """Return the ONNX model, the FX graph as text, and the parameters that the call does not read."""
     exported = _export_fx(denoiser, example)
     with quiet_exporter():
         program = torch.onnx.export(
@@ -201,10 +235,11 @@ def _export(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str]
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
-            input_names=list(denoiser.names),
+            input_names=list(example.tensors),
             output_names=[OUTPUT],
         )
-    return required(program, "the ONNX program", "torch.onnx.export").model, _readable(exported)
+    model = required(program, "the ONNX program", "torch.onnx.export").model
+    return model, _readable(exported), _unread_parameters(exported, denoiser.model)
 
 
 def _export_fx(denoiser: PositionalModel, example: Example) -> torch.export.ExportedProgram:
@@ -236,11 +271,14 @@ def _check_parity(
     example: Example,
     threads: int | None,
 ) -> None:
-    conditions = {n: example.tensors[n].numpy() for n in program.signature.conditions}
+    sample, image = example.tensors[example.sample].numpy(), program.shape[0]
+    conditions = {n: example.tensors[n].numpy() for n in program.signature.conditions if n != EXTRA_CHANNELS}
+    if EXTRA_CHANNELS in program.signature.conditions:
+        conditions[EXTRA_CHANNELS] = sample[:, image:]
     with Executor(program.model, folder, threads=threads) as executor:
         for t, want in parity.items():
-            outputs = executor.call(program.signature, example.tensors[example.sample].numpy(), t, conditions)
-            worst = relative_difference(want, outputs[OUTPUT])
+            outputs = executor.call(program.signature, sample[:, :image], t, conditions)
+            worst = relative_difference(want[:, :image], outputs[OUTPUT])
             if not worst <= PARITY:
                 raise ModelError(
                     f"the exported graph disagrees with torch at timestep {t}: relative difference {worst:.1e}, "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mezzotint.runtime.signature import Prediction, Signature
+from mezzotint.runtime.signature import Prediction, Signature, TimestepUnit
 
 from ..errors import ModelError, SignatureError
 from ..graph.nodes import name_of
@@ -22,6 +22,8 @@ def infer_signature(
     inputs: Mapping[str, str] | None = None,
     output: str | None = None,
     prediction: Prediction = "epsilon",
+    timestep_unit: TimestepUnit = "steps",
+    num_train_timesteps: int = 1000,
     where: str = "the model",
 ) -> Signature:
     """Return the signature of a graph. `inputs` maps roles ("sample", "timestep") to names; other roles are inferred.
@@ -58,12 +60,20 @@ def infer_signature(
             where=where,
             hint="export the model in float32; half-precision graphs have no integer kernels on the CPU",
         )
+    if timestep_unit != "steps" and not _is_number(values[timestep], "sample"):
+        raise SignatureError(
+            f"the timestep {timestep!r} is {values[timestep].dtype}: fractions need a floating type",
+            where=where,
+            hint="leave out --timestep-unit, or export the model with a float timestep",
+        )
     return Signature(
         sample=sample,
         timestep=timestep,
         output=_pick_output(graph, output, where),
         conditions=tuple(n for n in rest if n != timestep),
         prediction=prediction,
+        timestep_unit=timestep_unit,
+        num_train_timesteps=num_train_timesteps,
     )
 
 

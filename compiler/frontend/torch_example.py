@@ -13,10 +13,7 @@ import torch
 
 from mezzotint.runtime.streams import FIXED
 
-from ..errors import ModelError
-
-DIT = "DiTTransformer2DModel"
-SUPPORTED = ("UNet2DModel", "UNet2DConditionModel", DIT)
+from .network_inputs import ConditionSizes, network_inputs
 
 
 class PositionalModel(torch.nn.Module):
@@ -73,55 +70,22 @@ def quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def unsupported(name: str, where: str) -> ModelError:
-    """Return the error for a class that is not in SUPPORTED."""
-    return ModelError(
-        f"{name} cannot be exported yet; {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]} can",
-        where=where,
-        hint="export it to ONNX yourself and compile the .onnx file",
-    )
+def example_of(
+    model: torch.nn.Module, size: tuple[int, int] | None, timestep: torch.dtype, sizes: ConditionSizes | None = None
+) -> Example:
+    """Return seeded inputs of two samples, the timestep of that type; `sizes` are known ones of the conditions.
 
-
-def example_of(model: torch.nn.Module, size: tuple[int, int] | None, timestep: torch.dtype) -> Example:
-    """Return seeded inputs of two samples, the timestep of that type. Raises ModelError for untested configurations."""
+    Raises ModelError for untested configurations.
+    """
     config: Any = model.config
-    side = config.sample_size or 32
-    height, width = size or ((side, side) if isinstance(side, int) else tuple(side))
+    known = network_inputs(type(model).__name__, config, size, sizes or {})
     generator = torch.Generator().manual_seed(FIXED)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    if type(model).__name__ == DIT:
-        if (height, width) != (side, side):
-            raise ModelError(f"the model's samples are {side}x{side}, not {height}x{width}", hint="drop --size")
-        named = {
-            "hidden_states": normal(2, config.in_channels, side, side),
-            "timestep": torch.tensor([7, 7], dtype=timestep),
-        }
-        learned = config.out_channels == 2 * config.in_channels
-        labels = torch.tensor([0, 1 % config.num_embeds_ada_norm])
-        return Example({**named, "class_labels": labels}, None, config.in_channels if learned else None)
-    tensors = {"sample": normal(2, config.in_channels, height, width), "timestep": torch.tensor([7, 7], dtype=timestep)}
-    for key, known in (
-        ("addition_embed_type", "text_time"),
-        ("class_embed_type", None),
-        ("encoder_hid_dim_type", None),
-    ):
-        if (value := config.get(key)) not in (None, known):
-            raise ModelError(
-                f"a {type(model).__name__} with {key} {value!r} cannot be exported yet",
-                hint="export it to ONNX yourself and compile the .onnx file",
-            )
-    if type(model).__name__ == "UNet2DConditionModel":
-        tensors["encoder_hidden_states"] = normal(2, 77, _first(config.cross_attention_dim))
-        if config.addition_embed_type == "text_time":
-            width_in = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            tensors |= {"text_embeds": normal(2, width_in), "time_ids": normal(2, 6)}
-    if config.num_class_embeds is not None:
-        tensors["class_labels"] = torch.tensor([0, 1 % config.num_class_embeds])
-    return Example(tensors, 2 ** (len(config.block_out_channels) - 1))
-
-
-def _first(value: Any) -> int:
-    return int(value if isinstance(value, int) else value[0])
+    tensors = {known.sample: normal(2, *known.shape), "timestep": torch.tensor([7, 7], dtype=timestep)}
+    for name, value in known.conditions.items():
+        labels = value.classes is not None
+        tensors[name] = torch.tensor([0, 1 % (value.classes or 1)]) if labels else normal(2, *value.sizes)
+    return Example(tensors, known.multiple, known.kept)

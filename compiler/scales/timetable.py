@@ -30,6 +30,7 @@ def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], 
     first = build.constant(f"{stem}_first", np.array([0]))
     value = build.op("Gather", [value, first], f"{stem}_one", dtype=kind, shape=[1], attributes={"axis": 0})
     if kind is not None and kind.is_floating_point():
+        value = _in_steps(build, program, value, stem)
         if (fine := _fineness(program)) > 1:
             factor = build.constant(f"{stem}_fineness", np.array(fine, kind.numpy()))
             value = build.op("Mul", [value, factor], f"{stem}_fine", like=value)
@@ -41,6 +42,19 @@ def step_index(build: Builder, program: Program, row_of: npt.NDArray[np.int64], 
     value = build.op("Clip", [value, *limits], f"{stem}_clipped", dtype=int64, shape=[1])
     nearest = build.constant(f"{stem}_nearest_row", row_of)
     return build.op("Gather", [nearest, value], f"{stem}_row", dtype=int64, shape=[1], attributes={"axis": 0})
+
+
+def _in_steps(build: Builder, program: Program, value: ir.Value, stem: str) -> ir.Value:
+    """Return a timestep of floating type, in the unit of the network's input, in training timesteps."""
+    signature = program.signature
+    if signature.timestep_unit == "steps" or value.dtype is None:
+        return value
+    dtype, like = value.dtype.numpy(), value
+    if signature.timestep_unit == "reversed_fraction":
+        one = build.constant(f"{stem}_noise_end", np.array(1, dtype))
+        value = build.op("Sub", [one, value], f"{stem}_fraction", like=like)
+    count = build.constant(f"{stem}_train_timesteps", np.array(signature.num_train_timesteps, dtype))
+    return build.op("Mul", [value, count], f"{stem}_steps", like=like)
 
 
 def group_of_train(program: Program) -> npt.NDArray[np.int64]:

@@ -15,7 +15,7 @@ from mezzotint.runtime.compare import PEAK, StepSQNR, json_db, psnr_db
 from mezzotint.runtime.latency import Latency, paired_latencies, timed_block
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import predictors
+from mezzotint.runtime.sampling.guidance import checked_rows, predictors, rows_in_turn
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Predict, Timestep
@@ -140,6 +140,7 @@ def parallel_run(
     `view(info, output)` turns a prediction for `info.x` into the array that is compared; `measure` makes the collector
     of a network's errors.
     """
+    all_rows = checked_rows(conditions or {}), checked_rows(unconditional or {}, "unconditional")
     sqnr = {name: measure() for name in others}
     float_images = []
     count = len(bundle.deployment.calls)
@@ -148,13 +149,7 @@ def parallel_run(
     calls = 0
     for first in range(0, n, batch):
         rows = min(batch, n - first)
-        here, other = (
-            {
-                name: array[first : first + rows] if len(array) > 1 else np.repeat(array, rows, axis=0)
-                for name, array in (rows_of_all or {}).items()
-            }
-            for rows_of_all in (conditions, unconditional)
-        )
+        here, other = (rows_in_turn(rows_of_all, first, rows) for rows_of_all in all_rows)
         predict = predictors([exact], bundle.deployment, here, other)[0]
         compared = {name: predictors(nets, bundle.deployment, here, other) for name, nets in networks.items()}
 

@@ -78,12 +78,14 @@ def prepare_peer(
 
 
 def _feeds(net: Denoiser, calls: Sequence[Call]) -> list[Feed]:
-    """Return the graph's inputs in each call, the timestep in the type and the shape that the graph declares."""
-    dtype, shape = net.inputs[net.signature.timestep]
+    """Return the graph's inputs in each call, the timestep in the unit, the type and the shape that the graph wants."""
+    signature = net.signature
+    dtype, shape = net.inputs[signature.timestep]
     feeds = []
     for x, t, conditions in calls:
         size = tuple(d if isinstance(d, int) else len(x) for d in shape)
-        feeds.append({net.signature.sample: x, net.signature.timestep: np.full(size, t, dtype), **conditions})
+        time = np.full(size, signature.network_time(t), dtype)
+        feeds.append({signature.sample: x, signature.timestep: time, **conditions})
     return feeds
 
 
@@ -166,7 +168,7 @@ def _compiled(job: _Job, graph: Any, precision: str) -> Network:
     def predict(x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
         feed = {
             job.signature.sample: x,
-            job.signature.timestep: np.full_like(first[job.signature.timestep], t),
+            job.signature.timestep: np.full_like(first[job.signature.timestep], job.signature.network_time(t)),
             **conditions,
         }
         return np.array(request.infer(feed)[0], np.float32)

@@ -59,6 +59,7 @@ class ReferenceModel:
             inputs={"sample": signature.sample, "timestep": signature.timestep},
             output=signature.output,
             prediction=signature.prediction,
+            timestep_unit=signature.timestep_unit,
             size=self._bundle.sample_shape[1:],
         )
 

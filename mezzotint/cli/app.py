@@ -71,7 +71,9 @@ def compile_(
     bundle: Annotated[Path, typer.Option("-o", "--bundle", help="Bundle folder to write.")],
     recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `mezzotint recipes`.")] = RECIPE,
     set_: Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="scheduler_config.json, its folder, or a name, as sd or cosine:60.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"The deployed sampler: {SAMPLER_NAMES}.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the deployed sampler.")] = 50,
     eta: Annotated[float, typer.Option(help="DDIM's eta, from 0 to 1.")] = 0.0,
@@ -86,9 +88,17 @@ def compile_(
     output: Annotated[
         str | None, typer.Option("--output", help="ONNX: epsilon=NAME, the output that predicts.")
     ] = None,
-    prediction: Annotated[str | None, typer.Option(help="ONNX: epsilon, v_prediction or sample.")] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="ONNX: epsilon, v_prediction, sample, flow_prediction, reversed_flow_prediction.")
+    ] = None,
+    timestep_unit: Annotated[
+        str | None, typer.Option(help="ONNX: the timestep counts steps, fraction (0 to 1) or reversed_fraction.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH for calibration, where the model leaves the size open.")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="ONNX: channels of the image, where the network has others, too.")
     ] = None,
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also write the ONNX model after each pass.")
@@ -121,7 +131,14 @@ def compile_(
         RecipeOptions(recipe, settings.parse_settings(set_ or [])),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
         CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
-        ImportRoles(settings.parse_roles(input_ or []), output_name, predicted, settings.parse_size(size)),
+        ImportRoles(
+            settings.parse_roles(input_ or []),
+            output_name,
+            predicted,
+            settings.parse_size(size),
+            settings.parse_unit(timestep_unit),
+            channels,
+        ),
         OutputOptions(dump_passes, license=license, force=force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mezzotint.runtime.errors import InterpolatedCorrection, LowFidelity
+from mezzotint.runtime.errors import MezzotintWarning
 from mezzotint.runtime.visible import one_line
 
 from .boundary import DEBUG, as_error, wants_traceback
@@ -41,7 +41,7 @@ def plain_warnings() -> Iterator[None]:
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if not issubclass(category, (InterpolatedCorrection, LowFidelity)):
+        if not issubclass(category, MezzotintWarning):
             usual(message, category, *where, **more)
             return
         from ..text.console import print_warning

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mezzotint.compiler.audit.side_by_side import SideBySide, put_side_by_side
 from mezzotint.compiler.audit.suggestions import FULL_BITS, Facts, Suggestion, islands_option, suggest
@@ -51,7 +50,7 @@ from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import Conditions, predictor
+from mezzotint.runtime.sampling.guidance import Conditions, checked_rows, predictor, rows_in_turn
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
@@ -144,7 +143,7 @@ def diagnose(
         raise InputError(f"{n} images, {calls} calls", hint="ask for at least one of each")
     recipe = checked_recipe(bundle)
     count = len(bundle.deployment.calls)
-    rows, unconditional_rows = _rows(conditions, n), _rows(unconditional, n)
+    rows, unconditional_rows = (rows_in_turn(checked_rows(one or {}), 0, n) for one in (conditions, unconditional))
     float_model = ReferenceModel(bundle, reference, threads=threads)
     seed = unseen_seed(bundle) if seed is None else seed
     with scratch() as work:
@@ -181,11 +180,6 @@ def _chosen(worst: int, calls: int, count: int) -> list[int]:
     even = [round(i) for i in np.linspace(0, count - 1, calls)] if calls > 1 else []
     nearest = min(even, key=lambda call: abs(call - worst), default=worst)
     return sorted({worst, *even} - ({nearest} if nearest != worst else set()))
-
-
-def _rows(conditions: Conditions | None, n: int) -> dict[str, npt.NDArray[Any]]:
-    arrays = (conditions or {}).items()
-    return {name: np.repeat(a, n, axis=0) if len(a) == 1 else np.asarray(a[:n]) for name, a in arrays}
 
 
 @dataclass

@@ -16,8 +16,9 @@ class EvaluationOptions:
     """The choices of `evaluate_bundle` by the same names.
 
     `n` images in calls of `batch`. Without a `seed` the noise is one that no pass has seen. `conditions` and
-    `unconditional` map names to arrays `[n, ...]` or `[1, ...]`. `features` is a name of extractors.py, None for the
-    one that fits the samples. `correction` is that of `Bundle.sample`. `speed` measures the time and memory of a call.
+    `unconditional` map names to arrays `[rows, ...]`, taken in turn. `features` is a name of extractors.py, None for
+    the one that fits the samples. `correction` is that of `Bundle.sample`. `speed` measures the time and memory of a
+    call.
     """
 
     n: int = 64

@@ -143,8 +143,8 @@ def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | No
         "eta": float(deployment.eta),
         "guidance": float(deployment.guidance),
         "correction": sampler.correction is not False and table is not None and table.refusal(deployment) is None,
-        "conditions": condition_facts("conditions", sampler.conditions, n),
-        "unconditional": condition_facts("unconditional", sampler.unconditional, n),
+        "conditions": condition_facts("conditions", sampler.conditions),
+        "unconditional": condition_facts("unconditional", sampler.unconditional),
     }
     run = Run(Path() if folder is None else folder, settings)
     begun = folder is not None and belongs(folder, settings)

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.progress import CallProgress
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, rows_in_turn
 from mezzotint.runtime.signature import Images
 
 from ..bench.pairs import parallel_run
@@ -63,7 +63,9 @@ class PairSampler:
 
     def sample(self, first: int, stop: int, progress: CallProgress) -> ImagePairs:
         """Return pairs first .. stop - 1 of the seed. `progress` receives (network calls done, all calls)."""
-        conditions, unconditional = _rows(self.conditions, first, stop), _rows(self.unconditional, first, stop)
+        conditions, unconditional = (
+            rows_in_turn(arrays, first, stop - first) for arrays in (self.conditions, self.unconditional)
+        )
         n, calls = stop - first, len(self.bundle.deployment.calls)
         total = 2 * calls * -(-n // self.batch)
         sums = PictureSQNR()
@@ -131,7 +133,3 @@ def _hash(tensors: dict[str, npt.NDArray[Any]]) -> str:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype.str} {tensor.shape}".encode() + tensor.tobytes())
     return digest.hexdigest()
-
-
-def _rows(arrays: Conditions, first: int, stop: int) -> dict[str, npt.NDArray[Any]]:
-    return {name: array if len(array) == 1 else array[first:stop] for name, array in arrays.items()}

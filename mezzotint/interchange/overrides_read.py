@@ -87,13 +87,15 @@ class ScaleReader:
         by_name = {name_of(out): out for node in model.graph for out in node.outputs}
         model.graph.outputs[:] = [by_name[name] for name in timed]
         remove_dead(model.graph)
-        timestep = self._bundle.signature.timestep
+        signature = self._bundle.signature
+        timestep = signature.timestep
         model.graph.inputs[:] = [v for v in model.graph.inputs if v.name == timestep]
         time = model.graph.inputs[0]
         session = open_session(store.write(model, folder), threads=threads, level="basic")
         shape = [1] * len(time.shape or ())
+        dtype = time.dtype.numpy() if time.dtype else np.int64
         outputs = [
-            session.run(timed, {timestep: np.full(shape, t, time.dtype.numpy() if time.dtype else np.int64)})
+            session.run(timed, {timestep: np.full(shape, signature.network_time(t), dtype)})
             for t in self._bundle.deployed_timesteps or ()
         ]
         return constants | {name: np.stack([row[i].reshape(-1) for row in outputs]) for i, name in enumerate(timed)}

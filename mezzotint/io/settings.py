@@ -13,7 +13,7 @@ import yaml
 
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.signature import PREDICTIONS, Prediction
+from mezzotint.runtime.signature import PREDICTIONS, TIMESTEP_UNITS, Prediction, TimestepUnit
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:
@@ -56,6 +56,17 @@ def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, 
             hint=f"the form is --output epsilon=NAME ({', '.join(PREDICTIONS)}); the bundle's folder is -o FOLDER",
         )
     return name, cast("Prediction | None", prediction or (role if role != "epsilon" else None))
+
+
+def parse_unit(text: str | None) -> TimestepUnit | None:
+    """Return the unit of a network's timestep."""
+    if text is not None and text not in TIMESTEP_UNITS:
+        raise SignatureError(
+            f"not a unit of timesteps: {text!r}",
+            where="--timestep-unit",
+            hint=f"use one of {', '.join(TIMESTEP_UNITS)}",
+        )
+    return cast("TimestepUnit | None", text)
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from mezzotint.runtime.bundle.bundle import MANIFEST
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import ScheduleError
 from mezzotint.runtime.json_text import read_json
-from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, Schedule
+from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, Schedule, is_named
 
 if TYPE_CHECKING:
     import torch
@@ -128,13 +128,13 @@ def _schedule(requested: str | Path | Schedule | None, own: Path | None, where: 
                 "the model comes without a scheduler configuration",
                 where=where,
                 hint="name the schedule that it was trained with: --scheduler FILE, or one of "
-                + ", ".join(NAMED_SCHEDULES),
+                + f"{', '.join(NAMED_SCHEDULES)} (cosine:60 has 60 timesteps)",
             )
         return Schedule.load(own)
     if isinstance(requested, Schedule):
         chosen = requested
     else:
-        chosen = Schedule.named(str(requested)) if str(requested) in NAMED_SCHEDULES else Schedule.load(requested)
+        chosen = Schedule.named(str(requested)) if is_named(str(requested)) else Schedule.load(requested)
     if own is not None:
         trained = Schedule.load(own)
         if trained.num_train_timesteps != chosen.num_train_timesteps:

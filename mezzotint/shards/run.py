@@ -15,7 +15,7 @@ from mezzotint.compiler.errors import OutputError
 from mezzotint.compiler.stages import PREFIX
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_json
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, checked_rows
 
 from ..io.images import check_place
 from .files import Shard
@@ -99,17 +99,14 @@ def read_run(file: Path) -> dict[str, Any] | None:
     return settings
 
 
-def condition_facts(name: str, conditions: Conditions, n: int) -> dict[str, Any]:
-    """Return the type, the shape and the hash of each array `[n or 1, ...]`. Raises InputError for other shapes."""
+def condition_facts(name: str, conditions: Conditions) -> dict[str, Any]:
+    """Return the type, the shape and the hash of each array `[rows, ...]`. Raises InputError for others."""
     facts = {}
-    for key, array in conditions.items():
-        shape = np.shape(array)
-        if len(shape) == 0 or shape[0] not in (1, n) or np.asarray(array).dtype.hasobject:
-            raise InputError(f"{name} {key!r} has shape {list(shape)}", hint=f"give numbers [{n}, ...] or [1, ...]")
+    for key, array in checked_rows(conditions, name).items():
         digest = sha256()
-        for row in np.asarray(array):  # row by row: a copy of the whole array would take its memory again
+        for row in array:  # row by row: a copy of the whole array would take its memory again
             digest.update(np.ascontiguousarray(row).tobytes())
-        facts[key] = {"dtype": np.asarray(array).dtype.str, "shape": list(shape), "sha256": digest.hexdigest()}
+        facts[key] = {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": digest.hexdigest()}
     return facts
 
 

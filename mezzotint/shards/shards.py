@@ -85,8 +85,7 @@ def sample_to_folder(
 
     `format` is "npz" (float32, the model's range) or "png" (8 bits; 1 or 3 channels). `shards` are the numbers of the
     shards to draw, all when left out; `force` draws them again. A damaged shard is always drawn again. The other
-    options are those of `Bundle.sample`, with `conditions` `[n, ...]` or `[1, ...]`. Nothing is written before the
-    first shard is drawn.
+    options are those of `Bundle.sample`. Nothing is written before the first shard is drawn.
 
     Raises InputError for impossible settings, and for settings that differ from those of the run in the folder;
     OutputError where the folder holds something else or cannot be written.
@@ -130,8 +129,8 @@ def sample_shards(
         "eta": float(summary["eta"]),
         "guidance": float(summary["guidance"]),
         "correction": summary["correction"],
-        "conditions": condition_facts("conditions", options.conditions, n),
-        "unconditional": condition_facts("unconditional", options.unconditional, n),
+        "conditions": condition_facts("conditions", options.conditions),
+        "unconditional": condition_facts("unconditional", options.unconditional),
     }
     run = Run(folder, settings)
     chosen = sorted(set(range(run.count) if shard_options.shards is None else shard_options.shards))

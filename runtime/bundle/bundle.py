@@ -17,17 +17,15 @@ import json
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
 from ..json_text import read_json
 from ..progress import CallProgress
 from ..sampling.correction import Correction
 from ..sampling.deployment import Deployment
-from ..sampling.guidance import Conditions, predictors
+from ..sampling.guidance import Conditions, predictors, rows_in_turn
 from ..sampling.options import SamplingOptions
 from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
@@ -179,9 +177,9 @@ class Bundle:
         Sampler, steps, eta and guidance default to those of the deployment (eta to 0 with another sampler). Image i
         depends only on `seed` and i, not on `batch`; with `first` the result is images first .. first + n - 1 of the
         seed. `correction` None applies the tables where they are valid, True requires them, False ignores them; None
-        and True raise InputError for tables of another guidance scale. `conditions` are arrays `[n, ...]`, or
-        `[1, ...]` for all images; so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before the
-        first call if a timestep of the steps has no row in the tables.
+        and True raise InputError for tables of another guidance scale. `conditions` are arrays `[rows, ...]`,
+        which the images take in turn; so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before
+        the first call if a timestep of the steps has no row in the tables.
         """
         plan = (sampler, steps, eta, guidance)
         options = SamplingOptions(*plan, seed, batch, correction, conditions or {}, unconditional or {})
@@ -216,8 +214,8 @@ class Bundle:
         batches = []
         for start in starts:
             width = size if fixed else min(size, n - start)
-            rows = np.minimum(np.arange(start, start + width), n - 1)
-            conditions = [_rows(arrays, rows) for arrays in (options.conditions, options.unconditional)]
+            both = options.conditions, options.unconditional
+            conditions = [rows_in_turn(arrays, start, width) for arrays in both]
             predict = predictors(networks, plan, *conditions)
             x = initial_noise(options.seed, (width, *self.sample_shape), first=first + start)
             noise = seeded_noise(options.seed, first=first + start)
@@ -299,7 +297,3 @@ def _check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None
         raise BundleError("a file of the bundle is missing", where=str(file), hint="copy the whole folder again")
     if file.stat().st_size != entry.bytes or (verify and file_sha256(file) != entry.sha256):
         raise BundleError("a file was changed after the bundle was sealed", where=str(file), hint="copy it again")
-
-
-def _rows(arrays: Conditions, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-    return {name: array[rows if len(array) > 1 else np.zeros_like(rows)] for name, array in arrays.items()}

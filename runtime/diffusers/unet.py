@@ -31,7 +31,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.model_config import CLASS, bundle_config
 from ..errors import InputError, TimestepNotDeployed
 from ..session import Denoiser
-from ..signature import Timestep
+from ..signature import EXTRA_CHANNELS, Timestep
 
 Tensors = Mapping[str, torch.Tensor | None]
 _FLOAT32 = "load the pipeline with torch_dtype=torch.float32, or call pipe.to(torch.float32) before attaching"
@@ -39,7 +39,6 @@ _CPU = "bundles run on the CPU: keep the whole pipeline there, or call pipe.to('
 _RESIDUALS = "ControlNets and adapters reach into the layers, which are compiled: use them with the original network"
 _MASK = "the compiled graph has no input for masks: leave it out, or use the original network"
 _HINTS = {
-    "timestep_cond": "the compiled graph has no input for a guidance embedding: use the original network",
     "attention_mask": _MASK,
     "encoder_attention_mask": _MASK,
     "cross_attention_kwargs": "the layers are compiled: fuse a LoRA into the weights (pipe.fuse_lora), compile those",
@@ -117,6 +116,9 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
             takes = f"its conditions are: {', '.join(known) or 'none'}"
             raise InputError(f"a bundle cannot use {extra[0]}; {takes}", where=str(self.bundle.path), hint=_EXTRA)
         given = {name: _array(name, value) for name, value in conditions.items() if value is not None}
+        if EXTRA_CHANNELS in known:  # pipelines put them behind the channels of the image
+            image = self.bundle.sample_shape[0]
+            x, given[EXTRA_CHANNELS] = x[:, :image], x[:, image:]
         t = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
         try:
             found = torch.from_numpy(self._network(t)(x, t, **given))
@@ -188,10 +190,10 @@ class UNet2DConditionStandIn(StandIn):
         conditions = {
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
             **(added_cond_kwargs or {}),
         }
         unsupported = {
-            "timestep_cond": timestep_cond,
             "attention_mask": attention_mask,
             "encoder_attention_mask": encoder_attention_mask,
             "cross_attention_kwargs": cross_attention_kwargs,

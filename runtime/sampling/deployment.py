@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import ScheduleError
 from ..signature import Timestep, whole
 from . import solvers, solvers_pndm, solvers_sigma
+from .config_keys import check_sampler_keys
 from .schedule import Schedule
 from .steps import Solver
 
@@ -64,6 +65,7 @@ class Deployment:
     ) -> Deployment:
         """Return the deployment with the calls of a sampler. Raises ScheduleError if it cannot run on the schedule."""
         _check_choice(sampler, eta, guidance)
+        check_sampler_keys(schedule.reader, sampler)
         calls = _SOLVERS[sampler](schedule, int(steps), float(eta)).calls
         return cls(sampler, int(steps), float(eta), calls, float(guidance))
 

@@ -49,6 +49,34 @@ def doubled_conditions(conditions: Conditions, unconditional: Conditions) -> dic
     return both
 
 
+def not_finite(rows: npt.NDArray[Any]) -> int | None:
+    """Return the first row with NaN or infinite values, or None."""
+    if rows.dtype.kind not in "fc" or bool(np.isfinite(rows).all()):
+        return None
+    return int(np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))[0])
+
+
+def checked_rows(conditions: Conditions, role: str = "condition") -> dict[str, npt.NDArray[Any]]:
+    """Return the conditions as arrays. Raises InputError for arrays without rows and values that are no numbers."""
+    arrays = {name: np.atleast_1d(np.asarray(a)) for name, a in conditions.items()}  # a number is one row
+    for name, array in arrays.items():
+        if not array.size or array.dtype.hasobject:
+            raise InputError(
+                f"{role} {name!r} has shape {list(array.shape)} of {array.dtype}",
+                hint="give numbers [rows, ...]: image i takes row i, and the rows start over after the last one",
+            )
+        if (row := not_finite(array)) is not None:
+            raise InputError(
+                f"{role} {name!r} has NaN or infinite values in row {row}", hint="look at the program that wrote it"
+            )
+    return arrays
+
+
+def rows_in_turn(conditions: Conditions, first: int, n: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the rows of images first .. first + n - 1: image i takes row i, starting over after the last one."""
+    return {name: np.take(a, np.arange(first, first + n) % len(a), axis=0) for name, a in conditions.items()}
+
+
 def doubled(x: Images) -> Images:
     """Return x for both halves, `[2 B, C, H, W]`."""
     return np.concatenate([x, x])

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from ..errors import InputError
-from .guidance import Conditions
+from .guidance import Conditions, checked_rows, rows_in_turn
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingOptions:
     """The choices of `Bundle.sample` by the same names; None stands for the bundle's own.
 
-    `conditions` and `unconditional` map names to arrays `[n, ...]`, or `[1, ...]` for all images.
+    `conditions` and `unconditional` map names to arrays `[rows, ...]`. The images take the rows in turn.
     """
 
     sampler: str | None = None
@@ -31,24 +29,17 @@ class SamplingOptions:
         """Return these options for `n` images, their conditions as arrays. Raises InputError."""
         if n < 1 or self.batch < 1:
             raise InputError(f"{n} images in batches of {self.batch}", hint="ask for at least one of each")
-        return replace(self, conditions=_checked(self.conditions, n), unconditional=_checked(self.unconditional, n))
-
-    def of_images(self, first: int, stop: int) -> SamplingOptions:
-        """Return the options with the condition rows of images first .. stop - 1; `[1, ...]` stays as it is."""
         return replace(
             self,
-            conditions=_sliced(self.conditions, first, stop),
-            unconditional=_sliced(self.unconditional, first, stop),
+            conditions=checked_rows(self.conditions),
+            unconditional=checked_rows(self.unconditional, "unconditional"),
         )
 
-
-def _sliced(conditions: Conditions, first: int, stop: int) -> Conditions:
-    return {name: array if len(array) == 1 else array[first:stop] for name, array in conditions.items()}
-
-
-def _checked(conditions: Conditions, n: int) -> Conditions:
-    arrays = {name: np.atleast_1d(np.asarray(array)) for name, array in conditions.items()}  # a number is one row
-    for name, array in arrays.items():
-        if array.shape[0] not in (1, n):
-            raise InputError(f"condition {name!r} has shape {list(array.shape)}", hint=f"give [{n}, ...] or [1, ...]")
-    return arrays
+    def of_images(self, first: int, stop: int) -> SamplingOptions:
+        """Return the options with the condition rows of images first .. stop - 1."""
+        n = stop - first
+        return replace(
+            self,
+            conditions=rows_in_turn(self.conditions, first, n),
+            unconditional=rows_in_turn(self.unconditional, first, n),
+        )

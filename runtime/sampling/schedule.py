@@ -23,12 +23,16 @@ import numpy.typing as npt
 from ..errors import ScheduleError
 from ..json_text import read_json
 from ..signature import PREDICTIONS, Prediction
-from .betas import alphas_cumprod_of
+from .betas import alphas_cumprod_of, train_timesteps
+from .config_keys import check_keys
 from .scheduler_config import ConfigReader
 
 SPACINGS = ("leading", "trailing", "linspace")
-# "learned" variances need a network with twice the channels, which the samplers here do not read.
-VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+# A network with learned variances predicts them in a second half of its channels, which the import cuts off: every
+# sampler but ddpm does without them.
+LEARNED = ("learned", "learned_range")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", *LEARNED)
+FLOW_PREDICTIONS = ("flow_prediction", "reversed_flow_prediction", "sample")
 # Options of single samplers that are not fields of a Schedule, with the defaults of diffusers.
 SAMPLER_OPTIONS: dict[str, Any] = {
     "use_karras_sigmas": False,
@@ -56,7 +60,15 @@ NAMED_SCHEDULES: dict[str, dict[str, Any]] = {
         "steps_offset": 1,
     },
     "cosine": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"},
+    "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": "flow_prediction"},
 }
+
+
+def is_named(name: str) -> bool:
+    """Return whether this names a built-in schedule, perhaps with a number of timesteps, as in `cosine:60`."""
+    base, colon, count = name.partition(":")
+    digits = count.isascii() and count.isdecimal() and len(count) <= 9
+    return base in NAMED_SCHEDULES and (digits if colon else True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +99,11 @@ class Schedule:
         return self.num_train_timesteps - (0 if self.flow else 1)
 
     @property
+    def alphas_above_zero(self) -> npt.NDArray[np.float64]:
+        """`alphas_cumprod` with 2^-24 in place of a signal of zero at the end, as diffusers has it."""
+        return np.where(self.alphas_cumprod == 0, 2.0**-24, self.alphas_cumprod)
+
+    @property
     def reader(self) -> ConfigReader:
         """The reader of the configuration, for options of a single sampler."""
         return ConfigReader(self.config, "the scheduler configuration")
@@ -101,19 +118,35 @@ class Schedule:
         if self.flow:
             sigma = timestep / self.num_train_timesteps
             return 1 - sigma, sigma
-        ratios = np.sqrt((1 - self.alphas_cumprod) / np.maximum(self.alphas_cumprod, 2.0**-24))
+        bars = self.alphas_above_zero
+        ratios = np.sqrt((1 - bars) / bars)
         ratio = float(np.interp(timestep, np.arange(len(ratios)), ratios))
         return 1 / float(np.hypot(1, ratio)), ratio / float(np.hypot(1, ratio))
 
     @classmethod
     def named(cls, name: str) -> Schedule:
-        """Return a built-in schedule, with 1000 timesteps and epsilon prediction."""
-        if name not in NAMED_SCHEDULES:
+        """Return a built-in schedule with 1000 timesteps and its usual prediction; `cosine:60` has 60 timesteps."""
+        base, colon, count = name.partition(":")
+        if not is_named(name):
             raise ScheduleError(
-                f"no built-in schedule is called {name!r}", hint=f"use one of {', '.join(NAMED_SCHEDULES)}"
+                f"no built-in schedule is called {name!r}",
+                hint=f"use one of {', '.join(NAMED_SCHEDULES)}, perhaps with its timesteps, as in cosine:60",
             )
-        config = {"num_train_timesteps": 1000, "prediction_type": "epsilon", **NAMED_SCHEDULES[name]}
+        train = int(count) if colon else 1000
+        config = {"num_train_timesteps": train, "prediction_type": "epsilon", **NAMED_SCHEDULES[base]}
         return cls.from_config(config, where=f"the built-in schedule {name!r}")
+
+    def predicting(self, prediction: str | None) -> Schedule:
+        """Return this schedule for a network that predicts something else; None changes nothing.
+
+        Raises ScheduleError for a prediction that the schedule does not have.
+        """
+        if prediction is None or prediction == self.prediction:
+            return self
+        if prediction not in PREDICTIONS:
+            raise ScheduleError(f"unknown prediction type {prediction!r}", hint=f"use one of {', '.join(PREDICTIONS)}")
+        config = {**self.config, "prediction_type": prediction}
+        return type(self).from_config(config, where=f"the scheduler configuration, with prediction {prediction}")
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -143,17 +176,18 @@ class Schedule:
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
         read = ConfigReader(config, where)
         if str(config.get("_class_name", "")).startswith("FlowMatch"):
+            check_keys(read)
             return cls._of_flow(read)
-        if not {"beta_schedule", "trained_betas"} & set(config):
+        if not {"beta_schedule", "trained_betas", "alphas_cumprod"} & set(config):
             raise read.refuse(
-                "this is neither a schedule of betas (beta_schedule or trained_betas) nor one of flow matching",
+                "this is neither a schedule of betas (beta_schedule, trained_betas or alphas_cumprod) nor one of flow "
+                "matching",
                 "give the scheduler_config.json of a diffusers scheduler",
             )
+        check_keys(read)
         prediction = read.choice("prediction_type", "epsilon", PREDICTIONS)
-        if read.flag("thresholding", False):
-            raise read.refuse("dynamic thresholding is not supported", "set thresholding to false")
-        if prediction == "flow_prediction":
-            raise read.refuse("flow_prediction needs a schedule of flow matching", "use flow matching's scheduler")
+        if prediction in ("flow_prediction", "reversed_flow_prediction"):
+            raise read.refuse(f"{prediction} needs a schedule of flow matching", "use flow matching's scheduler")
         alphas_cumprod = alphas_cumprod_of(read)
         if alphas_cumprod[-1] == 0.0 and prediction == "epsilon":
             raise read.refuse(
@@ -177,14 +211,10 @@ class Schedule:
 
     @classmethod
     def _of_flow(cls, read: ConfigReader) -> Schedule:
-        for key in ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas"):
-            read.must_be(key, False, False, "flow matching")
-        read.must_be("use_beta_sigmas", False, False, "flow matching")
-        read.must_be("shift_terminal", None, None, "flow matching")
         return cls(
-            num_train_timesteps=read.integer("num_train_timesteps", 1000, smallest=1),
+            num_train_timesteps=train_timesteps(read),
             alphas_cumprod=np.zeros(0),
-            prediction="flow_prediction",
+            prediction=cast(Prediction, read.choice("prediction_type", "flow_prediction", FLOW_PREDICTIONS)),
             clip_sample=False,
             clip_sample_range=1.0,
             timestep_spacing="linspace",

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ..errors import InputError, ScheduleError
 from ..signature import whole
-from .schedule import Schedule
+from .schedule import LEARNED, Schedule
 from .steps import Solver, Step, image_of, noise_of
 
 Timesteps = Sequence[int] | npt.NDArray[np.int64]
@@ -56,6 +56,12 @@ def ddim(schedule: Schedule, timesteps: Timesteps, *, eta: float = 0.0) -> Solve
 def ddpm(schedule: Schedule, timesteps: Timesteps) -> Solver:
     """Ancestral sampling: each step ends where the next one begins, the last one at abar = 1."""
     times = _checked_timesteps(schedule, timesteps)
+    if schedule.variance_type in LEARNED:
+        raise ScheduleError(
+            f"ddpm with variance_type {schedule.variance_type!r} reads a variance that the network predicts, and the "
+            "compiled network keeps the image's channels only",
+            hint="use ddim with eta 1, or set variance_type to fixed_small",
+        )
     steps = []
     for t, end in zip(times, [*times[1:], -1], strict=True):
         bar = float(schedule.alphas_cumprod[t])
@@ -112,10 +118,14 @@ def flow_euler(schedule: Schedule, steps: int) -> Solver:
     ends = [*sigmas[1:].astype(float), 0.0]
     found = []
     for t, sigma, end in zip(times, sigmas.astype(float).tolist(), ends, strict=True):
+        image = image_of(schedule, 1 - sigma, sigma)
         if schedule.option("stochastic_sampling"):
-            found.append(Step(t, 1.0, -sigma, {"image": 1 - end}, sigma=end))
+            found.append(Step(t, *image, {"image": 1 - end}, sigma=end))
+        elif schedule.prediction == "sample":  # velocity = (x - image) / sigma
+            found.append(Step(t, *image, {"x": end / sigma, "image": 1 - end / sigma}))
         else:
-            found.append(Step(t, 1.0, -sigma, {"x": 1.0, "out": end - sigma}))
+            towards_noise = -1.0 if schedule.prediction == "reversed_flow_prediction" else 1.0
+            found.append(Step(t, *image, {"x": 1.0, "out": towards_noise * (end - sigma)}))
     return Solver(tuple(found))
 
 

@@ -80,9 +80,6 @@ def dpmpp_2m(schedule: Schedule, steps: int, *, stochastic: bool = False) -> Sol
     last, are of first order. `stochastic` is the SDE form, with noise at each step."""
     who = "dpmpp-2m-sde" if stochastic else "dpmpp-2m"
     read = schedule.reader
-    read.must_be("solver_type", "midpoint", "midpoint", who)
-    for key in ("use_lu_lambdas", "use_flow_sigmas"):
-        read.must_be(key, False, False, who)
     order = schedule.option("solver_order")
     if order not in (1, 2):
         raise read.refuse(f"{who} with solver_order {order} is not supported", "set solver_order to 2")
@@ -122,17 +119,12 @@ def _grid(schedule: Schedule, steps: int, who: str) -> _Grid:
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise ScheduleError(f"{steps} steps are not possible", hint=f"ask for 1 to {schedule.num_train_timesteps}")
     read = schedule.reader
-    for key in ("use_exponential_sigmas", "use_beta_sigmas"):
-        read.must_be(key, False, False, who)
-    read.must_be("interpolation_type", "linear", "linear", who)
-    read.must_be("timestep_type", "discrete", "discrete", who)
     if who == "euler-ancestral" and schedule.prediction == "sample":
         raise ScheduleError("diffusers has no euler-ancestral for prediction type sample", hint="use euler")
     multistep = who.startswith("dpmpp")
     spacing = read.choice("timestep_spacing", "linspace", SPACINGS)
     times = _multistep_times(schedule, steps, spacing) if multistep else _times(schedule, steps, spacing)
-    # A schedule without signal at its end has no sigma there; 2^-24 is what diffusers puts in place of it.
-    bars = np.maximum(schedule.alphas_cumprod, 2.0**-24)
+    bars = schedule.alphas_above_zero
     known = np.sqrt((1 - bars) / bars)
     sigmas = np.interp(times, np.arange(len(known)), known)
     if schedule.option("use_karras_sigmas") and who != "euler-ancestral":
@@ -163,7 +155,7 @@ def _times(schedule: Schedule, steps: int, spacing: str) -> Doubles:
 
 def _multistep_times(schedule: Schedule, steps: int, spacing: str) -> Doubles:
     train = schedule.num_train_timesteps
-    bars = np.maximum(schedule.alphas_cumprod, 2.0**-24)
+    bars = schedule.alphas_above_zero
     lambdas = np.log(np.sqrt(bars)) - np.log(np.sqrt(1 - bars))
     last = train - int(np.searchsorted(lambdas[::-1], float(schedule.option("lambda_min_clipped"))))
     if spacing == "linspace":

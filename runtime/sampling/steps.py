@@ -126,6 +126,8 @@ def image_of(schedule: Schedule, alpha: float, sigma: float) -> tuple[float, flo
         return alpha, -sigma
     if kind == "flow_prediction":
         return 1.0, -sigma
+    if kind == "reversed_flow_prediction":
+        return 1.0, sigma
     return 0.0, 1.0
 
 
@@ -138,4 +140,6 @@ def noise_of(schedule: Schedule, alpha: float, sigma: float) -> tuple[float, flo
         return sigma, alpha
     if kind == "flow_prediction":
         return 1.0, alpha
+    if kind == "reversed_flow_prediction":
+        return 1.0, -alpha
     return 1 / sigma, -alpha / sigma

@@ -486,9 +486,11 @@ class TestOutput:
         before = files(old.path)
         old.path.rename(leave_stage(tmp_path / "b") / OLD)
 
-        source = write(hand_written(context="context"), tmp_path / "m.onnx")
-        with pytest.raises(ConditionError):
-            compile_model(source, tmp_path / "b", force=True, **SMALL)
+        broken = hand_written()
+        weight = next(t for t in broken.graph.initializer if t.name == "first.w")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(np.nan), "first.w"))
+        with pytest.raises(ModelError, match="NaN"):
+            compile_model(write(broken, tmp_path / "m.onnx"), tmp_path / "b", force=True, **SMALL)
 
         same(before, files(tmp_path / "b"))
         assert hidden(tmp_path) == []

@@ -19,12 +19,12 @@ from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
 from mezzotint.passes.allocate_steps import AllocateSteps
 from mezzotint.runtime.compare import psnr_db
-from mezzotint.runtime.errors import ScheduleError
+from mezzotint.runtime.errors import CompileWarning, ScheduleError
 from mezzotint.runtime.sampling.deployment import SAMPLERS
 from mezzotint.runtime.sampling.samplers import initial_noise, sample, seeded_noise
 from mezzotint.runtime.sampling.schedule import Schedule
-from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.session import Denoiser, open_session
+from mezzotint.runtime.signature import Images, Timestep, TimestepUnit
 from tests.helpers.models import SMALL, THREADS, Compiled, hand_written, small_unet, write
 from tests.helpers.tiny import tiny_program
 
@@ -55,7 +55,9 @@ def compiled(
     source: Path | torch.nn.Module, target: Path, case: tuple[str, dict[str, Any], int], recipe: str, **more: Any
 ) -> Bundle:
     sampler, config, steps = case
-    options = {**SMALL, "scheduler": Schedule.from_config(config), "sampler": sampler, "steps": steps}
+    options: dict[str, Any] = {**SMALL, "scheduler": Schedule.from_config(config), "sampler": sampler, "steps": steps}
+    if config is FLOW and isinstance(source, Path):  # else a warning says that steps are assumed
+        options["timestep_unit"] = "steps"
     return compile_model(source, target, recipe=recipe, **{**options, **more})
 
 
@@ -115,6 +117,25 @@ def test_frozen_tables_hit_the_right_rows(
     assert bundle.manifest.deployment.calls == deployment.calls
     check_exact(bundle, float_time)
     assert open_bundle(bundle.path).deployment == deployment
+
+
+@pytest.mark.parametrize("unit", ["fraction", "reversed_fraction"])
+def test_the_unit_of_a_timestep_is_that_of_the_network(float_time: Path, tmp_path: Path, unit: TimestepUnit) -> None:
+    """The file takes what the float network takes, also where tables are looked up by it."""
+    bundle = compiled(float_time, tmp_path / "b", CASES[-1], "float", timestep_unit=unit)
+    assert bundle.deployed_timesteps == tuple(sorted(bundle.deployment.timesteps))
+    assert open_bundle(bundle.path).signature.timestep_unit == unit
+    check_exact(bundle, float_time)
+    noise, t = initial_noise(0, (2, *bundle.sample_shape)), bundle.deployment.calls[1]
+    seen = t / 1000 if unit == "fraction" else 1 - t / 1000
+    [want] = open_session(float_time).run(None, {"x": noise, "t": np.full(2, seen, np.float32)})
+    np.testing.assert_allclose(bundle.denoiser(1)(noise, t), want, atol=EXACT)
+
+
+def test_a_flow_network_of_unknown_unit_is_compiled_with_a_warning(float_time: Path, tmp_path: Path) -> None:
+    with pytest.warns(CompileWarning, match="--timestep-unit fraction"):
+        bundle = compiled(float_time, tmp_path / "b", CASES[-1], "float", timestep_unit=None)
+    assert bundle.signature.timestep_unit == "steps"
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (2, 3, 6, 10, 12)], ids=lambda case: f"{case[0]}-{case[2]}")

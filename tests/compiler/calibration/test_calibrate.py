@@ -16,12 +16,13 @@ from mezzotint.compiler.calibration.calibrate import LockStep, batch_spans, foll
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ConditionError, ModelError
-from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise, run_solver
 from mezzotint.runtime.sampling.schedule import Schedule
-from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.session import open_session
+from mezzotint.runtime.signature import EXTRA_CHANNELS, Images, Timestep
 from tests.helpers.models import SMALL, hand_written, write
 from tests.helpers.tiny import program_of, tiny_program
 
@@ -159,7 +160,7 @@ def test_refused_guidance(context: Context) -> None:
         LockStep(program, replace(five, unconditional={}))
     with pytest.raises(ConditionError, match="no condition 'other'"):
         LockStep(program, replace(five, unconditional={"other": EMPTY_ROW}))
-    with pytest.raises(InputError, match=r"unconditional 'prompt' has shape \[1, 3\]"):
+    with pytest.raises(ConditionError, match=r"unconditional data for 'prompt' has the shape \[1, 3\]"):
         in_turn(program, replace(five, unconditional={"prompt": np.zeros((1, 3), np.float32)}))
     plain = tiny_program()
     guided = replace(plain, deployment=replace(plain.deployment, guidance=2.0))
@@ -190,10 +191,10 @@ def test_a_model_that_predicts_other_channels_is_refused(
     assert drive(tiny, context)
     with pytest.raises(ModelError, match=f"takes {2 * channels + 1} channels and predicts {channels}") as caught:
         drive(inpainting, context)
-    assert "--recipe float" in (caught.value.hint or "")
+    assert "--channels" in (caught.value.hint or "")
 
 
-def test_such_a_model_compiles_without_calibration(tmp_path: Path) -> None:
+def test_extra_channels_are_a_condition(tmp_path: Path) -> None:
     proto = hand_written()
     first = next(t for t in proto.graph.initializer if t.name == "first.w")
     wider = np.repeat(numpy_helper.to_array(first), 3, axis=1)
@@ -201,9 +202,15 @@ def test_such_a_model_compiles_without_calibration(tmp_path: Path) -> None:
     proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 3
     source = write(proto, tmp_path / "inpainting.onnx")
 
-    bundle = compile_model(source, tmp_path / "float", recipe="float", **SMALL)
+    with pytest.raises(ConditionError, match="condition 'extra_channels'"):
+        compile_model(source, tmp_path / "b", recipe="w8a8", **SMALL)
+    extra = np.random.default_rng(0).standard_normal((3, 2, 8, 8)).astype(np.float32)
+    bundle = compile_model(source, tmp_path / "b", recipe="w8a8", conditions={EXTRA_CHANNELS: extra}, **SMALL)
 
-    x = np.ones((2, 3, 8, 8), np.float32)
-    assert bundle.denoiser(1)(x, bundle.deployment.timesteps[0]).shape == (2, 1, 8, 8)
-    with pytest.raises(ModelError, match="takes 3 channels and predicts 1"):
-        compile_model(source, tmp_path / "w8a8", recipe="w8a8", **SMALL)
+    assert (bundle.signature.conditions, bundle.sample_shape) == ((EXTRA_CHANNELS,), (1, 8, 8))
+    x, t = np.ones((3, 1, 8, 8), np.float32), bundle.deployment.timesteps[0]
+    [want] = open_session(source).run(None, {"x": np.concatenate([x, extra], axis=1), "t": np.full(3, t)})
+    got = bundle.denoiser(1)(x, t, extra_channels=extra)
+    assert sqnr_db(want, got) > 20
+    assert sqnr_db(want, bundle.denoiser(1)(x, t, extra_channels=-extra)) < 20
+    assert bundle.sample(2, conditions={EXTRA_CHANNELS: extra}).shape == (2, 1, 8, 8)

@@ -183,11 +183,11 @@ def test_inputs_that_we_do_not_know_are_refused(
     assert ".onnx" in (caught.value.hint or "")
 
 
-def exporting(graph: Path, change: Callable[[ir.Model], None]) -> Callable[..., tuple[ir.Model, str]]:
+def exporting(graph: Path, change: Callable[[ir.Model], None]) -> Callable[..., tuple[ir.Model, str, list[str]]]:
     """An exporter that makes this graph, with something done to it."""
     model = ir.load(graph)
     change(model)
-    return lambda denoiser, example: (model, "")
+    return lambda denoiser, example: (model, "", [])
 
 
 def test_an_export_that_agrees_is_accepted(unet: Compiled, load: Import, monkeypatch: pytest.MonkeyPatch) -> None:

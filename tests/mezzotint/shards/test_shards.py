@@ -155,11 +155,11 @@ class TestPictures:
         assert set(alone) == {RUN, "shard_00001.npz"}
         assert alone.items() <= whole.items()
 
-    @pytest.mark.parametrize("given", [contexts(3), np.float32(0), np.array([[{}]] * N)], ids=["few", "0-d", "objects"])
+    @pytest.mark.parametrize("given", [contexts(0), np.array([[{}]] * N)], ids=["none", "objects"])
     def test_conditions_that_do_not_fit(self, conditioned: Bundle, tmp_path: Path, given: Any) -> None:
         with pytest.raises(InputError, match="conditions 'context' has shape") as caught:
             sample_to_folder(conditioned, tmp_path / "f", N, conditions={"context": given}, **OPTIONS)
-        assert "[10, ...] or [1, ...]" in (caught.value.hint or "")
+        assert "image i takes row i" in (caught.value.hint or "")
         assert not (tmp_path / "f").exists()
 
 

@@ -103,8 +103,14 @@ def test_conditions_follow_their_images(
     same = bundle.sample(5, conditions={"context": context[:1]}, batch=2)
     check_images(same, bundle.sample(5, conditions={"context": np.repeat(context[:1], 5, axis=0)}))
     assert not np.allclose(same, whole)
-    with pytest.raises(InputError, match=r"condition 'context' has shape \[3, 4\]"):
-        bundle.sample(5, conditions={"context": context[:3]})
+    in_turn = bundle.sample(5, conditions={"context": context[[0, 1, 2, 0, 1]]}, batch=5)
+    check_images(bundle.sample(5, conditions={"context": context[:3]}, batch=2), in_turn)
+    for broken, complaint in (
+        (context[:0], r"condition 'context' has shape \[0, 4\]"),
+        (context * np.float32("nan"), "NaN or infinite values in row 0"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            bundle.sample(5, conditions={"context": broken})
     with pytest.raises(InputError, match="conditions"):
         bundle.sample(5)
 

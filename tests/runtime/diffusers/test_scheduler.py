@@ -458,7 +458,7 @@ class TestCorrect:
         assert caught.value.hint
 
     def test_a_configuration_that_is_not_understood(self, noisy: Bundle) -> None:
-        with pytest.raises(ScheduleError, match="dynamic thresholding"):
+        with pytest.raises(ScheduleError, match="thresholding True is not supported"):
             correct(DDIMScheduler(**LINEAR, thresholding=True), noisy)
 
     def test_the_bundles_own_configuration_is_accepted(self, tmp_path: Path) -> None:
@@ -908,7 +908,7 @@ class TestAttach:
             (EulerDiscreteScheduler, "not for euler"),
             (UniPCMultistepScheduler, "no counterpart"),
             (lambda **config: DDIMScheduler(**{**config, "beta_end": 0.013}), "configuration is another"),
-            (lambda **config: DDIMScheduler(**config, thresholding=True), "dynamic thresholding"),
+            (lambda **config: DDIMScheduler(**config, thresholding=True), "thresholding True is not supported"),
         ],
     )
     def test_another_scheduler(self, stable: Stable, scheduler: Any, complaint: str) -> None:

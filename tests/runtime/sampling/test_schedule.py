@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from mezzotint.runtime.errors import ScheduleError
 from mezzotint.runtime.sampling.deployment import Deployment, usual_sampler
+from mezzotint.runtime.sampling.samplers import initial_noise, sample
 from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, SAMPLER_OPTIONS, Schedule
+from mezzotint.runtime.signature import Images, Predict, Timestep
 
 BETAS = [0.01, 0.02, 0.05, 0.2]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -89,8 +91,13 @@ def test_impossible_numbers_of_steps(steps: int) -> None:
         ({"prediction_type": "noise"}, "unknown prediction_type"),
         ({"prediction_type": "flow_prediction"}, "needs a schedule of flow matching"),
         ({"timestep_spacing": "random"}, "unknown timestep_spacing"),
-        ({"variance_type": "learned_range"}, "unknown variance_type"),
-        ({"thresholding": True}, "dynamic thresholding"),
+        ({"variance_type": "learned_by_heart"}, "unknown variance_type"),
+        ({"thresholding": True}, "thresholding True is not supported"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ({"snr_shift_scale": 3.0}, "snr_shift_scale 3.0"),
+        ({"sigma_data": 0.5}, "the key 'sigma_data' is not known"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000"),
+        ({"alphas_cumprod": [0.9, 0.5]}, "alphas_cumprod and beta_schedule both"),
         ({"rescale_betas_zero_snr": True}, "no signal"),
         ({"trained_betas": BETAS}, r"shape \[4\], num_train_timesteps is 1000"),
         ({"trained_betas": ["a"], "num_train_timesteps": 1}, "not numbers"),
@@ -113,6 +120,64 @@ def test_refused_configurations(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError, match=message) as caught:
         Schedule.from_config({"beta_schedule": "linear", **change}, where="somewhere.json")
     assert caught.value.where == "somewhere.json"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.5, 0.9], "does not fall"),
+        ([0.9, -0.1], "does not fall"),
+        ([0.9, float("nan")], "does not fall"),
+        ([[0.9]], r"shape \[1, 1\]"),
+        ([], r"shape \[0\]"),
+        ("all", "not numbers"),
+    ],
+)
+def test_refused_alphas(values: Any, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.from_config({"alphas_cumprod": values})
+
+
+def test_alphas_alone_are_a_schedule(tmp_path: Path) -> None:
+    """The samplers do the same with the products of the betas as with the betas."""
+    known = Schedule.named("cosine:60")
+    assert (known.num_train_timesteps, len(known.alphas_cumprod)) == (60, 60)
+    config = {key: value for key, value in known.config.items() if key != "beta_schedule"}
+    given = Schedule.from_config(
+        {**config, "num_train_timesteps": None, "alphas_cumprod": known.alphas_cumprod.tolist()}
+    )
+    assert given == known
+    assert usual_sampler(given) == "ddim" and Schedule.named("flow:500").last_timestep == 500
+    for name in ("cosine:0", "cosine:-1", "cosine:", "cosine:x", "cosine:6_0", "cosine:9999999999", "sine:60"):
+        with pytest.raises(ScheduleError):
+            Schedule.named(name)
+
+
+@pytest.mark.parametrize("name", ["sd", "flow"])
+def test_the_prediction_of_a_network_changes_the_samplers(name: str) -> None:
+    """A network that predicts the image gives the same picture as one that predicts the same by noise or velocity."""
+    schedule = Schedule.named(name)
+    noise = initial_noise(1, (1, 2, 4, 4))
+
+    def image(x: Images, t: Timestep) -> Images:
+        return np.tanh(x + np.float32(t / 500)).astype(np.float32)
+
+    def own(x: Images, t: Timestep) -> Images:
+        share, sigma = schedule.levels(t)
+        pure = (x - share * image(x, t)) / sigma
+        return np.asarray(pure if name == "sd" else pure - image(x, t), np.float32)
+
+    def drawn(kind: str | None, network: Predict) -> Images:
+        other = schedule.predicting(kind)
+        return sample(network, noise, other, Deployment.of(other, usual_sampler(other), 9))
+
+    want = drawn(None, own)
+    np.testing.assert_allclose(drawn("sample", image), want, atol=1e-4)
+    if name == "flow":
+        np.testing.assert_allclose(drawn("reversed_flow_prediction", lambda x, t: -own(x, t)), want, atol=1e-4)
+    with pytest.raises(ScheduleError, match="prediction"):
+        schedule.predicting("flow_prediction" if name == "sd" else "epsilon")
+    assert not np.allclose(drawn("sample", own), want, atol=1e-2)
 
 
 def test_without_betas() -> None:

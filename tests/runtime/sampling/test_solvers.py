@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from diffusers import (
 )
 
 from mezzotint.runtime.errors import InputError, ScheduleError
+from mezzotint.runtime.sampling.config_keys import FOLLOWED, HARMLESS, ONLY, SAMPLER_ONLY
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
 from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise, run_solver, sample
 from mezzotint.runtime.sampling.schedule import Schedule
@@ -252,3 +255,99 @@ def test_a_deployment_on_another_schedule_is_refused() -> None:
     other = Schedule.from_config({**SD, "timestep_spacing": "leading"})
     with pytest.raises(ScheduleError, match="other network calls on this schedule"):
         deployment.solver(other)
+
+
+OTHER_VALUES: dict[str, tuple[Any, ...]] = {
+    "num_train_timesteps": (400,),
+    "beta_start": (0.001,),
+    "beta_end": (0.015,),
+    "beta_schedule": ("squaredcos_cap_v2", "linear", "sigmoid"),
+    "trained_betas": (np.linspace(1e-4, 0.03, 1000).tolist(),),
+    "clip_sample": (True,),
+    "clip_sample_range": (0.5,),
+    "set_alpha_to_one": (False, True),
+    "steps_offset": (1,),
+    "prediction_type": ("v_prediction", "sample", "flow_prediction"),
+    "thresholding": (True,),
+    "dynamic_thresholding_ratio": (0.9,),
+    "sample_max_value": (0.5,),
+    "timestep_spacing": ("trailing", "leading", "linspace"),
+    "rescale_betas_zero_snr": (True,),
+    "variance_type": ("fixed_large", "fixed_large_log", "fixed_small_log", "learned_range"),
+    "interpolation_type": ("log_linear",),
+    "use_karras_sigmas": (True,),
+    "use_exponential_sigmas": (True,),
+    "use_beta_sigmas": (True,),
+    "use_lu_lambdas": (True,),
+    "use_flow_sigmas": (True,),
+    "flow_shift": (3.0,),
+    "sigma_min": (0.05,),
+    "sigma_max": (9.0,),
+    "timestep_type": ("continuous",),
+    "final_sigmas_type": ("sigma_min",),
+    "solver_order": (1, 3),
+    "algorithm_type": ("dpmsolver", "sde-dpmsolver"),
+    "solver_type": ("heun",),
+    "lower_order_final": (False,),
+    "euler_at_final": (True,),
+    "lambda_min_clipped": (-5.1,),
+    "use_dynamic_shifting": (True,),
+    "time_shift_type": ("linear",),
+    "skip_prk_steps": (True,),
+    "original_inference_steps": (25,),
+    "timestep_scaling": (4.0,),
+    "shift": (3.0,),
+    "base_shift": (0.7,),
+    "max_shift": (2.0,),
+    "base_image_seq_len": (64,),
+    "max_image_seq_len": (512,),
+    "invert_sigmas": (True,),
+    "shift_terminal": (0.1,),
+    "stochastic_sampling": (True,),
+}
+"""Every key of the schedulers that are followed, with values that are not the usual ones."""
+CONTEXTS: tuple[dict[str, Any], ...] = ({}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"})
+"""Some keys are read only beside others."""
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_key_of_a_scheduler_is_followed_or_refused(sampler: str) -> None:
+    """No key is ignored: the images are those of diffusers with the same configuration, or there is an error."""
+    kind, options = SCHEDULERS[sampler]
+    keys = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    assert not set(keys) - OTHER_VALUES.keys(), "a key that diffusers added: is it followed?"
+    followed, ignored = set(), []
+    for context in CONTEXTS:
+        for key in keys:
+            for value in OTHER_VALUES[key]:
+                config = {**({} if sampler == "flow-euler" else SD), **options, **context, key: value}
+                if not set(context) <= set(keys):
+                    continue
+                try:
+                    calls, found = ours(sampler, config, 9, 0.0)
+                except ScheduleError as error:
+                    assert error.what
+                    continue
+                try:
+                    times, expected = theirs(sampler, config, 9, 0.0)
+                except (NotImplementedError, ValueError, IndexError):
+                    continue  # diffusers has no such combination
+                # The cosine schedule begins at sigma 20000, where diffusers loses digits of v in float32.
+                near = 100 * TOLERANCE if value == "squaredcos_cap_v2" else TOLERANCE
+                pairs = zip(found, expected, strict=True)
+                near_all = all(np.abs(a - b).max() < near * np.abs(b).max() for a, b in pairs)
+                if not near_all or not np.allclose(calls, times, rtol=1e-6, atol=1e-4):
+                    ignored.append((context, key, value))
+                followed.add(key)
+    assert not ignored
+    assert len(followed) > 0.6 * len(keys) if sampler != "flow-euler" else followed >= {"shift", "stochastic_sampling"}
+
+
+@pytest.mark.parametrize("name", [name for name in dir(diffusers) if name.endswith("Scheduler")])
+def test_keys_of_all_schedulers_of_diffusers_are_sorted(name: str) -> None:
+    """A configuration that any scheduler with betas or flow matching wrote has no key that is unknown here."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    if not name.startswith("FlowMatch") and "beta_schedule" not in parameters:
+        pytest.skip("neither betas nor flow matching")
+    unknown = set(parameters) - FOLLOWED - HARMLESS - ONLY.keys() - SAMPLER_ONLY.keys() - {"self", "args", "kwargs"}
+    assert not unknown

@@ -1,0 +1,95 @@
+"""The rows of conditions that a compilation is given, against the inputs of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from mezzotint.runtime import streams
+from mezzotint.runtime.arrays import AnyArray
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.guidance import Conditions, not_finite
+from mezzotint.runtime.signature import EXTRA_CHANNELS
+
+from ..errors import ConditionError
+
+ConditionInputs = Mapping[str, ir.Value]
+"""The model's conditions by name, with types and shapes."""
+OPEN_TOKENS = 77  # tokens of a prompt of CLIP, for random conditions of an open length
+
+
+def check_rows(inputs: ConditionInputs, deployment: Deployment, rows: Conditions, unconditional: Conditions) -> None:
+    """Raise ConditionError when conditions or unconditional rows are missing, or do not fit the model's inputs."""
+    for name, value in inputs.items():
+        if name not in rows:
+            raise ConditionError(
+                f"the model has a condition {name!r} ({value.dtype}{value.shape}), and no data to calibrate it on",
+                where=f"input {name}",
+                hint="give --conditions FILE.npz with an array of that name, [rows, ...]; or --conditions random",
+            )
+        _check_array(name, value, rows[name], "")
+    if deployment.guided and not inputs:
+        raise ConditionError("guidance is for models with a condition", hint="leave out --guidance")
+    if deployment.guided and not unconditional:
+        raise ConditionError(
+            f"guidance {deployment.guidance:g} needs unconditional rows (the empty prompt, the null class)",
+            hint="give --unconditional FILE.npz with one row for each condition that differs",
+        )
+    for arrays, option in ((unconditional, "--unconditional"), (rows, "--conditions")):
+        if extra := set(arrays) - set(inputs):
+            raise ConditionError(
+                f"the model has no condition {sorted(extra)[0]!r}",
+                where=option,
+                hint=f"its conditions are: {', '.join(inputs) or 'none'}",
+            )
+    for name, array in unconditional.items():
+        _check_array(name, inputs[name], array, "unconditional ")
+
+
+def _check_array(name: str, value: ir.Value, rows: AnyArray, which: str) -> None:
+    if value.dtype is not None and rows.dtype != value.dtype.numpy():
+        raise ConditionError(
+            f"the {which}data for {name!r} is {rows.dtype}; the model wants {value.dtype.numpy()}",
+            where=f"input {name}",
+            hint=f"convert it: array.astype(numpy.{value.dtype.numpy()})",
+        )
+    fixed = [] if value.shape is None else list(value.shape)[1:]
+    fits = rows.ndim == len(fixed) + 1 and all(
+        not isinstance(size, int) or size == actual for size, actual in zip(fixed, rows.shape[1:], strict=False)
+    )
+    if not fits or not rows.size:
+        raise ConditionError(
+            f"the {which}data for {name!r} has the shape {list(rows.shape)}; the model wants {value.shape}",
+            where=f"input {name}",
+            hint="the first dimension counts rows, the others must be the model's",
+        )
+    if (row := not_finite(rows)) is not None:
+        raise ConditionError(
+            f"the {which}data for {name!r} has NaN or infinite values in row {row}",
+            where=f"input {name}",
+            hint="look at the program that wrote it",
+        )
+
+
+def random_rows(inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: int) -> Conditions:
+    """Return standard normal rows for every float condition: enough for speed and size, not for quality.
+
+    A condition that the model declares with one row, or as a number, gets one row. Open dimensions are OPEN_TOKENS;
+    extra channels have the height and width of the sample, whose shape is `shape`. Raises ConditionError for integer
+    conditions (class labels), whose range is unknown.
+    """
+    rng = streams.CONDITIONS.generator(seed)
+    conditions: dict[str, AnyArray] = {}
+    for name, value in inputs.items():
+        if value.dtype is None or value.shape is None or not value.dtype.is_floating_point():
+            raise ConditionError(
+                f"no random values can be drawn for the condition {name!r} ({value.dtype}{value.shape})",
+                hint="give --conditions FILE.npz with real ones",
+            )
+        first, *rest = list(value.shape) or [1]
+        if name == EXTRA_CHANNELS:
+            rest = [rest[0], *shape[1:]]
+        sizes = [1 if first == 1 else rows, *(size if isinstance(size, int) else OPEN_TOKENS for size in rest)]
+        conditions[name] = rng.standard_normal(sizes).astype(value.dtype.numpy())
+    return conditions

@@ -1,0 +1,46 @@
+"""What a lowering cannot express: tables that only other lowerings have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..core.program import Lowering
+from ..errors import RecipeError
+
+
+def check_passes(lowering: Lowering, options: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Raise RecipeError for passes, by name with their options, whose tables the lowering does not have."""
+    timed = [name for name in ("step_scales", "fold_time") if name in options]
+    check_tables(
+        lowering,
+        scales="step_scales" in timed,
+        biases="fold_time" in timed,
+        channels="channel_scales" in options,
+        zero_points=options.get("step_scales", {}).get("zero_point") == "table",
+        where=where,
+    )
+
+
+def check_tables(
+    lowering: Lowering, *, scales: bool, biases: bool, channels: bool, zero_points: bool, where: str
+) -> None:
+    """Raise RecipeError for tables over the timestep, of scales, biases or zero points, and for scales by channel."""
+    if lowering == "qdq" and (scales or biases):
+        raise RecipeError(
+            f"{'biases' if biases else 'scales'} that depend on the timestep need the integer or the premul lowering",
+            where=where,
+            hint="set insert_qdq.lowering to integer, or leave out fold_time and step_scales",
+        )
+    if lowering != "integer" and channels:
+        raise RecipeError(
+            f"scales for each channel of an activation need the integer lowering; {lowering} has none",
+            where=where,
+            hint="leave out channel_scales, as the recipe w8a8-premul does",
+        )
+    if lowering == "premul" and zero_points:
+        raise RecipeError(
+            "zero points that depend on the timestep need the integer lowering: premul has constant ones",
+            where=where,
+            hint="give all rows one zero point: --set step_scales.zero_point=constant",
+        )

@@ -1,0 +1,192 @@
+"""Everything about a compilation that can be known without running the model, or loading torch.
+
+`compile` and `compile --dry-run` both begin here, so the same input is refused by both, with the same error, before any
+work is done.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mezzotint.compiler.bundle.staging import check_target, check_target_file
+from mezzotint.compiler.calibration.conditions import check_rows, random_rows
+from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.compiler.errors import ModelError
+from mezzotint.compiler.frontend.channels import network_channels
+from mezzotint.compiler.frontend.conventions import known_prediction, known_unit
+from mezzotint.compiler.frontend.from_onnx import load_onnx, settle_inputs
+from mezzotint.compiler.frontend.network_inputs import Input, network_inputs
+from mezzotint.compiler.frontend.roles import infer_signature
+from mezzotint.runtime.bundle.model_config import CLASS
+from mezzotint.runtime.errors import CompileWarning
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
+from mezzotint.runtime.streams import SeedOffset
+
+from .io.settings import load_conditions
+from .io.sources import CONFIG_FILE, FolderSource, ModelSource, OnnxSource, resolve
+from .options import RANDOM, CompileOptions, ImportRoles
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from .io.sources import Model
+    from .options import ConditionSource
+
+MODEL_INDEX = "model_index.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A compilation whose options, model and data fit together.
+
+    `source` has the schedule for what the network predicts. `signature` and `shape` are what the import will find.
+    `conditions` and `unconditional` are None where random ones are asked for. `sizes` are known sizes of conditions.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    deployment: Deployment
+    roles: ImportRoles
+    signature: Signature
+    shape: tuple[int, int, int]
+    conditions: Conditions | None
+    unconditional: Conditions | None
+    sizes: Mapping[str, tuple[int, ...]]
+
+
+def prepare(model: Model, target: Path, options: CompileOptions) -> Prepared:
+    """Return a compilation that can begin. Raises every error that the options, the model's files and the data have."""
+    conditions, unconditional = (
+        _read(of) for of in (options.calibration.conditions, options.calibration.unconditional)
+    )
+    recipe = options.recipe.chosen()
+    source = resolve(model, options.deployment.scheduler)
+    roles = options.roles
+    config = source.config if isinstance(source, OnnxSource) else None
+    schedule = source.schedule.predicting(roles.prediction or known_prediction(config, source.schedule))
+    source = replace(source, schedule=schedule)
+    deployment = options.deployment.on(schedule)
+    recipe.check(deployment)
+    check_target(target, force=options.output.force)
+    if options.output.export is not None:
+        check_target_file(Path(options.output.export), force=options.output.force)
+    sizes = {
+        **pipeline_sizes(source),
+        **{name: rows.shape[1:] for name, rows in (conditions or {}).items() if rows.ndim},
+    }
+    if isinstance(source, OnnxSource):
+        unit = roles.timestep_unit or known_unit(config, schedule)
+        roles = replace(roles, timestep_unit=unit or "steps")
+        signature, shape, inputs = _onnx_inputs(source, roles, deployment, unit is None)
+    else:
+        if roles.named:
+            raise ModelError(
+                "roles of inputs and outputs are for ONNX files",
+                hint="a diffusers model knows its own; leave them out",
+            )
+        signature, shape, inputs = _torch_inputs(source, roles, sizes)
+    check_rows(
+        inputs,
+        deployment,
+        random_rows(inputs, shape, 1, 0) if conditions is None else conditions,
+        random_rows(inputs, shape, 1, 0) if unconditional is None else unconditional,
+    )
+    return Prepared(recipe, source, deployment, roles, signature, shape, conditions, unconditional, sizes)
+
+
+def calibration_rows(prepared: Prepared, inputs: Mapping[str, ir.Value], samples: int, seed: int) -> list[Conditions]:
+    """Return (conditions, unconditional) for the inputs of the imported model, random where they were asked for."""
+    unconditional_seed = SeedOffset.UNCONDITIONAL.after(seed)
+    return [
+        random_rows(inputs, prepared.shape, rows, start) if arrays is None else arrays
+        for arrays, rows, start in (
+            (prepared.conditions, samples, seed),
+            (prepared.unconditional, 1, unconditional_seed),
+        )
+    ]
+
+
+def _onnx_inputs(
+    source: OnnxSource, roles: ImportRoles, deployment: Deployment, assumed: bool
+) -> tuple[Signature, tuple[int, int, int], dict[str, ir.Value]]:
+    where, schedule = str(source.path), source.schedule
+    model = load_onnx(source.path)
+    signature = infer_signature(
+        model.graph,
+        inputs=roles.inputs,
+        output=roles.output_name,
+        prediction=schedule.prediction,
+        timestep_unit=roles.timestep_unit or "steps",
+        num_train_timesteps=schedule.num_train_timesteps,
+        where=where,
+    )
+    signature, shape = settle_inputs(model, signature, schedule, deployment, roles.channels, roles.size, where)
+    by_name = {value.name: value for value in model.graph.inputs}
+    time = by_name[signature.timestep].dtype
+    if schedule.flow and assumed and time is not None and time.is_floating_point():
+        warnings.warn(
+            f"{where}: nothing says what the timestep of this flow network counts, and 0 to "
+            f"{schedule.num_train_timesteps} is assumed; for one that takes 0 to 1 say --timestep-unit fraction",
+            CompileWarning,
+            stacklevel=2,
+        )
+    return signature, shape, {name: by_name[name] for name in signature.conditions}
+
+
+def _torch_inputs(
+    source: ModelSource, roles: ImportRoles, sizes: Mapping[str, tuple[int, ...]]
+) -> tuple[Signature, tuple[int, int, int], dict[str, ir.Value]]:
+    if isinstance(source, FolderSource):
+        where = str(source.path / CONFIG_FILE)
+        config = _json(source.path / CONFIG_FILE)
+        name = str(config.get(CLASS))
+    else:
+        module: Any = source.module  # type: ignore[union-attr]
+        where, name, config = source.name, type(module).__name__, getattr(module, "config", {})
+    known = network_inputs(name, config, roles.size, sizes, where)
+    image = known.kept or network_channels(known.shape[0], known.predicted, source.schedule, where=where).image
+    inputs = {condition: value.value(condition) for condition, value in known.conditions.items()}
+    if extra := known.shape[0] - image:
+        inputs[EXTRA_CHANNELS] = Input((extra, *known.shape[1:])).value(EXTRA_CHANNELS)
+    signature = Signature(known.sample, "timestep", "out_sample", tuple(inputs), source.schedule.prediction)
+    return signature, (image, *known.shape[1:]), inputs
+
+
+def pipeline_sizes(source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of conditions that the pipeline around a model's folder says: SDXL's refiner has 5 time ids."""
+    if not isinstance(source, FolderSource):
+        return {}
+    index = source.path.parent / MODEL_INDEX
+    if not index.is_file():
+        return {}
+    return {"time_ids": (5,)} if _json(index).get("requires_aesthetics_score") is True else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"cannot read the model's configuration: {error}", where=str(file), hint="download the model again"
+        ) from error
+    if not isinstance(data, dict):
+        raise ModelError("the model's configuration is no JSON object", where=str(file), hint="download it again")
+    return data
+
+
+def _read(conditions: ConditionSource) -> Conditions | None:
+    """Return the arrays of an .npz file or of a mapping; None for RANDOM ones. Raises ConditionError."""
+    if isinstance(conditions, (str, Path)):
+        if str(conditions) == RANDOM:
+            return None
+        conditions = load_conditions(Path(conditions))
+    return {name: np.atleast_1d(np.asarray(array)) for name, array in (conditions or {}).items()}  # a number is one row
