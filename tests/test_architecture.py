@@ -93,6 +93,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/core/memory.py": {"psutil"},
     "compiler/stages.py": {"psutil"},
     "compiler/bundle/card.py": {"yaml"},
+    "compiler/yaml_text.py": {"yaml"},
     "passes/recipes/files.py": {"pydantic", "yaml"},
 }
 

@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mezzotint.compiler.yaml_text import parse_yaml
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import read_text
 
 from .sources import DIGITS, NETWORKS
 
 INHERITED = ("license", "license_name", "license_link", "pipeline_tag")
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")
+_MODEL = re.compile(r"[\w.-]{1,100}(/[\w.-]{1,100})?")
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
@@ -64,8 +64,8 @@ def _own_fields(model: str | Path) -> dict[str, str]:
 def front_matter(file: Path) -> dict[str, Any]:
     """Return the YAML between the two lines `---` at the top of a file, empty if it is missing or unreadable."""
     try:
-        match = _FRONT.match(file.read_text(encoding="utf-8"))
-        fields = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        match = _FRONT.match(read_text(file, "the card", InputError))
+        fields = parse_yaml(match[1]) if match else None
+    except (InputError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, cast
-from zipfile import BadZipFile
 
-import numpy as np
 import numpy.typing as npt
-import yaml
 
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
+from mezzotint.compiler.yaml_text import parse_yaml
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import PREDICTIONS, TIMESTEP_UNITS, Prediction, TimestepUnit
+from mezzotint.runtime.visible import visible
+
+from .npz import read_npz
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:
@@ -24,9 +25,11 @@ def parse_settings(items: list[str]) -> dict[str, Any]:
         if not equals or "." not in key:
             raise RecipeError(f"not a setting: {item!r}", where="--set", hint="the form is pass.option=value")
         try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"not a value: {value!r}", where=f"--set {key}", hint="write it as in YAML") from error
+            settings[key] = parse_yaml(value)
+        except ValueError as error:
+            raise RecipeError(
+                f"not a value: {visible(value, 60)!r}: {error}", where=f"--set {key}", hint="write it as in YAML"
+            ) from error
     return settings
 
 
@@ -111,21 +114,4 @@ def load_condition_files(*paths: Path | None) -> list[dict[str, npt.NDArray[Any]
 
 def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of an .npz file by name; pickled objects are refused. Raises ConditionError."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        EOFError,
-        BadZipFile,
-    ) as error:  # the last four: no archive
-        # numpy takes anything else for a pickle, and its advice would run the file's code.
-        reason = "it is no .npz archive of plain arrays" if "pickle" in str(error) else error
-        raise ConditionError(
-            f"cannot read the conditions: {reason}",
-            where=str(path),
-            hint="write them with numpy.savez(FILE, name=array)",
-        ) from error
+    return read_npz(path, "the conditions", ConditionError, hint="write them with numpy.savez(FILE, name=array)")

@@ -13,6 +13,7 @@ A recipe file is the same as a named recipe, in YAML (`mezzotint recipes NAME` p
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -24,11 +25,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from mezzotint.compiler.core.pipeline import Pass, Recipe
 from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.yaml_text import read_yaml
+from mezzotint.runtime.visible import one_line, visible
 
 from .catalog import RECIPES
 
 PASSES = "mezzotint.passes"  # each module in it holds one pass
 ISLANDS_OPTION = "islands"
+LARGEST_OPTION = 1_000_000
+MOST_PASSES = 200
+LONGEST_TEXT = 1_000
 
 
 def pass_names() -> list[str]:
@@ -46,7 +52,7 @@ def make_pass(name: str, options: dict[str, Any] | None = None, where: str = "re
     known = [f.name for f in fields(cls)]
     for option in options or {}:
         if option not in known:
-            raise RecipeError(f"{name} has no option {option!r}", where=where, hint=_nearest(option, known))
+            raise RecipeError(f"{name} has no option {option!r}", where=where, hint=_nearest(str(option), known))
     try:
         made: Pass = TypeAdapter(cls).validate_python(options or {})
     except ValidationError as error:
@@ -57,7 +63,17 @@ def make_pass(name: str, options: dict[str, Any] | None = None, where: str = "re
             where=where,
             hint=f"see: mezzotint recipes {name}",
         ) from error
+    for option, value in made.options().items():
+        _check_number(f"{name}.{option}", value, where)
     return made
+
+
+def _check_number(option: str, value: Any, where: str) -> None:
+    """Raise RecipeError for a number that is not finite, and for one that would keep a pass busy for days."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{option} is {value}", where=where, hint="give a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST_OPTION:
+        raise RecipeError(f"{option} is {value}", where=where, hint=f"the limit is {LARGEST_OPTION}")
 
 
 def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
@@ -70,10 +86,7 @@ def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
     if not path.is_file():
         hint = _nearest(name, list(RECIPES)) if path.suffix == "" else "check the path"
         raise RecipeError(f"there is no recipe called {name!r}, and no such file", hint=hint)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe is not valid YAML: {error}", where=name) from error
+    data = read_yaml(path, "the recipe", RecipeError)
     return recipe_from_json(data, where=name, extended_by=extended_by)
 
 
@@ -90,8 +103,22 @@ def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -
     if (steps is None and base is None) or not isinstance(steps or [], list):
         raise RecipeError("a recipe needs a list `passes`", where=where, hint="or `extends: w8a8`")
     passes = base.passes if steps is None and base is not None else tuple(_step(s, where) for s in steps or [])
-    words = {key: str(data.get(key, "")) for key in ("description", "paper", "baseline", "claim")}
-    return Recipe(str(data.get("name", Path(where).stem)), passes=passes, **words)
+    if len(passes) > MOST_PASSES:
+        raise RecipeError(f"the recipe has {len(passes)} passes", where=where, hint=f"the limit is {MOST_PASSES}")
+    words = {key: _text(data, key, "", where) for key in ("description", "paper", "baseline", "claim")}
+    return Recipe(_text(data, "name", Path(where).stem, where), passes=passes, **words)
+
+
+def _text(data: dict[str, Any], key: str, default: str, where: str) -> str:
+    """Return a text of a recipe on one line, or a number as a text. Raise RecipeError for anything else."""
+    value = data.get(key, default)
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or len(str(value)) > LONGEST_TEXT:
+        raise RecipeError(
+            f"the recipe's `{key}` is {visible(repr(value), 60)}",
+            where=where,
+            hint=f"give a text of at most {LONGEST_TEXT} characters",
+        )
+    return one_line(value)
 
 
 def with_options(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
@@ -140,5 +167,5 @@ def _step(step: Any, where: str) -> Pass:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(name[:100], known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known)}"

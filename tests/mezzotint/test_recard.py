@@ -398,7 +398,7 @@ class TestLater:
             ("--eval", "{}", ("no figures of an evaluation", "mezzotint eval --json")),
             ("--eval", '{"metrics": {"a": "x"}}', ("'a' is no number: 'x'",)),
             ("--eval", '{"metrics": {"a": {"low": 1}}}', ("'a' has no `value`",)),
-            ("--eval", '{"metrics": {"a": NaN}}', ("'a' is no number: nan",)),
+            ("--eval", '{"metrics": {"a": NaN}}', ("it has NaN as a number",)),
             ("--bench", '{"call_ms": 3}', ("no figures of a measurement of speed", "mezzotint bench --json")),
             ("--bench", '{"float_call_ms": null, "call_ms": {"median": 1}}', ("batch",)),
             ("--eval", '{"metrics": {"a": 1}, "bundle": {"digest": "abc"}}', ("figures are of another bundle, abc",)),

@@ -356,7 +356,7 @@ class TestBadInput:
             (("--guidance", "-1"), ("guidance is -1",)),
             (("--eta", "2"), ("eta is 2",)),
             (("--steps", "1001"), ("1001 steps are not possible",)),
-            (("--conditions", "random.npz"), ("cannot read the conditions", "random.npz")),
+            (("--conditions", "random.npz"), ("the conditions cannot be read", "random.npz")),
         ],
     )
     def test_options_that_cannot_be_meant(

@@ -115,7 +115,7 @@ def test_names_that_are_no_recipe(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "none.yaml"))
     broken = tmp_path / "broken.yaml"
     broken.write_bytes(b"passes: [\xff")
-    with pytest.raises(RecipeError, match="not valid YAML"):
+    with pytest.raises(RecipeError, match="no text in UTF-8"):
         load_recipe(str(broken))
     broken.write_text("passes: [normalize")
     with pytest.raises(RecipeError, match="not valid YAML"):
