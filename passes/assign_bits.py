@@ -206,7 +206,7 @@ class AssignBits(Pass):
     def _choices(self, unit: Unit) -> list[BitChoice]:
         widths = self.widths if unit.weight is not None else (8,)
         choices = [BitChoice(b, a) for b in sorted(widths) for a in sorted(self.activation_widths)]
-        return [*choices, FLOAT] if self.floats else choices
+        return choices + [FLOAT] * self.floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,11 +224,11 @@ class _Search:
     def run(self) -> tuple[Plan, str]:
         """Return (the plan with the chosen widths and its report, the note)."""
         o = self.options
-        narrow = tuple(sorted(o.activation_widths)) if o.floats or o.activation_widths != (8,) else ()
+        narrow = sorted(o.activation_widths) if o.floats or o.activation_widths != (8,) else []
         widths = tuple(sorted(o.widths))
-        profiler = Profiler(self.program, self.context, self.quantizers, self.units, widths, narrow)
-        spaced = np.linspace(0, len(self.program.deployment.timesteps) - 1, o.calls)
-        calls = sorted({round(float(c)) for c in spaced})
+        profiler = Profiler(self.program, self.context, self.quantizers, self.units, widths, tuple(narrow))
+        last = len(self.program.deployment.timesteps) - 1
+        calls = sorted({round(float(c)) for c in np.linspace(0, last, o.calls)})
         with profiler.simulator() as simulator:
             scenes = simulator.follow(self.context, calls, o.samples, f"{o.name}: float trajectory")
             profile = self._profile(profiler, simulator, scenes)
@@ -252,9 +252,8 @@ class _Search:
             with self._allocated(profiler, parts.units, chosen) as (whole, fed):
                 return profile.share(whole.noise(scenes, fed), o.weighting)
 
-        bit_report = BitReport(
-            parts.units, parts.choices, parts.errors, replace(self.budget, costs=parts.costs), measured
-        )
+        budget = replace(self.budget, costs=parts.costs)
+        bit_report = BitReport(parts.units, parts.choices, parts.errors, budget, measured)
         report = bit_report.to_json(allocation, profile, scenes)
         report |= {"score": o.score, "scope": o.scope, "weighting": o.weighting, "splits": splits}
         if o.score == "mixdq":
@@ -269,11 +268,8 @@ class _Search:
     def _profile(self, profiler: Profiler, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
         if self.options.score == "hawq":
             return profiler.hawq(simulator, scenes, self.options.probes, self.options.spread)
-        return (
-            profiler.own_outputs(simulator, scenes)
-            if self.options.scope == "layer"
-            else profiler.outputs(simulator, scenes)
-        )
+        measure = profiler.own_outputs if self.options.scope == "layer" else profiler.outputs
+        return measure(simulator, scenes)
 
     def _cutting(self, done: int) -> None:
         if self.options.parts > 1:

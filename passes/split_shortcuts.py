@@ -5,15 +5,16 @@ both then leaves the smaller one a few steps. Three forms (compiler/shortcuts/se
 
 - `layers`: layer(a, W_a, bias) + layer(b, W_b). Each part has quantizers of its own, and so have the columns of the
   weight that read it (Q-Diffusion, arXiv 2302.04304). A convolution rounds each of the partial sums to 8 bits.
-- `powers`: layer(Concat(a / f, b / g), [f W_a, g W_b], bias), with powers of two for f and g. The layer stays one, with
-  a Mul in front of it. Parts of equal size share a grid well, but the columns of the weight, now of different size,
-  share a scale (DMQ's factors on skip connections; here they are searched and not learned).
-- `factors`: as `powers`, in steps of a quarter of an octave.
+- `factors`: layer(Concat(a / f, b / g), [f W_a, g W_b], bias), with factors for f and g in steps of a quarter of an
+  octave. The layer stays one, with a Mul in front of it. Parts of equal size share a grid well, but the columns of the
+  weight, now of different size, share a scale.
+- `powers`: as `factors`, with a power of two for each channel (DMQ's factors on skip connections, arXiv 2507.12933;
+  compiler/shortcuts/channel_powers.py chooses them).
 
-`best` takes for each layer the form that moves the fewest bytes, unless one that moves more gains `gain` dB of the
-layer's expected error, that of activations, weights and outputs together (compiler/shortcuts/segment_errors.py has the
-formulas). All methods but `layers` follow a few trajectories to measure the parts. The pass changes the graph, so
-observe belongs behind it. Norms and all other readers keep the concatenation.
+`best` takes for each layer the form (`factors` in whole octaves) that moves the fewest bytes, unless one that moves
+more gains `gain` dB of the layer's expected error, that of activations, weights and outputs together
+(compiler/shortcuts/segment_errors.py has the formulas). All methods but `layers` follow a few trajectories to measure
+the parts. The pass changes the graph, so observe belongs behind it. Norms and all other readers keep the concatenation.
 
 SegQuant's input segments (arXiv 2507.14811) are this pass: any number of parts, convolutions and linear layers,
 Reshapes and Transposes in between. The other ideas of that paper gain nothing here. A scale for each output segment
@@ -57,9 +58,9 @@ from mezzotint.compiler.graph.nodes import Names, remove_dead
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.topology import time_branch
 from mezzotint.compiler.shortcuts.segment_errors import Form, FormCosts, measure_segments
-from mezzotint.compiler.shortcuts.segments import Joined, divide_parts, find_joined, split_layer
+from mezzotint.compiler.shortcuts.segments import Joined, divide_channels, find_joined, split_layer
 
-STEPS = {"powers": 1.0, "factors": 0.25, "best": 1.0}  # octaves between the factors that are tried
+STEPS = {"factors": 0.25, "best": 1.0}  # octaves between the factors of parts that are tried
 LISTED_LAYERS = 4  # layers that a note lists
 
 
@@ -111,8 +112,8 @@ class SplitShortcuts(GraphPass):
             if form == "layers":
                 split_layer(graph, names, joined)
             elif form == "factors":
-                divide_parts(graph, names, joined, factors)
-                factored.append(f"{joined.name} by {', '.join(f'{f:.3g}' for f in factors)}")
+                divide_channels(graph, names, joined, factors)
+                factored.append(f"{joined.name} by {_range(factors, len(joined.sizes))}")
         remove_dead(graph)
         words = [f"{forms['layers']} of {total} layers behind a concatenation taken apart"]
         words += [f"{len(factored)} divided ({_some(factored)})"] if factored else []
@@ -130,7 +131,8 @@ class SplitShortcuts(GraphPass):
         seen = measure_segments(program, context, [joined.name for joined in chosen], self.samples, self.name)
         for joined in chosen:
             costs = FormCosts(joined, seen[joined.name], *self._formats())
-            factors = costs.best_factors(STEPS[self.method])
+            powers = self.method == "powers"
+            factors = costs.channel_factors() if powers else costs.best_factors(STEPS[self.method])
             useful = len(set(factors)) > 1
             if self.method == "best":
                 yield joined, *self._cheapest(costs, factors if useful else ())
@@ -151,6 +153,13 @@ class SplitShortcuts(GraphPass):
     def _formats(self) -> tuple[Format, Format]:
         weights = INT8 if self.weight_bits == 8 else Format(self.weight_bits, signed=True, symmetric=True)
         return (UINT8 if self.activation_bits == 8 else Format(self.activation_bits)), weights
+
+
+def _range(factors: tuple[float, ...], parts: int) -> str:
+    """Return the factors of parts, or the least and the largest of those of channels, in words."""
+    if len(factors) == parts:
+        return ", ".join(f"{f:.3g}" for f in factors)
+    return f"{min(factors):.3g} to {max(factors):.3g}, by channel"
 
 
 def _some(words: list[str]) -> str:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from mezzotint.runtime.arrays import Floats
+from mezzotint.runtime.arrays import Doubles, Floats
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images, Timestep
 
@@ -33,8 +33,10 @@ from ..core.pipeline import Context
 from ..core.program import Program
 from ..core.stats import Summary
 from ..graph.nodes import Names, name_of, numpy_of
+from ..rescaling.scaling import channel_axis
 from ..scales.ranges import expected_error, range_of
-from .segments import Joined, find_joined, split_layer
+from .channel_powers import ChannelErrors
+from .segments import Joined, Pieces, find_joined, split_layer
 
 Form = Literal["whole", "factors", "layers"]
 PERCENTILE = 99.999
@@ -43,11 +45,17 @@ OCTAVES = 8  # factors are sought this far up and down
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Summaries of each network call: of each part, of the output of its piece, and of the sum."""
+    """Summaries of each network call: of each part, of the output of its piece, and of the sum.
+
+    `extremes` and `squares` are those of the channels of all parts: lowest and highest values `[calls, 2, C]`, mean
+    squares `[calls, C]`.
+    """
 
     parts: tuple[tuple[Summary, ...], ...]
     partial: tuple[tuple[Summary, ...], ...]
     total: tuple[Summary, ...]
+    extremes: Doubles
+    squares: Doubles
 
 
 def measure_segments(
@@ -57,13 +65,19 @@ def measure_segments(
     model = program.model.clone()
     names = Names(model.graph)
     found, _ = find_joined(model.graph)
-    pieces = {joined.name: split_layer(model.graph, names, joined) for joined in found if joined.name in wanted}
+    chosen = [joined for joined in found if joined.name in wanted]
+    axes = {joined.name: channel_axis(joined.layer) for joined in chosen}
+    pieces = {joined.name: split_layer(model.graph, names, joined) for joined in chosen}
+    by_channel = {name_of(part): axes[name] for name, p in pieces.items() for part in p.parts}
     values = [name_of(v) for p in pieces.values() for v in (*p.parts, *p.partial, p.total)]
     inputs = {name_of(v) for v in model.graph.inputs}
     signature = program.signature
     calls = {t: k for k, t in enumerate(program.deployment.timesteps)}
     taps = list(dict.fromkeys(v for v in values if v not in inputs))
-    with Collector() as collector, Executor(model, context.folder, taps=taps, threads=context.threads) as executor:
+    with (
+        Collector(by_channel, by_channel) as collector,
+        Executor(model, context.folder, taps=taps, threads=context.threads) as executor,
+    ):
 
         def observe(x: Images, t: Timestep, conditions: Conditions) -> Images:
             outputs = executor.call(signature, x, t, conditions)
@@ -78,12 +92,23 @@ def measure_segments(
     def of(value: str) -> tuple[Summary, ...]:
         return tuple(summaries[value, k] for k in range(len(calls)))
 
-    return {
-        name: Seen(
-            tuple(of(name_of(v)) for v in p.parts), tuple(of(name_of(v)) for v in p.partial), of(name_of(p.total))
-        )
-        for name, p in pieces.items()
-    }
+    def seen(pieces: Pieces) -> Seen:
+        names = [name_of(v) for v in pieces.parts]
+        parts = tuple(of(name) for name in names)
+        extremes = [np.concatenate([collector.channels[name, k] for name in names], axis=1) for k in range(len(calls))]
+        squares = [
+            np.concatenate(
+                [
+                    (sums := collector.squares[name, k]) * len(sums) / part[k].count
+                    for name, part in zip(names, parts, strict=True)
+                ]
+            )
+            for k in range(len(calls))
+        ]
+        partial = tuple(of(name_of(v)) for v in pieces.partial)
+        return Seen(parts, partial, of(name_of(pieces.total)), np.array(extremes, np.float64), np.array(squares))
+
+    return {name: seen(p) for name, p in pieces.items()}
 
 
 class FormCosts:
@@ -132,6 +157,18 @@ class FormCosts:
                     if error < least:
                         least, chosen, improved = error, tried, True
         return tuple(2.0**e for e in chosen)
+
+    def channel_factors(self) -> tuple[float, ...]:
+        """Return powers of two for the channels `[C]`, of the least error; those of whole parts are considered too."""
+        layer, seen = self._joined.layer, self._seen
+        weight = self._weight.astype(np.float64)
+        columns = weight.reshape(*weight.shape[:2], -1)
+        if layer.kind != "conv" and self._axis == 1:
+            columns = columns.swapaxes(0, 1)
+        low, high = seen.extremes[:, 0], seen.extremes[:, 1]
+        errors = ChannelErrors(low, high, seen.squares, np.array(self._power), columns, self._format, self._weights)
+        parts = np.log2(np.repeat(self.best_factors(1.0), self._joined.sizes))
+        return tuple((2.0 ** errors.best(parts)).tolist())
 
     def traffic(self, form: Form) -> float:
         """Return the bytes that one form moves for one image, without weights (all forms multiply equally often)."""

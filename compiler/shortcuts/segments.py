@@ -1,7 +1,7 @@
 """Layers that read parts joined along their input channels, and how to give each part a grid of its own.
 
     layer(Concat(a, b), W, bias)  =  layer(a, W_a, bias) + layer(b, W_b)                       split_layer
-                                  =  layer(Concat(a / f, b / g), [f W_a, g W_b], bias)         divide_parts
+                                  =  layer(Concat(a / f, b / g), [f W_a, g W_b], bias)         divide_channels
 
 W_a and W_b are the columns of W that read a and b. The layers are found in the graph: between the Concat and the layer
 there may be nodes that only move data; then a Split behind them makes the parts, else the layers read what was joined.
@@ -132,10 +132,13 @@ def split_layer(graph: ir.Graph, names: Names, joined: Joined) -> Pieces:
     return Pieces(tuple(parts), tuple(partial), total)
 
 
-def divide_parts(graph: ir.Graph, names: Names, joined: Joined, factors: Sequence[float]) -> None:
-    """Divide each part by its factor in front of the layer, and multiply the columns of the weight that read it."""
+def divide_channels(graph: ir.Graph, names: Names, joined: Joined, factors: Sequence[float]) -> None:
+    """Divide each part, or each channel, by its factor in front of the layer, and multiply the columns of the weight
+    that read it."""
     layer = joined.layer
-    each = np.repeat(np.asarray(factors, np.float64), joined.sizes)
+    each = np.asarray(factors, np.float64)
+    if len(each) == len(joined.sizes):
+        each = np.repeat(each, joined.sizes)
     multiply_weight(graph, names, layer, each)
     divide_value(graph, names, layer.activations[0], [layer.node], each, channel_axis(layer))
 

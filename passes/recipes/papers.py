@@ -142,9 +142,9 @@ SHORTCUTS = (
     _against_w8a8(
         "dmq",
         "w4a8",
-        "DMQ, arXiv 2507.12933 (powers of two on skip connections, chosen by expected error and not by a vote; without "
-        "its learned equivalent scaling)",
-        "w8a8 with the parts of a concatenation divided by powers of two, and the weights that read them multiplied",
+        "DMQ, arXiv 2507.12933 (powers of two for the channels of skip connections, chosen by expected error and not "
+        "by a vote; without its learned equivalent scaling)",
+        "w8a8 with the channels of a concatenation divided by powers of two, and the weights that read them multiplied",
         static(SplitShortcuts(method="powers")),
     ),
 )

@@ -22,6 +22,7 @@ TORCH_FIXTURES = frozenset({"unet", "conditional", "dit"})
 TORCH = (
     "compiler/audit/test_fusion.py",
     "compiler/bundle/test_writer.py",
+    "compiler/frontend/test_exports.py",
     "compiler/frontend/test_from_torch.py",
     "compiler/rescaling/test_models.py",
     "mezzotint/cli/",

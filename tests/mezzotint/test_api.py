@@ -443,6 +443,9 @@ class TestOutput:
     def test_force_replaces_a_bundle(self, hand: Compiled, tmp_path: Path) -> None:
         first = compile_model(hand.exported, tmp_path / "b", recipe="float", **SMALL)
         (first.path / "note.txt").write_text("from before")
+        with pytest.raises(OutputError, match="a file that Mezzotint did not write"):
+            compile_model(hand.exported, tmp_path / "b", recipe="w8a8", force=True, **SMALL)
+        (first.path / "note.txt").unlink()
 
         second = compile_model(hand.exported, tmp_path / "b", recipe="w8a8", force=True, **SMALL)
 

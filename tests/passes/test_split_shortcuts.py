@@ -82,7 +82,7 @@ def test_golden_chained(check_golden: Check) -> None:
 def test_golden_powers(check_golden: Check) -> None:
     after = check_golden(SplitShortcuts(method="powers", islands=()), "powers")
     note = after.history[0].note
-    assert note == "0 of 1 layers behind a concatenation taken apart; 1 divided (shortcut by 1, 16)"
+    assert note == "0 of 1 layers behind a concatenation taken apart; 1 divided (shortcut by 1 to 16, by channel)"
 
 
 # The numbers -----------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_a_full_disk_keeps_the_file_that_was_there(data: Path, monkeypatch: pyte
 
     monkeypatch.setattr(train_classifier, "export", lambda model: bytes(1000))
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="the disk is full"):
         train(data, target, Options(1, batch=8), device="cpu")
     assert target.read_bytes() == b"an old one"
     assert [file.name for file in target.parent.iterdir()] == ["model.onnx"]

@@ -131,7 +131,7 @@ class TestCompile:
         assert bundle.sample_shape == (1, 8, 16)
         options = {step["pass"]: step.get("options", {}) for step in bundle.manifest.recipe.data["passes"]}
         assert options["choose_scales"]["activations"] == "minmax"
-        assert options["observe"] == {"groups": 2, "channels": "none"}
+        assert options["observe"] == {"groups": 2, "channels": "none", "samples": None}
 
     def test_a_recipe_from_a_file(self, cli: Cli, hand: Compiled, tmp_path: Path) -> None:
         printed = cli("recipes", "w8a8").out
@@ -240,7 +240,7 @@ class TestBadInput:
     ) -> None:
         (tmp_path / "m.onnx").write_bytes(content)
 
-        refused(compile_badly(tmp_path / "m.onnx"), "m.onnx", "export or download it again")
+        refused(compile_badly(tmp_path / "m.onnx"), "m.onnx", "download it again")
 
     def test_missing_external_data(self, compile_badly: Callable[..., Answer], tmp_path: Path) -> None:
         source = write(hand_written(), tmp_path / "m.onnx", external="m.weights")

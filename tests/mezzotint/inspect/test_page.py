@@ -473,7 +473,7 @@ class TestCommand:
 
         monkeypatch.setattr(Path, "write_text", full)
         answer = cli("inspect", hand.bundle.path, "--html", tmp_path / "p.html", "--no-profile", "-n", "0")
-        assert answer.code == 2 and "No space left" in answer.err
+        assert answer.code == 2 and "the disk is full" in answer.err
         assert [f.name for f in tmp_path.iterdir()] == ["p.html"] and (tmp_path / "p.html").read_text() == "earlier"
 
     def test_options_of_the_page_without_one(self, hand: Compiled, cli: Cli) -> None:

@@ -123,7 +123,7 @@ def test_a_failure_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="the disk is full"):
         save_images(images_of(2), target)
 
     assert target.read_bytes() == before
