@@ -128,7 +128,7 @@ def raw_manifest(folder: Path, rng: random.Random) -> None:
     """Texts that are no manifest, or JSON that no careful reader takes."""
     text = (folder / MANIFEST).read_text(encoding="utf-8")
     choice = rng.choice(("nan", "digits", "deep", "twice", "text", "bytes", "cut", "list", "bom", "huge float"))
-    changed: str | bytes = {
+    texts: dict[str, str | bytes] = {
         "nan": text.replace('"samples": ', f'"samples": {rng.choice(("NaN", "Infinity", "-Infinity"))}, "x": '),
         "digits": text.replace('"samples": ', f'"samples": {"9" * 20_000}'),
         "deep": text.replace('"islands": {', '"islands": {"a": ' + "[" * 100_000 + "]" * 100_000 + ", "),
@@ -139,7 +139,8 @@ def raw_manifest(folder: Path, rng: random.Random) -> None:
         "list": rng.choice(("[]", "3", "null", '"x"', "true", "", "{}")),
         "bom": "\ufeff" + text,
         "huge float": text.replace('"samples": ', '"samples": 1e999'),
-    }[choice]
+    }
+    changed = texts[choice]
     path = folder / MANIFEST
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode("utf-8"))
 
@@ -192,7 +193,8 @@ def replaced_by(folder: Path, rng: random.Random) -> None:
     elif what == "folder":
         file.mkdir()
     else:
-        file.symlink_to({"device": "/dev/zero", "ring": file, "dangling": folder / "gone"}[what])
+        targets = {"device": Path("/dev/zero"), "ring": file, "dangling": folder / "gone"}
+        file.symlink_to(targets[what])
 
 
 @kind

@@ -49,11 +49,13 @@ def damaged_external(name: str, model: onnx.ModelProto, seed: int, folder: Path)
 
 
 def _weight(model: onnx.ModelProto, rng: random.Random) -> TensorProto:
-    return rng.choice(list(model.graph.initializer))
+    tensor: TensorProto = rng.choice(list(model.graph.initializer))
+    return tensor
 
 
 def _node(model: onnx.ModelProto, rng: random.Random, op: str = "") -> onnx.NodeProto:
-    return rng.choice([node for node in model.graph.node if not op or node.op_type == op])
+    node: onnx.NodeProto = rng.choice([n for n in model.graph.node if not op or n.op_type == op])
+    return node
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def flipped_structure(model: onnx.ModelProto, rng: random.Random) -> bytes:
 @kind
 def truncated(model: onnx.ModelProto, rng: random.Random) -> bytes:
     data = model.SerializeToString()
-    return data[: rng.choice((0, 1, 7, rng.randrange(len(data)), len(data) - 1))]
+    return bytes(data[: rng.choice((0, 1, 7, rng.randrange(len(data)), len(data) - 1))])
 
 
 @kind
@@ -110,7 +112,7 @@ def wrong_raw_size(model: onnx.ModelProto, rng: random.Random) -> bytes:
     tensor = _weight(model, rng)
     raw = tensor.raw_data or b"\x00" * 64
     tensor.raw_data = rng.choice((raw[:-1], raw + b"\x00", raw[: len(raw) // 2], b"\x01", raw * 2))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -133,14 +135,14 @@ def wrong_dims(model: onnx.ModelProto, rng: random.Random) -> bytes:
         dims = [1] * 5000 + dims
     del tensor.dims[:]
     tensor.dims.extend(dims)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
 def wrong_data_type(model: onnx.ModelProto, rng: random.Random) -> bytes:
     tensor = _weight(model, rng)
     tensor.data_type = rng.choice((0, 2, 3, 8, 9, 10, 11, 14, 16, 17, 22, 23, 99, -1, 2**31 - 1))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -152,7 +154,7 @@ def typed_field(model: onnx.ModelProto, rng: random.Random) -> bytes:
     getattr(tensor, rng.choice(("float_data", "int32_data", "int64_data", "double_data", "uint64_data"))).extend(
         [1] * rng.choice((1, 7, 5000))
     )
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -164,7 +166,7 @@ def string_tensor(model: onnx.ModelProto, rng: random.Random) -> bytes:
     tensor.ClearField("raw_data")
     tensor.data_type = TensorProto.STRING
     tensor.string_data.extend([b"x\xff\x00"] * rng.choice((size, 1)))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -180,7 +182,7 @@ def sparse_weight(model: onnx.ModelProto, rng: random.Random) -> bytes:
     sparse.indices.dims.append(1)
     sparse.indices.int64_data.append(rng.choice((0, -1, 1 << 40)))
     model.graph.initializer.remove(tensor)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -191,7 +193,7 @@ def weights_not_finite(model: onnx.ModelProto, rng: random.Random) -> bytes:
     values = np.frombuffer(tensor.raw_data, np.float32).copy()
     values[rng.randrange(len(values))] = rng.choice((np.nan, np.inf, -np.inf))
     tensor.raw_data = values.tobytes()
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 # -- graph ------------------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def cycle(model: onnx.ModelProto, rng: random.Random) -> bytes:
     late = rng.randrange(1, len(nodes))
     early = rng.randrange(late + 1) if rng.random() < 0.8 else late
     nodes[early].input[0] = nodes[late].output[0]
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -211,7 +213,7 @@ def missing_value(model: onnx.ModelProto, rng: random.Random) -> bytes:
     node = _node(model, rng)
     i = rng.randrange(len(node.input))
     node.input[i] = rng.choice(("nothing", "", "\u202egnihton", "x" * 100_000))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -219,7 +221,7 @@ def missing_part(model: onnx.ModelProto, rng: random.Random) -> bytes:
     part = rng.choice(("node", "input", "output", "initializer"))
     items = getattr(model.graph, part)
     del items[rng.randrange(len(items))]
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -228,12 +230,12 @@ def empty_part(model: onnx.ModelProto, rng: random.Random) -> bytes:
     if part == "graph":
         model.ClearField("graph")
     elif part == "all":
-        return onnx.ModelProto().SerializeToString()
+        return bytes(onnx.ModelProto().SerializeToString())
     elif part == "opset_import":
         del model.opset_import[:]
     else:
         del getattr(model.graph, part)[:]
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -247,7 +249,7 @@ def duplicates(model: onnx.ModelProto, rng: random.Random) -> bytes:
     else:
         items = getattr(model.graph, part)
         items.append(rng.choice(list(items)))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -256,7 +258,7 @@ def unsorted(model: onnx.ModelProto, rng: random.Random) -> bytes:
     rng.shuffle(nodes)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -265,7 +267,7 @@ def versions(model: onnx.ModelProto, rng: random.Random) -> bytes:
         model.ir_version = rng.choice((0, 1, 2, 99, 1 << 31, (1 << 63) - 1, -1))
     else:
         model.opset_import[0].version = rng.choice((0, -1, 1, 7, 12, 60, 999, (1 << 63) - 1, -(1 << 63)))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -274,7 +276,7 @@ def domains(model: onnx.ModelProto, rng: random.Random) -> bytes:
         model.opset_import[0].domain = rng.choice(("nowhere", "com.microsoft", "\x1b[31mred", "x" * 10_000))
     else:
         _node(model, rng).domain = rng.choice(("nowhere", "com.microsoft", "ai.onnx.ml", "../../x", "\x07"))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -282,7 +284,7 @@ def operations(model: onnx.ModelProto, rng: random.Random) -> bytes:
     odd = ["SequenceEmpty", "NonZero", "QuantizeLinear", "GroupNormalization", "x" * 50_000, "\x1b]0;t\x07", ""]
     known = ["Loop", "If", "Scan", "Relu", "Gather", "Resize", "RandomNormal", "Optional", "Constant", "Nothing"]
     _node(model, rng).op_type = rng.choice([*odd, *known])
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -297,7 +299,7 @@ def names(model: onnx.ModelProto, rng: random.Random) -> bytes:
             field[:] = [new if name == old else name for name in field]
     for value in [*model.graph.input, *model.graph.output]:
         value.name = new if value.name == old else value.name
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -322,7 +324,7 @@ def attributes(model: onnx.ModelProto, rng: random.Random) -> bytes:
         kept = [a for a in node.attribute if a.name != name]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute(name, value)])
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -343,7 +345,7 @@ def input_types(model: onnx.ModelProto, rng: random.Random) -> bytes:
     elif tensor.shape.dim:
         dim = rng.choice(list(tensor.shape.dim))
         dim.dim_value = {"dims": 7, "huge": rng.choice(HUGE), "negative": -3}[change]
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -351,7 +353,7 @@ def wrong_value_info(model: onnx.ModelProto, rng: random.Random) -> bytes:
     name = _node(model, rng).output[0]
     shape = rng.choice(([1], [3, 5, 7], [1 << 40], [-1, -1], [0] * 3000))
     model.graph.value_info.append(helper.make_tensor_value_info(name, rng.choice((1, 7, 8, 10, 99)), shape))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 # -- bombs ------------------------------------------------------------------------------------------------------------
@@ -372,7 +374,7 @@ def _with_constant(model: onnx.ModelProto, nodes: list[onnx.NodeProto], result: 
     kept = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *kept])
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @kind
@@ -502,7 +504,7 @@ def many_nodes(model: onnx.ModelProto, rng: random.Random) -> bytes:
 
 def _moved(model: onnx.ModelProto, folder: Path, location: str = "weights.bin") -> TensorProto:
     """Move the largest weight into a file, and return it."""
-    tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+    tensor: TensorProto = max(model.graph.initializer, key=lambda t: len(t.raw_data))
     (folder / "weights.bin").write_bytes(tensor.raw_data)
     length = len(tensor.raw_data)
     tensor.ClearField("raw_data")

@@ -100,10 +100,11 @@ def test_the_tables_are_those_of_the_float_trajectory(program: Program, context:
 def test_the_sampler_keeps_its_noise_where_asked(program: Program, context: Context) -> None:
     """D2-DPM's deterministic form corrects the output alone."""
     found = {on: FitNoise(gate=False, noise=on).run(program, context).correction for on in (True, False)}
-    assert found[True] is not None and found[False] is not None
-    assert found[True].excess.any() and not found[False].excess.any()
-    np.testing.assert_array_equal(found[True].scale, found[False].scale)
-    np.testing.assert_array_equal(found[True].shift, found[False].shift)
+    changed, kept = found[True], found[False]
+    assert changed is not None and kept is not None
+    assert changed.excess.any() and not kept.excess.any()
+    np.testing.assert_array_equal(changed.scale, kept.scale)
+    np.testing.assert_array_equal(changed.shift, kept.shift)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "pndm", "dpmpp-2m-sde", "lcm"])

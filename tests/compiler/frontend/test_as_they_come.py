@@ -59,7 +59,8 @@ def test_nodes_in_any_order_are_sorted(tmp_path: Path) -> None:
     path = write(shuffled(hand_written()), tmp_path / "m.onnx")
     in_order = write(hand_written(), tmp_path / "sorted.onnx")
     bundles = [compile_model(p, tmp_path / f"{p.stem}-b", recipe="w8a8", **SMALL) for p in (path, in_order)]
-    np.testing.assert_array_equal(*(bundle.denoiser(threads=2)(X, 750) for bundle in bundles))
+    first, second = (bundle.denoiser(threads=2)(X, 750) for bundle in bundles)
+    np.testing.assert_array_equal(first, second)
 
 
 def test_nodes_in_a_ring_are_refused(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def with_sizes(time: list[int | str], *, batch: int | str = "batch", kind: int =
 
 
 TIMES: list[list[int | str]] = [[], [1], [2], ["batch"], ["steps"]]
-KINDS = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32, TensorProto.FLOAT: np.float32}
+KINDS: dict[int, type[Any]] = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32, TensorProto.FLOAT: np.float32}
 
 
 @pytest.mark.parametrize(("time", "kind"), [*itertools.product(TIMES, [TensorProto.INT64]), (["batch"], 6), ([], 1)])

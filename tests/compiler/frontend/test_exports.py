@@ -30,7 +30,7 @@ BATCH = torch.export.Dim("batch", max=63)
 
 def export(file: Path, exporter: str, opset: int, conditional: bool) -> Path:
     """Write the network with the names that optimum gives; its layout has a scalar timestep and open sizes."""
-    net = (small_conditional_unet if conditional else small_unet)(**TINY).eval()
+    net: Any = (small_conditional_unet if conditional else small_unet)(**TINY).eval()
     timestep = torch.tensor(5) if exporter == "optimum" else torch.tensor([5, 5])
     tensors = {"sample": torch.randn(2, net.config.in_channels, 8, 8), "timestep": timestep}
     if conditional:

@@ -132,8 +132,9 @@ def test_the_plan_has_the_scales_of_the_file_and_every_bias_fits(context: Contex
 
 def test_one_scale_for_all_channels_is_raised_too(context: Context) -> None:
     planned = pipeline.run_passes(program("conv"), STATIC, context)
+    scale, zero = np.array(1e-9, np.float32), np.array(0, np.int8)
     whole = {
-        site: replace(q, scale=np.float32(1e-9), zero_point=np.int8(0), axis=None) if site.value == "conv_w" else q
+        site: replace(q, scale=scale, zero_point=zero, axis=None) if site.value == "conv_w" else q
         for site, q in planned.require_plan().quantizers.items()
     }
     after = pipeline.run_passes(replace(planned, plan=Plan(whole)), [InsertQdq(islands=())], context)

@@ -48,7 +48,9 @@ def built(body: str, lowering: Lowering, context: Context) -> tuple[list[str], i
         "images": np.array([-1, 4, 4, 4]),
     }
     read = {name for node in proto.graph.node for name in node.input}
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items() if n in read)
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items() if n in read
+    )
     steps = (Normalize(), Observe(), ChooseScales(), InsertQdq(islands=("island",), lowering=lowering), CleanQdq())
     lowered = lower(pipeline.run_passes(program_of(ir.from_proto(proto), shape=(4, 4, 4)), steps, context))
     file, optimized = context.folder / "file.onnx", context.folder / "built.onnx"

@@ -94,7 +94,8 @@ def test_no_other_place_starts_processes() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(alias.name for alias in node.names)]
-            calls = isinstance(node, ast.Attribute) and node.attr in {"system", "popen", "posix_spawn", "fork"}
-            if STARTERS & set(names) or (calls and isinstance(node.value, ast.Name) and node.value.id == "os"):
+            system = {"system", "popen", "posix_spawn", "fork"}
+            owner = node.value if isinstance(node, ast.Attribute) and node.attr in system else None
+            if STARTERS & set(names) or (isinstance(owner, ast.Name) and owner.id == "os"):
                 starters.add(path.relative_to(ROOT).as_posix())
     assert starters == {"mezzotint/io/children.py"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from tests.mezzotint.test_options import names
 WORDS = st.text("abc/._-:[0]", min_size=1, max_size=90)
 
 
-def printed(width: int, rows: list[tuple[str, ...]], columns: tuple[str, ...], most: int | None = None) -> str:
+def printed(width: int, rows: Sequence[tuple[str, ...]], columns: tuple[str, ...], most: int | None = None) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(console, "out", Console(width=width))
         with console.out.capture() as shown:

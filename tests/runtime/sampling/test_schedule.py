@@ -160,7 +160,8 @@ def test_the_prediction_of_a_network_changes_the_samplers(name: str) -> None:
     noise = initial_noise(1, (1, 2, 4, 4))
 
     def image(x: Images, t: Timestep) -> Images:
-        return np.tanh(x + np.float32(t / 500)).astype(np.float32)
+        moved: Images = np.tanh(x + np.float32(t / 500)).astype(np.float32)
+        return moved
 
     def own(x: Images, t: Timestep) -> Images:
         share, sigma = schedule.levels(t)
