@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.compiler.errors import ConditionError, RecipeError
+from mezzotint.runtime import bounds
 
 if TYPE_CHECKING:
     from mezzotint.compiler.core.pipeline import Recipe
@@ -75,6 +76,9 @@ class CalibrationOptions:
                 f"nothing to calibrate on: {self.samples} samples in batches of {self.batch}",
                 hint="both must be at least 1",
             )
+        bounds.check_number("samples to calibrate on", self.samples, bounds.MOST_CALIBRATION_SAMPLES, ConditionError)
+        bounds.check_number("samples in one call", self.batch, bounds.MOST_BATCH, ConditionError)
+        bounds.check_seed(self.seed, ConditionError)
 
 
 @dataclass(frozen=True)

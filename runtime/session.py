@@ -17,6 +17,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from .arrays import shared_row
+from .bounds import MOST_THREADS, check_number
 from .errors import InputError, MixedTimesteps, TimestepNotDeployed
 from .signature import Signature, Timestep, whole
 
@@ -90,6 +91,7 @@ def open_session(
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise InputError(f"{threads!r} threads are not possible", hint="ask for 1 or more, or None")
+    check_number("threads", threads, MOST_THREADS)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1  # a denoiser is a chain: parallel branches only compete for the same cores

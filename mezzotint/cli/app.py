@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.runtime import bounds
+
 from ..options import (
     RECIPE,
     AcceptanceOptions,
@@ -27,7 +29,7 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .interchange import overlay, overrides
 from .mix import mix
-from .options import SAMPLER_NAMES, CommandGroup, ConditionsFile, Force, Json, Quiet, Threads, UnconditionalFile
+from .options import SAMPLER_NAMES, CommandGroup, ConditionsFile, Force, Json, Quiet, Threads, UnconditionalFile, number
 from .panels import GroupedCommand
 
 app = typer.Typer(
@@ -75,14 +77,14 @@ def compile_(
         str | None, typer.Option(help="scheduler_config.json, its folder, or a name, as sd or cosine:60.")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"The deployed sampler: {SAMPLER_NAMES}.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the deployed sampler.")] = 50,
+    steps: Annotated[int, number(bounds.MOST_STEPS, "Steps of the deployed sampler.")] = 50,
     eta: Annotated[float, typer.Option(help="DDIM's eta, from 0 to 1.")] = 0.0,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is no guidance.")] = 1.0,
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Images to calibrate on.")] = 32,
-    calibration_batch: Annotated[int, typer.Option(min=1, help="Images in one calibration call.")] = 8,
+    calibration_samples: Annotated[int, number(bounds.MOST_CALIBRATION_SAMPLES, "Images to calibrate on.")] = 32,
+    calibration_batch: Annotated[int, number(bounds.MOST_BATCH, "Images in one calibration call.")] = 8,
     conditions: Annotated[str | None, typer.Option(help=".npz with the model's conditions, or `random`.")] = None,
     unconditional: Annotated[str | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration noise.")] = 0,
+    seed: Annotated[int, number(bounds.LARGEST_SEED, "Seed of the calibration noise.", least=0)] = 0,
     threads: Threads = None,
     input_: Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")] = None,
     output: Annotated[
@@ -98,7 +100,7 @@ def compile_(
         str | None, typer.Option(help="HEIGHTxWIDTH for calibration, where the model leaves the size open.")
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="ONNX: channels of the image, where the network has others, too.")
+        int | None, number(bounds.LARGEST_SIDE, "ONNX: channels of the image, if it has others.")
     ] = None,
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also write the ONNX model after each pass.")
@@ -192,15 +194,13 @@ def export(
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 16,
+    n: Annotated[int, number(bounds.MOST_IMAGES, "Number of images.", "-n")] = 16,
     sampler: Annotated[str | None, typer.Option(help="The sampler; the bundle's own when left out.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the sampler; the bundle's own when left out.")
-    ] = None,
+    steps: Annotated[int | None, number(bounds.MOST_STEPS, "Steps; the bundle's own when left out.")] = None,
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, from 0 to 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of guidance; the bundle's own when left out.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 16,
+    seed: Annotated[int, number(bounds.LARGEST_SEED, "Seed of all noise.", least=0)] = 0,
+    batch: Annotated[int, number(bounds.MOST_BATCH, "Images in one call.")] = 16,
     correction: Annotated[
         bool | None,
         typer.Option(
@@ -209,7 +209,7 @@ def sample(
     ] = None,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
-    shard_size: Annotated[int | None, typer.Option(min=1, help="Folder: images in one shard; 256.")] = None,
+    shard_size: Annotated[int | None, number(bounds.MOST_IMAGES, "Folder: images in one shard; 256.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
     shards: Annotated[str | None, typer.Option(help="Folder: only these shards, as 3 or 3:8 (3 to 7).")] = None,
     threads: Threads = None,

@@ -7,25 +7,28 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.runtime import bounds
+
 from ..progress import shown
-from .options import Json, Quiet
+from .options import Json, Quiet, number
 
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples in one call; 1, or the graph's fixed batch, when left out.")
+        int | None,
+        number(bounds.MOST_BATCH, "Samples in one call; 1, or the graph's fixed batch, when left out."),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of onnxruntime, and of every peer.")] = 2,
+    threads: Annotated[int, number(bounds.MOST_THREADS, "Threads of onnxruntime, and of every peer.")] = 2,
     float_: Annotated[
         Path | None, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote, to compare with.")
     ] = None,
     peers: Annotated[
         bool, typer.Option("--peers", help="Measure peers of --float too: onnxruntime's quantizer, OpenVINO, NNCF.")
     ] = False,
-    calibration: Annotated[int, typer.Option(min=1, help="Float calls for the calibration of the peers.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Calls in one block of the measurement.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Passes over all blocks, each forwards and backwards.")] = 2,
+    calibration: Annotated[int, number(bounds.MOST_REPEATS, "Float calls for the calibration of the peers.")] = 16,
+    repeats: Annotated[int, number(bounds.MOST_REPEATS, "Calls in one block of the measurement.")] = 8,
+    rounds: Annotated[int, number(bounds.MOST_REPEATS, "Passes over all blocks, each forwards and backwards.")] = 2,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:

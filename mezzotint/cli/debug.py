@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.runtime import bounds
+
 from ..progress import shown
-from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile
+from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile, number
 
 
 def debug(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     reference: Reference,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Images in the trajectory.")] = 1,
+    pictures: Annotated[int, number(bounds.MOST_BATCH, "Images in the trajectory.", "-n", "--pictures")] = 1,
     calls: Annotated[
         int | None,
-        typer.Option(min=1, help="Network calls to measure: the worst, and others; all when left out."),
+        number(bounds.MOST_STEPS, "Network calls to measure: the worst, and others; all when left out."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Layers to print; --json contains all of them.")] = 20,
     seed: NoiseSeed = None,

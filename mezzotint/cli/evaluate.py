@@ -7,20 +7,22 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.runtime import bounds
+
 from ..progress import shown
-from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile
+from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile, number
 
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     reference: Reference,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Pairs of images.")] = 64,
+    pictures: Annotated[int, number(bounds.MOST_IMAGES, "Pairs of images.", "-n", "--pictures")] = 64,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder that keeps the images, so that a stopped run can be resumed."),
     ] = None,
     seed: NoiseSeed = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 16,
+    batch: Annotated[int, number(bounds.MOST_BATCH, "Images in one call.")] = 16,
     features: Annotated[
         str | None, typer.Option(help="digits, inception, none, FILE.onnx, or package.module:attribute (torch).")
     ] = None,
@@ -32,7 +34,8 @@ def evaluate(
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure time and memory of a call.")] = True,
     resamples: Annotated[
-        int, typer.Option(min=2, help="Resamples of the bootstrap; fewer for the Frechet distance.")
+        int,
+        number(bounds.MOST_RESAMPLES, "Resamples of the bootstrap; fewer for the Frechet distance.", least=2),
     ] = 1000,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,

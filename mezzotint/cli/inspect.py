@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.runtime import bounds
+
 from ..progress import shown
-from .options import All, Json, Quiet
+from .options import All, Json, Quiet, number
 
 
 def inspect(
@@ -19,21 +21,24 @@ def inspect(
     reference: Annotated[
         Path | None, typer.Option(help="Page: the float .onnx that `mezzotint export` wrote, to compare with.")
     ] = None,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=0, help="Page: number of images; 0 for none.")] = 8,
+    pictures: Annotated[
+        int, number(bounds.MOST_BATCH, "Page: number of images; 0 for none.", "-n", "--pictures", least=0)
+    ] = 8,
     calls: Annotated[
-        int, typer.Option(min=0, help="Page: network calls at which the layers' errors are measured; 0 for none.")
+        int,
+        number(bounds.MOST_STEPS, "Page: network calls at which the layers' errors are measured; 0 for none.", least=0),
     ] = 2,
     profile: Annotated[
         bool, typer.Option("--profile/--no-profile", help="Page: measure the time of each node.")
     ] = True,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Page: seed of the noise; an unused one when left out.")
+        int | None, number(bounds.LARGEST_SEED, "Page: seed of the noise; an unused one when left out.", least=0)
     ] = None,
     conditions: Annotated[Path | None, typer.Option(help="Page: .npz with the model's conditions.")] = None,
     unconditional: Annotated[
         Path | None, typer.Option(help="Page: the same of the empty prompt, for guidance.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Page: threads of onnxruntime.")] = 2,
+    threads: Annotated[int, number(bounds.MOST_THREADS, "Page: threads of onnxruntime.")] = 2,
     all_: All = False,
     quiet: Quiet = False,
     json: Json = False,

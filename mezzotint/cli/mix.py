@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.runtime import bounds
+
 from ..progress import shown
-from .options import ConditionsFile, Force, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile
+from .options import ConditionsFile, Force, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile, number
 
 
 def mix(
@@ -29,8 +31,8 @@ def mix(
     cost: Annotated[
         list[str] | None, typer.Option("--cost", help="NAME=NUMBER for each precision; measured when left out.")
     ] = None,
-    pictures: Annotated[int, typer.Option("-n", "--pictures", min=1, help="Images on which errors are measured.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 8,
+    pictures: Annotated[int, number(bounds.MOST_BATCH, "Images on which errors are measured.", "-n", "--pictures")] = 8,
+    batch: Annotated[int, number(bounds.MOST_BATCH, "Images in one call.")] = 8,
     seed: NoiseSeed = None,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,

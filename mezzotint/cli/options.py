@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mezzotint.runtime import bounds
 from mezzotint.runtime.errors import MezzotintWarning
 from mezzotint.runtime.visible import one_line
 
@@ -24,13 +25,21 @@ LONGEST_USAGE = 500  # characters of a message about the command line
 # Spelled out, because --help must not load numpy; a test compares them with runtime/sampling/deployment.py.
 SAMPLER_NAMES = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
 
+
+def number(most: int, help: str, *names: str, least: int = 1) -> Any:
+    """Return an option that is a number from `least` to `most`."""
+    return typer.Option(*names, min=least, max=most, help=help)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress. --json implies it.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of onnxruntime; its own choice when left out.")]
+Threads = Annotated[int | None, number(bounds.MOST_THREADS, "Threads of onnxruntime; its own choice when left out.")]
 All = Annotated[bool, typer.Option("--all", help="Print every row of every table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
-NoiseSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the noise; an unused one when left out.")]
+NoiseSeed = Annotated[
+    int | None, number(bounds.LARGEST_SEED, "Seed of the noise; an unused one when left out.", "--seed", least=0)
+]
 ConditionsFile = Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")]
 UnconditionalFile = Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
 from mezzotint.compiler.yaml_text import parse_yaml
+from mezzotint.runtime.bounds import LARGEST_SIDE
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import PREDICTIONS, TIMESTEP_UNITS, Prediction, TimestepUnit
 from mezzotint.runtime.visible import visible
@@ -79,7 +81,10 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not match:
         raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
-    return int(match[1]), int(match[2] or match[1])
+    sides = match[1], match[2] or match[1]
+    if max(len(side) for side in sides) > len(str(LARGEST_SIDE)) or max(map(int, sides)) > LARGEST_SIDE:
+        raise SignatureError(f"not a size: {text!r}", where="--size", hint=f"the limit of a side is {LARGEST_SIDE}")
+    return int(sides[0]), int(sides[1])
 
 
 def parse_bundles(items: list[str]) -> list[str] | dict[str, str]:
@@ -102,6 +107,8 @@ def parse_costs(items: list[str]) -> dict[str, float]:
         name, _, number = item.partition("=")
         try:
             costs[name] = float(number)
+            if not math.isfinite(costs[name]):
+                raise ValueError(number)
         except ValueError as error:
             raise InputError(f"not a cost: {item!r}", where="--cost", hint="the form is --cost NAME=0.5") from error
     return costs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mezzotint.compiler.bundle.staging import claim_file
+from mezzotint.runtime.bounds import MOST_FILE_BYTES
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
@@ -51,6 +53,10 @@ def sample_to_path(
     summary = sample_summary(bundle, output, n, options)
     if output.suffix in FILES:
         images.check_image_file(output, bundle.sample_shape[0])
+        if n * math.prod(bundle.sample_shape) * 4 > MOST_FILE_BYTES:
+            raise InputError(
+                f"{n} images are too many for one file", where=str(output), hint="give a folder: -o FOLDER"
+            )
         claim = claim_file(output)
         drawn = bundle.sample_with(
             options, n, threads=threads, progress=lambda done, total: progress("sample", done, total)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..bounds import MOST_STEPS, check_number
 from ..errors import ScheduleError
 from ..signature import Timestep, whole
 from . import solvers, solvers_pndm, solvers_sigma
@@ -65,6 +66,7 @@ class Deployment:
     ) -> Deployment:
         """Return the deployment with the calls of a sampler. Raises ScheduleError if it cannot run on the schedule."""
         _check_choice(sampler, eta, guidance)
+        check_number("steps", steps, MOST_STEPS, ScheduleError)
         check_sampler_keys(schedule.reader, sampler)
         calls = _SOLVERS[sampler](schedule, int(steps), float(eta)).calls
         return cls(sampler, int(steps), float(eta), calls, float(guidance))

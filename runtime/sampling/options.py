@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from .. import bounds
 from ..errors import InputError
 from .guidance import Conditions, checked_rows, rows_in_turn
 
@@ -29,6 +30,9 @@ class SamplingOptions:
         """Return these options for `n` images, their conditions as arrays. Raises InputError."""
         if n < 1 or self.batch < 1:
             raise InputError(f"{n} images in batches of {self.batch}", hint="ask for at least one of each")
+        bounds.check_number("images", n, bounds.MOST_IMAGES)
+        bounds.check_number("images in one call", self.batch, bounds.MOST_BATCH)
+        bounds.check_seed(self.seed)
         return replace(
             self,
             conditions=checked_rows(self.conditions),
