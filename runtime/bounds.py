@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .errors import InputError, MezzotintError
 
-MOST_IMAGES = 10_000_000
+MOST_SAMPLES = 10_000_000
 MOST_BATCH = 4_096
 MOST_STEPS = 10_000
 MOST_THREADS = 512
@@ -13,7 +13,7 @@ MOST_CALIBRATION_SAMPLES = 100_000
 MOST_RESAMPLES = 1_000_000
 MOST_REPEATS = 10_000
 """Calls in one block of a measurement, blocks, and other counts of a measurement."""
-LARGEST_SIDE = 8_192
+MOST_SIDE = 8_192
 """Height and width of a sample."""
 MOST_FILE_BYTES = 4 << 30
 """Images that are made in memory for one file."""

@@ -99,9 +99,7 @@ def compile_(
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH for calibration, where the model leaves the size open.")
     ] = None,
-    channels: Annotated[
-        int | None, number(bounds.LARGEST_SIDE, "ONNX: channels of the image, if it has others.")
-    ] = None,
+    channels: Annotated[int | None, number(bounds.MOST_SIDE, "ONNX: channels of the image, if it has others.")] = None,
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also write the ONNX model after each pass.")
     ] = False,
@@ -194,7 +192,7 @@ def export(
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
-    n: Annotated[int, number(bounds.MOST_IMAGES, "Number of images.", "-n")] = 16,
+    n: Annotated[int, number(bounds.MOST_SAMPLES, "Number of images.", "-n")] = 16,
     sampler: Annotated[str | None, typer.Option(help="The sampler; the bundle's own when left out.")] = None,
     steps: Annotated[int | None, number(bounds.MOST_STEPS, "Steps; the bundle's own when left out.")] = None,
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, from 0 to 1.")] = None,
@@ -209,7 +207,7 @@ def sample(
     ] = None,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
-    shard_size: Annotated[int | None, number(bounds.MOST_IMAGES, "Folder: images in one shard; 256.")] = None,
+    shard_size: Annotated[int | None, number(bounds.MOST_SAMPLES, "Folder: images in one shard; 256.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
     shards: Annotated[str | None, typer.Option(help="Folder: only these shards, as 3 or 3:8 (3 to 7).")] = None,
     threads: Threads = None,

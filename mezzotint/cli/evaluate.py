@@ -16,7 +16,7 @@ from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads,
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     reference: Reference,
-    pictures: Annotated[int, number(bounds.MOST_IMAGES, "Pairs of images.", "-n", "--pictures")] = 64,
+    pictures: Annotated[int, number(bounds.MOST_SAMPLES, "Pairs of images.", "-n", "--pictures")] = 64,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder that keeps the images, so that a stopped run can be resumed."),

@@ -36,7 +36,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch < 1 or self.shard_size < 1:
             raise InputError(f"{self.n} images in batches of {self.batch}", hint="ask for at least one of each")
-        bounds.check_number("pairs of images", self.n, bounds.MOST_IMAGES)
+        bounds.check_number("pairs of images", self.n, bounds.MOST_SAMPLES)
         bounds.check_number("images in one call", self.batch, bounds.MOST_BATCH)
         bounds.check_number("resamples", self.resamples, bounds.MOST_RESAMPLES)
         bounds.check_seed(self.seed)

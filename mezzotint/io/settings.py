@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
 from mezzotint.compiler.yaml_text import parse_yaml
-from mezzotint.runtime.bounds import LARGEST_SIDE
+from mezzotint.runtime.bounds import MOST_SIDE
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import PREDICTIONS, TIMESTEP_UNITS, Prediction, TimestepUnit
 from mezzotint.runtime.visible import visible
@@ -82,8 +82,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
     sides = match[1], match[2] or match[1]
-    if max(len(side) for side in sides) > len(str(LARGEST_SIDE)) or max(map(int, sides)) > LARGEST_SIDE:
-        raise SignatureError(f"not a size: {text!r}", where="--size", hint=f"the limit of a side is {LARGEST_SIDE}")
+    if max(len(side) for side in sides) > len(str(MOST_SIDE)) or max(map(int, sides)) > MOST_SIDE:
+        raise SignatureError(f"not a size: {text!r}", where="--size", hint=f"the limit of a side is {MOST_SIDE}")
     return int(sides[0]), int(sides[1])
 
 

@@ -30,7 +30,7 @@ class SamplingOptions:
         """Return these options for `n` images, their conditions as arrays. Raises InputError."""
         if n < 1 or self.batch < 1:
             raise InputError(f"{n} images in batches of {self.batch}", hint="ask for at least one of each")
-        bounds.check_number("images", n, bounds.MOST_IMAGES)
+        bounds.check_number("images", n, bounds.MOST_SAMPLES)
         bounds.check_number("images in one call", self.batch, bounds.MOST_BATCH)
         bounds.check_seed(self.seed)
         return replace(
