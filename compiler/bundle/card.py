@@ -11,6 +11,7 @@ of compiler/bundle/card_figures.py; the programs are those of compiler/bundle/ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mezzotint.runtime.bundle.precisions import Mixture
 from mezzotint.runtime.bundle.ranges import RANGES
 from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.session import TESTED_ONNXRUNTIME
-from mezzotint.runtime.visible import visible
+from mezzotint.runtime.visible import one_line, visible
 
 from . import card_code as code
 from .card_figures import figure_sections
@@ -74,14 +75,14 @@ def _front(manifest: Manifest, config: bool) -> str:
 
 def _title(manifest: Manifest) -> str:
     signature, kernels, recipe = manifest.signature, manifest.kernels, manifest.recipe
-    names = ", ".join(f"`{n}`" for n in (signature.sample, signature.timestep, *signature.conditions))
+    names = ", ".join(_code(n) for n in (signature.sample, signature.timestep, *signature.conditions))
     size = "" if manifest.storage is None else _size(manifest.storage)
-    return f"""# {manifest.source.name}, a Mezzotint bundle ({recipe.name})
+    return f"""# {_plain(manifest.source.name)}, a Mezzotint bundle ({_plain(recipe.name)})
 
 A diffusion model's denoiser, compiled for onnxruntime's CPU kernels.
-Recipe `{recipe.name}`: {recipe.description}.
+Recipe {_code(recipe.name)}: {_plain(recipe.description)}.
 
-`{MODEL}` is an ordinary ONNX file: inputs {names}, output `{signature.output}` ({signature.prediction}).
+`{MODEL}` is an ordinary ONNX file: inputs {names}, output {_code(signature.output)} ({signature.prediction}).
 {kernels.integer} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels.floating} in float.
 {size}{_precisions(manifest.mixture)}
 It was made for {manifest.deployment}."""
@@ -99,7 +100,7 @@ def _precisions(mixture: Mixture | None) -> str:
     if mixture is None:
         return ""
     rows = "".join(
-        f"\n- `{entry.file}`: `{name}`, {entry.calls} of {len(mixture.calls)} network calls"
+        f"\n- `{entry.file}`: {_code(name)}, {entry.calls} of {len(mixture.calls)} network calls"
         for name, entry in mixture.precisions.items()
     )
     text = f"\n\nIt is one of several precisions of the network, of which Mezzotint picks one for each call:\n{rows}\n"
@@ -121,7 +122,7 @@ def _origin(manifest: Manifest) -> str:
     if fields.get("license"):
         from_source = fields.get("license_from") == "source"
         whose = "that of the float model, as its card says" if from_source else "as was given"
-        legal = f"The licence, `{fields['license']}`, is {whose}."
+        legal = f"The licence, {_code(fields['license'])}, is {whose}."
     else:
         legal = "No licence was stated: that of the float model holds, because these weights are made from its weights."
     return f"## From what\n\n{_list(facts)}\n\n{legal}"
@@ -140,7 +141,7 @@ def _made(manifest: Manifest) -> str:
     recipes = {name: entry.recipe for name, entry in precisions.items()} or {"": manifest.recipe}
     blocks = []
     for name, recipe in recipes.items():
-        what = f"The recipe of `{name}`" if name else "The recipe"
+        what = f"The recipe of {_code(name)}" if name else "The recipe"
         text = yaml.safe_dump(recipe.to_json(), sort_keys=False, width=WIDTH)
         blocks.append(f"{what}, with all options, for `mezzotint compile --recipe FILE`:\n\n```yaml\n{text}```")
     mixed = "\n\nThese bundles were mixed by `mezzotint mix`." if precisions else ""
@@ -238,7 +239,7 @@ def _limits(manifest: Manifest, correction: bool) -> str:
 
 
 def _islands(manifest: Manifest) -> str:
-    rows = "\n".join(f"- `{name}`: {why}" for name, why in manifest.islands.items()) or "- none"
+    rows = "\n".join(f"- {_code(name)}: {_plain(why)}" for name, why in manifest.islands.items()) or "- none"
     return f"Layers kept in float:\n\n{rows}"
 
 
@@ -254,14 +255,27 @@ def _files(manifest: Manifest, folder: Path) -> str:
         "passes": "the graph as text after each pass of the compiler, and the changes of the pass",
     }
     precisions = {} if manifest.mixture is None else manifest.mixture.precisions
-    mixed = {entry.file: f"the network in precision `{name}`" for name, entry in precisions.items()}
+    mixed = {entry.file: f"the network in precision {_code(name)}" for name, entry in precisions.items()}
     rows = [f"- `{name}`: {text}" for name, text in {**purposes, **mixed}.items() if (folder / name).exists()]
     rows.append(f"- `{MANIFEST}`: all facts, and the hash of every file")
     return "## Files\n\n" + "\n".join(rows)
 
 
 def _list(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
+    return "\n".join(f"- {name}: {_plain(value)}" for name, value in facts.items() if value is not None)
+
+
+def _plain(text: object) -> str:
+    """Return a text of the model or its files in Markdown: one line, without HTML."""
+    return one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _code(name: object) -> str:
+    """Return a name as code in Markdown, between more backticks than it has in a row."""
+    shown = visible(name)
+    fence = "`" * (max(map(len, re.findall("`+", shown)), default=0) + 1)
+    space = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
 
 def _python(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mezzotint.runtime.bundle.bundle import MODEL
 from mezzotint.runtime.bundle.manifest import Manifest
+from mezzotint.runtime.visible import visible
 
 EXAMPLE_BATCH = 1  # rows in an example where the graph does not fix them
 EXAMPLE_IMAGES = 2
@@ -189,4 +190,5 @@ def _shape(manifest: Manifest, name: str, rows: int | None) -> list[int]:
 
 
 def _quoted(name: str) -> str:
-    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """Return a Python literal; what is not shown as itself is an escape, which Python reads back."""
+    return '"' + visible(name.replace("\\", "\\\\").replace('"', '\\"'), None) + '"'

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mezzotint.compiler.bundle.card_figures import METRIC_NAMES
 from mezzotint.runtime.compare import db_text
+from mezzotint.runtime.visible import visible
 
 from .result import Evaluation, JsonObject
 
@@ -130,4 +131,4 @@ def _mb(count: int) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(visible(cell).replace("|", "\\|") for cell in cells) + " |"

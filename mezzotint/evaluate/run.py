@@ -19,6 +19,7 @@ from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import read_text
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.session import Denoiser, running_version
@@ -179,10 +180,19 @@ def _batch(bundle: Bundle, exact: Denoiser, batch: int, n: int, threads: int | N
 def _finished(job: _Job, speed: bool) -> Evaluation | None:
     """Return the earlier evaluation in the folder when it has the settings of this job, else None."""
     earlier = Evaluation.load(job.run.folder / RESULT_FILE)
-    if earlier is None or earlier.key != job.key or earlier.onnxruntime != running_version():
+    if earlier is None or earlier.key != job.key or not _is_whole(job.run.folder, earlier):
         return None
     timing = None if earlier.speed is None else (earlier.speed.get("batch"), earlier.speed.get("threads"))
     return earlier if not speed or timing == (job.sampler.batch, job.sampler.threads) else None
+
+
+def _is_whole(folder: Path, earlier: Evaluation) -> bool:
+    """Return whether an evaluation is as this version wrote it: the page beside it says the same."""
+    try:
+        page = read_text(folder / PAGE_FILE, "the page", InputError)
+        return earlier.onnxruntime == running_version() and page == markdown(earlier)
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError):  # values of other types
+        return False
 
 
 def _measure_cost(sampler: PairSampler, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mezzotint.runtime.visible import visible
+
 ASSETS = Path(__file__).parents[1] / "assets" / "inspect"
 _STYLE = """main { max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.3rem; }
@@ -25,8 +27,8 @@ def document(title: str, parts: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{base_style()}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(visible(title))}</title>\n<style>{base_style()}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(visible(title))}</h1>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -35,7 +37,7 @@ def table_section(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
     if not rows:
         return f'<h2>{escape(title)}</h2>\n<p class="nothing">no difference</p>'
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<h2>{escape(title)} ({len(rows)})</h2>\n<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
@@ -45,10 +47,8 @@ def table_section(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
 def diff_section(title: str, text: str) -> str:
     """Return a heading with a diff as coloured text, folded behind a summary line."""
     kinds = {"+": "added", "-": "removed"}
-    lines = [
-        f'<span class="{kinds[line[0]]}">{escape(line)}</span>' if line[:1] in kinds else escape(line)
-        for line in text.splitlines()
-    ]
+    shown = [escape(visible(line, None)) for line in text.splitlines()]
+    lines = [f'<span class="{kinds[line[0]]}">{line}</span>' if line[:1] in kinds else line for line in shown]
     return (
         f"<h2>{escape(title)}</h2>\n<details><summary>{len(lines)} lines</summary>\n<pre>"
         + "\n".join(lines)

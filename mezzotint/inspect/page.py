@@ -18,6 +18,7 @@ from mezzotint.compiler.bundle.staging import claim_file
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.ranges import Ranges
 from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.visible import visible
 
 from ..io.files import replacing
 from . import data as inspect_data
@@ -112,9 +113,9 @@ def render_page(data: PageData) -> str:
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     fields = {
         "POLICY": escape(policy),
-        "TITLE": escape(data["title"]),
+        "TITLE": escape(visible(data["title"])),
         "STYLE": base_style() + (ASSETS / "page.css").read_text(encoding="utf-8"),
-        "DATA": json_for_html(data),
+        "DATA": json_for_html(_shown(data)),
         "SCRIPT": script,
     }
     text = (ASSETS / "page.html").read_text(encoding="utf-8")
@@ -124,6 +125,15 @@ def render_page(data: PageData) -> str:
         name, _, after = piece.partition("}}")
         pieces += [fields[name], after]
     return "".join(pieces)
+
+
+def _shown(data: Any) -> Any:
+    """Return data with visible texts. Line breaks stay: texts of several lines are shown as such."""
+    if isinstance(data, str):
+        return "\n".join(visible(line, None) for line in data.split("\n"))
+    if isinstance(data, dict):
+        return {_shown(key): _shown(value) for key, value in data.items()}
+    return [_shown(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def json_for_html(data: Any) -> str:

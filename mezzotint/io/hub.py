@@ -9,10 +9,12 @@ from typing import Any
 from mezzotint.compiler.yaml_text import parse_yaml
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_text
+from mezzotint.runtime.visible import one_line
 
 from .sources import DIGITS, NETWORKS
 
 INHERITED = ("license", "license_name", "license_link", "pipeline_tag")
+LONGEST_FIELD = 300
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")
 _MODEL = re.compile(r"[\w.-]{1,100}(/[\w.-]{1,100})?")
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
@@ -57,7 +59,8 @@ def _own_fields(model: str | Path) -> dict[str, str]:
         return {}  # an .onnx file: a README.md next to it may belong to something else
     folders = (path, path.absolute().parent) if path.absolute().name in NETWORKS else (path,)
     fields = next((f for folder in folders if (f := front_matter(folder / "README.md"))), {})
-    kept = {key: str(fields[key]) for key in INHERITED if isinstance(fields.get(key), str) and fields[key]}
+    texts = {key: fields[key] for key in INHERITED if isinstance(fields.get(key), str) and fields[key]}
+    kept = {key: one_line(text, LONGEST_FIELD) for key, text in texts.items()}
     return {**kept, "license_from": "source"} if "license" in kept else kept
 
 

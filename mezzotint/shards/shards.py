@@ -178,7 +178,7 @@ def parse_shards(text: str, n: int, shard_size: int) -> tuple[int, ...]:
     count = shard_count(n, shard_size)
     numbers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d*)(:?)(\d*)\s*", part)
+        match = re.fullmatch(r"\s*(\d{0,18})(:?)(\d{0,18})\s*", part)
         if not match or not (match[1] or match[2]):
             raise InputError(f"not shards: {text!r}", where="--shards", hint="the form is 3, or 3:8 for 3 to 7")
         first = int(match[1] or 0)

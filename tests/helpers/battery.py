@@ -103,6 +103,10 @@ class Battery:
             problem = f"a refused command left {new[0]}"
         outcome = Outcome(words, problem=problem, **answer)
         self.outcomes.append(outcome)
+        if log := os.environ.get("MEZZOTINT_BATTERY_LOG"):  # for tools/battery.py
+            facts = {"command": words[0], "code": code, "problem": problem}
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**facts, "seconds": outcome.seconds, "memory": outcome.memory}) + "\n")
         return outcome
 
     def _ask(self, case: dict[str, Any]) -> dict[str, Any]:
