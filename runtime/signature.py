@@ -71,7 +71,8 @@ class Signature:
     def from_json(cls, data: dict[str, Any]) -> Signature:
         """Return the signature of plain data. Raises KeyError, TypeError or ValueError for anything else."""
         conditions = data["conditions"]
-        names = [*(value for key, value in data.items() if key != "conditions"), *conditions]
+        numbers = ("conditions", "num_train_timesteps")
+        names = [*(value for key, value in data.items() if key not in numbers), *conditions]
         if not isinstance(conditions, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("names are texts, and conditions are a list of them")
         return cls(**{**data, "conditions": tuple(conditions)})

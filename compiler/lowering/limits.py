@@ -8,6 +8,9 @@ from typing import Any
 from ..core.program import Lowering
 from ..errors import RecipeError
 
+MOST_GAIN = 30.2
+"""dB. channel_scales makes no step smaller than a 32nd of the tensor's, so a larger least gain is never reached."""
+
 
 def check_passes(lowering: Lowering, options: Mapping[str, Mapping[str, Any]], where: str) -> None:
     """Raise RecipeError for passes, by name with their options, whose tables the lowering does not have."""
@@ -16,7 +19,7 @@ def check_passes(lowering: Lowering, options: Mapping[str, Mapping[str, Any]], w
         lowering,
         scales="step_scales" in timed,
         biases="fold_time" in timed,
-        channels="channel_scales" in options,
+        channels="channel_scales" in options and options["channel_scales"].get("gain", 0.0) <= MOST_GAIN,
         zero_points=options.get("step_scales", {}).get("zero_point") == "table",
         where=where,
     )

@@ -19,8 +19,8 @@ from rich.text import Text
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.visible import one_line, visible
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 READ = 40  # the width of text in a table that is wider than the terminal
 

@@ -105,7 +105,7 @@ class Battery:
         self.outcomes.append(outcome)
         if log := os.environ.get("MEZZOTINT_BATTERY_LOG"):  # for tools/battery.py
             facts = {"command": words[0], "code": code, "problem": problem}
-            with open(log, "a", encoding="utf-8") as file:
+            with Path(log).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**facts, "seconds": outcome.seconds, "memory": outcome.memory}) + "\n")
         return outcome
 

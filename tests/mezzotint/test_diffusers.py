@@ -416,7 +416,7 @@ class TestCall:
     @pytest.mark.parametrize(
         ("name", "value", "hint"),
         [
-            ("timestep_cond", torch.zeros(2, 8), "its conditions are"),
+            ("timestep_cond", torch.zeros(2, 8), "compiled without it"),
             ("attention_mask", torch.ones(2, 77), "masks"),
             ("encoder_attention_mask", torch.ones(2, 77), "masks"),
             ("cross_attention_kwargs", {"scale": 0.5}, "fuse a LoRA"),

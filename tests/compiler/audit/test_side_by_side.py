@@ -87,7 +87,9 @@ class TestBothForms:
         def of(fact: str) -> float:
             return float(measured[group.measurements[fact]])
 
-        assert set(group.measurements) == set(MEASUREMENTS) and all(measured[tap].size == 1 for tap in group.taps)
+        assert set(group.measurements) == set(MEASUREMENTS) and all(
+            measured[v].size == 1 for v in group.measurements.values()
+        )
         assert of("signal") == pytest.approx(np.sum(exact["h2"] ** 2), rel=1e-4)
         assert of("noise") == pytest.approx(np.sum((made - exact["h2"]) ** 2), rel=1e-2)
         assert of("x_signal") == pytest.approx(np.sum(exact["h1.act"] ** 2), rel=1e-4)

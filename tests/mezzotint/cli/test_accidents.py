@@ -122,9 +122,11 @@ def test_no_place_for_temporary_files(hand: Compiled, place: Path, tmp_path: Pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_compile_and_leaves_nothing(hand: Compiled, tmp_path: Path, number: int) -> None:
     words = ["compile", hand.exported, "-o", tmp_path / "b", "--calibration-samples", "100000", *FAST[:6]]
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores SIGINT, and so would its children
     process = subprocess.Popen(
         [sys.executable, "-m", "mezzotint", *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(number, before)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(f"{PREFIX}*/bundle/passes/*_lower_norms.txt")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -20,7 +20,7 @@ WORDS = st.text("abc/._-:[0]", min_size=1, max_size=90)
 
 def printed(width: int, rows: Sequence[tuple[str, ...]], columns: tuple[str, ...], most: int | None = None) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "out", Console(width=width))
+        patch.setattr(console, "out", Console(width=width, emoji=False))
         with console.out.capture() as shown:
             console.print_table("title", columns, rows, most=most)
     return shown.get()
