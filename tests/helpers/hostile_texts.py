@@ -149,7 +149,8 @@ def npz(kind: str, good: dict[str, npt.NDArray[Any]], seed: int) -> bytes:
     """Return a damaged or hostile .npz file of a kind."""
     rng = random.Random(f"{kind} {seed}")
     buffer = io.BytesIO()
-    rng.choice([np.savez, np.savez_compressed])(buffer, **good)  # type: ignore[operator]
+    arrays: dict[str, Any] = dict(good)
+    rng.choice([np.savez, np.savez_compressed])(buffer, **arrays)
     return ARCHIVES[kind](buffer.getvalue(), good, rng)
 
 

@@ -97,7 +97,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "m" / "model.onnx").write_bytes(hand_written(opset=17, context="c").SerializeToString())
     options = {**SMALL, "conditions": ROWS}
     compile_model(folder / "m" / "model.onnx", folder / "b", recipe="w8a8", export=folder / "float.onnx", **options)
-    np.savez(folder / "c.npz", **ROWS)
+    arrays: dict[str, Any] = dict(ROWS)
+    np.savez(folder / "c.npz", **arrays)
     return folder
 
 
