@@ -32,9 +32,13 @@ def summary(lines: list[str]) -> dict[str, object]:
         "hangs": sum(outcome["seconds"] > SLOW_SECONDS and outcome["code"] != 0 for outcome in outcomes),
         "longest refusal, s": round(max((o["seconds"] for o in outcomes if o["code"] == 2), default=0.0), 2),
         "most memory of a refusal, MB": max((o["memory"] for o in outcomes if o["code"] == 2), default=0) // 10**6,
-        "commands": dict(Counter(outcome["command"] for outcome in outcomes).most_common()),
+        "commands": dict(Counter(_word(outcome["command"]) for outcome in outcomes).most_common()),
         "problems": dict(problems),
     }
+
+
+def _word(command: str) -> str:
+    return command if command.isascii() and command.isalpha() and len(command) < 20 else "no command"
 
 
 def main(arguments: list[str]) -> int:
