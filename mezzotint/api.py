@@ -14,6 +14,7 @@ from mezzotint.compiler.acceptance.accept import AcceptanceLimits, accept
 from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions
+from mezzotint.compiler.calibration.finite import require_finite
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.core.program import Program
@@ -148,6 +149,7 @@ def compile_with(
             cache=None if calibration.cache is None else Path(calibration.cache).absolute(),
         )
         check_conditions(program, context)
+        require_finite(program, context)
         program = pipeline.run_passes(
             program,
             recipe.passes,

@@ -81,7 +81,7 @@ def prepare(model: Model, target: Path, options: CompileOptions) -> Prepared:
         check_target_file(Path(options.output.export), force=options.output.force)
     sizes = {
         **pipeline_sizes(source),
-        **{name: rows.shape[1:] for name, rows in (conditions or {}).items() if rows.ndim},
+        **{name: rows.shape[1:] for name, rows in (conditions or {}).items() if rows.ndim > 1},
     }
     if isinstance(source, OnnxSource):
         unit = roles.timestep_unit or known_unit(config, schedule)

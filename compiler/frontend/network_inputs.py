@@ -112,7 +112,13 @@ def network_inputs(
 
 def _text_time(config: Mapping[str, Any], sizes: ConditionSizes, where: str) -> dict[str, Input]:
     """Return SDXL's pooled prompt and time ids, which share the width of one layer."""
-    width, each = int(config["projection_class_embeddings_input_dim"]), int(config["addition_time_embed_dim"])
+    width, each = (config.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
+    if not isinstance(width, int) or not isinstance(each, int) or each < 1:
+        raise ModelError(
+            f"the configuration says no sizes of text_embeds and time_ids: {width!r}, {each!r}",
+            where=where,
+            hint="set projection_class_embeddings_input_dim and addition_time_embed_dim as the weights have them",
+        )
     if "text_embeds" in sizes:
         ids, rest = divmod(width - sizes["text_embeds"][0], each)
     else:
