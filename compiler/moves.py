@@ -1,4 +1,4 @@
-"""Moves of files and folders that refuse to replace what they were not told to replace.
+"""Moves of files and folders that replace nothing unless asked to.
 
 `os.rename` replaces an existing file in silence. Linux and macOS have calls that refuse, and calls that exchange two
 paths. Where the system or the file system has none, the same is made of steps that each refuse.

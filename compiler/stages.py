@@ -198,7 +198,7 @@ def _owned(folder: Path, target: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended_owner(folder: Path) -> Iterator[Owner | None]:
-    """Yield the owner of a leftover, None for a folder that has to stay; nobody else removes it meanwhile."""
+    """Yield the owner of a leftover, None for a folder that has to stay; no other process removes it meanwhile."""
     owner, file = None, None
     try:
         if hasattr(os, "getuid") and folder.lstat().st_uid != os.getuid():

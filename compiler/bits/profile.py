@@ -43,7 +43,7 @@ from .units import FLOAT, BitChoice, Unit, WeightQuantizers
 
 Weighting = Literal["relative", "absolute"]
 PROBE = 1e-3  # the step of a finite difference, relative to the root mean square of the weights
-LEAST_PROBES = 4  # runs from which a spread can be told
+LEAST_PROBES = 4  # runs below which a spread is not known
 CHUNK_BYTES = 256 << 20  # of weights that a graph of layer errors holds at a time
 
 

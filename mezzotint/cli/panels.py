@@ -7,9 +7,9 @@ from typing import Any
 from typer.core import TyperCommand
 
 PANELS = {
-    "Output": ("bundle", "export", "dump_passes", "license", "force", "dry_run"),
+    "Output": ("bundle", "dump_passes", "license", "force", "dry_run"),
     "Recipe": ("recipe", "set_"),
-    "Deployment": ("scheduler", "sampler", "steps", "eta", "guidance", "train_timesteps", "timestep_unit"),
+    "Deployment": ("scheduler", "sampler", "steps", "eta", "guidance", "timestep_unit"),
     "Calibration": (
         *("calibration_samples", "calibration_batch", "conditions", "unconditional", "seed", "cache"),
         *("size",),

@@ -1,4 +1,4 @@
-"""What needs no run of the model is refused by --dry-run and by compile alike, before torch is loaded."""
+"""What needs no run of the model is refused by --dry-run and by compile, with one error, before torch is loaded."""
 
 from __future__ import annotations
 

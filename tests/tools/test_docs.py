@@ -22,7 +22,7 @@ def tool() -> ModuleType:
 
 
 def test_the_pages_are_up_to_date(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main(["--check"]) == 0, f"run tools/docs.py: {capsys.readouterr().out}"
+    assert tool.main(["--check"]) == 0, f"run: python -m tools.docs: {capsys.readouterr().out}"
 
 
 def test_a_page_that_differs_is_named_and_written_again(

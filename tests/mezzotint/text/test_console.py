@@ -64,3 +64,4 @@ def test_a_value_that_does_not_fit_is_printed_whole_behind_the_table() -> None:
 def test_the_options_of_compile_are_in_groups() -> None:
     grouped = {name for panel in PANELS.values() for name in panel}
     assert names(compile_) - grouped <= {"model", "sets"}
+    assert grouped - names(compile_) <= {"set_", "input_", "help"}, "a group names an option that does not exist"
