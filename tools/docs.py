@@ -1,7 +1,7 @@
 """Writes the pages of docs/ that come from the code: recipes, passes, commands and modules.
 
-    python tools/docs.py            write them
-    python tools/docs.py --check    exit code 1 when a page differs from the code, or has no source any more
+    python -m tools.docs            write them
+    python -m tools.docs --check    exit code 1 when a page differs from the code, or has no source any more
 
 A test runs the check, so a docstring and its page stay equal. The figures on the pages of recipes are those of
 docs/leaderboard.md.

@@ -73,8 +73,8 @@ def staged(
 def staged_file(target: Path, *, force: bool = False, claim: Claim | None = None) -> Iterator[tuple[Path, Path]]:
     """Yield (file, work): a path to write to, of the target's name, and an empty folder, as `staged` does.
 
-    Files next to the written one (its external data) move with it, and are refused in the same way. `force` replaces what is
-    there, a `claim` only what it was made on. Raises OutputError.
+    Files next to the written one (its external data) move with it, and are refused in the same way. `force` replaces
+    what is there, a `claim` only what it was made on. Raises OutputError.
     """
     target = target.absolute()
     check_target_file(target, force=force or claim is not None)
