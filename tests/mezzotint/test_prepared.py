@@ -103,7 +103,7 @@ def test_a_folder_is_checked_without_torch(
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     (unet / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     rows = {"encoder_hidden_states": (12, 16), "timestep_cond": (24,), **shapes}
-    arrays: dict[str, Any] = dict({name: np.ones((2, *shape), np.float32) for name, shape in rows.items()})
+    arrays: dict[str, Any] = {name: np.ones((2, *shape), np.float32) for name, shape in rows.items()}
     np.savez(tmp_path / "c.npz", **arrays)
     program = (
         "import sys; from pathlib import Path; from mezzotint.dry_run import plan_compile\n"
