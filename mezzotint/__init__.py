@@ -9,11 +9,24 @@ Every name is loaded on first use: importing the package loads neither torch nor
 accept a function `progress`, see mezzotint/progress.py; log messages go to the logger "mezzotint".
 """
 
+# ruff: noqa: E402 (the path is put right before anything else is imported)
 import sys  # before all others, `__future__` too: they might be files of the current folder
 
-if getattr(sys, "argv", [""])[0] == "-m" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+
+def _run_by_name() -> str:
+    """Return the top package of the module that `python -m` runs, "" for any other start."""
+    words = [*sys.orig_argv, ""]
+    for i, word in enumerate(words[1:], start=1):
+        if word[:1] == "-" and word[1:2] not in "-WX" and "m" in word:
+            return (word.partition("m")[2] or words[i + 1]).partition(".")[0]
+    return ""
+
+
+_guarded = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+if getattr(sys, "argv", [""])[0] == "-m" and _run_by_name() == "mezzotint" and not _guarded:
     # `python -m mezzotint` puts the current folder first on the path. That is needed to find this package only: a
-    # numpy.py or json.py there does not belong to this program.
+    # numpy.py or json.py there does not belong to this program. Another program, `python -m own.program`, that imports
+    # this package keeps its path.
     del sys.path[0]
 
 import importlib
@@ -57,7 +70,7 @@ __all__ = [
 if not (Path(__file__).parent / "runtime").is_dir():  # a checkout where links cannot be made
     __path__.append(str(Path(__file__).parent.parent))
 
-from mezzotint.runtime import __version__  # noqa: E402 (found by the line above where there are no links)
+from mezzotint.runtime import __version__  # found by the line above where there are no links
 
 # From its import on, onnxruntime 1.31 keeps a database in the user's home and sends figures over the network.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

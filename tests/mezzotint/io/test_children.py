@@ -86,6 +86,19 @@ def test_the_command_started_as_a_module(planted: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "home").rglob("*")) == [], "onnxruntime's telemetry begins when it is imported"
 
 
+@pytest.mark.parametrize("options", [["-m", "own.program"], ["-um", "own.program"], ["-W", "ignore", "-mown.program"]])
+def test_another_program_keeps_its_path(tmp_path: Path, options: list[str]) -> None:
+    """A package that imports Mezzotint while `python -m` starts it finds its neighbours in the current folder."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("import mezzotint\nimport neighbour\n")
+    (tmp_path / "own" / "program.py").write_text("from own import neighbour\nprint(neighbour.NAME)\n")
+    (tmp_path / "neighbour.py").write_text("NAME = 'found'\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *options, "mezzotint"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "found\n", done.stderr
+
+
 def test_no_other_place_starts_processes() -> None:
     """A child that is started elsewhere would have to be isolated there as well."""
     starters = set()
