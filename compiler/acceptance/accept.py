@@ -124,7 +124,8 @@ def _inaccurate(entry: Acceptance, layers: Sequence[WorstLayer]) -> str:
 def _remedies(layers: Sequence[WorstLayer], recipe: Recipe) -> str:
     """Return what helps: the remedies of the layers, and the options that keep all of them in float."""
     if not layers:
-        return "try --recipe w8a8-best, or wider weights and activations; `mezzotint debug` names layers where it can"
+        other = "" if recipe.name == "w8a8-best" else "--recipe w8a8-best, "
+        return f"{other}more calibration samples, or wider weights and activations; `mezzotint debug` may name layers"
     remedies = dict.fromkeys(layer.advice for layer in layers if ".islands=" not in layer.advice)
     return "; or ".join([*remedies, islands_option(recipe, [layer.layer for layer in layers])])
 
