@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator
 from tools.rooms import ROOT, TOPS, sources
 
 BEFORE_ENCODING = {"write_text": 1, "read_text": 0}  # positional arguments in front of the encoding
-SHARED = {"sample": "images from a bundle: the API, its command, and the loop of the runtime that both call"}
+SHARED = {
+    "Quantizer": "what quantizes one value: as data of the plan, and as a torch module that trains it",
+    "sample": "images from a bundle: the API, its command, and the loop of the runtime that both call",
+}
 
 
 def without_encoding(source: str) -> Iterator[int]:

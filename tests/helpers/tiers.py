@@ -25,6 +25,7 @@ TORCH = (
     "compiler/frontend/test_exports.py",
     "compiler/frontend/test_from_torch.py",
     "compiler/rescaling/test_models.py",
+    "compiler/torch_graph/",
     "mezzotint/cli/",
     "mezzotint/debug/",
     "mezzotint/evaluate/test_extractors.py",

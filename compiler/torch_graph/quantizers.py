@@ -1,0 +1,215 @@
+"""Quantizers as torch modules: the arithmetic of QuantizeLinear and DequantizeLinear, with gradients.
+
+    v = x / s    q = clamp(round(v) + z, qmin, qmax)    x' = (q - z) s
+
+Every float32 value equals that of compiler/core/formats.py. Rounding passes gradients on unchanged, and the scale has
+the gradient of LSQ (Esser et al., 2020): round(v) - v inside of the grid, and the end that q was clamped to outside.
+Both follow from ordinary autograd. A function of torch.autograd would need rules of its own for torch.func.vmap.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..core.formats import SMALLEST_SCALE
+from ..errors import PassError
+
+
+def with_gradient_of(value: torch.Tensor, through: torch.Tensor) -> torch.Tensor:
+    """Return exactly `value`, with the gradient of `through`."""
+    return value.detach() + (through - through.detach())
+
+
+class Quantizer(nn.Module):
+    """A quantizer with trainable scale and zero point.
+
+    `scale` and `zero_point` have one shape: `[]`, or `[C]` along `axis` of the values. With `rows` they are tables,
+    `[rows]` or `[rows, C]`. `qmin` and `qmax` are the ends of the grid, or one end for each channel `[C]`.
+
+    The zero point is a float that is rounded and clamped to the grid in each call, so that what is trained is what is
+    written. The gradients of both parameters are multiplied by 1 / sqrt(n qmax), as LSQ does, where n is the number of
+    elements that share a scale; with tables, of those of one sample.
+    """
+
+    qmin: torch.Tensor
+    qmax: torch.Tensor
+
+    def __init__(
+        self,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        qmin: float | torch.Tensor,
+        qmax: float | torch.Tensor,
+        axis: int | None = None,
+        rows: bool = False,
+    ) -> None:
+        super().__init__()
+        expected = int(rows) + int(axis is not None)
+        if scale.shape != zero_point.shape or scale.ndim != expected:
+            raise PassError(
+                f"a quantizer {'with' if rows else 'without'} rows, along axis {axis}, has a scale of the shape "
+                f"{list(scale.shape)} and a zero point of the shape {list(zero_point.shape)}",
+                hint="give both the same shape: [], [C], [rows] or [rows, C]",
+            )
+        if axis is None and any(isinstance(end, torch.Tensor) and end.ndim for end in (qmin, qmax)):
+            raise PassError("the ends of a grid differ along no axis", hint="give the axis of the channels")
+        self.axis, self.rows = axis, rows
+        dtype = scale.dtype if scale.dtype.is_floating_point else torch.float32
+        self.scale = nn.Parameter(scale.detach().clone().to(dtype))
+        self.zero_point = nn.Parameter(zero_point.detach().clone().to(dtype))
+        self.register_buffer("qmin", torch.as_tensor(qmin, dtype=dtype).clone())
+        self.register_buffer("qmax", torch.as_tensor(qmax, dtype=dtype).clone())
+        self.drop_probability = 0.0
+        self.drop_generator: torch.Generator | None = None
+
+    def forward(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the values of `x` on the grid.
+
+        `row` (int64) selects the row of a table: a scalar or `[1]` for all of `x`, or `[B]`, one for each sample along
+        the first axis of `x`.
+        """
+        if not (x.dtype.is_floating_point and x.element_size() >= self.scale.element_size()):
+            x = x.to(self.scale.dtype)  # autocast computes in 16 bits; the grid is that of float32
+        scale, zero, low, high = self.parameters_for(x, row)
+        v = x / scale
+        q = torch.clamp(with_gradient_of(torch.round(v), v) + zero, low, high)
+        quantized = (q - zero) * scale
+        if self.training and self.drop_probability > 0:
+            chance = torch.rand(x.shape, generator=self.drop_generator, device=x.device)
+            quantized = torch.where(chance < self.drop_probability, x, quantized)
+        return quantized
+
+    @torch.no_grad()
+    def integers(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the integers of `x`, as floats of the same shape."""
+        scale, zero, low, high = self.parameters_for(x, row)
+        return torch.clamp(torch.round(x / scale) + zero, low, high)
+
+    def parameters_for(self, x: torch.Tensor, row: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Return scale, zero point, lowest and highest integer, shaped to broadcast over `x`."""
+        if self.rows != (row is not None):
+            raise PassError(
+                "a quantizer with a table needs a row" if self.rows else "a quantizer without a table has no rows",
+                hint="pass the row of the timestep to the quantizers with tables only",
+            )
+        scale, zero = self.scales(), self.zero_points()
+        low, high = (self._shaped(end, x.ndim, end.ndim > 0) for end in (self.qmin, self.qmax))
+        if row is not None:
+            samples = row.reshape(-1)
+            self._check_samples(samples.shape[0], x)
+            # Not scale[row]: Python reads the number of a scalar index, which vmap and a captured graph cannot do.
+            scale, zero = (table.index_select(0, samples) for table in (scale, zero))
+        scale, zero = (self._shaped(values, x.ndim, self.axis is not None) for values in (scale, zero))
+        factor = torch.rsqrt(self._sharing(x) * torch.clamp(high, min=1))
+        return with_gradient_of(scale, scale * factor), with_gradient_of(zero, zero * factor), low, high
+
+    def scales(self) -> torch.Tensor:
+        """Return the scales as they are used and written: none is smaller than SMALLEST_SCALE."""
+        return with_gradient_of(torch.clamp(self.scale, min=float(SMALLEST_SCALE)), self.scale)
+
+    def zero_points(self) -> torch.Tensor:
+        """Return the zero points as they are used and written: integers of the grid."""
+        return with_gradient_of(torch.clamp(torch.round(self.zero_point), self.qmin, self.qmax), self.zero_point)
+
+    def drop_elements(self, probability: float, seed: int) -> None:
+        """Leave each element as it is with this probability while the module trains (QDrop; Wei et al., 2022)."""
+        if not 0 <= probability < 1:
+            raise PassError(f"the probability of QDrop is {probability}", hint="choose one from 0 to less than 1")
+        self.drop_probability = probability
+        self.drop_generator = torch.Generator(self.scale.device).manual_seed(seed)
+
+    def _shaped(self, values: torch.Tensor, rank: int, channels: bool) -> torch.Tensor:
+        """Return `[]`, `[C]`, `[B]` or `[B, C]`, as `channels` and the number of dimensions say, as it broadcasts."""
+        samples = values.ndim > int(channels)
+        shape = [1] * rank
+        if rank and samples:
+            shape[0] = values.shape[0]
+        if channels and self.axis is not None:
+            shape[self.axis % rank] = values.shape[-1]
+        return values.reshape(shape) if channels or samples else values
+
+    def _check_samples(self, samples: int, x: torch.Tensor) -> None:
+        if samples == 1:
+            return
+        if x.ndim == 0 or x.shape[0] != samples or (self.axis is not None and self.axis % x.ndim == 0):
+            raise PassError(
+                f"{samples} rows of a table, one a sample, for values of the shape {list(x.shape)}",
+                hint="the first axis holds the samples; run values that mix samples along it under torch.func.vmap",
+            )
+
+    def _sharing(self, x: torch.Tensor) -> int:
+        count = x.numel() // (x.shape[0] if self.rows and x.ndim else 1)
+        return max(1, count // (self.scale.shape[-1] if self.axis is not None else 1))
+
+
+class SoftRounding(nn.Module):
+    """The weights of a layer between the two grid points around each (AdaRound; Nagel et al., 2020).
+
+        w = (base + h(V)) s        h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1)
+
+    It takes the place of a weight's quantizer, and its forward ignores the weight that it is called with.
+
+    Without `integers`, h starts at the fraction of each weight, and the soft weights are the float ones, to EDGE of a
+    step; weights beyond the grid start at its end. `integers` are another method's choice (GPTQ): h starts on their
+    side, between the fraction and the integer as `pull` says. An integer that is not next to the float weight stays,
+    and its neighbour towards the float weight is the other choice.
+    """
+
+    STRETCH, SHIFT = 1.2, 0.1
+    EDGE = 1e-4  # h starts this far inside of [0, 1], where its gradient is not 0
+    MARGIN = 0.02  # beyond 1/2, on the side of an integer that another method chose
+
+    base: torch.Tensor
+
+    def __init__(
+        self, quantizer: Quantizer, weight: torch.Tensor, integers: torch.Tensor | None = None, pull: float = 0.5
+    ) -> None:
+        super().__init__()
+        if quantizer.rows:
+            raise PassError("weights have no table over the timestep", hint="round the weights of layers only")
+        if not 0 <= pull <= 1:
+            raise PassError(f"the pull towards the given integers is {pull}", hint="choose one from 0 to 1")
+        self.quantizer = quantizer
+        with torch.no_grad():
+            scale, zero, low, high = quantizer.parameters_for(weight)
+            v = weight / scale
+            base = torch.clamp(torch.floor(v), low - zero, high - zero - 1)
+            h = torch.clamp(v - base, 0, 1)
+            if integers is not None:
+                chosen = integers.to(v.dtype) - zero
+                base = torch.where(chosen > base + 1, chosen - 1, torch.where(chosen < base, chosen, base))
+                h = torch.clamp(v - base, 0, 1)
+                up = chosen - base
+                h = h + pull * (up - h)
+                h = torch.where(up > 0.5, h.clamp(min=0.5 + self.MARGIN), h.clamp(max=0.5 - self.MARGIN))
+            self.register_buffer("base", base)
+            share = (h.clamp(self.EDGE, 1 - self.EDGE) + self.SHIFT) / self.STRETCH
+            self.v = nn.Parameter(torch.logit(share))
+
+    def forward(self, weight: torch.Tensor | None = None, row: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the soft weights."""
+        return self._weights(self.fractions())
+
+    def fractions(self) -> torch.Tensor:
+        """Return h(V): 0 is the lower grid point, 1 the upper."""
+        return torch.clamp(self.STRETCH * torch.sigmoid(self.v) - self.SHIFT, 0, 1)
+
+    def regularizer(self, beta: float) -> torch.Tensor:
+        """Return the sum of 1 - |2h - 1|^beta, which is 0 where every weight is on the grid."""
+        return (1 - (2 * self.fractions() - 1).abs().pow(beta)).sum()
+
+    @torch.no_grad()
+    def hard(self) -> torch.Tensor:
+        """Return the weights on the nearer grid points."""
+        return self._weights((self.v >= 0).to(self.v.dtype))
+
+    @torch.no_grad()
+    def integers(self) -> torch.Tensor:
+        """Return the integers of the nearer grid points, as floats of the weight's shape."""
+        _, zero, low, high = self.quantizer.parameters_for(self.base)
+        return torch.clamp(self.base + (self.v >= 0).to(self.v.dtype) + zero, low, high)
+
+    def _weights(self, fractions: torch.Tensor) -> torch.Tensor:
+        scale, zero, low, high = self.quantizer.parameters_for(self.base)
+        return (torch.clamp(self.base + fractions + zero, low, high) - zero) * scale
