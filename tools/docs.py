@@ -36,9 +36,9 @@ _TITLE = re.compile(r"^(\w+): (.+?)(?:\n\n|\Z)", re.S)
 
 def pages() -> Iterator[tuple[str, str]]:
     """(place below docs/, text) of every page."""
-    figures = measured(DOCS / "leaderboard.md")
+    names, figures = measured(DOCS / "leaderboard.md")
     for recipe in RECIPES.values():
-        yield f"recipes/{recipe.name}.md", recipe_page(recipe, figures.get(recipe.name, {}))
+        yield f"recipes/{recipe.name}.md", recipe_page(recipe, figures.get(recipe.name, {}), names)
     yield "recipes/README.md", recipe_index()
     for name in pass_names():
         yield f"passes/{name}.md", pass_page(name)
@@ -47,7 +47,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "modules.md", modules()
 
 
-def recipe_page(recipe: Recipe, figures: dict[str, list[str]]) -> str:
+def recipe_page(recipe: Recipe, figures: dict[str, list[str]], columns: list[str]) -> str:
     about = [f"**{recipe.description}**\n"]
     if recipe.paper:
         about.append(f"From: {linked(recipe.paper)}.")
@@ -69,8 +69,7 @@ def recipe_page(recipe: Recipe, figures: dict[str, list[str]]) -> str:
     if figures:
         parts.append(
             "## Measured\n\nOn the embedded digits; the [leaderboard](../leaderboard.md) explains the columns.\n\n"
-            "| width | SQNR | worst | PSNR | p10 | speed | size | seconds | kernels | islands |\n"
-            "|---|---|---|---|---|---|---|---|---|---|\n"
+            f"| width | {' | '.join(columns[:9])} |\n|---{'|---' * len(columns[:9])}|\n"
             + "\n".join(f"| {width} | {' | '.join(cells[:9])} |" for width, cells in figures.items())
         )
     parts.append(
@@ -192,16 +191,19 @@ def linked(text: str) -> str:
     return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
-def measured(board: Path) -> dict[str, dict[str, list[str]]]:
-    """Return recipe -> width -> cells of the leaderboard's row."""
+def measured(board: Path) -> tuple[list[str], dict[str, dict[str, list[str]]]]:
+    """Return (the names of the leaderboard's columns, recipe -> width -> cells of its row)."""
     found: dict[str, dict[str, list[str]]] = {}
+    columns: list[str] = []
     width = ""
     for line in board.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             width = line[3:]
+        elif line.startswith("| recipe | "):
+            columns = line.strip("| ").split(" | ")[1:]
         elif row := re.match(r"\| `([\w-]+)` \| (.*) \|$", line):
             found.setdefault(row[1], {})[width] = row[2].split(" | ")
-    return found
+    return columns, found
 
 
 def main(argv: list[str] | None = None) -> int:

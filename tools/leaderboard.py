@@ -1,72 +1,75 @@
-"""Compiles the embedded digits with every recipe at several widths, and writes docs/leaderboard.md.
+"""Compiles a model with every recipe at several widths, and writes its leaderboard page.
 
-    python -m tools.leaderboard                              all recipes at W8A8, W6A6 and W4A8, 32 pictures
+    python -m tools.leaderboard                              all recipes on the digits at all widths, 32 images
     python -m tools.leaderboard --recipe gptq --width w4a8   one row
+    python -m tools.leaderboard --model unet.onnx --scheduler cosine:60 --name mine     docs/leaderboard-mine.md
     python -m tools.leaderboard --write-only                 the page again, from the rows that are there
 
-Each row is a file in the working folder (out/leaderboard), written when it is done: a run that was stopped goes on
-where it stopped. A row counts as done when it was measured with the same passes, width and numbers of pictures; --again
-measures it anew after a change of the code. Calibration is measured once for all recipes that share it. Speeds come
-last, from the bundles that are kept beside the rows: --no-speed leaves them to a run on a machine that is quiet.
+Each row is a file in the working folder (out/leaderboard, or out/leaderboard-NAME), written when it is done: a run that
+was stopped goes on where it stopped. A row counts as done when it was measured on the same model with the same passes,
+width, sampler and numbers of images; the page lists only such rows. --again measures them anew after a change of the
+code. Calibration is measured once for all recipes that share it. Speeds come last, from the bundles that are kept
+beside the rows: --no-speed leaves them to a run on a machine that is quiet.
 
-Everything is paired: the same noise for float and quantized pictures, the prediction compared on the latents of the
-float trajectory, speed against fp32 onnxruntime in the same minute, threads pinned.
+Everything is paired: the same noise for float and quantized images, the prediction compared on the latents of the float
+trajectory, speed against fp32 onnxruntime in the same minute, threads pinned. A bundle with a correction is drawn and
+judged with it, at the eta for which its paper claims something (`claim_eta`), and so is its baseline. No recipe leaves
+activations in float: the weight-only width is refused, row by row.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from mezzotint.api import compile_model, export_model
+from mezzotint.api import compile_model
 from mezzotint.bench import peers
-from mezzotint.bench.pairs import (
-    Comparison,
-    folder_bytes,
-    middle_timestep,
-    paired_run,
-    unseen_seed,
-)
+from mezzotint.bench.pairs import Comparison, folder_bytes, middle_timestep, paired_run, unseen_seed
 from mezzotint.compiler.core.pipeline import Recipe
-from mezzotint.io.sources import DIGITS
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.io.settings import parse_size
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
-from mezzotint.runtime.compare import PEAK, psnr_db
+from mezzotint.runtime.compare import PEAK, json_db, psnr_db
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.latency import call_ratio
 from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network
-from mezzotint.runtime.session import Denoiser, running_version
+from mezzotint.runtime.session import running_version
 from mezzotint.runtime.signature import Images, Timestep
-from tools.leaderboard_page import WIDTHS, Row, page
+from tools.leaderboard_model import FloatModel, corrected
+from tools.leaderboard_options import parsed
+from tools.leaderboard_page import FLOAT, WIDTHS, Row, page
 
-OWN_WIDTH = frozenset({"float"})  # recipes without a width to set
-BATCH, SIZE = 16, (32, 32)
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "leaderboard.md"
+SAME = ("images", "calibration", "steps", "threads", "batch")  # options that two rows of a page have in common
+Job = tuple[Path, Callable[[], Row], str]  # the row's file, how to measure it, its key
 
 
 def at_width(recipe: Recipe, width: str) -> Recipe:
-    """The recipe with these bits in every pass that has an option for them.
+    """Return the recipe with these bits in every pass that has an option for them.
 
     What mixes widths has a budget of bits on average: its own where the recipe claims to be good, elsewhere this width.
     """
     weight, activation = WIDTHS[width]
+    if activation == FLOAT:
+        raise RecipeError(
+            "no recipe leaves activations in float: integer layers take quantized ones, of at most 8 bits",
+            where=f"recipe {recipe.name!r} at {width}",
+            hint="choose a width with activations of 8 bits or fewer",
+        )
     wanted: dict[str, float] = {"weight_bits": weight, "activation_bits": activation}
     if width != recipe.claim:
         wanted["mean_bits"] = float(weight)
@@ -82,196 +85,207 @@ class Board:
         self.args, self.folder = args, Path(args.folder)
         self.rows = self.folder / "rows"
         self.rows.mkdir(parents=True, exist_ok=True)
-        self.exported = self.folder / "float.onnx"
-        if not self.exported.exists() and not args.write_only:
-            export_model("digits", self.exported)
+        self.model = FloatModel(
+            args.model,
+            self.folder,
+            scheduler=args.scheduler,
+            size=parse_size(args.size),
+            sampler=args.sampler,
+            steps=args.steps,
+            eta=args.eta,
+            threads=args.threads,
+        )
+        if not args.write_only:
+            self.model.export()
+            self.model.check_batch(args.batch)
 
-    def key(self, recipe: Any) -> str:
-        """What makes two measurements of a row the same."""
-        numbers = {n: getattr(self.args, n) for n in ("images", "calibration", "steps", "threads")}
-        return json.dumps({"recipe": recipe, **numbers, "onnxruntime": running_version()}, sort_keys=True)
+    def key(self, what: Any, eta: float) -> str:
+        """Return what makes two measurements of a row the same."""
+        plan = replace(self.model.deployment, eta=eta).to_json()
+        numbers = {name: getattr(self.args, name) for name in SAME}
+        model = {"model": self.model.digest, "schedule": self.model.schedule.digest(), "deployment": plan}
+        return json.dumps({"recipe": what, **model, **numbers, "onnxruntime": running_version()}, sort_keys=True)
 
-    def measure(self, name: str, width: str) -> Row:
-        recipe = at_width(RECIPES[name], width)
-        key = self.key(recipe.to_json()["passes"])
+    def recipe_key(self, name: str, width: str, eta: float) -> str:
+        recipe = RECIPES[name]
+        return self.key([width, recipe.claim, recipe.to_json()["passes"]], eta)
+
+    def eta_of(self, name: str) -> float:
+        """Return the eta that a recipe is measured at: that of its claim, where the board's sampler has one."""
+        claimed = RECIPES[name].claim_eta
+        return claimed if claimed and self.model.deployment.sampler == "ddim" else float(self.args.eta)
+
+    def measure(self, name: str, width: str, eta: float) -> Row:
+        key = self.recipe_key(name, width, eta)
         start = time.perf_counter()
+        plan, args = self.model.deployment, self.args
         try:
+            recipe = at_width(RECIPES[name], width)
             with shown() as report:
                 bundle = compile_model(
-                    self.exported,
-                    self.bundle(name, width),
+                    self.model.compiled,
+                    self.bundle(name, width, eta),
                     recipe=recipe,
-                    scheduler=DIGITS,
-                    size=SIZE,
-                    steps=self.args.steps,
-                    calibration_samples=self.args.calibration,
-                    threads=self.args.threads,
+                    scheduler=self.model.schedule,
+                    size=self.model.size,
+                    sampler=plan.sampler,
+                    steps=plan.steps,
+                    eta=eta,
+                    calibration_samples=args.calibration,
+                    threads=args.threads,
                     cache=self.folder / "cache",
                     progress=report,
                     force=True,
                 )
-                seconds = sum(float(record.seconds) for record in bundle.manifest.history)
-                mine = bundle.denoiser(self.args.threads)
-                n, threads = self.images, self.args.threads
-                drawn = bundle.sample(n, seed=unseen_seed(bundle), batch=BATCH, threads=threads)
-                data = self.quality(bundle, mine, drawn, report)
+                nets: list[Network] = list(bundle.denoisers(threads=args.threads))
+                if bundle.correction is not None:
+                    nets = corrected(nets, bundle.correction)
+                drawn = bundle.sample(self.images, seed=unseen_seed(bundle), batch=args.batch, threads=args.threads)
                 kernels = bundle.manifest.kernels
-                return Row(
-                    name,
-                    width,
-                    key,
-                    data["eps_sqnr_db"],
-                    data["eps_sqnr_db_worst_step"],
-                    data["psnr_db_median"],
-                    data["psnr_db_p10"],
-                    None,
-                    folder_bytes(bundle.path / MODEL) / folder_bytes(self.exported),
-                    seconds,
-                    f"{kernels.integer}/{kernels.floating}",
-                    len(bundle.manifest.islands),
+                return replace(
+                    self.quality(Row(name, width, key, eta), bundle, nets, drawn, report),
+                    corrected=bundle.correction is not None,
+                    size=folder_bytes(bundle.path / MODEL) / folder_bytes(self.model.exported),
+                    seconds=sum(float(record.seconds) for record in bundle.manifest.history),
+                    kernels=f"{kernels.integer}/{kernels.floating}",
+                    islands=len(bundle.manifest.islands),
                 )
         except MezzotintError as error:
             print(f"{name} {width}: refused after {time.perf_counter() - start:.0f} s: {error}", flush=True)
-            return Row(name, width, key, refused=error.what)
+            return Row(name, width, key, eta, refused=error.what)
 
-    def bundle(self, name: str, width: str) -> Path:
-        return self.folder / "bundles" / f"{name}-{width}"
+    def stem(self, name: str, width: str, eta: float) -> str:
+        return f"{name}-{width}" + ("" if eta == self.args.eta else f"-eta{eta:g}")
+
+    def bundle(self, name: str, width: str, eta: float) -> Path:
+        return self.folder / "bundles" / self.stem(name, width, eta)
 
     def add_speeds(self) -> None:
-        """The speeds of all rows that have none, one after the other, as nothing else is measured in between."""
-        for file in sorted(self.rows.glob("*.json")):
-            row = Row.load(file)
-            if row is not None and row.speed is None and not row.refused:
-                bundle = open_bundle(self.bundle(row.recipe, row.width))
+        """Measure the speeds of all rows that have none, one after the other: nothing else runs in between."""
+        for file, row in self.listed():
+            if row.speed is None and not row.refused:
+                bundle = open_bundle(self.bundle(*row.place))
                 replace(row, speed=self.speed(bundle, bundle.denoiser(self.args.threads))).save(file)
                 print(f"speed of {file.stem}", flush=True)
 
     def measure_peer(self, peer: str) -> Row:
-        """A peer at 8 bits, calibrated on one batch of the float trajectory."""
-        threads = self.args.threads
+        """Measure a peer at 8 bits. Peers raise errors of any class for models that they do not support."""
+        row = Row(peer, "w8a8", self.key(peer, self.args.eta), self.args.eta)
+        try:
+            return self._of_peer(row)
+        except Exception as error:
+            why = next(iter(str(error).splitlines()), "").rstrip(".")
+            print(f"{peer}: refused: {error}", flush=True)
+            return replace(row, refused=f"{type(error).__name__}: {why}")
+
+    def _of_peer(self, row: Row) -> Row:
+        """Calibrate the peer on one batch of the float trajectory, and measure it."""
+        threads, batch, exported = self.args.threads, self.args.batch, self.model.exported
         with TemporaryDirectory(dir=self.folder) as folder, shown() as report:
-            bundle = self.reference
+            bundle = self.model.reference
             calls: list[peers.Call] = []
 
             def record(x: Images, t: Timestep) -> Images:
                 calls.append((x, t, {}))
-                return self.exact(x, t)
+                return self.model.exact(x, t)
 
-            x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
+            x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
             samplers.sample(record, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(0))
             start = time.perf_counter()
-            net, file = peers.prepare_peer(peer, self.exported, bundle.signature, calls, Path(folder), threads)
+            net, file = peers.prepare_peer(row.recipe, exported, bundle.signature, calls, Path(folder), threads)
             seconds = time.perf_counter() - start
             seed = unseen_seed(bundle)
             mine = []
-            for first in range(0, self.images, BATCH):
-                x = samplers.initial_noise(seed, (BATCH, *bundle.sample_shape), first=first)
+            for first in range(0, self.images, batch):
+                x = samplers.initial_noise(seed, (batch, *bundle.sample_shape), first=first)
                 noise = samplers.seeded_noise(seed, first=first)
                 mine.append(samplers.sample(net, x, bundle.schedule, bundle.deployment, noise=noise))
-            data = self.quality(bundle, net, np.concatenate(mine), report)
-            return Row(
-                peer,
-                "w8a8",
-                self.key(peer),
-                data["eps_sqnr_db"],
-                data["eps_sqnr_db_worst_step"],
-                data["psnr_db_median"],
-                data["psnr_db_p10"],
-                self.speed(bundle, net),
-                file.stat().st_size / folder_bytes(self.exported),
-                seconds,
+            return replace(
+                self.quality(row, bundle, [net] * len(bundle.deployment.calls), np.concatenate(mine), report),
+                speed=self.speed(bundle, net),
+                size=file.stat().st_size / folder_bytes(exported),
+                seconds=seconds,
             )
 
-    def quality(self, bundle: Bundle, net: Network, drawn: Images, report: Progress) -> dict[str, Any]:
-        """What a denoiser is like beside the float one, and the pictures that it has drawn."""
-        seed = unseen_seed(bundle)
-        images, sqnr = paired_run(self.exact, net, bundle, len(drawn), seed=seed, batch=BATCH, progress=report)
+    def quality(self, row: Row, bundle: Bundle, nets: Sequence[Network], drawn: Images, report: Progress) -> Row:
+        """Return the row with the figures of the images that were drawn, and of the prediction."""
+        seed, batch = unseen_seed(bundle), self.args.batch
+        images, sqnr = paired_run(self.model.exact, nets, bundle, len(drawn), seed=seed, batch=batch, progress=report)
         psnr = psnr_db(np.clip(images, -1, 1), np.clip(drawn, -1, 1), peak=PEAK)
-        return Comparison(images, drawn, sqnr, psnr).to_json()
+        data = Comparison(images, drawn, sqnr, psnr).to_json()
+        return replace(
+            row,
+            sqnr=data["eps_sqnr_db"],
+            worst=data["eps_sqnr_db_worst_step"],
+            psnr=data["psnr_db_median"],
+            psnr_p10=data["psnr_db_p10"],
+            images=tuple(json_db(float(db)) for db in psnr),
+        )
 
     def speed(self, bundle: Bundle, net: Network) -> float:
-        exact = Denoiser(self.exported, bundle.signature, threads=self.args.threads)
-        x = samplers.initial_noise(0, (BATCH, *bundle.sample_shape))
-        return call_ratio(exact, net, x, middle_timestep(bundle), repeats=9)[2]
+        x = samplers.initial_noise(0, (self.args.batch, *bundle.sample_shape))
+        return call_ratio(self.model.denoiser(), net, x, middle_timestep(bundle), repeats=9)[2]
 
     @property
     def images(self) -> int:
         """Whole batches: a peer may have its batch written in."""
-        return -(-int(self.args.images) // BATCH) * BATCH
+        batch = int(self.args.batch)
+        return -(-int(self.args.images) // batch) * batch
 
-    @cached_property
-    def reference(self) -> Bundle:
-        """A float bundle: it knows the schedule, the deployment and the sizes."""
-        path, args = self.folder / "reference", self.args
-        return compile_model(
-            self.exported,
-            path,
-            recipe="float",
-            scheduler=DIGITS,
-            size=SIZE,
-            steps=args.steps,
-            threads=args.threads,
-            force=True,
-        )
+    def places(self) -> list[tuple[str, str, float]]:
+        """Return (recipe, width, eta) of the rows that were asked for, with the baselines at the eta of a claim."""
+        found = []
+        for width in self.args.width:
+            for name in self.args.recipe:
+                eta = self.eta_of(name)
+                found.append((name, width, eta))
+                if eta != self.args.eta and RECIPES[name].baseline:
+                    found.append((RECIPES[name].baseline, width, eta))
+        return list(dict.fromkeys(found))
 
-    @cached_property
-    def exact(self) -> Network:
-        """The float denoiser. Every row asks it about the same latents: it remembers what it said."""
-        net = Denoiser(self.exported, self.reference.signature, threads=self.args.threads)
-        said: dict[tuple[Timestep, bytes], Images] = {}
+    def work(self) -> Iterator[Job]:
+        for place in self.places():
+            file = self.rows / f"{self.stem(*place)}.json"
+            yield file, lambda place=place: self.measure(*place), self.recipe_key(*place)  # type: ignore[misc]
+        for peer in peers.available() if self.args.peers else []:
+            key = self.key(peer, self.args.eta)
+            yield self.rows / f"{peer}-w8a8.json", lambda p=peer: self.measure_peer(p), key  # type: ignore[misc]
 
-        def predict(x: Images, t: Timestep) -> Images:
-            key = t, hashlib.sha256(x.tobytes()).digest()
-            if key not in said:
-                said[key] = net(x, t)
-            return said[key]
-
-        return predict
-
-    def work(self) -> Iterator[tuple[Path, Callable[[], Row], str]]:
-        """(file, how to measure it, its key) of every row that was asked for."""
-        args = self.args
-        for width in args.width:
-            for name in args.recipe:
-                key = self.key(at_width(RECIPES[name], width).to_json()["passes"])
-                yield self.rows / f"{name}-{width}.json", lambda n=name, w=width: self.measure(n, w), key  # type: ignore[misc]
-        for peer in peers.available() if args.peers else []:
-            yield self.rows / f"{peer}-w8a8.json", lambda p=peer: self.measure_peer(p), self.key(peer)  # type: ignore[misc]
+    def listed(self) -> Iterator[tuple[Path, Row]]:
+        """Yield the rows that were measured with today's recipes and with these options, and their files."""
+        for file in sorted(self.rows.glob("*.json")):
+            row = Row.load(file)
+            if row is None or (row.recipe not in RECIPES and row.recipe not in peers.PEERS):
+                continue
+            peer = row.recipe not in RECIPES
+            if row.key == (self.key(row.recipe, row.eta) if peer else self.recipe_key(*row.place)):
+                yield file, row
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for name in RECIPES if name not in OWN_WIDTH]
-    parser.add_argument("--recipe", action="append", choices=names, help="only this one (may be repeated)")
-    parser.add_argument("--width", action="append", choices=list(WIDTHS), help="only this one (may be repeated)")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--calibration", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--no-speed", dest="speed", action="store_false", help="leave that for another run")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
-    parser.add_argument("--write-only", action="store_true", help="measure nothing")
-    parser.add_argument("--folder", default=str(ROOT / "out" / "leaderboard"))
-    parser.add_argument("--page", type=Path, default=PAGE)
-    args = parser.parse_args(argv)
-    args.recipe, args.width = args.recipe or names, args.width or list(WIDTHS)
-    board = Board(args)
-    waiting = []
-    for file, measure, key in board.work():
-        row = None if args.again else Row.load(file)
-        if row is None or row.key != key:
-            waiting.append((file, measure))
-    for i, (file, measure) in enumerate([] if args.write_only else waiting):
-        print(f"[{i + 1}/{len(waiting)}] {file.stem}", flush=True)
-        measure().save(file)
-    if args.speed and not args.write_only:
-        board.add_speeds()
-    rows = [row for file in sorted(board.rows.glob("*.json")) if (row := Row.load(file)) is not None]
-    known = [row for row in rows if row.recipe in RECIPES or row.recipe in peers.PEERS]
-    about = f"DDIM with {args.steps} steps, {args.images} pictures from the same noise, {args.calibration} others for "
-    about += f"calibration, onnxruntime {running_version()}, {args.threads} threads, batch {BATCH}"
-    text = page(known, about, RECIPES)
+    args = parsed(argv, __doc__)
+    try:
+        board = Board(args)
+        jobs = list(board.work())
+        waiting = []
+        for file, measure, key in jobs:
+            row = None if args.again else Row.load(file)
+            if row is None or row.key != key:
+                waiting.append((file, measure))
+        for i, (file, measure) in enumerate([] if args.write_only else waiting):
+            print(f"[{i + 1}/{len(waiting)}] {file.stem}", flush=True)
+            measure().save(file)
+        if args.speed and not args.write_only:
+            board.add_speeds()
+    except MezzotintError as error:
+        print(error, file=sys.stderr)
+        return 2
+    rows = [row for _, row in board.listed()]
+    if left := len(list(board.rows.glob("*.json"))) - len(rows):
+        print(f"{left} rows of other options, models or recipes are not on the page", flush=True)
+    about = f"{board.model.deployment}, {board.images} images from the same noise, {args.calibration} others for "
+    about += f"calibration, onnxruntime {running_version()}, {args.threads} threads, batch {args.batch}"
+    text = page(rows, args.name, about, RECIPES, args.eta)
     args.page.parent.mkdir(parents=True, exist_ok=True)
     partial = args.page.with_suffix(f".{os.getpid()}")
     partial.write_text(text, encoding="utf-8", newline="\n")

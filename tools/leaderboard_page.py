@@ -1,32 +1,50 @@
-"""The leaderboard's rows and its page in Markdown; tools/leaderboard.py measures them."""
+"""The leaderboard's rows, its verdicts and its page in Markdown; tools/leaderboard.py measures the rows.
+
+Images come first: tables are sorted by the PSNR of the images, and a method is better than its baseline where its
+images are. Both draw the same images from the same noise, so the differences of single images are resampled
+(mezzotint/evaluate/metrics.py): a difference counts when its interval excludes 0.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mezzotint.compiler.core.pipeline import Recipe
+import numpy as np
 
-WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8)}  # bits of weights and activations
-CHANCE = 0.1  # dB by which the SQNR of two calibrations of one recipe differ
-Known = Mapping[tuple[str, str], "Row"]
+from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.evaluate.metrics import RESAMPLES, Metric, with_interval
+from mezzotint.runtime.arrays import Doubles
+
+FLOAT = 16  # activations of a width that leaves them in float
+WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4), "w4a16": (4, FLOAT)}
+IDENTICAL = 200.0  # dB that count for an image without any difference
+COLUMNS = ["recipe", "PSNR", "p10", "SQNR", "worst", "speed", "size", "seconds", "kernels", "islands", "beside"]
+Known = Mapping[tuple[str, str, float], "Row"]
 Recipes = Mapping[str, Recipe]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the page. Decibels are None where nothing differs; `refused` says why there are no figures."""
+    """One line of the page. Decibels are None where nothing differs; `refused` says why there are no figures.
+
+    `images` is the PSNR of each image, None for an identical one. `corrected` says that the images and the predictions
+    are those behind the bundle's correction.
+    """
 
     recipe: str
     width: str
     key: str
+    eta: float = 0.0
+    corrected: bool = False
     sqnr: float | None = None
     worst: float | None = None
     psnr: float | None = None
     psnr_p10: float | None = None
+    images: tuple[float | None, ...] = ()
     speed: float | None = None
     size: float | None = None
     seconds: float | None = None
@@ -36,48 +54,129 @@ class Row:
 
     @staticmethod
     def load(file: Path) -> Row | None:
-        """A row that was measured before; None where there is none, or one of another shape."""
-        if not file.is_file():
+        """Return a row that was measured before; None where there is none, or one of another shape."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return Row(**data) if set(data) == {f.name for f in fields(Row)} else None
+        if not isinstance(data, dict) or set(data) != {f.name for f in fields(Row)}:
+            return None
+        return Row(**{**data, "images": tuple(data["images"])})
 
     def save(self, file: Path) -> None:
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8", newline="\n")
         partial.replace(file)
 
+    @property
+    def place(self) -> tuple[str, str, float]:
+        return self.recipe, self.width, self.eta
 
-def page(rows: Sequence[Row], about: str, recipes: Recipes) -> str:
-    """One table for each width, best pictures first, and what each method gained; `about` says how it was measured."""
+    @property
+    def decibels(self) -> Doubles:
+        """The PSNR of each image."""
+        return np.array([IDENTICAL if db is None else min(db, IDENTICAL) for db in self.images], np.float64)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the images of a row gained over those of another from the same noise: dB with their intervals."""
+
+    median: Metric
+    p10: Metric
+
+    @staticmethod
+    def of(row: Row, base: Row) -> Difference | None:
+        """Return the differences; None where the rows have no images, or not the same."""
+        mine, other = row.decibels, base.decibels
+        if len(mine) != len(other) or len(mine) < 2:
+            return None
+
+        def tenth(values: Doubles) -> float:
+            return float(np.percentile(values, 10, method="lower"))
+
+        return Difference(
+            with_interval(lambda rows: float(np.median((mine - other)[rows])), len(mine), RESAMPLES, 0),
+            with_interval(lambda rows: tenth(mine[rows]) - tenth(other[rows]), len(mine), RESAMPLES, 0),
+        )
+
+    def verdict(self) -> str:
+        """Return the words for it: by the median, then by the 10th percentile."""
+        median, p10 = _sign(self.median), _sign(self.p10)
+        if median * p10 < 0:
+            return (
+                "better in the median and worse in the 10th percentile than"
+                if median > 0
+                else ("worse in the median and better in the 10th percentile than")
+            )
+        words = {1: "better than", -1: "worse than", 0: "not told apart from"}
+        return words[median or p10]
+
+
+def _sign(metric: Metric) -> int:
+    """Return 1 or -1 where the interval excludes 0, else 0."""
+    if metric.low is None or metric.high is None:
+        return 0
+    return int(metric.low > 0) - int(metric.high < 0)
+
+
+def page(rows: Sequence[Row], title: str, about: str, recipes: Recipes, eta: float = 0.0) -> str:
+    """Return the page: one table for each width and eta, best images first, and what each method gained.
+
+    `about` says how the rows were measured, and `eta` is the board's own: other ones are in the headings.
+    """
     lines = [
-        "# Leaderboard",
+        "# Leaderboard" if title == "digits" else f"# Leaderboard: {title}",
         "",
-        f"Written by `tools/leaderboard.py`; do not edit. The embedded digits, {about}.",
+        f"Written by `tools/leaderboard.py`; do not edit. {'The embedded digits' if title == 'digits' else title}, "
+        f"{about}. Only rows that were measured in this way are listed.",
         "",
-        "SQNR of epsilon on the latents of the float trajectory, all steps and the worst one; PSNR of the final "
-        "pictures, median and 10th percentile (all in dB); speed against fp32 onnxruntime; the file's share of the "
-        "fp32 file; seconds that the passes took; integer and float kernels; layers kept in float. PSNR depends on "
-        f"chance: two calibrations of one recipe differ by 3 dB and more, its SQNR by {CHANCE} dB. So does speed, from "
-        "one short measurement each: rows of one size and the same kernels have the same graph, and show how far to "
-        "trust it.",
+        "Images come first: PSNR of the final images against the float model's from the same noise, median and 10th "
+        "percentile. Then SQNR of epsilon on the latents of the float trajectory, all steps and the worst one (all in "
+        "dB); speed against fp32 onnxruntime; the file's share of the fp32 file; seconds that the passes took; integer "
+        "and float kernels; layers kept in float. Beside: what the images gained over the baseline in the median of "
+        f"the paired differences, its 95 % interval ({RESAMPLES} resamples of the images), and the gain of epsilon. "
+        "The interval holds the chance of the images, not that of the calibration: two calibrations of one recipe can "
+        "differ by 3 dB of PSNR, and by 0.1 dB of SQNR. Speed is one short measurement each: rows of one size and the "
+        "same kernels have the same graph, and show how far to trust it.",
     ]
-    known = {(row.recipe, row.width): row for row in rows}
+    if names := list(dict.fromkeys(f"`{row.recipe}`" for row in rows if row.corrected)):
+        lines += [
+            "",
+            f"Images and predictions are those behind the sampling loop's correction for {', '.join(names)}, at the "
+            "eta of the paper's claim, and so is the baseline beside them.",
+        ]
+    known = {row.place: row for row in rows}
     for width in WIDTHS:
-        here = [row for row in rows if row.width == width]
-        if not here:
-            continue
-        lines += ["", f"## {width.upper()}", ""]
-        lines.append("| recipe | SQNR | worst | PSNR | p10 | speed | size | seconds | kernels | islands | beside |")
-        lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-        lines += [_line(row, known, recipes) for row in sorted(here, key=lambda row: -(row.psnr or -1.0))]
-    return "\n".join([*lines, "", *_claims(known, recipes)]) + "\n"
+        for here in sorted({row.eta for row in rows if row.width == width}, key=lambda other: (other != eta, other)):
+            mine = [row for row in rows if (row.width, row.eta) == (width, here)]
+            lines += ["", f"## {_heading(width, here, eta)}", *_table(mine, known, recipes)]
+    return "\n".join([*lines, "", *_claims(known, recipes, eta)]).rstrip("\n") + "\n"
+
+
+def _heading(width: str, here: float, eta: float) -> str:
+    return width.upper() if here == eta else f"{width.upper()}, eta {here:g}"
+
+
+def _table(rows: Sequence[Row], known: Known, recipes: Recipes) -> list[str]:
+    lines = []
+    if measured := sorted((row for row in rows if not row.refused), key=_rank, reverse=True):
+        lines += ["", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [_line(row, known, recipes) for row in measured]
+    for reason in dict.fromkeys(row.refused for row in rows if row.refused):
+        names = ", ".join(f"`{row.recipe}`" for row in rows if row.refused == reason)
+        lines += ["", f"Refused, {names}: {reason}."]
+    return lines
+
+
+def _rank(row: Row) -> tuple[float, float, float]:
+    """Return what rows are sorted by; no decibels are no difference, which nothing exceeds."""
+    psnr, p10, sqnr = (float("inf") if db is None else db for db in (row.psnr, row.psnr_p10, row.sqnr))
+    return psnr, p10, sqnr
 
 
 def _line(row: Row, known: Known, recipes: Recipes) -> str:
-    if row.refused:
-        return f"| `{row.recipe}` | {row.refused} " + "| " * 9 + "|"
-    numbers = [_number(v, d) for v, d in ((row.sqnr, 1), (row.worst, 1), (row.psnr, 1), (row.psnr_p10, 1))]
+    numbers = [_number(v, d) for v, d in ((row.psnr, 1), (row.psnr_p10, 1), (row.sqnr, 1), (row.worst, 1))]
     numbers += [_number(row.speed, 2), _number(row.size, 3), _number(row.seconds, 0), row.kernels]
     islands = "" if row.islands is None else str(row.islands)
     return f"| `{row.recipe}` | " + " | ".join([*numbers, islands, _beside(row, known, recipes)]) + " |"
@@ -88,32 +187,44 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _baseline(row: Row, known: Known, recipes: Recipes) -> Row | None:
-    """The row of the recipe that is this one without its method."""
+    """Return the row of the recipe that is this one without its method, at the same width and eta."""
     recipe = recipes.get(row.recipe)
-    return known.get((recipe.baseline, row.width)) if recipe is not None and recipe.baseline else None
+    return known.get((recipe.baseline, row.width, row.eta)) if recipe is not None and recipe.baseline else None
+
+
+def _gain(row: Row, base: Row) -> str:
+    """Return what epsilon gained."""
+    return "" if row.sqnr is None or base.sqnr is None else f"{row.sqnr - base.sqnr:+.1f}"
 
 
 def _beside(row: Row, known: Known, recipes: Recipes) -> str:
-    """What the method gained over its baseline: SQNR and PSNR."""
     base = _baseline(row, known, recipes)
-    if base is None or None in (row.sqnr, row.psnr, base.sqnr, base.psnr):
+    difference = None if base is None else Difference.of(row, base)
+    if base is None or difference is None:
         return ""
-    assert row.sqnr is not None and row.psnr is not None and base.sqnr is not None and base.psnr is not None
-    return f"{row.sqnr - base.sqnr:+.1f} / {row.psnr - base.psnr:+.1f} `{base.recipe}`"
+    return f"{_with_ends(difference.median)} / {_gain(row, base)} `{base.recipe}`"
 
 
-def _claims(known: Known, recipes: Recipes) -> list[str]:
-    """Whether each method beats its baseline, by more than chance, at the width for which its paper claims that."""
+def _with_ends(metric: Metric) -> str:
+    ends: Callable[[float | None], str] = lambda value: "" if value is None else f"{value:+.1f}"  # noqa: E731
+    return f"{ends(metric.value)} ({ends(metric.low)} to {ends(metric.high)})"
+
+
+def _claims(known: Known, recipes: Recipes, eta: float) -> list[str]:
+    """Return whether the images of each method beat those of its baseline where its paper claims that."""
     lines = ["## Where the papers claim it", ""]
     for recipe in recipes.values():
-        row = known.get((recipe.name, recipe.claim))
-        base = None if row is None else _baseline(row, known, recipes)
-        if row is None or base is None or row.sqnr is None or base.sqnr is None:
-            continue
-        verdict = "better" if row.sqnr > base.sqnr + CHANCE else "NOT better"
-        lines.append(
-            f"- `{recipe.name}` at {recipe.claim.upper()}: {verdict} than `{base.recipe}` in the prediction "
-            f"({row.sqnr:.2f} against {base.sqnr:.2f} dB; pictures {_number(row.psnr, 1)} against "
-            f"{_number(base.psnr, 1)} dB)"
-        )
+        for row in known.values():
+            if (row.recipe, row.width) != (recipe.name, recipe.claim):
+                continue
+            base = _baseline(row, known, recipes)
+            difference = None if base is None else Difference.of(row, base)
+            if base is None or difference is None:
+                continue
+            lines.append(
+                f"- `{recipe.name}` at {_heading(row.width, row.eta, eta)}: {difference.verdict()} `{base.recipe}`. "
+                f"Images {_with_ends(difference.median)} dB in the median, {_with_ends(difference.p10)} dB in the 10th "
+                f"percentile; epsilon {_gain(row, base) or 'without error'} dB"
+                f"{', behind the correction' if row.corrected else ''}"
+            )
     return lines if len(lines) > 2 else []

@@ -105,7 +105,8 @@ class Recipe:
     """A named list of passes. Raises RecipeError at once for an order that cannot work.
 
     `baseline` is the recipe without the method of this one. `claim` is the width ("w4a8") at which, according to the
-    paper, the method is better than the baseline. tools/leaderboard.py measures both.
+    paper, the method is better than the baseline; `claim_eta` is the eta of DDIM that this needs. tools/leaderboard.py
+    measures both there.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Recipe:
     paper: str = ""
     baseline: str = ""
     claim: str = ""
+    claim_eta: float = 0.0
 
     def __post_init__(self) -> None:
         have: set[str] = set()
@@ -159,7 +161,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         steps = [{"pass": p.name, **({"options": p.options()} if p.options() else {})} for p in self.passes]
-        claims = {key: value for key in ("baseline", "claim") if (value := getattr(self, key))}
+        claims = {key: value for key in ("baseline", "claim", "claim_eta") if (value := getattr(self, key))}
         return {"name": self.name, "description": self.description, "paper": self.paper, **claims, "passes": steps}
 
 

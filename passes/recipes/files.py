@@ -91,8 +91,8 @@ def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
 
 
 def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -> Recipe:
-    """Return a recipe from plain data. The keys: name, description, paper, baseline, claim, extends, passes."""
-    keys = ["name", "description", "paper", "baseline", "claim", "extends", "passes"]
+    """Return a recipe from plain data; `keys` are those that it may have."""
+    keys = ["name", "description", "paper", "baseline", "claim", "claim_eta", "extends", "passes"]
     if not isinstance(data, dict):
         raise RecipeError("a recipe is a mapping with a list of passes", where=where, hint=f"keys: {', '.join(keys)}")
     for key in data:
@@ -106,7 +106,12 @@ def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -
     if len(passes) > MOST_PASSES:
         raise RecipeError(f"the recipe has {len(passes)} passes", where=where, hint=f"the limit is {MOST_PASSES}")
     words = {key: _text(data, key, "", where) for key in ("description", "paper", "baseline", "claim")}
-    return Recipe(_text(data, "name", Path(where).stem, where), passes=passes, **words)
+    eta = data.get("claim_eta", 0.0)
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+        raise RecipeError(
+            f"the recipe's `claim_eta` is {visible(repr(eta), 60)}", where=where, hint="give a number from 0 to 1"
+        )
+    return Recipe(_text(data, "name", Path(where).stem, where), passes=passes, claim_eta=float(eta), **words)
 
 
 def _text(data: dict[str, Any], key: str, default: str, where: str) -> str:

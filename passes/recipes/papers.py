@@ -29,8 +29,14 @@ from .parts import EXACT, INTEGER_OPERATIONS, TIMED, static
 BY_CHANNEL = Observe(groups=0, channels="inputs")
 
 
-def _against_w8a8(name: str, claim: str, paper: str, description: str, passes: tuple[Pass, ...]) -> Recipe:
-    return Recipe(name, description, passes, paper=paper, baseline="w8a8", claim=claim)
+def _against_w8a8(
+    name: str, claim: str, paper: str, description: str, passes: tuple[Pass, ...], claim_eta: float = 0.0
+) -> Recipe:
+    return Recipe(name, description, passes, paper=paper, baseline="w8a8", claim=claim, claim_eta=claim_eta)
+
+
+NOISY = 1.0
+"""The eta of claims about the sampler's noise: with eta 0 there is none to reduce."""
 
 
 TENSOR = ChooseScales(per_channel=False)
@@ -87,6 +93,7 @@ TIMESTEPS = (
         "block reconstruction of its base quantizer; its widths by step are `mezzotint mix`)",
         "w8a8 with a sampling loop that corrects the quantization noise as the paper writes it, helpful or not",
         static(behind=(FitNoise(form="ptqd", gate=False),)),
+        claim_eta=NOISY,
     ),
     _against_w8a8(
         "ptqd-gated",
@@ -94,6 +101,7 @@ TIMESTEPS = (
         "PTQD, arXiv 2305.10657, and a choice of ours on images from noise that the fit did not see",
         "ptqd-w8a8 with only those terms that bring images nearer to the float network's",
         static(behind=(FitNoise(form="ptqd"),)),
+        claim_eta=NOISY,
     ),
     _against_w8a8(
         "d2-dpm",
@@ -110,6 +118,7 @@ TIMESTEPS = (
         "noise that the fit did not see",
         "d2-dpm with less noise of the sampler, and only those terms that bring images nearer to the float network's",
         static(behind=(FitNoise(),)),
+        claim_eta=NOISY,
     ),
     _against_w8a8(
         "eda-dm",

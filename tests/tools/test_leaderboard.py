@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 import pytest
 
 from mezzotint.bench import peers
 from mezzotint.passes.recipes.catalog import RECIPES
-from tools.leaderboard_page import Row, page
+from tests.helpers.tiny import tiny_model
+from tools.leaderboard_options import parsed
+from tools.leaderboard_page import WIDTHS, Row, page
 
 TOOL = Path(__file__).parents[2] / "tools" / "leaderboard.py"
-FEW = ["--images", "2", "--calibration", "2", "--steps", "3", "--recipe", "w8a8", "--width", "w8a8", "--width", "w4a8"]
+FEW = ["--images", "2", "--calibration", "2", "--steps", "3", "--batch", "2"]
+WIDE = [*FEW, "--recipe", "w8a8", "--width", "w8a8", "--width", "w4a8", "--width", "w4a16"]
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +40,25 @@ def board() -> ModuleType:
 @pytest.fixture(scope="module")
 def measured(board: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("board")
-    assert board.main([*FEW, "--folder", str(folder), "--page", str(folder / "page.md")]) == 0
+    ir.save(tiny_model(), folder / "unet.onnx")
+    options = [*WIDE, "--model", str(folder / "unet.onnx"), "--scheduler", "cosine"]
+    assert board.main([*options, "--folder", str(folder), "--page", str(folder / "page.md")]) == 0
     return folder
 
 
 def test_rows_are_measured(measured: Path) -> None:
     rows = {f.stem: json.loads(f.read_text()) for f in (measured / "rows").glob("*.json")}
-    assert set(rows) == {"w8a8-w8a8", "w8a8-w4a8", *(f"{peer}-w8a8" for peer in peers.available())}
+    assert set(rows) == {"w8a8-w8a8", "w8a8-w4a8", "w8a8-w4a16", *(f"{peer}-w8a8" for peer in peers.available())}
     eight, four = rows["w8a8-w8a8"], rows["w8a8-w4a8"]
     assert eight["sqnr"] > four["sqnr"] + 5 > 5
-    assert eight["speed"] > 1 and 0.1 < eight["size"] < 0.3
+    assert eight["speed"] > 0 and eight["size"] > four["size"] > 0
     assert eight["kernels"] == four["kernels"] and eight["islands"] == 2
     page = (measured / "page.md").read_text()
     assert "## W8A8" in page and "## W4A8" in page and "## W6A6" not in page
-    assert f"| `w8a8` | {eight['sqnr']:.1f} |" in page
+    assert f"| `w8a8` | {eight['psnr']:.1f} | {eight['psnr_p10']:.1f} | {eight['sqnr']:.1f} |" in page
+    assert len(eight["images"]) == 2 and eight["psnr"] == pytest.approx(sum(eight["images"]) / 2)
+    assert rows["w8a8-w4a16"]["sqnr"] is None
+    assert "## W4A16\n\nRefused, `w8a8`: no recipe leaves activations in float" in page
 
 
 def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +66,8 @@ def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: 
     page = (measured / "page.md").read_text()
     (measured / "rows" / "w8a8-w4a8.json").unlink()
     kept = (measured / "rows" / "w8a8-w8a8.json").stat().st_mtime_ns
-    assert board.main([*FEW, "--folder", str(measured), "--page", str(measured / "page.md")]) == 0
+    options = [*WIDE, "--model", str(measured / "unet.onnx"), "--scheduler", "cosine"]
+    assert board.main([*options, "--folder", str(measured), "--page", str(measured / "page.md")]) == 0
     said = capsys.readouterr().out
     assert "[1/1] w8a8-w4a8" in said
     assert (measured / "rows" / "w8a8-w8a8.json").stat().st_mtime_ns == kept
@@ -64,25 +77,142 @@ def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: 
     assert columns[0] == columns[1]
 
 
-def a_row(recipe: str, **numbers: Any) -> Row:
-    return replace(Row(recipe, "w4a8", "key", 20.0, 10.0, 30.0, 25.0, 2.0, 0.15, 60.0, "54/5", 2), **numbers)
+@pytest.fixture(scope="module")
+def other(board: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A board of another model: a corrected recipe at its claim, and the baseline at the same eta."""
+    folder = tmp_path_factory.mktemp("other")
+    model = folder / "unet.onnx"
+    ir.save(tiny_model(), model)
+    options = [*FEW, "--recipe", "ptqd-w8a8", "--recipe", "w8a8", "--width", "w4a8", "--no-peers", "--no-speed"]
+    options += ["--model", str(model), "--scheduler", "cosine", "--folder", str(folder)]
+    assert board.main([*options, "--page", str(folder / "page.md")]) == 0
+    return folder
 
 
-def test_the_page_says_who_beats_its_baseline() -> None:
+def test_a_corrected_recipe_is_judged_at_the_eta_of_its_claim(other: Path) -> None:
+    rows = {f.stem: json.loads(f.read_text()) for f in (other / "rows").glob("*.json")}
+    assert {name: (row["eta"], row["corrected"]) for name, row in rows.items()} == {
+        "ptqd-w8a8-w4a8-eta1": (1.0, True),
+        "w8a8-w4a8-eta1": (1.0, False),
+        "w8a8-w4a8": (0.0, False),
+    }
+    fitted, plain = rows["ptqd-w8a8-w4a8-eta1"], rows["w8a8-w4a8-eta1"]
+    assert (fitted["kernels"], fitted["size"]) == (plain["kernels"], plain["size"]), "the same network"
+    assert fitted["images"] != plain["images"] and fitted["sqnr"] != plain["sqnr"], "behind the correction"
+    page = (other / "page.md").read_text()
+    assert page.startswith("# Leaderboard: unet\n") and "digits" not in page
+    assert "correction for `ptqd-w8a8`, at the eta" in page
+    assert "## W4A8\n" in page and "## W4A8, eta 1\n" in page
+    assert "- `ptqd-w8a8` at W4A8, eta 1: " in page
+
+
+def test_rows_of_other_options_or_models_are_not_listed(board: ModuleType, other: Path) -> None:
+    options = [*FEW, "--model", str(other / "unet.onnx"), "--folder", str(other), "--page", str(other / "o.md")]
+    page = other / "o.md"
+    for change in (["--scheduler", "ddpm-linear"], ["--scheduler", "cosine", "--images", "4"]):
+        assert board.main([*options, *change, "--write-only"]) == 0
+        assert "| `w8a8` |" not in page.read_text()
+    assert board.main([*options, "--scheduler", "cosine", "--write-only"]) == 0
+    assert "| `w8a8` |" in page.read_text()
+    ir.save(tiny_model(channels=3), other / "unet.onnx")
+    assert board.main([*options, "--scheduler", "cosine", "--write-only"]) == 0
+    assert "| `w8a8` |" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "stem"),
+    [
+        ("digits", None, "leaderboard"),
+        ("digits", "quick", "leaderboard-quick"),
+        ("a/unet.onnx", None, "leaderboard-unet"),
+        ("a/mnist-onnx/model.onnx", None, "leaderboard-mnist-onnx"),
+        ("a/faces/", None, "leaderboard-faces"),
+    ],
+)
+def test_each_model_has_its_page_and_its_folder(model: str, name: str | None, stem: str) -> None:
+    args = parsed(["--model", model, *(["--name", name] if name else [])], None)
+    assert (args.folder.name, args.page.name) == (stem, f"{stem}.md")
+
+
+@pytest.mark.parametrize("options", [["--model", "a.onnx", "--name", "digits"], ["--name", "../x"], ["--batch", "0"]])
+def test_options_that_make_no_sense_are_refused(options: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(options, None)
+
+
+def test_the_digits_are_the_page_without_a_name(board: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert board.main(["--write-only", "--folder", str(tmp_path / "out"), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("# Leaderboard\n") and "The embedded digits, ddim, 20 steps, eta 0, 32 images" in text
+
+
+def test_a_model_that_is_missing_is_one_error(
+    board: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert board.main(["--model", "none.onnx", "--folder", str(tmp_path), "--page", str(tmp_path / "p.md")]) == 2
+    assert "there is no such model" in capsys.readouterr().err and not (tmp_path / "p.md").exists()
+
+
+def a_row(recipe: str, images: Sequence[float], **numbers: Any) -> Row:
+    row = Row(recipe, "w4a8", "key", sqnr=20.0, worst=10.0, images=tuple(images), speed=2.0, size=0.15)
+    psnr, p10 = float(np.median(images)), float(np.percentile(images, 10, method="lower"))
+    return replace(row, psnr=psnr, psnr_p10=p10, **numbers)
+
+
+BASE = np.random.default_rng(0).normal(30, 4, 32)
+NOISE = np.random.default_rng(1).normal(0, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (BASE + 2 + NOISE, "better than"),
+        (BASE - 2 + NOISE, "worse than"),
+        (BASE + 0.05 + NOISE, "not told apart from"),
+        (np.where(np.arange(32) % 7 < 2, BASE - 15, BASE + 2), "better in the median and worse in the 10th"),
+    ],
+)
+def test_images_decide_who_beats_its_baseline(images: npt.NDArray[np.float64], words: str) -> None:
+    """The interval of the paired differences decides; epsilon is beside it, whatever it says."""
     method = replace(RECIPES["w8a8"], name="method", baseline="w8a8", claim="w4a8")
     recipes = {"w8a8": RECIPES["w8a8"], "method": method}
-    rows = {name: a_row(name, sqnr=db, psnr=2 * db) for name, db in (("w8a8", 20.0), ("method", 21.5))}
-    text = page(list(rows.values()), "two pictures", recipes)
-    assert "+1.5 / +3.0 `w8a8`" in text and "two pictures" in text
-    assert "`method` at W4A8: better than `w8a8` in the prediction (21.50 against 20.00 dB" in text
-    worse = page([rows["w8a8"], replace(rows["method"], sqnr=19.0)], "", recipes)
-    assert "`method` at W4A8: NOT better than" in worse
-    hardly = page([rows["w8a8"], replace(rows["method"], sqnr=20.05)], "", recipes)
-    assert "`method` at W4A8: NOT better than" in hardly, "calibrations differ by as much"
-    refused = page([a_row("method", refused="nothing to split", sqnr=None, psnr=None)], "", recipes)
-    assert "| `method` | nothing to split |" in refused
+    for sqnr, gain in ((22.5, "+2.5"), (19.0, "-1.0")):
+        rows = [a_row("w8a8", BASE), a_row("method", images, sqnr=sqnr)]
+        text = page(rows, "digits", "32 images", recipes)
+        assert f"- `method` at W4A8: {words}" in text and f"epsilon {gain} dB" in text and "32 images" in text
+        assert f"/ {gain} `w8a8` |" in text
+
+
+def test_tables_are_sorted_by_images() -> None:
+    rows = [
+        a_row("gptq", BASE, sqnr=40.0),
+        a_row("w8a8", BASE + 1, sqnr=10.0),
+        replace(a_row("tdq", BASE), psnr=None, psnr_p10=None, images=(None,) * 32),  # no difference at all
+        Row("comq", "w4a8", "key", refused="nothing to round"),
+        Row("obc", "w4a8", "key", refused="nothing to round"),
+    ]
+    text = page(rows, "digits", "", RECIPES)
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert listed == ["tdq", "w8a8", "gptq"]
+    assert "Refused, `comq`, `obc`: nothing to round." in text
+    assert "- `gptq` at W4A8: worse than `w8a8`" in text
+    apart = page([a_row("gptq", BASE[:8]), a_row("w8a8", BASE)], "digits", "", RECIPES)
+    assert "- `gptq`" not in apart, "not the same images"
+
+
+def test_rows_of_another_shape_are_measured_anew(tmp_path: Path) -> None:
+    row, file = a_row("gptq", BASE), tmp_path / "row.json"
+    row.save(file)
+    assert Row.load(file) == row
+    data = json.loads(file.read_text())
+    for text in (json.dumps({**data, "more": 1}), json.dumps([]), file.read_text()[:50]):
+        file.write_text(text)
+        assert Row.load(file) is None
+    assert Row.load(tmp_path / "none.json") is None
 
 
 def test_a_width_sets_every_pass_that_has_one(board: ModuleType) -> None:
-    options = [p.options() for p in board.at_width(RECIPES["w8a8"], "w4a8").passes if p.name == "choose_scales"]
-    assert [(o["weight_bits"], o["activation_bits"]) for o in options] == [(4, 8)]
+    assert set(WIDTHS) == {"w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w4a16"}
+    options = [p.options() for p in board.at_width(RECIPES["w8a8"], "w4a6").passes if p.name == "choose_scales"]
+    assert [(o["weight_bits"], o["activation_bits"]) for o in options] == [(4, 6)]
