@@ -133,9 +133,10 @@ def page(rows: Sequence[Row], title: str, about: str, recipes: Recipes, eta: flo
         "",
         "Images come first: PSNR of the final images against the float model's from the same noise, median and 10th "
         "percentile. Then SQNR of epsilon on the latents of the float trajectory, all steps and the worst one (all in "
-        "dB); speed against fp32 onnxruntime; the file's share of the fp32 file; seconds that the passes took; integer "
-        "and float kernels; layers kept in float. Beside: what the images gained over the baseline in the median of "
-        f"the paired differences, its 95 % interval ({RESAMPLES} resamples of the images), and the gain of epsilon. "
+        "dB); speed against fp32 onnxruntime, empty where it was not measured; the file's share of the fp32 file; "
+        "seconds that the passes took; integer and float kernels; layers kept in float. Beside: what the images gained "
+        "over the baseline in the median of the paired differences, its 95 % interval "
+        f"({RESAMPLES} resamples of the images), and the gain of epsilon. "
         "The interval holds the chance of the images, not that of the calibration: two calibrations of one recipe can "
         "differ by 3 dB of PSNR, and by 0.1 dB of SQNR. Speed is one short measurement each: rows of one size and the "
         "same kernels have the same graph, and show how far to trust it.",
