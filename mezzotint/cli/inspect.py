@@ -15,6 +15,9 @@ from .options import All, Json, Quiet, number
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Print the network's blocks instead: its units for training.")
+    ] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write an HTML page instead: one file that needs no network.")
     ] = None,
@@ -48,11 +51,23 @@ def inspect(
     from mezzotint.runtime.errors import InputError
 
     from ..io.networks import with_checked_networks
+    from ..text.console import print_json
 
     page_only = {"reference": reference, "seed": seed, "conditions": conditions, "unconditional": unconditional}
     if html is None and (flags := [f"--{name}" for name, value in page_only.items() if value is not None]):
         raise InputError(f"{flags[0]} is for the page", hint="add the file to write: --html FILE")
+    if blocks and html is not None:
+        raise InputError("--blocks is a table, and --html a page", hint="give one of them")
     opened = open_bundle(bundle)
+    if blocks:
+        from ..inspect.block_table import block_rows, print_blocks
+
+        rows = block_rows(with_checked_networks(opened))
+        if json:
+            print_json({"bundle": str(opened.path), "blocks": rows})
+        else:
+            print_blocks(rows)
+        return
     if html is not None:
         from ..inspect.measure import PageOptions
         from ..inspect.page import write_page
@@ -72,8 +87,6 @@ def inspect(
     from ..text.report import inspection, print_inspection
 
     if json:
-        from ..text.console import print_json
-
         print_json(inspection(opened))
     else:
         print_inspection(opened, everything=all_)

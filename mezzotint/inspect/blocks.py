@@ -24,12 +24,12 @@ _PART = 24  # the number of nodes of a part that a cut aims at
 
 
 @dataclass
-class Block:
+class PageBlock:
     """A block of the tree. `nodes` are indices; the items of a block are its children and its nodes."""
 
     name: str
     nodes: list[int] = field(default_factory=list)
-    children: list[Block] = field(default_factory=list)
+    children: list[PageBlock] = field(default_factory=list)
 
     @property
     def items(self) -> int:
@@ -41,16 +41,16 @@ class Block:
             yield from child.all_nodes()
 
 
-def make_blocks(names: Sequence[str], edges: Sequence[tuple[int, int]], tables: frozenset[int]) -> Block:
+def make_blocks(names: Sequence[str], edges: Sequence[tuple[int, int]], tables: frozenset[int]) -> PageBlock:
     """Return the tree of the nodes `0 .. len(names) - 1`, which are in topological order; `edges` are (from, to)."""
     rest = [i for i in range(len(names)) if i not in tables]
     scopes = _scopes(names, rest, edges)
-    root = Block("")
-    known: dict[tuple[str, ...], Block] = {(): root}
+    root = PageBlock("")
+    known: dict[tuple[str, ...], PageBlock] = {(): root}
     for i in rest:
         _block_of(scopes[i], known).nodes.append(i)
     if tables:
-        root.children.append(Block(TIMESTEP_TABLES, sorted(tables)))
+        root.children.append(PageBlock(TIMESTEP_TABLES, sorted(tables)))
     _tidy(root)
     _cut(root, edges)
     _sort(root)
@@ -86,14 +86,14 @@ def _common(scopes: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return first[:same]
 
 
-def _block_of(scope: tuple[str, ...], known: dict[tuple[str, ...], Block]) -> Block:
+def _block_of(scope: tuple[str, ...], known: dict[tuple[str, ...], PageBlock]) -> PageBlock:
     if scope not in known:
-        known[scope] = Block(scope[-1])
+        known[scope] = PageBlock(scope[-1])
         _block_of(scope[:-1], known).children.append(known[scope])
     return known[scope]
 
 
-def _tidy(block: Block) -> None:
+def _tidy(block: PageBlock) -> None:
     """Dissolve tiny blocks, merge a block with its only child."""
     for child in block.children:
         _tidy(child)
@@ -110,7 +110,7 @@ def _tidy(block: Block) -> None:
         block.name, block.nodes, block.children = f"{block.name}/{only.name}", only.nodes, only.children
 
 
-def _cut(block: Block, edges: Sequence[tuple[int, int]]) -> None:
+def _cut(block: PageBlock, edges: Sequence[tuple[int, int]]) -> None:
     """Put the nodes of a block with too many items into parts, and the parts into parts where there are too many."""
     for child in block.children:
         _cut(child, edges)
@@ -119,10 +119,10 @@ def _cut(block: Block, edges: Sequence[tuple[int, int]]) -> None:
     nodes = set(block.nodes)
     inner = [(a, b) for a, b in edges if a in nodes and b in nodes]
     regions = _regions(sorted(nodes), inner)
-    parts = [Block("", region) for region in regions if len(region) >= SMALL]
+    parts = [PageBlock("", region) for region in regions if len(region) >= SMALL]
     loose = sorted(i for region in regions if len(region) < SMALL for i in region)
     if len(loose) + len(parts) + len(block.children) > LARGE:
-        parts += [Block("", run) for run in _runs(loose)]
+        parts += [PageBlock("", run) for run in _runs(loose)]
         loose = []
     parts.sort(key=lambda part: part.nodes[0])
     for number, part in enumerate(parts, 1):
@@ -130,7 +130,7 @@ def _cut(block: Block, edges: Sequence[tuple[int, int]]) -> None:
     apart = [child for child in block.children if child.name == TIMESTEP_TABLES]  # they stay in the root
     rest = [*(child for child in block.children if child.name != TIMESTEP_TABLES), *parts]
     while len(rest) > 1 and len(loose) + len(apart) + len(rest) > LARGE:
-        rest = [Block("", [], [rest[i] for i in run]) for run in _runs(range(len(rest)))]
+        rest = [PageBlock("", [], [rest[i] for i in run]) for run in _runs(range(len(rest)))]
         for group in rest:
             group.name = f"{group.children[0].name} .. {group.children[-1].name}"
     block.nodes, block.children = loose, [*apart, *rest]
@@ -164,7 +164,7 @@ def _regions(nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[lis
     return sorted(regions)
 
 
-def _sort(block: Block) -> None:
+def _sort(block: PageBlock) -> None:
     """Sort children in the order of the graph, the tables first."""
     for child in block.children:
         _sort(child)
@@ -172,6 +172,6 @@ def _sort(block: Block) -> None:
     block.children.sort(key=lambda child: (child.name != TIMESTEP_TABLES, min(child.all_nodes(), default=0)))
 
 
-def count_kinds(block: Block, kinds: Sequence[str]) -> Mapping[str, int]:
+def count_kinds(block: PageBlock, kinds: Sequence[str]) -> Mapping[str, int]:
     """Return the number of nodes of each kind in a block and all blocks below it."""
     return Counter(kinds[i] for i in block.all_nodes())

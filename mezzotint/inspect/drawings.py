@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .blocks import TIMESTEP_TABLES, Block, count_kinds
+from .blocks import TIMESTEP_TABLES, PageBlock, count_kinds
 from .layout import place_items
 
 NODE, BLOCK, PORT = (186, 40), (206, 58), (170, 24)  # width and height of items, pixels
@@ -29,7 +29,7 @@ class Drawings:
 
     def __init__(
         self,
-        root: Block,
+        root: PageBlock,
         edges: Sequence[tuple[int, int]],
         ends: Sequence[tuple[str, int, bool]],
         kinds: Sequence[str],
@@ -52,7 +52,7 @@ class Drawings:
             for block in self.homes[end[1]]:
                 self.ends[block].append(end)
 
-    def _number(self, block: Block, parent: int, path: str, trail: tuple[int, ...]) -> None:
+    def _number(self, block: PageBlock, parent: int, path: str, trail: tuple[int, ...]) -> None:
         mine = len(self.blocks)
         trail = (*trail, mine)
         counted = count_kinds(block, self.kinds)

@@ -24,6 +24,7 @@ TORCH = (
     "compiler/bundle/test_writer.py",
     "compiler/frontend/test_exports.py",
     "compiler/frontend/test_from_torch.py",
+    "compiler/graph/test_block_models.py",
     "compiler/rescaling/test_models.py",
     "compiler/torch_graph/",
     "mezzotint/cli/",

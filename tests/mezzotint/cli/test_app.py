@@ -408,6 +408,14 @@ class TestBundles:
 
         refused(cli("inspect", bundle), "manifest was changed")
 
+    def test_the_blocks_of_the_network(self, cli: Cli, hand: Compiled, tmp_path: Path) -> None:
+        printed = json.loads(cli("inspect", hand.bundle.path, "--blocks", "--json").out)["blocks"]
+        layers = [("first", ["first"]), ("second", ["second", "third"]), ("last", ["last"])]
+        assert [(block["name"].split(" ..")[0], block["layers"]) for block in printed] == layers
+        assert all(block["parameters"] > 0 for block in printed) and printed[0]["inputs"] == ["x"]
+        assert "second .. third" in cli("inspect", hand.bundle.path, "--blocks").out
+        refused(cli("inspect", hand.bundle.path, "--blocks", "--html", tmp_path / "page.html"), "--blocks is a table")
+
     def test_a_folder_that_is_none(self, cli: Cli, tmp_path: Path) -> None:
         refused(cli("inspect", tmp_path), "no mezzotint.json")
         refused(cli("inspect", tmp_path / "nowhere"), "no such folder")

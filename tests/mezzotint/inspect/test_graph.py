@@ -21,7 +21,7 @@ from mezzotint import Bundle
 from mezzotint.bench import bench
 from mezzotint.bench.trace import node_seconds
 from mezzotint.inspect import data as inspect_data
-from mezzotint.inspect.blocks import LARGE, TIMESTEP_TABLES, Block, make_blocks
+from mezzotint.inspect.blocks import LARGE, TIMESTEP_TABLES, PageBlock, make_blocks
 from mezzotint.inspect.graph import NODE_KINDS, read_graph
 from mezzotint.inspect.layout import Placement, place_items
 from mezzotint.inspect.page import page_data
@@ -38,13 +38,13 @@ def chain(count: int) -> Edges:
     return [(i, i + 1) for i in range(count - 1)]
 
 
-def blocks(block: Block) -> Iterator[Block]:
+def blocks(block: PageBlock) -> Iterator[PageBlock]:
     yield block
     for child in block.children:
         yield from blocks(child)
 
 
-def check_tree(tree: Block, count: int) -> None:
+def check_tree(tree: PageBlock, count: int) -> None:
     assert sorted(tree.all_nodes()) == list(range(count))
     assert max(block.items for block in blocks(tree)) <= 80
 
