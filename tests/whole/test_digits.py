@@ -18,6 +18,9 @@ from PIL import Image
 
 from mezzotint import Bundle, open_bundle
 from mezzotint.bench.pairs import compare
+from mezzotint.compiler.graph.blocks import find_blocks
+from mezzotint.compiler.graph.residuals import LAYER_WEIGHTS
+from mezzotint.compiler.graph.scopes import name_by_module
 from mezzotint.io.sources import DIGITS
 from tests.helpers.models import THREADS, Cli
 
@@ -188,3 +191,25 @@ def test_inspect_tells_people_and_programs(cli: Cli, bundle: Bundle) -> None:
     assert data["kernels"]["integer"] == 54
     assert data["corrected"] is False
     assert {q["format"] for q in data["quantizers"]} == {"uint8", "int8"}
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["imported", "written"])
+def test_blocks_are_the_same_with_and_without_the_names_of_modules(
+    bundle: Bundle, float_model: Path, written: bool
+) -> None:
+    model = ir.load(bundle.model_path if written else float_model)
+    name_by_module(model.graph)  # as normalize does
+    blocks = find_blocks(model, "sample")
+    resnets = {"mid_block/resnets.0", "mid_block/resnets.1", *(f"down_blocks.{i}/resnets.0" for i in range(3))}
+    resnets |= {f"up_blocks.{i}/resnets.{j}" for i in range(3) for j in range(2)}
+    attentions = {
+        f"{part}/attentions.{i}"
+        for part, i in zip(("down_blocks.2", "mid_block", *["up_blocks.0"] * 2), "0001", strict=True)
+    }
+    assert {block.name for block in blocks if len(block.layers) > 1} == resnets | attentions
+    assert {"conv_in/Conv", "conv_out/Conv", "up_blocks.1/upsamplers.0/conv/Conv"} <= {b.name for b in blocks}
+    names = {node: node.name for node in model.graph}
+    for node in model.graph:
+        node.name = None
+    layers = [{names[n] for n in block.nodes if n.op_type in LAYER_WEIGHTS} for block in find_blocks(model, "sample")]
+    assert layers == [set(block.layers) for block in blocks]
