@@ -18,7 +18,7 @@ from .nodes import is_op, name_of
 from .scopes import CONSTANTS_SCOPE, SEPARATOR, TABLES_SCOPE, scope_of
 from .topology import digraph
 
-MOST_LAYERS = 32  # of a block; what is larger is a network around a global shortcut
+MOST_IN_BLOCK = 32  # of a block; what is larger is a network around a global shortcut
 
 LAYER_WEIGHTS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1, 2)),
@@ -140,7 +140,7 @@ class NodeGraph:
     def _is_residual(self, add: int, members: Sequence[int]) -> bool:
         """Return whether an Add sums a value and what layers among `members` made of the same value."""
         inside = set(members)
-        if not 2 <= len(inside & self.layers) <= MOST_LAYERS:
+        if not 2 <= len(inside & self.layers) <= MOST_IN_BLOCK:
             return False
         depth: dict[int, int] = {}
         sources: dict[int, frozenset[str]] = {}
