@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from .operations_elementwise import ELEMENTWISE_OPERATIONS
 from .operations_linear import LINEAR_OPERATIONS
-from .operations_normalization import NORMALIZATION_OPERATIONS
+from .operations_normalization import NORMALIZATION_OPERATIONS, REDUCTION_OPERATIONS
 from .operations_resize import RESIZE_OPERATIONS
 from .operations_shapes import SHAPE_OPERATIONS
 from .values import TorchFunction
@@ -18,6 +18,7 @@ _FAMILIES: tuple[tuple[TorchFunction, ...], ...] = (
     ELEMENTWISE_OPERATIONS,
     LINEAR_OPERATIONS,
     NORMALIZATION_OPERATIONS,
+    REDUCTION_OPERATIONS,
     RESIZE_OPERATIONS,
     SHAPE_OPERATIONS,
 )

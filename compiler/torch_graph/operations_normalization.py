@@ -65,7 +65,10 @@ def BatchNormalization(
     momentum: float = 0.9,
     training_mode: Literal[0] = 0,
 ) -> torch.Tensor:
-    return functional.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
+    """The statistics are constants of the graph, and may be trained: torch's own function has no gradient for them."""
+    shape = (-1, *[1] * (x.ndim - 2))
+    factor = scale * torch.rsqrt(variance + epsilon)
+    return x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
 
 
 def Softmax(x: torch.Tensor, *, axis: int = -1) -> torch.Tensor:
@@ -176,9 +179,10 @@ NORMALIZATION_OPERATIONS: tuple[TorchFunction, ...] = (
     *(
         Softmax,
         LogSoftmax,
-        *(_reduction(name, of) for name, of in _REDUCTIONS.items()),
         GlobalAveragePool,
         MaxPool,
         AveragePool,
     ),
 )
+
+REDUCTION_OPERATIONS: tuple[TorchFunction, ...] = tuple(_reduction(name, of) for name, of in _REDUCTIONS.items())
