@@ -53,7 +53,7 @@ import numpy.typing as npt
 
 from mezzotint.compiler.core.formats import Grid, of_rows
 from mezzotint.compiler.core.pipeline import Context, Pass
-from mezzotint.compiler.core.program import Plan, Program
+from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
@@ -61,7 +61,14 @@ from mezzotint.compiler.rounding import matrix as rounding
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, chosen_latents, gather
 from mezzotint.compiler.rounding.row_scales import refit, search
-from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights, layer_name, replace_weight, with_scales
+from mezzotint.compiler.rounding.weights import (
+    QuantizedWeight,
+    find_weights,
+    grid_of,
+    layer_name,
+    replace_weight,
+    with_scales,
+)
 from mezzotint.runtime.arrays import Floats
 
 RoundingMethod = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
@@ -143,7 +150,9 @@ class RoundWeights(Pass):
             )
             for inputs in stage:
                 weight = inputs.weight
-                rows, scale = self._round(inputs, _grid_of(inputs, program.plan), gathered, report)
+                rows, scale = self._round(
+                    inputs, grid_of(inputs.float_weights[0], inputs.weight, program.plan), gathered, report
+                )
                 for node, name in zip(weight.readers, inputs.float_weights, strict=True):
                     if not np.array_equal(scale, weight.scale()):
                         changed[layer_name(node)] = (weight, name, scale)
@@ -242,12 +251,6 @@ class RoundWeights(Pass):
     def exact(self, inputs: int) -> bool:
         """Return whether a layer with this number of inputs is rounded by obq."""
         return self.method == "obq" and inputs <= self.exact_inputs
-
-
-def _grid_of(inputs: Inputs, plan: Plan) -> Grid:
-    """Return the grid of a weight: the graph has the widest row's, the plan those of all rows."""
-    planned = plan.of(inputs.float_weights[0], inputs.weight.name)
-    return inputs.weight.format if planned is None or planned.row_bits is None else planned.grid
 
 
 @dataclass

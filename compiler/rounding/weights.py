@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import Format
+from ..core.formats import Format, Grid
 from ..core.program import Plan, Program, Quantizer, Site
 from ..errors import PassError
 from ..graph import weight_store as store
@@ -117,6 +117,12 @@ def _checked(quantize: ir.Node, pairs: list[ir.Node], readers: list[ir.Node], ax
     # Without a Clip the storage type ends the grid, and its lowest integer has no counterpart: it is not used.
     fmt = Format((high + 1).bit_length(), signed=True, symmetric=clip_behind(quantize) is None or low == -high)
     return QuantizedWeight(quantize, tuple(pairs), tuple(readers), axes.pop(), fmt)
+
+
+def grid_of(planned: str, weight: QuantizedWeight, plan: Plan) -> Grid:
+    """Return the grid of a weight: the graph has the widest row's, the plan, under the name `planned`, all rows'."""
+    quantizer = plan.of(planned, weight.name)
+    return weight.format if quantizer is None or quantizer.row_bits is None else quantizer.grid
 
 
 def replace_weight(

@@ -27,6 +27,7 @@ TORCH = (
     "compiler/graph/test_block_models.py",
     "compiler/rescaling/test_models.py",
     "compiler/torch_graph/",
+    "passes/test_reconstruct.py",
     "mezzotint/cli/",
     "mezzotint/debug/",
     "mezzotint/evaluate/test_extractors.py",

@@ -1,0 +1,125 @@
+"""A part of a graph as a model of its own: it reads what enters the part, and the timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from mezzotint.runtime.signature import Signature
+
+from ..errors import PassError
+from ..graph.nodes import consumers, is_op, name_of, remove_dead
+from ..graph.topology import dependents
+from ..lowering.qdq import dequantizer
+
+
+@dataclass(frozen=True, eq=False)
+class Subgraph:
+    """A part of a graph, as a model.
+
+    inputs   names of the values that enter the part; the timestep is an input of the model too if the part has tables
+    outputs  names of the values that leave it, behind the quantizer of a convolution's output
+    targets  for each output the value that it stands for in the float graph
+    """
+
+    model: ir.Model
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+def cut_out(
+    model: ir.Model, computed: Collection[str], signature: Signature, floats: Collection[str], where: str
+) -> Subgraph:
+    """Return the nodes of a quantized graph that compute these values, with the quantizers of what they read.
+
+    Nodes are named by their first outputs, because nodes of an ONNX file may have no names. What depends on the
+    timestep alone is computed inside the part. `floats` are the names of the values of the float graph. Raise PassError
+    if nothing leaves the part.
+    """
+    clone = model.clone()
+    graph = clone.graph
+    time = [v for v in graph.inputs if v.name == signature.timestep]
+    data = dependents(graph, [name_of(v) for v in graph.inputs if v not in time])
+    chosen = _with_output_quantizers([n for n in graph if name_of(n.outputs[0]) in computed])
+    inside = dict.fromkeys([*chosen, *_input_quantizers(chosen)])
+    made = {name_of(v) for n in inside for v in n.outputs}
+    ends = [v for n in chosen for v in n.outputs if name_of(v) in data and _is_read_outside(v, inside)]
+    if not ends:
+        raise PassError("nothing that depends on the sample leaves this part of the graph", where=where)
+    entering: list[ir.Value] = []
+    for node in inside:
+        for value in node.inputs:
+            if value is not None and name_of(value) in data and name_of(value) not in made and value not in entering:
+                entering.append(value)
+    outputs = tuple(name_of(v) for v in ends)
+    targets = tuple(_in_float(v, floats, where) for v in ends)
+    names = tuple(name_of(v) for v in entering)
+    for value in entering:
+        if value not in graph.inputs:
+            replacement = ir.Value(name=name_of(value), shape=value.shape, type=value.type)
+            value.name = f"{value.name}_outside"
+            value.replace_all_uses_with(replacement)
+            graph.inputs.append(replacement)
+    graph.outputs[:] = ends
+    remove_dead(graph)
+    kept = {*names, signature.timestep}
+    graph.inputs[:] = [v for v in graph.inputs if v.name in kept and (v.name != signature.timestep or v.uses())]
+    return Subgraph(clone, names, outputs, targets)
+
+
+def _input_quantizers(nodes: Collection[ir.Node]) -> list[ir.Node]:
+    """Return the nodes of the quantizers whose values these nodes read."""
+    pairs = [pair for node in nodes for value in node.inputs if (pair := dequantizer(value)) is not None]
+    return [node for pair in pairs for node in _chain(pair)]
+
+
+def _with_output_quantizers(nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """Return the nodes, and the quantizers that are the only readers of what they compute."""
+    inside = dict.fromkeys(nodes)
+    for node in nodes:
+        for value in node.outputs:
+            readers = consumers(value)
+            if len(readers) == 1 and is_op(readers[0], "QuantizeLinear"):
+                inside.update(dict.fromkeys(_until_dequantized(readers[0])))
+    return list(inside)
+
+
+def _until_dequantized(node: ir.Node) -> list[ir.Node]:
+    """Return a node and what reads its integers, as far as the DequantizeLinear nodes."""
+    if is_op(node, "DequantizeLinear"):
+        return [node]
+    return [node, *(n for value in node.outputs for reader in consumers(value) for n in _until_dequantized(reader))]
+
+
+def _chain(pair: ir.Node) -> list[ir.Node]:
+    """Return the nodes of a quantizer from its end: DequantizeLinear, what moves or clips integers, QuantizeLinear."""
+    found = [pair]
+    while not is_op(found[-1], "QuantizeLinear"):
+        before = found[-1].inputs[0]
+        producer = None if before is None else before.producer()
+        if producer is None:
+            return found
+        found.append(producer)
+    return found
+
+
+def _is_read_outside(value: ir.Value, inside: Collection[ir.Node]) -> bool:
+    return value.is_graph_output() or any(reader not in inside for reader in consumers(value))
+
+
+def _in_float(value: ir.Value, floats: Collection[str], where: str) -> str:
+    """Return the name of the float value that this one stands for: itself, or what its quantizer rounds.
+
+    Where integers are moved (clean_qdq), the mover's output has the name that it has in the float graph.
+    """
+    names = [name_of(value)]
+    pair = dequantizer(value)
+    if pair is not None:
+        names += [name_of(node.inputs[0]) for node in _chain(pair)]
+    for name in names:
+        if name in floats:
+            return name
+    raise PassError(f"the float graph has no value {names[-1]!r}", where=where)

@@ -1,0 +1,79 @@
+"""A part of a graph computes what the whole graph computes there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor, feeds
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import PassError
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.rounding.layer_inputs import chosen_latents
+from mezzotint.compiler.rounding.weights import find_weights
+from mezzotint.compiler.training.block_data import record
+from mezzotint.compiler.training.subgraph import Subgraph, cut_out
+from mezzotint.passes.recipes.catalog import RECIPES
+from tests.helpers.tiny import tiny_program
+
+STEPS = 3
+
+
+@pytest.fixture
+def program(context: Context) -> Program:
+    return pipeline.run_passes(tiny_program(steps=STEPS), RECIPES["w8a8-steps"].passes, context)
+
+
+def part_of(program: Program, *nodes: str) -> Subgraph:
+    assert program.float_model is not None
+    floats = {name_of(v) for node in program.float_model.graph for v in node.outputs}
+    return cut_out(program.model, nodes, program.signature, floats, "test")
+
+
+def layer_parts(program: Program) -> list[str]:
+    return [name_of(weight.readers[0].outputs[0]) for weight in find_weights(program.graph)]
+
+
+def test_every_layer_computes_what_the_whole_graph_does(program: Program, context: Context) -> None:
+    latents = chosen_latents(program, replace(context, samples=2), STEPS)
+    compared = 0
+    for name in layer_parts(program):
+        part = part_of(program, name)
+        data = record(program, context, part, latents, name, lambda: None)
+        with (
+            Executor(part.model, context.folder, threads=1, level="none") as alone,
+            Executor(program.model, context.folder, taps=part.outputs, threads=1, level="none") as whole,
+        ):
+            for call, batch in zip(latents, data.batches, strict=True):
+                want = whole.call(program.signature, call.x, call.timestep, call.conditions)
+                fed = dict(batch.inputs)
+                if program.signature.timestep in alone.inputs:
+                    every = {name_of(v): v for v in program.graph.inputs}
+                    time = feeds(every, program.signature, call.x, call.timestep)[program.signature.timestep]
+                    fed[program.signature.timestep] = time
+                got = alone.run(fed)
+                for output in part.outputs:
+                    # The prefix of `record` runs at another level: ties may round to the other neighbour.
+                    assert np.sum((got[output] - want[output]) ** 2) < 1e-3 * np.sum(want[output] ** 2)
+                    assert batch.targets[output].shape == want[output].shape
+                    compared += 1
+        data.close()
+    assert compared >= STEPS * len(layer_parts(program)) > 0
+    assert not list(context.folder.glob("block-*"))
+
+
+def test_the_output_of_a_convolution_is_behind_its_quantizer(program: Program) -> None:
+    convolution = next(w.readers[0] for w in find_weights(program.graph) if w.readers[0].op_type == "Conv")
+    part = part_of(program, name_of(convolution.outputs[0]))
+    producer = next(v.producer() for v in part.model.graph.outputs)
+    assert producer is not None and producer.op_type == "DequantizeLinear"
+    assert part.targets == (name_of(convolution.outputs[0]),)
+
+
+def test_a_part_that_nothing_leaves_is_refused(program: Program) -> None:
+    with pytest.raises(PassError, match="nothing that depends on the sample"):
+        part_of(program, "no such value")

@@ -1,0 +1,74 @@
+"""reconstruct: weights rounded by training keep a layer's outputs better than those rounded to nearest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
+from mezzotint.passes.reconstruct import Reconstruct
+from tests.helpers.tiny import tiny_program
+
+QUICK: dict[str, Any] = {"unit": "layer", "iterations": 20, "rate": 0.2, "calls": 2, "samples": 2}
+
+
+@pytest.fixture
+def program(context: Context) -> Program:
+    """The tiny denoiser with weights of 4 bits."""
+    steps = with_options(RECIPES["w8a8-steps"], {"choose_scales.weight_bits": 4}).passes
+    return pipeline.run_passes(tiny_program(steps=3), steps, context)
+
+
+def trained(program: Program, context: Context, **options: Any) -> Program:
+    return pipeline.run_passes(program, [Reconstruct(**{**QUICK, **options})], context)
+
+
+def integers(weight: QuantizedWeight) -> np.ndarray:
+    return weight.rows() / weight.scale()[:, None]
+
+
+def test_one_layer_gets_better_and_the_others_stay(program: Program, context: Context) -> None:
+    before = find_weights(program.graph)
+    name = next(w.name for w in before if w.readers[0].op_type == "Conv")
+    after = trained(program, context, blocks=(name,))
+    assert "1 of 1 units better" in after.history[-1].note
+    for old, new in zip(before, find_weights(after.graph), strict=True):
+        moved = integers(new) - np.clip(integers(old), -7, 7)
+        if new.name == name:
+            np.testing.assert_allclose(integers(new), np.rint(integers(new)), atol=1e-4)
+            assert np.abs(moved).max() < 1 + 1e-4, "a weight went further than to a neighbour of the float one"
+            assert 0 < np.mean(np.rint(integers(old)) != np.rint(integers(new))) < 0.5
+            assert np.abs(np.rint(integers(new))).max() <= 7
+        else:
+            np.testing.assert_array_equal(new.rows(), old.rows())
+
+
+def test_the_same_training_twice_gives_the_same_weights(program: Program, context: Context) -> None:
+    name = find_weights(program.graph)[0].name
+    one, two = (trained(program, context, blocks=(name,), iterations=10) for _ in range(2))
+    for a, b in zip(find_weights(one.graph), find_weights(two.graph), strict=True):
+        np.testing.assert_array_equal(a.rows(), b.rows())
+
+
+def test_a_fit_that_does_not_help_keeps_the_start(program: Program, context: Context) -> None:
+    after = trained(program, context, iterations=1, rate=1e-9, blocks=(find_weights(program.graph)[0].name,))
+    assert "0 of 1 units better; error 100% of the start's" in after.history[-1].note
+    for a, b in zip(find_weights(program.graph), find_weights(after.graph), strict=True):
+        np.testing.assert_array_equal(a.rows(), b.rows())
+
+
+def test_what_cannot_work_is_refused(program: Program, context: Context) -> None:
+    with pytest.raises(RecipeError, match="matches no unit"):
+        trained(program, context, blocks=("no such*",))
+    with pytest.raises(RecipeError, match=r"reconstruct\.iterations is 0"):
+        Reconstruct(iterations=0)
+    with pytest.raises(StatsError, match="float graph"):
+        Reconstruct().run(tiny_program(steps=3), context)
