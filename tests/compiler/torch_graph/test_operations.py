@@ -16,6 +16,7 @@ from mezzotint.compiler.torch_graph.convert import to_torch
 from mezzotint.compiler.torch_graph.operations import TORCH_OPERATIONS
 
 Array = np.ndarray[Any, Any]
+Case = tuple[str, list[Array | None], dict[str, Any]]
 OPSET = 21
 RNG = np.random.default_rng(0)
 
@@ -37,6 +38,10 @@ def ints(*numbers: int) -> Array:
     return np.array(numbers, np.int64)
 
 
+def each(operations: str, given: list[Array | None], **attributes: Any) -> list[Case]:
+    return [(operation, given, attributes) for operation in operations.split()]
+
+
 X, ROW, IMAGE = normal(2, 3, 5), normal(3, 5), normal(2, 4, 5, 6)
 SAME = {"auto_pad": "SAME_UPPER", "strides": [2, 2]}
 POOL = {"kernel_shape": [2, 3], "pads": [1, 0, 0, 1], "strides": [2, 1]}
@@ -46,11 +51,11 @@ FACTORS = np.array([1, 1, 1.6, 0.5], np.float32)
 TWICE = np.array([1, 1, 2, 3], np.float32)
 
 # Floats are inputs of the graph, whose gradients are checked; integers and the arrays of CONSTANT places are constants.
-CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
-    *((op, [X, ROW], {}) for op in ("Add", "Sub", "Mul", "Max", "Min", "Sum")),
-    *((op, [X], {}) for op in ("Neg", "Sin", "Cos", "Tanh", "Erf", "Exp", "Sigmoid", "Softplus", "Mish", "Identity")),
-    *((op, [apart(2, 3, 2)], {}) for op in ("Abs", "Relu", "LeakyRelu", "Elu", "HardSwish", "HardSigmoid")),
-    *((op, [positive(2, 3)], {}) for op in ("Sqrt", "Log", "Reciprocal")),
+CASES: list[Case] = [
+    *each("Add Sub Mul Max Min Sum", [X, ROW]),
+    *each("Neg Sin Cos Tanh Erf Exp Sigmoid Softplus Mish Identity", [X]),
+    *each("Abs Relu LeakyRelu Elu HardSwish HardSigmoid", [apart(2, 3, 2)]),
+    *each("Sqrt Log Reciprocal", [positive(2, 3)]),
     ("Div", [X, positive(3, 5)], {}),
     ("Pow", [positive(2, 3), positive(3)], {}),
     ("PRelu", [apart(2, 3, 2), positive(3, 1)], {}),
@@ -74,8 +79,8 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("BatchNormalization", [IMAGE, positive(4), normal(4), normal(4), positive(4)], {}),
     ("Softmax", [X], {"axis": 1}),
     ("LogSoftmax", [X], {}),
-    *((f"Reduce{op}", [apart(2, 3, 4), ints(-1, 0)], {"keepdims": 0}) for op in ("Mean", "Sum", "Max", "Min", "Prod")),
-    *((f"Reduce{op}", [X, ints(1)], {}) for op in ("SumSquare", "L1", "L2")),
+    *each("ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd", [apart(2, 3, 4), ints(-1, 0)], keepdims=0),
+    *each("ReduceSumSquare ReduceL1 ReduceL2", [X, ints(1)]),
     ("ReduceSum", [X], {}),
     ("GlobalAveragePool", [IMAGE], {}),
     ("MaxPool", [apart(1, 2, 5, 6)], POOL),
@@ -105,16 +110,20 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("Expand", [normal(3, 1), ints(2, 1, 4)], {}),
     ("Tile", [ROW, ints(2, 3)], {}),
     ("Trilu", [X], {"upper": 0}),
-    *(("Pad", [X, ints(0, 1, 2, 0, 2, 1)], {"mode": mode}) for mode in ("constant", "reflect", "edge", "wrap")),
+    *(
+        case
+        for mode in ("constant", "reflect", "edge", "wrap")
+        for case in each("Pad", [X, ints(0, 1, 2, 0, 2, 1)], mode=mode)
+    ),
     ("DepthToSpace", [normal(1, 8, 2, 3)], {"blocksize": 2, "mode": "CRD"}),
     ("DepthToSpace", [normal(1, 8, 2, 3)], {"blocksize": 2}),
     ("SpaceToDepth", [normal(1, 2, 4, 6)], {"blocksize": 2}),
 ]
 # Operations without a gradient, or whose result is a size.
-EXACT: list[tuple[str, list[Array | None], dict[str, Any]]] = [
-    *((op, [X], {}) for op in ("Sign", "Floor", "Ceil", "Round", "Shape", "Size")),
-    *((op, [X, ROW], {}) for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")),
-    *((op, [X[0] > 0, ROW > 0], {}) for op in ("And", "Or")),
+EXACT: list[Case] = [
+    *each("Sign Floor Ceil Round Shape Size", [X]),
+    *each("Equal Greater GreaterOrEqual Less LessOrEqual", [X, ROW]),
+    *each("And Or", [X[0] > 0, ROW > 0]),
     ("Not", [X > 0], {}),
     ("Cast", [X], {"to": int(ir.DataType.INT64)}),
     ("CastLike", [X, ints(1)], {}),

@@ -164,6 +164,7 @@ def test_one_batch_mixes_timesteps(case: Case) -> None:
     sample = torch.from_numpy(case.inputs[program.signature.sample][:1])
     x = sample * torch.linspace(0.5, 1, len(times)).reshape(-1, 1, 1, 1)
     rows = {name: torch.from_numpy(np.repeat(case.inputs[name][:1], len(times), 0)) for name in program.conditions()}
+    tables: list[Quantizer] = []
     for model, most_differ in ((case.float_model, 1e-5), (program.model, 0.05)):  # one rounded the other way spreads
         graph = to_torch(model, signature=program.signature)
         mixed = graph.per_sample(x, times, rows)[0]
@@ -172,7 +173,7 @@ def test_one_batch_mixes_timesteps(case: Case) -> None:
         assert float(distance) < most_differ
         mixed.square().sum().backward()
         assert [name for name, weight in graph.weights.items() if weight.grad is None or not weight.grad.any()] == []
-    tables = [q for q in graph.quantizers.values() if isinstance(q, Quantizer) and q.rows]
+        tables = [q for q in graph.quantizers.values() if isinstance(q, Quantizer) and q.rows]
     assert bool(tables) == bool(program.require_plan().groups)
     for table in tables:
         gradient = table.scale.grad
@@ -183,13 +184,14 @@ def test_one_batch_mixes_timesteps(case: Case) -> None:
 
 def test_taps_come_behind_the_outputs(case: Case) -> None:
     model = case.quantized.model
-    pair = next(node for node in model.graph if node.op_type == "DequantizeLinear" and node.inputs[0].producer())
+    pairs = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    pair, integers = next((n, v) for n in pairs if (v := n.inputs[0]) is not None and v.producer() is not None)
     tapped = pair.outputs[0].name or ""
     graph = to_torch(model, signature=case.imported.signature, taps=[tapped])
     results = graph.module(*(torch.from_numpy(np.asarray(case.inputs[name])) for name in graph.inputs))
     assert graph.outputs == (case.imported.signature.output, tapped)
     assert len(results) == 2
-    for wrong in ("nothing", pair.inputs[0].name or ""):
+    for wrong in ("nothing", integers.name or ""):
         with pytest.raises(PassError, match=wrong):
             to_torch(model, taps=[wrong])
 
