@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
@@ -70,15 +71,17 @@ def record(
     inside = [name for name in part.inputs if name not in given]
     data = BlockData([], Path(mkdtemp(prefix="block-", dir=context.folder)))
     options: dict[str, Any] = {"threads": context.threads, "spinning": False, "only_taps": True}
-    # The level is "basic", because a prefix may not be fused (compiler/core/execute.py).
-    with (
-        Executor(float_model, context.folder, taps=part.targets, **options) as exact,
-        Executor(program.model, context.folder, taps=inside, level="basic", **options) as prefix,
-    ):
+    with ExitStack() as sessions:
+        exact = sessions.enter_context(Executor(float_model, context.folder, taps=part.targets, **options))
+        prefix = None
+        if inside:  # the level is "basic", because a prefix may not be fused (compiler/core/execute.py)
+            prefix = sessions.enter_context(
+                Executor(program.model, context.folder, taps=inside, level="basic", **options)
+            )
         for call in latents:
             fed = {program.signature.sample: call.x, **call.conditions}
             arguments = (program.signature, call.x, call.timestep, call.conditions)
-            seen = {**fed, **(prefix.call(*arguments) if inside else {})}
+            seen = {**fed, **({} if prefix is None else prefix.call(*arguments))}
             wanted = exact.call(*arguments)
             inputs = {name: data.keep(np.asarray(seen[name])) for name in part.inputs}
             targets = {

@@ -18,6 +18,7 @@ from ..equalize_weights import EqualizeWeights
 from ..fit_noise import FitNoise
 from ..group_steps import GroupSteps
 from ..observe import Observe
+from ..reconstruct import Reconstruct
 from ..reparameterize_norms import ReparameterizeNorms
 from ..round_weights import RoundWeights
 from ..settle_scales import SettleScales
@@ -221,6 +222,22 @@ ROUNDING = (
         "GPTAQ, arXiv 2504.02692 (its correction as a least-squares target)",
         "gptq with layers that also compensate for the quantization error of their inputs",
         static(behind=(RoundWeights(method="gptaq"),)),
+    ),
+    _against_w8a8(
+        "adaround",
+        "w4a8",
+        "AdaRound, arXiv 2004.10568 (300 steps of a layer; the loss is relative to the start's; from the rounding to "
+        "nearest where that stays better)",
+        "w8a8 with weights whose rounding is learned against the outputs of each layer",
+        static(behind=(Reconstruct(unit="layer"),)),
+    ),
+    _against_w8a8(
+        "brecq",
+        "w4a8",
+        "BRECQ, arXiv 2102.05426 (300 steps of a block; mean squares in place of the Fisher diagonal; scales of "
+        "activations are not learned)",
+        "w8a8 with weights whose rounding is learned against the outputs of each block",
+        static(behind=(Reconstruct(unit="block"),)),
     ),
     _against_w8a8(
         "comq",

@@ -15,7 +15,12 @@ from tests.helpers.old_unet import OLD_CONVS, OLD_NORMS, old_unet
 
 LEAST = 8.0  # dB of epsilon at the recipe's own widths; the weights are random, and there are 8 channels
 INTEGER = 4  # convolutions that are next to neither end
-SLOW = {"mixdq": {"assign_bits.splits": 2, "assign_bits.length": 2, "assign_bits.samples": 1}}
+FEW = {"reconstruct.iterations": 3, "reconstruct.samples": 2, "reconstruct.calls": 1}
+SLOW = {
+    "adaround": FEW,
+    "brecq": FEW,
+    "mixdq": {"assign_bits.splits": 2, "assign_bits.length": 2, "assign_bits.samples": 1},
+}
 
 
 @pytest.fixture(scope="module")
