@@ -46,6 +46,7 @@ class TorchGraph:
     quantizers  the module of each QuantizeLinear, by the name of the node
     inputs      name and rank of each input
     outputs     the names of the values that the module returns
+    fixed_batch the batch that the graph fixes, or None when it is open
     """
 
     module: fx.GraphModule
@@ -53,6 +54,7 @@ class TorchGraph:
     quantizers: Mapping[str, nn.Module]
     inputs: Mapping[str, int]
     outputs: tuple[str, ...]
+    fixed_batch: int | None = None
 
     def per_sample(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor] | None = None
@@ -60,16 +62,20 @@ class TorchGraph:
         """Return the outputs of a batch whose samples have timesteps `[batch]` of their own.
 
         The graph has one timestep for a call, so each sample is a batch of one. The rows of all timesteps get their
-        gradients at once. A condition has a row for each sample.
+        gradients at once. A condition has a row for each sample, and a tapped value is one of each sample.
         """
-        rows = [x, t, *(conditions or {}).values()]
-        for name in conditions or {}:
-            if name not in self.inputs:
-                raise PassError(f"the graph has no input {name!r}", hint=f"its inputs: {', '.join(self.inputs)}")
-        order = dict(zip([*list(self.inputs)[:2], *(conditions or {})], rows, strict=True))
-        single = [_single(order[name], rank) for name, rank in self.inputs.items()]
-        results = torch.func.vmap(self.module)(*single)
-        return tuple(_joined(result) for result in results)
+        if self.fixed_batch not in (None, 1):
+            raise PassError(
+                f"the graph has a batch of {self.fixed_batch}, so its samples share one timestep",
+                hint="export the model with an open batch, or call the module with one timestep at a time",
+            )
+        names, given = list(self.inputs), conditions or {}
+        if given.keys() != set(names[2:]):
+            raise PassError(f"the graph takes the conditions {names[2:]}, not {list(given)}", hint="give each of them")
+        rows = [x, t, *(given[name] for name in names[2:])]
+        single = [_single(part, rank) for part, rank in zip(rows, self.inputs.values(), strict=True)]
+        # QDrop draws other elements for each sample.
+        return tuple(_joined(part) for part in torch.func.vmap(self.module, randomness="different")(*single))
 
 
 def _single(rows: torch.Tensor, rank: int) -> torch.Tensor:
@@ -120,6 +126,7 @@ class _Converter:
             {name: quantizer for name, quantizer in self.quantizers.items() if id(quantizer) in held},
             {name_of(value): 0 if value.shape is None else len(value.shape) for value in inputs},
             tuple(name_of(value) for value in returned),
+            _fixed_batch(inputs),
         )
 
     def _inputs(self) -> list[ir.Value]:
@@ -248,3 +255,10 @@ def _without_defaults(function: TorchFunction, given: Mapping[str, Any]) -> dict
     """Return the attributes that the code has to show."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in given.items() if name not in known or known[name].default != value}
+
+
+def _fixed_batch(inputs: Sequence[ir.Value]) -> int | None:
+    """Return the first size of the first input, the sample, where it is a number."""
+    shape = inputs[0].shape if inputs else None
+    size = shape[0] if shape else None
+    return size if isinstance(size, int) else None

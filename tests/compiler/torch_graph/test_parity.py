@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +201,13 @@ def test_the_code_shows_the_graph(case: Case) -> None:
     code = to_torch(case.imported.model, signature=case.imported.signature).module.code
     called = set(re.findall(r"= onnx_(\w+)\(", code))
     assert called == {node.op_type for node in case.imported.graph if node.op_type != "Constant"}
+
+
+def test_samples_that_cannot_have_timesteps_of_their_own_are_refused() -> None:
+    model = tiny_program().model
+    graph = to_torch(model)
+    x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0, 5])
+    with pytest.raises(PassError, match=r"conditions \[\], not \['text'\]"):
+        graph.per_sample(x, t, {"text": x})
+    with pytest.raises(PassError, match="batch of 2"):
+        replace(graph, fixed_batch=2).per_sample(x, t)
