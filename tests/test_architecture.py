@@ -109,6 +109,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/torch_graph/values.py": {"torch"},
     "compiler/training/fit_rounding.py": {"torch"},
     "compiler/training/rounding_of_unit.py": {"torch"},
+    "compiler/torch_graph/write_back.py": {"torch"},
     "compiler/stages.py": {"psutil"},
     "compiler/bundle/card.py": {"yaml"},
     "compiler/yaml_text.py": {"yaml"},

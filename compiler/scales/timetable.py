@@ -118,12 +118,24 @@ def lookup(
 def rows_and_index(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | None]:
     """Return the rows of a scale or zero point, `[groups]` or `[groups, C]` when per channel, and the row index.
 
-    A constant is one row, `[1]` or `[1, C]`, without an index. Otherwise the nodes are those of `lookup`,
-    Split(Gather(table, Reshape(row))), without the Split when the table has one part. Raises PassError for others.
+    A constant is one row, `[1]` or `[1, C]`, without an index. Raises PassError for nodes that `lookup` does not write.
+    """
+    table, columns, index = table_part(parameter)
+    if index is None:
+        constant = numpy_of(table)
+        return constant[None] if constant.size > 1 else constant.reshape(1), None
+    rows = numpy_of(table)[:, columns]
+    return rows[:, 0] if rows.shape[1] == 1 else rows, index
+
+
+def table_part(parameter: ir.Value) -> tuple[ir.Value, slice, ir.Value | None]:
+    """Return the constant that holds a scale or zero point, its columns there, and the row index of a table.
+
+    The nodes are those of `lookup`, Split(Gather(table, Reshape(row))), without the Split when the table has one part.
+    Raises PassError for others.
     """
     if is_constant(parameter):
-        constant = numpy_of(parameter)
-        return constant[None] if constant.size > 1 else constant.reshape(1), None
+        return parameter, slice(None), None
     node = producer(parameter)
     if is_op(node, "Squeeze"):  # written by compiler/graph/elementwise.py
         (parameter,) = inputs(node, 1)
@@ -135,5 +147,4 @@ def rows_and_index(parameter: ir.Value) -> tuple[npt.NDArray[Any], ir.Value | No
         columns = slice(int(sizes[:index].sum()), int(sizes[: index + 1].sum()))
         node = producer(joined)
     table, scalar = inputs(node, 2)
-    rows = numpy_of(table)[:, columns]
-    return rows[:, 0] if rows.shape[1] == 1 else rows, producer(scalar).inputs[0]
+    return table, columns, producer(scalar).inputs[0]
