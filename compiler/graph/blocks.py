@@ -178,7 +178,7 @@ class _Owners:
             if v.is_graph_output() or any(j not in inside for j in self.net.readers.get(name_of(v), ()))
         )
         parameters = sum(self._parameters(i) for i in members if i in self.layers)
-        return Block(name or _span(layers), nodes, layers, inputs, activations, outputs, parameters)
+        return Block((name or _span(layers)).strip(SEPARATOR), nodes, layers, inputs, activations, outputs, parameters)
 
     def _parameters(self, layer: int) -> int:
         """Return the number of elements of a layer's constant weight and bias."""
@@ -190,7 +190,8 @@ class _Owners:
 
 
 def _layer_name(node: ir.Node) -> str:
-    return (node.name or name_of(node.outputs[0])).strip(SEPARATOR)
+    """Return the name that `Layer.name` of compiler/graph/ops.py has."""
+    return node.name or name_of(node.outputs[0])
 
 
 def _span(layers: Sequence[str]) -> str:
