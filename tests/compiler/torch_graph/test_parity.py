@@ -141,6 +141,7 @@ def test_a_planted_error_of_one_percent_is_found(case: Case, tmp_path: Path) -> 
     for model in (case.float_model, case.quantized.model):
         graph = to_torch(model, signature=signature)
         parts = {name: q.scale for name, q in graph.quantizers.items() if isinstance(q, Quantizer)} or graph.weights
+        parts = {name: part for name, part in parts.items() if part.any()}  # 1 % of an untrained bias is nothing
         for name, part in list(parts.items())[:: max(1, len(parts) // 2)]:
             kept = part.detach().clone()
             with torch.no_grad():
