@@ -145,7 +145,8 @@ def page(rows: Sequence[Row], title: str, about: str, recipes: Recipes, eta: flo
         lines += [
             "",
             f"Images and predictions are those behind the sampling loop's correction for {', '.join(names)}, at the "
-            "eta of the paper's claim, and so is the baseline beside them.",
+            "eta of the paper's claim, and so is the baseline beside them. Images are compared pair by pair: where a "
+            "correction reduces the sampler's noise, that is part of the difference.",
         ]
     known = {row.place: row for row in rows}
     for width in WIDTHS:
