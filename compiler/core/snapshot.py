@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from safetensors.numpy import load_file, save
 
+from mezzotint.runtime.json_text import parse_json
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
@@ -84,7 +85,7 @@ def is_saved_program(folder: Path) -> bool:
 def load_program(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
     """Return the program that `save_program` wrote, and the passes that are still to run. Raises ModelError."""
     try:
-        data = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+        data = parse_json((folder / "program.json").read_text(encoding="utf-8"))
         model = ir.load(folder / "program.onnx")
     except (OSError, ValueError) as error:
         raise ModelError(f"this folder holds no saved program: {error}", where=str(folder)) from error

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.json_text import parse_json
 from mezzotint.runtime.progress import CallProgress
 from mezzotint.runtime.sampling.guidance import Conditions, rows_in_turn
 from mezzotint.runtime.signature import Images
@@ -120,7 +121,7 @@ class PairShard:
         remove_leftovers(self.path.parent)
         try:
             with safe_open(self.path, framework="numpy") as file:
-                facts = json.loads((file.metadata() or {})[_KEY])
+                facts = parse_json((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in _NAMES}
             expected = {"run": self._run.digest, "first": self.first, "sha256": _hash(tensors)}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):

@@ -42,6 +42,7 @@ from safetensors.numpy import save as to_bytes
 
 from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.json_text import parse_json
 from mezzotint.runtime.signature import Images
 
 from ..io.files import replacing
@@ -118,7 +119,7 @@ class Moments:
         """Read a file of `save`. Raises InputError for other files."""
         try:
             with safe_open(path, framework="numpy") as file:
-                facts: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])
+                facts: dict[str, Any] = parse_json((file.metadata() or {})[_METADATA_KEY])
                 mean, scatter = file.get_tensor("mean"), file.get_tensor("scatter")
             moments = cls(str(facts["net"]))
             moments.count = int(facts["count"])

@@ -29,6 +29,7 @@ from PIL import Image
 from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.errors import OutputError
 from mezzotint.compiler.stages import remove_leftovers
+from mezzotint.runtime.json_text import parse_json
 from mezzotint.runtime.signature import Images
 
 from ..io.images import from_pixels, picture, to_pixels
@@ -139,7 +140,7 @@ class Shard:
 
     def _load_png(self) -> tuple[Images, Index, int]:
         with _readable(self.path):
-            facts = json.loads((self.path / INSIDE).read_text(encoding="utf-8"))
+            facts = parse_json((self.path / INSIDE).read_text(encoding="utf-8"))
             seed, hashes = int(facts["seed"]), dict(facts["pictures"])
             self._check_run(str(facts["run"]))
             names = [_name(number) for number in self.index.tolist()]

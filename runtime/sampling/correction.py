@@ -35,6 +35,7 @@ from safetensors.numpy import save
 
 from ..arrays import Doubles, Floats
 from ..errors import BundleError, InputError, InterpolatedCorrection, ScheduleError, TimestepNotDeployed
+from ..json_text import parse_json
 from .deployment import Deployment
 from .steps import Solver, Step
 
@@ -194,7 +195,7 @@ class Correction:
         """Read a file of `save`. Raises BundleError for any other file."""
         try:
             with safe_open(path, framework="numpy") as file:
-                facts: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])
+                facts: dict[str, Any] = parse_json((file.metadata() or {})[_METADATA_KEY])
                 tables = {name: file.get_tensor(name) for name in (*_TABLES, "stages")}
             deployment = Deployment.from_json(facts["deployment"])
             return cls(deployment, str(facts["prediction"]), str(facts["form"]), **tables)
