@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
@@ -22,6 +23,9 @@ from tests.helpers.tiny import context_in, program_of, tiny_program
 # the fixtures of the front ends, the API and the command line; the browser
 pytest_plugins = ["tests.helpers.models", "tests.helpers.browser"]
 Check = Callable[..., Program]
+# The time of an example says how busy the machine is, and not whether the code is right.
+settings.register_profile("mezzotint", deadline=None)
+settings.load_profile("mezzotint")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
