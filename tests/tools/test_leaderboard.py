@@ -154,8 +154,10 @@ def test_a_model_that_is_missing_is_one_error(
     assert "there is no such model" in capsys.readouterr().err and not (tmp_path / "p.md").exists()
 
 
-def a_row(recipe: str, images: Sequence[float], **numbers: Any) -> Row:
-    row = Row(recipe, "w4a8", "key", sqnr=20.0, worst=10.0, images=tuple(images), speed=2.0, size=0.15)
+def a_row(recipe: str, images: Sequence[float] | npt.NDArray[np.float64], **numbers: Any) -> Row:
+    row = Row(
+        recipe, "w4a8", "key", sqnr=20.0, worst=10.0, images=tuple(float(v) for v in images), speed=2.0, size=0.15
+    )
     psnr, p10 = float(np.median(images)), float(np.percentile(images, 10, method="lower"))
     return replace(row, psnr=psnr, psnr_p10=p10, **numbers)
 
