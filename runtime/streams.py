@@ -69,6 +69,8 @@ RANGE_NETWORKS = Stream("range networks")
 """First weights of the networks that learn ranges; place: (number of the value). Shares keys as PROBES does."""
 POSITIONS = Stream("positions")
 """Positions of a layer's inputs that rounding reads; place: (call, batch, crc32 of the value's name)."""
+TRAINING_BATCHES = Stream("training batches", (0xB,))
+"""The calls and samples of each step of a fit; place: (crc32 of the name of the layer or block)."""
 BOOTSTRAP = Stream("bootstrap")
 """Resamples of images for intervals of metrics; seed: that of the metrics. Shares its key with place 0 of PROBES."""
 BENCH_CONDITIONS = Stream("bench conditions")
@@ -84,6 +86,7 @@ STREAMS = (
     PROBES,
     RANGE_NETWORKS,
     POSITIONS,
+    TRAINING_BATCHES,
     BOOTSTRAP,
     BENCH_CONDITIONS,
     MIX_CHECK,

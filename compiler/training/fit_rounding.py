@@ -11,6 +11,7 @@ any size, so one `weight` fits all; the papers' sums need another for each netwo
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
@@ -18,6 +19,7 @@ from math import cos, pi
 import numpy as np
 import torch
 
+from mezzotint.runtime import streams
 from mezzotint.runtime.signature import Signature
 
 from ..errors import PassError
@@ -104,7 +106,7 @@ def fit_rounding(
     rounders: Mapping[str, SoftRounding],
     data: BlockData,
     schedule: Annealing,
-    seed: Sequence[int],
+    seed: int,
     where: str,
     step: Callable[[float], None],
 ) -> Curve:
@@ -123,7 +125,7 @@ def fit_rounding(
     variables = [module.v for module in rounders.values()]
     optimizer = torch.optim.Adam(variables, lr=schedule.rate)
     sizes = sum(v.numel() for v in variables)
-    rng = np.random.default_rng(list(seed))
+    rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(where.encode()))
     losses = []
     for iteration in range(schedule.iterations):
         batch = data.batches[int(rng.integers(len(data.batches)))]

@@ -57,10 +57,11 @@ def learn_rounding(
         graph = to_torch(part.model)
         rounders = {name_of(w.weight.value): _soften(program, graph, w) for w in unit.weights}
         block = TrainedBlock(graph, [name_of(v) for v in part.model.graph.inputs], part.outputs, program.signature)
-        seed = [context.seed, *unit.name.encode()]
-        curve = fit_rounding(
-            block, rounders, data, schedule, seed, unit.name, lambda loss: step(f"{by}: {unit.name}, loss {loss:.3f}")
-        )
+
+        def report(loss: float) -> None:
+            step(f"{by}: {unit.name}, loss {loss:.3f}")
+
+        curve = fit_rounding(block, rounders, data, schedule, context.seed, unit.name, report)
     finally:
         data.close()
     if curve.hard < curve.start:

@@ -45,6 +45,8 @@ def places(stream: streams.Stream) -> Iterator[tuple[int, ...]]:
         yield from ((k,) for k in range(40))
     elif stream is streams.POSITIONS:
         yield from product(range(12), range(6), (1, 12, 14, 0x9F2B6C31))
+    elif stream is streams.TRAINING_BATCHES:
+        yield from ((crc,) for crc in (12, 14, 0x9F2B6C31))
     else:
         yield ()
 
@@ -90,6 +92,7 @@ def test_a_seed_serves_one_purpose() -> None:
         (streams.PROBES, 5, (3,), [5, 3]),
         (streams.RANGE_NETWORKS, 5, (3,), (5, 3)),
         (streams.POSITIONS, 5, (2, 1, 99), [5, 2, 1, 99]),
+        (streams.TRAINING_BATCHES, 5, (99,), [5, 0xB, 99]),
         (streams.BOOTSTRAP, 5, (), 5),
         (streams.BENCH_CONDITIONS, FIXED, (), 0),
         (streams.MIX_CHECK, FIXED, (), 0),
