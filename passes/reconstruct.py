@@ -1,13 +1,14 @@
 """reconstruct: learn which way each weight rounds, against the outputs of its layer or block in the float graph.
 
 AdaRound (arXiv 2004.10568) and BRECQ (arXiv 2102.05426), the reconstruction of PTQD, Q-Diffusion, TFMQ-DM and EDA-DM.
-A weight rounds down or up by a variable in [0, 1] that is trained softly, with a regulariser that drives it to an end,
+A weight rounds down or up by a variable in [0, 1] that is trained softly, with a regularizer that drives it to an end,
 and is hard when it is written (compiler/training/fit_rounding.py has the loss). Units are trained in the graph's
 order: their inputs come from the prefix that is trained already, their targets from the float graph. What is trained
 is the graph behind the passes: split shortcuts, smoothed channels, tables of timesteps, quantizers of outputs.
 
 The fit starts at the rounding that the graph has: behind round_weights at that of GPTQ. A unit whose hard rounding is
-no better than its start keeps the start. The gap between soft and hard rounding is in the note.
+no better than its start keeps the start. The manifest has the errors of each unit before and behind hard rounding, and
+the curve of its loss.
 
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
 calibration images. One step of the fit takes `rows` samples of one call. A unit's inputs and targets lie in files of
@@ -16,9 +17,11 @@ the working folder, so memory holds one unit and one batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -31,6 +34,8 @@ from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs, chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights, layer_name
+from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
+from mezzotint.runtime.sampling.deployment import Deployment
 
 
 @dataclass(frozen=True)
@@ -38,31 +43,38 @@ class Reconstruct(Pass):
     """Weights rounded by training, layer by layer or block by block.
 
     - `unit`: `layer` (AdaRound) or `block` (BRECQ).
-    - `iterations`, `rate`, `rows`: steps of Adam for a unit, their learning rate, and samples in a step.
-    - `weight`: of the regulariser, beside a loss that is 1 at the start.
+    - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, their learning rate, and samples in a step.
+    - `regularization`: weight of the term that drives weights to the grid, beside a loss that is 1 at the start.
     - `calls`, `samples`: as above.
-    - `blocks`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their rounding.
+    - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their rounding.
     """
 
     unit: Literal["layer", "block"] = "block"
     iterations: int = 300
-    rate: float = 3e-2
-    weight: float = 10.0
-    rows: int = 8
+    learning_rate: float = 3e-2
+    regularization: float = 10.0
+    batch: int = 8
     calls: int = 10
     samples: int = 16
-    blocks: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
 
     needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "rows", "calls", "samples")
-        bad = [name for name in counts if getattr(self, name) < 1]
-        bad += [name for name in ("rate", "weight") if not 0 < getattr(self, name) < np.inf]
-        if bad:
+        numbers = ("iterations", "learning_rate", "regularization", "batch", "calls", "samples")
+        for name in numbers:
+            if not 0 < getattr(self, name) < np.inf:
+                raise RecipeError(
+                    f"reconstruct.{name} is {getattr(self, name)}", where=self.name, hint="choose a positive number"
+                )
+
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        if find_spec("torch") is None:
             raise RecipeError(
-                f"reconstruct.{bad[0]} is {getattr(self, bad[0])}", where=self.name, hint="choose a positive number"
+                "reconstruct trains with torch, which is not installed",
+                where=self.name,
+                hint="install the extra: pip install 'mezzotint[torch]', or choose a recipe that does not train",
             )
 
     def run(self, program: Program, context: Context) -> Program:
@@ -71,45 +83,48 @@ class Reconstruct(Pass):
         from mezzotint.compiler.training.fit_rounding import Annealing
         from mezzotint.compiler.training.rounding_of_unit import ReconstructionUnit, learn_rounding
 
-        units = [ReconstructionUnit(*unit) for unit in self._chosen(program)]
+        chosen, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
-        total = sum(len(latents) + self.iterations for _ in units)
-        done = 0
+        schedule = Annealing(self.iterations, self.learning_rate, self.regularization, self.batch)
+        total = len(latents) + self.iterations
+        fits = []
+        for name, computed in chosen:
+            done = itertools.count(1)
 
-        def step(stage: str) -> None:
-            nonlocal done
-            done += 1
-            context.progress(stage, done, total)
+            def step(name: str = name, done: Iterator[int] = done) -> None:
+                context.progress(f"{self.name}: {name}", next(done), total)
 
-        schedule = Annealing(self.iterations, self.rate, self.weight, rows=self.rows)
-        curves = []
-        for unit in units:
-            curves.append(learn_rounding(program, context, unit, latents, schedule, self.name, step))
-        better = [curve for curve in curves if curve.hard < curve.start]
-        share = float(np.mean([min(c.hard / c.start, 1.0) for c in curves])) if curves else 1.0
-        soft = float(np.mean([c.soft / c.start for c in curves])) if curves else 1.0
-        note = f"{len(better)} of {len(curves)} units better; error {share:.0%} of the start's (soft {soft:.0%}), mean"
-        return program.noted(note)
+            # A unit that was written changed the graph: its weights are looked up again.
+            unit = ReconstructionUnit(name, computed, tuple(self._weights(program, computed)))
+            program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, step)
+            fits.append(fit)
+        return replace(program, training=(*program.training, *fits), note=_note(fits, left))
 
-    def _chosen(self, program: Program) -> list[tuple[str, frozenset[str], tuple[Inputs, ...]]]:
-        """Return (name, computed values, weights) of each unit. Raise RecipeError for a pattern that matches none."""
-        floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
-        every = [Inputs.of(weight, floats, self.name) for weight in find_weights(program.graph)]
-        readers = [{name_of(node.outputs[0]) for node in inputs.weight.readers} for inputs in every]
-        units = []
-        for name, computed in self._parts(program):
-            mine = tuple(inputs for inputs, names in zip(every, readers, strict=True) if names <= computed)
-            if mine and any(fnmatchcase(name, pattern) for pattern in self.blocks or ("*",)):
-                units.append((name, computed, mine))
-        for pattern in self.blocks:
-            if not any(fnmatchcase(name, pattern) for name, _, _ in units):
+    def _chosen(self, program: Program) -> tuple[list[tuple[str, frozenset[str]]], int]:
+        """Return the (name, computed values) of the units to train, and the number of weights that are in no unit.
+
+        A weight that several units read is in none. Raise RecipeError for a pattern that matches no unit.
+        """
+        parts = [(name, computed, list(self._weights(program, computed))) for name, computed in self._parts(program)]
+        units = [(name, computed) for name, computed, weights in parts if weights]
+        left = len(find_weights(program.graph)) - sum(len(weights) for _, _, weights in parts)
+        for pattern in self.units:
+            if not any(fnmatchcase(name, pattern) for name, _ in units):
                 raise RecipeError(
-                    f"reconstruct.blocks: {pattern!r} matches no unit with quantized weights",
+                    f"reconstruct.units: {pattern!r} matches no unit with quantized weights",
                     where=self.name,
-                    hint="patterns are those of a shell: `*`, `?`; `inspect --blocks` lists the names",
+                    hint="patterns are those of a shell: `*`, `?`; `inspect --blocks` lists the blocks",
                 )
-        return units
+        patterns = self.units or ("*",)
+        return [unit for unit in units if any(fnmatchcase(unit[0], pattern) for pattern in patterns)], left
+
+    def _weights(self, program: Program, computed: frozenset[str]) -> Iterator[Inputs]:
+        """Yield the weights whose readers are all in a unit."""
+        floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
+        for weight in find_weights(program.graph):
+            if all(name_of(node.outputs[0]) in computed for node in weight.readers):
+                yield Inputs.of(weight, floats, self.name)
 
     def _parts(self, program: Program) -> Iterator[tuple[str, frozenset[str]]]:
         """Yield the name of each layer or block, and the names of what its nodes compute."""
@@ -122,3 +137,13 @@ class Reconstruct(Pass):
             computed = [name_of(node.outputs[0]) for node in weight.readers]
             known = [floats[name] for node in weight.readers if (name := layer_name(node)) in floats]
             yield weight.name, frozenset([*computed, *(name_of(layer.output) for layer in known)])
+
+
+def _note(fits: Sequence[TrainedUnit], left: int) -> str:
+    shares = [(fit.hard / fit.start, fit.soft / fit.start) for fit in fits if fit.start > 0]
+    hard, soft = np.minimum(shares, 1).mean(axis=0) if shares else (1.0, 1.0)
+    better = sum(fit.hard < fit.start for fit in fits)
+    note = f"{better} of {len(fits)} units better; error {hard:.0%} of the start's (soft {soft:.0%}), mean"
+    return (note if fits else "nothing to train") + (
+        f"; {left} weights are read by several units and stay" if left else ""
+    )

@@ -129,6 +129,7 @@ def write_bundle(
         refused=dict(program.refused),
         noise=dict(program.noise_report),
         bits=dict(plan.report),
+        training=program.training,
         acceptance=acceptance,
         nodes=dict(sorted(counts(lowered.graph).items())),
     )

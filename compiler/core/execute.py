@@ -83,17 +83,24 @@ def feeds(
     t: Timestep,
     conditions: Feeds | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the inputs of one call, the timestep in the shape, the type and the unit of the graph's input.
+    """Return the inputs of one call, by name.
 
     A condition that the graph declares with one row, or as a number, gets the one row that all samples share.
     Raises ConditionError where the rows differ.
     """
+    rows = {name: _shared(inputs[name], array) for name, array in (conditions or {}).items()}
+    return {signature.sample: x, **timestep_feed(inputs, signature, len(x), t), **rows}
+
+
+def timestep_feed(
+    inputs: Mapping[str, ir.Value], signature: Signature, samples: int, t: Timestep
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the timestep of one call of so many samples, in the shape, the type and the unit of the graph's input."""
     time = inputs[signature.timestep]
     dtype = np.dtype(np.int64) if time.dtype is None else time.dtype.numpy()
     rank = 0 if time.shape is None else len(time.shape)
-    size = () if rank == 0 else (1 if time.shape is not None and time.shape[0] == 1 else len(x),)
-    rows = {name: _shared(inputs[name], array) for name, array in (conditions or {}).items()}
-    return {signature.sample: x, signature.timestep: np.full(size, signature.network_time(t), dtype), **rows}
+    size = () if rank == 0 else (1 if time.shape is not None and time.shape[0] == 1 else samples,)
+    return {signature.timestep: np.full(size, signature.network_time(t), dtype)}
 
 
 def _shared(value: ir.Value, rows: AnyArray) -> AnyArray:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.runtime.arrays import Floats, Integers
-from mezzotint.runtime.bundle.manifest_entries import PassRecord, QuantizerEntry
+from mezzotint.runtime.bundle.manifest_entries import PassRecord, QuantizerEntry, TrainedUnit
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
@@ -149,6 +149,7 @@ class Program:
                   calls; empty: every sample at every timestep
     refused       the values and nodes that a rewriting pass left unchanged, with the reason
     noise_report  the measurements of fit_noise, as plain data for display
+    training      the layers and blocks that passes trained, in the order of training
     """
 
     model: ir.Model
@@ -167,6 +168,7 @@ class Program:
     allocation: tuple[int, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     history: tuple[Record, ...] = ()
+    training: tuple[TrainedUnit, ...] = ()
     note: str = ""
     fx_text: str | None = None
 

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from safetensors.numpy import load_file, save
 
+from mezzotint.runtime.bundle.json_fields import Fields
+from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
 from mezzotint.runtime.json_text import parse_json
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
@@ -63,6 +65,7 @@ def save_program(program: Program, folder: Path, pending: Sequence[Mapping[str, 
         "allocation": list(program.allocation),
         "refused": dict(program.refused),
         "noise_report": dict(program.noise_report),
+        "training": [unit.to_json() for unit in program.training],
         "history": [r.entry().to_json() for r in program.history],
         "fx_text": program.fx_text,
         "pending": [dict(p) for p in pending],
@@ -107,6 +110,7 @@ def load_program(folder: Path) -> tuple[Program, list[dict[str, Any]]]:
         refused=data["refused"],
         noise_report=data["noise_report"],
         fx_text=data["fx_text"],
+        training=tuple(Fields(unit, str(folder)).finish(TrainedUnit.from_json) for unit in data["training"]),
         history=tuple(
             Record(
                 r["pass"],

@@ -165,7 +165,7 @@ def chosen_latents(program: Program, context: Context, calls: int) -> list[Laten
             output = executor.call(program.signature, x, t, conditions)[program.signature.output]
             return np.asarray(output, np.float32)
 
-        follow_trajectories(program, context, denoiser, "round_weights: trajectory")
+        follow_trajectories(program, context, denoiser, "latents of the trajectory")
     return sorted(found, key=lambda latents: (latents.call, latents.batch))
 
 

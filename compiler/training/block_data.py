@@ -24,11 +24,16 @@ from ..rounding.layer_inputs import Latents
 from .subgraph import Subgraph
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """One network call of some samples at a block: the values that enter it and its float outputs, by name."""
+    """One network call of some samples at a block: the values that enter it and its float outputs, by name.
+
+    `divisible` says whether the first axis of every array is that of the samples, and the graph takes fewer of them.
+    """
 
     timestep: Timestep
+    samples: int
+    divisible: bool
     inputs: Mapping[str, AnyArray]
     targets: Mapping[str, AnyArray]
 
@@ -89,6 +94,8 @@ def record(
             }
             if not all(np.isfinite(array).all() for array in (*inputs.values(), *targets.values())):
                 raise PassError("a block reads or should compute numbers that are not finite", where=where)
-            data.batches.append(Batch(call.timestep, inputs, targets))
+            divisible = all(len(array) == len(call.x) for array in (*inputs.values(), *targets.values()))
+            divisible = divisible and program.fixed_batch is None
+            data.batches.append(Batch(call.timestep, len(call.x), divisible, inputs, targets))
             step()
     return data

@@ -3,16 +3,17 @@
 AdaRound (arXiv 2004.10568, eq. 21 to 25) for one layer, BRECQ (arXiv 2102.05426) for a block. Each weight rounds down
 or up by a variable h in [0, 1]; the loss over batches of one network call each is
 
-    sum |f(x; W_h) - f_float(x_float)|^2 / sum |f(x; W_start) - f_float(x_float)|^2  +  weight mean(1 - |2h - 1|^beta),
+    e(W_h) / e(W_start)  +  regularization mean(1 - |2h - 1|^beta),
+    e(W) = sum over outputs |f(x; W) - f|^2 / |f|^2,
 
-and beta falls from 20 to 2 after a warm-up without the second term. Both terms are of the order of 1 for a block of
-any size, so one `weight` fits all; the papers' sums need another for each network.
+where f is the float output, and beta falls from 20 to 2 after a warm-up without the second term. Both terms are of the
+order of 1 for a block of any size, so one `regularization` fits all; the papers' sums need another for each network.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 
@@ -20,34 +21,39 @@ import numpy as np
 import torch
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
 from mezzotint.runtime.signature import Signature
 
+from ..core.execute import timestep_feed
 from ..errors import PassError
+from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 from ..torch_graph.quantizers import SoftRounding
 from .block_data import Batch, BlockData
+from .subgraph import Subgraph
 
 HARD = 6.0  # a V at which h is 1 exactly
+POINTS = 50  # of the curve in the manifest
 
 
 @dataclass(frozen=True)
 class Annealing:
     """The schedule of a fit.
 
-    iterations   steps of Adam
-    rate         learning rate of Adam
-    weight       weight of the regulariser
-    warmup       share of the iterations without it
-    betas        its exponent at the end of the warm-up and at the last iteration
-    rows         samples of one step
+    iterations       steps of Adam
+    learning_rate    of Adam
+    regularization   weight of the second term
+    batch            samples of one step
+    warmup           share of the iterations without the second term
+    betas            its exponent at the end of the warm-up and at the last iteration
     """
 
     iterations: int
-    rate: float
-    weight: float
+    learning_rate: float
+    regularization: float
+    batch: int
     warmup: float = 0.2
     betas: tuple[float, float] = (20.0, 2.0)
-    rows: int = 8
 
     def beta(self, iteration: int) -> float | None:
         """Return the exponent at an iteration, or None during the warm-up."""
@@ -59,98 +65,94 @@ class Annealing:
         return low + 0.5 * (high - low) * (1 + cos(share * pi))
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Errors of a block's outputs: hard before the fit, soft and hard behind it; and the loss of each iteration."""
+class Batches:
+    """The batches of a block, and the error of its torch module on them."""
 
-    start: float
-    soft: float
-    hard: float
-    losses: tuple[float, ...]
+    def __init__(self, graph: TorchGraph, part: Subgraph, signature: Signature, data: BlockData) -> None:
+        self._graph, self._outputs, self._signature, self._batches = graph, part.outputs, signature, data.batches
+        self._inputs = {name_of(value): value for value in part.model.graph.inputs}
 
+    def draw(self, rng: np.random.Generator, most: int) -> tuple[Batch, slice]:
+        """Return a batch and at most so many successive samples of it, or all where it cannot be divided."""
+        batch = self._batches[int(rng.integers(len(self._batches)))]
+        first = int(rng.integers(max(batch.samples - most, 0) + 1))
+        return batch, slice(first, first + most) if batch.divisible else slice(None)
 
-class TrainedBlock:
-    """A block in torch with its data: calls it on a batch, and measures its error."""
-
-    def __init__(self, graph: TorchGraph, names: Sequence[str], outputs: Sequence[str], signature: Signature) -> None:
-        self.graph, self.names, self.outputs, self._signature = graph, names, outputs, signature
-
-    def call(self, batch: Batch, rows: slice) -> dict[str, torch.Tensor]:
-        """Return the outputs for some rows of a batch, by name."""
-        arguments = []
-        for name in self.names:
-            if name == self._signature.timestep:
-                arguments.append(torch.tensor([self._signature.network_time(batch.timestep)]))
-            else:
-                arguments.append(torch.from_numpy(np.array(batch.inputs[name][rows])))
-        return dict(zip(self.outputs, self.graph.module(*arguments), strict=True))
-
-    def loss(self, batch: Batch, rows: slice) -> torch.Tensor:
-        """Return the sum of squared errors of all outputs, each over its own mean square in the float graph."""
+    def error(self, batch: Batch, samples: slice) -> torch.Tensor:
+        """Return the mean squared error of each output over its mean square in the float graph, summed."""
         total = torch.zeros(())
-        for name, value in self.call(batch, rows).items():
-            target = torch.from_numpy(np.array(batch.targets[name][rows]))
-            scale = target.square().mean().clamp_min(1e-12)
-            total = total + (value - target).square().mean() / scale
+        for name, value in zip(self._outputs, self._call(batch, samples), strict=True):
+            target = torch.from_numpy(np.array(batch.targets[name][samples]))
+            total = total + (value - target).square().mean() / target.square().mean().clamp_min(1e-12)
         return total
 
-    def error(self, data: BlockData) -> float:
-        """Return the mean loss over all batches."""
-        with torch.no_grad():
-            losses = [float(self.loss(batch, slice(None))) for batch in data.batches]
-        return float(np.mean(losses))
+    @torch.no_grad()
+    def mean_error(self) -> float:
+        """Return the mean error of all batches."""
+        return float(np.mean([float(self.error(batch, slice(None))) for batch in self._batches]))
+
+    def _call(self, batch: Batch, samples: slice) -> Sequence[torch.Tensor]:
+        fed = {name: np.array(array[samples]) for name, array in batch.inputs.items()}
+        if self._signature.timestep in self._inputs:
+            count = len(range(*samples.indices(batch.samples)))
+            fed |= timestep_feed(self._inputs, self._signature, count, batch.timestep)
+        outputs: Sequence[torch.Tensor] = self._graph.module(*(torch.from_numpy(fed[name]) for name in self._inputs))
+        return outputs
 
 
 def fit_rounding(
-    block: TrainedBlock,
-    rounders: Mapping[str, SoftRounding],
-    data: BlockData,
+    batches: Batches,
+    rounders: Sequence[SoftRounding],
     schedule: Annealing,
     seed: int,
-    where: str,
-    step: Callable[[float], None],
-) -> Curve:
-    """Learn which way the weights round; the modules are hard afterwards. `step` gets the loss of each iteration.
+    unit: str,
+    by: str,
+    step: Callable[[], None],
+) -> TrainedUnit:
+    """Learn which way the weights round; the modules are hard afterwards. `step` is called after each iteration.
 
     Raise PassError for a loss that is not finite.
     """
-    softened = {name: module.v.detach().clone() for name, module in rounders.items()}
-    _harden(rounders)
-    start = block.error(data)
-    if start <= 0:
-        return Curve(start, start, start, ())
+    variables = [module.v for module in rounders]
+    soft_start = [v.detach().clone() for v in variables]
+    _harden(variables)
+    start = batches.mean_error()
+    if start == 0:  # the unit computes what the float graph does
+        return TrainedUnit(unit, by, 0.0, 0.0, 0.0, ())
     with torch.no_grad():
-        for name, module in rounders.items():
-            module.v.copy_(softened[name])
-    variables = [module.v for module in rounders.values()]
-    optimizer = torch.optim.Adam(variables, lr=schedule.rate)
-    sizes = sum(v.numel() for v in variables)
-    rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(where.encode()))
+        for v, soft in zip(variables, soft_start, strict=True):
+            v.copy_(soft)
+    optimizer = torch.optim.Adam(variables, lr=schedule.learning_rate)
+    rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(unit.encode()))
+    weights = sum(v.numel() for v in variables)
     losses = []
     for iteration in range(schedule.iterations):
-        batch = data.batches[int(rng.integers(len(data.batches)))]
-        count = len(next(iter(batch.targets.values())))
-        first = int(rng.integers(max(count - schedule.rows, 0) + 1))
-        loss = block.loss(batch, slice(first, first + schedule.rows)) / start
-        beta = schedule.beta(iteration)
-        if beta is not None:
-            loss = loss + schedule.weight * sum(m.regularizer(beta) for m in rounders.values()) / sizes
-        if not torch.isfinite(loss):
+        loss = batches.error(*batches.draw(rng, schedule.batch)) / start
+        if (beta := schedule.beta(iteration)) is not None:
+            loss = loss + schedule.regularization * sum(m.regularizer(beta) for m in rounders) / weights
+        losses.append(float(loss.detach()))
+        if not np.isfinite(losses[-1]):
             raise PassError(
-                f"the loss is {float(loss.detach())} at iteration {iteration}", where=where, hint="lower the rate"
+                f"the loss is {losses[-1]} at iteration {iteration}",
+                where=unit,
+                hint=f"lower {by}.learning_rate, or leave this unit out ({by}.units)",
             )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
-        step(losses[-1])
-    soft = block.error(data)
-    _harden(rounders)
-    return Curve(start, soft, block.error(data), tuple(losses))
+        step()
+    soft_error = batches.mean_error()
+    _harden(variables)
+    return TrainedUnit(unit, by, start, soft_error, batches.mean_error(), _means(losses))
 
 
 @torch.no_grad()
-def _harden(rounders: Mapping[str, SoftRounding]) -> None:
+def _harden(variables: Sequence[torch.Tensor]) -> None:
     """Move every h to its end: 0 or 1 exactly."""
-    for module in rounders.values():
-        module.v.copy_(torch.where(module.v >= 0, HARD, -HARD))
+    for v in variables:
+        v.copy_(torch.where(v >= 0, HARD, -HARD))
+
+
+def _means(losses: Sequence[float]) -> tuple[float, ...]:
+    """Return the curve in at most POINTS points: means of successive iterations, to four digits."""
+    return tuple(float(f"{part.mean():.4g}") for part in np.array_split(losses, min(POINTS, len(losses))))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from mezzotint.runtime.arrays import Floats
+from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
 
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import PassError
-from ..graph.nodes import name_of
-from ..graph.require import shape_of
+from ..graph.nodes import name_of, numpy_of
 from ..rounding.layer_inputs import Inputs, Latents
-from ..rounding.weights import grid_of, replace_weight
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer, SoftRounding
+from ..torch_graph.write_back import plan_grids, write_back
 from .block_data import record
-from .fit_rounding import Annealing, Curve, TrainedBlock, fit_rounding
+from .fit_rounding import Annealing, Batches, fit_rounding
 from .subgraph import cut_out
 
 
@@ -43,62 +42,50 @@ def learn_rounding(
     latents: Sequence[Latents],
     schedule: Annealing,
     by: str,
-    step: Callable[[str], None],
-) -> Curve:
-    """Train the rounding of a unit's weights and write them into the program if the hard rounding is better.
+    step: Callable[[], None],
+) -> tuple[Program, TrainedUnit]:
+    """Train the rounding of a unit's weights; return the program, with the hard rounding if it is better, and the fit.
 
-    `step` is called with a line for display after each batch of the data and each iteration.
+    `step` is called after each batch of the data and each iteration.
     """
-    torch.set_num_threads(context.threads or torch.get_num_threads())
     floats = {name_of(v) for node in program.require_float_model().graph for v in node.outputs}
     part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
-    data = record(program, context, part, latents, unit.name, lambda: step(f"{by}: {unit.name}"))
+    data = record(program, context, part, latents, unit.name, step)
     try:
-        graph = to_torch(part.model)
-        rounders = {name_of(w.weight.value): _soften(program, graph, w) for w in unit.weights}
-        block = TrainedBlock(graph, [name_of(v) for v in part.model.graph.inputs], part.outputs, program.signature)
-
-        def report(loss: float) -> None:
-            step(f"{by}: {unit.name}, loss {loss:.3f}")
-
-        curve = fit_rounding(block, rounders, data, schedule, context.seed, unit.name, report)
+        with _threads(context.threads):
+            graph = to_torch(part.model)
+            plan_grids(program, graph)
+            rounders = {name_of(w.weight.quantize.outputs[0]): _soften(graph, w) for w in unit.weights}
+            batches = Batches(graph, part, program.signature, data)
+            fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
     finally:
         data.close()
-    if curve.hard < curve.start:
-        for inputs in unit.weights:
-            rows = _rows(rounders[name_of(inputs.weight.value)].hard(), inputs)
-            replace_weight(program, inputs.weight, rows, inputs.weight.scale(), context.folder, by)
-    return curve
+    if fit.hard >= fit.start:
+        return program, fit
+    trained = {w.weight.quantize.name or "": rounders[name_of(w.weight.quantize.outputs[0])] for w in unit.weights}
+    written = replace(graph, quantizers={**graph.quantizers, **trained})
+    return write_back(program, written, context.folder, by), fit
 
 
-def _soften(program: Program, graph: TorchGraph, inputs: Inputs) -> SoftRounding:
+def _soften(graph: TorchGraph, inputs: Inputs) -> SoftRounding:
     """Put soft rounding in the place of a weight's quantizer; it starts at the rounding that the program has."""
     weight = inputs.weight
     quantizer = graph.quantizers[weight.quantize.name or ""]
     if not isinstance(quantizer, Quantizer):
         raise PassError("the weight's quantizer is trained already", where=weight.name)
-    grid = grid_of(inputs.float_weights[0], weight, program.require_plan())
-    with torch.no_grad():
-        quantizer.qmin, quantizer.qmax = (
-            torch.as_tensor(np.asarray(end, np.float32)) for end in (grid.qmin, grid.qmax)
-        )
-        current = torch.from_numpy(_turned(weight.rows(), inputs))
-        floats = torch.from_numpy(_turned(inputs.rows(), inputs))
-        rounded = None if torch.equal(current, floats) else quantizer.integers(current)
-    rounder = SoftRounding(quantizer, floats, rounded)
+    current, floats = torch.tensor(numpy_of(weight.value)), torch.tensor(numpy_of(inputs.floats))
+    rounder = SoftRounding(quantizer, floats, None if torch.equal(current, floats) else quantizer.integers(current))
     path = next(path for path, module in graph.module.named_modules() if module is quantizer)
     graph.module.set_submodule(path, rounder)
     return rounder
 
 
-def _turned(rows: Floats, inputs: Inputs) -> Floats:
-    """Return `[outputs, inputs of an output]` in the shape that the graph's constant has."""
-    axis = inputs.weight.axis
-    shape = shape_of(inputs.weight.value).numpy()
-    moved = [shape[axis], *(n for i, n in enumerate(shape) if i != axis)]
-    return np.ascontiguousarray(np.moveaxis(rows.reshape(moved), 0, axis))
-
-
-def _rows(values: torch.Tensor, inputs: Inputs) -> Floats:
-    turned = np.moveaxis(values.detach().numpy(), inputs.weight.axis, 0)
-    return np.ascontiguousarray(turned.reshape(len(turned), -1), dtype=np.float32)
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """Let torch use so many threads, and afterwards as many as before: sums depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
-from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage
+from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage, TrainedUnit
 from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.sampling.options import SamplingOptions
 
@@ -138,6 +138,8 @@ def print_inspection(bundle: Bundle, *, everything: bool = False) -> None:
             for record in manifest.history
         ],
     )
+    if manifest.training:
+        _print_training(manifest.training, most)
     if manifest.bits:
         _print_bits(manifest.bits, most)
     if manifest.noise:
@@ -182,6 +184,25 @@ def _storage(storage: Storage) -> console.CellLines:
     rest = storage.model_bytes - storage.constant_bytes
     ratio = [] if storage.ratio is None else [f"{storage.ratio:.3f} of the float parameters"]
     return console.CellLines([*ratio, *rows, f"graph: {rest / 1e6:.2f} MB", *storage.notes])
+
+
+def _print_training(units: Sequence[TrainedUnit], most: int | None) -> None:
+    """Print the units that kept what they learned first, by what is left of their error."""
+    rows = [
+        (
+            unit.unit,
+            unit.by,
+            f"{unit.start:.3g}",
+            *(f"{_share(error, unit.start):.0%}" for error in (unit.soft, unit.hard)),
+        )
+        for unit in sorted(units, key=lambda unit: _share(unit.hard, unit.start))
+    ]
+    heads = ("unit", "pass", "error before", "behind the fit", "rounded (100 % or more: not kept)")
+    console.print_table("training", heads, rows, most=most)
+
+
+def _share(error: float, start: float) -> float:
+    return error / start if start > 0 else 1.0
 
 
 def _print_bits(bits: Mapping[str, Any], most: int | None) -> None:

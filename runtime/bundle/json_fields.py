@@ -88,6 +88,13 @@ class Fields:
             raise self._error(self._inner(key), values, "a list of texts")
         return tuple(values)
 
+    def each_number(self, key: str) -> tuple[float, ...]:
+        """Return a list of numbers."""
+        values = self._typed(key, list, "a list of numbers")
+        if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            raise self._error(self._inner(key), values, "a list of numbers")
+        return tuple(float(value) for value in values)
+
     def one(self, key: str, build: Callable[[Fields], T]) -> T:
         """Return `build` of the object at `key`."""
         return Fields(self._value(key), self._file, self._inner(key)).finish(build)

@@ -23,6 +23,7 @@ from .manifest_entries import (
     RecipeEntry,
     Source,
     Storage,
+    TrainedUnit,
 )
 from .precisions import Mixture
 
@@ -41,7 +42,7 @@ class Manifest:
     plan. `islands` and `refused` give a reason for each layer or value. `inputs`, `storage` and `acceptance` are
     None for bundles that were compiled before the manifest had them. `card`, `measured`, `noise` and `bits` are open
     plain data for display: the fields of the model card, the figures of `mezzotint card`, the reports of fit_noise and
-    assign_bits.
+    assign_bits. `training` has the layers and blocks that passes trained.
     `digests_before` are those that the bundle had before its card was rewritten.
     """
 
@@ -65,6 +66,7 @@ class Manifest:
     noise: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    training: tuple[TrainedUnit, ...] = ()
     acceptance: Acceptance | None = None
     mixture: Mixture | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class Manifest:
             **_unless_empty("noise", self.noise),
             **_unless_empty("bits", self.bits),
             "nodes": dict(self.nodes),
+            **({"training": [unit.to_json() for unit in self.training]} if self.training else {}),
             **({} if self.acceptance is None else {"acceptance": self.acceptance.to_json()}),
             **({} if self.mixture is None else self.mixture.to_json()),
             **_unless_empty("measured", self.measured),
@@ -174,6 +177,7 @@ def _manifest(fields: Fields) -> Manifest:
         noise=fields.maybe("noise", fields.table) or {},
         bits=fields.maybe("bits", fields.table) or {},
         card=fields.maybe("card", fields.table) or {},
+        training=fields.maybe("training", lambda key: fields.each(key, TrainedUnit.from_json)) or (),
         acceptance=fields.maybe("acceptance", lambda key: fields.one(key, Acceptance.from_json)),
         mixture=Mixture.from_json(fields),
         measured=fields.maybe("measured", fields.table) or {},

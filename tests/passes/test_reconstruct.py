@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
+from mezzotint.passes import reconstruct
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.reconstruct import Reconstruct
 from tests.helpers.tiny import tiny_program
+from tests.passes.test_round_weights import inserted, planned
 
-QUICK: dict[str, Any] = {"unit": "layer", "iterations": 20, "rate": 0.2, "calls": 2, "samples": 2}
+QUICK: dict[str, Any] = {"unit": "layer", "iterations": 20, "learning_rate": 0.2, "calls": 2, "samples": 2}
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def integers(weight: QuantizedWeight) -> np.ndarray:
 def test_one_layer_gets_better_and_the_others_stay(program: Program, context: Context) -> None:
     before = find_weights(program.graph)
     name = next(w.name for w in before if w.readers[0].op_type == "Conv")
-    after = trained(program, context, blocks=(name,))
+    after = trained(program, context, units=(name,))
     assert "1 of 1 units better" in after.history[-1].note
     for old, new in zip(before, find_weights(after.graph), strict=True):
         moved = integers(new) - np.clip(integers(old), -7, 7)
@@ -53,13 +56,13 @@ def test_one_layer_gets_better_and_the_others_stay(program: Program, context: Co
 
 def test_the_same_training_twice_gives_the_same_weights(program: Program, context: Context) -> None:
     name = find_weights(program.graph)[0].name
-    one, two = (trained(program, context, blocks=(name,), iterations=10) for _ in range(2))
+    one, two = (trained(program, context, units=(name,), iterations=10) for _ in range(2))
     for a, b in zip(find_weights(one.graph), find_weights(two.graph), strict=True):
         np.testing.assert_array_equal(a.rows(), b.rows())
 
 
 def test_a_fit_that_does_not_help_keeps_the_start(program: Program, context: Context) -> None:
-    after = trained(program, context, iterations=1, rate=1e-9, blocks=(find_weights(program.graph)[0].name,))
+    after = trained(program, context, iterations=1, learning_rate=1e-9, units=(find_weights(program.graph)[0].name,))
     assert "0 of 1 units better; error 100% of the start's" in after.history[-1].note
     for a, b in zip(find_weights(program.graph), find_weights(after.graph), strict=True):
         np.testing.assert_array_equal(a.rows(), b.rows())
@@ -67,8 +70,38 @@ def test_a_fit_that_does_not_help_keeps_the_start(program: Program, context: Con
 
 def test_what_cannot_work_is_refused(program: Program, context: Context) -> None:
     with pytest.raises(RecipeError, match="matches no unit"):
-        trained(program, context, blocks=("no such*",))
+        trained(program, context, units=("no such*",))
     with pytest.raises(RecipeError, match=r"reconstruct\.iterations is 0"):
         Reconstruct(iterations=0)
     with pytest.raises(StatsError, match="float graph"):
         Reconstruct().run(tiny_program(steps=3), context)
+
+
+def test_the_fit_is_in_the_program_and_survives_a_folder(program: Program, context: Context, tmp_path: Path) -> None:
+    name = find_weights(program.graph)[0].name
+    after = trained(program, context, units=(name,))
+    (fit,) = after.training
+    assert (fit.unit, fit.by) == (name, "reconstruct")
+    assert 0 < fit.hard < fit.start and 0 < fit.soft < fit.start
+    assert len(fit.losses) == QUICK["iterations"]
+    assert fit.losses[0] < 1, "soft weights start nearer than rounded ones"
+    snapshot.save_program(after, tmp_path, [])
+    assert snapshot.load_program(tmp_path)[0].training == after.training
+
+
+def test_without_torch_it_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment = tiny_program(steps=3).deployment
+    RECIPES["brecq"].check(deployment)
+    monkeypatch.setattr(reconstruct, "find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match="torch, which is not installed"):
+        RECIPES["brecq"].check(deployment)
+
+
+def test_a_weight_that_two_blocks_read_stays_and_is_counted(context: Context) -> None:
+    body = """x = Reshape (sample, rows) a = Gemm <transB = 1> (x, w) a_s = Sigmoid (a) b = Gemm <transB = 1> (a_s, w)
+        epsilon = Reshape (b, images)"""
+    two = inserted(planned(body, {"w": (4, 4)}, ["x", "a_s"], {"w": 0}), context)
+    assert " of 1 units better; " in trained(two, context, unit="layer").history[-1].note
+    after = trained(two, context, unit="block")
+    assert after.history[-1].note == "nothing to train; 1 weights are read by several units and stay"
+    assert not after.training
