@@ -103,14 +103,10 @@ class Difference:
     def verdict(self) -> str:
         """Return the words for it: by the median, then by the 10th percentile."""
         median, p10 = _sign(self.median), _sign(self.p10)
+        words = {1: "better", -1: "worse"}
         if median * p10 < 0:
-            return (
-                "better in the median and worse in the 10th percentile than"
-                if median > 0
-                else ("worse in the median and better in the 10th percentile than")
-            )
-        words = {1: "better than", -1: "worse than", 0: "not told apart from"}
-        return words[median or p10]
+            return f"{words[median]} in the median and {words[p10]} in the 10th percentile than"
+        return f"{words[median or p10]} than" if median or p10 else "not distinguishable from"
 
 
 def _sign(metric: Metric) -> int:

@@ -169,7 +169,9 @@ class _Owners:
         activations = tuple(
             v
             for v in inputs
-            if self.net.source(v) in sampled and any(not is_op(u.node, "Shape") for u in v.uses() if u.node in nodes)
+            if self.net.source(v) in sampled
+            and not is_op(v.producer(), "Shape")
+            and any(not is_op(u.node, "Shape") for u in v.uses() if u.node in nodes)
         )
         outputs = tuple(
             v

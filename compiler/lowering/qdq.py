@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..core.formats import along
 from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, initializer, is_constant, is_op, name_of, numpy_of, remove_dead
+from ..graph.ops import MOVERS
 from ..graph.require import dtype_of, inputs
 
 INT32_LIMIT = 2**31 - 1
@@ -49,6 +50,21 @@ def dequantizer(value: ir.Value | None) -> ir.Node | None:
     """Return the DequantizeLinear that computes a value, or None."""
     node = None if value is None else value.producer()
     return node if is_op(node, "DequantizeLinear") else None
+
+
+def quantizer_chain(value: ir.Value | None) -> tuple[ir.Node, ...]:
+    """Return the nodes from the one that computes a value on a grid back to its QuantizeLinear, () for other values.
+
+    Between the two are the DequantizeLinear, the Clip of a narrow format, and nodes that move integers (clean_qdq).
+    """
+    chain: list[ir.Node] = []
+    node = None if value is None else value.producer()
+    while node is not None and is_op(node, "QuantizeLinear", "DequantizeLinear", "Clip", *MOVERS):
+        chain.append(node)
+        if is_op(node, "QuantizeLinear"):
+            return tuple(chain)
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return ()
 
 
 def clip_behind(quantize_node: ir.Node) -> ir.Node | None:

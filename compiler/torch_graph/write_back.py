@@ -29,9 +29,10 @@ from ..core.program import Quantizer as Planned
 from ..errors import PassError
 from ..graph import weight_store as store
 from ..graph.nodes import Names, consumers, initializer, is_constant, is_op, name_of, numpy_of
-from ..graph.ops import MOVERS, layers
+from ..graph.ops import layers
 from ..graph.require import inputs
 from ..lowering.bias_room import make_room
+from ..lowering.qdq import quantizer_chain
 from ..scales.timetable import table_part
 from .convert import TorchGraph
 from .quantizers import Quantizer, SoftRounding
@@ -258,11 +259,9 @@ def _sites(program: Program, graph: ir.Graph) -> dict[ir.Node, dict[Site, Site]]
 
 
 def _quantize_of(value: ir.Value | None) -> ir.Node | None:
-    """Return the QuantizeLinear whose grid a dequantized value is on, through nodes that only move data, or None."""
-    node = None if value is None else value.producer()
-    while node is not None and is_op(node, "DequantizeLinear", "Clip", *MOVERS) and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node if is_op(node, "QuantizeLinear") else None
+    """Return the QuantizeLinear whose grid a value is on, or None."""
+    chain = quantizer_chain(value)
+    return chain[-1] if chain else None
 
 
 def _constant_quantizers(graph: ir.Graph) -> dict[ir.Node, list[str]]:

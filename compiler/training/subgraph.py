@@ -12,7 +12,7 @@ from mezzotint.runtime.signature import Signature
 from ..errors import PassError
 from ..graph.nodes import consumers, is_op, name_of, remove_dead
 from ..graph.topology import dependents
-from ..lowering.qdq import dequantizer
+from ..lowering.qdq import dequantizer, quantizer_chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +72,7 @@ def cut_out(
 
 def _input_quantizers(nodes: Collection[ir.Node]) -> list[ir.Node]:
     """Return the nodes of the quantizers whose values these nodes read."""
-    pairs = [pair for node in nodes for value in node.inputs if (pair := dequantizer(value)) is not None]
-    return [node for pair in pairs for node in _chain(pair)]
+    return [n for node in nodes for value in node.inputs if dequantizer(value) for n in quantizer_chain(value)]
 
 
 def _with_output_quantizers(nodes: Sequence[ir.Node]) -> list[ir.Node]:
@@ -94,18 +93,6 @@ def _until_dequantized(node: ir.Node) -> list[ir.Node]:
     return [node, *(n for value in node.outputs for reader in consumers(value) for n in _until_dequantized(reader))]
 
 
-def _chain(pair: ir.Node) -> list[ir.Node]:
-    """Return the nodes of a quantizer from its end: DequantizeLinear, what moves or clips integers, QuantizeLinear."""
-    found = [pair]
-    while not is_op(found[-1], "QuantizeLinear"):
-        before = found[-1].inputs[0]
-        producer = None if before is None else before.producer()
-        if producer is None:
-            return found
-        found.append(producer)
-    return found
-
-
 def _is_read_outside(value: ir.Value, inside: Collection[ir.Node]) -> bool:
     return value.is_graph_output() or any(reader not in inside for reader in consumers(value))
 
@@ -115,10 +102,8 @@ def _in_float(value: ir.Value, floats: Collection[str], where: str) -> str:
 
     Where integers are moved (clean_qdq), the mover's output has the name that it has in the float graph.
     """
-    names = [name_of(value)]
-    pair = dequantizer(value)
-    if pair is not None:
-        names += [name_of(node.inputs[0]) for node in _chain(pair)]
+    chain = quantizer_chain(value) if dequantizer(value) else ()
+    names = [name_of(value), *(name_of(node.inputs[0]) for node in chain)]
     for name in names:
         if name in floats:
             return name

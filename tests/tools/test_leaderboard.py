@@ -171,7 +171,7 @@ NOISE = np.random.default_rng(1).normal(0, 1, 32)
     [
         (BASE + 2 + NOISE, "better than"),
         (BASE - 2 + NOISE, "worse than"),
-        (BASE + 0.05 + NOISE, "not told apart from"),
+        (BASE + 0.05 + NOISE, "not distinguishable from"),
         (np.where(np.arange(32) % 7 < 2, BASE - 15, BASE + 2), "better in the median and worse in the 10th"),
     ],
 )
