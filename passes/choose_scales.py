@@ -13,12 +13,14 @@ Errors: StatsError if the graph changed after observe, or a value was not measur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from mezzotint.compiler.core.formats import UINT8, Format, scale_for_range
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.core.stats import Stats
 from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import is_constant, name_of
@@ -35,13 +37,13 @@ class ChooseScales(Pass):
     - `percentile`: in percent; used by the method `percentile` only.
     - `per_channel`: a scale for each output channel of a weight, otherwise one for the whole weight.
     - `activation_bits`, `weight_bits`: widths in bits. The file stores weights of 2 bits in 2, of 3 and 4 bits in 4,
-      and of 5 to 8 bits in 8.
+      and of 5 to 8 bits in 8. Activations in "float" leave weights alone to quantize: a small file, and float kernels.
     """
 
     activations: RangeMethod = "percentile"
     weights: WeightMethod = "mse"
     percentile: float = 99.999
-    activation_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, "float"] = 8
     weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     per_channel: bool = True
 
@@ -55,24 +57,28 @@ class ChooseScales(Pass):
     def run(self, program: Program, context: Context) -> Program:
         stats = program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
-        activation_format = UINT8 if self.activation_bits == 8 else Format(self.activation_bits)
         of_weights = weight_format(self.weight_bits)
         every_layer = list(layers(program.graph))
-        quantizers: dict[Site, Quantizer] = {}
+        quantizers = {} if self.activation_bits == "float" else self._of_activations(every_layer, stats)
+        for i, layer in enumerate(every_layer):
+            if layer.weight is not None:
+                self._add_weight(quantizers, layer, of_weights)
+            context.progress(self.name, i + 1, len(every_layer))
+        return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
+
+    def _of_activations(self, every_layer: Sequence[Layer], stats: Stats) -> dict[Site, Quantizer]:
+        """Return a quantizer for each value that a layer reads or computes."""
+        fmt = UINT8 if self.activation_bits == 8 else Format(int(self.activation_bits))
+        found: dict[Site, Quantizer] = {}
         for name in dict.fromkeys(
             name_of(v) for layer in every_layer for v in (*layer.activations, layer.output) if not is_constant(v)
         ):
             summary = stats.summary(name)
             if summary is None:
                 raise StatsError(f"the value {name!r} was not measured", where=self.name, hint="run observe again")
-            low, high = range_of(summary, self.activations, self.percentile, activation_format)
-            scale, zero = scale_for_range(low, high, activation_format)
-            quantizers[Site(name)] = Quantizer(activation_format, scale, zero, self.name)
-        for i, layer in enumerate(every_layer):
-            if layer.weight is not None:
-                self._add_weight(quantizers, layer, of_weights)
-            context.progress(self.name, i + 1, len(every_layer))
-        return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
+            scale, zero = scale_for_range(*range_of(summary, self.activations, self.percentile, fmt), fmt)
+            found[Site(name)] = Quantizer(fmt, scale, zero, self.name)
+        return found
 
     def _add_weight(self, quantizers: dict[Site, Quantizer], layer: Layer, fmt: Format) -> None:
         """Add one quantizer for a weight; a layer that shares the weight along another axis gets its own."""

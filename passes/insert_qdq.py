@@ -16,6 +16,7 @@ Each layer that is not an island is rewritten by its kind:
    narrower grid.
 5. Weights whose rows have different widths (assign_bits): a Clip has the same ends for all rows, so Q reads a copy of
    the weight that is clipped at the ends of each row's grid.
+6. Weights alone (activations in float): no pair but that of the weight. The file stores integers, the kernel is float.
 
 onnxruntime has an integer convolution only if the output is quantized with one quantizer and nothing reads the raw
 output. So all readers in case 2, those in float too, read behind the same DQ. Matmuls accumulate in int32 and return
@@ -166,10 +167,12 @@ def _with_raised(plan: Plan, every_layer: list[Layer], room: Room) -> Plan:
 
 
 def _planned(layer: Layer, plan: Plan) -> bool:
-    sites = [name_of(v) for v in layer.activations]
-    sites += [name_of(layer.weight)] if layer.weight is not None else []
-    sites += [name_of(layer.output)] if layer.output_quantized else []
-    return all(plan.of(value, layer.name) is not None for value in sites)
+    """Return whether the plan quantizes all that an integer layer needs, or the weight alone (case 6)."""
+    values = [*layer.activations, *([layer.output] if layer.output_quantized else [])]
+    known = [plan.of(name_of(value), layer.name) is not None for value in values]
+    if layer.weight is not None and plan.of(name_of(layer.weight), layer.name) is None:
+        return False
+    return all(known) or (layer.weight is not None and not any(known))
 
 
 class _Writer:
@@ -188,11 +191,12 @@ class _Writer:
         self._outputs: dict[ir.Value, tuple[ir.Value, Quantizer]] = {}
 
     def quantize(self, layer: Layer) -> None:
-        for value in layer.activations:
+        weight_only = self.plan.of(name_of(layer.activations[0]), layer.name) is None  # case 6
+        for value in () if weight_only else layer.activations:
             self._quantize_input(value, layer)
         if layer.weight is not None:
             self._quantize_input(layer.weight, layer)
-        if layer.output_quantized:  # case 2
+        if layer.output_quantized and not weight_only:  # case 2
             self._quantize_output(layer.output, layer)
 
     def _quantizer(self, value: ir.Value, layer: Layer) -> Quantizer:

@@ -13,8 +13,7 @@ beside the rows: --no-speed leaves them to a run on a machine that is quiet.
 
 Everything is paired: the same noise for float and quantized images, the prediction compared on the latents of the float
 trajectory, speed against fp32 onnxruntime in the same minute, threads pinned. A bundle with a correction is drawn and
-judged with it, at the eta for which its paper claims something (`claim_eta`), and so is its baseline. No recipe leaves
-activations in float: the weight-only width is refused, row by row.
+judged with it, at the eta for which its paper claims something (`claim_eta`), and so is its baseline.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from mezzotint.api import compile_model
 from mezzotint.bench import peers
 from mezzotint.bench.pairs import Comparison, folder_bytes, middle_timestep, paired_run, unseen_seed
 from mezzotint.compiler.core.pipeline import Recipe
-from mezzotint.compiler.errors import RecipeError
 from mezzotint.io.settings import parse_size
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
@@ -52,7 +50,7 @@ from mezzotint.runtime.session import running_version
 from mezzotint.runtime.signature import Images, Timestep
 from tools.leaderboard_model import FloatModel, corrected
 from tools.leaderboard_options import parsed
-from tools.leaderboard_page import FLOAT, WIDTHS, Row, page
+from tools.leaderboard_page import WIDTHS, Row, page
 
 SAME = ("images", "calibration", "steps", "threads", "batch")  # options that two rows of a page have in common
 Job = tuple[Path, Callable[[], Row], str]  # the row's file, how to measure it, its key
@@ -64,17 +62,15 @@ def at_width(recipe: Recipe, width: str) -> Recipe:
     What mixes widths has a budget of bits on average: its own where the recipe claims to be good, elsewhere this width.
     """
     weight, activation = WIDTHS[width]
-    if activation == FLOAT:
-        raise RecipeError(
-            "no recipe leaves activations in float: integer layers take quantized ones, of at most 8 bits",
-            where=f"recipe {recipe.name!r} at {width}",
-            hint="choose a width with activations of 8 bits or fewer",
-        )
-    wanted: dict[str, float] = {"weight_bits": weight, "activation_bits": activation}
+    wanted: dict[str, int | float | str] = {"weight_bits": weight, "activation_bits": activation}
     if width != recipe.claim:
         wanted["mean_bits"] = float(weight)
-    given = [(p.name, p.options()) for p in recipe.passes]
-    settings = {f"{name}.{o}": bits for name, have in given for o, bits in wanted.items() if have.get(o) is not None}
+    settings = {
+        f"{step.name}.{option}": bits
+        for step in recipe.passes
+        for option, bits in wanted.items()
+        if step.options().get(option) is not None and not (bits == "float" and step.name != "choose_scales")
+    }
     return with_options(recipe, settings)
 
 

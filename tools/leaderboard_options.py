@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mezzotint.passes.recipes.catalog import RECIPES
 from tools.leaderboard_model import DIGITS_NAME, title_of
-from tools.leaderboard_page import FLOAT, WIDTHS
+from tools.leaderboard_page import WIDTHS
 
 OWN_WIDTH = frozenset({"float"})  # recipes without a width to set
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,6 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     """Return the options, with the folder and the page of the model's name."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in RECIPES if name not in OWN_WIDTH]
-    widths = [width for width, (_, activation) in WIDTHS.items() if activation != FLOAT]
     parser.add_argument("--model", default=DIGITS_NAME, help="`digits`, an .onnx file, or a diffusers folder")
     parser.add_argument("--scheduler", help="its scheduler_config.json, or a named schedule")
     parser.add_argument("--size", help="HEIGHTxWIDTH, where the model leaves the size open")
@@ -39,7 +38,7 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--page", type=Path)
     args = parser.parse_args(argv)
-    args.recipe, args.width = args.recipe or names, args.width or widths
+    args.recipe, args.width = args.recipe or names, args.width or list(WIDTHS)
     args.name = args.name or title_of(args.model)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
         parser.error(f"{args.name!r} is no name for a file: give --name")

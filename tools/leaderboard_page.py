@@ -19,8 +19,15 @@ from mezzotint.compiler.core.pipeline import Recipe
 from mezzotint.evaluate.metrics import RESAMPLES, Metric, with_interval
 from mezzotint.runtime.arrays import Doubles
 
-FLOAT = 16  # activations of a width that leaves them in float
-WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4), "w4a16": (4, FLOAT)}
+WIDTHS: dict[str, tuple[int, int | str]] = {
+    "w8a8": (8, 8),
+    "w6a6": (6, 6),
+    "w4a8": (4, 8),
+    "w4a6": (4, 6),
+    "w4a4": (4, 4),
+    "w4a16": (4, "float"),  # weight-only
+}
+"""Bits of weights and of activations."""
 IDENTICAL = 200.0  # dB that count for an image without any difference
 COLUMNS = ["recipe", "PSNR", "p10", "SQNR", "worst", "speed", "size", "seconds", "kernels", "islands", "beside"]
 Known = Mapping[tuple[str, str, float], "Row"]

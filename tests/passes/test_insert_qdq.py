@@ -5,20 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
-from mezzotint.compiler.core.formats import INT8, UINT8, Format, scale_for_range
+from mezzotint.compiler.core.formats import INT8, UINT8, Format, along, scale_for_range
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import is_constant, name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.lowering.lower import lower
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
+from mezzotint.runtime.sampling import samplers
 from tests.conftest import Check
 from tests.helpers.tiny import tiny_program
 
@@ -118,3 +121,31 @@ def test_the_graph_behind_every_pass_runs(tiny: Program, context: Context) -> No
         with Executor(program.model, context.folder, threads=2) as executor:
             for t in program.deployment.timesteps:
                 assert np.isfinite(executor.call(program.signature, x, t)["epsilon"]).all(), step.name
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-premul", "w8a8-steps"])
+def test_weights_alone_are_quantized_where_activations_stay_in_float(context: Context, recipe: str) -> None:
+    settings = {"choose_scales.activation_bits": "float", "choose_scales.weight_bits": 4}
+    program = pipeline.run_passes(tiny_program(), with_options(RECIPES[recipe], settings).passes, context)
+    assert all(is_constant(node.inputs[0]) for node in program.graph if node.op_type == "QuantizeLinear")
+    plan, floats = program.require_plan(), program.require_float_model().clone()
+    rounded = 0
+    for layer in layers(floats.graph):
+        if layer.weight is None or layer.name in plan.islands:
+            continue
+        quantizer = plan.of(name_of(layer.weight), layer.name)
+        assert quantizer is not None and quantizer.format.bits == 4
+        s = along(quantizer.scale, quantizer.axis, 4 if layer.kind == "conv" else 2)
+        q = np.clip(np.rint(numpy_of(layer.weight) / s), quantizer.format.qmin, quantizer.format.qmax)
+        layer.weight.const_value = ir.tensor((s * q).astype(np.float32), name=layer.weight.name)
+        rounded += 1
+    assert rounded > 5
+    assert {r for name, r in plan.islands.items() if "attention" in name} <= {"the plan has no quantizer for it"}
+    x = samplers.initial_noise(0, (1, *program.shape))
+    t = program.deployment.timesteps[0]
+    with (
+        Executor(lower(program), context.folder, threads=1) as lowered,
+        Executor(floats, context.folder, threads=1) as reference,
+    ):
+        got, want = (net.call(program.signature, x, t)["epsilon"] for net in (lowered, reference))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

@@ -57,8 +57,9 @@ def test_rows_are_measured(measured: Path) -> None:
     assert "## W8A8" in page and "## W4A8" in page and "## W6A6" not in page
     assert f"| `w8a8` | {eight['psnr']:.1f} | {eight['psnr_p10']:.1f} | {eight['sqnr']:.1f} |" in page
     assert len(eight["images"]) == 2 and eight["psnr"] == pytest.approx(sum(eight["images"]) / 2)
-    assert rows["w8a8-w4a16"]["sqnr"] is None
-    assert "## W4A16\n\nRefused, `w8a8`: no recipe leaves activations in float" in page
+    weight_only = rows["w8a8-w4a16"]
+    assert weight_only["sqnr"] > four["sqnr"] and weight_only["size"] < eight["size"]
+    assert weight_only["kernels"].startswith("0/") and "## W4A16" in page
 
 
 def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,3 +219,6 @@ def test_a_width_sets_every_pass_that_has_one(board: ModuleType) -> None:
     assert set(WIDTHS) == {"w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w4a16"}
     options = [p.options() for p in board.at_width(RECIPES["w8a8"], "w4a6").passes if p.name == "choose_scales"]
     assert [(o["weight_bits"], o["activation_bits"]) for o in options] == [(4, 6)]
+    weight_only = {p.name: p.options() for p in board.at_width(RECIPES["q-diffusion"], "w4a16").passes}
+    assert weight_only["choose_scales"]["activation_bits"] == "float"
+    assert weight_only["split_shortcuts"]["activation_bits"] == 8, "a rewrite's choice has no float activations"
