@@ -11,7 +11,7 @@ no better than its start keeps the start. The manifest has the errors of each un
 the curve of its loss.
 
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
-calibration images. One step of the fit takes `rows` samples of one call. A unit's inputs and targets lie in files of
+calibration images. One step of the fit takes `batch` samples of one call. A unit's inputs and targets lie in files of
 the working folder, so memory holds one unit and one batch.
 """
 

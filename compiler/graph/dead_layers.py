@@ -184,7 +184,7 @@ def _computed(model: ir.Model, node: ir.Node, arrays: Mapping[str, npt.NDArray[A
         one = onnx.helper.make_model(onnx.helper.make_graph([proto], "one", inputs, [out]), opset_imports=opsets)
         result = np.asarray(next(iter(ReferenceEvaluator(one).run(None, dict(arrays)))))
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        return None
+        return None  # an operation, or a form of it, that the reference implementation lacks: the layer stays
     one_sample = result.dtype == np.float32 and result.ndim == len(_shape(node)) and result.shape[:1] == (1,)
     return result if one_sample and bool(np.isfinite(result).all()) else None
 

@@ -11,6 +11,7 @@ from mezzotint.runtime.signature import Signature
 
 from ..errors import PassError
 from ..graph.nodes import consumers, is_op, name_of, remove_dead
+from ..graph.ops import MOVERS
 from ..graph.topology import dependents
 from ..lowering.qdq import dequantizer, quantizer_chain
 
@@ -45,15 +46,11 @@ def cut_out(
     data = dependents(graph, [name_of(v) for v in graph.inputs if v not in time])
     chosen = _with_output_quantizers([n for n in graph if name_of(n.outputs[0]) in computed])
     inside = dict.fromkeys([*chosen, *_input_quantizers(chosen)])
-    made = {name_of(v) for n in inside for v in n.outputs}
-    ends = [v for n in chosen for v in n.outputs if name_of(v) in data and _is_read_outside(v, inside)]
+    computed_here = [v for n in chosen for v in n.outputs if name_of(v) in data and not _is_read_in(v, chosen)]
+    ends = [v for v in computed_here if _is_read_outside(v, inside)]
     if not ends:
         raise PassError("nothing that depends on the sample leaves this part of the graph", where=where)
-    entering: list[ir.Value] = []
-    for node in inside:
-        for value in node.inputs:
-            if value is not None and name_of(value) in data and name_of(value) not in made and value not in entering:
-                entering.append(value)
+    entering = _entering(inside, data)
     outputs = tuple(name_of(v) for v in ends)
     targets = tuple(_in_float(v, floats, where) for v in ends)
     names = tuple(name_of(v) for v in entering)
@@ -68,6 +65,27 @@ def cut_out(
     kept = {*names, signature.timestep}
     graph.inputs[:] = [v for v in graph.inputs if v.name in kept and (v.name != signature.timestep or v.uses())]
     return Subgraph(clone, names, outputs, targets)
+
+
+def _entering(inside: Collection[ir.Node], data: Collection[str]) -> list[ir.Value]:
+    """Return the values that nodes read from outside, where contents or sizes of them matter.
+
+    What is computed from sizes and from the timestep alone is computed in the part too. The value whose size is read
+    enters it then, and not all that computes this value.
+    """
+    found: dict[ir.Value, None] = {}
+    needed, seen = list(inside), set(inside)
+    while needed:
+        for value in needed.pop().inputs:
+            producer = None if value is None else value.producer()
+            if value is None or producer in seen:
+                continue
+            if name_of(value) in data:
+                found[value] = None
+            elif producer is not None:
+                seen.add(producer)
+                needed.append(producer)
+    return list(found)
 
 
 def _input_quantizers(nodes: Collection[ir.Node]) -> list[ir.Node]:
@@ -87,14 +105,25 @@ def _with_output_quantizers(nodes: Sequence[ir.Node]) -> list[ir.Node]:
 
 
 def _until_dequantized(node: ir.Node) -> list[ir.Node]:
-    """Return a node and what reads its integers, as far as the DequantizeLinear nodes."""
+    """Return a node and what clips, moves and dequantizes its integers."""
     if is_op(node, "DequantizeLinear"):
         return [node]
-    return [node, *(n for value in node.outputs for reader in consumers(value) for n in _until_dequantized(reader))]
+    out = node.outputs[0]
+    readers = [n for n in consumers(out) if n.inputs[0] is out and is_op(n, "Clip", "DequantizeLinear", *MOVERS)]
+    return [node, *(n for reader in readers for n in _until_dequantized(reader))]
+
+
+def _is_read_in(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
+    """Return whether a value is the quantized form of one that these nodes do not compute: they share the quantizer."""
+    chain = quantizer_chain(value)
+    source = chain[-1].inputs[0] if chain else None
+    return bool(chain) and (source is None or source.producer() not in nodes)
 
 
 def _is_read_outside(value: ir.Value, inside: Collection[ir.Node]) -> bool:
-    return value.is_graph_output() or any(reader not in inside for reader in consumers(value))
+    """Return whether other nodes read the contents of a value; sizes do not count."""
+    readers = [reader for reader in consumers(value) if not is_op(reader, "Shape", "Size")]
+    return value.is_graph_output() or any(reader not in inside for reader in readers)
 
 
 def _in_float(value: ir.Value, floats: Collection[str], where: str) -> str:

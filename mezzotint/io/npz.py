@@ -29,7 +29,8 @@ LONGEST_NAME = 200
 PIECE = 1 << 20
 NUMBERS = "biuf"  # kinds of numpy: bool, signed, unsigned, floating
 
-# What zipfile and numpy raise for damaged files, each found by trying.
+# What zipfile and numpy raise for damaged files, each found by trying. NotImplementedError: zip knows more compressions
+# than zipfile reads.
 _DAMAGES = (
     OSError,
     EOFError,

@@ -216,12 +216,13 @@ ROUNDING = (
         "w8a8 with weights rounded column by column, the following columns compensating for the error",
         static(behind=(RoundWeights(),)),
     ),
-    _against_w8a8(
+    Recipe(
         "gptaq",
-        "w4a8",
-        "GPTAQ, arXiv 2504.02692 (its correction as a least-squares target)",
         "gptq with layers that also compensate for the quantization error of their inputs",
         static(behind=(RoundWeights(method="gptaq"),)),
+        paper="GPTAQ, arXiv 2504.02692 (its correction as a least-squares target)",
+        baseline="gptq",
+        claim="w4a8",
     ),
     _against_w8a8(
         "adaround",

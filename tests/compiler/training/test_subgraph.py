@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core import pipeline
@@ -18,7 +19,7 @@ from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training.block_data import record
 from mezzotint.compiler.training.subgraph import Subgraph, cut_out
 from mezzotint.passes.recipes.catalog import RECIPES
-from tests.helpers.tiny import tiny_program
+from tests.helpers.tiny import program_of, tiny_program
 
 STEPS = 3
 
@@ -77,3 +78,50 @@ def test_the_output_of_a_convolution_is_behind_its_quantizer(program: Program) -
 def test_a_part_that_nothing_leaves_is_refused(program: Program) -> None:
     with pytest.raises(PassError, match="nothing that depends on the sample"):
         part_of(program, "no such value")
+
+
+SIZES = """<ir_version: 10, opset_import: ["" : 21]>
+sizes (float[batch,4,8,8] sample, int64[batch] timestep) => (float[batch,4,8,8] epsilon)
+<float[4,4,1,1] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}, float scale = {0.0625}, uint8 zero = {128},
+ float w_scale = {0.0078125}, int8 w_zero = {0}, int64[2] flat = {0, -1}> {
+    x_q = QuantizeLinear (sample, scale, zero)
+    x = DequantizeLinear (x_q, scale, zero)
+    w_q = QuantizeLinear (w, w_scale, w_zero)
+    w_d = DequantizeLinear (w_q, w_scale, w_zero)
+    first = Conv (x, w_d)
+    y_q = QuantizeLinear (first, scale, zero)
+    y = DequantizeLinear (y_q, scale, zero)
+    size = Shape (y_q)
+    rows = Reshape (y, flat)
+    loud = Sigmoid (rows)
+    back = Reshape (loud, size)
+    z_q = QuantizeLinear (back, scale, zero)
+    z = DequantizeLinear (z_q, scale, zero)
+    second = Conv (z, w_d)
+    epsilon = Reshape (second, size)
+}"""
+
+
+def test_sizes_do_not_bring_the_nodes_that_compute_the_value() -> None:
+    """The second convolution and the Reshape around it read the size of what the first one computes."""
+    model = ir.from_onnx_text(SIZES)
+    program = program_of(model, shape=(4, 8, 8))
+    floats = {"first", "rows", "loud", "back", "second", "epsilon"}
+    later = cut_out(model, {"back", "second", "epsilon"}, program.signature, floats, "test")
+    assert set(later.inputs) == {"loud", "y_q"} and later.outputs == ("epsilon",)
+    assert "first" not in {name_of(v) for node in later.model.graph for v in node.outputs}
+    first = cut_out(model, {"first"}, program.signature, floats, "test")
+    assert first.inputs == ("sample",) and first.outputs[-1] == "y" and len(first.model.graph) == 7
+
+
+def test_a_quantizer_that_two_parts_share_is_no_output_of_either() -> None:
+    text = SIZES.replace(
+        "epsilon = Reshape (second, size)",
+        """third = Conv (x, w_d)
+    both = Add (second, third)
+    epsilon = Reshape (both, size)""",
+    )
+    model = ir.from_onnx_text(text)
+    signature = program_of(model, shape=(4, 8, 8)).signature
+    part = cut_out(model, {"x_q", "x", "third"}, signature, {"third"}, "test")
+    assert part.inputs == ("sample",) and part.outputs == ("third",), "the first convolution reads x too"

@@ -331,7 +331,7 @@ def test_each_key_of_a_scheduler_is_followed_or_refused(sampler: str) -> None:
                 try:
                     times, expected = theirs(sampler, config, 9, 0.0)
                 except (NotImplementedError, ValueError, IndexError):
-                    continue  # diffusers has no such combination
+                    continue  # diffusers cannot draw with this combination: there is nothing to compare with
                 # The cosine schedule begins at sigma 20000, where diffusers loses digits of v in float32.
                 near = 100 * TOLERANCE if value == "squaredcos_cap_v2" else TOLERANCE
                 pairs = zip(found, expected, strict=True)
