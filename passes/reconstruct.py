@@ -34,7 +34,7 @@ from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs, chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights, layer_name
-from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
+from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.sampling.deployment import Deployment
 
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.runtime.arrays import Floats, Integers
-from mezzotint.runtime.bundle.manifest_entries import PassRecord, QuantizerEntry, TrainedUnit
+from mezzotint.runtime.bundle.manifest_entries import PassRecord, QuantizerEntry
+from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule

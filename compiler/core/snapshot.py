@@ -21,7 +21,7 @@ import onnx_ir as ir
 from safetensors.numpy import load_file, save
 
 from mezzotint.runtime.bundle.json_fields import Fields
-from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
+from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.json_text import parse_json
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mezzotint.runtime import streams
-from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
+from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.signature import Signature
 
 from ..core.execute import timestep_feed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mezzotint.runtime.bundle.manifest_entries import TrainedUnit
+from mezzotint.runtime.bundle.training import TrainedUnit
 
 from ..core.pipeline import Context
 from ..core.program import Program

@@ -14,7 +14,8 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
-from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage, TrainedUnit
+from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage
+from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.sampling.options import SamplingOptions
 

@@ -23,9 +23,9 @@ from .manifest_entries import (
     RecipeEntry,
     Source,
     Storage,
-    TrainedUnit,
 )
 from .precisions import Mixture
+from .training import TrainedUnit
 
 FORMAT_VERSION = 3
 LARGEST_SIDE = 1 << 16

@@ -116,34 +116,6 @@ def input_entries(inputs: Mapping[str, tuple[Any, Sequence[int | str | None]]]) 
 
 
 @dataclass(frozen=True)
-class TrainedUnit:
-    """A layer or block that a pass trained. Errors are relative mean squares of its outputs.
-
-    start    rounded, before the fit
-    soft     behind the fit, before its weights were rounded
-    hard     rounded, behind the fit; the unit kept its start if this is no smaller
-    losses   the curve of the fit: means of successive iterations
-    """
-
-    unit: str
-    by: str
-    start: float
-    soft: float
-    hard: float
-    losses: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"unit": self.unit, "pass": self.by, "start": self.start, "soft": self.soft, "hard": self.hard} | {
-            "losses": list(self.losses)
-        }
-
-    @classmethod
-    def from_json(cls, fields: Fields) -> TrainedUnit:
-        errors = (fields.number("start"), fields.number("soft"), fields.number("hard"))
-        return cls(fields.text("unit"), fields.text("pass"), *errors, fields.each_number("losses"))
-
-
-@dataclass(frozen=True)
 class PassRecord:
     """One pass that ran; `options` is open plain data. `seconds` and `peak_memory_mb` do not count for the digest."""
 
