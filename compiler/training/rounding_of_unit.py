@@ -55,6 +55,7 @@ def learn_rounding(
         with _threads(context.threads):
             graph = to_torch(part.model)
             plan_grids(program, graph)
+            graph.module.requires_grad_(False)  # only the variables of the rounding are trained
             rounders = {name_of(w.weight.quantize.outputs[0]): _soften(graph, w) for w in unit.weights}
             batches = Batches(graph, part, program.signature, data)
             fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
