@@ -13,6 +13,12 @@ the curve of its loss.
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
 calibration images. One step of the fit takes `batch` samples of one call. A unit's inputs and targets lie in files of
 the working folder, so memory holds one unit and one batch.
+
+Measured with static weights of 4 bits (PSNR median / 10th percentile of 32 images, DDIM, 20 steps; two cores): digits
+to nearest 25.1 / 19.7 dB, by blocks 33.8 / 28.0, GPTQ 38.1 / 29.3; mnist-onnx to nearest 30.1 / 28.9, by layers
+36.7 / 35.1, by blocks 34.8 / 34.0, GPTQ 38.7 / 36.7, by blocks from GPTQ 38.5 / 36.6 (2 of 6 units better). On the
+digits blocks and GPTQ have the same epsilon, 27.6 and 27.5 dB: a unit's mean square does not say what images see.
+Blocks take 4.5 minutes on the digits (19 units) and 40 seconds on mnist-onnx (6).
 """
 
 from __future__ import annotations

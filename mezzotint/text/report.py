@@ -194,11 +194,12 @@ def _print_training(units: Sequence[TrainedUnit], most: int | None) -> None:
             unit.unit,
             unit.by,
             f"{unit.start:.3g}",
-            *(f"{_share(error, unit.start):.0%}" for error in (unit.soft, unit.hard)),
+            f"{_share(unit.soft, unit.start):.0%}",
+            f"{_share(unit.hard, unit.start):.0%}" + ("" if unit.hard < unit.start else ", not kept"),
         )
         for unit in sorted(units, key=lambda unit: _share(unit.hard, unit.start))
     ]
-    heads = ("unit", "pass", "error before", "behind the fit", "rounded (100 % or more: not kept)")
+    heads = ("unit", "pass", "error before", "behind the fit", "rounded")
     console.print_table("training", heads, rows, most=most)
 
 
