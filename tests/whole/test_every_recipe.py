@@ -38,6 +38,9 @@ def test_it_compiles_and_draws(source: Path, tmp_path: Path, name: str) -> None:
     assert history["normalize"].startswith("opset 13 raised to 18, 3 nodes without effect removed")
     if "lower_norms" in history:
         assert history["lower_norms"].startswith(f"{OLD_NORMS} ")
+    trained = {unit.unit: unit.losses for unit in bundle.manifest.training}
+    assert bool(trained) == ("reconstruct" in history)
+    assert all(len(losses) == FEW["reconstruct.iterations"] for losses in trained.values())
     found = compare(bundle, source, 2, threads=THREADS)
     assert np.isfinite(found.quantized_images).all()
     assert found.sqnr.pooled() > LEAST
