@@ -52,6 +52,8 @@ class Reconstruct(Pass):
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, their learning rate, and samples in a step.
     - `regularization`: weight of the term that drives weights to the grid, beside a loss that is 1 at the start.
     - `calls`, `samples`: as above.
+    - `drop`: the probability with which an element of an activation is not quantized in a step of the fit (QDrop).
+    - `inner`: weight of the errors of the layers inside a block beside that of its outputs (EDA-DM).
     - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their rounding.
     """
 
@@ -62,6 +64,8 @@ class Reconstruct(Pass):
     batch: int = 8
     calls: int = 10
     samples: int = 16
+    drop: float = 0.0
+    inner: float = 0.0
     units: tuple[str, ...] = ()
 
     needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -74,6 +78,15 @@ class Reconstruct(Pass):
                 raise RecipeError(
                     f"reconstruct.{name} is {getattr(self, name)}", where=self.name, hint="choose a positive number"
                 )
+
+        if not 0 <= self.drop < 1:
+            raise RecipeError(
+                f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"
+            )
+        if not 0 <= self.inner < np.inf:
+            raise RecipeError(
+                f"reconstruct.inner is {self.inner}", where=self.name, hint="choose 0, or a weight near 1"
+            )
 
     def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
         if find_spec("torch") is None:
@@ -92,7 +105,8 @@ class Reconstruct(Pass):
         chosen, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
-        schedule = Annealing(self.iterations, self.learning_rate, self.regularization, self.batch)
+        numbers = (self.iterations, self.learning_rate, self.regularization, self.batch)
+        schedule = Annealing(*numbers, inner=self.inner, drop=self.drop)
         total = len(latents) + self.iterations
         fits = []
         for name, computed in chosen:

@@ -71,6 +71,8 @@ POSITIONS = Stream("positions")
 """Positions of a layer's inputs that rounding reads; place: (call, batch, crc32 of the value's name)."""
 TRAINING_BATCHES = Stream("training batches", (0xB,))
 """The calls and samples of each step of a fit; place: (crc32 of the name of the layer or block)."""
+DROPPED_ELEMENTS = Stream("dropped elements", (0xD,))
+"""The seeds of what QDrop leaves unquantized in a fit; place: (crc32 of the name of the layer or block)."""
 BOOTSTRAP = Stream("bootstrap")
 """Resamples of images for intervals of metrics; seed: that of the metrics. Shares its key with place 0 of PROBES."""
 BENCH_CONDITIONS = Stream("bench conditions")
@@ -87,6 +89,7 @@ STREAMS = (
     RANGE_NETWORKS,
     POSITIONS,
     TRAINING_BATCHES,
+    DROPPED_ELEMENTS,
     BOOTSTRAP,
     BENCH_CONDITIONS,
     MIX_CHECK,

@@ -28,6 +28,8 @@ from .subgraph import Subgraph
 class Batch:
     """One network call of some samples at a block: the values that enter it and its float outputs, by name.
 
+    `targets` are those of the values inside, too, that inner losses compare. `floats` are the values of the float graph
+    that enter the block, if they were asked for.
     `divisible` says whether the first axis of every array is that of the samples, and the graph takes fewer of them.
     """
 
@@ -36,6 +38,7 @@ class Batch:
     divisible: bool
     inputs: Mapping[str, AnyArray]
     targets: Mapping[str, AnyArray]
+    floats: Mapping[str, AnyArray] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -65,19 +68,31 @@ class BlockData:
 
 
 def record(
-    program: Program, context: Context, part: Subgraph, latents: Sequence[Latents], where: str, step: Callable[[], None]
+    program: Program,
+    context: Context,
+    part: Subgraph,
+    latents: Sequence[Latents],
+    where: str,
+    step: Callable[[], None],
+    *,
+    inner: bool = False,
+    floats: Mapping[str, str] | None = None,
 ) -> BlockData:
     """Run the quantized prefix and the float graph on the latents and keep what the block reads and should compute.
 
-    `step` is called after each batch. Raise PassError for values that are not finite.
+    `inner` keeps what the layers inside should compute too. `floats` maps values that enter the block to the values of
+    the float graph to keep for them. `step` is called after each batch. Raise PassError for values that are not finite.
     """
+    floats = floats or {}
+    wanted_values = dict(zip(part.outputs, part.targets, strict=True)) | (dict(part.inner) if inner else {})
     float_model = program.require_float_model()
     given = {name_of(v) for v in program.graph.inputs}
     inside = [name for name in part.inputs if name not in given]
     data = BlockData([], Path(mkdtemp(prefix="block-", dir=context.folder)))
     options: dict[str, Any] = {"threads": context.threads, "spinning": False, "only_taps": True}
     with ExitStack() as sessions:
-        exact = sessions.enter_context(Executor(float_model, context.folder, taps=part.targets, **options))
+        taps = tuple(dict.fromkeys([*wanted_values.values(), *(name for name in floats.values() if name not in given)]))
+        exact = sessions.enter_context(Executor(float_model, context.folder, taps=taps, **options))
         prefix = None
         if inside:  # the level is "basic", because a prefix may not be fused (compiler/core/execute.py)
             prefix = sessions.enter_context(
@@ -87,15 +102,15 @@ def record(
             fed = {program.signature.sample: call.x, **call.conditions}
             arguments = (program.signature, call.x, call.timestep, call.conditions)
             seen = {**fed, **({} if prefix is None else prefix.call(*arguments))}
-            wanted = exact.call(*arguments)
+            wanted = {**fed, **exact.call(*arguments)}
             inputs = {name: data.keep(np.asarray(seen[name])) for name in part.inputs}
-            targets = {
-                out: data.keep(np.asarray(wanted[name])) for out, name in zip(part.outputs, part.targets, strict=True)
-            }
-            if not all(np.isfinite(array).all() for array in (*inputs.values(), *targets.values())):
+            targets = {out: data.keep(np.asarray(wanted[name])) for out, name in wanted_values.items()}
+            unquantized = {value: data.keep(np.asarray(wanted[name])) for value, name in floats.items()}
+            arrays = (*inputs.values(), *targets.values(), *unquantized.values())
+            if not all(np.isfinite(array).all() for array in arrays):
                 raise PassError("a block reads or should compute numbers that are not finite", where=where)
-            divisible = all(len(array) == len(call.x) for array in (*inputs.values(), *targets.values()))
+            divisible = all(array.ndim > 0 and len(array) == len(call.x) for array in arrays)
             divisible = divisible and program.fixed_batch is None
-            data.batches.append(Batch(call.timestep, len(call.x), divisible, inputs, targets))
+            data.batches.append(Batch(call.timestep, len(call.x), divisible, inputs, targets, unquantized))
             step()
     return data

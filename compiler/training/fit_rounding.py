@@ -4,10 +4,14 @@ AdaRound (arXiv 2004.10568, eq. 21 to 25) for one layer, BRECQ (arXiv 2102.05426
 or up by a variable h in [0, 1]; the loss over batches of one network call each is
 
     e(W_h) / e(W_start)  +  regularization mean(1 - |2h - 1|^beta),
-    e(W) = sum over outputs |f(x; W) - f|^2 / |f|^2,
+    e(W) = sum over outputs |f(x; W) - f|^2 / |f|^2  +  inner sum over layers inside |l(x; W) - l|^2 / |l|^2,
 
-where f is the float output, and beta falls from 20 to 2 after a warm-up without the second term. Both terms are of the
-order of 1 for a block of any size, so one `regularization` fits all; the papers' sums need another for each network.
+where f is the float output and l the float output of a layer (EDA-DM, arXiv 2401.04585), and beta falls from 20 to 2
+after a warm-up without the second term. Both terms are of the order of 1 for a block of any size, so one
+`regularization` fits all; the papers' sums need another for each network.
+
+QDrop (arXiv 2203.05740): in the fit, each element of an activation is with the probability `drop` not quantized. What
+enters the block is that of the float graph there, and the quantizers inside pass it on. Errors are measured without.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ class Annealing:
     learning_rate    of Adam
     regularization   weight of the second term
     batch            samples of one step
+    inner            weight of the errors inside
+    drop             probability of QDrop
     warmup           share of the iterations without the second term
     betas            its exponent at the end of the warm-up and at the last iteration
     """
@@ -52,6 +58,8 @@ class Annealing:
     learning_rate: float
     regularization: float
     batch: int
+    inner: float = 0.0
+    drop: float = 0.0
     warmup: float = 0.2
     betas: tuple[float, float] = (20.0, 2.0)
 
@@ -66,37 +74,60 @@ class Annealing:
 
 
 class Batches:
-    """The batches of a block, and the error of its torch module on them."""
+    """The batches of a block, and the errors of its torch module on them."""
 
-    def __init__(self, graph: TorchGraph, part: Subgraph, signature: Signature, data: BlockData) -> None:
-        self._graph, self._outputs, self._signature, self._batches = graph, part.outputs, signature, data.batches
+    def __init__(
+        self, graph: TorchGraph, part: Subgraph, signature: Signature, data: BlockData, schedule: Annealing, seed: int
+    ) -> None:
+        self._graph, self._signature, self._batches = graph, signature, data.batches
+        self._outputs, self._schedule = part.outputs, schedule
         self._inputs = {name_of(value): value for value in part.model.graph.inputs}
+        self._mixing = torch.Generator().manual_seed(seed)
 
-    def draw(self, rng: np.random.Generator, most: int) -> tuple[Batch, slice]:
-        """Return a batch and at most so many successive samples of it, or all where it cannot be divided."""
+    def draw(self, rng: np.random.Generator) -> tuple[Batch, slice]:
+        """Return a batch and some successive samples of it, or all where it cannot be divided."""
+        most = self._schedule.batch
         batch = self._batches[int(rng.integers(len(self._batches)))]
         first = int(rng.integers(max(batch.samples - most, 0) + 1))
         return batch, slice(first, first + most) if batch.divisible else slice(None)
 
-    def error(self, batch: Batch, samples: slice) -> torch.Tensor:
-        """Return the mean squared error of each output over its mean square in the float graph, summed."""
-        total = torch.zeros(())
-        for name, value in zip(self._outputs, self._call(batch, samples), strict=True):
-            target = torch.from_numpy(np.array(batch.targets[name][samples]))
-            total = total + (value - target).square().mean() / target.square().mean().clamp_min(1e-12)
-        return total
+    def loss(self, rng: np.random.Generator) -> torch.Tensor:
+        """Return the error of a batch with the layers inside, and with elements that are not quantized."""
+        self._graph.module.train()
+        return self._weighted(*self._errors(*self.draw(rng)))
 
     @torch.no_grad()
-    def mean_error(self) -> float:
-        """Return the mean error of all batches."""
-        return float(np.mean([float(self.error(batch, slice(None))) for batch in self._batches]))
+    def mean_errors(self) -> tuple[float, float]:
+        """Return the mean error of the outputs over all batches, and the mean with that of the layers inside."""
+        self._graph.module.eval()
+        errors = [self._errors(batch, slice(None)) for batch in self._batches]
+        outputs = float(np.mean([float(error) for error, _ in errors]))
+        return outputs, float(np.mean([float(self._weighted(*error)) for error in errors]))
+
+    def _weighted(self, outputs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        return outputs + self._schedule.inner * inside
+
+    def _errors(self, batch: Batch, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean squared errors over the mean squares in the float graph, summed: of outputs, and inside."""
+        errors = {True: torch.zeros(()), False: torch.zeros(())}
+        for name, value in zip(self._graph.outputs, self._call(batch, samples), strict=True):
+            target = torch.from_numpy(np.array(batch.targets[name][samples]))
+            error = (value - target).square().mean() / target.square().mean().clamp_min(1e-12)
+            errors[name in self._outputs] = errors[name in self._outputs] + error
+        return errors[True], errors[False]
 
     def _call(self, batch: Batch, samples: slice) -> Sequence[torch.Tensor]:
         fed = {name: np.array(array[samples]) for name, array in batch.inputs.items()}
         if self._signature.timestep in self._inputs:
             count = len(range(*samples.indices(batch.samples)))
             fed |= timestep_feed(self._inputs, self._signature, count, batch.timestep)
-        outputs: Sequence[torch.Tensor] = self._graph.module(*(torch.from_numpy(fed[name]) for name in self._inputs))
+        given = {name: torch.from_numpy(fed[name]) for name in self._inputs}
+        if self._graph.module.training and self._schedule.drop:
+            for name, array in batch.floats.items():
+                chance = torch.rand(given[name].shape, generator=self._mixing)
+                floats = torch.from_numpy(np.array(array[samples]))
+                given[name] = torch.where(chance < self._schedule.drop, floats, given[name])
+        outputs: Sequence[torch.Tensor] = self._graph.module(*given.values())
         return outputs
 
 
@@ -116,8 +147,8 @@ def fit_rounding(
     variables = [module.v for module in rounders]
     soft_start = [v.detach().clone() for v in variables]
     _harden(variables)
-    start = batches.mean_error()
-    if start == 0:  # the unit computes what the float graph does
+    start, scale = batches.mean_errors()
+    if scale == 0:  # the unit computes what the float graph does
         return TrainedUnit(unit, by, 0.0, 0.0, 0.0, ())
     with torch.no_grad():
         for v, soft in zip(variables, soft_start, strict=True):
@@ -127,7 +158,7 @@ def fit_rounding(
     weights = sum(v.numel() for v in variables)
     losses = []
     for iteration in range(schedule.iterations):
-        loss = batches.error(*batches.draw(rng, schedule.batch)) / start
+        loss = batches.loss(rng) / scale
         if (beta := schedule.beta(iteration)) is not None:
             loss = loss + schedule.regularization * sum(m.regularizer(beta) for m in rounders) / weights
         losses.append(float(loss.detach()))
@@ -141,9 +172,10 @@ def fit_rounding(
         loss.backward()
         optimizer.step()
         step()
-    soft_error = batches.mean_error()
+    soft_error, _ = batches.mean_errors()
     _harden(variables)
-    return TrainedUnit(unit, by, start, soft_error, batches.mean_error(), _means(losses))
+    hard, _ = batches.mean_errors()
+    return TrainedUnit(unit, by, start, soft_error, hard, _means(losses))
 
 
 @torch.no_grad()

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
+from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.training import TrainedUnit
 
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import PassError
-from ..graph.nodes import name_of, numpy_of
+from ..graph.nodes import is_constant, is_op, name_of, numpy_of
+from ..graph.ops import layers
 from ..rounding.layer_inputs import Inputs, Latents
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer, SoftRounding
 from ..torch_graph.write_back import plan_grids, write_back
 from .block_data import record
 from .fit_rounding import Annealing, Batches, fit_rounding
-from .subgraph import cut_out
+from .subgraph import Subgraph, cut_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +52,22 @@ def learn_rounding(
 
     `step` is called after each batch of the data and each iteration.
     """
-    floats = {name_of(v) for node in program.require_float_model().graph for v in node.outputs}
-    part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
-    data = record(program, context, part, latents, unit.name, step)
+    float_graph = program.require_float_model().graph
+    floats = {name_of(v) for node in float_graph for v in node.outputs}
+    of_layers = {name_of(layer.output) for layer in layers(float_graph) if layer.weight is not None}
+    part = cut_out(program.model, unit.computed, program.signature, floats, unit.name, of_layers)
+    inner, mixed = schedule.inner > 0, dict(part.floats) if schedule.drop else {}
+    data = record(program, context, part, latents, unit.name, step, inner=inner, floats=mixed)
     try:
         with _threads(context.threads):
-            graph = to_torch(part.model)
+            graph = to_torch(part.model, taps=[name for name, _ in part.inner] if inner else ())
             plan_grids(program, graph)
             graph.module.requires_grad_(False)  # only the variables of the rounding are trained
             rounders = {name_of(w.weight.quantize.outputs[0]): _soften(graph, w) for w in unit.weights}
-            batches = Batches(graph, part, program.signature, data)
+            seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
+            _drop_elements(part, graph, schedule.drop, seeds)
+            seed = int(seeds.integers(2**31))
+            batches = Batches(graph, part, program.signature, data, schedule, seed)
             fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
     finally:
         data.close()
@@ -79,6 +89,15 @@ def _soften(graph: TorchGraph, inputs: Inputs) -> SoftRounding:
     path = next(path for path, module in graph.module.named_modules() if module is quantizer)
     graph.module.set_submodule(path, rounder)
     return rounder
+
+
+def _drop_elements(part: Subgraph, graph: TorchGraph, probability: float, seeds: np.random.Generator) -> None:
+    """Let the quantizers of activations pass elements on while the module trains."""
+    nodes = [node for node in part.model.graph if is_op(node, "QuantizeLinear") and not is_constant(node.inputs[0])]
+    modules = dict.fromkeys(graph.quantizers[node.name] for node in nodes if node.name and node.name in graph.quantizers)
+    for module in modules:
+        if isinstance(module, Quantizer):
+            module.drop_elements(probability, int(seeds.integers(2**31)))
 
 
 @contextmanager

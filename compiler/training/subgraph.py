@@ -23,22 +23,31 @@ class Subgraph:
     inputs   names of the values that enter the part; the timestep is an input of the model too if the part has tables
     outputs  names of the values that leave it, behind the quantizer of a convolution's output
     targets  for each output the value that it stands for in the float graph
+    inner    names of what layers inside compute, where it does not leave the part, and what each is in the float graph
+    floats   names of what enters the part behind other nodes, and what each is in the float graph
     """
 
     model: ir.Model
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     targets: tuple[str, ...]
+    inner: tuple[tuple[str, str], ...] = ()
+    floats: tuple[tuple[str, str], ...] = ()
 
 
 def cut_out(
-    model: ir.Model, computed: Collection[str], signature: Signature, floats: Collection[str], where: str
+    model: ir.Model,
+    computed: Collection[str],
+    signature: Signature,
+    floats: Collection[str],
+    where: str,
+    of_layers: Collection[str] = (),
 ) -> Subgraph:
     """Return the nodes of a quantized graph that compute these values, with the quantizers of what they read.
 
     Nodes are named by their first outputs, because nodes of an ONNX file may have no names. What depends on the
-    timestep alone is computed inside the part. `floats` are the names of the values of the float graph. Raise PassError
-    if nothing leaves the part.
+    timestep alone is computed inside the part. `floats` are the names of the values of the float graph, and
+    `of_layers` those that its layers compute. Raise PassError if nothing leaves the part.
     """
     clone = model.clone()
     graph = clone.graph
@@ -53,7 +62,10 @@ def cut_out(
     entering = _entering(inside, data)
     outputs = tuple(name_of(v) for v in ends)
     targets = tuple(_in_float(v, floats, where) for v in ends)
+    inner = _behind_layers(chosen, of_layers, ends)
     names = tuple(name_of(v) for v in entering)
+    reals = [v for v in entering if v.producer() and v.dtype is not None and v.dtype.is_floating_point()]
+    known = tuple((name_of(v), name) for v in reals if (name := _float_name(v, floats)))
     for value in entering:
         if value not in graph.inputs:
             replacement = ir.Value(name=name_of(value), shape=value.shape, type=value.type)
@@ -64,7 +76,26 @@ def cut_out(
     remove_dead(graph)
     kept = {*names, signature.timestep}
     graph.inputs[:] = [v for v in graph.inputs if v.name in kept and (v.name != signature.timestep or v.uses())]
-    return Subgraph(clone, names, outputs, targets)
+    return Subgraph(clone, names, outputs, targets, inner, known)
+
+
+def _behind_layers(
+    nodes: Collection[ir.Node], of_layers: Collection[str], ends: Collection[ir.Value]
+) -> tuple[tuple[str, str], ...]:
+    """Return what layers compute, behind a quantizer that alone reads it, and its name in the float graph.
+
+    Where the integers are moved, it is what the quantizer reads: the moved value has another shape.
+    """
+    found = []
+    for value in (v for node in nodes for v in node.outputs if v.name in of_layers):
+        readers = consumers(value)
+        quantized = len(readers) == 1 and is_op(readers[0], "QuantizeLinear")
+        chain = _until_dequantized(readers[0]) if quantized else []
+        moved = any(is_op(node, *MOVERS) for node in chain)
+        last = chain[-1].outputs[0] if chain and not moved else value
+        if last not in ends:
+            found.append((name_of(last), name_of(value)))
+    return tuple(found)
 
 
 def _entering(inside: Collection[ir.Node], data: Collection[str]) -> list[ir.Value]:
@@ -127,13 +158,18 @@ def _is_read_outside(value: ir.Value, inside: Collection[ir.Node]) -> bool:
 
 
 def _in_float(value: ir.Value, floats: Collection[str], where: str) -> str:
+    """Return the name of the float value that this one stands for. Raise PassError if there is none."""
+    name = _float_name(value, floats)
+    if name is None:
+        raise PassError(f"the float graph has no value {name_of(value)!r}", where=where)
+    return name
+
+
+def _float_name(value: ir.Value, floats: Collection[str]) -> str | None:
     """Return the name of the float value that this one stands for: itself, or what its quantizer rounds.
 
     Where integers are moved (clean_qdq), the mover's output has the name that it has in the float graph.
     """
     chain = quantizer_chain(value) if dequantizer(value) else ()
-    names = [name_of(value), *(name_of(node.inputs[0]) for node in chain)]
-    for name in names:
-        if name in floats:
-            return name
-    raise PassError(f"the float graph has no value {names[-1]!r}", where=where)
+    names = (name_of(value), *(name_of(node.inputs[0]) for node in chain))
+    return next((name for name in names if name in floats), None)

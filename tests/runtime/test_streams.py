@@ -45,7 +45,7 @@ def places(stream: streams.Stream) -> Iterator[tuple[int, ...]]:
         yield from ((k,) for k in range(40))
     elif stream is streams.POSITIONS:
         yield from product(range(12), range(6), (1, 12, 14, 0x9F2B6C31))
-    elif stream is streams.TRAINING_BATCHES:
+    elif stream in (streams.TRAINING_BATCHES, streams.DROPPED_ELEMENTS):
         yield from ((crc,) for crc in (12, 14, 0x9F2B6C31))
     else:
         yield ()
