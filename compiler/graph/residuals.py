@@ -2,7 +2,8 @@
 
 A *residual Add* sums a value and what layers made of the same value: its operands have an ancestor in common, and
 different numbers of layers behind it. The sum with a time embedding has no ancestor in common, and the sum of the
-halves of a split convolution has equal numbers.
+pieces of a split layer (split_shortcuts) is a Sum. Those pieces count as readers of the concatenation, as the whole
+layer was: the parts come from far apart, and the block between them would be the network.
 """
 
 from __future__ import annotations
@@ -72,6 +73,28 @@ class NodeGraph:
         self.sample = self._sample(sample)
         self.sampled = self._behind([self.sample])
         self.layers = {i for i in self.fed if self.nodes[i].op_type in LAYER_WEIGHTS}
+        self.pieces = self._pieces()
+
+    def _pieces(self) -> dict[int, int]:
+        """Return the Concat of each piece of a layer that split_shortcuts took apart, where the graph has it."""
+        found: dict[int, int] = {}
+        concats = [i for i in sorted(self.fed) if is_op(self.nodes[i], "Concat")]
+        joined = {tuple(plain_value(v) for v in self.nodes[i].inputs if v is not None): i for i in concats}
+        for node in self.nodes:
+            pieces = [self._layer_of(v) for v in node.inputs if v is not None] if is_op(node, "Sum") else []
+            known = [i for i in pieces if i is not None]
+            read = tuple(plain_value(v) for i in known if (v := self.nodes[i].inputs[0]) is not None)
+            if len(known) == len(pieces) and read in joined:
+                found |= dict.fromkeys(known, joined[read])
+        return found
+
+    def _layer_of(self, value: ir.Value) -> int | None:
+        """Return the layer that computes a value, with quantizers and the Add of a bias behind it or not."""
+        node = plain_value(value).producer()
+        if is_op(node, "Add") and node is not None:
+            fed = [v for v in node.inputs if v is not None and self.is_fed(v)]
+            node = plain_value(fed[0]).producer() if fed else None
+        return self.index[node] if node is not None and self.index[node] in self.layers else None
 
     def _sample(self, name: str | None) -> str:
         inputs = [v for v in self.graph.inputs if v.const_value is None]
@@ -109,6 +132,9 @@ class NodeGraph:
         root, taken = -1, set(owned)
         graph = self.contents.subgraph(self.sampled).copy()
         graph.add_edges_from((root, i) for i in self.readers.get(self.sample, ()) if i in self.sampled)
+        for piece, concat in self.pieces.items():
+            graph.remove_edges_from(list(graph.in_edges(piece)))
+            graph.add_edge(concat, piece)
         if root not in graph:
             return []
         parent = nx.immediate_dominators(graph, root)
@@ -157,7 +183,8 @@ class NodeGraph:
 
         for i in members:
             if i in self.fed and i < add:
-                ancestors = [of(v) for v in self.nodes[i].inputs if v is not None]
+                read = self.nodes[self.pieces[i]].outputs if i in self.pieces else self.nodes[i].inputs
+                ancestors = [of(v) for v in read if v is not None]
                 depth[i] = max((n for n, _ in ancestors), default=0) + (i in self.layers)
                 sources[i] = frozenset().union(*(names for _, names in ancestors))
         (first, a), (second, b) = (of(v) for v in self.nodes[add].inputs if v is not None)

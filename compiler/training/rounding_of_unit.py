@@ -94,7 +94,9 @@ def _soften(graph: TorchGraph, inputs: Inputs) -> SoftRounding:
 def _drop_elements(part: Subgraph, graph: TorchGraph, probability: float, seeds: np.random.Generator) -> None:
     """Let the quantizers of activations pass elements on while the module trains."""
     nodes = [node for node in part.model.graph if is_op(node, "QuantizeLinear") and not is_constant(node.inputs[0])]
-    modules = dict.fromkeys(graph.quantizers[node.name] for node in nodes if node.name and node.name in graph.quantizers)
+    modules = dict.fromkeys(
+        graph.quantizers[node.name] for node in nodes if node.name and node.name in graph.quantizers
+    )
     for module in modules:
         if isinstance(module, Quantizer):
             module.drop_elements(probability, int(seeds.integers(2**31)))

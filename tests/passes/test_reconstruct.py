@@ -22,6 +22,11 @@ from tests.passes.test_round_weights import inserted, planned
 
 QUICK: dict[str, Any] = {"unit": "layer", "iterations": 20, "learning_rate": 0.2, "calls": 2, "samples": 2}
 
+BEFORE_TRAINING = frozenset(
+    {"normalize", "freeze_time", "lower_transposed", "fold_scales", "lower_norms", "split_shortcuts", "observe"}
+    | {"choose_scales", "insert_qdq", "clean_qdq"}
+)
+
 
 @pytest.fixture
 def program(context: Context) -> Program:
@@ -105,3 +110,36 @@ def test_a_weight_that_two_blocks_read_stays_and_is_counted(context: Context) ->
     after = trained(two, context, unit="block")
     assert after.history[-1].note == "nothing to train; 1 weights are read by several units and stay"
     assert not after.training
+
+
+def test_qdrop_and_inner_losses_change_the_fit_and_not_what_is_measured(program: Program, context: Context) -> None:
+    block = {"unit": "block", "units": ("b1_conv1*",)}
+    plain, *others = (
+        trained(program, context, **block, **options) for options in ({}, {"drop": 0.5}, {"drop": 0.5}, {"inner": 1.0})
+    )
+    (fit,) = plain.training
+    assert fit.unit == "b1_conv1 .. b1_conv2"
+    for after in others:
+        (other,) = after.training
+        assert other.start == pytest.approx(fit.start, 1e-5), "errors are measured with all quantizers, and on the block's outputs"
+        assert 0 < other.soft < other.start
+        assert other.hard != fit.hard and other.losses != fit.losses
+    assert others[0].training == others[1].training, "the same elements are dropped again"
+
+
+@pytest.mark.parametrize("options", [{"drop": 1.0}, {"drop": -0.1}, {"inner": -1.0}, {"inner": float("nan")}])
+def test_a_probability_or_a_weight_that_is_none_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=rf"reconstruct\.{next(iter(options))} is "):
+        Reconstruct(**options)
+
+
+def test_the_halves_of_a_split_layer_are_trained_as_one(context: Context) -> None:
+    split = with_options(RECIPES["q-diffusion"], {"choose_scales.weight_bits": 4}).passes
+    before = pipeline.run_passes(tiny_program(steps=3), [p for p in split if p.name in BEFORE_TRAINING], context)
+    after = trained(before, context, unit="block", units=("shortcut*",), regularization=30.0, iterations=60)
+    assert [unit.unit for unit in after.training] == ["shortcut_part_0 .. b2_conv2"]
+    old, new = ({w.name: w for w in find_weights(p.graph)} for p in (before, after))
+    halves = [name for name in old if name.startswith("shortcut_part")]
+    assert len(halves) == 2
+    for name in halves:
+        assert 0 < np.mean(np.rint(integers(old[name])) != np.rint(integers(new[name]))) < 0.5
