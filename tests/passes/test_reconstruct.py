@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def program(context: Context) -> Program:
 
 
 def trained(program: Program, context: Context, **options: Any) -> Program:
-    return pipeline.run_passes(program, [Reconstruct(**{**QUICK, **options})], context)
+    one = replace(context, threads=1)
+    return pipeline.run_passes(program, [Reconstruct(**{**QUICK, **options})], one)
 
 
 def integers(weight: QuantizedWeight) -> np.ndarray:
