@@ -14,6 +14,9 @@ Statistics: latents of the float trajectory at `calls` network calls spread even
 calibration images. One step of the fit takes `batch` samples of one call. A unit's inputs and targets lie in files of
 the working folder, so memory holds one unit and one batch.
 
+With a cache (`--cache`), each trained unit is kept there, and a training that was stopped goes on with the unit that it
+was at: the same command takes the others from the cache, and the bundle has the same bytes.
+
 Measured with static weights of 4 bits (PSNR median / 10th percentile of 32 images, DDIM, 20 steps; two cores): digits
 to nearest 25.1 / 19.7 dB, by blocks 33.8 / 28.0, GPTQ 38.1 / 29.3; mnist-onnx to nearest 30.1 / 28.9, by layers
 36.7 / 35.1, by blocks 34.8 / 34.0, GPTQ 38.7 / 36.7, by blocks from GPTQ 38.5 / 36.6 (2 of 6 units better). On the
@@ -101,12 +104,15 @@ class Reconstruct(Pass):
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
         from mezzotint.compiler.training.fit_rounding import Annealing
         from mezzotint.compiler.training.rounding_of_unit import ReconstructionUnit, learn_rounding
+        from mezzotint.compiler.training.unit_cache import UnitCache
 
         chosen, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
         numbers = (self.iterations, self.learning_rate, self.regularization, self.batch)
         schedule = Annealing(*numbers, inner=self.inner, drop=self.drop)
+        decisive = {name: value for name, value in self.options().items() if name != "units"}
+        cache = UnitCache(program, context, {"pass": self.name, **decisive})
         total = len(latents) + self.iterations
         fits = []
         for name, computed in chosen:
@@ -117,7 +123,7 @@ class Reconstruct(Pass):
 
             # A unit that was written changed the graph: its weights are looked up again.
             unit = ReconstructionUnit(name, computed, tuple(self._weights(program, computed)))
-            program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, step)
+            program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step)
             fits.append(fit)
         return replace(program, training=(*program.training, *fits), note=_note(fits, left))
 

@@ -42,7 +42,7 @@ ARROWS = {
     "compiler/graph": ".",
     "compiler/core": ". graph",
     "compiler/audit": ". core graph",
-    "compiler/calibration": ". core graph",
+    "compiler/calibration": ". core",
     "compiler/frontend": ". core graph",
     "compiler/rescaling": ". core graph",
     "compiler/scales": ". core graph",

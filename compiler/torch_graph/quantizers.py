@@ -9,6 +9,8 @@ Both follow from ordinary autograd. A function of torch.autograd would need rule
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -158,6 +160,7 @@ class SoftRounding(nn.Module):
 
     STRETCH, SHIFT = 1.2, 0.1
     EDGE = 1e-4  # h starts this far inside of [0, 1], where its gradient is not 0
+    END = 6.0  # a V at which h is 1 exactly
     MARGIN = 0.02  # beyond 1/2, on the side of an integer that another method chose
 
     base: torch.Tensor
@@ -198,6 +201,18 @@ class SoftRounding(nn.Module):
     def regularizer(self, beta: float) -> torch.Tensor:
         """Return the sum of 1 - |2h - 1|^beta, which is 0 where every weight is on the grid."""
         return (1 - (2 * self.fractions() - 1).abs().pow(beta)).sum()
+
+    @torch.no_grad()
+    def ups(self) -> npt.NDArray[np.bool_]:
+        """Return which weights round up."""
+        up: npt.NDArray[np.bool_] = (self.v >= 0).cpu().numpy()
+        return up
+
+    @torch.no_grad()
+    def choose(self, ups: npt.NDArray[np.bool_]) -> None:
+        """Move every h to its end: 1 for the weights that round up, 0 for the others."""
+        up = torch.from_numpy(np.array(ups)).to(self.v.device)
+        self.v.copy_(torch.where(up, self.END, -self.END))
 
     @torch.no_grad()
     def hard(self) -> torch.Tensor:

@@ -36,7 +36,6 @@ from ..torch_graph.quantizers import SoftRounding
 from .block_data import Batch, BlockData
 from .subgraph import Subgraph
 
-HARD = 6.0  # a V at which h is 1 exactly
 POINTS = 50  # of the curve in the manifest
 
 
@@ -146,7 +145,7 @@ def fit_rounding(
     """
     variables = [module.v for module in rounders]
     soft_start = [v.detach().clone() for v in variables]
-    _harden(variables)
+    _harden(rounders)
     start, scale = batches.mean_errors()
     if scale == 0:  # the unit computes what the float graph does
         return TrainedUnit(unit, by, 0.0, 0.0, 0.0, ())
@@ -173,16 +172,15 @@ def fit_rounding(
         optimizer.step()
         step()
     soft_error, _ = batches.mean_errors()
-    _harden(variables)
+    _harden(rounders)
     hard, _ = batches.mean_errors()
     return TrainedUnit(unit, by, start, soft_error, hard, _means(losses))
 
 
-@torch.no_grad()
-def _harden(variables: Sequence[torch.Tensor]) -> None:
+def _harden(rounders: Sequence[SoftRounding]) -> None:
     """Move every h to its end: 0 or 1 exactly."""
-    for v in variables:
-        v.copy_(torch.where(v >= 0, HARD, -HARD))
+    for rounder in rounders:
+        rounder.choose(rounder.ups())
 
 
 def _means(losses: Sequence[float]) -> tuple[float, ...]:

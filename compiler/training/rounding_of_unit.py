@@ -25,6 +25,7 @@ from ..torch_graph.write_back import plan_grids, write_back
 from .block_data import record
 from .fit_rounding import Annealing, Batches, fit_rounding
 from .subgraph import Subgraph, cut_out
+from .unit_cache import UnitCache, Ups
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,31 +47,40 @@ def learn_rounding(
     latents: Sequence[Latents],
     schedule: Annealing,
     by: str,
+    cache: UnitCache,
     step: Callable[[], None],
 ) -> tuple[Program, TrainedUnit]:
     """Train the rounding of a unit's weights; return the program, with the hard rounding if it is better, and the fit.
 
-    `step` is called after each batch of the data and each iteration.
+    A unit that the cache has is not trained again. `step` is called after each batch of the data and each iteration.
     """
     float_graph = program.require_float_model().graph
     floats = {name_of(v) for node in float_graph for v in node.outputs}
     of_layers = {name_of(layer.output) for layer in layers(float_graph) if layer.weight is not None}
     part = cut_out(program.model, unit.computed, program.signature, floats, unit.name, of_layers)
-    inner, mixed = schedule.inner > 0, dict(part.floats) if schedule.drop else {}
-    data = record(program, context, part, latents, unit.name, step, inner=inner, floats=mixed)
-    try:
-        with _threads(context.threads):
-            graph = to_torch(part.model, taps=[name for name, _ in part.inner] if inner else ())
-            plan_grids(program, graph)
-            graph.module.requires_grad_(False)  # only the variables of the rounding are trained
-            rounders = {name_of(w.weight.quantize.outputs[0]): _soften(graph, w) for w in unit.weights}
-            seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
-            _drop_elements(part, graph, schedule.drop, seeds)
-            seed = int(seeds.integers(2**31))
-            batches = Batches(graph, part, program.signature, data, schedule, seed)
-            fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
-    finally:
-        data.close()
+    known = cache.load(unit.name, unit.computed)
+    graph = to_torch(part.model, taps=[name for name, _ in part.inner] if schedule.inner else ())
+    plan_grids(program, graph)
+    graph.module.requires_grad_(False)  # only the variables of the rounding are trained
+    rounders = {name_of(w.weight.quantize.outputs[0]): _soften(graph, w) for w in unit.weights}
+    if known is None:
+        mixed = dict(part.floats) if schedule.drop else {}
+        data = record(program, context, part, latents, unit.name, step, inner=schedule.inner > 0, floats=mixed)
+        try:
+            with _threads(context.threads):
+                seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
+                _drop_elements(part, graph, schedule.drop, seeds)
+                batches = Batches(graph, part, program.signature, data, schedule, int(seeds.integers(2**31)))
+                fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
+        finally:
+            data.close()
+        better = fit.hard < fit.start
+        ups: Ups = {name: rounder.ups() for name, rounder in rounders.items()} if better else {}
+        cache.keep(unit.name, unit.computed, fit, ups)
+    else:
+        fit, ups = known
+        for name, up in ups.items():
+            rounders[name].choose(up)
     if fit.hard >= fit.start:
         return program, fit
     trained = {w.weight.quantize.name or "": rounders[name_of(w.weight.quantize.outputs[0])] for w in unit.weights}

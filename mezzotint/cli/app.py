@@ -104,7 +104,8 @@ def compile_(
         bool, typer.Option("--dump-passes", help="Also write the ONNX model after each pass.")
     ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder where calibration statistics are kept for later compilations.")
+        Path | None,
+        typer.Option(help="Folder that keeps calibration statistics and trained blocks for later compilations."),
     ] = None,
     license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
     min_sqnr: Annotated[

@@ -123,7 +123,7 @@ def test_qdrop_and_inner_losses_change_the_fit_and_not_what_is_measured(program:
     assert fit.unit == "b1_conv1 .. b1_conv2"
     for after in others:
         (other,) = after.training
-        assert other.start == pytest.approx(fit.start, 1e-5), "errors are measured with all quantizers, and on the block's outputs"
+        assert other.start == pytest.approx(fit.start, 1e-5), "measured with all quantizers, on the block's outputs"
         assert 0 < other.soft < other.start
         assert other.hard != fit.hard and other.losses != fit.losses
     assert others[0].training == others[1].training, "the same elements are dropped again"
@@ -145,3 +145,39 @@ def test_the_halves_of_a_split_layer_are_trained_as_one(context: Context) -> Non
     assert len(halves) == 2
     for name in halves:
         assert 0 < np.mean(np.rint(integers(old[name])) != np.rint(integers(new[name]))) < 0.5
+
+
+def test_training_that_was_stopped_goes_on_with_the_next_unit(
+    program: Program, context: Context, tmp_path: Path
+) -> None:
+    first, second = (weight.name for weight in find_weights(program.graph)[:2])
+    options = {"units": (first, second), "iterations": 20}
+    stages: list[str] = []
+
+    def stopping(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+        if stage == f"reconstruct: {second}" and done == 5:
+            raise KeyboardInterrupt
+
+    def watching(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+
+    cached = replace(context, cache=tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        trained(program, replace(cached, progress=stopping), **options)
+    assert f"reconstruct: {first}" in stages
+    stages.clear()
+    resumed = trained(program, replace(cached, progress=watching), **options)
+    assert f"reconstruct: {first}" not in stages and f"reconstruct: {second}" in stages
+    stages.clear()
+    whole = trained(program, context, **options)
+    assert resumed.training == whole.training and whole.training[0].hard < whole.training[0].start
+    weights = [find_weights(p.graph) for p in (resumed, whole)]
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a.rows(), b.rows())
+
+    trained(program, replace(cached, progress=watching), **options | {"iterations": 3, "units": (first,)})
+    assert f"reconstruct: {first}" in stages, "another option trains anew"
+    stages.clear()
+    trained(program, replace(cached, progress=watching), **options | {"units": (second,)})
+    assert f"reconstruct: {second}" in stages, "behind another first unit the second is another"
