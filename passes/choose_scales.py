@@ -5,6 +5,8 @@
 - Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
   channel (compiler/scales/weights.py). Without `per_channel` the channels of a weight have one scale in common, as in
   DFQ (arXiv 1906.04721).
+- Weights of transposed convolutions that lower_transposed left: 8 bits, whatever the width of the others. Their kernel
+  is float, so fewer bits would cost accuracy and gain no speed. Per output channel, or per input channel with groups.
 
 Every range contains 0.
 
@@ -17,14 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from mezzotint.compiler.core.formats import UINT8, Format, scale_for_range
+from mezzotint.compiler.core.formats import INT8, UINT8, Format, scale_for_range
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Stats
 from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import is_constant, name_of
-from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.graph.ops import Layer, layers, transposed_layer
 from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, range_of
 from mezzotint.compiler.scales.weights import WeightMethod, weight_format, weight_quantizer
 
@@ -64,6 +66,9 @@ class ChooseScales(Pass):
             if layer.weight is not None:
                 self._add_weight(quantizers, layer, of_weights)
             context.progress(self.name, i + 1, len(every_layer))
+        for node in program.graph:
+            if (transposed := transposed_layer(node)) is not None:
+                self._add_weight(quantizers, transposed, INT8)
         return replace(program, plan=Plan(quantizers), note=f"{len(quantizers)} quantizers")
 
     def _of_activations(self, every_layer: Sequence[Layer], stats: Stats) -> dict[Site, Quantizer]:

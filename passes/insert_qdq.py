@@ -22,6 +22,9 @@ onnxruntime has an integer convolution only if the output is quantized with one 
 output. So all readers in case 2, those in float too, read behind the same DQ. Matmuls accumulate in int32 and return
 float, so their outputs are not quantized.
 
+7. Transposed convolutions that are no islands: the weight alone, as in case 6. The lowering writes it without a
+   DequantizeLinear, so that the kernel is as fast as before (compiler/lowering/float_islands.py).
+
 The plan's list of islands gets every layer that stays in float, with the reason: the roles and patterns of `islands`
 (compiler/core/islands.py), the islands that the plan already has (assign_bits), layers without a quantizer in the plan,
 and operators without an integer kernel. A role that no layer has is a warning in the log, and in the note.
@@ -45,7 +48,7 @@ import onnx_ir as ir
 from mezzotint.compiler.core.formats import along, ends
 from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import LOG, Context, Pass
-from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
+from mezzotint.compiler.core.program import Plan, Program, Quantizer
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.elementwise import make_scalars
@@ -59,7 +62,7 @@ from mezzotint.compiler.graph.nodes import (
     numpy_of,
     replace_use,
 )
-from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table
+from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table, transposed_layer
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.graph.scopes import TABLES_SCOPE
 from mezzotint.compiler.lowering.bias_room import Room, make_room
@@ -90,8 +93,16 @@ class InsertQdq(Pass):
     def run(self, program: Program, context: Context) -> Program:
         plan = program.require_plan()
         every_layer = list(layers(program.graph))
-        islands = Islands(program, every_layer, self.islands, self.name)
-        reasons = {n.name or "": r for n in program.graph if (r := float_reason(n))}
+        transposed = _transposed(program.graph)
+        islands = Islands(program, [*every_layer, *transposed], self.islands, self.name)
+        reasons = {n.name or name_of(n.outputs[0]): r for n in program.graph if (r := float_reason(n))}
+        stored: set[str] = set()
+        for layer in transposed:  # case 7
+            if (reason := islands.reason(layer)) is not None:
+                reasons[layer.name] = reason
+            elif plan.of(name_of(layer.weight), layer.name) is not None:
+                reasons[layer.name] += "; its weights have 8 bits"
+                stored.add(layer.name)
         for layer in every_layer:
             reason = islands.reason(layer) or plan.islands.get(layer.name)
             if reason is None and not _planned(layer, plan):
@@ -100,11 +111,11 @@ class InsertQdq(Pass):
                 reasons[layer.name] = reason
         self._check_lowering(every_layer, plan)
         float_model = program.model.clone()
-        writer, room = self._write(program, plan, set(reasons), context)
+        writer, room = self._write(program, plan, set(reasons), stored, context)
         while room.refused:  # each round keeps more layers in float
             reasons |= room.refused
             program = program.with_model(float_model.clone())
-            writer, room = self._write(program, plan, set(reasons), context)
+            writer, room = self._write(program, plan, set(reasons), stored, context)
         quantized = sum(layer.name not in reasons for layer in every_layer)
         note = f"{quantized} layers quantized, {len(reasons)} kept in float"
         if room.raised:
@@ -113,7 +124,7 @@ class InsertQdq(Pass):
             missing = f"no layer has the role {', '.join(map(repr, islands.unmatched))}"
             LOG.warning("%s: %s; name the layers: --set insert_qdq.islands", self.name, missing)
             note += f"; {missing}"
-        plan = _with_raised(plan, every_layer, room)
+        plan = room.raise_scales(plan, every_layer)
         frozen = deployed_rows(program) if writer.has_tables else program.frozen
         return replace(
             program,
@@ -124,12 +135,20 @@ class InsertQdq(Pass):
             note=note,
         )
 
-    def _write(self, program: Program, plan: Plan, kept: set[str], context: Context) -> tuple[_Writer, Room]:
-        """Write the quantizers of all layers that are not `kept` in float, and make room for their biases."""
+    def _write(
+        self, program: Program, plan: Plan, kept: set[str], stored: set[str], context: Context
+    ) -> tuple[_Writer, Room]:
+        """Write the quantizers of all layers that are not `kept` in float, and make room for their biases.
+
+        `stored` are the transposed convolutions of case 7.
+        """
         writer = _Writer(program, plan, context.folder)
         for layer in list(layers(program.graph)):
             if layer.name not in kept:
                 writer.quantize(layer)
+        for layer in _transposed(program.graph):
+            if layer.name in stored:
+                writer.quantize_weight(layer)
         writer.drop_unread()
         make_scalars(program.graph)
         return writer, make_room(program, program.graph)
@@ -154,16 +173,8 @@ class InsertQdq(Pass):
         )
 
 
-def _with_raised(plan: Plan, every_layer: list[Layer], room: Room) -> Plan:
-    """Return the plan with the scales of weights that were raised for the biases of their layers."""
-    quantizers = dict(plan.quantizers)
-    for layer in every_layer:
-        if layer.name in room.raised and layer.weight is not None:
-            value, own = name_of(layer.weight), Site(name_of(layer.weight), layer.name)
-            shared = sum(other.weight is layer.weight for other in every_layer) > 1
-            site = own if shared or own in quantizers else Site(value)
-            quantizers[site] = replace(quantizers.get(own) or quantizers[Site(value)], scale=room.raised[layer.name])
-    return replace(plan, quantizers=quantizers)
+def _transposed(graph: ir.Graph) -> list[Layer]:
+    return [layer for node in graph if (layer := transposed_layer(node)) is not None]
 
 
 def _planned(layer: Layer, plan: Plan) -> bool:
@@ -194,10 +205,13 @@ class _Writer:
         weight_only = self.plan.of(name_of(layer.activations[0]), layer.name) is None  # case 6
         for value in () if weight_only else layer.activations:
             self._quantize_input(value, layer)
-        if layer.weight is not None:
-            self._quantize_input(layer.weight, layer)
+        self.quantize_weight(layer)
         if layer.output_quantized and not weight_only:  # case 2
             self._quantize_output(layer.output, layer)
+
+    def quantize_weight(self, layer: Layer) -> None:
+        if layer.weight is not None:
+            self._quantize_input(layer.weight, layer)
 
     def _quantizer(self, value: ir.Value, layer: Layer) -> Quantizer:
         return required(self.plan.of(name_of(value), layer.name), f"the quantizer of {name_of(value)!r}", layer.node)

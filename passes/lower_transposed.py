@@ -23,7 +23,8 @@ up to twice that of 2x2 ones.
 
 A layer that is kept in float as `first`, `second`, `penultimate` or `last` (compiler/core/islands.py) keeps its kernel,
 too. That, and what cannot be written (computed weights, three dimensions, open sizes with two different strides, pads
-larger than the kernel), is in the program's list of refusals, with the reason.
+larger than the kernel), is in the program's list of refusals, with the reason. Where it is no island, choose_scales and
+insert_qdq give it weights of 8 bits.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from mezzotint.compiler.graph.nodes import (
     remove_dead,
     replace_value,
 )
-from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.graph.ops import layers, transposed_layer
 from mezzotint.compiler.graph.require import inputs, shape_of
 from mezzotint.runtime.arrays import Floats
 
@@ -78,8 +79,13 @@ class LowerTransposed(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         graph, names = program.graph, Names(program.graph)
         refused: dict[str, str] = {}
-        transposed = [layer for node in graph if is_op(node, "ConvTranspose") and (layer := _layer(node)) is not None]
-        if not transposed:
+        transposed = []
+        for node in graph:
+            if (layer := transposed_layer(node)) is not None:
+                transposed.append(layer)
+            elif is_op(node, "ConvTranspose"):
+                refused[node.name or name_of(node.outputs[0])] = "its weights are computed"
+        if not transposed and not refused:
             return program.noted("no transposed convolution")
         islands = Islands(program, [*layers(graph), *transposed], _ROLES, self.name)
         kept = {layer.name: islands.reason(layer) for layer in transposed}
@@ -108,12 +114,6 @@ class LowerTransposed(GraphPass):
         return products * (1 + dense) < self.products
 
 
-def _layer(node: ir.Node) -> Layer | None:
-    """Return a transposed convolution as a layer, for the roles of islands."""
-    x = node.inputs[0]
-    return None if x is None else Layer(node, "conv", (x,), node.inputs[1], 1, None, None, node.outputs[0])
-
-
 @dataclass(frozen=True)
 class _Axis:
     """One spatial axis: stride, taps of the kernel with dilation, taps of a phase, pads of the Conv, cuts behind it."""
@@ -135,9 +135,7 @@ class _Spec:
 
 def _spec(node: ir.Node) -> _Spec | str:
     """Return the numbers of the rewrite, or why it is not possible."""
-    x, weight = node.inputs[0], node.inputs[1]
-    if x is None or weight is None or not is_constant(weight) or weight.dtype != ir.DataType.FLOAT:
-        return "its weights are computed"
+    x, weight = inputs(node, 2)
     if len(node.inputs) > 2 and node.inputs[2] is not None and not is_constant(node.inputs[2]):
         return "its bias is computed"
     rank = len(numpy_of(weight).shape) - 2

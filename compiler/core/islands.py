@@ -11,8 +11,8 @@ attention    matmuls of two activations
 Between the sample, a layer and the output, every operation is seen through that brings in no other feature map: norms,
 activations, factors and additions that depend on the timestep or on conditions only, channels of a condition behind
 the sample, a Split of the variance, and the sample itself where the output is c_skip sample + c_out F(c_in sample).
-What depends on the sample by way of another layer is another feature map. A transposed convolution counts as a layer,
-though it is never an island by role: it is in float already.
+What depends on the sample by way of another layer is another feature map. A transposed convolution has roles too: it
+runs in float anyway, and as an island keeps float weights.
 
 On the digits model the second and the two penultimate layers cause 80 to 90 % of the error of epsilon at the last step,
 and three quarters of it in the middle of the trajectory.

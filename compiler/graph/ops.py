@@ -78,6 +78,20 @@ def layers(graph: ir.Graph) -> Iterator[Layer]:
             yield layer
 
 
+def transposed_layer(node: ir.Node) -> Layer | None:
+    """Return a transposed convolution as a layer, or None for any other node and for one with computed weights.
+
+    It has no integer kernel, so `layers` leaves it out: only its weight `[C_in, C_out / groups, ...]` is quantized. The
+    output channels are along axis 1. With groups, one index of that axis is a channel of every group; the scales are
+    along axis 0, where each index belongs to one group only.
+    """
+    if not is_op(node, "ConvTranspose") or node.inputs[0] is None or not _is_weight(node.inputs[1]):
+        return None
+    groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    axis = 1 if groups == 1 else 0
+    return Layer(node, "conv", (node.inputs[0],), node.inputs[1], axis, None, None, node.outputs[0])
+
+
 def layer_of(node: ir.Node) -> Layer | None:
     """Return the layer of a node, or None for a node that cannot become an integer kernel."""
     if is_op(node, "Conv"):

@@ -16,17 +16,18 @@ raise the scale at the loud rows' cost: such a layer is refused, and insert_qdq 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from mezzotint.runtime.arrays import Doubles, Floats
 
-from ..core.program import Program
+from ..core.program import Plan, Program, Site
 from ..errors import PassError
 from ..graph.nodes import Builder, Names, consumers, is_constant, name_of, numpy_of, replace_use
+from ..graph.ops import Layer
 from ..graph.require import inputs, producer
 from .quantized import AccumulatorBias, IntegerLayer, accumulator_bias, integer_layer
 
@@ -41,6 +42,18 @@ class Room:
 
     raised: Mapping[str, Floats]
     refused: Mapping[str, str]
+
+    def raise_scales(self, plan: Plan, every_layer: Sequence[Layer]) -> Plan:
+        """Return the plan with the scales of weights that were raised for the biases of their layers."""
+        quantizers = dict(plan.quantizers)
+        for layer in every_layer:
+            if layer.name in self.raised and layer.weight is not None:
+                value, own = name_of(layer.weight), Site(name_of(layer.weight), layer.name)
+                shared = sum(other.weight is layer.weight for other in every_layer) > 1
+                site = own if shared or own in quantizers else Site(value)
+                old = quantizers.get(own) or quantizers[Site(value)]
+                quantizers[site] = replace(old, scale=self.raised[layer.name])
+        return replace(plan, quantizers=quantizers)
 
 
 def make_room(program: Program, graph: ir.Graph) -> Room:

@@ -10,7 +10,7 @@ from ..core.program import Lowering, Program
 from ..errors import RecipeError
 from . import packing
 from .bias_room import with_room
-from .float_islands import keep_islands
+from .float_islands import keep_islands, unpack_transposed
 from .integer import lower_integer
 from .premul import lower_premul
 from .qdq import lower_qdq
@@ -35,5 +35,6 @@ def lower(program: Program) -> ir.Model:
         )
     model = LOWERINGS[program.lowering](with_room(program))
     keep_islands(model.graph)
+    unpack_transposed(model.graph)
     packing.pack(model)
     return model

@@ -29,7 +29,7 @@ from ..core.program import Quantizer as Planned
 from ..errors import PassError
 from ..graph import weight_store as store
 from ..graph.nodes import Names, consumers, initializer, is_constant, is_op, name_of, numpy_of
-from ..graph.ops import layers
+from ..graph.ops import layer_of, transposed_layer
 from ..graph.require import inputs
 from ..lowering.bias_room import make_room
 from ..lowering.qdq import quantizer_chain
@@ -241,12 +241,14 @@ def _sites(program: Program, graph: ir.Graph) -> dict[ir.Node, dict[Site, Site]]
     plan = program.require_plan()
     by_name = {node.name: node for node in graph if node.name}
     found: dict[ir.Node, dict[Site, Site]] = defaultdict(dict)
-    for layer in layers(program.require_float_model().graph):
+    every = (layer_of(node) or transposed_layer(node) for node in program.require_float_model().graph)
+    for layer in (layer for layer in every if layer is not None):
         node = by_name.get(layer.node.name or "")
-        if node is None or layer.name in plan.islands:
+        only_weight = is_op(layer.node, "ConvTranspose")
+        if node is None or (layer.name in plan.islands and not only_weight):
             continue
-        pairs = [(layer.node.inputs[k], _quantize_of(node.inputs[k])) for k in (0, 1)]
-        if layer.output_quantized:
+        pairs = [(layer.node.inputs[k], _quantize_of(node.inputs[k])) for k in ((1,) if only_weight else (0, 1))]
+        if layer.output_quantized and not only_weight:
             readers = consumers(node.outputs[0])
             pairs += [(layer.output, reader) for reader in readers if is_op(reader, "QuantizeLinear")]
         for value, quantize in pairs:

@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.core.formats import along
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.graph.nodes import counts
+from mezzotint.compiler.graph.nodes import counts, is_constant, numpy_of
+from mezzotint.compiler.graph.require import inputs
 from mezzotint.compiler.lowering.lower import lower
 from mezzotint.passes.lower_transposed import LowerTransposed
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
 from mezzotint.runtime.session import open_session
 from mezzotint.runtime.signature import Images
 from tests.helpers.tiny import SIGNATURE, context_in, program_of
@@ -137,20 +140,24 @@ def test_what_is_left_is_named_with_the_reason(context: Context) -> None:
     assert "left: up (its strides differ" in after.note
 
 
-def decoder(channels: int = 4, kernel: int = 4) -> Program:
+def decoder(channels: int = 4, kernel: int = 4, group: int = 1) -> Program:
     """Two transposed convolutions, `up` in the middle and `late` as the penultimate layer."""
-    proto = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
-    g (float[batch,4,4,4] sample, int64[batch] timestep) => (float[batch,4,4,4] epsilon) {
+    up = f"ConvTranspose <group = {group}, strides = [2,2], pads = [1,1,1,1]>"
+    proto = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[batch,4,4,4] sample, int64[batch] timestep) => (float[batch,4,4,4] epsilon) {{
       a = Conv <pads = [1,1,1,1]> (sample, first, b) s = Sigmoid (a) h = Mul (a, s)
       c = Conv <pads = [1,1,1,1]> (h, w, b) d = Relu (c)
-      [up] u = ConvTranspose <strides = [2,2], pads = [1,1,1,1]> (d, v, b) e = Sigmoid (u) f = Mul (u, e)
+      [up] u = {up} (d, v, b) e = Sigmoid (u) f = Mul (u, e)
       i = Conv <pads = [1,1,1,1], strides = [2,2]> (f, w, b) j = Relu (i)
-      [late] k = ConvTranspose <strides = [2,2], pads = [1,1,1,1]> (j, v, b) l = Relu (k)
-      epsilon = Conv <pads = [1,1,1,1], strides = [2,2]> (l, last) }""")
+      [late] k = {up} (j, z, b) l = Relu (k)
+      epsilon = Conv <pads = [1,1,1,1], strides = [2,2]> (l, last) }}""")
     rng = np.random.default_rng(1)
     c = channels
-    shapes = {"first": (c, 4, 3, 3), "w": (c, c, 3, 3), "v": (c, c, kernel, kernel), "b": (c,), "last": (4, c, 3, 3)}
+    up_shape = (c, c // group, kernel, kernel)
+    shapes = {"first": (c, 4, 3, 3), "w": (c, c, 3, 3), "v": up_shape, "z": up_shape, "b": (c,), "last": (4, c, 3, 3)}
     arrays = {name: rng.standard_normal(shape) / np.sqrt(9 * c) for name, shape in shapes.items()}
+    for i in range(group):  # groups of very different sizes: one scale for all of them would not do
+        arrays["v"][i * c // group : (i + 1) * c // group] *= 4.0**i
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items())
     return program_of(ir.from_proto(proto), shape=(4, 4, 4))
 
@@ -205,3 +212,42 @@ def test_it_runs_on_integers(context: Context, recipe: str, sources: tuple[str, 
     ):
         want, got = (np.asarray(e.call(SIGNATURE, x, 666)["epsilon"], np.float32) for e in (exact, ours))
     assert 10 * np.log10(np.square(want).mean() / np.square(want - got).mean()) > 25
+
+
+@pytest.mark.parametrize(
+    ("recipe", "group", "stored"),
+    [("w8a8", 1, "vz"), ("w8a8", 2, "vz"), ("w8a8-steps", 2, "v"), ("w8a8-premul", 1, "vz"), ("weights", 1, "vz")],
+)
+def test_a_layer_that_stays_in_float_has_weights_of_8_bits(
+    context: Context, recipe: str, group: int, stored: str
+) -> None:
+    """The file holds integers, and onnxruntime makes them float once. An island (`late`, by w8a8-steps) keeps float."""
+    before = decoder(16, group=group)
+    chosen = RECIPES["w8a8"] if recipe == "weights" else RECIPES[recipe]
+    only_weights = {"choose_scales.activation_bits": "float", "choose_scales.weight_bits": 4}
+    passes = with_options(chosen, only_weights if recipe == "weights" else {}).passes
+    after = pipeline.run_passes(before, passes, context)
+    model = lower(after)
+    constants = {name: v.const_value for name, v in model.graph.initializers.items() if v.const_value is not None}
+    floats = {name for name in ("v", "z") if name in constants}
+    integers = [t for t in constants.values() if t.dtype == ir.DataType.INT8 and t.shape == (16, 16 // group, 4, 4)]
+    assert floats == {"v", "z"} - set(stored) and len(integers) == len(stored)
+    plan = after.require_plan()
+    assert plan.islands["up"].endswith("its weights have 8 bits")
+    quantizer, weight = plan.of("v", "up"), before.graph.initializers["v"].const_value
+    assert quantizer is not None and weight is not None and quantizer.format.bits == 8
+    file, built = context.folder / "file.onnx", context.folder / "built.onnx"
+    ir.save(model, file)
+    open_session(file, threads=1, optimized=built)
+    graph = ir.load(built).graph
+    kernels = [node for node in graph if node.op_type == "ConvTranspose"]
+    assert len(kernels) == 2 and all(is_constant(v) for node in kernels for v in node.inputs[1:])
+    used = {node.name: numpy_of(inputs(node, 2)[1]) for node in kernels}
+    (kept,) = (array for name, array in used.items() if (name or "").startswith("up"))
+    steps = np.abs(kept - weight.numpy()) / along(quantizer.scale, quantizer.axis, 4)
+    inside = np.abs(weight.numpy()) <= 127 * along(quantizer.scale, quantizer.axis, 4)  # others are clipped
+    assert steps[inside].max() < 0.5001 and inside.mean() > 0.95
+    error = np.square(kept - weight.numpy()).reshape(group, -1).mean(1) / np.square(weight.numpy()).reshape(
+        group, -1
+    ).mean(1)
+    assert 10 * np.log10(error.max()) < -38, "as much for the quiet group"
