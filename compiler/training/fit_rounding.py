@@ -126,7 +126,10 @@ class Batches:
                 chance = torch.rand(given[name].shape, generator=self._mixing)
                 floats = torch.from_numpy(np.array(array[samples]))
                 given[name] = torch.where(chance < self._schedule.drop, floats, given[name])
-        outputs: Sequence[torch.Tensor] = self._graph.module(*given.values())
+        return self._run(batch, tuple(given.values()))
+
+    def _run(self, batch: Batch, arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        outputs: Sequence[torch.Tensor] = self._graph.module(*arguments)
         return outputs
 
 
@@ -174,7 +177,7 @@ def fit_rounding(
     soft_error, _ = batches.mean_errors()
     _harden(rounders)
     hard, _ = batches.mean_errors()
-    return TrainedUnit(unit, by, start, soft_error, hard, _means(losses))
+    return TrainedUnit(unit, by, start, soft_error, hard, curve_of(losses))
 
 
 def _harden(rounders: Sequence[SoftRounding]) -> None:
@@ -183,6 +186,6 @@ def _harden(rounders: Sequence[SoftRounding]) -> None:
         rounder.choose(rounder.ups())
 
 
-def _means(losses: Sequence[float]) -> tuple[float, ...]:
+def curve_of(losses: Sequence[float]) -> tuple[float, ...]:
     """Return the curve in at most POINTS points: means of successive iterations, to four digits."""
     return tuple(float(f"{part.mean():.4g}") for part in np.array_split(losses, min(POINTS, len(losses))))

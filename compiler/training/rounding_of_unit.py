@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +24,7 @@ from ..torch_graph.write_back import plan_grids, write_back
 from .block_data import record
 from .fit_rounding import Annealing, Batches, fit_rounding
 from .subgraph import Subgraph, cut_out
+from .torch_threads import torch_threads
 from .unit_cache import UnitCache, Ups
 
 
@@ -67,7 +67,7 @@ def learn_rounding(
         mixed = dict(part.floats) if schedule.drop else {}
         data = record(program, context, part, latents, unit.name, step, inner=schedule.inner > 0, floats=mixed)
         try:
-            with _threads(context.threads):
+            with torch_threads(context.threads):
                 seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
                 _drop_elements(part, graph, schedule.drop, seeds)
                 batches = Batches(graph, part, program.signature, data, schedule, int(seeds.integers(2**31)))
@@ -110,14 +110,3 @@ def _drop_elements(part: Subgraph, graph: TorchGraph, probability: float, seeds:
     for module in modules:
         if isinstance(module, Quantizer):
             module.drop_elements(probability, int(seeds.integers(2**31)))
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """Let torch use so many threads, and afterwards as many as before: sums depend on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

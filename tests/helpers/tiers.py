@@ -27,6 +27,8 @@ TORCH = (
     "compiler/graph/test_block_models.py",
     "compiler/rescaling/test_models.py",
     "compiler/torch_graph/",
+    "compiler/training/test_learned_scales.py",
+    "passes/test_learn_scales.py",
     "passes/test_reconstruct.py",
     "mezzotint/cli/",
     "mezzotint/debug/",

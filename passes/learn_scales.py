@@ -1,0 +1,139 @@
+"""learn_scales: learn scales and zero points by gradients, against the outputs of the float graph.
+
+LSQ (arXiv 1902.08153): the gradient reaches a scale through the rounding. Here both ends of a grid are learned, in
+units relative to the grid, so one learning rate fits scales of any size (compiler/training/learned_scales.py has the
+formulas, fit_scales.py the loss). Tables are learned row by row, which is the temporal quantizer of DilateQuant (arXiv
+2409.14307) and EfficientDM (arXiv 2310.03270); a row that no recorded call uses stays as it is. With weights left
+alone this is the last phase of Q-Diffusion's reconstruction (arXiv 2302.04304).
+
+What is trained is the graph behind the passes, with the quantizers of convolutions' outputs. Units are trained in the
+graph's order: their inputs come from the prefix that is trained already, their targets from the float graph. A unit
+that is no better behind the fit, on all recorded data, keeps its start. A quantizer that several units read, or that
+shares its constants with one of another unit, belongs to no unit and stays; the note says how many. Weights are rounded
+anew on their learned scales, but weights on the grid already (round_weights, reconstruct) keep their integers.
+
+Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
+calibration images. A step takes `batch` samples of one call, so a row has about iterations / rows steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.rounding.layer_inputs import chosen_latents
+from mezzotint.compiler.training.units import GraphUnit, find_units, quantizers_of_units
+from mezzotint.runtime.bundle.training import TrainedUnit
+from mezzotint.runtime.sampling.deployment import Deployment
+
+
+@dataclass(frozen=True)
+class LearnScales(Pass):
+    """Scales and zero points by training, through layers, blocks or the whole network.
+
+    - `what`: quantizers of `activations`, of `weights`, or `both` together.
+    - `through`: the unit whose outputs are compared: `layer`, `block`, or the whole `network`.
+    - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, the share by which a step moves the ends of a
+      grid at first (it falls to 0), and samples in a step.
+    - `zero_points`: learn both ends of the grids of activations, not the scales alone.
+    - `calls`, `samples`: as above.
+    - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their scales.
+    """
+
+    what: Literal["activations", "weights", "both"] = "activations"
+    through: Literal["layer", "block", "network"] = "block"
+    iterations: int = 300
+    learning_rate: float = 3e-3
+    batch: int = 8
+    zero_points: bool = True
+    calls: int = 20
+    samples: int = 16
+    units: tuple[str, ...] = ()
+
+    needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "learning_rate", "batch", "calls", "samples"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise RecipeError(
+                    f"learn_scales.{name} is {getattr(self, name)}", where=self.name, hint="choose a positive number"
+                )
+        if self.units and self.through == "network":
+            raise RecipeError(
+                "learn_scales.units chooses layers or blocks, and learn_scales.through is network",
+                where=self.name,
+                hint="leave out one of the two",
+            )
+
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        if find_spec("torch") is None:
+            raise RecipeError(
+                "learn_scales trains with torch, which is not installed",
+                where=self.name,
+                hint="install the extra: pip install 'mezzotint[torch]', or choose a recipe that does not train",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        if program.float_model is None or program.plan is None:
+            raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
+        from mezzotint.compiler.training.fit_rounding import Annealing
+        from mezzotint.compiler.training.fit_scales import learn_scales_of_unit
+
+        chosen, left = self._chosen(program)
+        few = replace(context, samples=min(self.samples, context.samples))
+        latents = chosen_latents(program, few, self.calls)
+        schedule = Annealing(self.iterations, self.learning_rate, 0.0, self.batch)
+        # premul has one zero point for all rows of a table, and constant ones stay what they are.
+        zero_points = self.zero_points and program.lowering != "premul"
+        total = len(latents) + self.iterations
+        fits = []
+        for unit, names in chosen:
+            done = itertools.count(1)
+
+            def step(name: str = unit.name, done: Iterator[int] = done) -> None:
+                context.progress(f"{self.name}: {name}", next(done), total)
+
+            program, fit = learn_scales_of_unit(
+                program, context, unit, names, latents, schedule, zero_points, self.name, step
+            )
+            fits.append(fit)
+        return replace(program, training=(*program.training, *fits), note=_note(fits, left))
+
+    def _chosen(self, program: Program) -> tuple[list[tuple[GraphUnit, list[str]]], int]:
+        """Return the units to train, each with the names of its quantizers, and the number of those without a unit.
+
+        Raise RecipeError for a pattern that matches no unit.
+        """
+        units = find_units(program, self.through)
+        weights, activations = self.what != "activations", self.what != "weights"
+        owned, left = quantizers_of_units(program.graph, units, weights=weights, activations=activations)
+        trained = [unit for unit in units if unit.name in owned]
+        for pattern in self.units:
+            if not any(fnmatchcase(unit.name, pattern) for unit in trained):
+                raise RecipeError(
+                    f"learn_scales.units: {pattern!r} matches no unit with quantizers to train",
+                    where=self.name,
+                    hint="patterns are those of a shell: `*`, `?`; `inspect --blocks` lists the blocks",
+                )
+        patterns = self.units or ("*",)
+        return [
+            (unit, owned[unit.name]) for unit in trained if any(fnmatchcase(unit.name, pattern) for pattern in patterns)
+        ], left
+
+
+def _note(fits: Sequence[TrainedUnit], left: int) -> str:
+    shares = [min(fit.hard / fit.start, 1.0) for fit in fits if fit.start > 0]
+    better = sum(fit.hard < fit.start for fit in fits)
+    note = f"{better} of {len(fits)} units better; error {np.mean(shares) if shares else 1:.0%} of the start's, mean"
+    return (note if fits else "nothing to train") + (
+        f"; {left} quantizers belong to no single unit and stay" if left else ""
+    )

@@ -1,0 +1,147 @@
+"""learn_scales: scales and zero points that are trained keep the outputs of a unit better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import PassError, RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.training.units import find_units, quantizers_of_units
+from mezzotint.passes import learn_scales
+from mezzotint.passes.learn_scales import LearnScales
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
+from tests.helpers.tiny import context_in, tiny_program
+from tests.passes.test_round_weights import sqnr
+
+QUICK: dict[str, Any] = {"iterations": 25, "learning_rate": 2e-2, "calls": 3, "samples": 4, "batch": 4}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Program]:
+    """The tiny denoiser by a recipe, with activations or weights of 4 bits."""
+
+    @cache
+    def program_by(recipe: str, narrow: str = "activation_bits") -> Program:
+        context = context_in(tmp_path_factory.mktemp("program"))
+        steps = with_options(RECIPES[recipe], {f"choose_scales.{narrow}": 4}).passes
+        return pipeline.run_passes(tiny_program(steps=3), steps, context)
+
+    return program_by
+
+
+@pytest.fixture
+def program(compiled: Callable[..., Program]) -> Program:
+    return compiled("w8a8")
+
+
+def trained(program: Program, context: Context, **options: Any) -> Program:
+    return pipeline.run_passes(program, [LearnScales(**{**QUICK, **options})], replace(context, threads=1))
+
+
+def constants(program: Program) -> dict[str, Any]:
+    return {name: numpy_of(value) for name, value in program.graph.initializers.items()}
+
+
+def moved(before: Program, after: Program) -> set[str]:
+    """The constants that changed."""
+    old, new = constants(before), constants(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if not np.array_equal(old[name], new[name])}
+
+
+def test_epsilon_is_nearer_to_the_float_one(program: Program, context: Context) -> None:
+    """On latents that the pass did not see."""
+    after = trained(program, context, through="network")
+    assert after.history[-1].note.startswith("1 of 1 units better; error ")
+    assert sqnr(after, context) > sqnr(program, context) + 1
+    (fit,) = after.training
+    assert (fit.unit, fit.by, len(fit.losses)) == ("the network", "learn_scales", QUICK["iterations"])
+    assert 0 < fit.hard < 0.8 * fit.start
+
+
+def test_one_block_gets_better_and_the_others_stay(program: Program, context: Context) -> None:
+    units = find_units(program, "block")
+    owned, _ = quantizers_of_units(program.graph, units, weights=False, activations=True)
+    name = max(owned, key=lambda unit: len(owned[unit]))
+    after = trained(program, context, units=(name,), iterations=10)
+    assert after.history[-1].note.startswith("1 of 1 units better")
+    own = {v.name for node in program.graph if node.name in owned[name] for v in node.inputs[1:] if v is not None}
+    assert len(moved(program, after)) > 0 and moved(program, after) <= own
+    again = trained(program, context, units=(name,), iterations=10)
+    assert moved(after, again) == set(), "the same training twice gives the same bytes"
+
+
+def test_rows_that_no_call_uses_stay(compiled: Callable[..., Program], context: Context) -> None:
+    program = compiled("w8a8-steps")
+    after = trained(program, context, through="network", calls=1, learning_rate=5e-2)
+    tables = [name for name in moved(program, after) if constants(program)[name].ndim == 2]
+    assert "1 of 1 units better" in after.history[-1].note and tables
+    (used,) = {program.require_plan().groups[0]}
+    for name in tables:
+        rows = np.any(constants(program)[name] != constants(after)[name], axis=1)
+        assert rows[used] and not np.any(np.delete(rows, used))
+
+
+def test_weights_alone_and_both(compiled: Callable[..., Program], context: Context) -> None:
+    program = compiled("w8a8", "weight_bits")
+    weights = trained(program, context, through="network", what="weights", iterations=15)
+    scales = {site for site, q in weights.require_plan().quantizers.items() if q.by == "learn_scales"}
+    assert scales and all(weights.require_plan().quantizers[site].format.signed for site in scales)
+    both = trained(program, context, through="network", what="both", iterations=15)
+    assert {q.format.signed for q in both.require_plan().quantizers.values() if q.by == "learn_scales"} == {True, False}
+    assert both.training[0].hard < 0.9 * both.training[0].start
+
+
+def test_zero_points_stay_where_asked(program: Program, context: Context) -> None:
+    after = trained(program, context, through="network", zero_points=False)
+    for site, old in program.require_plan().quantizers.items():
+        np.testing.assert_array_equal(after.require_plan().quantizers[site].zero_point, old.zero_point)
+    assert moved(program, after)
+
+
+def test_quantizers_that_several_units_read_stay_and_are_counted(program: Program, context: Context) -> None:
+    """Query, key and value read one quantizer: by layers it stays, by blocks it belongs to the block."""
+    layers, left = quantizers_of_units(program.graph, find_units(program, "layer"), weights=False, activations=True)
+    blocks, none = quantizers_of_units(program.graph, find_units(program, "block"), weights=False, activations=True)
+    whole, rest = quantizers_of_units(program.graph, find_units(program, "network"), weights=False, activations=True)
+    assert left > none >= rest == 0
+    assert sum(map(len, layers.values())) + left == sum(map(len, whole.values()))
+    name = find_units(program, "layer")[0].name
+    after = trained(program, context, through="layer", units=(name,), iterations=2)
+    assert f"{left} quantizers belong to no single unit and stay" in after.history[-1].note
+    assert sum(map(len, blocks.values())) > sum(map(len, layers.values()))
+
+
+def test_a_fit_that_does_not_help_keeps_the_start(program: Program, context: Context) -> None:
+    after = trained(program, context, through="network", iterations=1, learning_rate=1e-9)
+    assert "error 100% of the start's" in after.history[-1].note
+    assert len(after.training) == 1
+    wild = trained(program, context, through="network", iterations=2, learning_rate=3.0)
+    assert "0 of 1 units better" in wild.history[-1].note and moved(program, wild) == set()
+
+
+def test_what_cannot_work_is_refused(program: Program, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="matches no unit"):
+        trained(program, context, units=("no such*",))
+    with pytest.raises(RecipeError, match=r"learn_scales\.iterations is 0"):
+        LearnScales(iterations=0)
+    with pytest.raises(RecipeError, match=r"learn_scales\.through is network"):
+        LearnScales(through="network", units=("conv*",))
+    with pytest.raises(StatsError, match="float graph"):
+        LearnScales().run(tiny_program(steps=3), context)
+    with pytest.raises(PassError, match=r"the loss is .* at iteration"):
+        trained(program, context, through="network", learning_rate=1e6)
+    LearnScales().check((), program.deployment)
+    monkeypatch.setattr(learn_scales, "find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match="torch, which is not installed"):
+        LearnScales().check((), program.deployment)
