@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.progress import DETAIL, Progress, silent
 from mezzotint.runtime.visible import visible
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ class Lines:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.perf_counter()
-        self._started.setdefault(stage, now)
+        name = stage.partition(DETAIL)[0]
+        self._started.setdefault(name, now)
         if done >= total:
-            self._write(f"{visible(stage)}: {total} done in {now - self._started.pop(stage):.1f} s")
+            self._write(f"{visible(stage)}: {total} done in {now - self._started.pop(name):.1f} s")
 
 
 class Bars:
@@ -97,9 +98,11 @@ class Bars:
             self._display.append(_new_display())
             self._display[0].start()
         bars = self._display[0]
-        if stage not in self._tasks or (done == 0 and bars.tasks[self._tasks[stage]].finished):
-            self._tasks[stage] = bars.add_task(visible(stage, LONGEST_STAGE), total=total)
-        bars.update(self._tasks[stage], completed=done, total=total)
+        name, *_ = stage.partition(DETAIL)
+        words = visible(stage, LONGEST_STAGE)
+        if name not in self._tasks or (done == 0 and bars.tasks[self._tasks[name]].finished):
+            self._tasks[name] = bars.add_task(words, total=total)
+        bars.update(self._tasks[name], completed=done, total=total, description=words)
         if bars.finished:
             self.close()
 

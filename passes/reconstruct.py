@@ -44,6 +44,7 @@ from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs, chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights, layer_name
 from mezzotint.runtime.bundle.training import TrainedUnit
+from mezzotint.runtime.progress import DETAIL
 from mezzotint.runtime.sampling.deployment import Deployment
 
 
@@ -118,14 +119,20 @@ class Reconstruct(Pass):
         for name, computed in chosen:
             done = itertools.count(1)
 
-            def step(name: str = name, done: Iterator[int] = done) -> None:
-                context.progress(f"{self.name}: {name}", next(done), total)
+            def step(loss: float | None = None, name: str = name, done: Iterator[int] = done) -> None:
+                detail = "" if loss is None else f"{DETAIL}loss {loss:.3g}"
+                context.progress(f"{self.name}: {name}{detail}", next(done), total)
 
             # A unit that was written changed the graph: its weights are looked up again.
             unit = ReconstructionUnit(name, computed, tuple(self._weights(program, computed)))
             program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step)
             fits.append(fit)
         return replace(program, training=(*program.training, *fits), note=_note(fits, left))
+
+    def code(self, program: Program) -> str:
+        from mezzotint.compiler.torch_graph.convert import to_torch
+
+        return str(to_torch(program.model, signature=program.signature).module.code)
 
     def _chosen(self, program: Program) -> tuple[list[tuple[str, frozenset[str]]], int]:
         """Return the (name, computed values) of the units to train, and the number of weights that are in no unit.

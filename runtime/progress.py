@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""`(stage, done, total)`. A stage begins with 0 done and ends with all of them."""
+"""`(stage, done, total)`. A stage begins with 0 done and ends with all of them.
+
+What follows DETAIL in the name of a stage may change while it runs, such as the loss of a training.
+"""
+DETAIL = " | "
 CallProgress = Callable[[int, int], None]
 """`(network calls done, total)`: progress of one known stage."""
 

@@ -85,6 +85,10 @@ class Pass(ABC):
     def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:  # noqa: B027 most passes fit everywhere
         """Raise RecipeError for a recipe with these passes, or a deployment, that this pass cannot work with."""
 
+    def code(self, program: Program) -> str | None:
+        """Return the program's graph as the code that this pass trained it in, or None for a pass that does not."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """Return the options as plain data, in the order of the fields."""
         plain: Any = self
@@ -171,7 +175,10 @@ def _words(facts: frozenset[str] | set[str]) -> str:
 
 @dataclass(frozen=True)
 class Dump:
-    """The folder for the graph after each pass: `NNN_pass.txt` and `.diff`, and `.onnx` when `models` is set."""
+    """The folder for the graph after each pass: `NNN_pass.txt` and `.diff`.
+
+    When `models` is set there is `NNN_pass.onnx` too, and behind a pass that trains `NNN_pass.py`, the torch module.
+    """
 
     folder: Path
     models: bool = False
@@ -205,6 +212,10 @@ def run_passes(
         if dump:
             number = len(after_program.history)
             _dump(dump, number, step.name, after_program, after, text_diff(before, after, step.name), context)
+            code = step.code(after_program) if dump.models else None
+            if code is not None:
+                path = dump.folder / f"{number:03d}_{step.name}.py"
+                path.write_text(code, encoding="utf-8", newline="\n")
         program, before = after_program, after
     context.progress("passes", len(passes), len(passes))
     return program

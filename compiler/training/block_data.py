@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,12 @@ from ..errors import PassError
 from ..graph.nodes import name_of
 from ..rounding.layer_inputs import Latents
 from .subgraph import Subgraph
+
+
+class LossWatcher(Protocol):
+    """What is called after each batch of the data, and after each iteration with its loss."""
+
+    def __call__(self, loss: float | None = None) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)

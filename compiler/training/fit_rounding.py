@@ -17,7 +17,7 @@ enters the block is that of the float graph there, and the quantizers inside pas
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi
 
@@ -33,7 +33,7 @@ from ..errors import PassError
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 from ..torch_graph.quantizers import SoftRounding
-from .block_data import Batch, BlockData
+from .block_data import Batch, BlockData, LossWatcher
 from .subgraph import Subgraph
 
 POINTS = 50  # of the curve in the manifest
@@ -140,7 +140,7 @@ def fit_rounding(
     seed: int,
     unit: str,
     by: str,
-    step: Callable[[], None],
+    step: LossWatcher,
 ) -> TrainedUnit:
     """Learn which way the weights round; the modules are hard afterwards. `step` is called after each iteration.
 
@@ -173,7 +173,7 @@ def fit_rounding(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step()
+        step(losses[-1])
     soft_error, _ = batches.mean_errors()
     _harden(rounders)
     hard, _ = batches.mean_errors()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..rounding.layer_inputs import Inputs, Latents
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer, SoftRounding
 from ..torch_graph.write_back import plan_grids, write_back
-from .block_data import record
+from .block_data import LossWatcher, record
 from .fit_rounding import Annealing, Batches, fit_rounding
 from .subgraph import Subgraph, cut_out
 from .torch_threads import torch_threads
@@ -48,7 +48,7 @@ def learn_rounding(
     schedule: Annealing,
     by: str,
     cache: UnitCache,
-    step: Callable[[], None],
+    step: LossWatcher,
 ) -> tuple[Program, TrainedUnit]:
     """Train the rounding of a unit's weights; return the program, with the hard rounding if it is better, and the fit.
 

@@ -101,11 +101,10 @@ def compile_(
     ] = None,
     channels: Annotated[int | None, number(bounds.MOST_SIDE, "ONNX: channels of the image, if it has others.")] = None,
     dump_passes: Annotated[
-        bool, typer.Option("--dump-passes", help="Also write the ONNX model after each pass.")
+        bool, typer.Option("--dump-passes", help="Also write each pass's ONNX model, and its torch code if it trains.")
     ] = False,
     cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps calibration statistics and trained blocks for later compilations."),
+        Path | None, typer.Option(help="Folder that keeps statistics and trained blocks for later compilations.")
     ] = None,
     license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
     min_sqnr: Annotated[

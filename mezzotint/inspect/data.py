@@ -87,6 +87,11 @@ def passes_section(bundle: Bundle) -> PageData:
     return {"rows": rows}
 
 
+def training_section(bundle: Bundle) -> PageData:
+    """Return one row for each unit that a pass trained, with the curve of its loss."""
+    return {"rows": [unit.to_json() for unit in bundle.manifest.training]}
+
+
 def _diff(file: Path) -> PageData:
     """Return {added, removed, text}: the text as zlib in base64, empty where the pass changed nothing."""
     if not file.is_file():

@@ -72,6 +72,7 @@ def page_data(bundle: Bundle, measured: PageData, ranges: Ranges | None = None) 
         "speed": {key: value for key, value in measured["speed"].items() if key != "nodes"},
         "cost": measured["cost"],
         "passes": inspect_data.passes_section(bundle),
+        "training": inspect_data.training_section(bundle),
         "graph": drawn,
         "audit": audit,
         "ranges": inspect_data.range_section(bundle, table),

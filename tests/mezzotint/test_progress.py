@@ -106,6 +106,18 @@ def test_a_notebook_gets_a_line_for_each_stage(
     assert [line.partition(" in ")[0] for line in lines] == ["observe: 3 done", "passes: 2 done"]
 
 
+def test_a_detail_that_changes_belongs_to_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    terminal = in_terminal(monkeypatch)
+    for report in (Lines(lines.append), Bars()):
+        report("train", 0, 2)
+        report("train | loss 0.7", 1, 2)
+        report("train | loss 0.3", 2, 2)
+    assert [line.partition(" in ")[0] for line in lines] == ["train | loss 0.3: 2 done"]
+    assert "loss 0.3" in terminal.getvalue()
+    assert terminal.getvalue().rstrip("\n").endswith("\x1b[?25h"), "no second bar waits for its end"
+
+
 @pytest.mark.parametrize("shell", [None, SimpleNamespace()])
 def test_ipython_in_a_terminal_is_no_notebook(monkeypatch: pytest.MonkeyPatch, shell: object) -> None:
     in_terminal(monkeypatch)

@@ -18,6 +18,7 @@ from mezzotint.passes import reconstruct
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.reconstruct import Reconstruct
+from mezzotint.runtime.progress import DETAIL
 from tests.helpers.tiny import tiny_program
 from tests.passes.test_round_weights import inserted, planned
 
@@ -86,14 +87,22 @@ def test_what_cannot_work_is_refused(program: Program, context: Context) -> None
 
 def test_the_fit_is_in_the_program_and_survives_a_folder(program: Program, context: Context, tmp_path: Path) -> None:
     name = find_weights(program.graph)[0].name
-    after = trained(program, context, units=(name,))
+    one = replace(context, threads=1)
+    step = Reconstruct(**QUICK, units=(name,))
+    pipeline.run_passes(program, [step], one, dump=pipeline.Dump(tmp_path / "texts"))
+    assert not list((tmp_path / "texts").glob("*.py")), "code is written where it is asked for"
+    after = pipeline.run_passes(program, [step], one, dump=pipeline.Dump(tmp_path / "passes", models=True))
+    (written,) = (tmp_path / "passes").glob("*_reconstruct.py")
+    code = written.read_text(encoding="utf-8")
+    compile(code, "reconstruct.py", "exec")
+    assert "def forward(self, sample, timestep):" in code and "epsilon = onnx_Conv(" in code
     (fit,) = after.training
     assert (fit.unit, fit.by) == (name, "reconstruct")
     assert 0 < fit.hard < fit.start and 0 < fit.soft < fit.start
     assert len(fit.losses) == QUICK["iterations"]
     assert fit.losses[0] < 1, "soft weights start nearer than rounded ones"
-    snapshot.save_program(after, tmp_path, [])
-    assert snapshot.load_program(tmp_path)[0].training == after.training
+    snapshot.save_program(after, tmp_path / "saved", [])
+    assert snapshot.load_program(tmp_path / "saved")[0].training == after.training
 
 
 def test_without_torch_it_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +164,13 @@ def test_training_that_was_stopped_goes_on_with_the_next_unit(
     stages: list[str] = []
 
     def stopping(stage: str, done: int, total: int) -> None:
-        stages.append(stage)
-        if stage == f"reconstruct: {second}" and done == 5:
+        stages.append(stage.partition(DETAIL)[0])
+        if stages[-1] == f"reconstruct: {second}" and done == total - 10:
+            assert " | loss " in stage
             raise KeyboardInterrupt
 
     def watching(stage: str, done: int, total: int) -> None:
-        stages.append(stage)
+        stages.append(stage.partition(DETAIL)[0])
 
     cached = replace(context, cache=tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):

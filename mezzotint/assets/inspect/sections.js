@@ -89,6 +89,22 @@
     return [M.table({ columns, rows, label: "passes", page: 60 }), place];
   };
 
+  const training = () => {
+    const rows = D.training.rows;
+    if (!rows.length) return M.note("no pass of the recipe trains");
+    const columns = [
+      { title: "unit", name: true, value: (r) => r.unit }, { title: "pass", tight: true, value: (r) => r.pass },
+      { title: "error before", number: true, value: (r) => r.start, show: (r) => M.number(r.start, 3) },
+      { title: "behind the fit", number: true, value: (r) => r.soft, show: (r) => M.number(r.soft, 3) },
+      { title: "rounded", number: true, value: (r) => r.hard, show: (r) => M.number(r.hard, 3) },
+      { title: "kept", tight: true, value: (r) => (r.hard < r.start ? "yes" : "no") },
+    ];
+    const plots = rows.filter((r) => r.losses.length).map((r) => M.plot({
+      x: r.losses.map((_, i) => i + 1), series: [{ name: "loss", y: r.losses }], caption: `loss of ${r.unit}`, zero: true, height: 90,
+    }));
+    return [M.table({ columns, rows, label: "trained units", filter: true, page: 20 }), M.el("div", { class: "plots" }, plots)];
+  };
+
   const graph = () => [speedTable(), M.graph.build()];
   const speedTable = () => {
     const s = D.speed;
@@ -180,6 +196,7 @@
     ["pictures", "Images", "Images of both networks, sampled from the same noise.", pictures],
     ["cost", "Error by layer", "The error at the output that each layer's quantization causes, measured one by one.", cost],
     ["passes", "Passes", "The passes of the compiler, in order. Click a pass to see its changes to the graph.", passes],
+    ["training", "Training", "The layers and blocks that a pass trained: relative errors of their outputs, and the loss, as means of successive iterations.", training],
     ["graph", "Graph", "The compiled graph, block by block.", graph],
     ["audit", "Fusion audit", "The kernel that runs each layer, or the reason why it is not an integer kernel.", audit],
     ["ranges", "Ranges", "The width of each quantizer's grid at each timestep, relative to its largest width.", ranges],

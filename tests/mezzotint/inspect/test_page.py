@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 UNMEASURED = {part: {"note": f"no {part} here"} for part in ("pictures", "speed", "cost")}
 SECTIONS = (
-    *("summary", "pictures", "cost", "passes", "graph", "audit"),
+    *("summary", "pictures", "cost", "passes", "training", "graph", "audit"),
     *("ranges", "noise", "islands", "quantizers", "manifest"),
 )
 EVIL = '</script><img src="x" onerror="window.harmed = 1"><!--'
@@ -51,12 +51,20 @@ class Made:
     ranges: Ranges
 
 
+def trained(bundle: Bundle) -> Bundle:
+    """The bundle, as if a pass had trained two units of it."""
+    errors = {"pass": "reconstruct", "start": 0.2, "soft": 0.05, "hard": 0.1}
+    curves = {"mid_block": [1.0, 0.5, 0.25], EVIL: [1.0, 2.0]}
+    units = [{"unit": unit, **errors, "losses": losses} for unit, losses in curves.items()]
+    return Bundle(bundle.path, changed_manifest(bundle.manifest, training=units))
+
+
 @pytest.fixture(scope="module")
 def made(unet: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A small UNet2DModel with everything measured; its scales are static, so ranges that move are made up."""
     measured = measure_sections(unet.bundle, PageOptions(unet.exported, pictures=2, calls=2, threads=THREADS))
     ranges = made_up_ranges(unet.bundle)
-    data = page_data(unet.bundle, measured, ranges)
+    data = page_data(trained(unet.bundle), measured, ranges)
     file = tmp_path_factory.mktemp("page") / "page.html"
     file.write_text(render_page(data), encoding="utf-8")
     return Made(file, data, unet.bundle, ranges)
@@ -92,6 +100,15 @@ class TestPage:
         for name in SECTIONS:
             text = shown.inner_text(f"#{name}")
             assert len(text.splitlines()) >= 3, (name, text)
+
+    def test_each_trained_unit_has_its_curve(self, shown: Page) -> None:
+        plots = shown.locator("#training svg.plot")
+        assert plots.count() == 2
+        assert plots.first.get_attribute("aria-label") == "loss of mid_block"
+        assert (plots.first.locator("path.s1").get_attribute("d") or "").count("L") == 2
+        row = shown.locator("#training tbody tr").first.inner_text()
+        assert all(word in row for word in ("mid_block", "reconstruct", "0.2", "0.05", "0.1", "yes"))
+        assert shown.evaluate("window.harmed") is None
 
     def test_search_finds_a_node_and_opens_it(self, made: Made, shown: Page) -> None:
         name = layer_with_ranges(made)
