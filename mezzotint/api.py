@@ -24,7 +24,7 @@ from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry
-from mezzotint.runtime.errors import InputError, LowFidelity
+from mezzotint.runtime.errors import CompileWarning, InputError, LowFidelity
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -173,6 +173,8 @@ def compile_with(
 
         write_bundle(program, bundle, work, compilation, threads=threads, accept=run)
     compiled = open_bundle(target, verify=False)  # its files were hashed while they were written
+    for text in compiled.manifest.warnings:
+        warnings.warn(text, CompileWarning, stacklevel=2)
     if compiled.manifest.acceptance is not None and compiled.manifest.acceptance.warning:
         warnings.warn(compiled.manifest.acceptance.warning, LowFidelity, stacklevel=2)
     return compiled

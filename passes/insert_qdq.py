@@ -27,7 +27,7 @@ float, so their outputs are not quantized.
 
 The plan's list of islands gets every layer that stays in float, with the reason: the roles and patterns of `islands`
 (compiler/core/islands.py), the islands that the plan already has (assign_bits), layers without a quantizer in the plan,
-and operators without an integer kernel. A role that no layer has is a warning in the log, and in the note.
+and operators without an integer kernel. A role that no layer has is a warning of the compilation.
 
 A bias that would not fit into int32 raises the scale of its weight, or, where that costs too much, keeps the layer in
 float (compiler/lowering/bias_room.py).
@@ -47,7 +47,7 @@ import onnx_ir as ir
 
 from mezzotint.compiler.core.formats import along, ends
 from mezzotint.compiler.core.islands import Islands
-from mezzotint.compiler.core.pipeline import LOG, Context, Pass
+from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph import weight_store as store
@@ -71,6 +71,7 @@ from mezzotint.compiler.scales.timetable import deployed_rows, group_of_train, l
 from mezzotint.runtime.sampling.deployment import Deployment
 
 STORED_BITS = 8  # every format is stored in whole bytes
+NAME_THEM = "name the layers that are to stay in float: --set insert_qdq.islands='[first, NAME]'"
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ class InsertQdq(Pass):
         if room.raised:
             note += f"; {len(room.raised)} weights have larger scales, so that their biases fit into int32"
         if islands.unmatched:
-            missing = f"no layer has the role {', '.join(map(repr, islands.unmatched))}"
-            LOG.warning("%s: %s; name the layers: --set insert_qdq.islands", self.name, missing)
-            note += f"; {missing}"
+            missing = f"{self.name}: no layer has the role {', '.join(map(repr, islands.unmatched))}"
+            program = replace(program, warnings=(*program.warnings, f"{missing}; {NAME_THEM}"))
         plan = room.raise_scales(plan, every_layer)
         frozen = deployed_rows(program) if writer.has_tables else program.frozen
         return replace(

@@ -150,7 +150,8 @@ def _made(manifest: Manifest) -> str:
 
 def _good(manifest: Manifest) -> str:
     """Return the measurements of the compilation. Times are left out."""
-    paragraphs = [] if manifest.acceptance is None else [_accepted(manifest.acceptance)]
+    paragraphs = [f"Warning of {visible(text)}." for text in manifest.warnings]
+    paragraphs += [] if manifest.acceptance is None else [_accepted(manifest.acceptance)]
     if noise := manifest.noise:
         paragraphs.append(
             f"Quantization noise is undone while sampling ({CORRECTION}; `{NOISE_PLOT}` shows it, `--no-correction` "

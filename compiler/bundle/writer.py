@@ -130,6 +130,7 @@ def write_bundle(
         noise=dict(program.noise_report),
         bits=dict(plan.report),
         training=program.training,
+        warnings=program.warnings,
         acceptance=acceptance,
         nodes=dict(sorted(counts(lowered.graph).items())),
     )

@@ -151,6 +151,7 @@ class Program:
     refused       the values and nodes that a rewriting pass left unchanged, with the reason
     noise_report  the measurements of fit_noise, as plain data for display
     training      the layers and blocks that passes trained, in the order of training
+    warnings      what passes did otherwise than their options ask for, for the end of the compilation
     """
 
     model: ir.Model
@@ -170,6 +171,7 @@ class Program:
     refused: Mapping[str, str] = field(default_factory=dict)
     history: tuple[Record, ...] = ()
     training: tuple[TrainedUnit, ...] = ()
+    warnings: tuple[str, ...] = ()
     note: str = ""
     fx_text: str | None = None
 

@@ -45,6 +45,7 @@ def compile_summary(bundle: Bundle) -> dict[str, Any]:
         "islands": manifest.islands,
         "seconds": round(sum(record.seconds for record in manifest.history), 1),
         "peak_memory_mb": max((record.peak_memory_mb for record in manifest.history), default=0.0),
+        "warnings": list(manifest.warnings),
         "acceptance": None if manifest.acceptance is None else manifest.acceptance.to_json(),
         "digest": manifest.digest,
     }
@@ -116,6 +117,7 @@ def print_inspection(bundle: Bundle, *, everything: bool = False) -> None:
             if manifest.storage is None
             else _storage(manifest.storage),
             "kernels": f"{kernels.integer} integer, {kernels.floating} float",
+            **({"warnings": console.CellLines(manifest.warnings)} if manifest.warnings else {}),
             **({} if manifest.acceptance is None else manifest.acceptance.shown()),
             "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
             "digest": manifest.digest,

@@ -42,7 +42,8 @@ class Manifest:
     plan. `islands` and `refused` give a reason for each layer or value. `inputs`, `storage` and `acceptance` are
     None for bundles that were compiled before the manifest had them. `card`, `measured`, `noise` and `bits` are open
     plain data for display: the fields of the model card, the figures of `mezzotint card`, the reports of fit_noise and
-    assign_bits. `training` has the layers and blocks that passes trained.
+    assign_bits. `training` has the layers and blocks that passes trained, `warnings` what
+    passes did otherwise than their options ask for.
     `digests_before` are those that the bundle had before its card was rewritten.
     """
 
@@ -67,6 +68,7 @@ class Manifest:
     bits: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
     training: tuple[TrainedUnit, ...] = ()
+    warnings: tuple[str, ...] = ()
     acceptance: Acceptance | None = None
     mixture: Mixture | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +114,7 @@ class Manifest:
             **_unless_empty("bits", self.bits),
             "nodes": dict(self.nodes),
             **({"training": [unit.to_json() for unit in self.training]} if self.training else {}),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
             **({} if self.acceptance is None else {"acceptance": self.acceptance.to_json()}),
             **({} if self.mixture is None else self.mixture.to_json()),
             **_unless_empty("measured", self.measured),
@@ -178,6 +181,7 @@ def _manifest(fields: Fields) -> Manifest:
         bits=fields.maybe("bits", fields.table) or {},
         card=fields.maybe("card", fields.table) or {},
         training=fields.maybe("training", lambda key: fields.each(key, TrainedUnit.from_json)) or (),
+        warnings=fields.maybe("warnings", fields.each_text) or (),
         acceptance=fields.maybe("acceptance", lambda key: fields.one(key, Acceptance.from_json)),
         mixture=Mixture.from_json(fields),
         measured=fields.maybe("measured", fields.table) or {},

@@ -23,7 +23,7 @@ from mezzotint.compiler.errors import AcceptanceError, RecipeError
 from mezzotint.runtime.bundle.bundle import MANIFEST, MODEL, Bundle
 from mezzotint.runtime.bundle.manifest import TIME_KEYS, Manifest
 from mezzotint.runtime.compare import PEAK, StepSQNR, psnr_db
-from mezzotint.runtime.errors import LowFidelity
+from mezzotint.runtime.errors import CompileWarning, LowFidelity
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.streams import SeedOffset
@@ -143,15 +143,24 @@ def test_low_fidelity_names_layers_and_what_helps(tmp_path: Path) -> None:
 def test_the_command_warns_in_one_line_and_strict_is_an_error(cli: Cli, tmp_path: Path) -> None:
     onnx.save(hand_written(), tmp_path / "net.onnx")
     line = ("compile", tmp_path / "net.onnx", "-o", tmp_path / "b", *FAST, "--min-sqnr", "90", "--quiet")
+    roles = ("--set", "insert_qdq.islands=[first, attention]")
     with warnings.catch_warnings():
         warnings.simplefilter("default", LowFidelity)
-        warned, refused = cli(*line), cli(*line, "--strict", "--force")
+        warnings.simplefilter("default", CompileWarning)
+        warned, refused = cli(*line, *roles), cli(*line, "--strict", "--force")
 
     assert warned.code == 0 and warned.err.count("warning: the compiled file is inaccurate") == 1
     assert "What helps: " in warned.err and "SQNR of the prediction" in warned.out
     assert refused.code == 2 and "error: the compiled file is inaccurate" in refused.err
     assert "what to do: " in refused.err and "Traceback" not in refused.err
-    assert open_bundle(tmp_path / "b").manifest.acceptance is not None  # that of the first command, still whole
+    manifest = open_bundle(tmp_path / "b").manifest  # that of the first command, still whole
+    assert manifest.acceptance is not None
+
+    missing = "insert_qdq: no layer has the role 'attention'"
+    assert warned.err.count(f"warning: {missing}; name the layers") == 1 and "role 'attention'" not in refused.err
+    assert [text.partition(";")[0] for text in manifest.warnings] == [missing]
+    assert missing in (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    assert cli("inspect", tmp_path / "b").out.count("no layer has the role") == 1
 
 
 def test_the_options_of_the_warning_keep_those_layers_in_float(bundle: Bundle, tmp_path: Path) -> None:
