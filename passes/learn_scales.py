@@ -45,6 +45,7 @@ class LearnScales(Pass):
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, the share by which a step moves the ends of a
       grid at first (it falls to 0), and samples in a step.
     - `zero_points`: learn both ends of the grids of activations, not the scales alone.
+    - `form`: a table's `rows` have offsets of their own, or a small `network` of the timestep gives those of all rows.
     - `calls`, `samples`: as above.
     - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their scales.
     """
@@ -55,6 +56,7 @@ class LearnScales(Pass):
     learning_rate: float = 3e-3
     batch: int = 8
     zero_points: bool = True
+    form: Literal["rows", "network"] = "rows"
     calls: int = 20
     samples: int = 16
     units: tuple[str, ...] = ()
@@ -67,6 +69,12 @@ class LearnScales(Pass):
                 raise RecipeError(
                     f"learn_scales.{name} is {getattr(self, name)}", where=self.name, hint="choose a positive number"
                 )
+        if self.form == "network" and self.what == "weights":
+            raise RecipeError(
+                "learn_scales.form is network, and weights have no tables over the timestep",
+                where=self.name,
+                hint="learn the scales of activations, or of both",
+            )
         if self.units and self.through == "network":
             raise RecipeError(
                 "learn_scales.units chooses layers or blocks, and learn_scales.through is network",
@@ -86,14 +94,20 @@ class LearnScales(Pass):
         if program.float_model is None or program.plan is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
         from mezzotint.compiler.training.fit_rounding import Annealing
-        from mezzotint.compiler.training.fit_scales import learn_scales_of_unit
+        from mezzotint.compiler.training.fit_scales import ScaleForm, learn_scales_of_unit
 
+        if self.form == "network" and not program.plan.groups:
+            raise RecipeError(
+                "learn_scales.form is network, and the plan has no tables over the timestep",
+                where=self.name,
+                hint="put group_steps and step_scales in front of insert_qdq",
+            )
         chosen, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
         schedule = Annealing(self.iterations, self.learning_rate, 0.0, self.batch)
         # premul has one zero point for all rows of a table, and constant ones stay what they are.
-        zero_points = self.zero_points and program.lowering != "premul"
+        form = ScaleForm(self.zero_points and program.lowering != "premul", self.form == "network")
         total = len(latents) + self.iterations
         fits = []
         for unit, names in chosen:
@@ -103,7 +117,7 @@ class LearnScales(Pass):
                 context.progress(f"{self.name}: {name}", next(done), total)
 
             program, fit = learn_scales_of_unit(
-                program, context, unit, names, latents, schedule, zero_points, self.name, step
+                program, context, unit, names, latents, schedule, form, self.name, step
             )
             fits.append(fit)
         return replace(program, training=(*program.training, *fits), note=_note(fits, left))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -34,10 +35,19 @@ from ..torch_graph.quantizers import Quantizer
 from ..torch_graph.write_back import plan_grids, write_back
 from .block_data import Batch, BlockData, record
 from .fit_rounding import Annealing, Batches, curve_of
-from .learned_scales import LearnedScales, learned_grids
+from .learned_scales import LearnedScales, RowNetworks, learned_grids
+from .range_networks import RangeNetworks
 from .subgraph import Subgraph, cut_out
 from .torch_threads import torch_threads
 from .units import GraphUnit
+
+
+@dataclass(frozen=True)
+class ScaleForm:
+    """What of a grid is learned: zero points too, and tables as networks of the timestep or row by row."""
+
+    zero_points: bool = True
+    networks: bool = False
 
 
 class _LearnedBatches(Batches):
@@ -69,7 +79,7 @@ def learn_scales_of_unit(
     names: Sequence[str],
     latents: Sequence[Latents],
     schedule: Annealing,
-    zero_points: bool,
+    form: ScaleForm,
     by: str,
     step: Callable[[], None],
 ) -> tuple[Program, TrainedUnit]:
@@ -87,14 +97,16 @@ def learn_scales_of_unit(
             graph = to_torch(part.model)
             plan_grids(program, graph)
             graph.module.requires_grad_(False)  # only the offsets are trained
-            grids = learned_grids(graph, names, rounded_weights(part.model.graph, graph, names), zero_points)
-            learned = LearnedScales(grids, max(groups, default=-1) + 1)
+            grids = learned_grids(graph, names, rounded_weights(part.model.graph, graph, names), form.zero_points)
+            networks = _networks(program, context) if form.networks else None
+            seen = {row_of[call.timestep] for call in latents if call.timestep in row_of}
+            learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
             batches = Batches(graph, part, program.signature, data, schedule, 0)
             start, _ = batches.mean_errors()
             losses: list[float] = []
             if start > 0:  # else the unit computes what the float graph does
                 moving = _LearnedBatches(graph, part, program.signature, data, schedule, learned, row_of)
-                losses = _fit(moving, learned.parameters(), schedule, start, context.seed, unit.name, by, step)
+                losses = _fit(moving, learned, schedule, start, context.seed, unit.name, by, step)
                 learned.settle()
             end = batches.mean_errors()[0] if start > 0 else 0.0
     finally:
@@ -105,7 +117,7 @@ def learn_scales_of_unit(
 
 def _fit(
     batches: Batches,
-    parameters: Sequence[torch.nn.Parameter],
+    learned: LearnedScales,
     schedule: Annealing,
     start: float,
     seed: int,
@@ -113,8 +125,8 @@ def _fit(
     by: str,
     step: Callable[[], None],
 ) -> list[float]:
-    """Train the parameters; return the losses relative to that of the start."""
-    optimizer = torch.optim.Adam(parameters, lr=schedule.learning_rate)
+    """Train the scales; return the losses relative to that of the start."""
+    optimizer = torch.optim.Adam(learned.parameter_groups(schedule.learning_rate))
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.iterations)
     rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(unit.encode()))
     losses = []
@@ -133,6 +145,15 @@ def _fit(
         falling.step()
         step()
     return losses
+
+
+def _networks(program: Program, context: Context) -> RowNetworks:
+    """Return what makes networks of the timesteps of the tables' rows: a row of several calls has their mean."""
+    groups, timesteps = program.require_plan().groups, program.deployment.timesteps
+    rows = [[t for t, group in zip(timesteps, groups, strict=True) if group == row] for row in range(max(groups) + 1)]
+    means = [float(np.mean(row)) for row in rows]
+    span = float(program.schedule.num_train_timesteps)
+    return lambda quantizers: RangeNetworks(quantizers, means, span, context.seed)
 
 
 def rounded_weights(model: ir.Graph, graph: TorchGraph, names: Sequence[str]) -> dict[str, str]:

@@ -8,20 +8,23 @@ ends by factors, in units that are the same for a scale of 1e-4 and one of 10:
 so that -low = u s becomes u s e^a, and high = v s becomes v s e^b. With a = b = 0 both are s and z exactly. A grid that
 keeps its zero point (a weight's, or one of a table that has one for all rows) has one offset, s' = s e^a.
 
-Rows of a table have offsets of their own, so a row that no batch uses stays as it is. As a network of the timestep
-(TDQ, arXiv 2306.02316) the offsets of all rows of a quantizer are
+The rows of a table that batches use have offsets that they share, and each row has some of its own: a row alone sees
+few batches. The other rows stay as they are. As a network of the timestep (TDQ, arXiv 2306.02316) the offsets of all
+rows of a quantizer are
 
     (a, b)(t) = log softplus(W4 relu(W3 relu(W2 relu(W1 PE(t) + b1) + b2) + b3) + b4),   W4 = 0, b4 = softplus^-1(1)
 
-at the start: s(t) = s_0(t) softplus(network(t)), where s_0 is the table that step_scales has fitted.
+at the start: s(t) = s_0(t) softplus(network(t)), where s_0 is the table that step_scales has fitted. All channels of a
+table by channel have one network.
 
 A weight that is on its grid already (rounded against its inputs) keeps its integers q, and s' q has the gradient q.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +32,11 @@ from torch import nn
 from ..errors import PassError
 from ..torch_graph.convert import TorchGraph
 from ..torch_graph.quantizers import Quantizer
+from .range_networks import RangeNetworks
+
+RowNetworks = Callable[[int], RangeNetworks]
+NETWORK_SHARE = 1 / 16
+"""Of the learning rate: a step of all weights of a network moves its output by some tens of a single weight's step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +62,14 @@ class LearnedGrid:
 
 
 class LearnedScales:
-    """The offsets of grids: one vector for the static ones, and one for each row of the tables."""
+    """The offsets of grids: one vector for the static ones, and for each row of the tables one, or networks of them.
 
-    def __init__(self, grids: Sequence[LearnedGrid], rows: int) -> None:
+    `seen` are the rows of the tables that batches use. `networks` makes the networks of so many quantizers.
+    """
+
+    def __init__(
+        self, grids: Sequence[LearnedGrid], rows: int, seen: Collection[int], networks: RowNetworks | None = None
+    ) -> None:
         self.static = [grid for grid in grids if not grid.part.rows]
         self.timed = [grid for grid in grids if grid.part.rows]
         for grid in self.timed:
@@ -66,18 +79,24 @@ class LearnedScales:
                     where=grid.path,
                     hint="put the pass behind insert_qdq, with nothing in between that groups the calls anew",
                 )
-        self.rows = rows
+        self.rows, self.seen = rows, frozenset(seen)
         self.offsets = nn.Parameter(torch.zeros(_size(self.static)))
-        self.row_offsets = [nn.Parameter(torch.zeros(_size(self.timed))) for _ in range(rows if self.timed else 0)]
+        self.networks = networks(len(self.timed)) if networks is not None and self.timed else None
+        by_row = self.timed if self.networks is None else []
+        self.shared = nn.Parameter(torch.zeros(_size(by_row)))
+        self.row_offsets = [nn.Parameter(torch.zeros(_size(by_row))) for _ in range(rows if by_row else 0)]
         self._integers = {
             grid.path: grid.part.integers(grid.weight)  # a weight's zero point is 0
             for grid in self.static
             if grid.weight is not None
         }
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what an optimizer trains. Only the row of a batch has a gradient."""
-        return [self.offsets, *self.row_offsets]
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return what an optimizer trains, with learning rates. Of the rows only that of a batch has a gradient."""
+        groups: list[dict[str, Any]] = [{"params": [self.offsets, self.shared, *self.row_offsets], "lr": learning_rate}]
+        if self.networks is not None:
+            groups.append({"params": list(self.networks.parameters()), "lr": learning_rate * NETWORK_SHARE})
+        return groups
 
     def of_row(self, row: int | None) -> dict[str, torch.Tensor]:
         """Return the tensors that take the place of the module's parameters in a call of this row, by their names."""
@@ -102,7 +121,14 @@ class LearnedScales:
 
     def _of_tables(self, row: int) -> list[tuple[LearnedGrid, torch.Tensor]]:
         """Return the offsets of one row of each table, `[ends, channels]`."""
-        return _parts(self.timed, self.row_offsets[row])
+        if self.networks is None:
+            offsets = self.row_offsets[row]
+            return _parts(self.timed, self.shared + offsets if row in self.seen else offsets)
+        factors = self.networks()[:, row]
+        return [
+            (grid, ends[2 - grid.ends :, None].expand(grid.ends, grid.channels))
+            for grid, ends in zip(self.timed, factors, strict=True)
+        ]
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -39,7 +39,8 @@ def converted(program: Program) -> tuple[TorchGraph, LearnedScales]:
     names, _ = quantizers_of_units(program.graph, find_units(program, "network"), weights=True, activations=True)
     (chosen,) = names.values()
     grids = learned_grids(graph, chosen, rounded_weights(program.graph, graph, chosen), zero_points=True)
-    return graph, LearnedScales(grids, max(program.require_plan().groups, default=-1) + 1)
+    groups = program.require_plan().groups
+    return graph, LearnedScales(grids, max(groups, default=-1) + 1, groups)
 
 
 def test_offsets_of_zero_change_nothing(program: Program) -> None:
@@ -55,7 +56,7 @@ def test_what_was_learned_is_what_the_file_computes(program: Program, tmp_path: 
     graph, learned = converted(program)
     torch.manual_seed(0)
     with torch.no_grad():
-        for offsets in learned.parameters():
+        for offsets in (learned.offsets, learned.shared, *learned.row_offsets):
             offsets.copy_(0.1 * torch.randn_like(offsets))
     learned.settle()
     written = write_back(program, graph, tmp_path, "test")
@@ -119,4 +120,4 @@ def test_tables_of_other_rows_than_the_plans_are_refused() -> None:
     module = Holder()
     graph = TorchGraph(module, {}, {"part": module.part}, {}, ())  # type: ignore[arg-type]
     with pytest.raises(PassError, match="a table has 3 rows, and the plan 2"):
-        LearnedScales(learned_grids(graph, ["part"], {}, zero_points=True), 2)
+        LearnedScales(learned_grids(graph, ["part"], {}, zero_points=True), 2, ())
