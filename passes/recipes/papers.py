@@ -17,6 +17,7 @@ from ..dilate_weights import DilateWeights
 from ..equalize_weights import EqualizeWeights
 from ..fit_noise import FitNoise
 from ..group_steps import GroupSteps
+from ..learn_scales import LearnScales
 from ..observe import Observe
 from ..reconstruct import Reconstruct
 from ..reparameterize_norms import ReparameterizeNorms
@@ -63,9 +64,18 @@ BASELINES = (
 TIMESTEPS = (
     Recipe(
         "tdq",
-        "ranges of activations learned as a function of the timestep, where they depend on it; one row for each call",
-        (*TIMED, GroupSteps(method="each"), StepScales(source="learned"), *INTEGER_OPERATIONS),
-        paper="TDQ, arXiv 2306.02316 (the range network is fitted to measured histograms, not through the model)",
+        "ranges of activations learned through the network as a function of the timestep, where they depend on it; one "
+        "row for each call",
+        (
+            *TIMED,
+            GroupSteps(method="each"),
+            StepScales(source="learned"),
+            *INTEGER_OPERATIONS,
+            LearnScales(through="network", form="network"),
+        ),
+        paper="TDQ, arXiv 2306.02316 (its networks are fitted to measured histograms first, and have both ends of a "
+        "range; no dropout; scales that do not depend on the timestep are learned beside them; weights rounded to "
+        "nearest, as in its quantization after training)",
         baseline="w8a8",
         claim="w6a6",
     ),
@@ -256,6 +266,17 @@ ROUNDING = (
     ),
 )
 
+SCALES = (
+    _against_w8a8(
+        "lsq",
+        "w4a4",
+        "LSQ, arXiv 1902.08153 (scales of weights and activations, and zero points; the weights themselves are rounded "
+        "anew and not trained)",
+        "w8a8 with scales of weights and activations learned through the network against the float network's output",
+        static(behind=(LearnScales(what="both", through="network"),)),
+    ),
+)
+
 BITS = (
     _against_w8a8(
         "mixdq",
@@ -283,4 +304,4 @@ BITS = (
     ),
 )
 
-PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *BITS)
+PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *SCALES, *BITS)

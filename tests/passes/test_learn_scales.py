@@ -92,6 +92,18 @@ def test_rows_that_no_call_uses_stay(compiled: Callable[..., Program], context: 
         assert rows[used] and not np.any(np.delete(rows, used))
 
 
+def test_a_network_of_the_timestep_moves_rows_of_calls_that_were_not_recorded(
+    compiled: Callable[..., Program], context: Context
+) -> None:
+    program = compiled("w8a8-steps")
+    after = trained(program, context, through="network", form="network", calls=1)
+    assert "1 of 1 units better" in after.history[-1].note
+    tables = [name for name in moved(program, after) if name.endswith("scales_table")]
+    assert len(tables) == 2 and all(
+        np.all(np.any(constants(program)[n] != constants(after)[n], axis=1)) for n in tables
+    )
+
+
 def test_weights_alone_and_both(compiled: Callable[..., Program], context: Context) -> None:
     program = compiled("w8a8", "weight_bits")
     weights = trained(program, context, through="network", what="weights", iterations=15)
@@ -137,6 +149,10 @@ def test_what_cannot_work_is_refused(program: Program, context: Context, monkeyp
         LearnScales(iterations=0)
     with pytest.raises(RecipeError, match=r"learn_scales\.through is network"):
         LearnScales(through="network", units=("conv*",))
+    with pytest.raises(RecipeError, match="weights have no tables"):
+        LearnScales(form="network", what="weights")
+    with pytest.raises(RecipeError, match="the plan has no tables"):
+        trained(program, context, form="network")
     with pytest.raises(StatsError, match="float graph"):
         LearnScales().run(tiny_program(steps=3), context)
     with pytest.raises(PassError, match=r"the loss is .* at iteration"):

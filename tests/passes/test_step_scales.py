@@ -233,7 +233,8 @@ def test_weights_of_clipping_that_are_refused(clip_weight: float) -> None:
 
 @pytest.mark.parametrize("name", ["tdq", "tfmq"])
 def test_recipes_with_a_row_for_every_call(name: str, tiny: Program, context: Context) -> None:
-    done = pipeline.run_passes(tiny, RECIPES[name].passes, context)
+    untrained = [step for step in RECIPES[name].passes if step.name != "learn_scales"]
+    done = pipeline.run_passes(tiny, untrained, context)
     assert done.plan is not None
     assert done.plan.groups == (0, 1, 2)
     tables = {site for site, q in done.plan.quantizers.items() if q.table}

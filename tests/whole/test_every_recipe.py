@@ -15,10 +15,9 @@ from tests.helpers.old_unet import OLD_CONVS, OLD_NORMS, old_unet
 
 LEAST = 8.0  # dB of epsilon at the recipe's own widths; the weights are random, and there are 8 channels
 INTEGER = 4  # convolutions that are next to neither end
-FEW = {"reconstruct.iterations": 3, "reconstruct.samples": 2, "reconstruct.calls": 1}
+TRAINING = {"reconstruct", "learn_scales"}
+FEW = {"iterations": 3, "samples": 2, "calls": 1}
 SLOW = {
-    "adaround": FEW,
-    "brecq": FEW,
     "mixdq": {"assign_bits.splits": 2, "assign_bits.length": 2, "assign_bits.samples": 1},
 }
 
@@ -30,17 +29,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_compiles_and_draws(source: Path, tmp_path: Path, name: str) -> None:
-    bundle = compile_model(source, tmp_path / "bundle", recipe=name, settings=SLOW.get(name), **SMALL)
-
     recipe = RECIPES[name]
+    training = TRAINING & {step.name for step in recipe.passes}
+    settings = {f"{step}.{option}": value for step in training for option, value in FEW.items()} | SLOW.get(name, {})
+    bundle = compile_model(source, tmp_path / "bundle", recipe=name, settings=settings, **SMALL)
+
     assert [record.name for record in bundle.manifest.history] == [p.name for p in recipe.passes]
     history = {record.name: record.note for record in bundle.manifest.history}
     assert history["normalize"].startswith("opset 13 raised to 18, 3 nodes without effect removed")
     if "lower_norms" in history:
         assert history["lower_norms"].startswith(f"{OLD_NORMS} ")
-    trained = {unit.unit: unit.losses for unit in bundle.manifest.training}
-    assert bool(trained) == ("reconstruct" in history)
-    assert all(len(losses) == FEW["reconstruct.iterations"] for losses in trained.values())
+    assert {unit.by for unit in bundle.manifest.training} == training
+    assert all(len(unit.losses) == FEW["iterations"] for unit in bundle.manifest.training)
     found = compare(bundle, source, 2, threads=THREADS)
     assert np.isfinite(found.quantized_images).all()
     assert found.sqnr.pooled() > LEAST

@@ -19,6 +19,7 @@ from mezzotint.compiler.torch_graph.quantizers import Quantizer
 from mezzotint.compiler.torch_graph.write_back import plan_grids, write_back
 from mezzotint.compiler.training.fit_scales import rounded_weights
 from mezzotint.compiler.training.learned_scales import LearnedScales, learned_grids, moved
+from mezzotint.compiler.training.range_networks import RangeNetworks
 from mezzotint.compiler.training.units import find_units, quantizers_of_units
 from mezzotint.passes.recipes.files import load_recipe
 from tests.helpers.tiny import context_in, tiny_program
@@ -95,6 +96,39 @@ def test_weights_that_are_rounded_keep_their_integers(program: Program) -> None:
     for grid, integers in zip(kept, before, strict=True):
         assert grid.weight is not None and torch.equal(grid.part.integers(grid.weight), integers)
         assert torch.allclose(grid.part(grid.weight), grid.weight)
+
+
+def test_networks_of_the_timestep_start_at_the_tables_and_move_all_rows(tmp_path: Path) -> None:
+    """By TDQ's recipe, through the written graph."""
+    context = context_in(tmp_path, samples=2)
+    steps = [step for step in load_recipe("tdq").passes if step.name != "learn_scales"]
+    program = run_passes(tiny_program(steps=4), steps, context)
+    graph, _ = converted(program)
+    (names,) = quantizers_of_units(program.graph, find_units(program, "network"), weights=False, activations=True)[
+        0
+    ].values()
+    grids = learned_grids(graph, names, {}, zero_points=True)
+    learned = LearnedScales(grids, 4, {0}, lambda count: RangeNetworks(count, [999, 749, 499, 249], 1000.0, 0))
+    assert learned.timed and not learned.row_offsets and len(learned.parameter_groups(1.0)) == 2
+    before = {grid.path: grid.part.scale.detach().clone() for grid in learned.timed}
+    for row in range(4):
+        tables = learned.of_row(row)
+        for path, scale in before.items():
+            torch.testing.assert_close(tables[f"{path}.scale"], scale, rtol=1e-6, atol=0)
+    optimizer = torch.optim.Adam(learned.parameter_groups(1e-2))
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(tensor.log().sum() for name, tensor in learned.of_row(0).items() if name.endswith(".scale")).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    learned.settle()
+    for grid in learned.timed:
+        factors = grid.part.scale.detach() / before[grid.path]
+        assert torch.all(factors < 1) and len(torch.unique(factors)) == 4, "all rows move, each by its own share"
+    written = write_back(program, graph, tmp_path, "test")
+    x = np.random.default_rng(1).standard_normal((2, *program.shape)).astype(np.float32)
+    by_name = {value.name or "": value for value in program.graph.inputs}
+    inputs = feeds(by_name, program.signature, x, program.deployment.timesteps[1], {})
+    assert [gap for gap in value_gaps(written.model, graph, inputs, tmp_path) if not gap.small] == []
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
