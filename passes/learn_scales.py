@@ -116,9 +116,7 @@ class LearnScales(Pass):
             def step(name: str = unit.name, done: Iterator[int] = done) -> None:
                 context.progress(f"{self.name}: {name}", next(done), total)
 
-            program, fit = learn_scales_of_unit(
-                program, context, unit, names, latents, schedule, form, self.name, step
-            )
+            program, fit = learn_scales_of_unit(program, context, unit, names, latents, schedule, form, self.name, step)
             fits.append(fit)
         return replace(program, training=(*program.training, *fits), note=_note(fits, left))
 

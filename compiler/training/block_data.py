@@ -35,7 +35,8 @@ class Batch:
     """One network call of some samples at a block: the values that enter it and its float outputs, by name.
 
     `targets` are those of the values inside, too, that inner losses compare. `floats` are the values of the float graph
-    that enter the block, if they were asked for.
+    that enter the block, if they were asked for. `weight` is the number of calibration samples that the allocation of
+    the program gives to this call, or 1 without one.
     `divisible` says whether the first axis of every array is that of the samples, and the graph takes fewer of them.
     """
 
@@ -45,6 +46,7 @@ class Batch:
     inputs: Mapping[str, AnyArray]
     targets: Mapping[str, AnyArray]
     floats: Mapping[str, AnyArray] = field(default_factory=dict)
+    weight: int = 1
 
 
 @dataclass(eq=False)
@@ -92,12 +94,15 @@ def record(
     floats = floats or {}
     wanted_values = dict(zip(part.outputs, part.targets, strict=True)) | (dict(part.inner) if inner else {})
     float_model = program.require_float_model()
-    given = {name_of(v) for v in program.graph.inputs}
-    inside = [name for name in part.inputs if name not in given]
+    fed_names = {name_of(v) for v in program.graph.inputs}
+    allocated = dict(zip(program.deployment.timesteps, program.allocation, strict=False))  # empty without one
+    inside = [name for name in part.inputs if name not in fed_names]
     data = BlockData([], Path(mkdtemp(prefix="block-", dir=context.folder)))
     options: dict[str, Any] = {"threads": context.threads, "spinning": False, "only_taps": True}
     with ExitStack() as sessions:
-        taps = tuple(dict.fromkeys([*wanted_values.values(), *(name for name in floats.values() if name not in given)]))
+        taps = tuple(
+            dict.fromkeys([*wanted_values.values(), *(name for name in floats.values() if name not in fed_names)])
+        )
         exact = sessions.enter_context(Executor(float_model, context.folder, taps=taps, **options))
         prefix = None
         if inside:  # the level is "basic", because a prefix may not be fused (compiler/core/execute.py)
@@ -117,6 +122,7 @@ def record(
                 raise PassError("a block reads or should compute numbers that are not finite", where=where)
             divisible = all(array.ndim > 0 and len(array) == len(call.x) for array in arrays)
             divisible = divisible and program.fixed_batch is None
-            data.batches.append(Batch(call.timestep, len(call.x), divisible, inputs, targets, unquantized))
+            given = allocated.get(call.timestep, 1)
+            data.batches.append(Batch(call.timestep, len(call.x), divisible, inputs, targets, unquantized, given))
             step()
     return data

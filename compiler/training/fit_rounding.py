@@ -84,9 +84,13 @@ class Batches:
         self._mixing = torch.Generator().manual_seed(seed)
 
     def draw(self, rng: np.random.Generator) -> tuple[Batch, slice]:
-        """Return a batch and some successive samples of it, or all where it cannot be divided."""
-        most = self._schedule.batch
-        batch = self._batches[int(rng.integers(len(self._batches)))]
+        """Return a batch and some successive samples of it, or all where it cannot be divided.
+
+        A call is drawn as often as the allocation of samples says (allocate_steps).
+        """
+        most, total = self._schedule.batch, sum(batch.weight for batch in self._batches)
+        each = [batch.weight / total for batch in self._batches] if total else None
+        batch = self._batches[int(rng.choice(len(self._batches), p=each))]
         first = int(rng.integers(max(batch.samples - most, 0) + 1))
         return batch, slice(first, first + most) if batch.divisible else slice(None)
 

@@ -6,9 +6,8 @@ of the system it has. Every width is an option (`--set choose_scales.weight_bits
 
 from __future__ import annotations
 
-from mezzotint.compiler.core.pipeline import Pass, Recipe
+from mezzotint.compiler.core.pipeline import Recipe
 
-from ..allocate_steps import AllocateSteps
 from ..assign_bits import AssignBits
 from ..choose_scales import ChooseScales
 from ..correct_bias import CorrectBias
@@ -19,31 +18,17 @@ from ..fit_noise import FitNoise
 from ..group_steps import GroupSteps
 from ..learn_scales import LearnScales
 from ..observe import Observe
-from ..reconstruct import Reconstruct
 from ..reparameterize_norms import ReparameterizeNorms
 from ..round_weights import RoundWeights
 from ..settle_scales import SettleScales
 from ..smooth_scales import SmoothScales
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
-from .parts import EXACT, INTEGER_OPERATIONS, TIMED, static
+from .parts import EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
+from .trained import TRAINED
 
 BY_CHANNEL = Observe(groups=0, channels="inputs")
-
-
-def _against_w8a8(
-    name: str, claim: str, paper: str, description: str, passes: tuple[Pass, ...], claim_eta: float = 0.0
-) -> Recipe:
-    return Recipe(name, description, passes, paper=paper, baseline="w8a8", claim=claim, claim_eta=claim_eta)
-
-
-NOISY = 1.0
-"""The eta of claims about the sampler's noise: with eta 0 there is none to reduce."""
-
-
 TENSOR = ChooseScales(per_channel=False)
-EVERY_CALL = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS)
-"""A row of scales for each call. Every gain counts, so all activations get tables."""
 
 BASELINES = (
     Recipe(
@@ -57,6 +42,12 @@ BASELINES = (
         "w8a8 with one scale for each weight, not one for each of its output channels",
         static(scales=TENSOR),
         paper="what DFQ, arXiv 1906.04721, is compared with",
+    ),
+    Recipe(
+        "w8a8-calls",
+        "w8a8 with a row of scales for each activation and network call",
+        EVERY_CALL,
+        paper="what PCR, arXiv 2311.06322, is compared with; the finite set calibration of TFMQ-DM, arXiv 2311.16503",
     ),
 )
 """Where papers start from: w8a8 with a loss that their method repairs."""
@@ -80,33 +71,24 @@ TIMESTEPS = (
         claim="w6a6",
     ),
     Recipe(
-        "tfmq",
-        "time features stored as tables, and finite set calibration: a row of scales for each activation and call",
-        EVERY_CALL,
-        paper="TFMQ-DM, arXiv 2311.16503 (time features cached in float, so there is nothing to reconstruct; without "
-        "its block reconstruction of the other weights)",
-        baseline="w8a8-time",
-        claim="w4a8",
-    ),
-    Recipe(
         "pcr",
-        "tfmq with scales for each call that are measured behind the quantized calls before it",
+        "w8a8-calls with scales that are measured behind the quantized calls before",
         (*EVERY_CALL, SettleScales()),
         paper="PCR: progressive calibration (Progressive Calibration and Activation Relaxing, arXiv 2311.06322), "
         "without its 10-bit calls",
-        baseline="tfmq",
+        baseline="w8a8-calls",
         claim="w8a8",
     ),
-    _against_w8a8(
+    against_w8a8(
         "ptqd-w8a8",
         "w4a8",
-        "PTQD, arXiv 2305.10657 (its three corrections at every call, in the closed forms of the paper; without the "
-        "block reconstruction of its base quantizer; its widths by step are `mezzotint mix`)",
+        "PTQD, arXiv 2305.10657 (its three corrections alone, at every call, in the closed forms of the paper; the "
+        "whole system is `ptqd`)",
         "w8a8 with a sampling loop that corrects the quantization noise as the paper writes it, helpful or not",
         static(behind=(FitNoise(form="ptqd", gate=False),)),
         claim_eta=NOISY,
     ),
-    _against_w8a8(
+    against_w8a8(
         "ptqd-gated",
         "w4a8",
         "PTQD, arXiv 2305.10657, and a choice of ours on images from noise that the fit did not see",
@@ -114,7 +96,7 @@ TIMESTEPS = (
         static(behind=(FitNoise(form="ptqd"),)),
         claim_eta=NOISY,
     ),
-    _against_w8a8(
+    against_w8a8(
         "d2-dpm",
         "w8a8",
         "D2-DPM, arXiv 2501.08180 (its deterministic form at every call; means for each channel, and no values dropped "
@@ -122,7 +104,7 @@ TIMESTEPS = (
         "w8a8 with a sampling loop that replaces each prediction by its regression on the quantized output",
         static(behind=(FitNoise(gate=False, noise=False),)),
     ),
-    _against_w8a8(
+    against_w8a8(
         "d2-dpm-gated",
         "w8a8",
         "D2-DPM, arXiv 2501.08180, PTQD's reduced sampler noise, arXiv 2305.10657, and a choice of ours on images from "
@@ -131,26 +113,10 @@ TIMESTEPS = (
         static(behind=(FitNoise(),)),
         claim_eta=NOISY,
     ),
-    _against_w8a8(
-        "eda-dm",
-        "w4a8",
-        "EDA-DM, arXiv 2401.04585 (the sample allocation; without its block reconstruction, which needs gradients)",
-        "w8a8 calibrated on half of the samples, with more of them at calls that resemble many others or differ from "
-        "all",
-        (*EXACT, AllocateSteps(method="density"), *static()[len(EXACT) :]),
-    ),
 )
 
 SHORTCUTS = (
-    _against_w8a8(
-        "q-diffusion",
-        "w4a8",
-        "Q-Diffusion, arXiv 2302.04304 (without its block reconstruction, which needs gradients; weights rounded to "
-        "nearest)",
-        "w8a8, calibrated along the trajectory, with separate quantizers for the parts of a shortcut's concatenation",
-        static(SplitShortcuts()),
-    ),
-    _against_w8a8(
+    against_w8a8(
         "segquant",
         "w8a8",
         "SegQuant, arXiv 2507.14811 (input segments; without its scales for the two signs of an activation and its "
@@ -159,7 +125,7 @@ SHORTCUTS = (
         "pays",
         static(SplitShortcuts(method="best")),
     ),
-    _against_w8a8(
+    against_w8a8(
         "dmq",
         "w4a8",
         "DMQ, arXiv 2507.12933 (powers of two for the channels of skip connections, chosen by expected error and not "
@@ -180,21 +146,21 @@ FACTORS = (
         baseline="w8a8-tensor",
         claim="w8a8",
     ),
-    _against_w8a8(
+    against_w8a8(
         "smoothquant",
         "w8a8",
         "SmoothQuant, arXiv 2211.10438 (alpha 0.5; only where the expected error falls)",
         "w8a8 with smaller loud channels and larger weights that read them; exact in the weights, no cost at run time",
         static(BY_CHANNEL, SmoothScales(alphas=0.5, timed=False)),
     ),
-    _against_w8a8(
+    against_w8a8(
         "ditas",
         "w4a8",
         "DiTAS, arXiv 2409.07756 (alpha by expected error, static activation scales; without its low-rank weights)",
         "w8a8 smoothed by maxima over all steps, alpha chosen for each layer, at run time where no exact place exists",
         static(BY_CHANNEL, SmoothScales(run_time=True, run_time_gain=0.1, timed=False)),
     ),
-    _against_w8a8(
+    against_w8a8(
         "repq",
         "w6a6",
         "RepQ-ViT, arXiv 2212.08254 (without its logarithmic softmax, for which there is no integer kernel)",
@@ -202,7 +168,7 @@ FACTORS = (
         "weights",
         static(Observe(channels="inputs"), ReparameterizeNorms()),
     ),
-    _against_w8a8(
+    against_w8a8(
         "dilate",
         "w4a8",
         "DilateQuant, arXiv 2409.14307 (weight dilation only; without its training)",
@@ -212,14 +178,14 @@ FACTORS = (
 )
 
 ROUNDING = (
-    _against_w8a8(
+    against_w8a8(
         "obc",
         "w4a8",
         "OBC, arXiv 2208.11580 (its quantizer OBQ for layers of up to 320 inputs, GPTQ for larger ones)",
         "w8a8 with weights rounded one by one, the least error first, the remaining ones compensating for it",
         static(behind=(RoundWeights(method="obq"),)),
     ),
-    _against_w8a8(
+    against_w8a8(
         "gptq",
         "w4a8",
         "GPTQ, arXiv 2210.17323 (convolutions unfolded; calls balanced)",
@@ -234,30 +200,14 @@ ROUNDING = (
         baseline="gptq",
         claim="w4a8",
     ),
-    _against_w8a8(
-        "adaround",
-        "w4a8",
-        "AdaRound, arXiv 2004.10568 (300 steps of a layer; the loss is relative to the start's; from the rounding to "
-        "nearest where that stays better)",
-        "w8a8 with weights whose rounding is learned against the outputs of each layer",
-        static(behind=(Reconstruct(unit="layer"),)),
-    ),
-    _against_w8a8(
-        "brecq",
-        "w4a8",
-        "BRECQ, arXiv 2102.05426 (300 steps of a block; mean squares in place of the Fisher diagonal; scales of "
-        "activations are not learned)",
-        "w8a8 with weights whose rounding is learned against the outputs of each block",
-        static(behind=(Reconstruct(unit="block"),)),
-    ),
-    _against_w8a8(
+    against_w8a8(
         "comq",
         "w4a8",
         "COMQ, arXiv 2403.07134 (one order of columns for all rows)",
         "w8a8 with weights rounded by coordinate descent",
         static(behind=(RoundWeights(method="comq"),)),
     ),
-    _against_w8a8(
+    against_w8a8(
         "softmax-bias",
         "w8a8",
         "Softmax Bias Correction for Quantized Generative Models, arXiv 2309.01729 (added behind the value matmul)",
@@ -267,7 +217,7 @@ ROUNDING = (
 )
 
 SCALES = (
-    _against_w8a8(
+    against_w8a8(
         "lsq",
         "w4a4",
         "LSQ, arXiv 1902.08153 (scales of weights and activations, and zero points; the weights themselves are rounded "
@@ -278,7 +228,7 @@ SCALES = (
 )
 
 BITS = (
-    _against_w8a8(
+    against_w8a8(
         "mixdq",
         "w4a8",
         "MixDQ, arXiv 2405.17873 (without its separate first text token; no activations in half precision)",
@@ -286,7 +236,7 @@ BITS = (
         "scored by images, all others by the error of epsilon",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="mixdq"),)),
     ),
-    _against_w8a8(
+    against_w8a8(
         "mpq-dm",
         "w4a8",
         "MPQ-DM, arXiv 2412.11549 (channels by kurtosis; widths by an integer program, not one bit more or less; "
@@ -294,7 +244,7 @@ BITS = (
         "2, 4 or 8 bits for each tenth of a layer's output channels, 4 on average",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), parts=10, order="kurtosis"),)),
     ),
-    _against_w8a8(
+    against_w8a8(
         "hawq",
         "w4a8",
         "HAWQ-V2 and HAWQ-V3, arXiv 1911.03852 and 2011.10680 (Gauss-Newton traces of epsilon's error, to 10 % by "
@@ -304,4 +254,4 @@ BITS = (
     ),
 )
 
-PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *SCALES, *BITS)
+PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *TRAINED, *SCALES, *BITS)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from mezzotint.compiler.core.pipeline import Pass
+from mezzotint.compiler.core.pipeline import Pass, Recipe
 
 from ..channel_scales import ChannelScales
 from ..choose_scales import ChooseScales
@@ -28,12 +28,23 @@ EXACT = (Normalize(), FreezeTime(), LowerTransposed(), FoldScales(), LowerNorms(
 FAST = (Normalize(), FreezeTime(), LowerTransposed(), FoldTime(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
+EVERY_CALL = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS)
+"""A row of scales for each call. Every gain counts, so all activations get tables."""
+NOISY = 1.0
+"""The eta of claims about the sampler's noise: with eta 0 there is none to reduce."""
 ISLANDS = ("first", "second", "penultimate", "last")
 SMOOTHED = (
     # A few images show which channels are loud. Only exact places that gain 3 dB: most networks have none.
     Observe(groups=0, channels="inputs", samples=4),
     SmoothScales(gain=3.0, islands=ISLANDS),
 )
+
+
+def against_w8a8(
+    name: str, claim: str, paper: str, description: str, passes: tuple[Pass, ...], claim_eta: float = 0.0
+) -> Recipe:
+    """Return a recipe that its paper compares with w8a8."""
+    return Recipe(name, description, passes, paper=paper, baseline="w8a8", claim=claim, claim_eta=claim_eta)
 
 
 def static(

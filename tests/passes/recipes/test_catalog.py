@@ -172,7 +172,10 @@ def test_methods_are_what_they_say() -> None:
     for name in ("ptqd-w8a8", "d2-dpm"):
         gated, plain = (RECIPES[f"{name.removesuffix('-w8a8')}-gated"], RECIPES[name])
         assert gated.passes[:-1] == plain.passes[:-1] and gated.passes[-1].options()["gate"]
-    assert RECIPES["pcr"].passes[:-1] == RECIPES["tfmq"].passes
+    assert RECIPES["pcr"].passes[:-1] == RECIPES["w8a8-calls"].passes == RECIPES["tfmq"].passes[:-1]
+    assert RECIPES["ptqd"].passes[:-1] == RECIPES["q-diffusion"].passes
+    assert options("ptqd", "fit_noise") == options("ptqd-w8a8", "fit_noise")
+    assert options("eda-dm", "reconstruct")["inner"] > 0 == options("qdrop", "reconstruct")["inner"]
     assert [p for p in RECIPES["w8a8"].passes if p.name != "freeze_time"] == list(RECIPES["w8a8-time"].passes)
     assert "freeze_time" in [p.name for p in RECIPES["tfmq"].passes]
     assert not options("dfq", "choose_scales")["per_channel"]

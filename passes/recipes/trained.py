@@ -1,0 +1,89 @@
+"""Recipes of systems that train: the rounding of weights by layers or blocks, then the scales of activations.
+
+A fit has 300 steps of a unit, which suits two cores; the papers have 10 000 to 20 000 of larger batches, and
+`reconstruct.iterations` sets them. Activations are trained behind the weights, by blocks (learn_scales), where a paper
+trains both together too. Islands are the first and the last layer in each of them; what papers leave in float besides,
+or quantize to 8 bits, is named in `paper`.
+"""
+
+from __future__ import annotations
+
+from mezzotint.compiler.core.pipeline import Recipe
+
+from ..allocate_steps import AllocateSteps
+from ..fit_noise import FitNoise
+from ..learn_scales import LearnScales
+from ..reconstruct import Reconstruct
+from ..split_shortcuts import SplitShortcuts
+from .parts import EVERY_CALL, EXACT, NOISY, against_w8a8, static
+
+_ACTIVATIONS = LearnScales(zero_points=False)
+_Q_DIFFUSION = static(SplitShortcuts(), behind=(Reconstruct(), _ACTIVATIONS))
+
+TRAINED = (
+    against_w8a8(
+        "adaround",
+        "w4a8",
+        "AdaRound, arXiv 2004.10568 (300 steps of a layer; the loss is relative to the start's; from the rounding to "
+        "nearest where that stays better)",
+        "w8a8 with weights whose rounding is learned against the outputs of each layer",
+        static(behind=(Reconstruct(unit="layer"),)),
+    ),
+    against_w8a8(
+        "brecq",
+        "w4a8",
+        "BRECQ, arXiv 2102.05426 (300 steps of a block; mean squares in place of the Fisher diagonal)",
+        "w8a8 with weights whose rounding is learned against the outputs of each block, then scales of activations",
+        static(behind=(Reconstruct(), _ACTIVATIONS)),
+    ),
+    against_w8a8(
+        "qdrop",
+        "w4a8",
+        "QDrop, arXiv 2203.05740 (half of the elements of activations unquantized in each step; 300 steps of a block; "
+        "scales of activations are trained behind the weights, not with them)",
+        "brecq with activations that are quantized at random while weights are trained",
+        static(behind=(Reconstruct(drop=0.5), _ACTIVATIONS)),
+    ),
+    against_w8a8(
+        "q-diffusion",
+        "w4a8",
+        "Q-Diffusion, arXiv 2302.04304 (300 steps of a block; the first and the last layer stay in float, where the "
+        "paper quantizes all; all shortcuts are split, not those of 1x1 kernels alone)",
+        "brecq, calibrated along the trajectory, with separate quantizers for the parts of a shortcut's concatenation",
+        _Q_DIFFUSION,
+    ),
+    against_w8a8(
+        "ptqd",
+        "w4a8",
+        "PTQD, arXiv 2305.10657 (its three corrections at every call, in the closed forms of the paper, on the "
+        "quantizer of Q-Diffusion; shortcuts and changes of size are quantized, which it leaves in float; its widths "
+        "by step are `mezzotint mix`)",
+        "q-diffusion with a sampling loop that corrects the quantization noise as the paper writes it, helpful or not",
+        (*_Q_DIFFUSION, FitNoise(form="ptqd", gate=False)),
+        claim_eta=NOISY,
+    ),
+    against_w8a8(
+        "eda-dm",
+        "w4a8",
+        "EDA-DM, arXiv 2401.04585 (300 steps of a block; with the regularizer that its code leaves out, because soft "
+        "weights are rounded in the end; the first and the last layer in float, not in 8 bits; scales of activations "
+        "are trained behind the weights, not with them)",
+        "qdrop with the errors of the layers inside each block, calibrated and trained on half of the samples, with "
+        "more of them at calls that resemble many others or differ from all",
+        (
+            *(*EXACT, AllocateSteps(method="density"), *static()[len(EXACT) :]),
+            *(Reconstruct(drop=0.5, inner=1.0), _ACTIVATIONS),
+        ),
+    ),
+    Recipe(
+        "tfmq",
+        "time features stored as tables, finite set calibration (a row of scales for each activation and call), and "
+        "weights whose rounding is learned against the outputs of each block",
+        (*EVERY_CALL, Reconstruct()),
+        paper="TFMQ-DM, arXiv 2311.16503 (time features cached in float, as in its journal version, so its temporal "
+        "block has nothing to train: reconstruct trains it where it is quantized; 300 steps of a block; the second "
+        "layer, shortcuts and changes of size are quantized, which it leaves in float)",
+        baseline="w8a8-time",
+        claim="w4a8",
+    ),
+)
