@@ -6,6 +6,10 @@ and is hard when it is written (compiler/training/fit_rounding.py has the loss).
 order: their inputs come from the prefix that is trained already, their targets from the float graph. What is trained
 is the graph behind the passes: split shortcuts, smoothed channels, tables of timesteps, quantizers of outputs.
 
+Where the time embedding is quantized (w8a8-time), all that depends on the timestep alone is the first unit, against
+what it gives to the rest at every deployed timestep, and its weights are in no other unit (TFMQ-DM, arXiv 2311.16503:
+trained with a block's images, they would fit those). A branch that freeze_time made tables of has nothing to train.
+
 The fit starts at the rounding that the graph has: behind round_weights at that of GPTQ. A unit whose hard rounding is
 no better than its start keeps the start. The manifest has the errors of each unit before and behind hard rounding, and
 the curve of its loss.
@@ -38,13 +42,14 @@ import numpy as np
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.graph.blocks import find_blocks
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs, chosen_latents
-from mezzotint.compiler.rounding.weights import find_weights, layer_name
+from mezzotint.compiler.rounding.weights import find_weights
+from mezzotint.compiler.training.block_data import LossWatcher
+from mezzotint.compiler.training.units import GraphUnit, find_units, time_unit
 from mezzotint.runtime.bundle.training import TrainedUnit
-from mezzotint.runtime.progress import DETAIL
+from mezzotint.runtime.progress import DETAIL, Progress
 from mezzotint.runtime.sampling.deployment import Deployment
 
 
@@ -107,24 +112,21 @@ class Reconstruct(Pass):
         from mezzotint.compiler.training.rounding_of_unit import ReconstructionUnit, learn_rounding
         from mezzotint.compiler.training.unit_cache import UnitCache
 
-        chosen, left = self._chosen(program)
+        chosen, branch, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
         numbers = (self.iterations, self.learning_rate, self.regularization, self.batch)
         schedule = Annealing(*numbers, inner=self.inner, drop=self.drop)
         decisive = {name: value for name, value in self.options().items() if name != "units"}
         cache = UnitCache(program, context, {"pass": self.name, **decisive})
-        total = len(latents) + self.iterations
         fits = []
-        for name, computed in chosen:
-            done = itertools.count(1)
-
-            def step(loss: float | None = None, name: str = name, done: Iterator[int] = done) -> None:
-                detail = "" if loss is None else f"{DETAIL}loss {loss:.3g}"
-                context.progress(f"{self.name}: {name}{detail}", next(done), total)
-
+        for part in chosen:
+            timely = part is branch
+            total = (len(program.deployment.timesteps) if timely else len(latents)) + self.iterations
+            step = self._reporter(part.name, total, context.progress)
             # A unit that was written changed the graph: its weights are looked up again.
-            unit = ReconstructionUnit(name, computed, tuple(self._weights(program, computed)))
+            weights = tuple(self._weights(program, part, branch))
+            unit = ReconstructionUnit(part.name, part.computed, weights, timely)
             program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step)
             fits.append(fit)
         return replace(program, training=(*program.training, *fits), note=_note(fits, left))
@@ -134,42 +136,45 @@ class Reconstruct(Pass):
 
         return str(to_torch(program.model, signature=program.signature).module.code)
 
-    def _chosen(self, program: Program) -> tuple[list[tuple[str, frozenset[str]]], int]:
-        """Return the (name, computed values) of the units to train, and the number of weights that are in no unit.
+    def _reporter(self, unit: str, total: int, progress: Progress) -> LossWatcher:
+        """Return what reports one step more of a unit's `total` at each call, with the loss."""
+        done = itertools.count(1)
+
+        def step(loss: float | None = None) -> None:
+            detail = "" if loss is None else f"{DETAIL}loss {loss:.3g}"
+            progress(f"{self.name}: {unit}{detail}", next(done), total)
+
+        return step
+
+    def _chosen(self, program: Program) -> tuple[list[GraphUnit], GraphUnit | None, int]:
+        """Return the units to train, the time branch, and the number of weights in no unit.
 
         A weight that several units read is in none. Raise RecipeError for a pattern that matches no unit.
         """
-        parts = [(name, computed, list(self._weights(program, computed))) for name, computed in self._parts(program)]
-        units = [(name, computed) for name, computed, weights in parts if weights]
-        left = len(find_weights(program.graph)) - sum(len(weights) for _, _, weights in parts)
+        branch = time_unit(program)
+        units = [*([branch] if branch else []), *find_units(program, self.unit)]
+        parts = [(unit, list(self._weights(program, unit, branch))) for unit in units]
+        trained = [unit for unit, weights in parts if weights]
+        left = len(find_weights(program.graph)) - sum(len(weights) for _, weights in parts)
         for pattern in self.units:
-            if not any(fnmatchcase(name, pattern) for name, _ in units):
+            if not any(fnmatchcase(unit.name, pattern) for unit in trained):
                 raise RecipeError(
                     f"reconstruct.units: {pattern!r} matches no unit with quantized weights",
                     where=self.name,
                     hint="patterns are those of a shell: `*`, `?`; `inspect --blocks` lists the blocks",
                 )
         patterns = self.units or ("*",)
-        return [unit for unit in units if any(fnmatchcase(unit[0], pattern) for pattern in patterns)], left
+        chosen = [unit for unit in trained if any(fnmatchcase(unit.name, pattern) for pattern in patterns)]
+        return chosen, branch, left
 
-    def _weights(self, program: Program, computed: frozenset[str]) -> Iterator[Inputs]:
-        """Yield the weights whose readers are all in a unit."""
+    def _weights(self, program: Program, unit: GraphUnit, branch: GraphUnit | None) -> Iterator[Inputs]:
+        """Yield the weights whose readers are all in a unit. Those of the time branch are in no other unit."""
         floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
         for weight in find_weights(program.graph):
-            if all(name_of(node.outputs[0]) in computed for node in weight.readers):
+            readers = {name_of(node.outputs[0]) for node in weight.readers}
+            timely = branch is not None and readers <= branch.computed
+            if readers <= unit.computed and timely == (unit is branch):
                 yield Inputs.of(weight, floats, self.name)
-
-    def _parts(self, program: Program) -> Iterator[tuple[str, frozenset[str]]]:
-        """Yield the name of each layer or block, and the names of what its nodes compute."""
-        if self.unit == "block":
-            for block in find_blocks(program.model, program.signature.sample):
-                yield block.name, frozenset(name_of(node.outputs[0]) for node in block.nodes)
-            return
-        floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
-        for weight in find_weights(program.graph):
-            computed = [name_of(node.outputs[0]) for node in weight.readers]
-            known = [floats[name] for node in weight.readers if (name := layer_name(node)) in floats]
-            yield weight.name, frozenset([*computed, *(name_of(layer.output) for layer in known)])
 
 
 def _note(fits: Sequence[TrainedUnit], left: int) -> str:

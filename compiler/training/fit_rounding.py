@@ -76,8 +76,16 @@ class Batches:
     """The batches of a block, and the errors of its torch module on them."""
 
     def __init__(
-        self, graph: TorchGraph, part: Subgraph, signature: Signature, data: BlockData, schedule: Annealing, seed: int
+        self,
+        graph: TorchGraph,
+        part: Subgraph,
+        signature: Signature,
+        data: BlockData,
+        schedule: Annealing,
+        seed: int,
+        calls: int = 1,
     ) -> None:
+        self._calls = calls
         self._graph, self._signature, self._batches = graph, signature, data.batches
         self._outputs, self._schedule = part.outputs, schedule
         self._inputs = {name_of(value): value for value in part.model.graph.inputs}
@@ -95,9 +103,10 @@ class Batches:
         return batch, slice(first, first + most) if batch.divisible else slice(None)
 
     def loss(self, rng: np.random.Generator) -> torch.Tensor:
-        """Return the error of a batch with the layers inside, and with elements that are not quantized."""
+        """Return the error with the layers inside, and with elements that are not quantized: of `calls` batches."""
         self._graph.module.train()
-        return self._weighted(*self._errors(*self.draw(rng)))
+        drawn = [self._weighted(*self._errors(*self.draw(rng))) for _ in range(self._calls)]
+        return torch.stack(drawn).mean()
 
     @torch.no_grad()
     def mean_errors(self) -> tuple[float, float]:

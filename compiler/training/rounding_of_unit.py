@@ -32,12 +32,14 @@ from .unit_cache import UnitCache, Ups
 class ReconstructionUnit:
     """A part of the graph that is trained as one: its name, what its nodes compute, and its weights.
 
-    `computed` are the names of the first outputs of its nodes.
+    `computed` are the names of the first outputs of its nodes. `timely` says that all of it depends on the timestep
+    alone: its data are all deployed timesteps, and a step of its fit takes several of them.
     """
 
     name: str
     computed: frozenset[str]
     weights: tuple[Inputs, ...]
+    timely: bool = False
 
 
 def learn_rounding(
@@ -65,12 +67,15 @@ def learn_rounding(
     rounders = {name_of(w.weight.quantize.outputs[0]): _soften(graph, w) for w in unit.weights}
     if known is None:
         mixed = dict(part.floats) if schedule.drop else {}
+        if unit.timely:
+            latents = _at_every_timestep(program, latents[0])
         data = record(program, context, part, latents, unit.name, step, inner=schedule.inner > 0, floats=mixed)
         try:
             with torch_threads(context.threads):
                 seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
                 _drop_elements(part, graph, schedule.drop, seeds)
-                batches = Batches(graph, part, program.signature, data, schedule, int(seeds.integers(2**31)))
+                seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
+                batches = Batches(graph, part, program.signature, data, schedule, seed, calls)
                 fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
         finally:
             data.close()
@@ -86,6 +91,12 @@ def learn_rounding(
     trained = {w.weight.quantize.name or "": rounders[name_of(w.weight.quantize.outputs[0])] for w in unit.weights}
     written = replace(graph, quantizers={**graph.quantizers, **trained})
     return write_back(program, written, context.folder, by), fit
+
+
+def _at_every_timestep(program: Program, latents: Latents) -> list[Latents]:
+    """Return one call for each timestep of the deployment; what depends on the timestep alone reads nothing else."""
+    times = program.deployment.timesteps
+    return [replace(latents, call=i, timestep=t) for i, t in enumerate(times)]
 
 
 def _soften(graph: TorchGraph, inputs: Inputs) -> SoftRounding:

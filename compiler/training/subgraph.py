@@ -46,8 +46,9 @@ def cut_out(
     """Return the nodes of a quantized graph that compute these values, with the quantizers of what they read.
 
     Nodes are named by their first outputs, because nodes of an ONNX file may have no names. What depends on the
-    timestep alone is computed inside the part. `floats` are the names of the values of the float graph, and
-    `of_layers` those that its layers compute. Raise PassError if nothing leaves the part.
+    timestep alone is computed inside the part, and leaves it only if nothing else does. `floats` are the names of the
+    values of the float graph, and `of_layers` those that its layers compute. Raise PassError if nothing leaves the
+    part.
     """
     clone = model.clone()
     graph = clone.graph
@@ -55,10 +56,11 @@ def cut_out(
     data = dependents(graph, [name_of(v) for v in graph.inputs if v not in time])
     chosen = _with_output_quantizers([n for n in graph if name_of(n.outputs[0]) in computed])
     inside = dict.fromkeys([*chosen, *_input_quantizers(chosen)])
-    computed_here = [v for n in chosen for v in n.outputs if name_of(v) in data and not _is_read_in(v, chosen)]
-    ends = [v for v in computed_here if _is_read_outside(v, inside)]
+    computed_here = [v for n in chosen for v in n.outputs if not _is_read_in(v, chosen)]
+    sampled = [v for v in computed_here if name_of(v) in data]
+    ends = [v for v in sampled or computed_here if _is_read_outside(v, inside)]
     if not ends:
-        raise PassError("nothing that depends on the sample leaves this part of the graph", where=where)
+        raise PassError("nothing leaves this part of the graph", where=where)
     entering = _entering(inside, data)
     outputs = tuple(name_of(v) for v in ends)
     targets = tuple(_in_float(v, floats, where) for v in ends)

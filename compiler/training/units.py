@@ -22,10 +22,12 @@ from ..core.program import Program
 from ..graph.blocks import find_blocks
 from ..graph.nodes import consumers, is_constant, is_op, name_of
 from ..graph.ops import MOVERS, layers
+from ..graph.topology import time_branch
 from ..rounding.weights import find_weights, layer_name
 
 Through = Literal["layer", "block", "network"]
 NETWORK = "the network"
+TIME = "the time branch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,12 @@ def find_units(program: Program, through: Through) -> list[GraphUnit]:
         known = [floats[name] for node in weight.readers if (name := layer_name(node)) in floats]
         units.append(GraphUnit(weight.name, frozenset([*computed, *(name_of(layer.output) for layer in known)])))
     return units
+
+
+def time_unit(program: Program) -> GraphUnit | None:
+    """Return all that depends on the timestep alone as a unit, or None where nothing does."""
+    values = time_branch(program.graph, program.signature).values
+    return GraphUnit(TIME, frozenset(map(name_of, values))) if values else None
 
 
 def quantizers_of_units(

@@ -20,7 +20,7 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.reconstruct import Reconstruct
 from mezzotint.runtime.progress import DETAIL
-from tests.helpers.tiny import tiny_program
+from tests.helpers.tiny import TIME_LAYERS, tiny_program
 from tests.passes.test_round_weights import inserted, planned
 
 QUICK: dict[str, Any] = {"unit": "layer", "iterations": 20, "learning_rate": 0.2, "calls": 2, "samples": 2}
@@ -191,3 +191,20 @@ def test_training_that_was_stopped_goes_on_with_the_next_unit(
     stages.clear()
     trained(program, replace(cached, progress=watching), **options | {"units": (second,)})
     assert f"reconstruct: {second}" in stages, "behind another first unit the second is another"
+
+
+def test_a_quantized_time_branch_is_trained_first_and_apart(context: Context) -> None:
+    steps = with_options(RECIPES["w8a8-time"], {"choose_scales.weight_bits": 4}).passes
+    before = pipeline.run_passes(tiny_program(steps=3), steps, context)
+    timely = {weight.name for weight in find_weights(before.graph) if weight.name.startswith(("time_", "b1_t", "b2_t"))}
+    assert len(timely) == TIME_LAYERS
+    after = trained(before, context, unit="block", units=("the time branch", "b1_conv1*"))
+    first, second = after.training
+    assert (first.unit, second.unit) == ("the time branch", "b1_conv1 .. b1_conv2")
+    assert first.hard < first.start
+    alone = trained(before, context, unit="block", units=("the time branch",))
+    old, time, both = ({w.name: w.rows() for w in find_weights(p.graph)} for p in (before, alone, after))
+    assert {name for name in old if not np.array_equal(old[name], time[name])} == timely
+    assert all(np.array_equal(time[name], both[name]) for name in timely), (
+        "a block trains no weights of the time branch"
+    )
