@@ -34,7 +34,7 @@ from mezzotint.runtime.session import open_session
 from mezzotint.runtime.signature import Images, Prediction, TimestepUnit
 
 from .io.hub import card_fields
-from .io.sources import ModelSource, ModuleSource, OnnxSource, resolve
+from .io.sources import ModelSource, ModuleSource, OnnxSource
 from .options import (
     RECIPE,
     AcceptanceOptions,
@@ -45,7 +45,7 @@ from .options import (
     OutputOptions,
     RecipeOptions,
 )
-from .prepared import calibration_rows, pipeline_sizes, prepare
+from .prepared import calibration_rows, prepare, prepare_model
 from .progress import stage
 
 if TYPE_CHECKING:
@@ -185,18 +185,28 @@ def export_model(
     output: str | Path,
     *,
     scheduler: str | Path | Schedule | None = None,
+    conditions: ConditionSource = None,
+    inputs: Mapping[str, str] | None = None,
+    output_name: str | None = None,
+    prediction: Prediction | None = None,
     size: tuple[int, int] | None = None,
+    timestep_unit: TimestepUnit | None = None,
+    channels: int | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Write the float ONNX file that a compilation starts from: the imported model, before any pass."""
+    """Write the float ONNX file that a compilation starts from: the imported model, before any pass.
+
+    The options are those of `compile_model`, and the file has the inputs and the output of a bundle with the same ones.
+    """
     target = Path(output)
-    source = resolve(model, scheduler)
-    deployment = DeploymentOptions(steps=1).on(source.schedule)
+    roles = ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels)
+    deployment = DeploymentOptions(steps=1, scheduler=scheduler)
+    prepared = prepare_model(model, target, deployment, roles, conditions, force=force)
+    source = prepared.source
     with staged_file(target, force=force) as (file, work):
-        sizes = pipeline_sizes(source)
-        program = _import(source, work, deployment, ImportRoles(size=size), threads, progress, sizes)
+        program = _import(source, work, prepared.deployment, prepared.roles, threads, progress, prepared.sizes)
         save_model(program.model, file)
         try:
             open_session(file, threads=threads, level="none")  # what is not a model for onnxruntime is not written

@@ -1,7 +1,7 @@
 """Everything about a compilation that can be known without running the model, or loading torch.
 
-`compile` and `compile --dry-run` both begin here, so the same input is refused by both, with the same error, before any
-work is done.
+`compile`, `compile --dry-run` and `export` begin here, so the same input is refused by all, with the same error, before
+any work is done.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from mezzotint.runtime.streams import SeedOffset
 
 from .io.settings import load_conditions
 from .io.sources import CONFIG_FILE, FolderSource, ModelSource, OnnxSource, resolve
-from .options import RANDOM, CompileOptions, ImportRoles
+from .options import RANDOM, CompileOptions, DeploymentOptions, ImportRoles
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,22 +45,28 @@ MODEL_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """A compilation whose options, model and data fit together.
+class PreparedModel:
+    """A model whose options and data fit together.
 
     `source` has the schedule for what the network predicts. `signature` and `shape` are what the import will find.
-    `conditions` and `unconditional` are None where random ones are asked for. `sizes` are known sizes of conditions.
+    `sizes` are known sizes of conditions.
     """
 
-    recipe: Recipe
     source: ModelSource
     deployment: Deployment
     roles: ImportRoles
     signature: Signature
     shape: tuple[int, int, int]
+    sizes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(PreparedModel):
+    """A compilation that can begin. `conditions` and `unconditional` are None where random ones are asked for."""
+
+    recipe: Recipe
     conditions: Conditions | None
     unconditional: Conditions | None
-    sizes: Mapping[str, tuple[int, ...]]
 
 
 def prepare(model: Model, target: Path, options: CompileOptions) -> Prepared:
@@ -69,22 +75,54 @@ def prepare(model: Model, target: Path, options: CompileOptions) -> Prepared:
         _read(of) for of in (options.calibration.conditions, options.calibration.unconditional)
     )
     recipe = options.recipe.chosen()
-    source = resolve(model, options.deployment.scheduler)
-    roles = options.roles
-    config = source.config if isinstance(source, OnnxSource) else None
-    schedule = source.schedule.predicting(roles.prediction or known_prediction(config, source.schedule))
-    source = replace(source, schedule=schedule)
-    deployment = options.deployment.on(schedule)
+    source, deployment = _source(model, options.deployment, options.roles)
     recipe.check(deployment)
     check_target(target, force=options.output.force)
     if options.output.export is not None:
         check_target_file(Path(options.output.export), force=options.output.force)
+    found = _settled(source, deployment, options.roles, conditions, unconditional)
+    facts = {field.name: getattr(found, field.name) for field in fields(found)}
+    return Prepared(recipe=recipe, conditions=conditions, unconditional=unconditional, **facts)
+
+
+def prepare_model(
+    model: Model,
+    target: Path,
+    deployment: DeploymentOptions,
+    roles: ImportRoles,
+    conditions: ConditionSource,
+    *,
+    force: bool,
+) -> PreparedModel:
+    """Return a model that can be imported and written to a file. Raises the errors that `prepare` has for the same."""
+    rows = _read(conditions)
+    source, deployed = _source(model, deployment, roles)
+    check_target_file(target, force=force)
+    return _settled(source, deployed, roles, rows or None, None)
+
+
+def _source(model: Model, options: DeploymentOptions, roles: ImportRoles) -> tuple[ModelSource, Deployment]:
+    """Return a model with the schedule for what it predicts, and the deployment on that schedule."""
+    source = resolve(model, options.scheduler)
+    config = source.config if isinstance(source, OnnxSource) else None
+    schedule = source.schedule.predicting(roles.prediction or known_prediction(config, source.schedule))
+    return replace(source, schedule=schedule), options.on(schedule)
+
+
+def _settled(
+    source: ModelSource,
+    deployment: Deployment,
+    roles: ImportRoles,
+    conditions: Conditions | None,
+    unconditional: Conditions | None,
+) -> PreparedModel:
+    """Return what the import will find; conditions that are None are not checked."""
     sizes = {
-        **pipeline_sizes(source),
+        **_pipeline_sizes(source),
         **{name: rows.shape[1:] for name, rows in (conditions or {}).items() if rows.ndim > 1},
     }
     if isinstance(source, OnnxSource):
-        unit = roles.timestep_unit or known_unit(config, schedule)
+        unit = roles.timestep_unit or known_unit(source.config, source.schedule)
         roles = replace(roles, timestep_unit=unit or "steps")
         signature, shape, inputs = _onnx_inputs(source, roles, deployment, unit is None)
     else:
@@ -100,7 +138,7 @@ def prepare(model: Model, target: Path, options: CompileOptions) -> Prepared:
         random_rows(inputs, shape, 1, 0) if conditions is None else conditions,
         random_rows(inputs, shape, 1, 0) if unconditional is None else unconditional,
     )
-    return Prepared(recipe, source, deployment, roles, signature, shape, conditions, unconditional, sizes)
+    return PreparedModel(source, deployment, roles, signature, shape, sizes)
 
 
 def calibration_rows(prepared: Prepared, inputs: Mapping[str, ir.Value], samples: int, seed: int) -> list[Conditions]:
@@ -161,7 +199,7 @@ def _torch_inputs(
     return signature, (image, *known.shape[1:]), inputs
 
 
-def pipeline_sizes(source: ModelSource) -> dict[str, tuple[int, ...]]:
+def _pipeline_sizes(source: ModelSource) -> dict[str, tuple[int, ...]]:
     """Return the sizes of conditions that the pipeline around a model's folder says: SDXL's refiner has 5 time ids."""
     if not isinstance(source, FolderSource):
         return {}

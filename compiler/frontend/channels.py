@@ -43,7 +43,7 @@ def network_channels(
         raise ModelError(
             f"the model takes {taken} channels and predicts {predicted}: no image of {image} channels fits that",
             where=where,
-            hint="name the output that predicts (--output), or give the channels of the image (--channels)",
+            hint="name the output that predicts (--output-name), or give the channels of the image (--channels)",
         )
     return Channels(image, taken - image, predicted)
 

@@ -118,5 +118,5 @@ def _pick_output(graph: ir.Graph, output: str | None, where: str) -> str:
     raise SignatureError(
         f"the model has several outputs: {', '.join(names)}",
         where=where,
-        hint="name the one that predicts: --output epsilon=NAME",
+        hint="name the one that predicts: --output-name epsilon=NAME",
     )

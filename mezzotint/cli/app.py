@@ -26,10 +26,26 @@ from .card import card
 from .debug import debug
 from .diff import diff
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .interchange import overlay, overrides
 from .mix import mix
-from .options import SAMPLER_NAMES, CommandGroup, ConditionsFile, Force, Json, Quiet, Threads, UnconditionalFile, number
+from .options import (
+    SAMPLER_NAMES,
+    CommandGroup,
+    ConditionsFile,
+    Force,
+    ImageChannels,
+    InputRoles,
+    Json,
+    ModelArgument,
+    PredictionName,
+    Quiet,
+    Threads,
+    TimestepUnitName,
+    UnconditionalFile,
+    number,
+)
 from .panels import GroupedCommand
 
 app = typer.Typer(
@@ -41,8 +57,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model or pipeline folder, or an .onnx file.")]
 
 
 @app.command()
@@ -86,20 +100,16 @@ def compile_(
     unconditional: Annotated[str | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
     seed: Annotated[int, number(bounds.LARGEST_SEED, "Seed of the calibration noise.", least=0)] = 0,
     threads: Threads = None,
-    input_: Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")] = None,
+    input_: InputRoles = None,
     output: Annotated[
-        str | None, typer.Option("--output", help="ONNX: epsilon=NAME, the output that predicts.")
+        str | None, typer.Option("--output", "--output-name", help="ONNX: epsilon=NAME, the output that predicts.")
     ] = None,
-    prediction: Annotated[
-        str | None, typer.Option(help="ONNX: epsilon, v_prediction, sample, flow_prediction, reversed_flow_prediction.")
-    ] = None,
-    timestep_unit: Annotated[
-        str | None, typer.Option(help="ONNX: the timestep counts steps, fraction (0 to 1) or reversed_fraction.")
-    ] = None,
+    prediction: PredictionName = None,
+    timestep_unit: TimestepUnitName = None,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH for calibration, where the model leaves the size open.")
     ] = None,
-    channels: Annotated[int | None, number(bounds.MOST_SIDE, "ONNX: channels of the image, if it has others.")] = None,
+    channels: ImageChannels = None,
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also write each pass's ONNX model, and its torch code if it trains.")
     ] = False,
@@ -160,32 +170,7 @@ def compile_(
         console.print_warning(f"the compiled file is not faster than the float model: {acceptance.speed_text()}")
 
 
-@app.command()
-def export(
-    model: ModelArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help=".onnx file to write.")],
-    scheduler: Annotated[str | None, typer.Option(help="scheduler_config.json, its folder, or a name.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the model leaves the size open.")] = None,
-    threads: Threads = None,
-    force: Force = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write the float ONNX model that a compilation starts from, for comparisons and for other tools."""
-    from ..api import export_model
-    from ..io import settings
-    from ..text import console
-
-    with shown(quiet=quiet) as report:
-        export_model(
-            model,
-            output,
-            scheduler=scheduler,
-            size=settings.parse_size(size),
-            threads=threads,
-            force=force,
-            progress=report,
-        )
-    console.print_line(f"wrote {output}")
+app.command()(export)
 
 
 @app.command()

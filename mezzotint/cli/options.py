@@ -36,6 +36,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress. --json i
 Threads = Annotated[int | None, number(bounds.MOST_THREADS, "Threads of onnxruntime; its own choice when left out.")]
 All = Annotated[bool, typer.Option("--all", help="Print every row of every table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model or pipeline folder, or an .onnx file.")]
+InputRoles = Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")]
+PredictionName = Annotated[
+    str | None, typer.Option(help="ONNX: epsilon, v_prediction, sample, flow_prediction, reversed_flow_prediction.")
+]
+TimestepUnitName = Annotated[
+    str | None, typer.Option(help="ONNX: the timestep counts steps, fraction (0 to 1) or reversed_fraction.")
+]
+ImageChannels = Annotated[
+    int | None, number(bounds.MOST_SIDE, "ONNX: channels of the image, if it has others.", "--channels")
+]
 Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
 NoiseSeed = Annotated[
     int | None, number(bounds.LARGEST_SEED, "Seed of the noise; an unused one when left out.", "--seed", least=0)

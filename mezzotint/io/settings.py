@@ -46,7 +46,9 @@ def parse_roles(items: list[str]) -> dict[str, str]:
     return roles
 
 
-def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, Prediction | None]:
+def parse_output(
+    text: str | None, prediction: str | None, option: str = "--output"
+) -> tuple[str | None, Prediction | None]:
     """Return (output name, prediction) of `epsilon=NAME` (or `v_prediction=`, `sample=`). `prediction` has priority.
 
     The front end checks the prediction's name.
@@ -55,10 +57,11 @@ def parse_output(text: str | None, prediction: str | None) -> tuple[str | None, 
         return None, cast("Prediction | None", prediction)
     role, equals, name = text.partition("=")
     if not equals or not name or role not in PREDICTIONS:
+        place = "the bundle's folder is -o FOLDER" if option == "--output" else "the file to write is -o FILE"
         raise SignatureError(
             f"not an output: {text!r}",
-            where="--output",
-            hint=f"the form is --output epsilon=NAME ({', '.join(PREDICTIONS)}); the bundle's folder is -o FOLDER",
+            where=option,
+            hint=f"the form is {option} epsilon=NAME ({', '.join(PREDICTIONS)}); {place}",
         )
     return name, cast("Prediction | None", prediction or (role if role != "epsilon" else None))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
@@ -34,9 +35,11 @@ from tests.helpers.models import (
     CONTEXT,
     CONVS,
     INTEGER,
+    SCHEDULER,
     SMALL,
     THREADS,
     TIME_LAYERS,
+    Cli,
     Compiled,
     hand_written,
     prompts,
@@ -513,6 +516,43 @@ class TestExport:
         want = Denoiser(hand.exported, signature, threads=THREADS)(x, 5)
         np.testing.assert_array_equal(Denoiser(path, signature, threads=THREADS)(x, 5), want)
         assert [v.name for v in onnx.load(unet.exported).graph.input] == ["sample", "timestep"]
+
+    def test_it_takes_what_compile_has_to_be_said(self, cli: Cli, tmp_path: Path) -> None:
+        """Names of inputs and outputs, extra channels, a unit of the timestep: the file is that of the compilation."""
+        model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[batch,9,8,8] latents, float[batch] when) => (float[batch,1,1,1] other, float[batch,4,8,8] wanted) {
+          other = Reshape (when, column) warm = Add (latents, other)
+          wanted = Conv <pads = [1,1,1,1]> (warm, w) }""")
+        weight = np.random.default_rng(1).standard_normal((4, 9, 3, 3)).astype(np.float32) / 9
+        constants = {"w": weight, "column": np.array([-1, 1, 1, 1])}
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in constants.items())
+        path = write(model, tmp_path / "m.onnx")
+        said: tuple[Any, ...] = (
+            "--input",
+            "sample=latents",
+            "--input",
+            "timestep=when",
+            "--output-name",
+            "sample=wanted",
+        )
+        said += ("--timestep-unit", "fraction", "--channels", "4", "--scheduler", SCHEDULER)
+
+        refused = cli("export", path, "-o", tmp_path / "a.onnx", *said[:4], *said[6:])
+        assert refused.code == 2 and "--output-name epsilon=NAME" in refused.err and not (tmp_path / "a.onnx").exists()
+        assert cli("export", path, "-o", tmp_path / "a.onnx", *said).code == 0
+        wrong = cli("export", path, "-o", tmp_path / "c.onnx", *said, "--output-name", "wanted")
+        assert wrong.code == 2 and "--output-name epsilon=NAME" in wrong.err
+
+        roles: dict[str, Any] = {"inputs": {"sample": "latents", "timestep": "when"}, "output_name": "wanted"}
+        roles |= {"prediction": "sample", "timestep_unit": "fraction", "channels": 4, "conditions": "random"}
+        exported = tmp_path / "b.onnx"
+        bundle = compile_model(path, tmp_path / "bundle", recipe="float", export=exported, **roles, **SMALL)
+        assert (tmp_path / "a.onnx").read_bytes() == exported.read_bytes()
+        conditions = {name: np.zeros((2, 5, 8, 8), np.float32) for name in bundle.signature.conditions}
+        assert len(conditions) == 1
+        x, t = noise(2, 4, 8, 8), bundle.deployment.timesteps[1]
+        want = Denoiser(tmp_path / "a.onnx", bundle.signature, threads=THREADS)(x, t, **conditions)
+        np.testing.assert_allclose(bundle.denoiser(THREADS)(x, t, **conditions), want, atol=1e-5)
 
     def test_an_existing_file_is_kept(self, hand: Compiled, tmp_path: Path) -> None:
         (tmp_path / "float.onnx").write_bytes(b"mine")

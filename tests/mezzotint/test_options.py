@@ -15,7 +15,7 @@ import pytest
 
 import mezzotint
 from mezzotint import Bundle, compile_model, export_model, mix_bundles, sample, sample_to_folder
-from mezzotint.cli import app, mix
+from mezzotint.cli import app, export, mix
 from mezzotint.cli.options import SAMPLER_NAMES
 from mezzotint.evaluate.run import evaluate_bundle
 from mezzotint.options import RECIPE, CompileOptions, DeploymentOptions
@@ -68,7 +68,9 @@ def test_compile_has_the_options_of_the_function() -> None:
 
 
 def test_export_has_the_options_of_the_function() -> None:
-    assert command_names(app.export, {}) == names(export_model) - {"progress"}
+    """Those about the model are also options of compile, with the same names."""
+    assert command_names(export.export, {"input_": "inputs"}) == names(export_model) - {"progress"}
+    assert names(export_model) - names(compile_model) == set()
 
 
 def test_sample_has_the_options_of_the_functions() -> None:
