@@ -33,6 +33,7 @@ from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.training.units import GraphUnit, find_units, quantizers_of_units
 from mezzotint.runtime.bundle.training import TrainedUnit
+from mezzotint.runtime.progress import DETAIL
 from mezzotint.runtime.sampling.deployment import Deployment
 
 
@@ -53,7 +54,7 @@ class LearnScales(Pass):
     what: Literal["activations", "weights", "both"] = "activations"
     through: Literal["layer", "block", "network"] = "block"
     iterations: int = 300
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     batch: int = 8
     zero_points: bool = True
     form: Literal["rows", "network"] = "rows"
@@ -94,7 +95,8 @@ class LearnScales(Pass):
         if program.float_model is None or program.plan is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
         from mezzotint.compiler.training.fit_rounding import Annealing
-        from mezzotint.compiler.training.fit_scales import ScaleForm, learn_scales_of_unit
+        from mezzotint.compiler.training.fit_scales import ScaleFit
+        from mezzotint.compiler.training.unit_cache import UnitCache
 
         if self.form == "network" and not program.plan.groups:
             raise RecipeError(
@@ -105,20 +107,34 @@ class LearnScales(Pass):
         chosen, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
-        schedule = Annealing(self.iterations, self.learning_rate, 0.0, self.batch)
-        # premul has one zero point for all rows of a table, and constant ones stay what they are.
-        form = ScaleForm(self.zero_points and program.lowering != "premul", self.form == "network")
+        decisive = {name: value for name, value in self.options().items() if name != "units"}
+        # premul has one zero point for all rows of a table.
+        fit = ScaleFit(
+            context,
+            latents,
+            Annealing(self.iterations, self.learning_rate, 0.0, self.batch),
+            self.zero_points and program.lowering != "premul",
+            self.form == "network",
+            self.name,
+            UnitCache(program, context, {"pass": self.name, **decisive}),
+        )
         total = len(latents) + self.iterations
         fits = []
         for unit, names in chosen:
             done = itertools.count(1)
 
-            def step(name: str = unit.name, done: Iterator[int] = done) -> None:
-                context.progress(f"{self.name}: {name}", next(done), total)
+            def step(loss: float | None = None, name: str = unit.name, done: Iterator[int] = done) -> None:
+                detail = "" if loss is None else f"{DETAIL}loss {loss:.3g}"
+                context.progress(f"{self.name}: {name}{detail}", next(done), total)
 
-            program, fit = learn_scales_of_unit(program, context, unit, names, latents, schedule, form, self.name, step)
-            fits.append(fit)
+            program, trained = fit.train(program, unit, names, step)
+            fits.append(trained)
         return replace(program, training=(*program.training, *fits), note=_note(fits, left))
+
+    def code(self, program: Program) -> str:
+        from mezzotint.compiler.torch_graph.convert import to_torch
+
+        return str(to_torch(program.model, signature=program.signature).module.code)
 
     def _chosen(self, program: Program) -> tuple[list[tuple[GraphUnit, list[str]]], int]:
         """Return the units to train, each with the names of its quantizers, and the number of those without a unit.

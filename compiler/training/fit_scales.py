@@ -13,7 +13,7 @@ falls to 0 as half a cosine.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,21 +33,14 @@ from ..rounding.layer_inputs import Latents
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer
 from ..torch_graph.write_back import plan_grids, write_back
-from .block_data import Batch, BlockData, record
+from .block_data import Batch, BlockData, LossWatcher, record
 from .fit_rounding import Annealing, Batches, curve_of
 from .learned_scales import LearnedScales, RowNetworks, learned_grids
 from .range_networks import RangeNetworks
 from .subgraph import Subgraph, cut_out
 from .torch_threads import torch_threads
+from .unit_cache import Learned, UnitCache
 from .units import GraphUnit
-
-
-@dataclass(frozen=True)
-class ScaleForm:
-    """What of a grid is learned: zero points too, and tables as networks of the timestep or row by row."""
-
-    zero_points: bool = True
-    networks: bool = False
 
 
 class _LearnedBatches(Batches):
@@ -72,79 +65,99 @@ class _LearnedBatches(Batches):
         return outputs
 
 
-def learn_scales_of_unit(
-    program: Program,
-    context: Context,
-    unit: GraphUnit,
-    names: Sequence[str],
-    latents: Sequence[Latents],
-    schedule: Annealing,
-    form: ScaleForm,
-    by: str,
-    step: Callable[[], None],
-) -> tuple[Program, TrainedUnit]:
-    """Train the quantizers of these names in a unit; return the program, with the new scales if better, and the fit.
+@dataclass(frozen=True, eq=False)
+class ScaleFit:
+    """How units are trained by one run of a pass, whose name is `by`.
 
-    `step` is called after each batch of the data and each iteration. Raise PassError for a loss that is not finite.
+    zero_points  learn the zero points of unsigned grids too
+    networks     learn tables as networks of the timestep, else row by row
     """
-    floats = {name_of(v) for node in program.require_float_model().graph for v in node.outputs}
-    part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
-    groups = program.require_plan().groups
-    row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
-    data = record(program, context, part, latents, unit.name, step)
-    try:
-        with torch_threads(context.threads):
-            graph = to_torch(part.model)
-            plan_grids(program, graph)
-            graph.module.requires_grad_(False)  # only the offsets are trained
-            grids = learned_grids(graph, names, rounded_weights(part.model.graph, graph, names), form.zero_points)
-            networks = _networks(program, context) if form.networks else None
-            seen = {row_of[call.timestep] for call in latents if call.timestep in row_of}
-            learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
-            batches = Batches(graph, part, program.signature, data, schedule, 0)
-            start, _ = batches.mean_errors()
-            losses: list[float] = []
-            if start > 0:  # else the unit computes what the float graph does
-                moving = _LearnedBatches(graph, part, program.signature, data, schedule, learned, row_of)
-                losses = _fit(moving, learned, schedule, start, context.seed, unit.name, by, step)
-                learned.settle()
-            end = batches.mean_errors()[0] if start > 0 else 0.0
-    finally:
-        data.close()
-    fit = TrainedUnit(unit.name, by, start, end, end, curve_of(losses) if losses else ())
-    return (program if end >= start else write_back(program, graph, context.folder, by)), fit
 
+    context: Context
+    latents: Sequence[Latents]
+    schedule: Annealing
+    zero_points: bool
+    networks: bool
+    by: str
+    cache: UnitCache
 
-def _fit(
-    batches: Batches,
-    learned: LearnedScales,
-    schedule: Annealing,
-    start: float,
-    seed: int,
-    unit: str,
-    by: str,
-    step: Callable[[], None],
-) -> list[float]:
-    """Train the scales; return the losses relative to that of the start."""
-    optimizer = torch.optim.Adam(learned.parameter_groups(schedule.learning_rate))
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.iterations)
-    rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(unit.encode()))
-    losses = []
-    for iteration in range(schedule.iterations):
-        loss = batches.loss(rng) / start
-        losses.append(float(loss.detach()))
-        if not np.isfinite(losses[-1]):
-            raise PassError(
-                f"the loss is {losses[-1]} at iteration {iteration}",
-                where=unit,
-                hint=f"lower {by}.learning_rate, or leave this unit out ({by}.units)",
-            )
-        optimizer.zero_grad()  # the rows of other calls have no gradient, and Adam leaves them as they are
-        loss.backward()
-        optimizer.step()
-        falling.step()
-        step()
-    return losses
+    def train(
+        self, program: Program, unit: GraphUnit, names: Sequence[str], step: LossWatcher
+    ) -> tuple[Program, TrainedUnit]:
+        """Train the quantizers of these names in a unit; return the program, with the new scales if better, and the fit.
+
+        A unit that the cache has is not trained again. `step` is called after each batch of the data and each
+        iteration. Raise PassError for a loss that is not finite.
+        """
+        floats = {name_of(v) for node in program.require_float_model().graph for v in node.outputs}
+        part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
+        graph = to_torch(part.model)
+        plan_grids(program, graph)
+        graph.module.requires_grad_(False)  # only the offsets are trained
+        known = self.cache.load(unit.name, unit.computed)
+        if known is None:
+            data = record(program, self.context, part, self.latents, unit.name, step)
+            try:
+                with torch_threads(self.context.threads):
+                    fit, arrays = self._fit(program, unit.name, names, part, graph, data, step)
+            finally:
+                data.close()
+            self.cache.keep(unit.name, unit.computed, fit, arrays)
+        else:
+            fit, arrays = known
+            graph.module.load_state_dict({key: torch.from_numpy(array) for key, array in arrays.items()}, strict=False)
+        return (program if fit.hard >= fit.start else write_back(program, graph, self.context.folder, self.by)), fit
+
+    def _fit(
+        self,
+        program: Program,
+        unit: str,
+        names: Sequence[str],
+        part: Subgraph,
+        graph: TorchGraph,
+        data: BlockData,
+        step: LossWatcher,
+    ) -> tuple[TrainedUnit, Learned]:
+        """Train the scales in the torch module; return the fit, and what changed if it is better."""
+        groups = program.require_plan().groups
+        row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
+        seen = {row_of[call.timestep] for call in self.latents if call.timestep in row_of}
+        grids = learned_grids(graph, names, rounded_weights(part.model.graph, graph, names), self.zero_points)
+        networks = _networks(program, self.context) if self.networks else None
+        learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
+        batches = Batches(graph, part, program.signature, data, self.schedule, 0)
+        start, _ = batches.mean_errors()
+        if start == 0:  # the unit computes what the float graph does
+            return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, ()), {}
+        moving = _LearnedBatches(graph, part, program.signature, data, self.schedule, learned, row_of)
+        losses = self._descend(moving, learned, start, unit, step)
+        arrays = learned.settle()
+        end, _ = batches.mean_errors()
+        return TrainedUnit(unit, self.by, start, end, end, curve_of(losses)), arrays if end < start else {}
+
+    def _descend(
+        self, batches: Batches, learned: LearnedScales, start: float, unit: str, step: LossWatcher
+    ) -> list[float]:
+        """Train the offsets; return the losses relative to the error of the start."""
+        optimizer = torch.optim.Adam(learned.parameter_groups(self.schedule.learning_rate))
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.schedule.iterations)
+        rng = streams.TRAINING_BATCHES.generator(self.context.seed, zlib.crc32(unit.encode()))
+        losses: list[float] = []
+        for iteration in range(self.schedule.iterations):
+            loss = batches.loss(rng) / start
+            losses.append(float(loss.detach()))
+            if not np.isfinite(losses[-1]):
+                raise PassError(
+                    f"the loss is {losses[-1]} at iteration {iteration}",
+                    where=unit,
+                    hint=f"lower {self.by}.learning_rate, or leave this unit out ({self.by}.units)",
+                )
+            optimizer.zero_grad()  # the rows of other calls have no gradient, and Adam leaves them as they are
+            loss.backward()
+            optimizer.step()
+            falling.step()
+            step(losses[-1])
+        return losses
 
 
 def _networks(program: Program, context: Context) -> RowNetworks:

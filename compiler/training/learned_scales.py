@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -131,8 +132,11 @@ class LearnedScales:
         ]
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Write what was learned into the modules: scales, whole zero points, and the weights that keep integers."""
+    def settle(self) -> dict[str, npt.NDArray[Any]]:
+        """Write what was learned into the modules: scales, whole zero points, and the weights that keep integers.
+
+        Return it by the names of the module's parameters.
+        """
         rows: Sequence[int | None] = range(self.rows) if self.timed else (None,)
         tables: dict[str, list[torch.Tensor]] = {}
         last: Mapping[str, torch.Tensor] = {}
@@ -141,14 +145,18 @@ class LearnedScales:
             for grid in self.timed:
                 for name in (f"{grid.path}.scale", f"{grid.path}.zero_point"):
                     tables.setdefault(name, []).append(last[name][row])
+        settled: dict[str, torch.Tensor] = {}
         for grid in (*self.static, *self.timed):
             for name, parameter in (("scale", grid.part.scale), ("zero_point", grid.part.zero_point)):
                 key = f"{grid.path}.{name}"
                 parameter.copy_(torch.stack(tables[key]) if grid.part.rows else last[key])
             grid.part.scale.copy_(grid.part.scales())
             grid.part.zero_point.copy_(grid.part.zero_points())
+            settled |= {f"{grid.path}.scale": grid.part.scale, f"{grid.path}.zero_point": grid.part.zero_point}
             if grid.weight is not None and grid.weight_path is not None:
                 grid.weight.copy_(last[grid.weight_path])
+                settled[grid.weight_path] = grid.weight
+        return {name: tensor.detach().numpy() for name, tensor in settled.items()}
 
 
 def moved(

@@ -25,7 +25,7 @@ from .block_data import LossWatcher, record
 from .fit_rounding import Annealing, Batches, fit_rounding
 from .subgraph import Subgraph, cut_out
 from .torch_threads import torch_threads
-from .unit_cache import UnitCache, Ups
+from .unit_cache import Learned, UnitCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def learn_rounding(
         finally:
             data.close()
         better = fit.hard < fit.start
-        ups: Ups = {name: rounder.ups() for name, rounder in rounders.items()} if better else {}
+        ups: Learned = {name: rounder.ups() for name, rounder in rounders.items()} if better else {}
         cache.keep(unit.name, unit.computed, fit, ups)
     else:
         fit, ups = known

@@ -25,9 +25,9 @@ from ..core.pipeline import Context
 from ..core.program import Plan, Program
 from ..graph.nodes import digest
 
-UNIT = EntryForm("unit", "the rounding of a trained unit", layout=1)
-Ups = Mapping[str, npt.NDArray[np.bool_]]
-"""For each weight, by the name of its quantizer's output: which elements round up."""
+UNIT = EntryForm("unit", "what a trained unit learned", layout=1)
+Learned = Mapping[str, npt.NDArray[Any]]
+"""What a unit learned, by the names of its weights or of the parameters of its torch module."""
 
 
 class UnitCache:
@@ -37,42 +37,44 @@ class UnitCache:
         self._folder = context.cache
         self._key = "" if context.cache is None else _start(program, context, options)
 
-    def load(self, unit: str, computed: frozenset[str]) -> tuple[TrainedUnit, Ups] | None:
-        """Return the fit of a unit that was trained behind the same units, and its rounding, or None.
+    def load(self, unit: str, computed: frozenset[str]) -> tuple[TrainedUnit, Learned] | None:
+        """Return the fit of a unit that was trained behind the same units, and what it learned, or None.
 
         Raises StatsError for an entry that cannot be read.
         """
         entry = self._entry(unit, computed)
         if entry is None or not entry.exists():
             return None
-        fit, ups = UNIT.load(entry, _read)
-        self._advance(unit, ups)
-        return fit, ups
+        fit, learned = UNIT.load(entry, _read)
+        self._advance(unit, learned)
+        return fit, learned
 
-    def keep(self, unit: str, computed: frozenset[str], fit: TrainedUnit, ups: Ups) -> None:
-        """Write the fit of a unit and its rounding; `ups` is empty where the unit kept its start."""
+    def keep(self, unit: str, computed: frozenset[str], fit: TrainedUnit, learned: Learned) -> None:
+        """Write the fit of a unit and what it learned, which is empty where the unit kept its start."""
         entry = self._entry(unit, computed)
         if entry is not None:
 
             def write(folder: Path) -> dict[str, Any]:
-                (folder / UNIT.arrays).write_bytes(save({name: np.ascontiguousarray(up) for name, up in ups.items()}))
+                arrays = {name: np.ascontiguousarray(array) for name, array in learned.items()}
+                (folder / UNIT.arrays).write_bytes(save(arrays))
                 return fit.to_json()
 
             UNIT.keep(entry, write)
-            self._advance(unit, ups)
+            self._advance(unit, learned)
 
     def _entry(self, unit: str, computed: frozenset[str]) -> Path | None:
         if self._folder is None:
             return None
         return self._folder / f"unit-{_digest(self._key, unit, *sorted(computed))[:32]}"
 
-    def _advance(self, unit: str, ups: Ups) -> None:
+    def _advance(self, unit: str, learned: Learned) -> None:
         """Let the keys of later units depend on what this one changed in the graph."""
-        for name, up in sorted(ups.items()):
-            self._key = _digest(self._key, unit, name, np.packbits(up).tobytes().hex())
+        for name, array in sorted(learned.items()):
+            digest_of_array = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+            self._key = _digest(self._key, unit, name, digest_of_array)
 
 
-def _read(data: Any, folder: Path) -> tuple[TrainedUnit, Ups]:
+def _read(data: Any, folder: Path) -> tuple[TrainedUnit, Learned]:
     return Fields(data, str(folder)).finish(TrainedUnit.from_json), load_file(folder / UNIT.arrays)
 
 

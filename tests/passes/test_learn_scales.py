@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,15 @@ QUICK: dict[str, Any] = {"iterations": 25, "learning_rate": 2e-2, "calls": 3, "s
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Program]:
-    """The tiny denoiser by a recipe, with activations or weights of 4 bits."""
+    """The tiny denoiser by a recipe, with activations of 4 bits or weights of 3."""
 
     @cache
-    def program_by(recipe: str, narrow: str = "activation_bits") -> Program:
+    def program_by(recipe: str, narrow: str = "activations") -> Program:
         context = context_in(tmp_path_factory.mktemp("program"))
-        steps = with_options(RECIPES[recipe], {f"choose_scales.{narrow}": 4}).passes
+        options: dict[str, Any] = {"choose_scales.activation_bits": 4}
+        if narrow == "weights":
+            options = {"choose_scales.weight_bits": 3, "choose_scales.weights": "minmax"}
+        steps = with_options(RECIPES[recipe], options).passes
         return pipeline.run_passes(tiny_program(steps=3), steps, context)
 
     return program_by
@@ -81,6 +85,21 @@ def test_one_block_gets_better_and_the_others_stay(program: Program, context: Co
     assert moved(after, again) == set(), "the same training twice gives the same bytes"
 
 
+def test_what_the_cache_has_is_not_trained_again(program: Program, context: Context, tmp_path: Path) -> None:
+    seen: list[str] = []
+    cached = replace(context, cache=tmp_path / "cache", progress=lambda label, done, total: seen.append(label))
+    name = find_units(program, "layer")[-1].name
+    first = trained(program, cached, through="layer", units=(name,), iterations=3)
+    assert sum(name in label for label in seen) == 3 + 2 * QUICK["calls"]
+    seen.clear()
+    second = trained(program, cached, through="layer", units=(name,), iterations=3)
+    assert not any(name in label for label in seen)
+    assert moved(first, second) == set() and second.training == first.training
+    assert moved(program, second), "the fit was kept, and is better than the start"
+    trained(program, cached, through="layer", units=(name,), iterations=2)
+    assert any(name in label for label in seen), "other options are another entry"
+
+
 def test_rows_that_no_call_uses_stay(compiled: Callable[..., Program], context: Context) -> None:
     program = compiled("w8a8-steps")
     after = trained(program, context, through="network", calls=1, learning_rate=5e-2)
@@ -105,11 +124,11 @@ def test_a_network_of_the_timestep_moves_rows_of_calls_that_were_not_recorded(
 
 
 def test_weights_alone_and_both(compiled: Callable[..., Program], context: Context) -> None:
-    program = compiled("w8a8", "weight_bits")
-    weights = trained(program, context, through="network", what="weights", iterations=15)
+    program = compiled("w8a8", "weights")
+    weights = trained(program, context, through="network", what="weights")
     scales = {site for site, q in weights.require_plan().quantizers.items() if q.by == "learn_scales"}
     assert scales and all(weights.require_plan().quantizers[site].format.signed for site in scales)
-    both = trained(program, context, through="network", what="both", iterations=15)
+    both = trained(program, context, through="network", what="both")
     assert {q.format.signed for q in both.require_plan().quantizers.values() if q.by == "learn_scales"} == {True, False}
     assert both.training[0].hard < 0.9 * both.training[0].start
 
