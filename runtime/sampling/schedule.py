@@ -64,6 +64,10 @@ NAMED_SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
+OTHER_BETAS = ("IPNDMScheduler",)
+"""Schedulers of diffusers whose betas are not those of a diffusion process: alpha = sqrt(1 - beta^2)."""
+
+
 def is_named(name: str) -> bool:
     """Return whether this names a built-in schedule, perhaps with a number of timesteps, as in `cosine:60`."""
     base, colon, count = name.partition(":")
@@ -178,7 +182,8 @@ class Schedule:
         if str(config.get("_class_name", "")).startswith("FlowMatch"):
             check_keys(read)
             return cls._of_flow(read)
-        if not {"beta_schedule", "trained_betas", "alphas_cumprod"} & set(config):
+        said = (config.get(key) for key in ("beta_schedule", "trained_betas", "alphas_cumprod"))
+        if all(value is None for value in said) or config.get("_class_name") in OTHER_BETAS:
             raise read.refuse(
                 "this is neither a schedule of betas (beta_schedule, trained_betas or alphas_cumprod) nor one of flow "
                 "matching",
