@@ -1,9 +1,10 @@
 """Recipes of systems that train: the rounding of weights by layers or blocks, then the scales of activations.
 
 A fit has 300 steps of a unit, which suits two cores; the papers have 10 000 to 20 000 of larger batches, and
-`reconstruct.iterations` sets them. Activations are trained behind the weights, by blocks (learn_scales), where a paper
-trains both together too. Islands are the first and the last layer in each of them; what papers leave in float besides,
-or quantize to 8 bits, is named in `paper`.
+`reconstruct.iterations` sets them. Activations are trained behind the weights, by blocks, where a paper trains both
+together too. They get 100 steps: with 8 bits, 300 leave 97 % of a block's error (mnist-onnx, 4-bit weights), for twice
+the time of the weights. Islands are the first and the last layer; what a paper leaves in float besides, or quantizes to
+8 bits, is named in `paper`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..reconstruct import Reconstruct
 from ..split_shortcuts import SplitShortcuts
 from .parts import EVERY_CALL, EXACT, NOISY, against_w8a8, static
 
-_ACTIVATIONS = LearnScales(zero_points=False)
+_ACTIVATIONS = LearnScales(zero_points=False, iterations=100)
 _Q_DIFFUSION = static(SplitShortcuts(), behind=(Reconstruct(), _ACTIVATIONS))
 
 TRAINED = (
