@@ -133,8 +133,12 @@ def test_weights_alone_and_both(compiled: Callable[..., Program], context: Conte
     assert both.training[0].hard < 0.9 * both.training[0].start
 
 
-def test_zero_points_stay_where_asked(program: Program, context: Context) -> None:
-    after = trained(program, context, through="network", zero_points=False)
+@pytest.mark.parametrize(("recipe", "options"), [("w8a8", {"zero_points": False}), ("w8a8-premul", {})])
+def test_zero_points_stay_where_asked_and_where_all_rows_have_one(
+    compiled: Callable[..., Program], context: Context, recipe: str, options: dict[str, Any]
+) -> None:
+    program = compiled(recipe)
+    after = trained(program, context, through="network", **options)
     for site, old in program.require_plan().quantizers.items():
         np.testing.assert_array_equal(after.require_plan().quantizers[site].zero_point, old.zero_point)
     assert moved(program, after)
