@@ -12,8 +12,9 @@ both then leaves the smaller one a few steps. Three forms (compiler/shortcuts/se
   compiler/shortcuts/channel_powers.py chooses them).
 
 `best` takes for each layer the form (`factors` in whole octaves) that moves the fewest bytes, unless one that moves
-more gains `gain` dB of the layer's expected error, that of activations, weights and outputs together
-(compiler/shortcuts/segment_errors.py has the formulas). All methods but `layers` follow a few trajectories to measure
+more gains `gain` dB of the layer's expected error along the trajectory, that of activations, outputs and weights
+together (compiler/shortcuts/segment_errors.py has the formulas; a weight's error is the same at every call, and counts
+as often). All methods but `layers` follow a few trajectories to measure
 the parts. The pass changes the graph, so observe belongs behind it. Norms and all other readers keep the concatenation.
 
 SegQuant's input segments (arXiv 2507.14811) are this pass: any number of parts, convolutions and linear layers,
@@ -142,10 +143,10 @@ class SplitShortcuts(GraphPass):
     def _cheapest(self, costs: FormCosts, factors: tuple[float, ...]) -> tuple[Form, tuple[float, ...]]:
         """Return the form that moves the fewest bytes, unless one that moves more gains `gain` dB."""
         best: Form = "whole"
-        error = costs.error(best)
+        error = costs.cost(best)
         dearer: list[Form] = ["layers", "factors"] if factors else ["layers"]
         for form in sorted(dearer, key=costs.traffic):
-            other = costs.error(form, factors if form == "factors" else ())
+            other = costs.cost(form, factors if form == "factors" else ())
             if 10 * log10(max(error, 1e-30) / max(other, 1e-30)) >= self.gain:
                 best, error = form, other
         return best, factors if best == "factors" else ()

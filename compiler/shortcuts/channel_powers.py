@@ -8,9 +8,13 @@ w_n = max_c(f_c |W_nc|) / top,
 
     E_t  =  sum_c  min((s_t f_c)^2 / 12, q_tc) |W_c|^2 / N  +  q_tc sum_n K min((w_n / f_c)^2, w^2) / 12 N
 
-and an error counts relative to the power of the output at its call. The candidates even out the ranges to a share a of
-their exponents, k_c = ceil(a log2(r_c) + b) with r_c the largest range of the calls. DMQ takes the exponent that most
-samples vote for; here the candidate of the least expected error is taken, which includes the weights.
+and an error counts relative to the power of the output at its call. The second term, of the weights, is the same error
+at every call: along the trajectory it adds up in amplitude, the first only in power. So candidates are compared with
+the second term times the number of calls (segment_errors.py has the measurement).
+
+The candidates even out the ranges to a share a of their exponents, k_c = ceil(a log2(r_c) + b) with r_c the largest
+range of the calls. DMQ takes the exponent that most samples vote for; here the candidate of the least expected error is
+taken, which includes the weights.
 """
 
 from __future__ import annotations
@@ -45,8 +49,11 @@ class ChannelErrors:
     activations: Format
     weights: Format
 
-    def of(self, exponents: Doubles) -> float:
-        """Return the mean over the calls of the squared error, relative to the power of the output."""
+    def of(self, exponents: Doubles, calls: int = 1) -> float:
+        """Return the mean over the calls of the squared error, relative to the power of the output.
+
+        The error of the weights counts `calls` times.
+        """
         factors = 2.0**exponents
         levels = self.activations.qmax - self.activations.qmin
         ends = np.minimum(self.low, 0) / factors, np.maximum(self.high, 0) / factors
@@ -57,13 +64,13 @@ class ChannelErrors:
         largest = np.abs(self.columns).max(axis=2)
         scale = (largest * factors).max(axis=1) / self.weights.qmax
         lost = np.minimum((scale[:, None] / factors) ** 2 / 12, np.square(self.columns).mean(axis=2))
-        rounding = rounding + self.square @ (lost.sum(axis=0) * self.columns.shape[2]) / outputs
+        rounding = rounding + calls * (self.square @ (lost.sum(axis=0) * self.columns.shape[2])) / outputs
         return float(np.mean(rounding / self.power))
 
     def best(self, *others: Doubles) -> Doubles:
-        """Return the exponents of the least error: those of a candidate, of one of the `others`, or zeros."""
+        """Return the exponents of the least error over all calls: of a candidate, one of the `others`, or zeros."""
         candidates = [np.zeros(self.columns.shape[1]), *others, *self._candidates()]
-        return min(candidates, key=self.of)
+        return min(candidates, key=lambda exponents: self.of(exponents, len(self.power)))
 
     def _candidates(self) -> Iterator[Doubles]:
         largest = np.maximum(self.high, -self.low).max(axis=0)

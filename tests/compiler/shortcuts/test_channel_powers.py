@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -68,3 +70,18 @@ def test_nothing_moves_where_nothing_is_gained() -> None:
     assert errors.of(errors.best()) <= errors.of(np.zeros(len(LOUD)))
     assert errors.of(np.full(len(LOUD), 2.0)) == pytest.approx(errors.of(np.zeros(len(LOUD))), rel=1e-9)
     assert not np.ptp(errors.best())
+
+
+def test_what_weights_lose_counts_at_every_call() -> None:
+    """Powers that gain a little in one call cost more along many: the weights' error is the same at each of them."""
+    x = inputs()
+    weight = np.random.default_rng(11).standard_normal((16, len(LOUD), 1))
+    errors = errors_of(x, weight)
+    many = replace(
+        errors, **{name: np.repeat(getattr(errors, name), 50, axis=0) for name in ("low", "high", "square", "power")}
+    )
+    even = np.zeros(len(LOUD))
+    chosen, along = errors.best(), many.best()
+    assert many.of(chosen) == pytest.approx(errors.of(chosen)) and errors.of(chosen) < errors.of(even)
+    assert np.ptp(chosen) and many.of(chosen, 50) > many.of(along, 50)
+    assert np.ptp(along) < np.ptp(chosen)
