@@ -47,6 +47,7 @@ class LearnScales(Pass):
       grid at first (it falls to 0), and samples in a step.
     - `zero_points`: learn both ends of the grids of activations, not the scales alone.
     - `form`: a table's `rows` have offsets of their own, or a small `network` of the timestep gives those of all rows.
+    - `inner`: weight of the errors of the layers inside a unit beside that of its outputs.
     - `calls`, `samples`: as above.
     - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their scales.
     """
@@ -58,6 +59,7 @@ class LearnScales(Pass):
     batch: int = 8
     zero_points: bool = True
     form: Literal["rows", "network"] = "rows"
+    inner: float = 0.0
     calls: int = 20
     samples: int = 16
     units: tuple[str, ...] = ()
@@ -70,6 +72,10 @@ class LearnScales(Pass):
                 raise RecipeError(
                     f"learn_scales.{name} is {getattr(self, name)}", where=self.name, hint="choose a positive number"
                 )
+        if not 0 <= self.inner < np.inf:
+            raise RecipeError(
+                f"learn_scales.inner is {self.inner}", where=self.name, hint="choose 0, or a weight near 1"
+            )
         if self.form == "network" and self.what == "weights":
             raise RecipeError(
                 "learn_scales.form is network, and weights have no tables over the timestep",
@@ -112,7 +118,7 @@ class LearnScales(Pass):
         fit = ScaleFit(
             context,
             latents,
-            Annealing(self.iterations, self.learning_rate, 0.0, self.batch),
+            Annealing(self.iterations, self.learning_rate, 0.0, self.batch, inner=self.inner),
             self.zero_points and program.lowering != "premul",
             self.form == "network",
             self.name,

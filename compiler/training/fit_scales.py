@@ -3,7 +3,7 @@
 LSQ (arXiv 1902.08153) lets the gradient reach a scale through rounding: round(v) - v inside of the grid, and its end
 outside (compiler/torch_graph/quantizers.py). The loss of a batch, of one network call, is
 
-    sum over outputs |f(x; s, z) - f|^2 / |f|^2,
+    sum over outputs |f(x; s, z) - f|^2 / |f|^2  +  inner sum over layers inside of the same,
 
 with f the float output. Adam trains the offsets of compiler/training/learned_scales.py; its steps have the size of the
 learning rate for a gradient of any size, so a step moves the ends of every grid by the same share. The learning rate
@@ -29,6 +29,7 @@ from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import is_op, name_of
+from ..graph.ops import layers
 from ..rounding.layer_inputs import Latents
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer
@@ -89,14 +90,17 @@ class ScaleFit:
         A unit that the cache has is not trained again. `step` is called after each batch of the data and each
         iteration. Raise PassError for a loss that is not finite.
         """
-        floats = {name_of(v) for node in program.require_float_model().graph for v in node.outputs}
-        part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
-        graph = to_torch(part.model)
+        float_graph = program.require_float_model().graph
+        floats = {name_of(v) for node in float_graph for v in node.outputs}
+        of_layers = {name_of(layer.output) for layer in layers(float_graph) if layer.weight is not None}
+        part = cut_out(program.model, unit.computed, program.signature, floats, unit.name, of_layers)
+        inner = self.schedule.inner > 0
+        graph = to_torch(part.model, taps=[name for name, _ in part.inner] if inner else ())
         plan_grids(program, graph)
         graph.module.requires_grad_(False)  # only the offsets are trained
         known = self.cache.load(unit.name, unit.computed)
         if known is None:
-            data = record(program, self.context, part, self.latents, unit.name, step)
+            data = record(program, self.context, part, self.latents, unit.name, step, inner=inner)
             try:
                 with torch_threads(self.context.threads):
                     fit, arrays = self._fit(program, unit.name, names, part, graph, data, step)
@@ -126,17 +130,17 @@ class ScaleFit:
         networks = _networks(program, self.context) if self.networks else None
         learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
         batches = Batches(graph, part, program.signature, data, self.schedule, 0)
-        start, _ = batches.mean_errors()
-        if start == 0:  # the unit computes what the float graph does
+        start, scale = batches.mean_errors()
+        if scale == 0:  # the unit computes what the float graph does
             return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, ()), {}
         moving = _LearnedBatches(graph, part, program.signature, data, self.schedule, learned, row_of)
-        losses = self._descend(moving, learned, start, unit, step)
+        losses = self._descend(moving, learned, scale, unit, step)
         arrays = learned.settle()
         end, _ = batches.mean_errors()
         return TrainedUnit(unit, self.by, start, end, end, curve_of(losses)), arrays if end < start else {}
 
     def _descend(
-        self, batches: Batches, learned: LearnedScales, start: float, unit: str, step: LossWatcher
+        self, batches: Batches, learned: LearnedScales, scale: float, unit: str, step: LossWatcher
     ) -> list[float]:
         """Train the offsets; return the losses relative to the error of the start."""
         optimizer = torch.optim.Adam(learned.parameter_groups(self.schedule.learning_rate))
@@ -144,7 +148,7 @@ class ScaleFit:
         rng = streams.TRAINING_BATCHES.generator(self.context.seed, zlib.crc32(unit.encode()))
         losses: list[float] = []
         for iteration in range(self.schedule.iterations):
-            loss = batches.loss(rng) / start
+            loss = batches.loss(rng) / scale
             losses.append(float(loss.detach()))
             if not np.isfinite(losses[-1]):
                 raise PassError(

@@ -83,6 +83,9 @@ def test_one_block_gets_better_and_the_others_stay(program: Program, context: Co
     assert len(moved(program, after)) > 0 and moved(program, after) <= own
     again = trained(program, context, units=(name,), iterations=10)
     assert moved(after, again) == set(), "the same training twice gives the same bytes"
+    inner = trained(program, context, units=(name,), iterations=10, inner=1.0)
+    assert inner.training[0].start == after.training[0].start, "the errors inside are no part of what is judged"
+    assert inner.training[0].losses != after.training[0].losses
 
 
 def test_what_the_cache_has_is_not_trained_again(program: Program, context: Context, tmp_path: Path) -> None:
@@ -172,6 +175,8 @@ def test_what_cannot_work_is_refused(program: Program, context: Context, monkeyp
         LearnScales(iterations=0)
     with pytest.raises(RecipeError, match=r"learn_scales\.through is network"):
         LearnScales(through="network", units=("conv*",))
+    with pytest.raises(RecipeError, match=r"learn_scales\.inner is -1"):
+        LearnScales(inner=-1.0)
     with pytest.raises(RecipeError, match="weights have no tables"):
         LearnScales(form="network", what="weights")
     with pytest.raises(RecipeError, match="the plan has no tables"):
