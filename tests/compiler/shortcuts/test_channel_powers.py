@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -77,9 +75,8 @@ def test_what_weights_lose_counts_at_every_call() -> None:
     x = inputs()
     weight = np.random.default_rng(11).standard_normal((16, len(LOUD), 1))
     errors = errors_of(x, weight)
-    many = replace(
-        errors, **{name: np.repeat(getattr(errors, name), 50, axis=0) for name in ("low", "high", "square", "power")}
-    )
+    repeated = [np.repeat(a, 50, axis=0) for a in (errors.low, errors.high, errors.square, errors.power)]
+    many = ChannelErrors(*repeated, errors.columns, errors.activations, errors.weights)
     even = np.zeros(len(LOUD))
     chosen, along = errors.best(), many.best()
     assert many.of(chosen) == pytest.approx(errors.of(chosen)) and errors.of(chosen) < errors.of(even)
