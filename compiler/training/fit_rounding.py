@@ -85,6 +85,8 @@ class Batches:
         seed: int,
         calls: int = 1,
     ) -> None:
+        weights = [batch.weight for batch in data.batches]
+        self._chances = None if len(set(weights)) < 2 else [weight / sum(weights) for weight in weights]
         self._calls = calls
         self._graph, self._signature, self._batches = graph, signature, data.batches
         self._outputs, self._schedule = part.outputs, schedule
@@ -96,9 +98,8 @@ class Batches:
 
         A call is drawn as often as the allocation of samples says (allocate_steps).
         """
-        most, total = self._schedule.batch, sum(batch.weight for batch in self._batches)
-        each = [batch.weight / total for batch in self._batches] if total else None
-        batch = self._batches[int(rng.choice(len(self._batches), p=each))]
+        most = self._schedule.batch
+        batch = self._batches[int(rng.choice(len(self._batches), p=self._chances))]
         first = int(rng.integers(max(batch.samples - most, 0) + 1))
         return batch, slice(first, first + most) if batch.divisible else slice(None)
 

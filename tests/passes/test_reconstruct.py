@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,14 @@ from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
+from mezzotint.compiler.torch_graph.convert import to_torch
+from mezzotint.compiler.training.block_data import record
+from mezzotint.compiler.training.fit_rounding import Annealing, Batches
+from mezzotint.compiler.training.subgraph import cut_out
+from mezzotint.compiler.training.units import find_units
 from mezzotint.passes import reconstruct
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
@@ -136,6 +144,23 @@ def test_qdrop_and_inner_losses_change_the_fit_and_not_what_is_measured(program:
         assert 0 < other.soft < other.start
         assert other.hard != fit.hard and other.losses != fit.losses
     assert others[0].training == others[1].training, "the same elements are dropped again"
+
+
+def test_calls_are_drawn_as_often_as_the_allocation_says(program: Program, context: Context) -> None:
+    allocated = replace(program, allocation=(0, 3, 1))
+    latents = chosen_latents(allocated, replace(context, samples=2, batch=1), 3)
+    (weight, *_) = find_weights(program.graph)
+    (unit,) = (unit for unit in find_units(program, "layer") if unit.name == weight.name)
+    floats = {name_of(v) for node in program.require_float_model().graph for v in node.outputs}
+    part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
+    data = record(allocated, context, part, latents, unit.name, lambda: None)
+    assert [batch.weight for batch in data.batches] == [0, 0, 3, 3, 1, 1]
+    batches = Batches(to_torch(part.model), part, program.signature, data, Annealing(1, 1.0, 1.0, 1), 0)
+    rng = np.random.default_rng(0)
+    drawn = Counter(batches.draw(rng)[0].timestep for _ in range(200))
+    data.close()
+    first, second, third = program.deployment.timesteps
+    assert drawn[first] == 0 and 120 < drawn[second] < 180 and drawn[third] > 20
 
 
 @pytest.mark.parametrize("options", [{"drop": 1.0}, {"drop": -0.1}, {"inner": -1.0}, {"inner": float("nan")}])
