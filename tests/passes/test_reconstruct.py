@@ -28,17 +28,17 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.reconstruct import Reconstruct
 from mezzotint.runtime.progress import DETAIL
-from tests.helpers.tiny import TIME_LAYERS, tiny_program
+from tests.helpers.tiny import TIME_LAYERS, context_in, tiny_program
 from tests.passes.test_round_weights import inserted, planned
 
 QUICK: dict[str, Any] = {"unit": "layer", "iterations": 20, "learning_rate": 0.2, "calls": 2, "samples": 2}
 
 
-@pytest.fixture
-def program(context: Context) -> Program:
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """The tiny denoiser with weights of 4 bits."""
     steps = with_options(RECIPES["w8a8-steps"], {"choose_scales.weight_bits": 4}).passes
-    return pipeline.run_passes(tiny_program(steps=3), steps, context)
+    return pipeline.run_passes(tiny_program(steps=3), steps, context_in(tmp_path_factory.mktemp("program")))
 
 
 def trained(program: Program, context: Context, **options: Any) -> Program:
