@@ -68,8 +68,8 @@ class Reconstruct(Pass):
 
     unit: Literal["layer", "block"] = "block"
     iterations: int = 300
-    learning_rate: float = 3e-2
-    regularization: float = 10.0
+    learning_rate: float = 0.15
+    regularization: float = 100.0
     batch: int = 8
     calls: int = 10
     samples: int = 16
