@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -75,8 +77,10 @@ def test_what_weights_lose_counts_at_every_call() -> None:
     x = inputs()
     weight = np.random.default_rng(11).standard_normal((16, len(LOUD), 1))
     errors = errors_of(x, weight)
-    repeated = [np.repeat(a, 50, axis=0) for a in (errors.low, errors.high, errors.square, errors.power)]
-    many = ChannelErrors(*repeated, errors.columns, errors.activations, errors.weights)
+    low, high, square, power = (
+        np.repeat(a, 50, axis=0) for a in (errors.low, errors.high, errors.square, errors.power)
+    )
+    many = replace(errors, low=low, high=high, square=square, power=power)
     even = np.zeros(len(LOUD))
     chosen, along = errors.best(), many.best()
     assert many.of(chosen) == pytest.approx(errors.of(chosen)) and errors.of(chosen) < errors.of(even)
