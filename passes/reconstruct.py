@@ -35,11 +35,10 @@ percentile, in dB; the rounding alone):
 So activations of 8 bits need no QDrop, and no recipe that trains reaches GPTQ: a unit's mean square does not say what
 images see. On the digits blocks and GPTQ have the same epsilon (27.6 and 27.5 dB), and images 33.8 and 38.1 dB.
 
-The annealing matters more than the number of steps: with learning_rate 0.03 and regularization 10 a unit keeps 58 % of
-its error, although the soft weights keep 26 %, since many are still between two integers in the end; with 0.15 and 100
-it keeps 40 % (soft 34 %), and images gain 0.9 dB. From 0.5 on the learning rate is too large (one block keeps 89 %).
-The figures of the digits are with the first of these. Blocks take 4.5 minutes on the digits (19 units) and 40 seconds
-on mnist-onnx (6).
+The annealing matters: with learning_rate 0.03 and regularization 10 a unit keeps 58 % of its error, although the soft
+weights keep 26 %, since many are still between two integers in the end; with 0.15 and 100 it keeps 40 % (soft 34 %),
+and images gain 0.9 dB. From 0.5 on the learning rate is too large (one block keeps 89 %). The figures of the digits are
+with the first of these. Blocks take 4.5 minutes on the digits (19 units) and 40 seconds on mnist-onnx (6).
 """
 
 from __future__ import annotations

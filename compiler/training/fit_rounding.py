@@ -174,13 +174,13 @@ def fit_rounding(
     weights = sum(v.numel() for v in variables)
     losses = []
     for iteration in range(schedule.iterations):
-        loss = batches.loss(rng) / scale
+        loss = error = batches.loss(rng) / scale
         if (beta := schedule.beta(iteration)) is not None:
             loss = loss + schedule.regularization * sum(m.regularizer(beta) for m in rounders) / weights
-        losses.append(float(loss.detach()))
-        if not np.isfinite(losses[-1]):
+        losses.append(float(error.detach()))  # the second term would hide it in the curve
+        if not torch.isfinite(loss):
             raise PassError(
-                f"the loss is {losses[-1]} at iteration {iteration}",
+                f"the loss is {float(loss.detach())} at iteration {iteration}",
                 where=unit,
                 hint=f"lower {by}.learning_rate, or leave this unit out ({by}.units)",
             )

@@ -15,7 +15,7 @@ class TrainedUnit:
     start    rounded, before the fit
     soft     behind the fit, before its weights were rounded
     hard     rounded, behind the fit; the unit kept its start if this is no smaller
-    losses   the curve of the fit: means of successive iterations
+    losses   the curve of the fit: means of successive iterations, relative to the start, without a regularizer
     """
 
     unit: str
