@@ -1,0 +1,136 @@
+"""Weights that move while a network is trained, as functions of trainable offsets that are 0 at the start.
+
+A quantized weight moves in steps of its grid, so one learning rate fits all layers. Its quantizer rounds what it moves
+to, with a straight-through gradient:
+
+    all         w = w_0 + s d               d: an offset for each element
+    adapters    w = w_0 + s (B A)           rank r: A is random, B is 0 (EfficientDM's QALoRA, arXiv 2310.03270)
+
+s is the scale that the weight has at the start; a step of its size is what EfficientDM calls scale-aware. The start
+w_0 is the float weight, moved into the cell of the integer that the graph has, CELL of a step around it: behind
+round_weights the rounding is that of GPTQ, and the elements that GPTQ rounded the other way are near their boundary.
+
+Weights that are not quantized (biases, rows of tables of biases, factors and offsets of norms) move by shares of their
+root mean square: w = w_0 + rms d. They cost nothing at run time. Weights of layers that stay in float do not move.
+Nothing of the offsets is left behind the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..core.program import Program
+from ..errors import PassError
+from ..graph.nodes import name_of, numpy_of
+from ..graph.ops import layers
+from ..rounding.layer_inputs import Inputs
+from ..torch_graph.convert import TorchGraph
+from ..torch_graph.quantizers import Quantizer
+
+CELL = 0.45
+SMALLEST_RMS = 1e-3
+"""Of the root mean squares of float weights: one that is 0 moves too."""
+
+Moving = Literal["all", "adapters", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Moving:
+    """One parameter of the module at `path`: w_0, and the unit of its offset."""
+
+    path: str
+    parameter: nn.Parameter
+    start: torch.Tensor
+    unit: torch.Tensor
+    offsets: tuple[nn.Parameter, ...]
+
+    def value(self) -> torch.Tensor:
+        if len(self.offsets) == 1:
+            return self.start + self.unit * self.offsets[0]
+        left, right = self.offsets
+        return self.start + self.unit * (left @ right).reshape(self.start.shape)
+
+
+class MovingWeights:
+    """The weights of a torch graph that move; `values` are the tensors that take their places."""
+
+    def __init__(
+        self,
+        program: Program,
+        graph: TorchGraph,
+        quantized: Sequence[Inputs],
+        *,
+        moving: Moving,
+        floats: bool,
+        rank: int,
+        rng: np.random.Generator,
+    ) -> None:
+        paths = {id(parameter): path for path, parameter in graph.module.named_parameters()}
+        self._quantized = [] if moving == "none" else [self._of(graph, i, paths, moving, rank, rng) for i in quantized]
+        self._floats = list(_float_weights(program, graph, paths)) if floats else []
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Return the moved weights by the paths of the module's parameters."""
+        return {weight.path: weight.value() for weight in (*self._quantized, *self._floats)}
+
+    def parameter_groups(self, steps: float, shares: float) -> list[dict[str, Any]]:
+        """Return what an optimizer trains: quantized weights move by `steps`, the others by `shares`, an iteration."""
+        both = ((self._quantized, steps), (self._floats, shares))
+        return [{"params": [o for w in weights for o in w.offsets], "lr": rate} for weights, rate in both if weights]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write the moved weights into the module."""
+        for weight in (*self._quantized, *self._floats):
+            weight.parameter.copy_(weight.value())
+
+    def _of(
+        self,
+        graph: TorchGraph,
+        inputs: Inputs,
+        paths: Mapping[int, str],
+        moving: Moving,
+        rank: int,
+        rng: np.random.Generator,
+    ) -> _Moving:
+        weight = inputs.weight
+        quantizer, parameter = graph.quantizers[weight.quantize.name or ""], graph.weights.get(name_of(weight.value))
+        if not isinstance(quantizer, Quantizer) or parameter is None:
+            raise PassError("the weight has no quantizer that can be trained", where=weight.name)
+        with torch.no_grad():
+            floats = torch.tensor(numpy_of(inputs.floats), dtype=parameter.dtype)
+            scale, zero, _, _ = quantizer.parameters_for(parameter)
+            integers = quantizer.integers(parameter) - zero
+            start = torch.clamp(floats / scale, integers - CELL, integers + CELL) * scale
+        shape = (start.shape[0], start[0].numel())
+        offsets: tuple[nn.Parameter, ...] = (nn.Parameter(torch.zeros_like(start)),)
+        if moving == "adapters":
+            r = min(rank, *shape)
+            right = rng.standard_normal((r, shape[1]), dtype=np.float32) / np.float32(np.sqrt(r))
+            offsets = (nn.Parameter(torch.zeros(shape[0], r)), nn.Parameter(torch.from_numpy(right)))
+        return _Moving(paths[id(parameter)], parameter, start, scale.detach().expand_as(start), offsets)
+
+
+def _float_weights(program: Program, graph: TorchGraph, paths: Mapping[int, str]) -> list[_Moving]:
+    """Return the weights that no quantizer rounds and that no layer multiplies with."""
+    fixed = _multiplied(program)
+    found = []
+    for name, parameter in graph.weights.items():
+        if name in fixed or id(parameter) not in paths:
+            continue
+        start = parameter.detach().clone()
+        rms = start.square().mean().sqrt().clamp_min(SMALLEST_RMS)
+        found.append(_Moving(paths[id(parameter)], parameter, start, rms, (nn.Parameter(torch.zeros_like(start)),)))
+    return found
+
+
+def _multiplied(program: Program) -> Collection[str]:
+    """Return the names of the constants that are quantized or that are the weight of a layer."""
+    quantized = {name_of(node.inputs[0]) for node in program.graph if node.op_type == "QuantizeLinear"}
+    return quantized | {name_of(layer.weight) for layer in layers(program.graph) if layer.weight is not None}

@@ -1,0 +1,148 @@
+"""Trajectories of the float network, and the sampler in torch, with gradients through several of its calls.
+
+The sampler's steps are linear but for the clipping of the image (runtime/sampling/steps.py), so every sampler of the
+runtime can be unrolled. A prediction is that of the sampler: behind guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from mezzotint.runtime.sampling import samplers
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.steps import Solver, Step
+from mezzotint.runtime.signature import Images, Timestep
+
+from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, check_conditions, guided_output
+from ..core.execute import Executor, feeds
+from ..core.pipeline import Context
+from ..core.program import Program
+from ..errors import PassError
+from ..graph.nodes import name_of
+from ..torch_graph.convert import TorchGraph
+
+Latents = dict[str, torch.Tensor]
+"""`x` and what the sampler remembers, each `[B, C, H, W]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What the float network does with one batch of samples.
+
+    conditions  the rows of both halves under guidance, as the network reads them
+    states      the sampler's state before each call, and the last one
+    outputs     the prediction of each call `[B, C, H, W]`
+    noise       the sampler's noise of each call, scaled; None where it adds none
+    """
+
+    conditions: Conditions
+    states: tuple[Latents, ...]
+    outputs: tuple[torch.Tensor, ...]
+    noise: tuple[torch.Tensor | None, ...]
+
+    @property
+    def samples(self) -> int:
+        return len(self.outputs[0])
+
+
+def float_trajectories(program: Program, context: Context, step: Callable[[], None]) -> list[Trajectory]:
+    """Sample the images of `context` with the float network; `step` is called after each network call.
+
+    Raises PassError for a prediction that is not finite.
+    """
+    check_conditions(program, context)
+    signature, found = program.signature, []
+    solver = program.deployment.solver(program.schedule)
+    with Executor(program.require_float_model(), context.folder, threads=context.threads) as exact:
+        for first, rows in batch_spans(program, context):
+            conditions = batch_conditions(program, context, first, rows)
+            seen: list[samplers.StepInfo] = []
+
+            def predict(x: Images, t: Timestep, conditions: Conditions = conditions) -> Images:
+                output = exact.call(signature, both_halves(program, x), t, conditions)[signature.output]
+                step()
+                return np.array(guided_output(program, np.asarray(output, np.float32)))
+
+            noise = samplers.seeded_noise(context.seed, first=first)
+            x = samplers.initial_noise(context.seed, (rows, *program.shape), first=first)
+            last = samplers.run_solver(predict, x, solver, noise=noise, callback=seen.append)
+            outputs = tuple(torch.from_numpy(info.output) for info in seen)
+            if not all(bool(torch.isfinite(output).all()) for output in outputs):
+                raise PassError("the float network predicts numbers that are not finite", hint="debug the float model")
+            states = [{name: torch.from_numpy(np.array(a)) for name, a in info.state.items()} for info in seen]
+            added = [
+                torch.from_numpy(noise(i, x.shape) * np.float32(s.sigma)) if s.sigma > 0 else None
+                for i, s in enumerate(solver.steps)
+            ]
+            end = {"x": torch.from_numpy(np.array(last))}
+            found.append(Trajectory(conditions, (*states, end), outputs, tuple(added)))
+    return found
+
+
+class TorchDenoiser:
+    """A torch graph as the denoiser of the sampler. `values` take the places of parameters of its module."""
+
+    def __init__(self, program: Program, model: ir.Model, graph: TorchGraph) -> None:
+        self._program, self._graph = program, graph
+        self._inputs = {name_of(value): value for value in model.graph.inputs}
+
+    def __call__(
+        self, x: torch.Tensor, t: Timestep, conditions: Conditions, values: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the prediction for x, and the values that the graph taps (of both halves under guidance)."""
+        program, deployment = self._program, self._program.deployment
+        rows = torch.cat([x, x]) if deployment.guided else x
+        fed = feeds(self._inputs, program.signature, rows.detach().numpy(), t, conditions)
+        fed.pop(program.signature.sample)
+        given = {program.signature.sample: rows, **{name: torch.from_numpy(np.array(a)) for name, a in fed.items()}}
+        arguments = tuple(given[name] for name in self._graph.inputs)
+        output, *tapped = functional_call(self._graph.module, dict(values), arguments)
+        if deployment.guided:
+            without, conditional = output.chunk(2)
+            output = without + deployment.guidance * (conditional - without)
+        return (output, *tapped)
+
+
+def unroll(
+    predict: Callable[[torch.Tensor, Timestep], torch.Tensor],
+    solver: Solver,
+    trajectory: Trajectory,
+    first: int,
+    last: int,
+    samples: slice,
+) -> torch.Tensor:
+    """Return x before call `last`, from the float state before call `first`, with the calls in between by `predict`.
+
+    With gradients each call is computed again in the backward pass, so memory holds one call.
+    """
+    state = {name: array[samples] for name, array in trajectory.states[first].items()}
+    for index in range(first, last):
+        step, noise = solver.steps[index], trajectory.noise[index]
+        if torch.is_grad_enabled() and last - first > 1:
+            out = checkpoint(predict, state["x"], step.timestep, use_reentrant=False)
+        else:
+            out = predict(state["x"], step.timestep)
+        state = advance(step, state, out)
+        if noise is not None:
+            state["x"] = state["x"] + noise[samples]
+    return state["x"]
+
+
+def advance(step: Step, state: Latents, out: torch.Tensor) -> Latents:
+    """Return the state after a call, without the sampler's noise: `Step.advance` in torch."""
+    arrays = {**state, "out": out}
+    rows = {**step.keep, "x": step.next}
+    if any("image" in row for row in rows.values()):
+        image = step.image_x * state["x"] + step.image_out * out
+        arrays["image"] = image if step.clip is None else image.clamp(-step.clip, step.clip)
+    zero = torch.zeros_like(out)
+    return {
+        name: sum((weight * arrays[key] for key, weight in row.items() if weight), zero) for name, row in rows.items()
+    }

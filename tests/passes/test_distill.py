@@ -1,0 +1,138 @@
+"""distill: a network that is trained as a whole draws images nearer to those of the float network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.correction.trial import compare_programs
+from mezzotint.compiler.errors import PassError, RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.rounding.weights import find_weights
+from mezzotint.passes import distill
+from mezzotint.passes.distill import Distill
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
+from tests.helpers.tiny import context_in, tiny_program
+
+QUICK: dict[str, Any] = {
+    "iterations": 40,
+    "weight_steps": 5e-3,
+    "shares": 5e-3,
+    "samples": 8,
+    "held_out": 8,
+    "checks": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """The tiny denoiser with weights of 3 bits."""
+    options = {"choose_scales.weight_bits": 3, "choose_scales.weights": "minmax"}
+    steps = with_options(RECIPES["w8a8-steps"], options).passes
+    return pipeline.run_passes(tiny_program(steps=3), steps, context_in(tmp_path_factory.mktemp("program")))
+
+
+def trained(program: Program, context: Context, **options: Any) -> Program:
+    return pipeline.run_passes(program, [Distill(**{**QUICK, **options})], replace(context, threads=1))
+
+
+def constants(program: Program) -> dict[str, np.ndarray]:
+    return {name: numpy_of(value) for name, value in program.graph.initializers.items()}
+
+
+def moved(before: Program, after: Program) -> set[str]:
+    old, new = constants(before), constants(after)
+    return {name for name in old if name not in new or not np.array_equal(old[name], new[name])}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": "adapters", "rank": 2, "unroll": 2},
+        {"scales": "activations", "blocks": 0.3, "relations": 0.3},
+    ],
+    ids=["all", "adapters", "inside"],
+)
+def test_images_are_better(program: Program, context: Context, options: dict[str, Any]) -> None:
+    """Images of held-out noise judge. Predictions are better on noise of another seed too, by the lowered graphs."""
+    after = trained(program, context, **options)
+    assert "; kept: on held-out noise" in after.history[-1].note
+    fit = after.training[-1]
+    assert fit.hard < fit.start and min(fit.losses) < 0.9
+    old, new = compare_programs((program, after), replace(context, seed=context.seed + 50), 8, "test")
+    assert new.prediction_db > old.prediction_db + 0.2
+    assert moved(program, after)
+
+
+def test_quantized_weights_stay_on_their_grids_and_scales(program: Program, context: Context) -> None:
+    after = trained(program, context, floats=False)
+    for old, new in zip(find_weights(program.graph), find_weights(after.graph), strict=True):
+        np.testing.assert_array_equal(old.scale(), new.scale())
+        integers = new.rows() / new.scale()[:, None]
+        np.testing.assert_allclose(integers, np.rint(integers), atol=1e-4)
+        assert np.abs(integers).max() < 3.01
+    changed = moved(program, after)
+    assert all(any(name.startswith(w.value.name or "?") for w in find_weights(program.graph)) for name in changed)
+
+
+def test_only_layers_of_the_kind_move(program: Program, context: Context) -> None:
+    after = trained(program, context, kinds=("linear",), floats=False, weights="all", iterations=4)
+    convolutions = [w for w in find_weights(program.graph) if w.readers[0].op_type == "Conv"]
+    assert convolutions
+    old, new = constants(program), constants(after)
+    for weight in convolutions:
+        name = weight.value.name or ""
+        np.testing.assert_array_equal(old[name], new[name])
+
+
+def test_the_same_training_twice_gives_the_same_bytes(program: Program, context: Context) -> None:
+    one, two = (trained(program, context, iterations=6, checks=1, held_out=2) for _ in range(2))
+    for (name, a), b in zip(constants(one).items(), constants(two).values(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_time_ends_the_fit_and_the_note_says_how_to_repeat_it(program: Program, context: Context) -> None:
+    after = trained(program, context, minutes=1e-6, iterations=500)
+    assert "at distill.iterations=1" in after.history[-1].note
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0"),
+        ({"blocks": -1.0}, "blocks is -1"),
+        ({"minutes": 0.0}, "minutes is 0"),
+        ({"weights": "none", "floats": False}, "nothing moves"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Distill(**options)
+
+
+def test_more_calls_than_there_are_and_a_missing_torch_are_refused_at_once(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="deployment has 3 calls"):
+        Distill(unroll=4).check((), program.deployment)
+    monkeypatch.setattr(distill, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="torch, which is not installed"):
+        Distill().check((), program.deployment)
+
+
+def test_without_a_float_graph_there_is_nothing_to_learn_from(program: Program, context: Context) -> None:
+    with pytest.raises(StatsError, match="float graph"):
+        trained(replace(program, float_model=None), context)
+
+
+def test_a_loss_that_is_not_finite_names_the_options_to_lower(program: Program, context: Context) -> None:
+    with pytest.raises(PassError, match=r"loss is (nan|inf)"):
+        trained(program, context, weight_steps=1e30, shares=1e30, iterations=20)
