@@ -136,7 +136,8 @@ class Distill(Pass):
             note += f"; stopped after {self.minutes:g} minutes, at distill.iterations={result.iterations}"
         if result.kept == 0:
             return replace(before, training=after.training).noted(f"{note}; nothing is written")
-        return judged(before, after, context, self.held_out, note, self.name)
+        kept = judged(before, after, context, self.held_out, note, self.name)
+        return replace(kept, training=after.training)
 
     def _schedule(self) -> NetworkFit:
         from mezzotint.compiler.training.fit_network import NetworkFit

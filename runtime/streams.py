@@ -73,7 +73,7 @@ TRAINING_BATCHES = Stream("training batches", (0xB,))
 """The calls and samples of each step of a fit; place: (crc32 of the name of the layer or block)."""
 DROPPED_ELEMENTS = Stream("dropped elements", (0xD,))
 """The seeds of what QDrop leaves unquantized in a fit; place: (crc32 of the name of the layer or block)."""
-ADAPTERS = Stream("adapters", (0xA,))
+ADAPTERS = Stream("adapters", (0xA, 0xDA))
 """The first values of low-rank adapters of weights."""
 BOOTSTRAP = Stream("bootstrap")
 """Resamples of images for intervals of metrics; seed: that of the metrics. Shares its key with place 0 of PROBES."""

@@ -33,7 +33,7 @@ from .learned_scales import LearnedScales
 from .moving_weights import MovingWeights
 from .trajectories import TorchDenoiser, Trajectory, unroll
 
-Values = Mapping[str, torch.Tensor]
+Moved = Mapping[str, torch.Tensor]
 SMALLEST_ERROR = 1e-12
 """Mean squared errors below it count as this: a float network's own rounding."""
 FIRST_SHARE = 0.02
@@ -92,7 +92,7 @@ class Movements:
         self.groups += [] if scales is None else scales.parameter_groups(schedule.shares)
         self.variables = [v for group in self.groups for v in group["params"]]
 
-    def at(self, t: Timestep, weights: Values | None = None) -> dict[str, torch.Tensor]:
+    def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
         """Return what takes the places of the module's parameters in a call; `weights` may be computed already."""
         values = dict(self._weights.values() if weights is None else weights)
         return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
@@ -165,7 +165,7 @@ class NetworkLoss:
         return float(np.mean(found))
 
     def _error(
-        self, movements: Movements, weights: Values, batch: Trajectory, first: int, samples: slice
+        self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
     ) -> torch.Tensor:
         rows = _rows(batch.conditions, samples, batch.samples)
 
@@ -180,7 +180,7 @@ class NetworkLoss:
         return _log_error(x, batch.states[last]["x"][samples])
 
     def _inside(
-        self, movements: Movements, weights: Values, batch: Trajectory, first: int, samples: slice
+        self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
     ) -> torch.Tensor:
         """Return the errors of the outputs of blocks and of their relations at one call."""
         schedule, t = self._schedule, self._solver.steps[first].timestep

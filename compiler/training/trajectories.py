@@ -28,7 +28,7 @@ from ..errors import PassError
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 
-Latents = dict[str, torch.Tensor]
+TorchState = dict[str, torch.Tensor]
 """`x` and what the sampler remembers, each `[B, C, H, W]`."""
 
 
@@ -43,7 +43,7 @@ class Trajectory:
     """
 
     conditions: Conditions
-    states: tuple[Latents, ...]
+    states: tuple[TorchState, ...]
     outputs: tuple[torch.Tensor, ...]
     noise: tuple[torch.Tensor | None, ...]
 
@@ -135,7 +135,7 @@ def unroll(
     return state["x"]
 
 
-def advance(step: Step, state: Latents, out: torch.Tensor) -> Latents:
+def advance(step: Step, state: TorchState, out: torch.Tensor) -> TorchState:
     """Return the state after a call, without the sampler's noise: `Step.advance` in torch."""
     arrays = {**state, "out": out}
     rows = {**step.keep, "x": step.next}

@@ -13,6 +13,7 @@ from ..observe import Observe
 from ..round_weights import RoundWeights
 from ..step_scales import StepScales
 from ..store_half import StoreHalf
+from .distilled import NARROW
 from .papers import PAPERS
 from .parts import EXACT, EXACT_FLOAT, ISLANDS, static, stepwise
 
@@ -77,5 +78,5 @@ OURS = (
         claim="w4a8",
     ),
 )
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*OURS, *PAPERS)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*OURS, *NARROW, *PAPERS)}
 DEFAULT = "w8a8-best"

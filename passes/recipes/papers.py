@@ -24,6 +24,7 @@ from ..settle_scales import SettleScales
 from ..smooth_scales import SmoothScales
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
+from .distilled import DISTILLED
 from .parts import EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .trained import TRAINED
 
@@ -237,14 +238,6 @@ BITS = (
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="mixdq"),)),
     ),
     against_w8a8(
-        "mpq-dm",
-        "w4a8",
-        "MPQ-DM, arXiv 2412.11549 (channels by kurtosis; widths by an integer program, not one bit more or less; "
-        "without its smoothing and distillation)",
-        "2, 4 or 8 bits for each tenth of a layer's output channels, 4 on average",
-        static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), parts=10, order="kurtosis"),)),
-    ),
-    against_w8a8(
         "hawq",
         "w4a8",
         "HAWQ-V2 and HAWQ-V3, arXiv 1911.03852 and 2011.10680 (Gauss-Newton traces of epsilon's error, to 10 % by "
@@ -254,4 +247,4 @@ BITS = (
     ),
 )
 
-PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *TRAINED, *SCALES, *BITS)
+PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *TRAINED, *SCALES, *BITS, *DISTILLED)

@@ -60,7 +60,11 @@ def static(
 
 
 def stepwise(
-    *, weight_bits: Literal[4, 8] = 8, plan: Sequence[Pass] = (), behind: Sequence[Pass] = ()
+    *,
+    weight_bits: Literal[4, 6, 8] = 8,
+    scales: ChooseScales | None = None,
+    plan: Sequence[Pass] = (),
+    behind: Sequence[Pass] = (),
 ) -> tuple[Pass, ...]:
     """Return the passes of w8a8-steps, with further ones on the plan and on the quantized graph."""
     smoothed = tuple(replace(p, weight_bits=weight_bits) if isinstance(p, SmoothScales) else p for p in SMOOTHED)
@@ -68,7 +72,7 @@ def stepwise(
         *FAST,
         *smoothed,
         Observe(groups=0, channels="outputs"),
-        ChooseScales(weight_bits=weight_bits),
+        scales or ChooseScales(weight_bits=weight_bits),
         GroupSteps(),
         StepScales(),
         ChannelScales(),

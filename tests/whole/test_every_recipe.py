@@ -15,8 +15,12 @@ from tests.helpers.old_unet import OLD_CONVS, OLD_NORMS, old_unet
 
 LEAST = 8.0  # dB of epsilon at the recipe's own widths; the weights are random, and there are 8 channels
 INTEGER = 4  # convolutions that are next to neither end
-TRAINING = {"reconstruct", "learn_scales"}
-FEW = {"iterations": 3, "samples": 2, "calls": 1}
+ITERATIONS = 3
+FEW = {
+    "reconstruct": {"iterations": ITERATIONS, "samples": 2, "calls": 1},
+    "learn_scales": {"iterations": ITERATIONS, "samples": 2, "calls": 1},
+    "distill": {"iterations": ITERATIONS, "samples": 2, "held_out": 1, "checks": 1},
+}
 SLOW = {
     "mixdq": {"assign_bits.splits": 2, "assign_bits.length": 2, "assign_bits.samples": 1},
 }
@@ -30,8 +34,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_compiles_and_draws(source: Path, tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name]
-    training = TRAINING & {step.name for step in recipe.passes}
-    settings = {f"{step}.{option}": value for step in training for option, value in FEW.items()} | SLOW.get(name, {})
+    training = FEW.keys() & {step.name for step in recipe.passes}
+    settings = {f"{step}.{option}": value for step in training for option, value in FEW[step].items()}
+    settings |= SLOW.get(name, {})
     bundle = compile_model(source, tmp_path / "bundle", recipe=name, settings=settings, **SMALL)
 
     assert [record.name for record in bundle.manifest.history] == [p.name for p in recipe.passes]
@@ -40,7 +45,7 @@ def test_it_compiles_and_draws(source: Path, tmp_path: Path, name: str) -> None:
     if "lower_norms" in history:
         assert history["lower_norms"].startswith(f"{OLD_NORMS} ")
     assert {unit.by for unit in bundle.manifest.training} == training
-    assert all(len(unit.losses) == FEW["iterations"] for unit in bundle.manifest.training)
+    assert all(len(unit.losses) == ITERATIONS for unit in bundle.manifest.training)
     found = compare(bundle, source, 2, threads=THREADS)
     assert np.isfinite(found.quantized_images).all()
     assert found.sqnr.pooled() > LEAST

@@ -1,0 +1,108 @@
+"""Recipes whose whole network is trained: those of papers, and ours for narrow widths.
+
+The papers train for hours on a GPU; a fit here has 1000 steps of 8 samples (`distill.iterations`, `distill.batch`).
+Ours end it after 25 minutes.
+"""
+
+from __future__ import annotations
+
+from mezzotint.compiler.core.pipeline import Recipe
+
+from ..assign_bits import AssignBits
+from ..choose_scales import ChooseScales
+from ..dilate_weights import DilateWeights
+from ..distill import Distill
+from ..observe import Observe
+from ..reconstruct import Reconstruct
+from ..round_weights import RoundWeights
+from ..store_half import StoreHalf
+from .parts import EVERY_CALL, FAST, against_w8a8, static, stepwise
+
+BY_CHANNEL = Observe(groups=0, channels="inputs")
+MINUTES = 25.0
+
+DISTILLED = (
+    Recipe(
+        "efficientdm",
+        "a row of scales for each activation and call, and weights that move by low-rank adapters, trained together "
+        "against the float network's predictions; the adapters are merged and rounded",
+        (*EVERY_CALL, Distill(weights="adapters", floats=False, scales="activations")),
+        paper="EfficientDM, arXiv 2310.03270 (1000 steps of 8 samples; the loss is relative to each call's error; "
+        "scales of weights stay; the first and the last layer stay in float)",
+        baseline="w8a8-calls",
+        claim="w4a4",
+    ),
+    Recipe(
+        "dilatequant",
+        "weight columns enlarged to the range of their rows, a row of scales for each activation and call, and weights "
+        "and scales trained together against the outputs of all blocks",
+        (
+            *(*FAST, BY_CHANNEL, DilateWeights(run_time=True, run_time_gain=0.1, timed=False)),
+            *(*EVERY_CALL[len(FAST) :], Distill(blocks=1.0, scales="activations")),
+        ),
+        paper="DilateQuant, arXiv 2409.14307 (all blocks are trained at once, and the prediction with them, where the "
+        "paper trains one block behind the other; 1000 steps of 8 samples; scales of weights stay)",
+        baseline="dilate",
+        claim="w4a4",
+    ),
+    Recipe(
+        "quest",
+        "weights whose rounding is learned by blocks, then the weights of linear layers, the time features and the "
+        "scales of activations trained against the outputs of blocks and the prediction",
+        static(behind=(Reconstruct(), Distill(kinds=("linear",), scales="activations", blocks=0.5))),
+        paper="QuEST, arXiv 2402.03666 (linear layers are those of attention and feed-forward; time features are rows "
+        "of tables; one phase for both; 1000 steps of 8 samples)",
+        baseline="w8a8",
+        claim="w4a4",
+    ),
+    against_w8a8(
+        "mpq-dm",
+        "w4a8",
+        "MPQ-DM, arXiv 2412.11549 (channels by kurtosis; widths by an integer program, not one bit more or less; "
+        "relations of the last block with gradients, which its code detaches; without its smoothing at run time)",
+        "2, 4 or 8 bits for each tenth of a layer's output channels, 4 on average, and weights that move by low-rank "
+        "adapters, trained against predictions and relations between positions",
+        static(
+            plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), parts=10, order="kurtosis"),),
+            behind=(Distill(weights="adapters", scales="activations", relations=1.0),),
+        ),
+    ),
+)
+
+NARROW = (
+    Recipe(
+        "w4a8-best",
+        "w8a8-steps with 4-bit weights, stored in half a byte each, rounded against their inputs (GPTQ) and then "
+        "trained along the trajectory; images of held-out noise decide what is kept",
+        stepwise(weight_bits=4, behind=(RoundWeights(), Distill(minutes=MINUTES), StoreHalf(scales=True))),
+        paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270 (training along the trajectory); TDQ, arXiv "
+        "2306.02316",
+        baseline="w8a8-steps",
+        claim="w4a8",
+    ),
+    Recipe(
+        "w6a6-best",
+        "w8a8-best with 6-bit weights and activations on 8-bit kernels, trained along the trajectory with the scales",
+        stepwise(
+            weight_bits=6,
+            scales=ChooseScales(weight_bits=6, activation_bits=6),
+            behind=(RoundWeights(), Distill(scales="activations", minutes=MINUTES)),
+        ),
+        paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
+        baseline="w8a8-steps",
+        claim="w6a6",
+    ),
+    Recipe(
+        "w4a4",
+        "w8a8-best with 4-bit weights and activations on 8-bit kernels, trained along the trajectory with the scales",
+        stepwise(
+            weight_bits=4,
+            scales=ChooseScales(weight_bits=4, activation_bits=4),
+            behind=(RoundWeights(), Distill(scales="activations", minutes=MINUTES), StoreHalf(scales=True)),
+        ),
+        paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
+        baseline="w8a8-steps",
+        claim="w4a4",
+    ),
+)
+"""Ours. Activations of 4 and 6 bits run on 8-bit kernels: images count, and no speed is claimed."""
