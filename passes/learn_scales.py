@@ -29,10 +29,16 @@ activations of 4 bits and weights of 8:
 
 So wide ranges are the better start, 0.01 is the default, and a network of the timestep is worth more than free rows (as
 TDQ says). On the digits with 4 bits for both (w8a8-best: GPTQ), 200 iterations through the network: 14.4, 19.8 / 15.2
-before and 16.7, 23.8 / 17.1 behind. tdq on mnist-onnx with 4 bits for both: 11.5, 14.6 / 12.9 before and 14.6, 16.0 /
-13.9 behind; lsq 7.1, 13.0 / 12.3 and 11.5, 13.6 / 11.5. Epsilon always gains; images need not, where they were good:
-tdq with 6 bits 19.8, 25.7 / 21.1 before and 23.1, 25.7 / 18.7 behind, and with a fifth of the learning rate 21.2,
-23.5 / 18.7; lsq with 6 bits 16.2, 25.6 / 20.2 before and 19.5, 20.7 / 17.2 behind. It takes about a minute of one core on mnist-onnx, four on the digits.
+before, 16.7, 23.8 / 17.1 behind, and with the weights' scales 17.3, 22.6 / 16.7.
+
+Epsilon always gains; images need not, where they were good. On mnist-onnx, with bits for both:
+
+    tdq, 4 bits    11.5    14.6 / 12.9    behind    14.6    16.0 / 13.9
+    lsq, 4 bits     7.1    13.0 / 12.3    behind    11.5    13.6 / 11.5
+    tdq, 6 bits    19.8    25.7 / 21.1    behind    23.1    25.7 / 18.7    (a fifth of the rate: 21.2, 23.5 / 18.7)
+    lsq, 6 bits    16.2    25.6 / 20.2    behind    19.5    20.7 / 17.2
+
+It takes about a minute of one core on mnist-onnx, four on the digits.
 """
 
 from __future__ import annotations
