@@ -29,6 +29,7 @@ percentile, in dB; the rounding alone):
     with QDrop, drop = 0.5                           23.9    35.4 / 33.8
     with QDrop and inner = 1 (eda-dm's calls)        24.4    34.3 / 33.2
     with split shortcuts                             24.7    36.3 / 35.1
+    with a row of scales for each call (tfmq)        25.0    36.0 / 34.7
     GPTQ                                             26.9    38.5 / 37.3
     by blocks from GPTQ's rounding (3 of 6 better)   26.8    38.1 / 36.5
 
