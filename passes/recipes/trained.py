@@ -6,8 +6,8 @@ together too. They get 100 steps: with 8 bits, 300 leave 97 % of a block's error
 the time of the weights. Islands are the first and the last layer; what a paper leaves in float besides, or quantizes to
 8 bits, is named in `paper`.
 
-With 4-bit weights and eta 1 (mnist-onnx, DDIM, 20 steps, PSNR median of 32 images): w8a8 13.1 dB, with PTQD's corrections
-alone 17.0, ptqd without its scales of activations 21.9. passes/reconstruct.py has the figures at eta 0.
+With 4-bit weights and eta 1 (mnist-onnx, DDIM, 20 steps, PSNR median of 32 images): w8a8 13.1 dB, with PTQD's
+corrections alone 17.0, ptqd without its scales of activations 21.9. passes/reconstruct.py has the figures at eta 0.
 """
 
 from __future__ import annotations
