@@ -39,6 +39,8 @@ images of other noise):
 
 With two widths, parts gain as much as a third width does; with three, the activations' error exceeds the rest. The sum
 is more pessimistic with parts (31.1 predicted for 35.8). Kernels are the same, files 0.2 to 0.7 % larger.
+Median and p10 of 32 images by w4a8, against the recipe without this pass: digits 41.4 and 32.8 dB against 38.6 and
+31.0, mnist-onnx 32.7 and 24.1 against 31.7 and 22.7.
 
 With `floats` a layer may stay in float, and the error of its activations is measured as well, with the scales of this
 plan: then the pass belongs behind all passes that make scales. `activation_widths` also allows activations of fewer
