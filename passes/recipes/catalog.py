@@ -13,7 +13,7 @@ from ..observe import Observe
 from ..round_weights import RoundWeights
 from ..step_scales import StepScales
 from ..store_half import StoreHalf
-from .distilled import NARROW
+from .distilled import NARROW_WIDTHS
 from .papers import PAPERS
 from .parts import EXACT, EXACT_FLOAT, ISLANDS, static, stepwise
 
@@ -78,5 +78,5 @@ OURS = (
         claim="w4a8",
     ),
 )
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*OURS, *NARROW, *PAPERS)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*OURS, *NARROW_WIDTHS, *PAPERS)}
 DEFAULT = "w8a8-best"

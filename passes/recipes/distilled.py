@@ -12,13 +12,11 @@ from ..assign_bits import AssignBits
 from ..choose_scales import ChooseScales
 from ..dilate_weights import DilateWeights
 from ..distill import Distill
-from ..observe import Observe
 from ..reconstruct import Reconstruct
 from ..round_weights import RoundWeights
 from ..store_half import StoreHalf
-from .parts import EVERY_CALL, FAST, against_w8a8, static, stepwise
+from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
-BY_CHANNEL = Observe(groups=0, channels="inputs")
 MINUTES = 25.0
 
 DISTILLED = (
@@ -69,7 +67,7 @@ DISTILLED = (
     ),
 )
 
-NARROW = (
+NARROW_WIDTHS = (
     Recipe(
         "w4a8-best",
         "w8a8-steps with 4-bit weights, stored in half a byte each, rounded against their inputs (GPTQ) and then "

@@ -25,10 +25,9 @@ from ..smooth_scales import SmoothScales
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
 from .distilled import DISTILLED
-from .parts import EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
+from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .trained import TRAINED
 
-BY_CHANNEL = Observe(groups=0, channels="inputs")
 TENSOR = ChooseScales(per_channel=False)
 
 BASELINES = (

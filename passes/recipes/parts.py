@@ -30,6 +30,7 @@ TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
 EVERY_CALL = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS)
 """A row of scales for each call. Every gain counts, so all activations get tables."""
+BY_CHANNEL = Observe(groups=0, channels="inputs")
 NOISY = 1.0
 """The eta of claims about the sampler's noise: with eta 0 there is none to reduce."""
 ISLANDS = ("first", "second", "penultimate", "last")
