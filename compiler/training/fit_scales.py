@@ -85,7 +85,7 @@ class ScaleFit:
     def train(
         self, program: Program, unit: GraphUnit, names: Sequence[str], step: LossWatcher
     ) -> tuple[Program, TrainedUnit]:
-        """Train the quantizers of these names in a unit; return the program, with the new scales if better, and the fit.
+        """Train the quantizers of these names in a unit; return the program, with new scales if better, and the fit.
 
         A unit that the cache has is not trained again. `step` is called after each batch of the data and each
         iteration. Raise PassError for a loss that is not finite.
@@ -186,7 +186,8 @@ def rounded_weights(model: ir.Graph, graph: TorchGraph, names: Sequence[str]) ->
         if not is_op(node, "QuantizeLinear") or name not in names or value is None:
             continue
         weight = graph.weights.get(value.name or "")
-        if weight is not None and isinstance(quantizer, Quantizer):
-            if torch.allclose(quantizer(weight), weight, rtol=1e-5, atol=0):
-                found[name] = name_of(value)
+        if weight is None or not isinstance(quantizer, Quantizer):
+            continue
+        if torch.allclose(quantizer(weight), weight, rtol=1e-5, atol=0):
+            found[name] = name_of(value)
     return found

@@ -3,7 +3,7 @@
 A unit is a layer, a block (compiler/graph/blocks.py) or the whole network. Its error is measured at its outputs, behind
 the quantizer of a convolution's output. So a quantizer belongs
 
-- to the unit that computes the value in front of it, where only the quantizer reads this value (a convolution's output),
+- to the unit that computes the value in front of it, where only the quantizer reads this (a convolution's output),
 - else to the unit that reads its values, where it is the only one.
 
 Quantizers that share their constants belong to a unit together or not at all.
