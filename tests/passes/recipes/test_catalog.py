@@ -138,6 +138,9 @@ def test_islands_are_those_of_the_passes() -> None:
         "w8a8-steps": four,
         "w8a8-best": four,
         "w4a8": four,
+        "w4a4": four,
+        "w4a8-best": four,
+        "w6a6-best": four,
     }
     assert with_options(RECIPES["tdq"], {"insert_qdq.islands": ["mid*"]}).islands == ("mid*",)
 
