@@ -15,6 +15,10 @@ EfficientDM (arXiv 2310.03270): adapters, steps of the grid as the unit, scales 
 DilateQuant (arXiv 2409.14307) trains weights and scales against the outputs of blocks, QuEST (arXiv 2402.03666) linear
 layers and scales, MPQ-DM (arXiv 2412.11549) relations too.
 
+Measured on mnist-onnx with GPTQ's 4-bit weights and tables (48 images of other noise, 20 DDIM steps; epsilon, PSNR
+median / 10th percentile): 31.2 dB, 33.5 / 27.2; three calls in a row, 300 iterations: 33.5 dB, 34.9 / 27.2; one call,
+1000 iterations: 33.9 dB, 34.9 / 26.2. Few images judge badly: 16 of them threw away what 48 keep.
+
 The fit stops after `minutes`; the note then has the number of iterations that gives the same result again.
 """
 
@@ -52,7 +56,7 @@ class Distill(Pass):
     - `iterations`, `batch`: steps of Adam, and samples in a step.
     - `weight_steps`, `shares`: how far a step moves quantized weights at first, in steps of their grids, and the rest,
       in shares of their size. Both fall to 0.
-    - `unroll`: calls of the sampler in a row whose errors add up in the loss.
+    - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
     - `checks`: how often images judge, evenly over the iterations.
@@ -64,16 +68,16 @@ class Distill(Pass):
     floats: bool = True
     scales: Literal["activations", "none"] = "none"
     rank: int = 32
-    iterations: int = 1000
+    iterations: int = 300
     weight_steps: float = 3e-3
     shares: float = 1e-3
     batch: int = 8
-    unroll: int = 1
+    unroll: int = 3
     blocks: float = 0.0
     relations: float = 0.0
     samples: int = 64
-    held_out: int = 8
-    checks: int = 5
+    held_out: int = 32
+    checks: int = 3
     minutes: float | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -100,12 +104,6 @@ class Distill(Pass):
                 where=self.name,
                 hint="install the extra: pip install 'mezzotint[torch]', or choose a recipe that does not train",
             )
-        if self.unroll > len(deployment.calls):
-            raise RecipeError(
-                f"distill.unroll is {self.unroll}, and the deployment has {len(deployment.calls)} calls",
-                where=self.name,
-                hint="lower distill.unroll, or deploy more steps",
-            )
 
     def run(self, program: Program, context: Context) -> Program:
         if program.float_model is None or program.plan is None:
@@ -126,7 +124,7 @@ class Distill(Pass):
             context.progress(label, min(next(done), whole), whole)
 
         after, result = distill_network(
-            program, context, moves, self._schedule(), self.samples, self.held_out, self.name, step
+            program, context, moves, self._schedule(calls), self.samples, self.held_out, self.name, step
         )
         note = (
             f"{len(chosen)} of {len(find_weights(before.graph))} weights move; images {result.image_db[0]:.2f} -> "
@@ -139,7 +137,7 @@ class Distill(Pass):
         kept = judged(before, after, context, self.held_out, note, self.name)
         return replace(kept, training=after.training)
 
-    def _schedule(self) -> NetworkFit:
+    def _schedule(self, calls: int) -> NetworkFit:
         from mezzotint.compiler.training.fit_network import NetworkFit
 
         return NetworkFit(
@@ -147,7 +145,7 @@ class Distill(Pass):
             self.weight_steps,
             self.shares,
             self.batch,
-            self.unroll,
+            min(self.unroll, calls),
             self.blocks,
             self.relations,
             self.checks,
