@@ -6,6 +6,8 @@ The papers train for hours on a GPU, against the output of each call; a fit of t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mezzotint.compiler.core.pipeline import Recipe
 
 from ..assign_bits import AssignBits
@@ -18,14 +20,15 @@ from ..store_half import StoreHalf
 from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
 MINUTES = 25.0
-ONE_CALL: dict[str, int] = {"unroll": 1, "iterations": 1000}
+ONE_CALL = Distill(unroll=1, iterations=1000)
+"""A call by itself, as the papers have it."""
 
 DISTILLED = (
     Recipe(
         "efficientdm",
         "a row of scales for each activation and call, and weights that move by low-rank adapters, trained together "
         "against the float network's predictions; the adapters are merged and rounded",
-        (*EVERY_CALL, Distill(weights="adapters", floats=False, scales="activations", **ONE_CALL)),
+        (*EVERY_CALL, replace(ONE_CALL, weights="adapters", floats=False, scales="activations")),
         paper="EfficientDM, arXiv 2310.03270 (1000 steps of 8 samples; the loss is relative to each call's error; "
         "scales of weights stay; the first and the last layer stay in float)",
         baseline="w8a8-calls",
@@ -37,7 +40,7 @@ DISTILLED = (
         "and scales trained together against the outputs of all blocks",
         (
             *(*FAST, BY_CHANNEL, DilateWeights(run_time=True, run_time_gain=0.1, timed=False)),
-            *(*EVERY_CALL[len(FAST) :], Distill(blocks=1.0, scales="activations", **ONE_CALL)),
+            *(*EVERY_CALL[len(FAST) :], replace(ONE_CALL, blocks=1.0, scales="activations")),
         ),
         paper="DilateQuant, arXiv 2409.14307 (all blocks are trained at once, and the prediction with them, where the "
         "paper trains one block behind the other; 1000 steps of 8 samples; scales of weights stay)",
@@ -48,7 +51,7 @@ DISTILLED = (
         "quest",
         "weights whose rounding is learned by blocks, then the weights of linear layers, the time features and the "
         "scales of activations trained against the outputs of blocks and the prediction",
-        static(behind=(Reconstruct(), Distill(kinds=("linear",), scales="activations", blocks=0.5, **ONE_CALL))),
+        static(behind=(Reconstruct(), replace(ONE_CALL, kinds=("linear",), scales="activations", blocks=0.5))),
         paper="QuEST, arXiv 2402.03666 (linear layers are those of attention and feed-forward; time features are rows "
         "of tables; one phase for both; 1000 steps of 8 samples)",
         baseline="w8a8",
@@ -63,7 +66,7 @@ DISTILLED = (
         "adapters, trained against predictions and relations between positions",
         static(
             plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), parts=10, order="kurtosis"),),
-            behind=(Distill(weights="adapters", scales="activations", relations=1.0, **ONE_CALL),),
+            behind=(replace(ONE_CALL, weights="adapters", scales="activations", relations=1.0),),
         ),
     ),
 )
