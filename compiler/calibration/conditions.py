@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import onnx_ir as ir
 
@@ -17,6 +18,7 @@ from ..errors import ConditionError
 ConditionInputs = Mapping[str, ir.Value]
 """The model's conditions by name, with types and shapes."""
 OPEN_TOKENS = 77  # tokens of a prompt of CLIP, for random conditions of an open length
+MOST_RANDOM = 1 << 28  # values of one random condition: 1 GB
 
 
 def check_rows(inputs: ConditionInputs, deployment: Deployment, rows: Conditions, unconditional: Conditions) -> None:
@@ -91,5 +93,10 @@ def random_rows(inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: 
         if name == EXTRA_CHANNELS:
             rest = [rest[0], *shape[1:]]
         sizes = [1 if first == 1 else rows, *(size if isinstance(size, int) else OPEN_TOKENS for size in rest)]
+        if prod(sizes) > MOST_RANDOM:
+            raise ConditionError(
+                f"the condition {name!r} has {prod(sizes)} values in {rows} rows, more than random ones are drawn for",
+                hint="give --conditions FILE.npz with real ones, or look at the sizes in the model's configuration",
+            )
         conditions[name] = rng.standard_normal(sizes).astype(value.dtype.numpy())
     return conditions
