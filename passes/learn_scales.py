@@ -43,27 +43,23 @@ It takes about a minute of one core on mnist-onnx, four on the digits.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from importlib.util import find_spec
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
-from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
+from mezzotint.compiler.training.training_pass import TrainingPass
 from mezzotint.compiler.training.units import GraphUnit, find_units, quantizers_of_units
 from mezzotint.runtime.bundle.training import TrainedUnit
-from mezzotint.runtime.progress import DETAIL
-from mezzotint.runtime.sampling.deployment import Deployment
 
 
 @dataclass(frozen=True)
-class LearnScales(Pass):
+class LearnScales(TrainingPass):
     """Scales and zero points by training, through layers, blocks or the whole network.
 
     - `what`: quantizers of `activations`, of `weights`, or `both` together.
@@ -75,6 +71,8 @@ class LearnScales(Pass):
     - `inner`: weight of the errors of the layers inside a unit beside that of its outputs.
     - `calls`, `samples`: as above.
     - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their scales.
+    - `held_out`: images of other noise that judge all units together: none of them is kept where images are worse. 0
+      keeps them unjudged, as papers do.
     """
 
     what: Literal["activations", "weights", "both"] = "activations"
@@ -88,19 +86,11 @@ class LearnScales(Pass):
     calls: int = 20
     samples: int = 16
     units: tuple[str, ...] = ()
-
-    needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
+    held_out: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "learning_rate", "batch", "calls", "samples"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise RecipeError(
-                    f"learn_scales.{name} is {getattr(self, name)}", where=self.name, hint="choose a positive number"
-                )
-        if not 0 <= self.inner < np.inf:
-            raise RecipeError(
-                f"learn_scales.inner is {self.inner}", where=self.name, hint="choose 0, or a weight near 1"
-            )
+        self.require_positive("iterations", "learning_rate", "batch", "calls", "samples")
+        self.require_weight("inner", "held_out")
         if self.form == "network" and self.what == "weights":
             raise RecipeError(
                 "learn_scales.form is network, and weights have no tables over the timestep",
@@ -114,22 +104,13 @@ class LearnScales(Pass):
                 hint="leave out one of the two",
             )
 
-    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
-        if find_spec("torch") is None:
-            raise RecipeError(
-                "learn_scales trains with torch, which is not installed",
-                where=self.name,
-                hint="install the extra: pip install 'mezzotint[torch]', or choose a recipe that does not train",
-            )
-
     def run(self, program: Program, context: Context) -> Program:
-        if program.float_model is None or program.plan is None:
-            raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
+        plan = self.plan_of(program)
         from mezzotint.compiler.training.fit_rounding import Annealing
         from mezzotint.compiler.training.fit_scales import ScaleFit
         from mezzotint.compiler.training.unit_cache import UnitCache
 
-        if self.form == "network" and not program.plan.groups:
+        if self.form == "network" and not plan.groups:
             raise RecipeError(
                 "learn_scales.form is network, and the plan has no tables over the timestep",
                 where=self.name,
@@ -138,7 +119,7 @@ class LearnScales(Pass):
         chosen, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
-        decisive = {name: value for name, value in self.options().items() if name != "units"}
+        decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         # premul has one zero point for all rows of a table.
         fit = ScaleFit(
             context,
@@ -150,22 +131,13 @@ class LearnScales(Pass):
             UnitCache(program, context, {"pass": self.name, **decisive}),
         )
         total = len(latents) + self.iterations
-        fits = []
+        before, fits = program, []
         for unit, names in chosen:
-            done = itertools.count(1)
-
-            def step(loss: float | None = None, name: str = unit.name, done: Iterator[int] = done) -> None:
-                detail = "" if loss is None else f"{DETAIL}loss {loss:.3g}"
-                context.progress(f"{self.name}: {name}{detail}", next(done), total)
-
+            step = self.watcher(context.progress, unit.name, total)
             program, trained = fit.train(program, unit, names, step)
             fits.append(trained)
-        return replace(program, training=(*program.training, *fits), note=_note(fits, left))
-
-    def code(self, program: Program) -> str:
-        from mezzotint.compiler.torch_graph.convert import to_torch
-
-        return str(to_torch(program.model, signature=program.signature).module.code)
+        after = replace(program, training=(*program.training, *fits))
+        return self.judged(before, after, context, self.held_out, _note(fits, left))
 
     def _chosen(self, program: Program) -> tuple[list[tuple[GraphUnit, list[str]]], int]:
         """Return the units to train, each with the names of its quantizers, and the number of those without a unit.
@@ -176,17 +148,8 @@ class LearnScales(Pass):
         weights, activations = self.what != "activations", self.what != "weights"
         owned, left = quantizers_of_units(program.graph, units, weights=weights, activations=activations)
         trained = [unit for unit in units if unit.name in owned]
-        for pattern in self.units:
-            if not any(fnmatchcase(unit.name, pattern) for unit in trained):
-                raise RecipeError(
-                    f"learn_scales.units: {pattern!r} matches no unit with quantizers to train",
-                    where=self.name,
-                    hint="patterns are those of a shell: `*`, `?`; `inspect --blocks` lists the blocks",
-                )
-        patterns = self.units or ("*",)
-        return [
-            (unit, owned[unit.name]) for unit in trained if any(fnmatchcase(unit.name, pattern) for pattern in patterns)
-        ], left
+        chosen = self.matching(trained, self.units, "quantizers to train")
+        return [(unit, owned[unit.name]) for unit in chosen], left
 
 
 def _note(fits: Sequence[TrainedUnit], left: int) -> str:

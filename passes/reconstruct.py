@@ -44,31 +44,26 @@ with the first of these. Blocks take 4.5 minutes on the digits (19 units) and 40
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs, chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights
-from mezzotint.compiler.training.block_data import LossWatcher
+from mezzotint.compiler.training.training_pass import TrainingPass
 from mezzotint.compiler.training.units import GraphUnit, find_units, time_unit
 from mezzotint.runtime.bundle.training import TrainedUnit
-from mezzotint.runtime.progress import DETAIL, Progress
-from mezzotint.runtime.sampling.deployment import Deployment
 
 
 @dataclass(frozen=True)
-class Reconstruct(Pass):
+class Reconstruct(TrainingPass):
     """Weights rounded by training, layer by layer or block by block.
 
     - `unit`: `layer` (AdaRound) or `block` (BRECQ).
@@ -78,6 +73,8 @@ class Reconstruct(Pass):
     - `drop`: the probability with which an element of an activation is not quantized in a step of the fit (QDrop).
     - `inner`: weight of the errors of the layers inside a block beside that of its outputs (EDA-DM).
     - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their rounding.
+    - `held_out`: images of other noise that judge all units together: none of them is kept where images are worse. 0
+      keeps them unjudged, as papers do.
     """
 
     unit: Literal["layer", "block"] = "block"
@@ -90,38 +87,20 @@ class Reconstruct(Pass):
     drop: float = 0.0
     inner: float = 0.0
     units: tuple[str, ...] = ()
+    held_out: int = 16
 
-    needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        numbers = ("iterations", "learning_rate", "regularization", "batch", "calls", "samples")
-        for name in numbers:
-            if not 0 < getattr(self, name) < np.inf:
-                raise RecipeError(
-                    f"reconstruct.{name} is {getattr(self, name)}", where=self.name, hint="choose a positive number"
-                )
-
+        self.require_positive("iterations", "learning_rate", "regularization", "batch", "calls", "samples")
+        self.require_weight("inner", "held_out")
         if not 0 <= self.drop < 1:
             raise RecipeError(
                 f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"
             )
-        if not 0 <= self.inner < np.inf:
-            raise RecipeError(
-                f"reconstruct.inner is {self.inner}", where=self.name, hint="choose 0, or a weight near 1"
-            )
-
-    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
-        if find_spec("torch") is None:
-            raise RecipeError(
-                "reconstruct trains with torch, which is not installed",
-                where=self.name,
-                hint="install the extra: pip install 'mezzotint[torch]', or choose a recipe that does not train",
-            )
 
     def run(self, program: Program, context: Context) -> Program:
-        if program.float_model is None or program.plan is None:
-            raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
+        self.plan_of(program)
         from mezzotint.compiler.training.fit_rounding import Annealing
         from mezzotint.compiler.training.rounding_of_unit import ReconstructionUnit, learn_rounding
         from mezzotint.compiler.training.unit_cache import UnitCache
@@ -131,34 +110,20 @@ class Reconstruct(Pass):
         latents = chosen_latents(program, few, self.calls)
         numbers = (self.iterations, self.learning_rate, self.regularization, self.batch)
         schedule = Annealing(*numbers, inner=self.inner, drop=self.drop)
-        decisive = {name: value for name, value in self.options().items() if name != "units"}
+        decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         cache = UnitCache(program, context, {"pass": self.name, **decisive})
-        fits = []
+        before, fits = program, []
         for part in chosen:
             timely = part is branch
             total = (len(program.deployment.timesteps) if timely else len(latents)) + self.iterations
-            step = self._reporter(part.name, total, context.progress)
+            step = self.watcher(context.progress, part.name, total)
             # A unit that was written changed the graph: its weights are looked up again.
             weights = tuple(self._weights(program, part, branch))
             unit = ReconstructionUnit(part.name, part.computed, weights, timely)
             program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step)
             fits.append(fit)
-        return replace(program, training=(*program.training, *fits), note=_note(fits, left))
-
-    def code(self, program: Program) -> str:
-        from mezzotint.compiler.torch_graph.convert import to_torch
-
-        return str(to_torch(program.model, signature=program.signature).module.code)
-
-    def _reporter(self, unit: str, total: int, progress: Progress) -> LossWatcher:
-        """Return what reports one step more of a unit's `total` at each call, with the loss."""
-        done = itertools.count(1)
-
-        def step(loss: float | None = None) -> None:
-            detail = "" if loss is None else f"{DETAIL}loss {loss:.3g}"
-            progress(f"{self.name}: {unit}{detail}", next(done), total)
-
-        return step
+        after = replace(program, training=(*program.training, *fits))
+        return self.judged(before, after, context, self.held_out, _note(fits, left))
 
     def _chosen(self, program: Program) -> tuple[list[GraphUnit], GraphUnit | None, int]:
         """Return the units to train, the time branch, and the number of weights in no unit.
@@ -170,16 +135,7 @@ class Reconstruct(Pass):
         parts = [(unit, list(self._weights(program, unit, branch))) for unit in units]
         trained = [unit for unit, weights in parts if weights]
         left = len(find_weights(program.graph)) - sum(len(weights) for _, weights in parts)
-        for pattern in self.units:
-            if not any(fnmatchcase(unit.name, pattern) for unit in trained):
-                raise RecipeError(
-                    f"reconstruct.units: {pattern!r} matches no unit with quantized weights",
-                    where=self.name,
-                    hint="patterns are those of a shell: `*`, `?`; `inspect --blocks` lists the blocks",
-                )
-        patterns = self.units or ("*",)
-        chosen = [unit for unit in trained if any(fnmatchcase(unit.name, pattern) for pattern in patterns)]
-        return chosen, branch, left
+        return self.matching(trained, self.units, "quantized weights"), branch, left
 
     def _weights(self, program: Program, unit: GraphUnit, branch: GraphUnit | None) -> Iterator[Inputs]:
         """Yield the weights whose readers are all in a unit. Those of the time branch are in no other unit."""

@@ -70,9 +70,10 @@ RANGE_NETWORKS = Stream("range networks")
 POSITIONS = Stream("positions")
 """Positions of a layer's inputs that rounding reads; place: (call, batch, crc32 of the value's name)."""
 TRAINING_BATCHES = Stream("training batches", (0xB,))
-"""The calls and samples of each step of a fit; place: (crc32 of the name of the layer or block)."""
+"""The calls and samples of each step of a fit; place: (crc32 of the unit's name), for a whole network (the same,
+iteration), because its fit can go on in between."""
 DROPPED_ELEMENTS = Stream("dropped elements", (0xD,))
-"""The seeds of what QDrop leaves unquantized in a fit; place: (crc32 of the name of the layer or block)."""
+"""The seeds of what QDrop leaves unquantized in a fit; place: (crc32 of the unit's name)."""
 ADAPTERS = Stream("adapters", (0xA, 0xDA))
 """The first values of low-rank adapters of weights."""
 BOOTSTRAP = Stream("bootstrap")

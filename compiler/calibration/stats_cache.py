@@ -16,7 +16,7 @@ from ..core.pipeline import Context
 from ..core.program import Program
 from ..core.stats import Stats
 
-STATS = EntryForm("stats", "statistics", layout=2)
+STATS = EntryForm("stats", "the statistics", layout=2)
 
 
 def measured_once(

@@ -61,7 +61,7 @@ class EntryForm:
     def load(self, entry: Path, read: Callable[[Any, Path], _T]) -> _T:
         """Return what `read` makes of the plain data and the folder. Raise StatsError for a damaged entry."""
         try:
-            facts = read_json(entry / f"{self.kind}.json", f"the {self.words}", StatsError)
+            facts = read_json(entry / f"{self.kind}.json", self.words, StatsError)
             if facts.pop("sha256") != _hash(facts) or facts["arrays"] != file_sha256(entry / self.arrays):
                 raise ValueError("they were changed after they were written")
             return read(facts[self.kind], entry)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.signature import Timestep
@@ -21,6 +18,7 @@ from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import name_of
 from ..rounding.layer_inputs import Latents
+from .array_files import ArrayFiles
 from .subgraph import Subgraph
 
 
@@ -49,32 +47,6 @@ class Batch:
     weight: int = 1
 
 
-@dataclass(eq=False)
-class BlockData:
-    """The batches of one block. The arrays lie in files of `folder` and are read when they are used."""
-
-    batches: list[Batch]
-    folder: Path
-    _files: list[Path] = field(default_factory=list)
-
-    def keep(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Write an array to a file of its own and return it as a memory map."""
-        path = self.folder / f"{len(self._files)}.npy"
-        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
-        mapped[...] = array
-        mapped.flush()
-        self._files.append(path)
-        kept: npt.NDArray[Any] = np.load(path, mmap_mode="r")
-        return kept
-
-    def close(self) -> None:
-        """Remove the files."""
-        self.batches.clear()
-        for path in self._files:
-            path.unlink()
-        self.folder.rmdir()
-
-
 def record(
     program: Program,
     context: Context,
@@ -82,12 +54,14 @@ def record(
     latents: Sequence[Latents],
     where: str,
     step: Callable[[], None],
+    files: ArrayFiles,
     *,
     inner: bool = False,
     floats: Mapping[str, str] | None = None,
-) -> BlockData:
-    """Run the quantized prefix and the float graph on the latents and keep what the block reads and should compute.
+) -> list[Batch]:
+    """Run the quantized prefix and the float graph on the latents; return what the block reads and should compute.
 
+    The arrays lie in `files`.
     `inner` keeps what the layers inside should compute too. `floats` maps values that enter the block to the values of
     the float graph to keep for them. `step` is called after each batch. Raise PassError for values that are not finite.
     """
@@ -97,7 +71,7 @@ def record(
     fed_names = {name_of(v) for v in program.graph.inputs}
     allocated = dict(zip(program.deployment.timesteps, program.allocation, strict=False))  # empty without one
     inside = [name for name in part.inputs if name not in fed_names]
-    data = BlockData([], Path(mkdtemp(prefix="block-", dir=context.folder)))
+    batches = []
     options: dict[str, Any] = {"threads": context.threads, "spinning": False, "only_taps": True}
     with ExitStack() as sessions:
         taps = tuple(
@@ -114,15 +88,15 @@ def record(
             arguments = (program.signature, call.x, call.timestep, call.conditions)
             seen = {**fed, **({} if prefix is None else prefix.call(*arguments))}
             wanted = {**fed, **exact.call(*arguments)}
-            inputs = {name: data.keep(np.asarray(seen[name])) for name in part.inputs}
-            targets = {out: data.keep(np.asarray(wanted[name])) for out, name in wanted_values.items()}
-            unquantized = {value: data.keep(np.asarray(wanted[name])) for value, name in floats.items()}
+            inputs = {name: files.keep(np.asarray(seen[name])) for name in part.inputs}
+            targets = {out: files.keep(np.asarray(wanted[name])) for out, name in wanted_values.items()}
+            unquantized = {value: files.keep(np.asarray(wanted[name])) for value, name in floats.items()}
             arrays = (*inputs.values(), *targets.values(), *unquantized.values())
             if not all(np.isfinite(array).all() for array in arrays):
                 raise PassError("a block reads or should compute numbers that are not finite", where=where)
             divisible = all(array.ndim > 0 and len(array) == len(call.x) for array in arrays)
             divisible = divisible and program.fixed_batch is None
             given = allocated.get(call.timestep, 1)
-            data.batches.append(Batch(call.timestep, len(call.x), divisible, inputs, targets, unquantized, given))
+            batches.append(Batch(call.timestep, len(call.x), divisible, inputs, targets, unquantized, given))
             step()
-    return data
+    return batches

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -18,12 +19,17 @@ from ..graph.nodes import is_constant, is_op, name_of
 from ..rounding.layer_inputs import Inputs
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.write_back import plan_grids, write_back
-from .fit_network import Movements, NetworkFit, NetworkLoss, NetworkResult, fit_network
+from .array_files import ArrayFiles
+from .block_data import LossWatcher
+from .fit_network import NetworkResult, fit_network
 from .fit_rounding import curve_of
 from .learned_scales import LearnedScales, learned_grids
 from .moving_weights import Moving, MovingWeights
+from .network_loss import Movements, NetworkFit, NetworkLoss
+from .network_state import CHECK, CheckCache
 from .torch_threads import torch_threads
 from .trajectories import TorchDenoiser, float_trajectories
+from .unit_cache import training_key
 from .units import NETWORK
 
 
@@ -38,54 +44,74 @@ class Moves:
     rank: int
 
 
-def distill_network(
-    program: Program,
-    context: Context,
-    moves: Moves,
-    schedule: NetworkFit,
-    samples: int,
-    held_out: int,
-    by: str,
-    step: Callable[[float | None], None],
-) -> tuple[Program, NetworkResult]:
-    """Train the network; return the program with the state whose images were best, and what the fit did.
+@dataclass(frozen=True, eq=False)
+class Distillation:
+    """A training of a whole network by the pass `by`, with these options."""
 
-    `step` is called after each network call, with None, and after each iteration, with its loss.
-    """
+    context: Context
+    moves: Moves
+    fit: NetworkFit
+    by: str
+    options: Mapping[str, Any]
 
-    def called() -> None:
-        step(None)
+    def train(self, program: Program, step: LossWatcher) -> tuple[Program, NetworkResult]:
+        """Train the network; return the program with the state whose images were best, and what the fit did.
 
-    trained_on = float_trajectories(program, replace(context, samples=samples), called)
-    seed = SeedOffset.HELD_OUT.after(context.seed)
-    judging = float_trajectories(program, replace(context, samples=held_out, seed=seed), called)
-    taps = _block_outputs(program) if schedule.blocks or schedule.relations else []
-    with torch_threads(context.threads):
-        graph = to_torch(program.model, signature=program.signature, taps=taps)
-        plan_grids(program, graph)
-        graph.module.requires_grad_(False)  # only offsets are trained
-        rng = streams.ADAPTERS.generator(context.seed)
+        `step` is called after each network call, and after each iteration with its loss.
+        """
+        context, fit = self.context, self.fit
+        seed = SeedOffset.HELD_OUT.after(context.seed)
+        with ArrayFiles(context.folder) as files, torch_threads(context.threads):
+            trained_on = float_trajectories(program, replace(context, samples=fit.samples), files, step)
+            judging = float_trajectories(program, replace(context, samples=fit.held_out, seed=seed), files, step)
+            graph = _torch_graph(program, program.model, taps := self._taps(program))
+            plan_grids(program, graph)
+            movements = self._movements(program, graph)
+            teacher = None
+            if taps:
+                exact = program.require_float_model()
+                teacher = TorchDenoiser(program, exact, _torch_graph(program, exact, taps))
+            denoiser = TorchDenoiser(program, program.model, graph)
+            solver = program.deployment.solver(program.schedule)
+            loss = NetworkLoss(denoiser, teacher, solver, trained_on, judging, fit)
+            result = fit_network(loss, movements, fit, context.seed, self.by, self._cache(program), step)
+            movements.settle()
+        kept = result.kept > 0
+        written = write_back(program, graph, context.folder, self.by) if kept else program
+        # Errors are those of images here: a ratio of them is 10 ** (difference in dB / 10).
+        start, end = (10 ** (-result.image_db[k] / 10) for k in (0, result.kept))
+        unit = TrainedUnit(NETWORK, self.by, start, end, end, curve_of(result.losses), kept)
+        return replace(written, training=(*program.training, unit)), result
+
+    def _taps(self, program: Program) -> list[str]:
+        return _block_outputs(program) if self.fit.blocks or self.fit.relations else []
+
+    def _movements(self, program: Program, graph: TorchGraph) -> Movements:
+        moves, rng = self.moves, streams.ADAPTERS.generator(self.context.seed)
         weights = MovingWeights(
             program, graph, moves.quantized, moving=moves.weights, floats=moves.floats, rank=moves.rank, rng=rng
         )
         groups = program.require_plan().groups
         row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
-        movements = Movements(weights, _scales(program, graph) if moves.scales else None, row_of, schedule)
-        teacher = None
-        if taps:
-            exact = program.require_float_model()
-            floats = to_torch(exact, signature=program.signature, taps=taps)
-            floats.module.requires_grad_(False)
-            teacher = TorchDenoiser(program, exact, floats)
-        solver = program.deployment.solver(program.schedule)
-        loss = NetworkLoss(TorchDenoiser(program, program.model, graph), teacher, solver, trained_on, judging, schedule)
-        result = fit_network(loss, movements, schedule, context.seed, by, step)
-        movements.settle()
-    written = program if result.kept == 0 else write_back(program, graph, context.folder, by)
-    # The manifest compares errors: those of images, whose loss in dB is 10 log10 of the ratio.
-    start, end = (10 ** (-result.image_db[k] / 10) for k in (0, result.kept))
-    fit = TrainedUnit(NETWORK, by, start, end, end, curve_of(result.losses))
-    return replace(written, training=(*program.training, fit)), result
+        return Movements(weights, _scales(program, graph) if moves.scales else None, row_of, self.fit)
+
+    def _cache(self, program: Program) -> CheckCache:
+        folder = self.context.cache
+        key = "" if folder is None else training_key(program, self.context, CHECK.layout, self.options)
+        return CheckCache(folder, key, self.fit.checks)
+
+
+def network_calls(program: Program, context: Context, fit: NetworkFit) -> int:
+    """Return the number of network calls beside the iterations: trajectories, the errors at the start, and images."""
+    calls = len(program.deployment.calls)
+    batches, judging = (-(-count // context.batch) for count in (fit.samples, fit.held_out))
+    return calls * (batches + judging * (fit.checks + 2) + 1)
+
+
+def _torch_graph(program: Program, model: ir.Model, taps: Sequence[str]) -> TorchGraph:
+    graph = to_torch(model, signature=program.signature, taps=taps)
+    graph.module.requires_grad_(False)  # only offsets are trained
+    return graph
 
 
 def _scales(program: Program, graph: TorchGraph) -> LearnedScales:

@@ -1,284 +1,108 @@
-"""A whole quantized network trained against the float network along its trajectory.
+"""The fit of a whole network: Adam on what moves, judged by images of held-out noise.
 
-What images need is not what a single call shows (docs/explanation/training.md has the measurements): the error of
-rounded weights is nearly the same at successive calls and adds up, and the first calls, whose errors are the smallest,
-move images the most. So the loss is that of images, a logarithm, which no call and no sample dominates:
-
-    mean over samples of  log |x'(W) - x'|^2 - log e_i
-
-where x' is the float sampler's latent `unroll` calls later: with one call that is the error of its prediction, and with
-several the errors of successive calls add up in it as they do in images. e_i, the error of call i at the start, makes
-the loss 0 there; it has no gradient. Further terms compare the outputs of blocks in the same way, and relations between
-positions in them. Images of held-out noise judge: the fit keeps the state with the best ones.
+The learning rates rise for a few iterations and then fall to 0 as half a cosine. At each check images are drawn, and
+the fit keeps the state with the best ones; that of the start is one of them. With a cache the state of each check is
+kept (network_state.py), so a fit that was stopped goes on behind the last one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, log, pi
+from math import cos, pi
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from mezzotint.runtime import streams
-from mezzotint.runtime.sampling.guidance import Conditions
-from mezzotint.runtime.sampling.steps import Solver
-from mezzotint.runtime.signature import Timestep
 
 from ..errors import PassError
-from .learned_scales import LearnedScales
-from .moving_weights import MovingWeights
-from .trajectories import TorchDenoiser, Trajectory, unroll
+from .block_data import LossWatcher
+from .network_loss import Movements, NetworkFit, NetworkLoss
+from .network_state import CheckCache, FitState
+from .units import NETWORK
 
-Moved = Mapping[str, torch.Tensor]
-SMALLEST_ERROR = 1e-12
-"""Mean squared errors below it count as this: a float network's own rounding."""
 FIRST_SHARE = 0.02
 """Of the iterations, in which the learning rates rise: Adam knows no sizes of gradients at first."""
-
-
-@dataclass(frozen=True)
-class NetworkFit:
-    """How a network is trained.
-
-    iterations    steps of Adam
-    weight_steps  how far one of them moves a quantized weight at first, in steps of its grid
-    shares        how far it moves other weights and the ends of grids, in shares of their size
-    batch         samples in a step, of one stretch of the trajectory
-    unroll        calls in a row whose errors add up
-    blocks, relations  weights of the errors of block outputs and of their relations, beside the loss of 1
-    checks        how often images judge
-    minutes       the longest that the fit may take; None means as long as it takes
-    """
-
-    iterations: int
-    weight_steps: float
-    shares: float
-    batch: int
-    unroll: int
-    blocks: float
-    relations: float
-    checks: int
-    minutes: float | None
+NETWORK_KEY = zlib.crc32(NETWORK.encode())
+TIMED_ITERATIONS = 4
+"""Iterations that are timed to find how many fit into the minutes. The first one, which warms up, does not count."""
 
 
 @dataclass(frozen=True)
 class NetworkResult:
     """What a fit did: its losses, the image fidelity of each check (dB, the start's first), and where it ended.
 
-    Losses are errors as shares of those at the start: the exponential of what is trained.
-
-    `kept` is the number of the check whose state is in the module; 0 is the start. `timed_out` says that time ended it.
+    Losses are errors as shares of those at the start: the exponential of what is trained. `kept` is the number of the
+    check whose state is in the module; 0 is the start.
     """
 
     losses: tuple[float, ...]
     image_db: tuple[float, ...]
     kept: int
-    iterations: int
-    timed_out: bool
 
-
-class Movements:
-    """All that moves: weights, and the scales of quantizers."""
-
-    def __init__(
-        self, weights: MovingWeights, scales: LearnedScales | None, row_of: Mapping[Timestep, int], schedule: NetworkFit
-    ) -> None:
-        self._weights, self._scales, self._row_of = weights, scales, row_of
-        self.groups = weights.parameter_groups(schedule.weight_steps, schedule.shares)
-        self.groups += [] if scales is None else scales.parameter_groups(schedule.shares)
-        self.variables = [v for group in self.groups for v in group["params"]]
-
-    def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
-        """Return what takes the places of the module's parameters in a call; `weights` may be computed already."""
-        values = dict(self._weights.values() if weights is None else weights)
-        return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return the moved weights, which all calls of one step share."""
-        return self._weights.values()
-
-    def settle(self) -> None:
-        """Write everything into the module."""
-        self._weights.settle()
-        if self._scales is not None:
-            self._scales.settle()
-
-
-class NetworkLoss:
-    """The loss of a step, and the fidelity of images, of a network that moves."""
-
-    def __init__(
-        self,
-        denoiser: TorchDenoiser,
-        teacher: TorchDenoiser | None,
-        solver: Solver,
-        trajectories: Sequence[Trajectory],
-        held_out: Sequence[Trajectory],
-        schedule: NetworkFit,
-    ) -> None:
-        self._denoiser, self._teacher, self._solver, self._schedule = denoiser, teacher, solver, schedule
-        self._trajectories, self._held_out = trajectories, held_out
-        self._starts = len(solver.steps) - schedule.unroll + 1
-        self._at_start: list[float] = []
-
-    @torch.no_grad()
-    def measure_start(self, movements: Movements, step: Callable[[], None]) -> None:
-        """Measure the loss of each stretch on the first batch. Raise PassError if it is not finite."""
-        batch, weights = self._trajectories[0], movements.weights()
-        every = slice(0, min(batch.samples, self._schedule.batch))
-        for first in range(self._starts):
-            self._at_start.append(float(self._error(movements, weights, batch, first, every)))
-            step()
-        if not all(np.isfinite(self._at_start)):
-            raise PassError("the quantized network predicts numbers that are not finite", hint="look at `debug`")
-
-    def draw(self, movements: Movements, rng: np.random.Generator) -> torch.Tensor:
-        """Return the loss of some samples of a batch, at one stretch of the trajectory."""
-        batch = self._trajectories[int(rng.integers(len(self._trajectories)))]
-        first = int(rng.integers(self._starts))
-        begin = int(rng.integers(max(batch.samples - self._schedule.batch, 0) + 1))
-        samples = slice(begin, begin + self._schedule.batch)
-        weights = movements.weights()
-        loss = self._error(movements, weights, batch, first, samples) - self._at_start[first]
-        if self._teacher is None:
-            return loss
-        return loss + self._inside(movements, weights, batch, first, samples)
-
-    @torch.no_grad()
-    def image_db(self, movements: Movements, step: Callable[[], None]) -> float:
-        """Return the mean PSNR of images of held-out noise (peak 2), behind the quantized network, in dB."""
-        weights, found = movements.weights(), list[float]()
-        for batch in self._held_out:
-
-            def predict(x: torch.Tensor, t: Timestep, rows: Conditions = batch.conditions) -> torch.Tensor:
-                step()
-                return self._denoiser(x, t, rows, movements.at(t, weights))[0]
-
-            images = unroll(predict, self._solver, batch, 0, len(self._solver.steps), slice(None))
-            exact = batch.states[-1]["x"]
-            errors = (images.clamp(-1, 1) - exact.clamp(-1, 1)).square().flatten(1).mean(1).clamp_min(1e-12)
-            found += (10 * torch.log10(4 / errors)).tolist()
-        return float(np.mean(found))
-
-    def _error(
-        self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
-    ) -> torch.Tensor:
-        rows = _rows(batch.conditions, samples, batch.samples)
-
-        def predict(x: torch.Tensor, t: Timestep) -> torch.Tensor:
-            return self._denoiser(x, t, rows, movements.at(t, weights))[0]
-
-        if self._schedule.unroll == 1:
-            out = predict(batch.states[first]["x"][samples], self._solver.steps[first].timestep)
-            return _log_error(out, batch.outputs[first][samples])
-        last = first + self._schedule.unroll
-        x = unroll(predict, self._solver, batch, first, last, samples)
-        return _log_error(x, batch.states[last]["x"][samples])
-
-    def _inside(
-        self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
-    ) -> torch.Tensor:
-        """Return the errors of the outputs of blocks and of their relations at one call."""
-        schedule, t = self._schedule, self._solver.steps[first].timestep
-        rows = _rows(batch.conditions, samples, batch.samples)
-        x, total = batch.states[first]["x"][samples], torch.zeros(())
-        teacher = self._teacher
-        if teacher is None:
-            return total
-        with torch.no_grad():
-            wanted = teacher(x, t, rows, {})[1:]
-        found = self._denoiser(x, t, rows, movements.at(t, weights))[1:]
-        for value, target in zip(found, wanted, strict=True):
-            if schedule.blocks:
-                total = total + schedule.blocks * _log_error(value, target) / len(found)
-        if schedule.relations and found:
-            total = total + schedule.relations * relation_error(found[-1], wanted[-1])
-        return total
+    @property
+    def iterations(self) -> int:
+        return len(self.losses)
 
 
 def fit_network(
-    loss: NetworkLoss,
-    movements: Movements,
-    schedule: NetworkFit,
-    seed: int,
-    by: str,
-    step: Callable[[float | None], None],
+    loss: NetworkLoss, movements: Movements, fit: NetworkFit, seed: int, by: str, cache: CheckCache, step: LossWatcher
 ) -> NetworkResult:
     """Train what moves; the best state by images is in the variables afterwards.
 
     `step` is called after each network call and each iteration, with the loss of an iteration. Raise PassError for a
     loss that is not finite.
     """
+    begun = time.monotonic()
     optimizer = torch.optim.Adam(movements.groups, betas=(0.9, 0.99))
     rates = [group["lr"] for group in optimizer.param_groups]
-    rng = streams.TRAINING_BATCHES.generator(seed)
-    begun = time.monotonic()
-    loss.measure_start(movements, lambda: step(None))
-    image_db = [loss.image_db(movements, lambda: step(None))]
-    kept, best = 0, [v.detach().clone() for v in movements.variables]
-    checks = set(np.rint(np.linspace(0, schedule.iterations, schedule.checks + 1)[1:]).astype(int).tolist())
-    losses: list[float] = []
-    timed_out = False
-    for iteration in range(schedule.iterations):
-        share = iteration / schedule.iterations
-        rising = min(1.0, (iteration + 1) / (FIRST_SHARE * schedule.iterations + 1))
+    state = FitState(movements.variables, optimizer, fit.iterations)
+    loss.measure_start(movements, step)
+    if not cache.restore(state):
+        state.judge(loss.image_db(movements, step))
+        if fit.minutes is not None:
+            left = 60 * fit.minutes - fit.checks * (time.monotonic() - begun)
+            affordable = int(left / _seconds(lambda: loss.draw(movements, _batches(seed, 0)), movements))
+            state.iterations = max(min(fit.iterations, affordable), fit.checks)
+        cache.keep(state)
+    checks = np.rint(np.linspace(0, state.iterations, fit.checks + 1)[1:]).astype(int).tolist()
+    for iteration in range(len(state.losses), state.iterations):
+        rising = min(1.0, (iteration + 1) / (FIRST_SHARE * state.iterations + 1))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * rising * 0.5 * (1 + cos(pi * share))
-        current = loss.draw(movements, rng)
-        losses.append(float(current.detach().exp()))
-        if not np.isfinite(losses[-1]):
+            group["lr"] = rate * rising * 0.5 * (1 + cos(pi * iteration / state.iterations))
+        current = loss.draw(movements, _batches(seed, iteration))
+        state.losses.append(float(current.detach().exp()))
+        if not np.isfinite(state.losses[-1]):
             raise PassError(
-                f"the loss is {losses[-1]} at iteration {iteration}",
+                f"the loss is {state.losses[-1]} at iteration {iteration}",
                 where=by,
                 hint=f"lower {by}.weight_steps and {by}.shares",
             )
         optimizer.zero_grad()
         current.backward()
         optimizer.step()
-        step(losses[-1])
-        timed_out = schedule.minutes is not None and time.monotonic() - begun > 60 * schedule.minutes
-        if iteration + 1 in checks or timed_out:
-            image_db.append(loss.image_db(movements, lambda: step(None)))
-            if image_db[-1] > max(image_db[:-1]):
-                kept, best = len(image_db) - 1, [v.detach().clone() for v in movements.variables]
-        if timed_out:
-            break
-    with torch.no_grad():
-        for variable, value in zip(movements.variables, best, strict=True):
-            variable.copy_(value)
-    return NetworkResult(tuple(losses), tuple(image_db), kept, len(losses), timed_out)
+        step(state.losses[-1])
+        if iteration + 1 in checks:
+            state.judge(loss.image_db(movements, step))
+            cache.keep(state)
+    state.use_best()
+    return NetworkResult(tuple(state.losses), tuple(state.image_db), state.kept)
 
 
-def _log_error(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean over samples of the logarithm of the mean squared error."""
-    return (value - target).square().flatten(1).mean(1).clamp_min(SMALLEST_ERROR).log().mean()
+def _batches(seed: int, iteration: int) -> np.random.Generator:
+    """Return what draws the samples of an iteration: it depends on no earlier one."""
+    return streams.TRAINING_BATCHES.generator(seed, NETWORK_KEY, iteration)
 
 
-def relation_error(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the divergence of the relations between positions (MPQ-DM, arXiv 2412.11549): KL of softmaxed cosines.
-
-    Both `[B, C, ...]`. It has gradients, which the features of the published code, detached, have not.
-    """
-    found, wanted = (_relations(features) for features in (value, target))
-    size = log(max(found.shape[-1], 2))
-    return functional.kl_div(found, wanted, reduction="batchmean", log_target=True) / (found.shape[-2] * size)
-
-
-def _relations(features: torch.Tensor) -> torch.Tensor:
-    """Return log softmax of the cosines between positions, `[B, positions, positions]`."""
-    places = features.flatten(2).transpose(1, 2) if features.ndim > 3 else features
-    unit = functional.normalize(places if places.ndim == 3 else places[:, None], dim=-1)
-    return functional.log_softmax(unit @ unit.transpose(1, 2), dim=-1)
-
-
-def _rows(conditions: Conditions, samples: slice, count: int) -> Conditions:
-    """Return the rows of some samples, of both halves where there are two."""
-    halves = {name: len(array) // count for name, array in conditions.items()}
-    return {
-        name: np.concatenate([array[k * count : (k + 1) * count][samples] for k in range(max(halves[name], 1))])
-        for name, array in conditions.items()
-    }
+def _seconds(draw: Callable[[], torch.Tensor], movements: Movements) -> float:
+    """Return the seconds of one iteration. It changes no state."""
+    begun = 0.0
+    for i in range(TIMED_ITERATIONS):
+        begun = time.monotonic() if i == 1 else begun
+        draw().backward()
+    for variable in movements.variables:
+        variable.grad = None
+    return (time.monotonic() - begun) / (TIMED_ITERATIONS - 1)

@@ -33,7 +33,7 @@ from ..errors import PassError
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 from ..torch_graph.quantizers import SoftRounding
-from .block_data import Batch, BlockData, LossWatcher
+from .block_data import Batch, LossWatcher
 from .subgraph import Subgraph
 
 POINTS = 50  # of the curve in the manifest
@@ -80,15 +80,15 @@ class Batches:
         graph: TorchGraph,
         part: Subgraph,
         signature: Signature,
-        data: BlockData,
+        data: Sequence[Batch],
         schedule: Annealing,
         seed: int,
         calls: int = 1,
     ) -> None:
-        weights = [batch.weight for batch in data.batches]
+        weights = [batch.weight for batch in data]
         self._chances = None if len(set(weights)) < 2 else [weight / sum(weights) for weight in weights]
         self._calls = calls
-        self._graph, self._signature, self._batches = graph, signature, data.batches
+        self._graph, self._signature, self._batches = graph, signature, data
         self._outputs, self._schedule = part.outputs, schedule
         self._inputs = {name_of(value): value for value in part.model.graph.inputs}
         self._mixing = torch.Generator().manual_seed(seed)
@@ -165,7 +165,7 @@ def fit_rounding(
     _harden(rounders)
     start, scale = batches.mean_errors()
     if scale == 0:  # the unit computes what the float graph does
-        return TrainedUnit(unit, by, 0.0, 0.0, 0.0, ())
+        return TrainedUnit(unit, by, 0.0, 0.0, 0.0, (), kept=False)
     with torch.no_grad():
         for v, soft in zip(variables, soft_start, strict=True):
             v.copy_(soft)
@@ -191,7 +191,7 @@ def fit_rounding(
     soft_error, _ = batches.mean_errors()
     _harden(rounders)
     hard, _ = batches.mean_errors()
-    return TrainedUnit(unit, by, start, soft_error, hard, curve_of(losses))
+    return TrainedUnit(unit, by, start, soft_error, hard, curve_of(losses), kept=hard < start)
 
 
 def _harden(rounders: Sequence[SoftRounding]) -> None:

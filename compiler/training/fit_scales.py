@@ -34,7 +34,8 @@ from ..rounding.layer_inputs import Latents
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer
 from ..torch_graph.write_back import plan_grids, write_back
-from .block_data import Batch, BlockData, LossWatcher, record
+from .array_files import ArrayFiles
+from .block_data import Batch, LossWatcher, record
 from .fit_rounding import Annealing, Batches, curve_of
 from .learned_scales import LearnedScales, RowNetworks, learned_grids
 from .range_networks import RangeNetworks
@@ -52,7 +53,7 @@ class _LearnedBatches(Batches):
         graph: TorchGraph,
         part: Subgraph,
         signature: Signature,
-        data: BlockData,
+        data: Sequence[Batch],
         schedule: Annealing,
         learned: LearnedScales,
         row_of: Mapping[Timestep, int],
@@ -100,17 +101,14 @@ class ScaleFit:
         graph.module.requires_grad_(False)  # only the offsets are trained
         known = self.cache.load(unit.name, unit.computed)
         if known is None:
-            data = record(program, self.context, part, self.latents, unit.name, step, inner=inner)
-            try:
-                with torch_threads(self.context.threads):
-                    fit, arrays = self._fit(program, unit.name, names, part, graph, data, step)
-            finally:
-                data.close()
+            with ArrayFiles(self.context.folder) as files, torch_threads(self.context.threads):
+                data = record(program, self.context, part, self.latents, unit.name, step, files, inner=inner)
+                fit, arrays = self._fit(program, unit.name, names, part, graph, data, step)
             self.cache.keep(unit.name, unit.computed, fit, arrays)
         else:
             fit, arrays = known
             graph.module.load_state_dict({key: torch.from_numpy(array) for key, array in arrays.items()}, strict=False)
-        return (program if fit.hard >= fit.start else write_back(program, graph, self.context.folder, self.by)), fit
+        return (write_back(program, graph, self.context.folder, self.by) if fit.kept else program), fit
 
     def _fit(
         self,
@@ -119,7 +117,7 @@ class ScaleFit:
         names: Sequence[str],
         part: Subgraph,
         graph: TorchGraph,
-        data: BlockData,
+        data: Sequence[Batch],
         step: LossWatcher,
     ) -> tuple[TrainedUnit, Learned]:
         """Train the scales in the torch module; return the fit, and what changed if it is better."""
@@ -132,12 +130,13 @@ class ScaleFit:
         batches = Batches(graph, part, program.signature, data, self.schedule, 0)
         start, scale = batches.mean_errors()
         if scale == 0:  # the unit computes what the float graph does
-            return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, ()), {}
+            return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, (), kept=False), {}
         moving = _LearnedBatches(graph, part, program.signature, data, self.schedule, learned, row_of)
         losses = self._descend(moving, learned, scale, unit, step)
         arrays = learned.settle()
         end, _ = batches.mean_errors()
-        return TrainedUnit(unit, self.by, start, end, end, curve_of(losses)), arrays if end < start else {}
+        kept = end < start
+        return TrainedUnit(unit, self.by, start, end, end, curve_of(losses), kept), arrays if kept else {}
 
     def _descend(
         self, batches: Batches, learned: LearnedScales, scale: float, unit: str, step: LossWatcher

@@ -21,6 +21,7 @@ from ..rounding.layer_inputs import Inputs, Latents
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer, SoftRounding
 from ..torch_graph.write_back import plan_grids, write_back
+from .array_files import ArrayFiles
 from .block_data import LossWatcher, record
 from .fit_rounding import Annealing, Batches, fit_rounding
 from .subgraph import Subgraph, cut_out
@@ -69,24 +70,21 @@ def learn_rounding(
         mixed = dict(part.floats) if schedule.drop else {}
         if unit.timely:
             latents = _at_every_timestep(program, latents[0])
-        data = record(program, context, part, latents, unit.name, step, inner=schedule.inner > 0, floats=mixed)
-        try:
-            with torch_threads(context.threads):
-                seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
-                _drop_elements(part, graph, schedule.drop, seeds)
-                seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
-                batches = Batches(graph, part, program.signature, data, schedule, seed, calls)
-                fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
-        finally:
-            data.close()
-        better = fit.hard < fit.start
-        ups: Learned = {name: rounder.ups() for name, rounder in rounders.items()} if better else {}
+        with ArrayFiles(context.folder) as files, torch_threads(context.threads):
+            inner = schedule.inner > 0
+            data = record(program, context, part, latents, unit.name, step, files, inner=inner, floats=mixed)
+            seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
+            _drop_elements(part, graph, schedule.drop, seeds)
+            seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
+            batches = Batches(graph, part, program.signature, data, schedule, seed, calls)
+            fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
+        ups: Learned = {name: rounder.ups() for name, rounder in rounders.items()} if fit.kept else {}
         cache.keep(unit.name, unit.computed, fit, ups)
     else:
         fit, ups = known
         for name, up in ups.items():
             rounders[name].choose(up)
-    if fit.hard >= fit.start:
+    if not fit.kept:
         return program, fit
     trained = {w.weight.quantize.name or "": rounders[name_of(w.weight.quantize.outputs[0])] for w in unit.weights}
     written = replace(graph, quantizers={**graph.quantizers, **trained})

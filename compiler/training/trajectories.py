@@ -27,6 +27,7 @@ from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
+from .array_files import ArrayFiles
 
 TorchState = dict[str, torch.Tensor]
 """`x` and what the sampler remembers, each `[B, C, H, W]`."""
@@ -52,38 +53,57 @@ class Trajectory:
         return len(self.outputs[0])
 
 
-def float_trajectories(program: Program, context: Context, step: Callable[[], None]) -> list[Trajectory]:
-    """Sample the images of `context` with the float network; `step` is called after each network call.
+def float_trajectories(
+    program: Program, context: Context, files: ArrayFiles, step: Callable[[], None]
+) -> list[Trajectory]:
+    """Sample the images of `context` with the float network; the arrays lie in `files`.
 
+    `step` is called after each network call.
     Raises PassError for a prediction that is not finite.
     """
     check_conditions(program, context)
-    signature, found = program.signature, []
-    solver = program.deployment.solver(program.schedule)
     with Executor(program.require_float_model(), context.folder, threads=context.threads) as exact:
-        for first, rows in batch_spans(program, context):
-            conditions = batch_conditions(program, context, first, rows)
-            seen: list[samplers.StepInfo] = []
+        return [
+            _trajectory(program, context, exact, first, rows, files, step)
+            for first, rows in batch_spans(program, context)
+        ]
 
-            def predict(x: Images, t: Timestep, conditions: Conditions = conditions) -> Images:
-                output = exact.call(signature, both_halves(program, x), t, conditions)[signature.output]
-                step()
-                return np.array(guided_output(program, np.asarray(output, np.float32)))
 
-            noise = samplers.seeded_noise(context.seed, first=first)
-            x = samplers.initial_noise(context.seed, (rows, *program.shape), first=first)
-            last = samplers.run_solver(predict, x, solver, noise=noise, callback=seen.append)
-            outputs = tuple(torch.from_numpy(info.output) for info in seen)
-            if not all(bool(torch.isfinite(output).all()) for output in outputs):
-                raise PassError("the float network predicts numbers that are not finite", hint="debug the float model")
-            states = [{name: torch.from_numpy(np.array(a)) for name, a in info.state.items()} for info in seen]
-            added = [
-                torch.from_numpy(noise(i, x.shape) * np.float32(s.sigma)) if s.sigma > 0 else None
-                for i, s in enumerate(solver.steps)
-            ]
-            end = {"x": torch.from_numpy(np.array(last))}
-            found.append(Trajectory(conditions, (*states, end), outputs, tuple(added)))
-    return found
+def _trajectory(
+    program: Program,
+    context: Context,
+    exact: Executor,
+    first: int,
+    rows: int,
+    files: ArrayFiles,
+    step: Callable[[], None],
+) -> Trajectory:
+    """Sample the images first .. first + rows - 1."""
+    signature, solver = program.signature, program.deployment.solver(program.schedule)
+    conditions = batch_conditions(program, context, first, rows)
+    states: list[TorchState] = []
+    outputs: list[torch.Tensor] = []
+
+    def kept(array: Images) -> torch.Tensor:
+        return torch.from_numpy(files.keep(array))
+
+    def predict(x: Images, t: Timestep) -> Images:
+        output = exact.call(signature, both_halves(program, x), t, conditions)[signature.output]
+        step()
+        return np.array(guided_output(program, np.asarray(output, np.float32)))
+
+    def keep(info: samplers.StepInfo) -> None:
+        if not np.isfinite(info.output).all():
+            raise PassError("the float network predicts numbers that are not finite", hint="debug the float model")
+        states.append({name: kept(array) for name, array in info.state.items()})
+        outputs.append(kept(info.output))
+
+    noise = samplers.seeded_noise(context.seed, first=first)
+    x = samplers.initial_noise(context.seed, (rows, *program.shape), first=first)
+    last = samplers.run_solver(predict, x, solver, noise=noise, callback=keep)
+    sigmas = enumerate(s.sigma for s in solver.steps)
+    added = tuple(kept(noise(i, x.shape) * np.float32(sigma)) if sigma > 0 else None for i, sigma in sigmas)
+    return Trajectory(conditions, (*states, {"x": kept(last)}), tuple(outputs), added)
 
 
 class TorchDenoiser:

@@ -25,7 +25,7 @@ from ..core.pipeline import Context
 from ..core.program import Plan, Program
 from ..graph.nodes import digest
 
-UNIT = EntryForm("unit", "what a trained unit learned", layout=1)
+UNIT = EntryForm("unit", "what a trained unit learned", layout=2)
 Learned = Mapping[str, npt.NDArray[Any]]
 """What a unit learned, by the names of its weights or of the parameters of its torch module."""
 
@@ -35,7 +35,7 @@ class UnitCache:
 
     def __init__(self, program: Program, context: Context, options: Mapping[str, Any]) -> None:
         self._folder = context.cache
-        self._key = "" if context.cache is None else _start(program, context, options)
+        self._key = "" if context.cache is None else training_key(program, context, UNIT.layout, options)
 
     def load(self, unit: str, computed: frozenset[str]) -> tuple[TrainedUnit, Learned] | None:
         """Return the fit of a unit that was trained behind the same units, and what it learned, or None.
@@ -78,9 +78,10 @@ def _read(data: Any, folder: Path) -> tuple[TrainedUnit, Learned]:
     return Fields(data, str(folder)).finish(TrainedUnit.from_json), load_file(folder / UNIT.arrays)
 
 
-def _start(program: Program, context: Context, options: Mapping[str, Any]) -> str:
+def training_key(program: Program, context: Context, layout: int, options: Mapping[str, Any]) -> str:
+    """Return a digest of a program, of its calibration and float graph, and of the options of a pass that trains."""
     facts = {
-        "layout": UNIT.layout,
+        "layout": layout,
         "options": dict(options),
         "float": digest(program.require_float_model()),
         "grids": _digest(*_grids(program.require_plan())),

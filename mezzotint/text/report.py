@@ -197,7 +197,7 @@ def _print_training(units: Sequence[TrainedUnit], most: int | None) -> None:
             unit.by,
             f"{unit.start:.3g}",
             f"{_share(unit.soft, unit.start):.0%}",
-            f"{_share(unit.hard, unit.start):.0%}" + ("" if unit.hard < unit.start else ", not kept"),
+            f"{_share(unit.hard, unit.start):.0%}" + ("" if unit.kept else ", not kept"),
         )
         for unit in sorted(units, key=lambda unit: _share(unit.hard, unit.start))
     ]

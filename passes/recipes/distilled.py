@@ -51,7 +51,9 @@ DISTILLED = (
         "quest",
         "weights whose rounding is learned by blocks, then the weights of linear layers, the time features and the "
         "scales of activations trained against the outputs of blocks and the prediction",
-        static(behind=(Reconstruct(), replace(ONE_CALL, kinds=("linear",), scales="activations", blocks=0.5))),
+        static(
+            behind=(Reconstruct(held_out=0), replace(ONE_CALL, kinds=("linear",), scales="activations", blocks=0.5))
+        ),
         paper="QuEST, arXiv 2402.03666 (linear layers are those of attention and feed-forward; time features are rows "
         "of tables; one phase for both; 1000 steps of 8 samples)",
         baseline="w8a8",

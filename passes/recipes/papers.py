@@ -62,7 +62,7 @@ TIMESTEPS = (
             GroupSteps(method="each"),
             StepScales(source="learned"),
             *INTEGER_OPERATIONS,
-            LearnScales(through="network", form="network"),
+            LearnScales(through="network", form="network", held_out=0),
         ),
         paper="TDQ, arXiv 2306.02316 (its networks are fitted to measured histograms first, and have both ends of a "
         "range; no dropout; scales that do not depend on the timestep are learned beside them; weights rounded to "
@@ -223,7 +223,7 @@ SCALES = (
         "LSQ, arXiv 1902.08153 (scales of weights and activations, and zero points; the weights themselves are rounded "
         "anew and not trained)",
         "w8a8 with scales of weights and activations learned through the network against the float network's output",
-        static(behind=(LearnScales(what="both", through="network"),)),
+        static(behind=(LearnScales(what="both", through="network", held_out=0),)),
     ),
 )
 

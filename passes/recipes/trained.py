@@ -1,10 +1,11 @@
 """Recipes of systems that train: the rounding of weights by layers or blocks, then the scales of activations.
 
 A fit has 300 steps of a unit, which suits two cores; the papers have 10 000 to 20 000 of larger batches, and
-`reconstruct.iterations` sets them. Activations are trained behind the weights, by blocks, where a paper trains both
-together too. They get 100 steps: with 8 bits, 300 leave 97 % of a block's error (mnist-onnx, 4-bit weights), for twice
-the time of the weights. Islands are the first and the last layer; what a paper leaves in float besides, or quantizes to
-8 bits, is named in `paper`.
+`reconstruct.iterations` sets them. Images do not judge (`held_out` 0): a recipe with a paper's name does what the paper
+does, helpful or not. Activations are trained behind the weights, by blocks, where a paper trains both together too.
+They get 100 steps: with 8 bits, 300 leave 97 % of a block's error (mnist-onnx, 4-bit weights), for twice the time of
+the weights. Islands are the first and the last layer; what a paper leaves in float besides, or quantizes to 8 bits, is
+named in `paper`.
 
 With 4-bit weights and eta 1 (mnist-onnx, DDIM, 20 steps, PSNR median of 32 images): w8a8 13.1 dB, with PTQD's
 corrections alone 17.0, ptqd without its scales of activations 21.9. passes/reconstruct.py has the figures at eta 0.
@@ -21,8 +22,8 @@ from ..reconstruct import Reconstruct
 from ..split_shortcuts import SplitShortcuts
 from .parts import EVERY_CALL, EXACT, NOISY, against_w8a8, static
 
-_ACTIVATIONS = LearnScales(zero_points=False, iterations=100)
-_Q_DIFFUSION = static(SplitShortcuts(), behind=(Reconstruct(), _ACTIVATIONS))
+_ACTIVATIONS = LearnScales(zero_points=False, iterations=100, held_out=0)
+_Q_DIFFUSION = static(SplitShortcuts(), behind=(Reconstruct(held_out=0), _ACTIVATIONS))
 
 TRAINED = (
     against_w8a8(
@@ -31,14 +32,14 @@ TRAINED = (
         "AdaRound, arXiv 2004.10568 (300 steps of a layer; the loss is relative to the start's; from the rounding to "
         "nearest where that stays better)",
         "w8a8 with weights whose rounding is learned against the outputs of each layer",
-        static(behind=(Reconstruct(unit="layer"),)),
+        static(behind=(Reconstruct(unit="layer", held_out=0),)),
     ),
     against_w8a8(
         "brecq",
         "w4a8",
         "BRECQ, arXiv 2102.05426 (300 steps of a block; mean squares in place of the Fisher diagonal)",
         "w8a8 with weights whose rounding is learned against the outputs of each block, then scales of activations",
-        static(behind=(Reconstruct(), _ACTIVATIONS)),
+        static(behind=(Reconstruct(held_out=0), _ACTIVATIONS)),
     ),
     against_w8a8(
         "qdrop",
@@ -46,7 +47,7 @@ TRAINED = (
         "QDrop, arXiv 2203.05740 (half of the elements of activations unquantized in each step; 300 steps of a block; "
         "scales of activations are trained behind the weights, not with them)",
         "brecq with activations that are quantized at random while weights are trained",
-        static(behind=(Reconstruct(drop=0.5), _ACTIVATIONS)),
+        static(behind=(Reconstruct(drop=0.5, held_out=0), _ACTIVATIONS)),
     ),
     against_w8a8(
         "q-diffusion",
@@ -76,14 +77,14 @@ TRAINED = (
         "more of them at calls that resemble many others or differ from all",
         (
             *(*EXACT, AllocateSteps(method="density"), *static()[len(EXACT) :]),
-            *(Reconstruct(drop=0.5, inner=1.0), _ACTIVATIONS),
+            *(Reconstruct(drop=0.5, inner=1.0, held_out=0), _ACTIVATIONS),
         ),
     ),
     Recipe(
         "tfmq",
         "time features stored as tables, finite set calibration (a row of scales for each activation and call), and "
         "weights whose rounding is learned against the outputs of each block",
-        (*EVERY_CALL, Reconstruct()),
+        (*EVERY_CALL, Reconstruct(held_out=0)),
         paper="TFMQ-DM, arXiv 2311.16503 (time features cached in float, as in its journal version, so its temporal "
         "block has nothing to train: reconstruct trains it where it is quantized; 300 steps of a block; the second "
         "layer, shortcuts and changes of size are quantized, which it leaves in float)",

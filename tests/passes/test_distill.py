@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from mezzotint.compiler.correction.trial import compare_programs
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.rounding.weights import find_weights
-from mezzotint.passes import distill
+from mezzotint.compiler.training import network_loss, training_pass
 from mezzotint.passes.distill import Distill
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
@@ -53,24 +55,36 @@ def moved(before: Program, after: Program) -> set[str]:
     return {name for name in old if name not in new or not np.array_equal(old[name], new[name])}
 
 
+def test_images_are_better(program: Program, context: Context) -> None:
+    """Those of held-out noise, which decide."""
+    after = trained(program, context)
+    assert "; kept: on held-out noise" in after.history[-1].note
+    fit = after.training[-1]
+    assert fit.kept and fit.hard < fit.start and min(fit.losses) < 0.9
+    assert moved(program, after)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"weights": "adapters", "rank": 2, "unroll": 2},
-        {"scales": "activations", "blocks": 0.3, "relations": 0.3},
+        {"weights": "adapters", "rank": 2},
+        {"scales": "activations"},
+        {"unroll": 2},
+        {"blocks": 0.3, "relations": 0.3},
     ],
-    ids=["all", "adapters", "inside"],
+    ids=["adapters", "scales", "unroll", "inside"],
 )
-def test_images_are_better(program: Program, context: Context, options: dict[str, Any]) -> None:
-    """Images of held-out noise judge. Predictions are better on noise of another seed too, by the lowered graphs."""
+def test_predictions_are_better(
+    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """On noise of another seed, by the lowered graphs. A few images of a random network would judge by chance."""
+    rising = iter(range(100))
+    monkeypatch.setattr(network_loss.NetworkLoss, "image_db", lambda *_: float(next(rising)))
+    monkeypatch.setattr(training_pass, "judged", lambda before, after, context, samples, note, by: after.noted(note))
     after = trained(program, context, **options)
-    assert "; kept: on held-out noise" in after.history[-1].note
-    fit = after.training[-1]
-    assert fit.hard < fit.start and min(fit.losses) < 0.9
     old, new = compare_programs((program, after), replace(context, seed=context.seed + 50), 8, "test")
     assert new.prediction_db > old.prediction_db + 0.2
-    assert moved(program, after)
+    assert any("scale" in name for name in moved(program, after)) == ("scales" in options)
 
 
 def test_quantized_weights_stay_on_their_grids_and_scales(program: Program, context: Context) -> None:
@@ -100,9 +114,63 @@ def test_the_same_training_twice_gives_the_same_bytes(program: Program, context:
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def test_time_ends_the_fit_and_the_note_says_how_to_repeat_it(program: Program, context: Context) -> None:
+def test_the_fit_has_as_many_iterations_as_fit_into_the_minutes(program: Program, context: Context) -> None:
+    """And with that number of iterations, without minutes, it gives the same weights."""
     after = trained(program, context, minutes=1e-6, iterations=500)
-    assert "at distill.iterations=1" in after.history[-1].note
+    assert "; 2 of 500 iterations fit into 1e-06 minutes" in after.history[-1].note  # one for each check
+    assert len(after.training[-1].losses) == 2
+    again = trained(program, context, iterations=2)
+    assert after.training == again.training
+    whole = trained(program, context, minutes=60.0, iterations=3)
+    assert len(whole.training[-1].losses) == 3 and "minutes" not in whole.history[-1].note
+
+
+def test_a_fit_that_was_stopped_goes_on_behind_its_last_check(
+    program: Program, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(program, context)
+    cached = replace(context, cache=tmp_path / "cache")
+    seen = 0
+
+    def stop(stage: str, done: int, total: int) -> None:
+        nonlocal seen
+        seen += "loss" in stage
+        if seen == 25:  # behind the check at 20
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(program, replace(cached, progress=stop))
+    assert sorted(p.name[-2:] for p in (tmp_path / "cache").iterdir()) == ["-0", "-1"]
+
+    losses: list[int] = []
+    monkeypatch.setattr(network_loss.NetworkLoss, "draw", _counted(network_loss.NetworkLoss.draw, losses))
+    resumed = trained(program, cached)
+    assert len(losses) == 20
+    assert resumed.training == whole.training
+    for (name, a), b in zip(constants(whole).items(), constants(resumed).values(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    trained(program, cached, shares=4e-3)
+    assert len(losses) == 60, "other options train anew"
+
+
+def _counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return function(*arguments)
+
+    return counted
+
+
+def test_a_network_with_worse_images_is_thrown_away(
+    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checks draw with torch; the written graph has the last word."""
+    better = iter(range(100))
+    monkeypatch.setattr(network_loss.NetworkLoss, "image_db", lambda *_: float(next(better)))
+    after = trained(program, context, weight_steps=0.5, iterations=8, checks=1)
+    assert "thrown away" in after.history[-1].note
+    assert not after.training[-1].kept
+    assert not moved(program, after)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +188,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 
 
 def test_a_missing_torch_is_refused_at_once(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "find_spec", lambda name: None)
+    monkeypatch.setattr(training_pass, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="torch, which is not installed"):
         Distill().check((), program.deployment)
 

@@ -16,15 +16,15 @@ from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.training import training_pass
 from mezzotint.compiler.training.units import find_units, quantizers_of_units
-from mezzotint.passes import learn_scales
 from mezzotint.passes.learn_scales import LearnScales
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from tests.helpers.tiny import context_in, tiny_program
 from tests.passes.test_round_weights import sqnr
 
-QUICK: dict[str, Any] = {"iterations": 25, "learning_rate": 2e-2, "calls": 3, "samples": 4, "batch": 4}
+QUICK: dict[str, Any] = {"held_out": 0, "iterations": 25, "learning_rate": 2e-2, "calls": 3, "samples": 4, "batch": 4}
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,6 @@ def test_what_cannot_work_is_refused(program: Program, context: Context, monkeyp
     with pytest.raises(PassError, match=r"the loss is .* at iteration"):
         trained(program, context, through="network", learning_rate=1e6)
     LearnScales().check((), program.deployment)
-    monkeypatch.setattr(learn_scales, "find_spec", lambda _: None)
+    monkeypatch.setattr(training_pass, "find_spec", lambda _: None)
     with pytest.raises(RecipeError, match="torch, which is not installed"):
         LearnScales().check((), program.deployment)

@@ -19,11 +19,12 @@ from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
 from mezzotint.compiler.torch_graph.convert import to_torch
+from mezzotint.compiler.training import training_pass
+from mezzotint.compiler.training.array_files import ArrayFiles
 from mezzotint.compiler.training.block_data import record
 from mezzotint.compiler.training.fit_rounding import Annealing, Batches
 from mezzotint.compiler.training.subgraph import cut_out
 from mezzotint.compiler.training.units import find_units
-from mezzotint.passes import reconstruct
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.reconstruct import Reconstruct
@@ -31,7 +32,14 @@ from mezzotint.runtime.progress import DETAIL
 from tests.helpers.tiny import TIME_LAYERS, context_in, tiny_program
 from tests.passes.test_round_weights import inserted, planned
 
-QUICK: dict[str, Any] = {"unit": "layer", "iterations": 20, "learning_rate": 0.2, "calls": 2, "samples": 2}
+QUICK: dict[str, Any] = {
+    "held_out": 0,
+    "unit": "layer",
+    "iterations": 20,
+    "learning_rate": 0.2,
+    "calls": 2,
+    "samples": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +124,7 @@ def test_the_fit_is_in_the_program_and_survives_a_folder(program: Program, conte
 def test_without_torch_it_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = tiny_program(steps=3).deployment
     RECIPES["brecq"].check(deployment)
-    monkeypatch.setattr(reconstruct, "find_spec", lambda _: None)
+    monkeypatch.setattr(training_pass, "find_spec", lambda _: None)
     with pytest.raises(RecipeError, match="torch, which is not installed"):
         RECIPES["brecq"].check(deployment)
 
@@ -127,7 +135,7 @@ def test_a_weight_that_two_blocks_read_stays_and_is_counted(context: Context) ->
     two = inserted(planned(body, {"w": (4, 4)}, ["x", "a_s"], {"w": 0}), context)
     assert " of 1 units better; " in trained(two, context, unit="layer").history[-1].note
     after = trained(two, context, unit="block")
-    assert after.history[-1].note == "nothing to train; 1 weights are read by several units and stay"
+    assert after.history[-1].note == "nothing to train; 1 weights are read by several units and stay; not judged"
     assert not after.training
 
 
@@ -153,12 +161,12 @@ def test_calls_are_drawn_as_often_as_the_allocation_says(program: Program, conte
     (unit,) = (unit for unit in find_units(program, "layer") if unit.name == weight.name)
     floats = {name_of(v) for node in program.require_float_model().graph for v in node.outputs}
     part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
-    data = record(allocated, context, part, latents, unit.name, lambda: None)
-    assert [batch.weight for batch in data.batches] == [0, 0, 3, 3, 1, 1]
-    batches = Batches(to_torch(part.model), part, program.signature, data, Annealing(1, 1.0, 1.0, 1), 0)
-    rng = np.random.default_rng(0)
-    drawn = Counter(batches.draw(rng)[0].timestep for _ in range(200))
-    data.close()
+    with ArrayFiles(context.folder) as files:
+        data = record(allocated, context, part, latents, unit.name, lambda: None, files)
+        assert [batch.weight for batch in data] == [0, 0, 3, 3, 1, 1]
+        batches = Batches(to_torch(part.model), part, program.signature, data, Annealing(1, 1.0, 1.0, 1), 0)
+        rng = np.random.default_rng(0)
+        drawn = Counter(batches.draw(rng)[0].timestep for _ in range(200))
     first, second, third = program.deployment.timesteps
     assert drawn[first] == 0 and 120 < drawn[second] < 180 and drawn[third] > 20
 

@@ -97,7 +97,7 @@
       { title: "error before", number: true, value: (r) => r.start, show: (r) => M.number(r.start, 3) },
       { title: "behind the fit", number: true, value: (r) => r.soft, show: (r) => M.number(r.soft, 3) },
       { title: "rounded", number: true, value: (r) => r.hard, show: (r) => M.number(r.hard, 3) },
-      { title: "kept", tight: true, value: (r) => (r.hard < r.start ? "yes" : "no") },
+      { title: "kept", tight: true, value: (r) => (r.kept ? "yes" : "no") },
     ];
     const plots = rows.filter((r) => r.losses.length).map((r) => M.plot({
       x: r.losses.map((_, i) => i + 1), series: [{ name: "loss", y: r.losses }], caption: `loss of ${r.unit}`, zero: true, height: 90,

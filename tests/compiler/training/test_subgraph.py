@@ -16,6 +16,7 @@ from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights
+from mezzotint.compiler.training.array_files import ArrayFiles
 from mezzotint.compiler.training.block_data import record
 from mezzotint.compiler.training.subgraph import Subgraph, cut_out
 from mezzotint.passes.recipes.catalog import RECIPES
@@ -44,12 +45,13 @@ def test_every_layer_computes_what_the_whole_graph_does(program: Program, contex
     compared = 0
     for name in layer_parts(program):
         part = part_of(program, name)
-        data = record(program, context, part, latents, name, lambda: None)
+        files = ArrayFiles(context.folder)
+        data = record(program, context, part, latents, name, lambda: None, files)
         with (
             Executor(part.model, context.folder, threads=1, level="none") as alone,
             Executor(program.model, context.folder, taps=part.outputs, threads=1, level="none") as whole,
         ):
-            for call, batch in zip(latents, data.batches, strict=True):
+            for call, batch in zip(latents, data, strict=True):
                 want = whole.call(program.signature, call.x, call.timestep, call.conditions)
                 fed = dict(batch.inputs)
                 if program.signature.timestep in alone.inputs:
@@ -62,9 +64,10 @@ def test_every_layer_computes_what_the_whole_graph_does(program: Program, contex
                     assert np.sum((got[output] - want[output]) ** 2) < 1e-3 * np.sum(want[output] ** 2)
                     assert batch.targets[output].shape == want[output].shape
                     compared += 1
-        data.close()
+        assert list(context.folder.glob("training-*"))
+        files.close()
     assert compared >= STEPS * len(layer_parts(program)) > 0
-    assert not list(context.folder.glob("block-*"))
+    assert not list(context.folder.glob("training-*"))
 
 
 def test_the_output_of_a_convolution_is_behind_its_quantizer(program: Program) -> None:

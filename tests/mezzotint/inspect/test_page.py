@@ -53,7 +53,7 @@ class Made:
 
 def trained(bundle: Bundle) -> Bundle:
     """The bundle, as if a pass had trained two units of it."""
-    errors = {"pass": "reconstruct", "start": 0.2, "soft": 0.05, "hard": 0.1}
+    errors = {"pass": "reconstruct", "start": 0.2, "soft": 0.05, "hard": 0.1, "kept": True}
     curves = {"mid_block": [1.0, 0.5, 0.25], EVIL: [1.0, 2.0]}
     units = [{"unit": unit, **errors, "losses": losses} for unit, losses in curves.items()]
     return Bundle(bundle.path, changed_manifest(bundle.manifest, training=units))

@@ -1,0 +1,216 @@
+"""The loss of a whole quantized network against the float network, along the trajectory of the sampler.
+
+What images need is not what a single call shows (docs/explanation/training.md has the measurements): the error of
+rounded weights is nearly the same at successive calls and adds up, and the first calls, whose errors are the smallest,
+move images the most. So the loss is that of images, a logarithm, which no call and no sample dominates:
+
+    mean over samples of  log |x'(W) - x'|^2 - log e_i
+
+where x' is the float sampler's latent `unroll` calls later: with one call that is the error of its prediction, and with
+several the errors of successive calls add up in it as they do in images. e_i, the error of call i at the start, makes
+the loss 0 there; it has no gradient. Further terms compare the outputs of blocks in the same way, and relations between
+positions in them. Images of held-out noise judge (fit_network.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.steps import Solver
+from mezzotint.runtime.signature import Timestep
+
+from ..errors import PassError
+from .block_data import LossWatcher
+from .learned_scales import LearnedScales
+from .moving_weights import MovingWeights
+from .trajectories import TorchDenoiser, Trajectory, unroll
+
+Moved = Mapping[str, torch.Tensor]
+SMALLEST_ERROR = 1e-12
+"""Mean squared errors below it count as this: a float network's own rounding."""
+
+
+@dataclass(frozen=True)
+class NetworkFit:
+    """How a network is trained.
+
+    iterations    steps of Adam
+    weight_steps  how far one of them moves a quantized weight at first, in steps of its grid
+    shares        how far it moves other weights and the ends of grids, in shares of their size
+    batch         samples in a step, of one stretch of the trajectory
+    unroll        calls in a row whose errors add up
+    blocks, relations  weights of the errors of block outputs and of their relations, beside the loss of 1
+    samples       images whose trajectories are trained on
+    held_out      images of other noise that judge
+    checks        how often they do
+    minutes       about the longest that the fit may take; None means as long as it takes
+    """
+
+    iterations: int
+    weight_steps: float
+    shares: float
+    batch: int
+    unroll: int
+    blocks: float
+    relations: float
+    samples: int
+    held_out: int
+    checks: int
+    minutes: float | None
+
+
+class Movements:
+    """All that moves: weights, and the scales of quantizers."""
+
+    def __init__(
+        self, weights: MovingWeights, scales: LearnedScales | None, row_of: Mapping[Timestep, int], schedule: NetworkFit
+    ) -> None:
+        self._weights, self._scales, self._row_of = weights, scales, row_of
+        self.groups = weights.parameter_groups(schedule.weight_steps, schedule.shares)
+        self.groups += [] if scales is None else scales.parameter_groups(schedule.shares)
+        self.variables = [v for group in self.groups for v in group["params"]]
+
+    def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
+        """Return what takes the places of the module's parameters in a call; `weights` may be computed already."""
+        values = dict(self._weights.values() if weights is None else weights)
+        return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the moved weights, which all calls of one step share."""
+        return self._weights.values()
+
+    def settle(self) -> None:
+        """Write everything into the module."""
+        self._weights.settle()
+        if self._scales is not None:
+            self._scales.settle()
+
+
+class NetworkLoss:
+    """The loss of a step, and the fidelity of images, of a network that moves."""
+
+    def __init__(
+        self,
+        denoiser: TorchDenoiser,
+        teacher: TorchDenoiser | None,
+        solver: Solver,
+        trajectories: Sequence[Trajectory],
+        held_out: Sequence[Trajectory],
+        schedule: NetworkFit,
+    ) -> None:
+        self._denoiser, self._teacher, self._solver, self._schedule = denoiser, teacher, solver, schedule
+        self._trajectories, self._held_out = trajectories, held_out
+        self._starts = len(solver.steps) - schedule.unroll + 1
+        self._at_start: list[float] = []
+
+    @torch.no_grad()
+    def measure_start(self, movements: Movements, step: LossWatcher) -> None:
+        """Measure the loss of each stretch on the first batch. Raise PassError if it is not finite."""
+        batch, weights = self._trajectories[0], movements.weights()
+        every = slice(0, min(batch.samples, self._schedule.batch))
+        for first in range(self._starts):
+            self._at_start.append(float(self._error(movements, weights, batch, first, every)))
+            step()
+        if not all(np.isfinite(self._at_start)):
+            raise PassError("the quantized network predicts numbers that are not finite", hint="look at `debug`")
+
+    def draw(self, movements: Movements, rng: np.random.Generator) -> torch.Tensor:
+        """Return the loss of some samples of a batch, at one stretch of the trajectory."""
+        batch = self._trajectories[int(rng.integers(len(self._trajectories)))]
+        first = int(rng.integers(self._starts))
+        begin = int(rng.integers(max(batch.samples - self._schedule.batch, 0) + 1))
+        samples = slice(begin, begin + self._schedule.batch)
+        weights = movements.weights()
+        loss = self._error(movements, weights, batch, first, samples) - self._at_start[first]
+        if self._teacher is None:
+            return loss
+        return loss + self._inside(movements, weights, batch, first, samples)
+
+    @torch.no_grad()
+    def image_db(self, movements: Movements, step: LossWatcher) -> float:
+        """Return the mean PSNR of images of held-out noise (peak 2), behind the quantized network, in dB."""
+        weights, found = movements.weights(), list[float]()
+        for batch in self._held_out:
+
+            def predict(x: torch.Tensor, t: Timestep, rows: Conditions = batch.conditions) -> torch.Tensor:
+                step()
+                return self._denoiser(x, t, rows, movements.at(t, weights))[0]
+
+            images = unroll(predict, self._solver, batch, 0, len(self._solver.steps), slice(None))
+            exact = batch.states[-1]["x"]
+            errors = (images.clamp(-1, 1) - exact.clamp(-1, 1)).square().flatten(1).mean(1).clamp_min(1e-12)
+            found += (10 * torch.log10(4 / errors)).tolist()
+        return float(np.mean(found))
+
+    def _error(
+        self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
+    ) -> torch.Tensor:
+        rows = _rows(batch.conditions, samples, batch.samples)
+
+        def predict(x: torch.Tensor, t: Timestep) -> torch.Tensor:
+            return self._denoiser(x, t, rows, movements.at(t, weights))[0]
+
+        if self._schedule.unroll == 1:
+            out = predict(batch.states[first]["x"][samples], self._solver.steps[first].timestep)
+            return _log_error(out, batch.outputs[first][samples])
+        last = first + self._schedule.unroll
+        x = unroll(predict, self._solver, batch, first, last, samples)
+        return _log_error(x, batch.states[last]["x"][samples])
+
+    def _inside(
+        self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
+    ) -> torch.Tensor:
+        """Return the errors of the outputs of blocks and of their relations at one call."""
+        schedule, t = self._schedule, self._solver.steps[first].timestep
+        rows = _rows(batch.conditions, samples, batch.samples)
+        x, total = batch.states[first]["x"][samples], torch.zeros(())
+        teacher = self._teacher
+        if teacher is None:
+            return total
+        with torch.no_grad():
+            wanted = teacher(x, t, rows, {})[1:]
+        found = self._denoiser(x, t, rows, movements.at(t, weights))[1:]
+        for value, target in zip(found, wanted, strict=True):
+            if schedule.blocks:
+                total = total + schedule.blocks * _log_error(value, target) / len(found)
+        if schedule.relations and found:
+            total = total + schedule.relations * relation_error(found[-1], wanted[-1])
+        return total
+
+
+def _log_error(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean over samples of the logarithm of the mean squared error."""
+    return (value - target).square().flatten(1).mean(1).clamp_min(SMALLEST_ERROR).log().mean()
+
+
+def relation_error(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the divergence of the relations between positions (MPQ-DM, arXiv 2412.11549): KL of softmaxed cosines.
+
+    Both `[B, C, ...]`. It has gradients, which the features of the published code, detached, have not.
+    """
+    found, wanted = (_relations(features) for features in (value, target))
+    size = log(max(found.shape[-1], 2))
+    return functional.kl_div(found, wanted, reduction="batchmean", log_target=True) / (found.shape[-2] * size)
+
+
+def _relations(features: torch.Tensor) -> torch.Tensor:
+    """Return log softmax of the cosines between positions, `[B, positions, positions]`."""
+    places = features.flatten(2).transpose(1, 2) if features.ndim > 3 else features
+    unit = functional.normalize(places if places.ndim == 3 else places[:, None], dim=-1)
+    return functional.log_softmax(unit @ unit.transpose(1, 2), dim=-1)
+
+
+def _rows(conditions: Conditions, samples: slice, count: int) -> Conditions:
+    """Return the rows of some samples, of both halves where there are two."""
+    halves = {name: len(array) // count for name, array in conditions.items()}
+    return {
+        name: np.concatenate([array[k * count : (k + 1) * count][samples] for k in range(max(halves[name], 1))])
+        for name, array in conditions.items()
+    }

@@ -1,0 +1,105 @@
+"""The state of a fit of a whole network, and its copies in the cache: one for each check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from ..core.cache_entries import EntryForm
+
+CHECK = EntryForm("check", "the state of a training", layout=1)
+
+
+class FitState:
+    """The variables, what Adam remembers of them, and what the fit found so far.
+
+    `iterations` is how many the fit has in all, `kept` the number of the check with the best images.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        iterations: int,
+    ) -> None:
+        self._variables, self._optimizer = variables, optimizer
+        self.iterations = iterations
+        self.losses: list[float] = []
+        self.image_db: list[float] = []
+        self.kept = 0
+        self._best: list[torch.Tensor] = []
+
+    def judge(self, image_db: float) -> None:
+        """Add the fidelity of the images of the variables as they are; they are the best if it is the highest."""
+        if not self.image_db or image_db > max(self.image_db):
+            self.kept, self._best = len(self.image_db), [v.detach().clone() for v in self._variables]
+        self.image_db.append(image_db)
+
+    @torch.no_grad()
+    def use_best(self) -> None:
+        """Give the variables the values that they had at the best check."""
+        for variable, value in zip(self._variables, self._best, strict=True):
+            variable.copy_(value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the arrays."""
+        return {"losses": self.losses, "image_db": self.image_db, "kept": self.kept, "iterations": self.iterations}
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Return the variables, the best ones, and what Adam remembers."""
+        found = {f"variable.{i}": v.detach().contiguous() for i, v in enumerate(self._variables)}
+        found |= {f"best.{i}": v.contiguous() for i, v in enumerate(self._best)}
+        for i, variable in enumerate(self._variables):
+            remembered = self._optimizer.state.get(variable, {})
+            found |= {f"adam.{i}.{name}": value.contiguous() for name, value in remembered.items()}
+        return found
+
+    @torch.no_grad()
+    def restore(self, data: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+        """Take over what `to_json` and `arrays` returned."""
+        self.losses, self.image_db = list(data["losses"]), list(data["image_db"])
+        self.kept, self.iterations = int(data["kept"]), int(data["iterations"])
+        self._best = [arrays[f"best.{i}"] for i in range(len(self._variables))]
+        for i, variable in enumerate(self._variables):
+            variable.copy_(arrays[f"variable.{i}"])
+            names = [key.rsplit(".", 1)[1] for key in arrays if key.startswith(f"adam.{i}.")]
+            if names:
+                self._optimizer.state[variable] = {name: arrays[f"adam.{i}.{name}"] for name in names}
+
+
+class CheckCache:
+    """The states of one fit at its checks, in a folder that compilations share, or nowhere.
+
+    `key` is a digest of all that the fit depends on.
+    """
+
+    def __init__(self, folder: Path | None, key: str, checks: int) -> None:
+        self._folder, self._key, self._checks = folder, key, checks
+
+    def keep(self, state: FitState) -> None:
+        """Write the state at its last check."""
+        entry = self._entry(len(state.image_db) - 1)
+        if entry is None:
+            return
+
+        def write(folder: Path) -> dict[str, Any]:
+            (folder / CHECK.arrays).write_bytes(save(state.arrays()))
+            return state.to_json()
+
+        CHECK.keep(entry, write)
+
+    def restore(self, state: FitState) -> bool:
+        """Take over the last state that is there; return whether there is one. Raise StatsError for a damaged one."""
+        for check in range(self._checks, -1, -1):
+            entry = self._entry(check)
+            if entry is not None and entry.exists():
+                CHECK.load(entry, lambda data, folder: state.restore(data, load_file(folder / CHECK.arrays)))
+                return True
+        return False
+
+    def _entry(self, check: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"check-{self._key}-{check}"
