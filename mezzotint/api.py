@@ -16,7 +16,7 @@ from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bund
 from mezzotint.compiler.calibration.calibrate import check_conditions
 from mezzotint.compiler.calibration.finite import require_finite
 from mezzotint.compiler.core import pipeline
-from mezzotint.compiler.core.pipeline import Context, Recipe
+from mezzotint.compiler.core.pipeline import CPU, Context, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
@@ -72,6 +72,7 @@ def compile_model(
     unconditional: ConditionSource = None,
     seed: int = 0,
     threads: int | None = None,
+    device: str = CPU,
     inputs: Mapping[str, str] | None = None,
     output_name: str | None = None,
     prediction: Prediction | None = None,
@@ -101,6 +102,8 @@ def compile_model(
     of its channels are the image's. `export` is a path for the imported float graph. `cache` is a folder of calibration
     statistics: compilations that calibrate on the same graph in the same way measure once. `license` is the identifier
     of the model's licence, for the bundle's card; when left out, that of the card in the model's own folder.
+    `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the
+    recipe would use is refused.
     The finished file is run beside the float model before the bundle is written, for about `acceptance_seconds` at
     most. Where the SQNR of the prediction is below `min_sqnr` dB at a group of timesteps, a `LowFidelity` warning names
     the worst layers and what helps; with `strict` this is an error.
@@ -117,15 +120,21 @@ def compile_model(
         OutputOptions(dump_passes, export, license, force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
     )
-    return compile_with(model, Path(output), options, threads=threads, progress=progress)
+    return compile_with(model, Path(output), options, threads=threads, device=device, progress=progress)
 
 
 def compile_with(
-    model: Model, target: Path, options: CompileOptions, *, threads: int | None = None, progress: Progress = silent
+    model: Model,
+    target: Path,
+    options: CompileOptions,
+    *,
+    threads: int | None = None,
+    device: str = CPU,
+    progress: Progress = silent,
 ) -> Bundle:
     """Do the work of `compile_model`, for its options as one value."""
     calibration, output = options.calibration, options.output
-    prepared = prepare(model, target, options)
+    prepared = prepare(model, target, options, device)
     recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
     with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
@@ -141,6 +150,7 @@ def compile_with(
             work,
             seed=calibration.seed,
             threads=threads,
+            device=device,
             samples=calibration.samples,
             batch=calibration.batch,
             conditions=conditions,

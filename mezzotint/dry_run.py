@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mezzotint.compiler.core.pipeline import CPU
+
 from .io.sources import ModuleSource
 from .options import CompileOptions
 from .prepared import prepare
 
 
-def plan_compile(model: str, output: Path, options: CompileOptions) -> dict[str, Any]:
+def plan_compile(model: str, output: Path, options: CompileOptions, device: str = CPU) -> dict[str, Any]:
     """Return the steps of a compilation as plain data. Raises what the compilation raises before its first pass."""
-    prepared = prepare(model, output, options)
+    prepared = prepare(model, output, options, device)
     source, recipe, deployment = prepared.source, prepared.recipe, prepared.deployment
     calls = deployment.calls
     calibration = {

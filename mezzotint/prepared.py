@@ -17,7 +17,7 @@ import numpy as np
 
 from mezzotint.compiler.bundle.staging import check_target, check_target_file
 from mezzotint.compiler.calibration.conditions import check_rows, random_rows
-from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.compiler.core.pipeline import CPU, Recipe
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.channels import network_channels
 from mezzotint.compiler.frontend.conventions import known_prediction, known_unit
@@ -69,7 +69,7 @@ class Prepared(PreparedModel):
     unconditional: Conditions | None
 
 
-def prepare(model: Model, target: Path, options: CompileOptions) -> Prepared:
+def prepare(model: Model, target: Path, options: CompileOptions, device: str = CPU) -> Prepared:
     """Return a compilation that can begin. Raises every error that the options, the model's files and the data have."""
     conditions, unconditional = (
         _read(of) for of in (options.calibration.conditions, options.calibration.unconditional)
@@ -77,6 +77,7 @@ def prepare(model: Model, target: Path, options: CompileOptions) -> Prepared:
     recipe = options.recipe.chosen()
     source, deployment = _source(model, options.deployment, options.roles)
     recipe.check(deployment)
+    recipe.check_device(device)
     check_target(target, force=options.output.force)
     if options.output.export is not None:
         check_target_file(Path(options.output.export), force=options.output.force)

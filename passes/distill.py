@@ -53,6 +53,8 @@ class Distill(TrainingPass):
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
     - `checks`: how often images judge, evenly over the iterations.
     - `minutes`: about the longest that the fit takes; null means as long as it takes.
+    - `precision`: of the forward passes of the fit, `float32` or `bfloat16` (torch's autocast; quantizers compute in
+      float32). Images that judge are those of float32.
     """
 
     weights: Literal["all", "adapters", "none"] = "all"
@@ -71,6 +73,7 @@ class Distill(TrainingPass):
     held_out: int = 32
     checks: int = 3
     minutes: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         self.require_positive("rank", "iterations", "weight_steps", "shares", "batch", "unroll", "samples")

@@ -69,6 +69,8 @@ class LearnScales(TrainingPass):
     - `zero_points`: learn both ends of the grids of activations, not the scales alone.
     - `form`: a table's `rows` have offsets of their own, or a small `network` of the timestep gives those of all rows.
     - `inner`: weight of the errors of the layers inside a unit beside that of its outputs.
+    - `precision`: of the forward passes of the fit, `float32` or `bfloat16` (torch's autocast; quantizers compute in
+      float32). Errors and images are measured in float32.
     - `calls`, `samples`: as above.
     - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their scales.
     - `held_out`: images of other noise that judge all units together: none of them is kept where images are worse. 0
@@ -83,6 +85,7 @@ class LearnScales(TrainingPass):
     zero_points: bool = True
     form: Literal["rows", "network"] = "rows"
     inner: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
     calls: int = 20
     samples: int = 16
     units: tuple[str, ...] = ()
@@ -120,11 +123,12 @@ class LearnScales(TrainingPass):
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
         decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
+        numbers = (self.iterations, self.learning_rate, 0.0, self.batch)
         # premul has one zero point for all rows of a table.
         fit = ScaleFit(
             context,
             latents,
-            Annealing(self.iterations, self.learning_rate, 0.0, self.batch, inner=self.inner),
+            Annealing(*numbers, inner=self.inner, precision=self.precision),
             self.zero_points and program.lowering != "premul",
             self.form == "network",
             self.name,

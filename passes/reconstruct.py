@@ -72,6 +72,8 @@ class Reconstruct(TrainingPass):
     - `calls`, `samples`: as above.
     - `drop`: the probability with which an element of an activation is not quantized in a step of the fit (QDrop).
     - `inner`: weight of the errors of the layers inside a block beside that of its outputs (EDA-DM).
+    - `precision`: of the forward passes of the fit, `float32` or `bfloat16` (torch's autocast; quantizers compute in
+      float32). Errors and images are measured in float32.
     - `units`: patterns of units' names (as in a shell: `*`, `?`); empty means all. Others keep their rounding.
     - `held_out`: images of other noise that judge all units together: none of them is kept where images are worse. 0
       keeps them unjudged, as papers do.
@@ -86,6 +88,7 @@ class Reconstruct(TrainingPass):
     samples: int = 16
     drop: float = 0.0
     inner: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
     units: tuple[str, ...] = ()
     held_out: int = 16
 
@@ -109,7 +112,7 @@ class Reconstruct(TrainingPass):
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
         numbers = (self.iterations, self.learning_rate, self.regularization, self.batch)
-        schedule = Annealing(*numbers, inner=self.inner, drop=self.drop)
+        schedule = Annealing(*numbers, inner=self.inner, drop=self.drop, precision=self.precision)
         decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         cache = UnitCache(program, context, {"pass": self.name, **decisive})
         before, fits = program, []

@@ -118,7 +118,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/training/fit_scales.py": {"torch"},
     "compiler/training/learned_scales.py": {"torch"},
     "compiler/training/range_networks.py": {"torch"},
-    "compiler/training/torch_threads.py": {"torch"},
+    "compiler/training/torch_device.py": {"torch"},
     "compiler/torch_graph/write_back.py": {"torch"},
     "compiler/stages.py": {"psutil"},
     "compiler/bundle/card.py": {"yaml"},

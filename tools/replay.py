@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dump", type=Path, help="write NNN_pass.{txt,diff,onnx} here")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=4, help="calibration samples of the passes that run the model")
+    parser.add_argument("--device", default=pipeline.CPU, help="where passes train: cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     try:
         program, pending = snapshot.load_program(args.folder)
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             context = pipeline.Context(
                 args.folder.absolute(),
                 threads=args.threads,
+                device=args.device,
                 samples=args.samples,
                 conditions=random_conditions(program, args.samples, seed=0),
                 unconditional=random_conditions(program, 1, seed=1) if program.deployment.guided else {},

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy.typing as npt
 
-from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import rows_in_turn
@@ -32,6 +32,8 @@ from .memory import PeakMemory
 from .program import Program, Record
 
 LOG = logging.getLogger("mezzotint")
+CPU = "cpu"
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Context:
 
     `conditions` maps each condition to an array `[rows, ...]`; calibration takes the rows in turn. `unconditional` has
     the rows `[1, ...]` of the unconditional half of a guided call. `cache` is a folder of statistics that compilations
-    share (compiler/calibration/stats_cache.py).
+    share (compiler/calibration/stats_cache.py). `device` is where passes train; all else runs on the CPU.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Context:
     unconditional: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     progress: Progress = silent
     cache: Path | None = None
+    device: str = CPU
 
     def condition_rows(self, first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
         """Return `rows` rows of each condition from `first` on, starting over after the last one."""
@@ -84,6 +87,10 @@ class Pass(ABC):
 
     def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:  # noqa: B027 most passes fit everywhere
         """Raise RecipeError for a recipe with these passes, or a deployment, that this pass cannot work with."""
+
+    def trains_on(self, device: str) -> bool:
+        """Return whether this pass trains. Raise InputError if it does and the device is not there."""
+        return False
 
     def code(self, program: Program) -> str | None:
         """Return the program's graph as the code that this pass trained it in, or None for a pass that does not."""
@@ -162,6 +169,18 @@ class Recipe:
         """Raise RecipeError for whatever the passes would refuse on any model."""
         for step in self.passes:
             step.check(self.passes, deployment)
+
+    def check_device(self, device: str) -> None:
+        """Raise InputError for a device that is not there, and RecipeError for one that no pass would use."""
+        if not _DEVICE.fullmatch(device):
+            raise InputError(f"the device is {device!r}", where="--device", hint="choose cpu, cuda, or cuda:N (cuda:1)")
+        trains = [step.trains_on(device) for step in self.passes]
+        if device != CPU and not any(trains):
+            raise RecipeError(
+                f"the device is {device!r}, and no pass of the recipe trains",
+                where=f"recipe {self.name!r}",
+                hint="leave out --device: only reconstruct, learn_scales and distill use it, all else runs on the CPU",
+            )
 
     def to_json(self) -> dict[str, Any]:
         steps = [{"pass": p.name, **({"options": p.options()} if p.options() else {})} for p in self.passes]

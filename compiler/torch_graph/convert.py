@@ -16,7 +16,7 @@ import keyword
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import onnx_ir as ir
@@ -33,6 +33,7 @@ from .pairs import Pairs
 from .trained import weights_of
 from .values import TorchFunction
 
+HOST = torch.device("cpu")
 VALUE = "onnx_value"
 """The key of a value's name in the `meta` of its fx node."""
 
@@ -47,6 +48,7 @@ class TorchGraph:
     inputs      name and rank of each input
     outputs     the names of the values that the module returns
     fixed_batch the batch that the graph fixes, or None when it is open
+    device      where the module is, and what it is called with
     """
 
     module: fx.GraphModule
@@ -55,6 +57,14 @@ class TorchGraph:
     inputs: Mapping[str, int]
     outputs: tuple[str, ...]
     fixed_batch: int | None = None
+    device: torch.device = HOST
+
+    def to(self, device: torch.device) -> TorchGraph:
+        """Move the module to a device, with all that it holds; return the graph there."""
+        names = {id(parameter): path for path, parameter in self.module.named_parameters()}
+        self.module.to(device)
+        moved = {name: self.module.get_parameter(names[id(weight)]) for name, weight in self.weights.items()}
+        return replace(self, weights=moved, device=device)
 
     def per_sample(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor] | None = None

@@ -69,7 +69,8 @@ def Clip(
 
 def Where(condition: Operand, a: Operand, b: Operand) -> torch.Tensor:
     x, y = together(a, b)
-    return torch.where(tensor(condition, x), x, y)
+    chosen, x = together(condition, x)
+    return torch.where(chosen, x, tensor(y, x))
 
 
 def Equal(a: Operand, b: Operand) -> torch.Tensor:

@@ -81,10 +81,11 @@ def Slice(
 
 
 def Gather(x: Operand, indices: Operand, *, axis: int = 0) -> torch.Tensor:
-    given = tensor(x)
+    """The result is on the device of the data, or of the indices where a size is looked up."""
     if isinstance(indices, int):
-        return given.select(axis, indices)
-    return given[(slice(None),) * (axis % given.ndim) + (tensor(indices, given).long(),)]
+        return tensor(x).select(axis, indices)
+    given, places = together(x, indices)
+    return given[(slice(None),) * (axis % given.ndim) + (places.long(),)]
 
 
 def GatherElements(x: Operand, indices: Operand, *, axis: int = 0) -> torch.Tensor:

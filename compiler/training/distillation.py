@@ -27,7 +27,7 @@ from .learned_scales import LearnedScales, learned_grids
 from .moving_weights import Moving, MovingWeights
 from .network_loss import Movements, NetworkFit, NetworkLoss
 from .network_state import CHECK, CheckCache
-from .torch_threads import torch_threads
+from .torch_device import training_device
 from .trajectories import TorchDenoiser, float_trajectories
 from .unit_cache import training_key
 from .units import NETWORK
@@ -61,16 +61,16 @@ class Distillation:
         """
         context, fit = self.context, self.fit
         seed = SeedOffset.HELD_OUT.after(context.seed)
-        with ArrayFiles(context.folder) as files, torch_threads(context.threads):
+        with ArrayFiles(context.folder) as files, training_device(context) as device:
             trained_on = float_trajectories(program, replace(context, samples=fit.samples), files, step)
             judging = float_trajectories(program, replace(context, samples=fit.held_out, seed=seed), files, step)
-            graph = _torch_graph(program, program.model, taps := self._taps(program))
+            graph = _torch_graph(program, program.model, taps := self._taps(program)).to(device)
             plan_grids(program, graph)
             movements = self._movements(program, graph)
             teacher = None
             if taps:
                 exact = program.require_float_model()
-                teacher = TorchDenoiser(program, exact, _torch_graph(program, exact, taps))
+                teacher = TorchDenoiser(program, exact, _torch_graph(program, exact, taps).to(device))
             denoiser = TorchDenoiser(program, program.model, graph)
             solver = program.deployment.solver(program.schedule)
             loss = NetworkLoss(denoiser, teacher, solver, trained_on, judging, fit)

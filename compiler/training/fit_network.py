@@ -22,6 +22,7 @@ from ..errors import PassError
 from .block_data import LossWatcher
 from .network_loss import Movements, NetworkFit, NetworkLoss
 from .network_state import CheckCache, FitState
+from .torch_device import wait_for
 from .units import NETWORK
 
 FIRST_SHARE = 0.02
@@ -103,6 +104,7 @@ def _seconds(draw: Callable[[], torch.Tensor], movements: Movements) -> float:
     for i in range(TIMED_ITERATIONS):
         begun = time.monotonic() if i == 1 else begun
         draw().backward()
+        wait_for(movements.variables[0].device)
     for variable in movements.variables:
         variable.grad = None
     return (time.monotonic() - begun) / (TIMED_ITERATIONS - 1)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from mezzotint.runtime import streams
+from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.signature import Signature
 
@@ -35,6 +36,7 @@ from ..torch_graph.convert import TorchGraph
 from ..torch_graph.quantizers import SoftRounding
 from .block_data import Batch, LossWatcher
 from .subgraph import Subgraph
+from .torch_device import Precision, autocast
 
 POINTS = 50  # of the curve in the manifest
 
@@ -49,6 +51,7 @@ class Annealing:
     batch            samples of one step
     inner            weight of the errors inside
     drop             probability of QDrop
+    precision        of the forward passes of the fit; errors are measured in float32
     warmup           share of the iterations without the second term
     betas            its exponent at the end of the warm-up and at the last iteration
     """
@@ -59,6 +62,7 @@ class Annealing:
     batch: int
     inner: float = 0.0
     drop: float = 0.0
+    precision: Precision = "float32"
     warmup: float = 0.2
     betas: tuple[float, float] = (20.0, 2.0)
 
@@ -122,9 +126,9 @@ class Batches:
 
     def _errors(self, batch: Batch, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean squared errors over the mean squares in the float graph, summed: of outputs, and inside."""
-        errors = {True: torch.zeros(()), False: torch.zeros(())}
+        errors = {inside: torch.zeros((), device=self._graph.device) for inside in (True, False)}
         for name, value in zip(self._graph.outputs, self._call(batch, samples), strict=True):
-            target = torch.from_numpy(np.array(batch.targets[name][samples]))
+            target = self._on_device(np.array(batch.targets[name][samples]))
             error = (value - target).square().mean() / target.square().mean().clamp_min(1e-12)
             errors[name in self._outputs] = errors[name in self._outputs] + error
         return errors[True], errors[False]
@@ -134,13 +138,18 @@ class Batches:
         if self._signature.timestep in self._inputs:
             count = len(range(*samples.indices(batch.samples)))
             fed |= timestep_feed(self._inputs, self._signature, count, batch.timestep)
-        given = {name: torch.from_numpy(fed[name]) for name in self._inputs}
+        given = {name: self._on_device(fed[name]) for name in self._inputs}
         if self._graph.module.training and self._schedule.drop:
             for name, array in batch.floats.items():
-                chance = torch.rand(given[name].shape, generator=self._mixing)
-                floats = torch.from_numpy(np.array(array[samples]))
-                given[name] = torch.where(chance < self._schedule.drop, floats, given[name])
-        return self._run(batch, tuple(given.values()))
+                dropped = torch.rand(given[name].shape, generator=self._mixing) < self._schedule.drop
+                floats = self._on_device(np.array(array[samples]))
+                given[name] = torch.where(dropped.to(floats.device), floats, given[name])
+        precision = self._schedule.precision if self._graph.module.training else "float32"
+        with autocast(self._graph.device, precision):
+            return self._run(batch, tuple(given.values()))
+
+    def _on_device(self, array: AnyArray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._graph.device)
 
     def _run(self, batch: Batch, arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         outputs: Sequence[torch.Tensor] = self._graph.module(*arguments)

@@ -40,7 +40,7 @@ from .fit_rounding import Annealing, Batches, curve_of
 from .learned_scales import LearnedScales, RowNetworks, learned_grids
 from .range_networks import RangeNetworks
 from .subgraph import Subgraph, cut_out
-from .torch_threads import torch_threads
+from .torch_device import training_device
 from .unit_cache import Learned, UnitCache
 from .units import GraphUnit
 
@@ -101,7 +101,8 @@ class ScaleFit:
         graph.module.requires_grad_(False)  # only the offsets are trained
         known = self.cache.load(unit.name, unit.computed)
         if known is None:
-            with ArrayFiles(self.context.folder) as files, torch_threads(self.context.threads):
+            with ArrayFiles(self.context.folder) as files, training_device(self.context) as device:
+                graph = graph.to(device)
                 data = record(program, self.context, part, self.latents, unit.name, step, files, inner=inner)
                 fit, arrays = self._fit(program, unit.name, names, part, graph, data, step)
             self.cache.keep(unit.name, unit.computed, fit, arrays)

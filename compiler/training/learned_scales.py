@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from ..errors import PassError
-from ..torch_graph.convert import TorchGraph
+from ..torch_graph.convert import HOST, TorchGraph
 from ..torch_graph.quantizers import Quantizer
 from .range_networks import RangeNetworks
 
@@ -81,16 +81,20 @@ class LearnedScales:
                     hint="put the pass behind insert_qdq, with nothing in between that groups the calls anew",
                 )
         self.rows, self.seen = rows, frozenset(seen)
-        self.offsets = nn.Parameter(torch.zeros(_size(self.static)))
-        self.networks = networks(len(self.timed)) if networks is not None and self.timed else None
+        self._device = grids[0].part.scale.device if grids else HOST
+        self.offsets = self._zeros(self.static)
+        self.networks = networks(len(self.timed)).to(self._device) if networks is not None and self.timed else None
         by_row = self.timed if self.networks is None else []
-        self.shared = nn.Parameter(torch.zeros(_size(by_row)))
-        self.row_offsets = [nn.Parameter(torch.zeros(_size(by_row))) for _ in range(rows if by_row else 0)]
+        self.shared = self._zeros(by_row)
+        self.row_offsets = [self._zeros(by_row) for _ in range(rows if by_row else 0)]
         self._integers = {
             grid.path: grid.part.integers(grid.weight)  # a weight's zero point is 0
             for grid in self.static
             if grid.weight is not None
         }
+
+    def _zeros(self, grids: Sequence[LearnedGrid]) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(sum(grid.ends * grid.channels for grid in grids), device=self._device))
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Return what an optimizer trains, with learning rates. Of the rows only that of a batch has a gradient."""
@@ -112,7 +116,7 @@ class LearnedScales:
                 found[grid.weight_path] = self._integers[grid.path] * scale.reshape(shape)
         if row is None or not self.timed:
             return found
-        index = torch.tensor([row])
+        index = torch.tensor([row], device=self._device)
         for grid, offsets in self._of_tables(row):
             scales, zeros = grid.part.scale.detach(), grid.part.zero_point.detach()
             scale, zero = moved(grid.part, scales[row], zeros[row], offsets)
@@ -156,7 +160,7 @@ class LearnedScales:
             if grid.weight is not None and grid.weight_path is not None:
                 grid.weight.copy_(last[grid.weight_path])
                 settled[grid.weight_path] = grid.weight
-        return {name: tensor.detach().numpy() for name, tensor in settled.items()}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in settled.items()}
 
 
 def moved(
@@ -191,10 +195,6 @@ def learned_grids(
         path = None if weight is None else parameters[id(weight)]
         found[part] = LearnedGrid(part, paths[id(part)], two_ends, path, weight)
     return list(found.values())
-
-
-def _size(grids: Sequence[LearnedGrid]) -> int:
-    return sum(grid.ends * grid.channels for grid in grids)
 
 
 def _parts(grids: Sequence[LearnedGrid], offsets: torch.Tensor) -> list[tuple[LearnedGrid, torch.Tensor]]:

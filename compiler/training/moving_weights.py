@@ -104,7 +104,7 @@ class MovingWeights:
         if not isinstance(quantizer, Quantizer) or parameter is None:
             raise PassError("the weight has no quantizer that can be trained", where=weight.name)
         with torch.no_grad():
-            floats = torch.tensor(numpy_of(inputs.floats), dtype=parameter.dtype)
+            floats = torch.tensor(numpy_of(inputs.floats), dtype=parameter.dtype, device=parameter.device)
             scale, zero, _, _ = quantizer.parameters_for(parameter)
             integers = quantizer.integers(parameter) - zero
             start = torch.clamp(floats / scale, integers - CELL, integers + CELL) * scale
@@ -113,7 +113,8 @@ class MovingWeights:
         if moving == "adapters":
             r = min(rank, *shape)
             right = rng.standard_normal((r, shape[1]), dtype=np.float32) / np.float32(np.sqrt(r))
-            offsets = (nn.Parameter(torch.zeros(shape[0], r)), nn.Parameter(torch.from_numpy(right)))
+            factors = torch.zeros(shape[0], r), torch.from_numpy(right)
+            offsets = tuple(nn.Parameter(factor.to(start.device)) for factor in factors)
         return _Moving(paths[id(parameter)], parameter, start, scale.detach().expand_as(start), offsets)
 
 

@@ -30,6 +30,7 @@ from ..errors import PassError
 from .block_data import LossWatcher
 from .learned_scales import LearnedScales
 from .moving_weights import MovingWeights
+from .torch_device import Precision
 from .trajectories import TorchDenoiser, Trajectory, unroll
 
 Moved = Mapping[str, torch.Tensor]
@@ -51,6 +52,7 @@ class NetworkFit:
     held_out      images of other noise that judge
     checks        how often they do
     minutes       about the longest that the fit may take; None means as long as it takes
+    precision     of the forward passes of the fit; images are those of float32
     """
 
     iterations: int
@@ -64,6 +66,7 @@ class NetworkFit:
     held_out: int
     checks: int
     minutes: float | None
+    precision: Precision = "float32"
 
 
 class Movements:
@@ -106,6 +109,7 @@ class NetworkLoss:
         schedule: NetworkFit,
     ) -> None:
         self._denoiser, self._teacher, self._solver, self._schedule = denoiser, teacher, solver, schedule
+        self._trained, self._device = denoiser.computing_in(schedule.precision), denoiser.device
         self._trajectories, self._held_out = trajectories, held_out
         self._starts = len(solver.steps) - schedule.unroll + 1
         self._at_start: list[float] = []
@@ -143,8 +147,8 @@ class NetworkLoss:
                 step()
                 return self._denoiser(x, t, rows, movements.at(t, weights))[0]
 
-            images = unroll(predict, self._solver, batch, 0, len(self._solver.steps), slice(None))
-            exact = batch.states[-1]["x"]
+            images = unroll(predict, self._solver, batch, 0, len(self._solver.steps), slice(None), self._device)
+            exact = batch.states[-1]["x"].to(self._device)
             errors = (images.clamp(-1, 1) - exact.clamp(-1, 1)).square().flatten(1).mean(1).clamp_min(1e-12)
             found += (10 * torch.log10(4 / errors)).tolist()
         return float(np.mean(found))
@@ -155,14 +159,14 @@ class NetworkLoss:
         rows = _rows(batch.conditions, samples, batch.samples)
 
         def predict(x: torch.Tensor, t: Timestep) -> torch.Tensor:
-            return self._denoiser(x, t, rows, movements.at(t, weights))[0]
+            return self._trained(x, t, rows, movements.at(t, weights))[0]
 
         if self._schedule.unroll == 1:
-            out = predict(batch.states[first]["x"][samples], self._solver.steps[first].timestep)
-            return _log_error(out, batch.outputs[first][samples])
+            out = predict(batch.states[first]["x"][samples].to(self._device), self._solver.steps[first].timestep)
+            return _log_error(out, batch.outputs[first][samples].to(self._device))
         last = first + self._schedule.unroll
-        x = unroll(predict, self._solver, batch, first, last, samples)
-        return _log_error(x, batch.states[last]["x"][samples])
+        x = unroll(predict, self._solver, batch, first, last, samples, self._device)
+        return _log_error(x, batch.states[last]["x"][samples].to(self._device))
 
     def _inside(
         self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
@@ -170,13 +174,13 @@ class NetworkLoss:
         """Return the errors of the outputs of blocks and of their relations at one call."""
         schedule, t = self._schedule, self._solver.steps[first].timestep
         rows = _rows(batch.conditions, samples, batch.samples)
-        x, total = batch.states[first]["x"][samples], torch.zeros(())
+        x, total = batch.states[first]["x"][samples].to(self._device), torch.zeros((), device=self._device)
         teacher = self._teacher
         if teacher is None:
             return total
         with torch.no_grad():
             wanted = teacher(x, t, rows, {})[1:]
-        found = self._denoiser(x, t, rows, movements.at(t, weights))[1:]
+        found = self._trained(x, t, rows, movements.at(t, weights))[1:]
         for value, target in zip(found, wanted, strict=True):
             if schedule.blocks:
                 total = total + schedule.blocks * _log_error(value, target) / len(found)

@@ -68,7 +68,10 @@ class FitState:
             variable.copy_(arrays[f"variable.{i}"])
             names = [key.rsplit(".", 1)[1] for key in arrays if key.startswith(f"adam.{i}.")]
             if names:
-                self._optimizer.state[variable] = {name: arrays[f"adam.{i}.{name}"] for name in names}
+                found = {name: arrays[f"adam.{i}.{name}"] for name in names}
+                self._optimizer.state[variable] = {  # Adam counts its steps on the CPU
+                    name: array if name == "step" else array.to(variable.device) for name, array in found.items()
+                }
 
 
 class CheckCache:

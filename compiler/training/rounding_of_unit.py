@@ -25,7 +25,7 @@ from .array_files import ArrayFiles
 from .block_data import LossWatcher, record
 from .fit_rounding import Annealing, Batches, fit_rounding
 from .subgraph import Subgraph, cut_out
-from .torch_threads import torch_threads
+from .torch_device import training_device
 from .unit_cache import Learned, UnitCache
 
 
@@ -70,11 +70,13 @@ def learn_rounding(
         mixed = dict(part.floats) if schedule.drop else {}
         if unit.timely:
             latents = _at_every_timestep(program, latents[0])
-        with ArrayFiles(context.folder) as files, torch_threads(context.threads):
+        with ArrayFiles(context.folder) as files, training_device(context) as device:
+            graph = graph.to(device)
             inner = schedule.inner > 0
             data = record(program, context, part, latents, unit.name, step, files, inner=inner, floats=mixed)
             seeds = streams.DROPPED_ELEMENTS.generator(context.seed, zlib.crc32(unit.name.encode()))
-            _drop_elements(part, graph, schedule.drop, seeds)
+            if schedule.drop:
+                _drop_elements(part, graph, schedule.drop, seeds)
             seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
             batches = Batches(graph, part, program.signature, data, schedule, seed, calls)
             fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)

@@ -14,7 +14,7 @@ import numpy as np
 from mezzotint.runtime.progress import DETAIL, Progress
 from mezzotint.runtime.sampling.deployment import Deployment
 
-from ..core.pipeline import Context, Pass
+from ..core.pipeline import CPU, Context, Pass
 from ..core.program import Plan, Program
 from ..correction.trial import judged
 from ..errors import RecipeError, StatsError
@@ -34,6 +34,13 @@ class TrainingPass(Pass):
                 where=self.name,
                 hint="install the extra: pip install 'mezzotint[torch]', or choose a recipe that does not train",
             )
+
+    def trains_on(self, device: str) -> bool:
+        if device != CPU:
+            from .torch_device import find_device
+
+            find_device(device)
+        return True
 
     def code(self, program: Program) -> str:
         from ..torch_graph.convert import to_torch

@@ -28,6 +28,7 @@ from ..errors import PassError
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 from .array_files import ArrayFiles
+from .torch_device import Precision, autocast
 
 TorchState = dict[str, torch.Tensor]
 """`x` and what the sampler remembers, each `[B, C, H, W]`."""
@@ -109,9 +110,14 @@ def _trajectory(
 class TorchDenoiser:
     """A torch graph as the denoiser of the sampler. `values` take the places of parameters of its module."""
 
-    def __init__(self, program: Program, model: ir.Model, graph: TorchGraph) -> None:
-        self._program, self._graph = program, graph
+    def __init__(self, program: Program, model: ir.Model, graph: TorchGraph, precision: Precision = "float32") -> None:
+        self._program, self._model, self._graph, self._precision = program, model, graph, precision
         self._inputs = {name_of(value): value for value in model.graph.inputs}
+        self.device = graph.device
+
+    def computing_in(self, precision: Precision) -> TorchDenoiser:
+        """Return the same denoiser with forward passes in a precision."""
+        return TorchDenoiser(self._program, self._model, self._graph, precision)
 
     def __call__(
         self, x: torch.Tensor, t: Timestep, conditions: Conditions, values: Mapping[str, torch.Tensor]
@@ -119,11 +125,13 @@ class TorchDenoiser:
         """Return the prediction for x, and the values that the graph taps (of both halves under guidance)."""
         program, deployment = self._program, self._program.deployment
         rows = torch.cat([x, x]) if deployment.guided else x
-        fed = feeds(self._inputs, program.signature, rows.detach().numpy(), t, conditions)
+        fed = feeds(self._inputs, program.signature, np.empty(tuple(rows.shape), np.float32), t, conditions)
         fed.pop(program.signature.sample)
-        given = {program.signature.sample: rows, **{name: torch.from_numpy(np.array(a)) for name, a in fed.items()}}
+        others = {name: torch.from_numpy(np.array(array)).to(self.device) for name, array in fed.items()}
+        given = {program.signature.sample: rows, **others}
         arguments = tuple(given[name] for name in self._graph.inputs)
-        output, *tapped = functional_call(self._graph.module, dict(values), arguments)
+        with autocast(self.device, self._precision):
+            output, *tapped = functional_call(self._graph.module, dict(values), arguments)
         if deployment.guided:
             without, conditional = output.chunk(2)
             output = without + deployment.guidance * (conditional - without)
@@ -137,12 +145,13 @@ def unroll(
     first: int,
     last: int,
     samples: slice,
+    device: torch.device,
 ) -> torch.Tensor:
     """Return x before call `last`, from the float state before call `first`, with the calls in between by `predict`.
 
     With gradients each call is computed again in the backward pass, so memory holds one call.
     """
-    state = {name: array[samples] for name, array in trajectory.states[first].items()}
+    state = {name: array[samples].to(device) for name, array in trajectory.states[first].items()}
     for index in range(first, last):
         step, noise = solver.steps[index], trajectory.noise[index]
         if torch.is_grad_enabled() and last - first > 1:
@@ -151,7 +160,7 @@ def unroll(
             out = predict(state["x"], step.timestep)
         state = advance(step, state, out)
         if noise is not None:
-            state["x"] = state["x"] + noise[samples]
+            state["x"] = state["x"] + noise[samples].to(device)
     return state["x"]
 
 

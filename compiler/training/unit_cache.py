@@ -1,8 +1,9 @@
 """Trained units, kept in the cache of a compilation: training that was stopped goes on at the unit where it was.
 
 An entry is the folder `unit-<key>` (compiler/core/cache_entries.py). The key of a unit is a digest of the program, its
-calibration and its float graph, of the options of the fit, of the version of torch, of the units that were trained
-before it and what came out, and of the unit itself. So a unit from the cache is the one that training would give.
+calibration and its float graph, of the options of the fit, of torch's version and device, of the units that were
+trained before it and what came out, and of the unit itself. So a unit from the cache is the one that training
+would give.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mezzotint.runtime.bundle.json_fields import Fields
 from mezzotint.runtime.bundle.training import TrainedUnit
 
 from ..core.cache_entries import EntryForm, program_key
-from ..core.pipeline import Context
+from ..core.pipeline import CPU, Context
 from ..core.program import Plan, Program
 from ..graph.nodes import digest
 
@@ -86,6 +87,8 @@ def training_key(program: Program, context: Context, layout: int, options: Mappi
         "float": digest(program.require_float_model()),
         "grids": _digest(*_grids(program.require_plan())),
         "torch": version("torch"),
+        # Another device adds in another order. Without the CPU's name, entries of the CPU stay valid.
+        **({} if context.device == CPU else {"device": context.device}),
     }
     return program_key(program, context, facts)
 

@@ -100,6 +100,9 @@ def compile_(
     unconditional: Annotated[str | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
     seed: Annotated[int, number(bounds.LARGEST_SEED, "Seed of the calibration noise.", least=0)] = 0,
     threads: Threads = None,
+    device: Annotated[
+        str, typer.Option(help="Where passes train: cpu, cuda or cuda:N. All else runs on the CPU.")
+    ] = "cpu",
     input_: InputRoles = None,
     output: Annotated[
         str | None, typer.Option("--output", "--output-name", help="ONNX: epsilon=NAME, the output that predicts.")
@@ -155,14 +158,14 @@ def compile_(
     if dry_run:
         from ..dry_run import plan_compile
 
-        plan = plan_compile(model, bundle, options)
+        plan = plan_compile(model, bundle, options, device)
         console.print_json(plan) if json else console.print_pairs("would compile", plan)
         return
     from ..api import compile_with
     from ..text.report import compile_rows, compile_summary
 
     with shown(quiet=quiet or json) as report:
-        compiled = compile_with(model, bundle, options, threads=threads, progress=report)
+        compiled = compile_with(model, bundle, options, threads=threads, device=device, progress=report)
     summary = compile_summary(compiled)
     console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(compiled, summary))
     acceptance = compiled.manifest.acceptance

@@ -16,7 +16,7 @@ PANELS = {
     ),
     "ONNX files": ("input_", "output", "prediction", "channels"),
     "Acceptance of the finished file": ("min_sqnr", "strict", "acceptance_seconds"),
-    "This run": ("threads", "quiet", "json", "help"),
+    "This run": ("threads", "device", "quiet", "json", "help"),
 }
 """The title of each group, and the parameters of the command in it. Others are in the group `Options`."""
 

@@ -28,6 +28,7 @@ TORCH = (
     "compiler/rescaling/test_models.py",
     "compiler/torch_graph/",
     "compiler/training/test_learned_scales.py",
+    "compiler/training/test_torch_device.py",
     "passes/test_distill.py",
     "passes/test_learn_scales.py",
     "passes/test_reconstruct.py",
