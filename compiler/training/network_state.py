@@ -50,13 +50,13 @@ class FitState:
         return {"losses": self.losses, "image_db": self.image_db, "kept": self.kept, "iterations": self.iterations}
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """Return the variables, the best ones, and what Adam remembers."""
-        found = {f"variable.{i}": v.detach().contiguous() for i, v in enumerate(self._variables)}
-        found |= {f"best.{i}": v.contiguous() for i, v in enumerate(self._best)}
+        """Return the variables, the best ones, and what Adam remembers, on the CPU."""
+        found = {f"variable.{i}": v.detach() for i, v in enumerate(self._variables)}
+        found |= {f"best.{i}": v for i, v in enumerate(self._best)}
         for i, variable in enumerate(self._variables):
             remembered = self._optimizer.state.get(variable, {})
-            found |= {f"adam.{i}.{name}": value.contiguous() for name, value in remembered.items()}
-        return found
+            found |= {f"adam.{i}.{name}": value for name, value in remembered.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
     @torch.no_grad()
     def restore(self, data: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:

@@ -94,7 +94,7 @@ def test_the_values_have_every_option() -> None:
     groups = [type(getattr(plain, field.name)) for field in dataclasses.fields(plain)]
     of_groups = set().union(*(fields(group) for group in groups))
     calibration = {"calibration_samples": "samples", "calibration_batch": "batch"}
-    others = {"model", "output", "threads", "progress"}
+    others = {"model", "output", "threads", "device", "progress"}
     assert of_groups == {calibration.get(name, name) for name in names(compile_model) - others}
     assert fields(SamplingOptions) == names(Bundle.sample) - {"self", "n", "first", "threads", "progress"}
     others = {"bundle", "folder", "n", "threads", "progress"}
