@@ -26,7 +26,7 @@ class _Away(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> _Away:
-        made: _Away = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: _Away = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device=SECOND
         )
         made.held = held
@@ -38,7 +38,9 @@ class _Away(torch.Tensor):
         return self.held.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _compute(func, args, kwargs or {})
 
 
@@ -46,18 +48,18 @@ class SecondDevice(TorchDispatchMode):
     """What lets `device=SECOND` make and move tensors. `computed` counts the operations there."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.computed = 0
         self._patches = ExitStack()
 
     def __enter__(self) -> SecondDevice:
         for name in ("tensor", "as_tensor"):  # on `meta` torch makes an empty tensor of an array, which no mode sees
             self._patches.enter_context(patch.object(torch, name, _copied(getattr(torch, name))))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._patches.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
