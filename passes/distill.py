@@ -46,8 +46,8 @@ class Distill(TrainingPass):
     - `floats`: biases, tables of biases, and factors and offsets of norms move.
     - `scales`: the scales that are learned: of `activations`, or `none`.
     - `iterations`, `batch`: steps of Adam, and samples in a step.
-    - `weight_steps`, `shares`: how far a step moves quantized weights at first, in steps of their grids, and the rest,
-      in shares of their size. Both fall to 0.
+    - `weight_steps`, `float_shares`, `scale_shares`: how far an iteration moves quantized weights at first, in steps of
+      their grids, and float weights and the ends of grids, in shares of their size. All fall to 0.
     - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
@@ -62,21 +62,24 @@ class Distill(TrainingPass):
     floats: bool = True
     scales: Literal["activations", "none"] = "none"
     rank: int = 32
-    iterations: int = 300
+    iterations: int = 1000
     weight_steps: float = 3e-3
-    shares: float = 1e-3
+    float_shares: float = 1e-4
+    scale_shares: float = 1e-3
     batch: int = 8
-    unroll: int = 3
+    unroll: int = 1
     blocks: float = 0.0
     relations: float = 0.0
-    samples: int = 64
+    samples: int = 128
     held_out: int = 32
     checks: int = 3
     minutes: float | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        self.require_positive("rank", "iterations", "weight_steps", "shares", "batch", "unroll", "samples")
+        self.require_positive(
+            "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
+        )
         self.require_positive("held_out", "checks", *(() if self.minutes is None else ("minutes",)))
         self.require_weight("blocks", "relations")
         if self.weights == "none" and not self.floats and self.scales == "none":

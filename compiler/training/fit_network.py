@@ -80,7 +80,7 @@ def fit_network(
             raise PassError(
                 f"the loss is {state.losses[-1]} at iteration {iteration}",
                 where=by,
-                hint=f"lower {by}.weight_steps and {by}.shares",
+                hint=f"lower {by}.weight_steps and {by}.float_shares",
             )
         optimizer.zero_grad()
         current.backward()

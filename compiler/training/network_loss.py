@@ -44,7 +44,7 @@ class NetworkFit:
 
     iterations    steps of Adam
     weight_steps  how far one of them moves a quantized weight at first, in steps of its grid
-    shares        how far it moves other weights and the ends of grids, in shares of their size
+    float_shares, scale_shares  how far it moves other weights, and the ends of grids, in shares of their size
     batch         samples in a step, of one stretch of the trajectory
     unroll        calls in a row whose errors add up
     blocks, relations  weights of the errors of block outputs and of their relations, beside the loss of 1
@@ -57,7 +57,8 @@ class NetworkFit:
 
     iterations: int
     weight_steps: float
-    shares: float
+    float_shares: float
+    scale_shares: float
     batch: int
     unroll: int
     blocks: float
@@ -76,8 +77,8 @@ class Movements:
         self, weights: MovingWeights, scales: LearnedScales | None, row_of: Mapping[Timestep, int], schedule: NetworkFit
     ) -> None:
         self._weights, self._scales, self._row_of = weights, scales, row_of
-        self.groups = weights.parameter_groups(schedule.weight_steps, schedule.shares)
-        self.groups += [] if scales is None else scales.parameter_groups(schedule.shares)
+        self.groups = weights.parameter_groups(schedule.weight_steps, schedule.float_shares)
+        self.groups += [] if scales is None else scales.parameter_groups(schedule.scale_shares)
         self.variables = [v for group in self.groups for v in group["params"]]
 
     def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:

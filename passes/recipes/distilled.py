@@ -1,7 +1,7 @@
 """Recipes whose whole network is trained: those of papers, and ours for narrow widths.
 
-The papers train for hours on a GPU, against the output of each call; a fit of theirs has 1000 steps of 8 samples here
-(`distill.iterations`, `distill.batch`). Ours add up the errors of three calls, and end after 25 minutes.
+The papers train for hours on a GPU; a fit of theirs has 1000 steps of 8 samples here (`distill.iterations`,
+`distill.batch`). Ours have as many as fit into 25 minutes, at most 4000.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from ..round_weights import RoundWeights
 from ..store_half import StoreHalf
 from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
-MINUTES = 25.0
-ONE_CALL = Distill(unroll=1, iterations=1000)
-"""A call by itself, as the papers have it."""
+PAPER = Distill(iterations=1000)
+LONG = Distill(iterations=4000, minutes=25.0)
 
 DISTILLED = (
     Recipe(
         "efficientdm",
         "a row of scales for each activation and call, and weights that move by low-rank adapters, trained together "
         "against the float network's predictions; the adapters are merged and rounded",
-        (*EVERY_CALL, replace(ONE_CALL, weights="adapters", floats=False, scales="activations")),
+        (*EVERY_CALL, replace(PAPER, weights="adapters", floats=False, scales="activations")),
         paper="EfficientDM, arXiv 2310.03270 (1000 steps of 8 samples; the loss is relative to each call's error; "
         "scales of weights stay; the first and the last layer stay in float)",
         baseline="w8a8-calls",
@@ -40,7 +39,7 @@ DISTILLED = (
         "and scales trained together against the outputs of all blocks",
         (
             *(*FAST, BY_CHANNEL, DilateWeights(run_time=True, run_time_gain=0.1, timed=False)),
-            *(*EVERY_CALL[len(FAST) :], replace(ONE_CALL, blocks=1.0, scales="activations")),
+            *(*EVERY_CALL[len(FAST) :], replace(PAPER, blocks=1.0, scales="activations")),
         ),
         paper="DilateQuant, arXiv 2409.14307 (all blocks are trained at once, and the prediction with them, where the "
         "paper trains one block behind the other; 1000 steps of 8 samples; scales of weights stay)",
@@ -51,9 +50,7 @@ DISTILLED = (
         "quest",
         "weights whose rounding is learned by blocks, then the weights of linear layers, the time features and the "
         "scales of activations trained against the outputs of blocks and the prediction",
-        static(
-            behind=(Reconstruct(held_out=0), replace(ONE_CALL, kinds=("linear",), scales="activations", blocks=0.5))
-        ),
+        static(behind=(Reconstruct(held_out=0), replace(PAPER, kinds=("linear",), scales="activations", blocks=0.5))),
         paper="QuEST, arXiv 2402.03666 (linear layers are those of attention and feed-forward; time features are rows "
         "of tables; one phase for both; 1000 steps of 8 samples)",
         baseline="w8a8",
@@ -68,7 +65,7 @@ DISTILLED = (
         "adapters, trained against predictions and relations between positions",
         static(
             plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), parts=10, order="kurtosis"),),
-            behind=(replace(ONE_CALL, weights="adapters", scales="activations", relations=1.0),),
+            behind=(replace(PAPER, weights="adapters", scales="activations", relations=1.0),),
         ),
     ),
 )
@@ -78,7 +75,7 @@ NARROW_WIDTHS = (
         "w4a8-best",
         "w8a8-steps with 4-bit weights, stored in half a byte each, rounded against their inputs (GPTQ) and then "
         "trained along the trajectory; images of held-out noise decide what is kept",
-        stepwise(weight_bits=4, behind=(RoundWeights(), Distill(minutes=MINUTES), StoreHalf(scales=True))),
+        stepwise(weight_bits=4, behind=(RoundWeights(), LONG, StoreHalf(scales=True))),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270 (training along the trajectory); TDQ, arXiv "
         "2306.02316",
         baseline="w8a8-steps",
@@ -90,7 +87,7 @@ NARROW_WIDTHS = (
         stepwise(
             weight_bits=6,
             scales=ChooseScales(weight_bits=6, activation_bits=6),
-            behind=(RoundWeights(), Distill(scales="activations", minutes=MINUTES)),
+            behind=(RoundWeights(), replace(LONG, scales="activations")),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",
@@ -102,7 +99,7 @@ NARROW_WIDTHS = (
         stepwise(
             weight_bits=4,
             scales=ChooseScales(weight_bits=4, activation_bits=4),
-            behind=(RoundWeights(), Distill(scales="activations", minutes=MINUTES), StoreHalf(scales=True)),
+            behind=(RoundWeights(), replace(LONG, scales="activations"), StoreHalf(scales=True)),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",

@@ -26,7 +26,8 @@ from tests.helpers.tiny import context_in, tiny_program
 QUICK: dict[str, Any] = {
     "iterations": 40,
     "weight_steps": 5e-3,
-    "shares": 5e-3,
+    "float_shares": 5e-3,
+    "scale_shares": 5e-3,
     "samples": 8,
     "held_out": 8,
     "checks": 2,
@@ -149,7 +150,7 @@ def test_a_fit_that_was_stopped_goes_on_behind_its_last_check(
     assert resumed.training == whole.training
     for (name, a), b in zip(constants(whole).items(), constants(resumed).values(), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
-    trained(program, cached, shares=4e-3)
+    trained(program, cached, float_shares=4e-3)
     assert len(losses) == 60, "other options train anew"
 
 
@@ -200,4 +201,4 @@ def test_without_a_float_graph_there_is_nothing_to_learn_from(program: Program, 
 
 def test_a_loss_that_is_not_finite_names_the_options_to_lower(program: Program, context: Context) -> None:
     with pytest.raises(PassError, match=r"loss is (nan|inf)"):
-        trained(program, context, weight_steps=1e30, shares=1e30, iterations=20)
+        trained(program, context, weight_steps=1e30, float_shares=1e30, iterations=20)
