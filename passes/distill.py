@@ -65,7 +65,7 @@ class Distill(TrainingPass):
     iterations: int = 1000
     weight_steps: float = 3e-3
     float_shares: float = 1e-4
-    scale_shares: float = 1e-3
+    scale_shares: float = 1e-2
     batch: int = 8
     unroll: int = 1
     blocks: float = 0.0
