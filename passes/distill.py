@@ -64,7 +64,7 @@ class Distill(TrainingPass):
     rank: int = 32
     iterations: int = 1000
     weight_steps: float = 3e-3
-    float_shares: float = 1e-4
+    float_shares: float = 3e-4
     scale_shares: float = 1e-2
     batch: int = 8
     unroll: int = 1
