@@ -1,7 +1,7 @@
 """Recipes whose whole network is trained: those of papers, and ours for narrow widths.
 
 The papers train for hours on a GPU; a fit of theirs has 1000 steps of 8 samples here (`distill.iterations`,
-`distill.batch`). Ours have as many as fit into 25 minutes, at most 4000.
+`distill.batch`). Ours have as many as fit into 25 minutes, at most 1500.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..store_half import StoreHalf
 from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
 PAPER = Distill(iterations=1000)
-LONG = Distill(iterations=4000, minutes=25.0)
+LONG = Distill(iterations=1500, minutes=25.0)
 
 DISTILLED = (
     Recipe(
