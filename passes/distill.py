@@ -15,9 +15,19 @@ EfficientDM (arXiv 2310.03270): adapters, steps of the grid as the unit, scales 
 DilateQuant (arXiv 2409.14307) trains weights and scales against the outputs of blocks, QuEST (arXiv 2402.03666) linear
 layers and scales, MPQ-DM (arXiv 2412.11549) relations too.
 
-Measured on mnist-onnx with GPTQ's 4-bit weights and tables (48 images of other noise, 20 DDIM steps; epsilon, PSNR
-median / 10th percentile): 31.2 dB, 33.5 / 27.2; three calls in a row, 300 iterations: 33.5 dB, 34.9 / 27.2; one call,
-1000 iterations: 33.9 dB, 34.9 / 26.2. Few images judge badly: 16 of them threw away what 48 keep.
+Measured from GPTQ's 4-bit weights and tables, images of other noise, 20 DDIM steps (epsilon, PSNR median / 10th
+percentile, dB):
+
+    digits, 32 images                              31.7    39.8 / 27.5
+    800 iterations                                 34.2    43.1 / 34.2
+    digits, activations of 4 bits too              14.2    21.0 / 16.9
+    1261 iterations, scales too                    20.5    29.0 / 19.0
+    mnist-onnx, 64 images                          31.3    33.3 / 26.8
+    1500 iterations, float_shares 1e-4             34.7    35.0 / 31.1
+    4000 iterations                                34.4    33.9 / 27.0    (32 images)
+    three calls in a row, 300 iterations           33.5    34.9 / 27.2    (48 images)
+
+Few images judge badly: 16 of them threw away what 48 keep. Long fits want small steps: docs/explanation/training.md.
 
 With `minutes`, the first iterations are timed, and the fit has as many as fit into that time; the note has the number.
 `distill.iterations` with this number, and without `minutes`, gives the same result again.

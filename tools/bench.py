@@ -4,6 +4,7 @@
     python tools/bench.py cifar10             the ddpm-cifar10-32 configuration, random weights, batch 4
     python tools/bench.py sd15                the Stable Diffusion 1.5 UNet configuration, random weights
     python tools/bench.py sd15-gptq           the same, with 4-bit weights rounded by GPTQ
+    python tools/bench.py sd15-training       the same, two of its blocks trained for 20 iterations
     python tools/bench.py digits --peer       onnxruntime's own quantizer too
 
 Threads are pinned (--threads, 2 by default). Every bar is printed with what was measured; the exit code is 1 when one
@@ -61,6 +62,8 @@ SD15 = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+
+TRAINED_BLOCKS = ("down_blocks.2/resnets.1", "down_blocks.2/attentions.1*")
 
 
 class Bars:
@@ -132,6 +135,19 @@ def sd15_gptq(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     bundle = _sd15(args, folder, bars, gigabytes=14, minutes=45, steps=4, calibration_samples=4, **recipe)
     _size_of_parameters(bundle, bars, 0.15)
     print(next(record.note for record in bundle.manifest.history if record.name == "round_weights"))
+
+
+def sd15_training(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
+    """The same with 4-bit weights; the rounding of a residual block and of a transformer block is trained."""
+    trained = {"iterations": 20, "samples": 2, "batch": 2, "calls": 2, "units": TRAINED_BLOCKS}
+    settings = {"choose_scales.weight_bits": 4, **{f"reconstruct.{key}": value for key, value in trained.items()}}
+    steps = {"steps": 2, "calibration_samples": 2}
+    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=30, recipe="brecq", settings=settings, **steps)
+    fits = bundle.manifest.training
+    bars.add("trained blocks", len(fits), "2", len(fits) == 2)
+    for fit in fits:
+        bars.add(f"error of {fit.unit}, of that of nearest rounding", fit.hard / fit.start, "< 1", fit.hard < fit.start)
+    print(next(record.note for record in bundle.manifest.history if record.name == "reconstruct"))
 
 
 def _sd15(
@@ -239,16 +255,19 @@ def _random_model(name: str, config: dict[str, Any]) -> Callable[[], Any]:
     return build
 
 
+MODELS = {"digits": digits, "cifar10": cifar10, "sd15": sd15, "sd15-gptq": sd15_gptq, "sd15-training": sd15_training}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("digits", "cifar10", "sd15", "sd15-gptq"))
+    parser.add_argument("what", choices=tuple(MODELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, default=64, help="pictures to compare (digits)")
     parser.add_argument("--peer", action="store_true", help="also onnxruntime's own quantizer")
     parser.add_argument("--keep", type=Path, help="keep the files in this folder")
     args = parser.parse_args()
     bars = Bars()
-    run = {"digits": digits, "cifar10": cifar10, "sd15": sd15, "sd15-gptq": sd15_gptq}[args.what]
+    run = MODELS[args.what]
     if args.keep is not None:
         args.keep.mkdir(parents=True, exist_ok=True)
         run(args, args.keep, bars)
