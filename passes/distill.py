@@ -18,8 +18,8 @@ layers and scales, MPQ-DM (arXiv 2412.11549) relations too.
 Measured from GPTQ's 4-bit weights and tables, images of other noise, 20 DDIM steps (epsilon, PSNR median / 10th
 percentile, dB):
 
-    digits, 32 images                              31.7    39.8 / 27.5
-    800 iterations                                 34.2    43.1 / 34.2
+    digits, 32 images                              31.7    40.1 / 32.0
+    1958 iterations                                34.6    43.7 / 34.7
     digits, activations of 4 bits too              14.2    21.0 / 16.9
     1261 iterations, scales too                    20.5    29.0 / 19.0
     mnist-onnx, 64 images                          31.3    33.3 / 26.8

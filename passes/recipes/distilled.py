@@ -1,7 +1,7 @@
 """Recipes whose whole network is trained: those of papers, and ours for narrow widths.
 
 The papers train for hours on a GPU; a fit of theirs has 1000 steps of 8 samples here (`distill.iterations`,
-`distill.batch`). Ours have as many as fit into 25 minutes, at most 1500.
+`distill.batch`). Ours have as many as fit into 25 minutes, at most 2000.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..round_weights import RoundWeights
 from ..store_half import StoreHalf
 from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
-PAPER = Distill(iterations=1000)
-LONG = Distill(iterations=1500, minutes=25.0)
+PUBLISHED_FIT = Distill(iterations=1000)
+LONG_FIT = Distill(iterations=2000, minutes=25.0)
 
 DISTILLED = (
     Recipe(
         "efficientdm",
         "a row of scales for each activation and call, and weights that move by low-rank adapters, trained together "
         "against the float network's predictions; the adapters are merged and rounded",
-        (*EVERY_CALL, replace(PAPER, weights="adapters", floats=False, scales="activations")),
+        (*EVERY_CALL, replace(PUBLISHED_FIT, weights="adapters", floats=False, scales="activations")),
         paper="EfficientDM, arXiv 2310.03270 (1000 steps of 8 samples; the loss is relative to each call's error; "
         "scales of weights stay; the first and the last layer stay in float)",
         baseline="w8a8-calls",
@@ -39,7 +39,7 @@ DISTILLED = (
         "and scales trained together against the outputs of all blocks",
         (
             *(*FAST, BY_CHANNEL, DilateWeights(run_time=True, run_time_gain=0.1, timed=False)),
-            *(*EVERY_CALL[len(FAST) :], replace(PAPER, blocks=1.0, scales="activations")),
+            *(*EVERY_CALL[len(FAST) :], replace(PUBLISHED_FIT, blocks=1.0, scales="activations")),
         ),
         paper="DilateQuant, arXiv 2409.14307 (all blocks are trained at once, and the prediction with them, where the "
         "paper trains one block behind the other; 1000 steps of 8 samples; scales of weights stay)",
@@ -50,7 +50,12 @@ DISTILLED = (
         "quest",
         "weights whose rounding is learned by blocks, then the weights of linear layers, the time features and the "
         "scales of activations trained against the outputs of blocks and the prediction",
-        static(behind=(Reconstruct(held_out=0), replace(PAPER, kinds=("linear",), scales="activations", blocks=0.5))),
+        static(
+            behind=(
+                Reconstruct(held_out=0),
+                replace(PUBLISHED_FIT, kinds=("linear",), scales="activations", blocks=0.5),
+            )
+        ),
         paper="QuEST, arXiv 2402.03666 (linear layers are those of attention and feed-forward; time features are rows "
         "of tables; one phase for both; 1000 steps of 8 samples)",
         baseline="w8a8",
@@ -65,7 +70,7 @@ DISTILLED = (
         "adapters, trained against predictions and relations between positions",
         static(
             plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), parts=10, order="kurtosis"),),
-            behind=(replace(PAPER, weights="adapters", scales="activations", relations=1.0),),
+            behind=(replace(PUBLISHED_FIT, weights="adapters", scales="activations", relations=1.0),),
         ),
     ),
 )
@@ -75,7 +80,7 @@ NARROW_WIDTHS = (
         "w4a8-best",
         "w8a8-steps with 4-bit weights, stored in half a byte each, rounded against their inputs (GPTQ) and then "
         "trained along the trajectory; images of held-out noise decide what is kept",
-        stepwise(weight_bits=4, behind=(RoundWeights(), LONG, StoreHalf(scales=True))),
+        stepwise(weight_bits=4, behind=(RoundWeights(), LONG_FIT, StoreHalf(scales=True))),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270 (training along the trajectory); TDQ, arXiv "
         "2306.02316",
         baseline="w8a8-steps",
@@ -87,7 +92,7 @@ NARROW_WIDTHS = (
         stepwise(
             weight_bits=6,
             scales=ChooseScales(weight_bits=6, activation_bits=6),
-            behind=(RoundWeights(), replace(LONG, scales="activations")),
+            behind=(RoundWeights(), replace(LONG_FIT, scales="activations")),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",
@@ -99,7 +104,7 @@ NARROW_WIDTHS = (
         stepwise(
             weight_bits=4,
             scales=ChooseScales(weight_bits=4, activation_bits=4),
-            behind=(RoundWeights(), replace(LONG, scales="activations"), StoreHalf(scales=True)),
+            behind=(RoundWeights(), replace(LONG_FIT, scales="activations"), StoreHalf(scales=True)),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",

@@ -37,7 +37,14 @@ from tests.helpers.tiny import context_in, tiny_program
 BLOCK = ("b1_conv1*",)
 UNIT: dict[str, Any] = {"iterations": 2, "calls": 2, "samples": 2, "held_out": 0}
 WHOLE: dict[str, Any] = {"iterations": 2, "samples": 2, "held_out": 2, "checks": 1, "weight_steps": 2e-2}
-LONGER = {"iterations": 40, "samples": 8, "held_out": 8, "weight_steps": 5e-3, "shares": 5e-3}
+LONGER = {
+    "iterations": 40,
+    "samples": 8,
+    "held_out": 8,
+    "weight_steps": 5e-3,
+    "float_shares": 5e-3,
+    "scale_shares": 5e-3,
+}
 PASSES = [
     Reconstruct(**UNIT, units=BLOCK, inner=1.0),
     LearnScales(**UNIT, units=BLOCK, what="both"),
