@@ -63,7 +63,7 @@ SD15 = {
     "attention_head_dim": 8,
 }
 
-TRAINED_BLOCKS = ("down_blocks.2/resnets.1", "down_blocks.2/attentions.1*")
+TRAINED_BLOCKS = ("down_blocks.2/resnets.1", "down_blocks.2/attentions.1/transformer_blocks.0")
 
 
 class Bars:
