@@ -139,10 +139,10 @@ def sd15_gptq(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 
 def sd15_training(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     """The same with 4-bit weights; the rounding of a residual block and of a transformer block is trained."""
-    trained = {"iterations": 20, "samples": 2, "batch": 2, "calls": 2, "units": TRAINED_BLOCKS}
+    trained = {"unit": "block", "iterations": 20, "samples": 2, "batch": 2, "calls": 2, "units": TRAINED_BLOCKS}
     settings = {"choose_scales.weight_bits": 4, **{f"reconstruct.{key}": value for key, value in trained.items()}}
     steps = {"steps": 2, "calibration_samples": 2}
-    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=30, recipe="brecq", settings=settings, **steps)
+    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=30, recipe="adaround", settings=settings, **steps)
     fits = bundle.manifest.training
     bars.add("trained blocks", len(fits), "2", len(fits) == 2)
     for fit in fits:

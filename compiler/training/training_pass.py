@@ -21,6 +21,9 @@ from ..errors import RecipeError, StatsError
 from .block_data import LossWatcher
 from .units import GraphUnit
 
+SHOWN_UNITS = 60
+"""Names of units in an error."""
+
 
 class TrainingPass(Pass):
     """A pass that trains the quantized graph against the float graph, behind insert_qdq."""
@@ -86,10 +89,12 @@ class TrainingPass(Pass):
         """
         for pattern in patterns:
             if not any(fnmatchcase(unit.name, pattern) for unit in units):
+                names = [unit.name for unit in units]
+                shown = ", ".join(names[:SHOWN_UNITS]) + (", ..." if len(names) > SHOWN_UNITS else "")
                 raise RecipeError(
                     f"{self.name}.units: {pattern!r} matches no unit with {what}",
                     where=self.name,
-                    hint="patterns are those of a shell: `*`, `?`; `inspect --blocks` lists the blocks",
+                    hint=f"patterns are those of a shell, `*` and `?`; the {len(names)} units are {shown}",
                 )
         return [unit for unit in units if not patterns or any(fnmatchcase(unit.name, p) for p in patterns)]
 

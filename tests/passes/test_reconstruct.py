@@ -93,8 +93,9 @@ def test_a_fit_that_does_not_help_keeps_the_start(program: Program, context: Con
 
 
 def test_what_cannot_work_is_refused(program: Program, context: Context) -> None:
-    with pytest.raises(RecipeError, match="matches no unit"):
+    with pytest.raises(RecipeError, match="matches no unit") as refused:
         trained(program, context, units=("no such*",))
+    assert "units are " in str(refused.value.hint)
     with pytest.raises(RecipeError, match=r"reconstruct\.iterations is 0"):
         Reconstruct(iterations=0)
     with pytest.raises(StatsError, match="float graph"):
