@@ -2,7 +2,7 @@
 
 Arrays stay on the host; the module and one batch at a time are on the device. On the CPU the same command gives the
 same bytes on one number of threads. CUDA makes no such promise, and no test of this project has run on a GPU: they
-follow the devices of all tensors without computing (torch's fake tensors), and ask for a device that is not there.
+train on a second device in software, which refuses to mix with the CPU, and ask for a device that is not there.
 """
 
 from __future__ import annotations

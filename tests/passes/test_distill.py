@@ -16,7 +16,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.correction.trial import compare_programs
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
-from mezzotint.compiler.rounding.weights import find_weights
+from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
 from mezzotint.compiler.training import network_loss, training_pass
 from mezzotint.passes.distill import Distill
 from mezzotint.passes.recipes.catalog import RECIPES
@@ -41,6 +41,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     options = {"choose_scales.weight_bits": 3, "choose_scales.weights": "minmax"}
     steps = with_options(RECIPES["w8a8-steps"], options).passes
     return pipeline.run_passes(tiny_program(steps=3), steps, context_in(tmp_path_factory.mktemp("program")))
+
+
+@pytest.fixture
+def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last state is kept. A few images of a random network would judge by chance."""
+    rising = iter(range(100))
+    monkeypatch.setattr(network_loss.NetworkLoss, "image_db", lambda *_: float(next(rising)))
+    monkeypatch.setattr(training_pass, "judged", lambda before, after, context, samples, note, by: after.noted(note))
 
 
 def trained(program: Program, context: Context, **options: Any) -> Program:
@@ -75,17 +83,17 @@ def test_images_are_better(program: Program, context: Context) -> None:
     ],
     ids=["adapters", "scales", "unroll", "inside"],
 )
-def test_predictions_are_better(
-    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    """On noise of another seed, by the lowered graphs. A few images of a random network would judge by chance."""
-    rising = iter(range(100))
-    monkeypatch.setattr(network_loss.NetworkLoss, "image_db", lambda *_: float(next(rising)))
-    monkeypatch.setattr(training_pass, "judged", lambda before, after, context, samples, note, by: after.noted(note))
+@pytest.mark.usefixtures("unjudged")
+def test_predictions_are_better(program: Program, context: Context, options: dict[str, Any]) -> None:
+    """On noise of another seed, by the lowered graphs."""
     after = trained(program, context, **options)
     old, new = compare_programs((program, after), replace(context, seed=context.seed + 50), 8, "test")
     assert new.prediction_db > old.prediction_db + 0.2
     assert any("scale" in name for name in moved(program, after)) == ("scales" in options)
+
+
+def integers_of(weight: QuantizedWeight) -> np.ndarray:
+    return np.asarray(np.rint(weight.rows() / weight.scale()[:, None]))
 
 
 def test_quantized_weights_stay_on_their_grids_and_scales(program: Program, context: Context) -> None:
@@ -97,6 +105,21 @@ def test_quantized_weights_stay_on_their_grids_and_scales(program: Program, cont
         assert np.abs(integers).max() < 3.01
     changed = moved(program, after)
     assert all(any(name.startswith(w.value.name or "?") for w in find_weights(program.graph)) for name in changed)
+
+
+@pytest.mark.parametrize("rate", ["weight_steps", "float_shares", "scale_shares"])
+@pytest.mark.usefixtures("unjudged")
+def test_a_rate_moves_what_it_is_named_after(program: Program, context: Context, rate: str) -> None:
+    """The two other rates are too small for float32."""
+    rates = {"weight_steps": 1e-12, "float_shares": 1e-12, "scale_shares": 1e-12, rate: 0.3}
+    after = trained(program, context, **rates, scales="activations", iterations=3, checks=1)
+    weights = {w.value.name for w in find_weights(program.graph)}  # they are written on their grids
+    old, new = constants(program), constants(after)
+    rest = [n for n in moved(program, after) - weights if not np.allclose(old[n], new[n], rtol=1e-5)]
+    kinds = {"scale_shares" if "scale" in name or "zero" in name else "float_shares" for name in rest}
+    pairs = zip(find_weights(program.graph), find_weights(after.graph), strict=True)
+    kinds |= {"weight_steps" for a, b in pairs if (integers_of(a) != integers_of(b)).any()}
+    assert kinds == {rate}
 
 
 def test_only_layers_of_the_kind_move(program: Program, context: Context) -> None:
