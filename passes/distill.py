@@ -54,7 +54,8 @@ class Distill(TrainingPass):
     - `weights`: `all` elements of quantized weights move, or low-rank `adapters` of `rank`, or `none`.
     - `kinds`: the layers whose weights move, of `conv` and `linear`.
     - `floats`: biases, tables of biases, and factors and offsets of norms move.
-    - `scales`: the scales that are learned: of `activations`, or `none`.
+    - `scales`: the scales that are learned: of `activations`, of `both` activations and the weights that move, or
+      `none`.
     - `iterations`, `batch`: steps of Adam, and samples in a step.
     - `weight_steps`, `float_shares`, `scale_shares`: how far an iteration moves quantized weights at first, in steps of
       their grids, and float weights and the ends of grids, in shares of their size. All fall to 0.
@@ -70,7 +71,7 @@ class Distill(TrainingPass):
     weights: Literal["all", "adapters", "none"] = "all"
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
     floats: bool = True
-    scales: Literal["activations", "none"] = "none"
+    scales: Literal["activations", "both", "none"] = "none"
     rank: int = 32
     iterations: int = 1000
     weight_steps: float = 3e-3
@@ -103,7 +104,7 @@ class Distill(TrainingPass):
         own = {field.name: getattr(self, field.name) for field in fields(NetworkFit)}
         fit = NetworkFit(**{**own, "unroll": min(self.unroll, len(program.deployment.calls))})
         chosen = self._chosen(program)
-        moves = Moves(self.weights, tuple(chosen), self.floats, self.scales == "activations", self.rank)
+        moves = Moves(self.weights, tuple(chosen), self.floats, self.scales, self.rank)
         before = replace(program, model=program.model.clone())
         total = network_calls(program, context, fit) + self.iterations
         step = self.watcher(context.progress, "the network", total)

@@ -109,8 +109,8 @@ class LearnScales(TrainingPass):
 
     def run(self, program: Program, context: Context) -> Program:
         plan = self.plan_of(program)
-        from mezzotint.compiler.training.fit_rounding import Annealing
         from mezzotint.compiler.training.fit_scales import ScaleFit
+        from mezzotint.compiler.training.unit_batches import Annealing
         from mezzotint.compiler.training.unit_cache import UnitCache
 
         if self.form == "network" and not plan.groups:

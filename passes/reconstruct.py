@@ -58,7 +58,7 @@ from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs, chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training.training_pass import TrainingPass
-from mezzotint.compiler.training.units import GraphUnit, find_units, time_unit
+from mezzotint.compiler.training.units import GraphUnit, find_units, quantizers_of_units, time_unit
 from mezzotint.runtime.bundle.training import TrainedUnit
 
 
@@ -71,6 +71,8 @@ class Reconstruct(TrainingPass):
     - `regularization`: weight of the term that drives weights to the grid, beside a loss that is 1 at the start.
     - `calls`, `samples`: as above.
     - `drop`: the probability with which an element of an activation is not quantized in a step of the fit (QDrop).
+    - `scale_shares`: how far an iteration moves the ends of the grids of a unit's activations at first, in shares of
+      their size; it falls to 0. 0 leaves them alone: learn_scales learns them behind the weights.
     - `inner`: weight of the errors of the layers inside a block beside that of its outputs (EDA-DM).
     - `precision`: of the forward passes of the fit, `float32` or `bfloat16` (torch's autocast; quantizers compute in
       float32). Errors and images are measured in float32.
@@ -87,6 +89,7 @@ class Reconstruct(TrainingPass):
     calls: int = 10
     samples: int = 16
     drop: float = 0.0
+    scale_shares: float = 0.0
     inner: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     units: tuple[str, ...] = ()
@@ -96,7 +99,7 @@ class Reconstruct(TrainingPass):
 
     def __post_init__(self) -> None:
         self.require_positive("iterations", "learning_rate", "regularization", "batch", "calls", "samples")
-        self.require_weight("inner", "held_out")
+        self.require_weight("inner", "held_out", "scale_shares")
         if not 0 <= self.drop < 1:
             raise RecipeError(
                 f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"
@@ -104,17 +107,22 @@ class Reconstruct(TrainingPass):
 
     def run(self, program: Program, context: Context) -> Program:
         self.plan_of(program)
-        from mezzotint.compiler.training.fit_rounding import Annealing
         from mezzotint.compiler.training.rounding_of_unit import ReconstructionUnit, learn_rounding
+        from mezzotint.compiler.training.unit_batches import Annealing
         from mezzotint.compiler.training.unit_cache import UnitCache
 
         chosen, branch, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
         numbers = (self.iterations, self.learning_rate, self.regularization, self.batch)
-        schedule = Annealing(*numbers, inner=self.inner, drop=self.drop, precision=self.precision)
+        schedule = Annealing(
+            *numbers, inner=self.inner, drop=self.drop, precision=self.precision, scale_shares=self.scale_shares
+        )
         decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         cache = UnitCache(program, context, {"pass": self.name, **decisive})
+        quantizers: dict[str, list[str]] = {}
+        if self.scale_shares:
+            quantizers, _ = quantizers_of_units(program.graph, chosen, weights=False, activations=True)
         before, fits = program, []
         for part in chosen:
             timely = part is branch
@@ -122,7 +130,8 @@ class Reconstruct(TrainingPass):
             step = self.watcher(context.progress, part.name, total)
             # A unit that was written changed the graph: its weights are looked up again.
             weights = tuple(self._weights(program, part, branch))
-            unit = ReconstructionUnit(part.name, part.computed, weights, timely)
+            scales = tuple(quantizers.get(part.name, ()))
+            unit = ReconstructionUnit(part.name, part.computed, weights, timely, scales)
             program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step)
             fits.append(fit)
         after = replace(program, training=(*program.training, *fits))

@@ -114,6 +114,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/training/moving_weights.py": {"torch"},
     "compiler/training/trajectories.py": {"torch"},
     "compiler/training/fit_rounding.py": {"torch"},
+    "compiler/training/unit_batches.py": {"torch"},
     "compiler/training/rounding_of_unit.py": {"torch"},
     "compiler/training/fit_scales.py": {"torch"},
     "compiler/training/learned_scales.py": {"torch"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -32,15 +32,18 @@ from .trajectories import TorchDenoiser, float_trajectories
 from .unit_cache import training_key
 from .units import NETWORK
 
+MovingScales = Literal["activations", "both", "none"]
+"""Which scales are learned: those of activations, or those of the weights that move too (LSQ, arXiv 1902.08153)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """What moves: the quantized weights of these inputs and how, float weights, and scales of activations."""
+    """What moves: the quantized weights of these inputs and how, float weights, and the scales of quantizers."""
 
     weights: Moving
     quantized: tuple[Inputs, ...]
     floats: bool
-    scales: bool
+    scales: MovingScales
     rank: int
 
 
@@ -93,7 +96,9 @@ class Distillation:
         )
         groups = program.require_plan().groups
         row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
-        return Movements(weights, _scales(program, graph) if moves.scales else None, row_of, self.fit)
+        of_weights = [i.weight.quantize.name or "" for i in moves.quantized] if moves.scales == "both" else []
+        scales = None if moves.scales == "none" else _scales(program, graph, of_weights)
+        return Movements(weights, scales, row_of, self.fit)
 
     def _cache(self, program: Program) -> CheckCache:
         folder = self.context.cache
@@ -114,10 +119,13 @@ def _torch_graph(program: Program, model: ir.Model, taps: Sequence[str]) -> Torc
     return graph
 
 
-def _scales(program: Program, graph: TorchGraph) -> LearnedScales:
-    """Return the offsets of the scales of activations. All rows of tables have calls here."""
+def _scales(program: Program, graph: TorchGraph, of_weights: Sequence[str]) -> LearnedScales:
+    """Return the offsets of the scales of activations, and of the quantizers of these weights, which move themselves.
+
+    All rows of tables have calls here.
+    """
     names = [n.name for n in program.graph if is_op(n, "QuantizeLinear") and not is_constant(n.inputs[0]) and n.name]
-    grids = learned_grids(graph, names, {}, zero_points=program.lowering != "premul")
+    grids = learned_grids(graph, [*names, *of_weights], {}, zero_points=program.lowering != "premul")
     rows = max(program.require_plan().groups, default=-1) + 1
     return LearnedScales(grids, rows, range(rows))
 

@@ -13,17 +13,15 @@ falls to 0 as half a cosine.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch.func import functional_call
 
 from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.training import TrainedUnit
-from mezzotint.runtime.signature import Signature, Timestep
 
 from ..core.pipeline import Context
 from ..core.program import Program
@@ -36,35 +34,14 @@ from ..torch_graph.quantizers import Quantizer
 from ..torch_graph.write_back import plan_grids, write_back
 from .array_files import ArrayFiles
 from .block_data import Batch, LossWatcher, record
-from .fit_rounding import Annealing, Batches, curve_of
+from .fit_rounding import curve_of
 from .learned_scales import LearnedScales, RowNetworks, learned_grids
 from .range_networks import RangeNetworks
 from .subgraph import Subgraph, cut_out
 from .torch_device import training_device
+from .unit_batches import Annealing, Batches, LearnedBatches
 from .unit_cache import Learned, UnitCache
 from .units import GraphUnit
-
-
-class _LearnedBatches(Batches):
-    """Batches of a module with learned scales in the places of its own."""
-
-    def __init__(
-        self,
-        graph: TorchGraph,
-        part: Subgraph,
-        signature: Signature,
-        data: Sequence[Batch],
-        schedule: Annealing,
-        learned: LearnedScales,
-        row_of: Mapping[Timestep, int],
-    ) -> None:
-        super().__init__(graph, part, signature, data, schedule, 0)  # nothing is dropped
-        self._learned, self._row_of = learned, row_of
-
-    def _run(self, batch: Batch, arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        scales = self._learned.of_row(self._row_of.get(batch.timestep))
-        outputs: Sequence[torch.Tensor] = functional_call(self._graph.module, scales, tuple(arguments))
-        return outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +105,12 @@ class ScaleFit:
         grids = learned_grids(graph, names, rounded_weights(part.model.graph, graph, names), self.zero_points)
         networks = _networks(program, self.context) if self.networks else None
         learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
-        batches = Batches(graph, part, program.signature, data, self.schedule, 0)
+        batches = LearnedBatches(graph, part, program.signature, data, self.schedule, 0, learned=learned, row_of=row_of)
         start, scale = batches.mean_errors()
         if scale == 0:  # the unit computes what the float graph does
             return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, (), kept=False), {}
-        moving = _LearnedBatches(graph, part, program.signature, data, self.schedule, learned, row_of)
-        losses = self._descend(moving, learned, scale, unit, step)
-        arrays = learned.settle()
+        losses = self._descend(batches, learned, scale, unit, step)
+        arrays = batches.settle()
         end, _ = batches.mean_errors()
         kept = end < start
         return TrainedUnit(unit, self.by, start, end, end, curve_of(losses), kept), arrays if kept else {}

@@ -11,6 +11,7 @@ import torch
 
 from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.training import TrainedUnit
+from mezzotint.runtime.signature import Timestep
 
 from ..core.pipeline import Context
 from ..core.program import Program
@@ -23,10 +24,12 @@ from ..torch_graph.quantizers import Quantizer, SoftRounding
 from ..torch_graph.write_back import plan_grids, write_back
 from .array_files import ArrayFiles
 from .block_data import LossWatcher, record
-from .fit_rounding import Annealing, Batches, fit_rounding
+from .fit_rounding import fit_rounding
+from .learned_scales import LearnedScales, learned_grids
 from .subgraph import Subgraph, cut_out
 from .torch_device import training_device
-from .unit_cache import Learned, UnitCache
+from .unit_batches import Annealing, Batches, LearnedBatches
+from .unit_cache import UnitCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +37,15 @@ class ReconstructionUnit:
     """A part of the graph that is trained as one: its name, what its nodes compute, and its weights.
 
     `computed` are the names of the first outputs of its nodes. `timely` says that all of it depends on the timestep
-    alone: its data are all deployed timesteps, and a step of its fit takes several of them.
+    alone: its data are all deployed timesteps, and a step of its fit takes several of them. `quantizers` are the names
+    of the QuantizeLinear nodes of activations whose scales are learned with the weights.
     """
 
     name: str
     computed: frozenset[str]
     weights: tuple[Inputs, ...]
     timely: bool = False
+    quantizers: tuple[str, ...] = ()
 
 
 def learn_rounding(
@@ -79,18 +84,35 @@ def learn_rounding(
                 _drop_elements(part, graph, schedule.drop, seeds)
             seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
             batches = Batches(graph, part, program.signature, data, schedule, seed, calls)
-            fit = fit_rounding(batches, list(rounders.values()), schedule, context.seed, unit.name, by, step)
-        ups: Learned = {name: rounder.ups() for name, rounder in rounders.items()} if fit.kept else {}
-        cache.keep(unit.name, unit.computed, fit, ups)
+            if unit.quantizers:
+                learned, rows = _learned(program, graph, unit.quantizers, latents)
+                batches = LearnedBatches(
+                    graph, part, program.signature, data, schedule, seed, calls, learned=learned, row_of=rows
+                )
+            fit, arrays = fit_rounding(batches, rounders, schedule, context.seed, unit.name, by, step)
+        cache.keep(unit.name, unit.computed, fit, arrays)
     else:
-        fit, ups = known
-        for name, up in ups.items():
-            rounders[name].choose(up)
+        fit, arrays = known
+        for name, rounder in rounders.items():
+            if name in arrays:
+                rounder.choose(arrays[name])
+        scales = {name: torch.from_numpy(array) for name, array in arrays.items() if name not in rounders}
+        graph.module.load_state_dict(scales, strict=False)
     if not fit.kept:
         return program, fit
     trained = {w.weight.quantize.name or "": rounders[name_of(w.weight.quantize.outputs[0])] for w in unit.weights}
     written = replace(graph, quantizers={**graph.quantizers, **trained})
     return write_back(program, written, context.folder, by), fit
+
+
+def _learned(
+    program: Program, graph: TorchGraph, names: Sequence[str], latents: Sequence[Latents]
+) -> tuple[LearnedScales, dict[Timestep, int]]:
+    """Return the offsets of the scales of these quantizers, and the rows of tables by timestep."""
+    groups = program.require_plan().groups
+    row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
+    seen = {row_of[call.timestep] for call in latents if call.timestep in row_of}
+    return LearnedScales(learned_grids(graph, names, {}, False), max(groups, default=-1) + 1, seen), row_of
 
 
 def _at_every_timestep(program: Program, latents: Latents) -> list[Latents]:

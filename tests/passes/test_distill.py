@@ -77,7 +77,7 @@ def test_images_are_better(program: Program, context: Context) -> None:
     "options",
     [
         {"weights": "adapters", "rank": 2},
-        {"scales": "activations"},
+        {"scales": "both"},
         {"unroll": 2},
         {"blocks": 0.3, "relations": 0.3},
     ],
@@ -96,15 +96,20 @@ def integers_of(weight: QuantizedWeight) -> np.ndarray:
     return np.asarray(np.rint(weight.rows() / weight.scale()[:, None]))
 
 
-def test_quantized_weights_stay_on_their_grids_and_scales(program: Program, context: Context) -> None:
-    after = trained(program, context, floats=False)
+@pytest.mark.parametrize("scales", ["none", "both"])
+@pytest.mark.usefixtures("unjudged")
+def test_quantized_weights_are_on_their_grids(program: Program, context: Context, scales: Any) -> None:
+    """Their scales move with `both` only."""
+    after = trained(program, context, floats=False, scales=scales)
     for old, new in zip(find_weights(program.graph), find_weights(after.graph), strict=True):
-        np.testing.assert_array_equal(old.scale(), new.scale())
+        assert np.array_equal(old.scale(), new.scale()) == (scales == "none")
         integers = new.rows() / new.scale()[:, None]
         np.testing.assert_allclose(integers, np.rint(integers), atol=1e-4)
         assert np.abs(integers).max() < 3.01
     changed = moved(program, after)
-    assert all(any(name.startswith(w.value.name or "?") for w in find_weights(program.graph)) for name in changed)
+    of_weights = tuple(w.value.name or "?" for w in find_weights(program.graph))
+    others = [name for name in changed if not name.startswith(of_weights)]
+    assert bool(others) == (scales == "both")
 
 
 @pytest.mark.parametrize("rate", ["weight_steps", "float_shares", "scale_shares"])

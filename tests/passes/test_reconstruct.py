@@ -15,16 +15,16 @@ from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
 from mezzotint.compiler.torch_graph.convert import to_torch
 from mezzotint.compiler.training import training_pass
 from mezzotint.compiler.training.array_files import ArrayFiles
 from mezzotint.compiler.training.block_data import record
-from mezzotint.compiler.training.fit_rounding import Annealing, Batches
 from mezzotint.compiler.training.subgraph import cut_out
-from mezzotint.compiler.training.units import find_units
+from mezzotint.compiler.training.unit_batches import Annealing, Batches
+from mezzotint.compiler.training.units import find_units, quantizers_of_units
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.reconstruct import Reconstruct
@@ -83,6 +83,22 @@ def test_the_same_training_twice_gives_the_same_weights(program: Program, contex
     one, two = (trained(program, context, units=(name,), iterations=10) for _ in range(2))
     for a, b in zip(find_weights(one.graph), find_weights(two.graph), strict=True):
         np.testing.assert_array_equal(a.rows(), b.rows())
+
+
+def test_scales_of_activations_are_learned_with_the_weights(program: Program, context: Context, tmp_path: Path) -> None:
+    """Of the unit's own quantizers; a second run takes both from the cache."""
+    block = "b1_conv1 .. b1_conv2"
+    cached = replace(context, cache=tmp_path)
+    after, again = (
+        trained(program, cached, unit="block", units=(block,), iterations=60, scale_shares=0.01) for _ in range(2)
+    )
+    assert after.training[-1].kept
+    old, new = program.require_plan().quantizers, after.require_plan().quantizers
+    changed = {site for site, q in new.items() if not np.array_equal(q.scale, old[site].scale)}
+    owned, _ = quantizers_of_units(program.graph, find_units(program, "block"), weights=False, activations=True)
+    assert 0 < len(changed) <= len(owned[block])
+    one, two = ({name: numpy_of(v) for name, v in p.graph.initializers.items()} for p in (after, again))
+    np.testing.assert_equal(one, two)
 
 
 def test_a_fit_that_does_not_help_keeps_the_start(program: Program, context: Context) -> None:
