@@ -69,7 +69,8 @@ ARROWS = {
     "mezzotint/mix": "bench io",
     "mezzotint/inspect": "bench debug io text",
     "mezzotint/interchange": "bench debug io",
-    "mezzotint/cli": ". bench debug evaluate inspect interchange io mix shards text",
+    "mezzotint/web": "bench inspect",
+    "mezzotint/cli": ". bench debug evaluate inspect interchange io mix shards text web",
 }
 
 # Top folder -> the libraries that every file of it may import, beside the standard library.

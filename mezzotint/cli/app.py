@@ -47,6 +47,7 @@ from .options import (
     number,
 )
 from .panels import GroupedCommand
+from .web import web
 
 app = typer.Typer(
     name="mezzotint",
@@ -245,6 +246,7 @@ app.command()(debug)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(card)
+app.command()(web)
 app.command()(overlay)
 app.command()(overrides)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,22 @@ def document(title: str, parts: Sequence[str]) -> str:
         f"<title>{escape(visible(title))}</title>\n<style>{base_style()}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(visible(title))}</h1>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def fill_template(text: str, fields: Mapping[str, str]) -> str:
+    """Return a template with each `{{NAME}}` replaced by the HTML of that name."""
+    head, *rest = text.split("{{")
+    pieces = [head]
+    for piece in rest:
+        name, _, after = piece.partition("}}")
+        pieces += [fields[name], after]
+    return "".join(pieces)
+
+
+def json_for_html(data: Any) -> str:
+    """Return JSON without `<`, `>` and `&`: it can neither end the element around it nor open a comment there."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def table_section(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..io.files import replacing
 from . import data as inspect_data
 from .data import PageData
 from .graph import read_graph
-from .html import ASSETS, base_style
+from .html import ASSETS, base_style, fill_template, json_for_html
 from .measure import PageOptions, measure_sections
 from .sites import quantizers_of
 
@@ -119,13 +118,7 @@ def render_page(data: PageData) -> str:
         "DATA": json_for_html(_shown(data)),
         "SCRIPT": script,
     }
-    text = (ASSETS / "page.html").read_text(encoding="utf-8")
-    head, *rest = text.split("{{")
-    pieces = [head]
-    for piece in rest:
-        name, _, after = piece.partition("}}")
-        pieces += [fields[name], after]
-    return "".join(pieces)
+    return fill_template((ASSETS / "page.html").read_text(encoding="utf-8"), fields)
 
 
 def _shown(data: Any) -> Any:
@@ -135,9 +128,3 @@ def _shown(data: Any) -> Any:
     if isinstance(data, dict):
         return {_shown(key): _shown(value) for key, value in data.items()}
     return [_shown(value) for value in data] if isinstance(data, (list, tuple)) else data
-
-
-def json_for_html(data: Any) -> str:
-    """Return JSON without `<`, `>` and `&`: it can neither end the element around it nor open a comment there."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -197,7 +197,7 @@ class Bundle:
         """Return what `sample` returns, for its choices as one value."""
         options = options.checked(n)
         plan = self.plan(options.sampler, options.steps, options.eta, options.guidance)
-        table = self._chosen_correction(plan, options.correction)
+        table = self.chosen_correction(plan, options.correction)
         networks = self.denoisers(plan, threads)
         # A graph with a fixed batch size gets whole batches; the surplus images are dropped.
         fixed = networks[0].fixed_batch and networks[0].fixed_batch // (2 if plan.guided else 1)
@@ -263,7 +263,8 @@ class Bundle:
                 counts.append(steps)
         return tuple(counts)
 
-    def _chosen_correction(self, plan: Deployment, requested: bool | None) -> Correction | None:
+    def chosen_correction(self, plan: Deployment, requested: bool | None) -> Correction | None:
+        """Return the tables that `sample` applies for a plan, where `requested` is its `correction`."""
         if requested is False:
             return None
         reason = self.correction.refusal(plan) if self.correction else "this bundle has none"

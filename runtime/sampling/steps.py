@@ -58,23 +58,32 @@ class Step:
         """The coefficient of x in x', where nothing is clipped."""
         return self.next.get("x", 0.0) + self.next.get("image", 0.0) * self.image_x
 
+    @property
+    def rows(self) -> dict[str, Weights]:
+        """The sums that this call computes, by name: the remembered arrays, then `x`. They read `image` only where it
+        is clipped; otherwise the image is itself a sum, and its weights are merged: two passes instead of four."""
+        rows = {**self.keep, "x": self.next}
+        return rows if self.clip is not None else {name: self._without_image(row) for name, row in rows.items()}
+
+    @property
+    def image_row(self) -> Weights:
+        """The predicted image as a sum, before it is clipped."""
+        return {"out": self.image_out, "x": self.image_x}
+
     def advance(self, state: State, out: Images, scratch: Images) -> State:
         """Return the state after this call, without its noise; `out` and `scratch` may be reused afterwards."""
         arrays = {**state, "out": out}
-        rows = {**self.keep, "x": self.next}
-        if any("image" in row for row in rows.values()):
-            if self.clip is None:
-                rows = {name: self._without_image(row) for name, row in rows.items()}
-            else:
-                image = _sum({"out": self.image_out, "x": self.image_x}, arrays, scratch)
-                arrays["image"] = np.clip(image, -self.clip, self.clip, out=image)
+        rows = self.rows
+        if self.clip is not None and any("image" in row for row in rows.values()):
+            image = _sum(self.image_row, arrays, scratch)
+            arrays["image"] = np.clip(image, -self.clip, self.clip, out=image)
         return {
             name: array if name != "x" and (array := self._same(row, state)) is not None else _sum(row, arrays, scratch)
             for name, row in rows.items()
         }
 
     def _without_image(self, row: Weights) -> Weights:
-        """Return the row without the image, which is itself a sum unless it is clipped: two passes instead of four."""
+        """Return the row without the image."""
         if "image" not in row:
             return row
         share = row["image"]

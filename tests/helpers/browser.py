@@ -6,9 +6,12 @@ Playwright brings its own driver and no browser: Chromium is the system's. Where
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from onnx import TensorProto, helper
 from mezzotint import Bundle, open_bundle
 from mezzotint.runtime.bundle.bundle import seal_bundle
 from mezzotint.runtime.bundle.ranges import Ranges
+from mezzotint.web.onnxruntime_web import WebRuntimeMissing, web_runtime_files
 from tests.helpers.manifests import changed_manifest
 
 if TYPE_CHECKING:
@@ -73,6 +77,35 @@ def opened(browser: Browser, file: Path, size: tuple[int, int] = DESKTOP, **opti
         assert {r.partition("#")[0] for r in seen.requests if not r.startswith("data:image/")} == {address}
     finally:
         context.close()
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on this machine with Python's own web server, and yield its address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def web_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the files of onnxruntime-web, fetched by npm; tests that ask for it skip where that fails."""
+    cache = tmp_path_factory.mktemp("onnxruntime-web")
+    try:
+        web_runtime_files(cache=cache)
+    except WebRuntimeMissing as error:
+        pytest.skip(f"the files of onnxruntime-web cannot be had here: {error.what}")
+    return cache
 
 
 def made_up_ranges(bundle: Bundle) -> Ranges:

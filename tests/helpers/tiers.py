@@ -80,6 +80,7 @@ PURE = (
     "mezzotint/test_options.py",
     "mezzotint/text/",
     "mezzotint/test_progress.py",
+    "mezzotint/web/test_onnxruntime_web.py",
     "passes/recipes/",
     "passes/test_group_steps.py",
     "runtime/bundle/test_ranges.py",

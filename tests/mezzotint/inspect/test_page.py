@@ -15,8 +15,9 @@ import pytest
 from mezzotint import Bundle, compile_model
 from mezzotint.inspect import page as inspect_page
 from mezzotint.inspect.blocks import TIMESTEP_TABLES
+from mezzotint.inspect.html import json_for_html
 from mezzotint.inspect.measure import NO_REFERENCE, PageOptions, measure_sections
-from mezzotint.inspect.page import json_for_html, page_data, render_page, write_page
+from mezzotint.inspect.page import page_data, render_page, write_page
 from mezzotint.runtime.bundle.ranges import RANGES, Ranges
 from mezzotint.runtime.errors import InputError
 from tests.helpers.browser import (

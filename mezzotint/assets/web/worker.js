@@ -1,0 +1,106 @@
+/* Networks and the sampling loop, beside the page's own thread: the page answers while a network computes. */
+import * as ort from "./onnxruntime/ort.wasm.bundle.min.js";
+import { normal } from "./noise.js";
+import { advance, begin, psnr } from "./sampler.js";
+
+const ARRAYS = { int64: BigInt64Array, int32: Int32Array, float32: Float32Array, float64: Float64Array };
+const sessions = new Map();
+let page = null, wanted = 0;
+
+const say = (kind, content, moved = []) => self.postMessage({ kind, ...content }, moved);
+
+/** The bytes of a file beside the page. `came` is told how many arrived. */
+const fetched = async (file, came) => {
+  const answer = await fetch(new URL(file, self.location.href));
+  if (!answer.ok) throw new Error(`${file}: the server answered ${answer.status}`);
+  const parts = [], reader = answer.body.getReader();
+  let size = 0;
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    size += value.length;
+    came(value.length);
+  }
+  const bytes = new Uint8Array(size);
+  let place = 0;
+  for (const part of parts) {
+    bytes.set(part, place);
+    place += part.length;
+  }
+  return bytes;
+};
+
+const load = async (data) => {
+  page = data;
+  let loaded = 0;
+  const came = (count) => say("loading", { loaded: (loaded += count), total: page.bytes });
+  const files = new Map(); // precisions may share one
+  const bytesOf = async (file) => files.get(file) ?? files.set(file, await fetched(file, came)).get(file);
+  ort.env.logLevel = "error";
+  ort.env.wasm.numThreads = 1;
+  ort.env.wasm.wasmBinary = (await fetched(page.wasm, came)).buffer;
+  for (const [name, network] of Object.entries(page.networks)) {
+    const externalData = [];
+    for (const { path, file } of network.data) externalData.push({ path, data: await bytesOf(file) });
+    // Level 0: activations of 4-bit layers are not rounded, as in runtime/session.py.
+    const extra = { session: { qdq_matmulnbits_accuracy_level: "0" } };
+    const options = { executionProviders: ["wasm"], logSeverityLevel: 3, externalData, extra };
+    sessions.set(name, await ort.InferenceSession.create(await bytesOf(network.file), options));
+  }
+  say("ready", {});
+};
+
+/** The network's prediction for x, and the milliseconds that it took. */
+const predicted = async (call, x, batch) => {
+  const network = page.networks[call.network], { inputs } = page;
+  const { type, shape } = network.timestep;
+  const sizes = shape.map((size) => size ?? batch), count = sizes.reduce((a, b) => a * b, 1);
+  const time = ARRAYS[type].from({ length: count }, () => (type === "int64" ? BigInt(call.time) : call.time));
+  const feeds = {
+    [inputs.sample]: new ort.Tensor("float32", x, [batch, ...page.sample]),
+    [inputs.timestep]: new ort.Tensor(type, time, sizes),
+  };
+  const start = performance.now();
+  const found = await sessions.get(call.network).run(feeds, [inputs.output]);
+  return [found[inputs.output].data, performance.now() - start];
+};
+
+/** Sample `count` images by each model from the same noise, one call of each in turn. */
+const sample = async ({ run, seed, count, deployment, models }) => {
+  wanted = run;
+  const { solvers } = page.deployments[deployment], size = page.sample.reduce((a, b) => a * b, 1);
+  const batch = page.batch ?? count; // a graph of a fixed batch size computes images that are not shown
+  const start = normal(seed, 0, batch, size);
+  const states = Object.fromEntries(models.map((model) => [model, begin(solvers[model], start)]));
+  const calls = solvers[models[0]].calls.length;
+  for (let index = 0; index < calls; index++) {
+    let drawn = null;
+    const noise = () => (drawn ??= normal(seed, index + 1, batch, size));
+    const times = {}, images = {};
+    // Who goes first changes, so that neither model always finds the caches of the other one.
+    for (const model of index % 2 ? [...models].reverse() : models) {
+      const call = solvers[model].calls[index];
+      const [output, time] = await predicted(call, states[model].x, batch);
+      states[model] = advance(call, states[model], output, size, noise);
+      times[model] = time;
+      images[model] = states[model].x.slice(0, count * size);
+    }
+    const last = index === calls - 1, between = models.length === 2;
+    const decibels = last && between ? psnr(images[models[1]], images[models[0]], size) : null;
+    say("step", { run, index, calls, times, images, decibels }, Object.values(images).map((image) => image.buffer));
+    await new Promise((next) => setTimeout(next)); // a message that stops this run comes in here
+    if (wanted !== run && !last) return say("stopped", { run });
+  }
+  return say("done", { run });
+};
+
+self.onmessage = async ({ data }) => {
+  try {
+    if (data.kind === "load") await load(data.page);
+    else if (data.kind === "sample") await sample(data);
+    else if (data.kind === "stop") wanted = 0;
+  } catch (error) {
+    say("failed", { words: String(error?.message ?? error) });
+  }
+};
