@@ -31,7 +31,9 @@ def web(
         ),
     ] = None,
     seed: Annotated[int, number(bounds.LARGEST_SEED, "The seed that the page begins with.", least=0)] = 0,
-    n: Annotated[int, number(64, "The number of images that it begins with.", "-n")] = 4,
+    n: Annotated[
+        int | None, number(bounds.MOST_BATCH, "The number of images that it begins with, at most 64; 4.", "-n")
+    ] = None,
     onnxruntime_web: Annotated[
         Path | None,
         typer.Option("--onnxruntime-web", help="Folder with the npm package onnxruntime-web; npm is asked otherwise."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from mezzotint.compiler.graph.model_file import check_model_file
 from mezzotint.compiler.graph.tensor_checks import data_file
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.signature import Timestep
 
 if TYPE_CHECKING:
     import onnx
@@ -67,6 +68,16 @@ class WebNetwork:
     def files(self) -> tuple[Path, ...]:
         """The file and its data."""
         return (self.path, *self.data.values())
+
+    def check_times(self, times: Sequence[Timestep]) -> None:
+        """Raise InputError for a timestep between two whole ones, if the input takes whole ones only."""
+        between = [t for t in times if not float(t).is_integer()]
+        if between and self.time_type.startswith("int"):
+            raise InputError(
+                f"timestep {between[0]:g} lies between two training timesteps, and the input is {self.time_type}",
+                where=str(self.path),
+                hint="compile the model for this sampler, or use another one",
+            )
 
     def to_json(self, places: Mapping[Path, str]) -> dict[str, Any]:
         """Return the facts for the page; `places` has the place of each file beside it."""

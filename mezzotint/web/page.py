@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from mezzotint.compiler.bundle.staging import check_target, place_of, staged
 from mezzotint.compiler.errors import OutputError
+from mezzotint.runtime.bounds import check_seed
 from mezzotint.runtime.bundle.bundle import Bundle, file_sha256
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.json_text import read_json
@@ -43,6 +44,7 @@ WEB_MANIFEST = "mezzotint-web.json"
 BESIDE = "float"
 OWN_MODEL = "bundle"
 MOST_PAGE_IMAGES = 64
+USUAL_IMAGES = 4
 LEAD = (
     "These images are computed in this browser, by onnxruntime-web {version} on one thread. Nothing is sent. The noise "
     "of a seed is the one that Mezzotint draws in Python."
@@ -52,7 +54,7 @@ LEAD = (
 @dataclass(frozen=True)
 class WebOptions:
     """The choices of a page. `sampler`, `eta` and `correction` are those of `Bundle.sample`; the page offers `steps` in
-    this order, the deployment's own when empty. `seed` and `count` fill the form."""
+    this order, the deployment's own when empty. `seed` and `count` (4 when left out) fill the form."""
 
     float_model: Path | None = None
     sampler: str | None = None
@@ -60,7 +62,7 @@ class WebOptions:
     eta: float | None = None
     correction: bool | None = None
     seed: int = 0
-    count: int = 4
+    count: int | None = None
 
 
 def write_web(
@@ -141,6 +143,10 @@ def web_data(bundle: Bundle, options: WebOptions) -> tuple[dict[str, Any], dict[
         raise InputError("the networks have batches of different sizes", where=str(options.float_model or bundle.path))
     batch = batches.pop()
     most = min(batch or MOST_PAGE_IMAGES, MOST_PAGE_IMAGES)
+    count = min(USUAL_IMAGES, most) if options.count is None else options.count
+    check_seed(options.seed)
+    if not 1 <= count <= most:
+        raise InputError(f"a page of {count} images is not possible", hint=f"ask for 1 to {most}")
     places = _places(networks.values())
     signature = bundle.signature
     data = {
@@ -150,14 +156,15 @@ def web_data(bundle: Bundle, options: WebOptions) -> tuple[dict[str, Any], dict[
         "batch": batch,
         "most": most,
         "seed": str(options.seed),  # JSON's numbers end at 2^53 in a browser
-        "count": min(options.count, most),
+        "count": count,
         "models": {
             name: {"label": visible(label), "bytes": sum(network.bytes for network in parts.values())}
             for name, (label, parts) in models.items()
         },
         "networks": {name: network.to_json(places) for name, network in networks.items()},
         "deployments": [
-            {"label": str(plan), "solvers": _solvers(bundle, plan, options)} for plan in _plans(bundle, options)
+            {"label": str(plan), "solvers": _solvers(bundle, plan, options, networks)}
+            for plan in _plans(bundle, options)
         ],
         "wasm": f"onnxruntime/{ORT_WASM}",
     }
@@ -179,9 +186,13 @@ def _plans(bundle: Bundle, options: WebOptions) -> list[Deployment]:
     return [bundle.plan(options.sampler, count, options.eta) for count in steps]
 
 
-def _solvers(bundle: Bundle, plan: Deployment, options: WebOptions) -> dict[str, Any]:
-    """Return the scalars of a plan for each model; only the bundle's output is corrected."""
+def _solvers(
+    bundle: Bundle, plan: Deployment, options: WebOptions, networks: Mapping[str, WebNetwork]
+) -> dict[str, Any]:
+    """Return the scalars of a plan for each model; only the bundle's output is corrected. Raises InputError."""
     solver = plan.solver(bundle.schedule)
+    for network in networks.values():
+        network.check_times([bundle.signature.network_time(t) for t in solver.calls])
     names = bundle.precisions.of(solver.steps) if bundle.precisions else ()
     own = [f"{OWN_MODEL}/{name}" for name in names] or [OWN_MODEL] * len(solver.steps)
     stepper = Stepper(solver, bundle.chosen_correction(plan, options.correction))

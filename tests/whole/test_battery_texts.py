@@ -32,6 +32,7 @@ DRY = ("compile", "m/model.onnx", "-o", "out", "--steps", "2", "--conditions", "
 PLAN = (*DRY, "--scheduler", "ddpm-linear")
 SAMPLE = ("sample", "b", "-o", "s.npy", "-n", "1", "--conditions", "c.npz")
 EVAL = ("eval", "b", "--reference", "float.onnx", "-n", "2", "--no-speed", "--resamples", "2")
+WEB = ("web", "b", "-o", "out", "--onnxruntime-web", "nowhere")
 PAGE = ("inspect", "b", "--html", "out", "--reference", "float.onnx", "-n", "1", "--calls", "1", "--no-profile")
 DEBUG = ("debug", "b", "--reference", "float.onnx", "--calls", "1")
 MIX = ("mix", "b", "b", "--reference", "float.onnx", "-o", "out", "-n", "1")
@@ -185,6 +186,7 @@ OF_NUMBERS = {
     PAGE: "-n --calls --seed --threads",
     ("bench", "b", "--repeats", "1", "--rounds", "1"): "--batch --threads --repeats --rounds",
     ("audit", "b"): "--threads",
+    WEB: "-n --steps --eta --seed",
 }
 SIZES = [(command, option) for command, options in OF_NUMBERS.items() for option in options.split()]
 
@@ -208,6 +210,7 @@ OF_WORDS = {
     ("card", "b"): "--license --base-model --eval --bench",
     (*EVAL, "--conditions", "c.npz"): "--features --reference",
     MIX: "--cost --budget",
+    WEB: "--sampler --onnxruntime-web",
     ("inspect",): "",
     ("recipes",): "",
     ("audit",): "",
@@ -244,6 +247,7 @@ def test_odd_places(battery: Battery, world: Path, tmp_path: Path) -> None:
             ("audit",),
         ),
         *(("compile", "-o", "out"), ("recipes",), ("bench", "b", "--repeats", "1", "--float"), (*EVAL, "--features")),
+        *((*WEB, "--float"), ("web", "b", "-o", "out", "--onnxruntime-web")),
     )
     for kind in PLACES:
         if kind == "unreadable" and os.geteuid() == 0:

@@ -137,7 +137,8 @@ const heard = {
       run.times[model].push(times[model]);
       if (last || at("live").checked) draw(model, images[model]);
     }
-    progress((index + 1) / calls, `call ${index + 1} of ${calls}`);
+    const taken = run.models.map((model) => `${data.models[model].label} ${milliseconds(times[model])}`).join(", ");
+    progress((index + 1) / calls, `call ${index + 1} of ${calls}: ${taken}`);
     measured();
     if (last) {
       at("compared").textContent = compared(decibels);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 
-from mezzotint import Bundle
+from mezzotint import Bundle, compile_model, mix_bundles
 from mezzotint.compiler.errors import OutputError
 from mezzotint.runtime.bundle.manifest_entries import RecipeEntry
 from mezzotint.runtime.compare import psnr_db
@@ -23,15 +25,17 @@ from mezzotint.runtime.sampling.samplers import Stepper, initial_noise, run_solv
 from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, Schedule
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Signature
+from mezzotint.web.networks import WebNetwork
 from mezzotint.web.page import WEB_MANIFEST, WebOptions, web_data, write_web
 from mezzotint.web.scalars import solver_json
 from tests.helpers.browser import DESKTOP, PHONE, served
-from tests.helpers.models import Cli, Compiled
+from tests.helpers.models import SMALL, THREADS, Cli, Compiled, hand_written
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 SEED, COUNT = 2**63 - 1, 2
+PRECISIONS = ("float", "ptqd-w8a8")
 SIGNATURE = Signature("x", "t", "y")
 # Runs the page's own sampling loop over a made-up network, which both languages compute exactly: out = x / 4.
 LOOP = """async ([solver, seed, batch, size]) => {
@@ -152,7 +156,9 @@ class TestSampling:
         assert np.array(pixels).reshape(64, 4)[:, 3].min() == 255
         assert "ms" in page.inner_text("#row-bundle") and "ms" in page.inner_text("#row-float")
         assert "x as fast" in page.inner_text("#compared") and "dB" in page.inner_text("#compared")
-        assert page.get_by_role("progressbar").get_attribute("aria-valuetext") == "call 2 of 2"
+        words = page.get_by_role("progressbar").get_attribute("aria-valuetext") or ""
+        assert re.fullmatch(r"call 2 of 2: bundle \(w8a8\) [\d.]+ ms, float model [\d.]+ ms", words)
+        assert page.inner_text("#call") == words
 
     def test_the_float_model_can_be_left_out(self, visit: Visit) -> None:
         visit.choose(3, count=1)
@@ -187,6 +193,41 @@ class TestSampling:
         visit.page.get_by_label("Seed").press("Enter")
         visit.wait("done")
         assert visit.page.evaluate("document.activeElement.id") == "start"
+
+
+@pytest.fixture(scope="module")
+def mixed(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Two precisions in one bundle, a corrected one among them; the float model has its weights in another file."""
+    folder = tmp_path_factory.mktemp("mixed")
+    noisy = {**SMALL, "eta": 0.5}
+    bundles = {name: compile_model(hand.exported, folder / name, recipe=name, **noisy) for name in PRECISIONS}
+    costs = {"float": 1.0, "ptqd-w8a8": 0.5}
+    options: dict[str, Any] = {"pictures": 1, "threads": THREADS, "costs": costs, "budget": 0.75}
+    bundle = mix_bundles(bundles, folder / "mix", reference=hand.exported, **options)
+    outside = folder / "outside.onnx"
+    onnx.save(hand_written(), outside, save_as_external_data=True, location="weights.bin", size_threshold=256)
+    return Compiled(None, outside, bundle)
+
+
+def test_precisions_corrections_and_external_data(
+    mixed: Compiled, web_runtime: Path, chromium: Browser, tmp_path: Path
+) -> None:
+    data, files = web_data(mixed.bundle, WebOptions(mixed.exported, count=COUNT))
+    calls = data["deployments"][0]["solvers"]["bundle"]["calls"]
+    assert {call["network"] for call in calls} == {f"bundle/{name}" for name in PRECISIONS}
+    assert all("correction" in call for call in calls) and calls[0]["noise"] > 0
+    assert any(path.name == "weights.bin" for path in files.values())
+    write_web(mixed.bundle, tmp_path / "site", WebOptions(mixed.exported, count=COUNT), cache=web_runtime)
+
+    with visiting(chromium, tmp_path / "site") as opened:
+        result = opened.run()
+
+    wanted = mixed.bundle.sample(COUNT, threads=1)
+    assert psnr_db(wanted, images_of(result["bundle"], wanted), 2.0).min() > 35
+    network = Denoiser(mixed.exported, mixed.bundle.signature, threads=1)
+    x = initial_noise(0, wanted.shape)
+    exact = sample(network, x, mixed.bundle.schedule, mixed.bundle.deployment, noise=seeded_noise(0))
+    assert np.abs(images_of(result["float"], exact) - exact).max() < 1e-4
 
 
 class TestLoop:
@@ -295,6 +336,19 @@ class TestFolder:
     def test_steps_without_a_row_are_refused(self, hand: Compiled) -> None:
         with pytest.raises(TimestepNotDeployed, match="7 steps of ddim"):
             web_data(hand.bundle, WebOptions(steps=(4, 7)))
+
+    def test_choices_that_no_page_can_have_are_refused(self, hand: Compiled) -> None:
+        for options, words in (
+            (WebOptions(count=65), "65 images"),
+            (WebOptions(count=0), "0 images"),
+            (WebOptions(seed=-1), "seed"),
+        ):
+            with pytest.raises(InputError, match=words):
+                web_data(hand.bundle, options)
+        network = WebNetwork(hand.exported, {}, "int64", (None,), None)
+        network.check_times([1, 2.0])
+        with pytest.raises(InputError, match=r"timestep 1\.5 lies between"):
+            network.check_times([1.5])
 
     def test_the_command_says_how_to_serve_it(
         self, hand: Compiled, web_runtime: Path, cli: Cli, tmp_path: Path
