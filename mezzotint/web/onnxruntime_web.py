@@ -90,8 +90,13 @@ def _fetch(kept: Path) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mezzotint-npm-") as work:
         archive = _packed(Path(work))
-        with staged(kept, force=True, ours=lambda old: {f.name for f in old.iterdir()} <= WEB_FILES.keys()) as (new, _):
-            _unpack(archive, new)
+        with staged(kept, force=True, ours=_is_kept, shared=True) as (folder, _):
+            _unpack(archive, folder)
+
+
+def _is_kept(folder: Path) -> bool:
+    """Return whether a folder of the cache has no other files than those that belong there; they may be damaged."""
+    return folder.is_dir() and {file.name for file in folder.iterdir()} <= WEB_FILES.keys()
 
 
 def _packed(work: Path) -> Path:

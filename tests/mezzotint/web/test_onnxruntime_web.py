@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from mezzotint.compiler.errors import OutputError
+from mezzotint.runtime.bundle.bundle import file_sha256
+from mezzotint.web import onnxruntime_web
 from mezzotint.web.onnxruntime_web import (
     CACHE_VARIABLE,
     NPM_PACKAGE,
@@ -40,6 +44,27 @@ def install(folder: Path, program: str) -> None:
 def test_the_cache_is_used_without_npm(web_runtime: Path, npm: Path) -> None:
     found = web_runtime_files(cache=web_runtime)
     assert found.keys() == WEB_FILES.keys() and all(path.is_file() for path in found.values())
+
+
+def test_a_damaged_cache_is_fetched_again(web_runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / f"{NPM_PACKAGE}-{WEB_VERSION}"
+    kept.mkdir()
+    (kept / ORT_SCRIPT).write_bytes(b"damaged")
+    archive = tmp_path / "package.tgz"
+    with tarfile.open(archive, "w") as packed:
+        for name in WEB_FILES:
+            packed.add(next(web_runtime.iterdir()) / name, f"package/dist/{name}")
+    monkeypatch.setattr(onnxruntime_web, "_packed", lambda work: archive)
+
+    found = web_runtime_files(cache=tmp_path)
+
+    assert {name: file_sha256(path) for name, path in found.items()} == WEB_FILES
+    foreign = kept / "mine.txt"
+    foreign.write_bytes(b"mine")
+    (kept / ORT_SCRIPT).write_bytes(b"damaged")
+    with pytest.raises(OutputError, match="did not write it"):
+        web_runtime_files(cache=tmp_path)
+    assert foreign.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("inside", ["dist", "onnxruntime-web/dist", "node_modules/onnxruntime-web/dist"])
