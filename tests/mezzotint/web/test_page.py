@@ -256,6 +256,15 @@ class TestLoop:
         wanted = run_solver(lambda x, t: x * quarter, x, solver, noise=noise, correction=correction)
         assert np.array_equal(images_of(numbers, wanted), wanted)
 
+    def test_a_planted_error_is_noticed(self, visit: Visit) -> None:
+        """The twin of the test above: one weight of one call is wrong by 1 %."""
+        solver, _ = self.sampler("heun")
+        data = solver_json(Stepper(solver), ["net"] * len(solver.steps), SIGNATURE)
+        before = visit.page.evaluate(LOOP, [data, "0", 2, 48])
+        _, terms = data["calls"][3]["rows"][-1]
+        terms[0][1] *= 1.01
+        assert np.abs(np.subtract(visit.page.evaluate(LOOP, [data, "0", 2, 48]), before)).max() > 1e-3
+
     def sampler(self, name: str) -> tuple[Any, Correction | None]:
         kind = name.partition(" ")[0].strip(",")
         changes = {"clip_sample": True, "clip_sample_range": 0.5, "skip_prk_steps": kind == name}
