@@ -4,7 +4,7 @@ const at = (id) => document.getElementById(id);
 const [channels, height, width] = data.sample;
 const LARGEST_SEED = 2n ** 63n - 1n;
 const worker = new Worker("worker.js", { type: "module" });
-const run = { number: 0, models: [], times: {}, calls: 0 };
+const run = { number: 0, stopping: false, models: [], times: {} };
 
 /* What the last run gave, for programs and for the browser's console: images by model, each Float32Array
    [count, C, H, W], the milliseconds of each call, and the decibels of each image. */
@@ -102,6 +102,7 @@ const start = () => {
   const chosen = choices();
   if (!chosen) return;
   run.number += 1;
+  run.stopping = false;
   run.models = chosen.models;
   run.times = Object.fromEntries(chosen.models.map((model) => [model, []]));
   for (const model of Object.keys(data.models)) {
@@ -143,7 +144,7 @@ const heard = {
     if (last) {
       at("compared").textContent = compared(decibels);
       window.mezzotint.result = { images, times: run.times, decibels };
-    }
+    } else worker.postMessage({ kind: run.stopping ? "stop" : "next" });
   },
   stopped: () => end("stopped", `Stopped after ${run.times[run.models[0]].length} network calls.`),
   done: () => end("done", `Done: ${run.times[run.models[0]].length} network calls of each model.`),
@@ -164,6 +165,9 @@ at("choices").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!at("start").disabled) start();
 });
-at("stop").addEventListener("click", () => worker.postMessage({ kind: "stop" }));
+at("stop").addEventListener("click", () => {
+  run.stopping = true; // the answer to the call that runs now
+  tell("sampling", "Stopping after this call.");
+});
 tell("loading", "Loading the networks.");
 worker.postMessage({ kind: "load", page: data });

@@ -5,7 +5,7 @@ import { advance, begin, psnr } from "./sampler.js";
 
 const ARRAYS = { int64: BigInt64Array, int32: Int32Array, float32: Float32Array, float64: Float64Array };
 const sessions = new Map();
-let page = null, wanted = 0;
+let page = null, goOn = null;
 
 const say = (kind, content, moved = []) => self.postMessage({ kind, ...content }, moved);
 
@@ -68,7 +68,6 @@ const predicted = async (call, x, batch) => {
 
 /** Sample `count` images by each model from the same noise, one call of each in turn. */
 const sample = async ({ run, seed, count, deployment, models }) => {
-  wanted = run;
   const { solvers } = page.deployments[deployment], size = page.sample.reduce((a, b) => a * b, 1);
   const batch = page.batch ?? count; // a graph of a fixed batch size computes images that are not shown
   const start = normal(seed, 0, batch, size);
@@ -89,8 +88,8 @@ const sample = async ({ run, seed, count, deployment, models }) => {
     const last = index === calls - 1, between = models.length === 2;
     const decibels = last && between ? psnr(images[models[1]], images[models[0]], size) : null;
     say("step", { run, index, calls, times, images, decibels }, Object.values(images).map((image) => image.buffer));
-    await new Promise((next) => setTimeout(next)); // a message that stops this run comes in here
-    if (wanted !== run && !last) return say("stopped", { run });
+    // The page answers each call but the last, when it has drawn the images: so a click on Stop is never overtaken.
+    if (!last && !(await new Promise((answered) => { goOn = answered; }))) return say("stopped", { run });
   }
   return say("done", { run });
 };
@@ -99,7 +98,7 @@ self.onmessage = async ({ data }) => {
   try {
     if (data.kind === "load") await load(data.page);
     else if (data.kind === "sample") await sample(data);
-    else if (data.kind === "stop") wanted = 0;
+    else goOn(data.kind === "next");
   } catch (error) {
     say("failed", { words: String(error?.message ?? error) });
   }
