@@ -85,6 +85,7 @@ DOORS: dict[str, set[str]] = {
     "runtime/session.py": {"onnxruntime"},
     "runtime/diffusers/unet.py": {"torch", "diffusers"},
     "runtime/diffusers/scheduler.py": {"torch", "diffusers"},
+    "compiler/audit/openvino_built.py": {"openvino"},
     "compiler/frontend/from_torch.py": {"torch", "diffusers"},
     "compiler/frontend/torch_example.py": {"torch"},
     "compiler/graph/topology.py": {"networkx"},

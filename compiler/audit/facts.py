@@ -121,3 +121,13 @@ def array_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     if node is not None and is_op(node, "Constant") and "value" in node.attributes:
         return np.asarray(node.attributes["value"].as_tensor().numpy())
     return None
+
+
+def quantizer_grid(node: ir.Node) -> tuple[object, ...]:
+    """Return what two quantizers have in common if they have one grid: scale and zero point, as numbers if constant."""
+    pair = (scale_of(node), zero_point_of(node))
+    arrays = [array_of(value) for value in pair]
+    return tuple(
+        id(value) if array is None else (array.tobytes(), array.dtype.str)
+        for value, array in zip(pair, arrays, strict=True)
+    )

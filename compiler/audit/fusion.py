@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        """Return whether integers were possible and intended, and onnxruntime computes in float, or wrong numbers.
+        """Return whether integers were possible and intended, and the engine computes in float, or wrong numbers.
 
         A norm between two integer layers reads and writes quantized data because of its neighbours: no failure.
         """
@@ -75,24 +75,29 @@ class Verdict:
 class LayerCounts(NamedTuple):
     """Convolutions and matrix products that run on integer kernels as the file says, and the others.
 
-    `compile`, `inspect` and `audit` show these two figures. Nodes that onnxruntime computed beforehand count nowhere.
+    `compile`, `inspect` and `audit` show these two figures. Nodes that the engine computed beforehand count nowhere.
     """
 
     integer: int
     floating: int
 
 
+NO_STRAYS = LayerCounts(0, 0)
+
+
 @dataclass(frozen=True)
 class Fusion:
-    """The verdicts in the order of the file.
+    """The verdicts in the order of the file, on what `engine` of this `version` built.
 
-    `strays` are kernels of the built graph without a node in the file: parts of operations that onnxruntime takes
-    apart.
+    `strays` are kernels of the built graph without a node in the file: parts of operations that the engine takes
+    apart. `stray_layers` counts the convolutions and matrix products among them.
     """
 
     verdicts: tuple[Verdict, ...]
     strays: tuple[str, ...]
-    onnxruntime: str
+    version: str
+    stray_layers: LayerCounts = NO_STRAYS
+    engine: str = "onnxruntime"
 
     @property
     def failed(self) -> tuple[Verdict, ...]:
@@ -106,10 +111,9 @@ class Fusion:
     def layers(self) -> LayerCounts:
         """Return the counts of convolutions and matrix products, those among the strays included."""
         layers = [v for v in self.verdicts if v.kernel and v.op in (*MATRICES, *INTEGER_KERNELS)]
-        strays = Counter(stray.partition(" ")[0] for stray in self.strays)
         return LayerCounts(
-            sum(v.integer for v in layers) + sum(n for op, n in strays.items() if op in INTEGER_KERNELS),
-            sum(not v.integer for v in layers) + sum(n for op, n in strays.items() if op in FLOAT_KERNELS),
+            sum(v.integer for v in layers) + self.stray_layers.integer,
+            sum(not v.integer for v in layers) + self.stray_layers.floating,
         )
 
     @property
@@ -126,7 +130,7 @@ class Fusion:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "onnxruntime": self.onnxruntime,
+            self.engine: self.version,
             "layers": {"integer": self.layers.integer, "float": self.layers.floating},
             "totals": self.totals,
             "rules": dict(sorted(Counter(v.rule for v in self.failed).items())),
@@ -171,7 +175,10 @@ def judge(file: ir.Graph, built: ir.Graph, islands: Mapping[str, str]) -> Fusion
         return "" if kernel is None else kernel.op_type
 
     verdicts = tuple(_verdict(group, match, islands) for group in groups(file, kernel_of))
-    return Fusion(verdicts, tuple(f"{n.op_type} {node_label(n)}" for n in match.strays), running_version())
+    strays = [node.op_type for node in match.strays]
+    counted = LayerCounts(sum(op in INTEGER_KERNELS for op in strays), sum(op in FLOAT_KERNELS for op in strays))
+    names = tuple(f"{n.op_type} {node_label(n)}" for n in match.strays)
+    return Fusion(verdicts, names, running_version(), counted)
 
 
 def _verdict(group: FusionGroup, match: Match, islands: Mapping[str, str]) -> Verdict:
@@ -182,15 +189,16 @@ def _verdict(group: FusionGroup, match: Match, islands: Mapping[str, str]) -> Ve
     verdict = replace(verdict, kernel=kernel.op_type, built=name_of(kernel.outputs[0]))
     if is_integer_kernel(kernel) or (is_ort_mover(group.node) and moves_integers(kernel)):
         explanation = first_explanation(group, broken=True)
-        return _with(verdict, explanation) if explanation else replace(verdict, integer=True)
+        return with_reason(verdict, explanation) if explanation else replace(verdict, integer=True)
     if verdict.name in islands:
-        return _with(verdict, (ISLAND, islands[verdict.name], "none is needed: it is in float on purpose"))
+        return with_reason(verdict, (ISLAND, islands[verdict.name], "none is needed: it is in float on purpose"))
     if not group.meant:
-        return _with(verdict, _unquantized(group))
-    return _with(verdict, first_explanation(group) or _unknown(verdict))
+        return with_reason(verdict, _unquantized(group))
+    return with_reason(verdict, first_explanation(group) or _unknown(verdict))
 
 
-def _with(verdict: Verdict, explanation: tuple[str, str, str]) -> Verdict:
+def with_reason(verdict: Verdict, explanation: tuple[str, str, str]) -> Verdict:
+    """Return the verdict with (rule, reason, fix)."""
     rule, why, fix = explanation
     return replace(verdict, rule=rule, why=why, fix=fix)
 
@@ -219,5 +227,5 @@ def _gone(group: FusionGroup, match: Match, verdict: Verdict) -> Verdict:
     if is_ort_mover(group.node) and not any(is_op(maker, "QuantizeLinear") for maker in makers):
         return replace(verdict, integer=True, why="it is gone with the quantizers around it")
     if is_ort_mover(group.node) and (explanation := first_explanation(group)):
-        return _with(verdict, explanation)
-    return _with(verdict, (GONE, "no node runs it: it was computed beforehand, or merged with another", ""))
+        return with_reason(verdict, explanation)
+    return with_reason(verdict, (GONE, "no node runs it: it was computed beforehand, or merged with another", ""))

@@ -95,6 +95,12 @@ class DataOrigin:
         """Return whether the value depends on constants only."""
         return is_known(self.value)
 
+    @property
+    def maker(self) -> ir.Node | None:
+        """Return the node that makes the data, in front of the movers, or None."""
+        value = self.moved[-1].inputs[0] if self.moved else self.value
+        return None if value is None else value.producer()
+
 
 def origin_of(value: ir.Value) -> DataOrigin:
     """Follow a value's data back past movers."""

@@ -59,6 +59,7 @@ TORCH = (
     "whole/",
 )
 PURE = (
+    "compiler/audit/test_tensorrt.py",
     "compiler/bits/test_allocation.py",
     "compiler/bits/test_content.py",
     "compiler/bits/test_parts.py",
