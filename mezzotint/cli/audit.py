@@ -16,14 +16,20 @@ def audit(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a quantized group is not on an integer kernel.")
     ] = False,
+    provider: Annotated[
+        str,
+        typer.Option(
+            help="cpu (onnxruntime) and openvino: what they built. tensorrt and tensorrt-rtx: checked against rules."
+        ),
+    ] = "cpu",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Print the kernel that onnxruntime built for each quantized group, or the rule against it and the fix."""
+    """Print the kernel that an engine built for each quantized group, or the rule against it and the fix."""
     from ..text import console
-    from .audit_tables import audits, print_audit, to_json
+    from .audit_tables import audits, print_audits, to_json
 
-    fusions = audits(model, threads=threads)
-    console.print_json(to_json(model, fusions)) if json else print_audit(fusions, everything=all_)
-    if strict and any(fusion.failed for fusion in fusions.values()):
+    found = audits(model, provider, threads=threads)
+    console.print_json(to_json(model, provider, found)) if json else print_audits(found, everything=all_)
+    if strict and any(result.failed for result in found.values()):
         raise typer.Exit(1)

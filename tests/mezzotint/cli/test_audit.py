@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import onnx_ir as ir
@@ -73,6 +74,44 @@ def test_refusals(cli: Cli, tmp_path: Path, name: str, words: str) -> None:
     answer = cli("audit", tmp_path / name)
     assert (answer.code, answer.out) == (2, "")
     assert words in answer.err, answer.err
+
+
+def test_openvino(cli: Cli, hand: Compiled, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="the extra mezzotint[openvino] is not installed")
+    answer = cli("audit", hand.bundle.path, "--provider", "openvino", "--strict", "--threads", 1)
+    assert answer.code == 0, answer.err
+    assert "2 integer, 2 float" in answer.out and "island" in answer.out and openvino.__version__ in answer.out
+    faulty = write_groups(tmp_path, W + CONV.replace("(d,", "(x,").replace(" c =", " y ="))
+    printed = cli("audit", faulty, "--provider", "openvino", "--json", "--strict")
+    data = json.loads(printed.out)
+    assert (printed.code, data["ok"], data["provider"]) == (1, False, "openvino")
+    assert data["files"]["groups.onnx"]["openvino"] == openvino.__version__
+    assert data["files"]["groups.onnx"]["rules"] == {"weight-only": 1}
+
+
+def test_openvino_that_is_not_installed(cli: Cli, hand: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    answer = cli("audit", hand.bundle.path, "--provider", "openvino")
+    assert (answer.code, answer.out) == (2, "")
+    assert "pip install 'mezzotint[openvino]'" in answer.err
+
+
+def test_tensorrt(cli: Cli, hand: Compiled, tmp_path: Path) -> None:
+    """The bundle of onnxruntime's form is not legal, and every violation is printed with its fix."""
+    answer = cli("audit", hand.bundle.path, "--provider", "tensorrt", "--strict")
+    assert answer.code == 1
+    assert "nothing was run" in answer.out and "quantized-type" in answer.out and "zero-point" in answer.out
+    legal = write_groups(tmp_path, X.replace("z)", "z8)") + W + CONV.replace(" c =", " y ="))
+    printed = cli("audit", legal, "--provider", "tensorrt-rtx", "--strict", "--json")
+    data = json.loads(printed.out)
+    assert (printed.code, data["ok"], data["provider"]) == (0, True, "tensorrt-rtx")
+    assert data["files"]["groups.onnx"]["run"] is False
+
+
+def test_an_unknown_provider(cli: Cli, hand: Compiled) -> None:
+    answer = cli("audit", hand.bundle.path, "--provider", "abacus")
+    assert (answer.code, answer.out) == (2, "")
+    assert "'abacus'" in answer.err and "openvino" in answer.err
 
 
 def test_the_manifest_says_why(faulty: Path, tmp_path: Path) -> None:
