@@ -87,7 +87,8 @@ def _not_quantized(group: FusionGroup) -> tuple[str, str, str]:
 def _unexplained(kernel: str, version: str) -> tuple[str, str, str]:
     return (
         UNKNOWN,
-        f"no rule explains why OpenVINO {version} runs it as {kernel}: the rules were measured on {MEASURED_OPENVINO}",
+        f"no rule explains why OpenVINO {version.partition('-')[0]} runs it as {kernel}: the rules were measured on "
+        f"{MEASURED_OPENVINO}",
         "compare it with a layer that runs on integers, and report it",
     )
 

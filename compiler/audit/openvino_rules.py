@@ -216,17 +216,22 @@ def _weight_scales(group: FusionGroup) -> Explanation | None:
 
 
 def _shifted_product(group: FusionGroup) -> Explanation | None:
-    """Measured: the first factor of a product of two activations needs a zero point of 0, the second may have any."""
-    if len(group.data) != 2 or len(activations(group)) != 2 or group.data[0].dequantizer is None:
+    """Measured, all pairs of zero points: the first factor needs 0, the second 0 as INT8, which is 128 as UINT8."""
+    if len(group.data) != 2 or len(activations(group)) != 2:
         return None
-    zero = zero_point_of(group.data[0].dequantizer)
-    stored = array_of(zero)
-    if stored is None or not bool(np.any(stored)):
-        return None
-    return (
-        f"it multiplies two activations, and the zero point {name_of(zero)!r} of the first is {int(stored.flat[0])}",
-        "quantize its first input symmetrically: INT8 with a zero point of 0",
-    )
+    for place, origin in zip(("first", "second"), group.data, strict=True):
+        zero = None if origin.dequantizer is None else zero_point_of(origin.dequantizer)
+        stored = array_of(zero)
+        if origin.dequantizer is None or (zero is not None and stored is None):
+            return None
+        kind, value = stored_type(origin.dequantizer), 0 if stored is None else int(stored.flat[0])
+        right = 128 if place == "second" and kind == ir.DataType.UINT8 else 0
+        if value != right:
+            return (
+                f"it multiplies two activations, and the {place} is {kind.name} with a zero point of {value}",
+                "quantize both symmetrically: INT8 with a zero point of 0 (or the first from 0 up, as UINT8 with 0)",
+            )
+    return None
 
 
 def _quantizers(group: FusionGroup) -> Iterator[ir.Node]:

@@ -25,7 +25,7 @@ from .tensorrt_graph import foreign_operations, integer_operations, opsets, plac
 from .tensorrt_quantizers import quantizer_faults
 from .tensorrt_violation import Violation
 
-TensorRtEngine = Literal["tensorrt", "tensorrt-rtx"]
+TensorRtEngine = Literal["tensorrt", "nv_tensorrt_rtx"]
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,8 @@ def integer_operations(nodes: Iterable[ir.Node]) -> Iterator[Fault]:
                 yield fault(
                     node,
                     "integer-operation",
-                    f"it reads {name_of(value)!r}, which is quantized: only DequantizeLinear reads such values",
-                    "move it in front of QuantizeLinear or behind DequantizeLinear; store a weight in the type that "
-                    "DequantizeLinear reads",
+                    f"it reads {name_of(value)!r}, which has 8 bits or fewer: only DequantizeLinear reads such values",
+                    "move it in front of QuantizeLinear or behind DequantizeLinear; store a constant in a wider type",
                 )
                 break
 

@@ -19,7 +19,7 @@ def audit(
     provider: Annotated[
         str,
         typer.Option(
-            help="cpu (onnxruntime) and openvino: what they built. tensorrt and tensorrt-rtx: checked against rules."
+            help="cpu (onnxruntime) and openvino: what they built. tensorrt and nv_tensorrt_rtx: checked against rules."
         ),
     ] = "cpu",
     threads: Threads = None,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mezzotint.compiler.audit.fusion import Fusion, Verdict
     from mezzotint.compiler.audit.tensorrt import Legality
 
-AUDITED = ("cpu", "openvino", "tensorrt", "tensorrt-rtx")
+AUDITED = ("cpu", "openvino", "tensorrt", "nv_tensorrt_rtx")
 """The providers that `audit` knows: two are asked what they built, two have rules only."""
 
 
@@ -59,10 +59,10 @@ def _audit(file: Path, provider: str, threads: int | None, islands: Mapping[str,
         from mezzotint.compiler.audit.openvino import audit_openvino
 
         return audit_openvino(file, threads=threads, islands=islands)
-    if provider in ("tensorrt", "tensorrt-rtx"):
+    if provider in ("tensorrt", "nv_tensorrt_rtx"):
         from mezzotint.compiler.audit.tensorrt import check_tensorrt
 
-        return check_tensorrt(file, "tensorrt-rtx" if provider == "tensorrt-rtx" else "tensorrt")
+        return check_tensorrt(file, "nv_tensorrt_rtx" if provider == "nv_tensorrt_rtx" else "tensorrt")
     from mezzotint.compiler.audit.fusion import audit_fusion
 
     with scratch() as folder:

@@ -31,6 +31,8 @@ MORE: Mapping[str, npt.NDArray[Any]] = {
     "wz5": np.array([1, 2, 3, 4], np.int8),
     "m4": (groups.CONSTANTS["m"] // 20).astype(ml_dtypes.int4),
     "m_odd": np.array([0.01, 0.02, 0.005, 0.03], np.float32),
+    "z_0": np.array(0, np.uint8),
+    "z_126": np.array(126, np.uint8),
     "low": np.array(-2, np.float32),
     "high": np.array(3, np.float32),
     "lows": np.array([-1, -2, -3], np.float32),
@@ -158,7 +160,10 @@ FAULTS = {
         TOKENS,
     ),
     "a product of shifted activations": Fault(
-        "shifted-product", ("'z'", "128"), product("z", "z8"), product("z8", "z"), SCORES
+        "shifted-product", ("first is UINT8", "128"), product("z", "z8"), product("z8", "z"), SCORES
+    ),
+    "a product with a shifted second factor": Fault(
+        "shifted-product", ("second is UINT8", "126"), product("z_0", "z_126"), product("z_0", "z8"), SCORES
     ),
 }
 

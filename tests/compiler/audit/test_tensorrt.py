@@ -202,9 +202,9 @@ def test_counts_and_json(tmp_path: Path) -> None:
     assert (found.layers, found.quantizers, found.failed) == ((1, 1), 3, ())
     data = found.to_json()
     assert (data["run"], data["legal"], data["layers"]) == (False, True, {"quantized": 1, "float": 1})
-    broken = check_tensorrt(write_groups(tmp_path, LEGAL.replace("z8", "z17")), "tensorrt-rtx")
+    broken = check_tensorrt(write_groups(tmp_path, LEGAL.replace("z8", "z17")), "nv_tensorrt_rtx")
     assert broken.to_json()["rules"] == {"zero-point": 2}
-    assert (broken.engine, broken.to_json()["legal"]) == ("tensorrt-rtx", False)
+    assert (broken.engine, broken.to_json()["legal"]) == ("nv_tensorrt_rtx", False)
     with pytest.raises(ModelError, match="no such file"):
         check_tensorrt(tmp_path / "gone.onnx")
 

@@ -102,9 +102,9 @@ def test_tensorrt(cli: Cli, hand: Compiled, tmp_path: Path) -> None:
     assert answer.code == 1
     assert "nothing was run" in answer.out and "quantized-type" in answer.out and "zero-point" in answer.out
     legal = write_groups(tmp_path, X.replace("z)", "z8)") + W + CONV.replace(" c =", " y ="))
-    printed = cli("audit", legal, "--provider", "tensorrt-rtx", "--strict", "--json")
+    printed = cli("audit", legal, "--provider", "nv_tensorrt_rtx", "--strict", "--json")
     data = json.loads(printed.out)
-    assert (printed.code, data["ok"], data["provider"]) == (0, True, "tensorrt-rtx")
+    assert (printed.code, data["ok"], data["provider"]) == (0, True, "nv_tensorrt_rtx")
     assert data["files"]["groups.onnx"]["run"] is False
 
 
