@@ -6,9 +6,10 @@
     python tools/bench.py sd15-gptq           the same, with 4-bit weights rounded by GPTQ
     python tools/bench.py sd15-training       the same, two of its blocks trained for 20 iterations
     python tools/bench.py digits --peer       onnxruntime's own quantizer too
+    python tools/bench.py gpu                 on a GPU: parity with the CPU, nodes by provider, speed, memory
 
 Threads are pinned (--threads, 2 by default). Every bar is printed with what was measured; the exit code is 1 when one
-was missed.
+was missed, 2 when it cannot be measured here (`gpu` without a usable GPU provider).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,36 +32,13 @@ from mezzotint.bench.pairs import compare, folder_bytes, latency_ratio
 from mezzotint.compiler.core.memory import PeakMemory
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.latency import call_ratio
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
-
-CIFAR10 = {
-    "sample_size": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (128, 256, 256, 256),
-    "layers_per_block": 2,
-    "attention_head_dim": None,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}
-SD15 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
+from tools import bench_gpu
+from tools.bench_models import CIFAR10, SD15, random_model
 
 TRAINED_BLOCKS = ("down_blocks.2/resnets.1", "down_blocks.2/attentions.1/transformer_blocks.0")
 
@@ -102,7 +79,7 @@ def digits(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 
 def cifar10(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     """The ddpm-cifar10-32 configuration with random weights."""
-    model = _random_model("UNet2DModel", CIFAR10)
+    model = random_model("UNet2DModel", CIFAR10)
     exported = folder / "float.onnx"
     with shown() as report:
         bundle = compile_model(
@@ -153,7 +130,7 @@ def sd15_training(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 def _sd15(
     args: argparse.Namespace, folder: Path, bars: Bars, *, gigabytes: float, minutes: float, **options: Any
 ) -> Bundle:
-    model = _random_model("UNet2DConditionModel", SD15)
+    model = random_model("UNet2DConditionModel", SD15)
     source = folder / "source"
     print("writing the model with random weights", flush=True)
     model().save_pretrained(source)
@@ -243,19 +220,25 @@ def _peer(bundle: Bundle, exported: Path, batch: int, threads: int | None, folde
     print(json.dumps({"peer": "onnxruntime quantize_static, Conv+Gemm+MatMul", "speedup": round(ratio, 3)}))
 
 
-def _random_model(name: str, config: dict[str, Any]) -> Callable[[], Any]:
-    """A factory for a diffusers model with seeded random weights."""
-    import diffusers
-    import torch
+def gpu(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
+    """Parity, nodes, speed and memory on real hardware (tools/bench_gpu.py)."""
+    providers = bench_gpu.usable(args.providers)
+    for name in args.models:
+        bundle, exported, batch = bench_gpu.compiled(name, folder / name, args.threads)
+        rows = bench_gpu.random_conditions(bundle, batch)
+        for provider in providers:
+            result = bench_gpu.measure(bundle, exported, provider, batch, threads=args.threads, conditions=rows)
+            bench_gpu.report({"model": name, **result}, bars.add)
 
-    def build() -> Any:
-        torch.manual_seed(0)
-        return getattr(diffusers, name)(**config)
 
-    return build
-
-
-MODELS = {"digits": digits, "cifar10": cifar10, "sd15": sd15, "sd15-gptq": sd15_gptq, "sd15-training": sd15_training}
+MODELS = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "sd15": sd15,
+    "sd15-gptq": sd15_gptq,
+    "sd15-training": sd15_training,
+    "gpu": gpu,
+}
 
 
 def main() -> int:
@@ -265,15 +248,21 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=64, help="pictures to compare (digits)")
     parser.add_argument("--peer", action="store_true", help="also onnxruntime's own quantizer")
     parser.add_argument("--keep", type=Path, help="keep the files in this folder")
+    parser.add_argument("--providers", nargs="+", default=list(bench_gpu.GPU_PROVIDERS), help="of `gpu`")
+    parser.add_argument("--models", nargs="+", choices=bench_gpu.MODELS_OF_GPU, default=bench_gpu.MODELS_OF_GPU)
     args = parser.parse_args()
     bars = Bars()
     run = MODELS[args.what]
-    if args.keep is not None:
-        args.keep.mkdir(parents=True, exist_ok=True)
-        run(args, args.keep, bars)
-    else:
-        with TemporaryDirectory() as folder:
-            run(args, Path(folder), bars)
+    try:
+        if args.keep is not None:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            run(args, args.keep, bars)
+        else:
+            with TemporaryDirectory() as folder:
+                run(args, Path(folder), bars)
+    except MezzotintError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0 if bars.reached else 1
 
 

@@ -94,7 +94,10 @@ PURE = (
     "test_architecture.py",
     "test_style.py",
     "test_tiers.py",
-    "tools/",
+    "tools/test_battery.py",
+    "tools/test_docs.py",
+    "tools/test_packaging.py",
+    "tools/test_replay.py",
 )
 SLOW = (
     "compiler/audit/test_kernels.py",

@@ -1,0 +1,75 @@
+"""tools/bench.py gpu: refused at once without a GPU; what it measures, on the CPU provider in place of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from mezzotint.runtime.errors import InputError
+from tests.helpers.models import Compiled
+from tools import bench_gpu
+from tools.bench import Bars
+from tools.rooms import ROOT
+
+NO_GPU = not {provider for provider, _ in bench_gpu.GPU_PROVIDERS.values()} & set(onnxruntime.get_available_providers())
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this onnxruntime has a GPU provider")
+def test_without_a_gpu_provider_it_says_so_at_once_and_exits_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/bench.py", "gpu", "--keep", str(tmp_path / "kept")]
+    run = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, ""), run.stderr
+    assert "no GPU provider is usable" in run.stderr and "CUDAExecutionProvider" in run.stderr
+    assert "pip install onnxruntime-gpu" in run.stderr and "Traceback" not in run.stderr
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_a_provider_that_is_listed_and_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    with pytest.raises(InputError) as refused:
+        bench_gpu.usable(["cuda", "tensorrt"])
+    assert "cuda: " in str(refused.value.where) and "has no TensorrtExecutionProvider" in str(refused.value.where)
+    with pytest.raises(InputError, match="abacus"):
+        bench_gpu.usable(["abacus"])
+
+
+def test_what_is_measured(hand: Compiled, capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench_gpu.measure(hand.bundle, hand.exported, "cpu", 2, threads=1, repeats=1)
+    assert result["float_parity_db"] == result["integer_parity_db"] == [np.inf] * 3
+    nodes = result["integer_nodes"]
+    assert list(nodes) == [bench_gpu.CPU] and nodes[bench_gpu.CPU] > 10
+    assert result["integer_fallback"] == {} and len(result["call_ms"]) == 4
+    bars = Bars()
+    bench_gpu.report({**result, "integer_parity_db": [30.0, 19.0, 40.0], "float_fallback": {"Conv": 2}}, bars.add)
+    missed = [row["what"] for row in bars.rows if not row["reached"]]
+    assert "integer on cpu against the CPU, dB" in missed and "float: nodes that cpu left to the CPU" in missed
+    assert '"measured": 19.0' in capsys.readouterr().out
+
+
+def test_parity_sees_another_file(hand: Compiled, tmp_path: Path) -> None:
+    """A weight that is 1 % off lowers the parity from infinite to about 40 dB."""
+    changed = tmp_path / "changed.onnx"
+    model = ir.load(hand.exported)
+    last = next(node for node in reversed(list(model.graph)) if node.op_type == "Conv")
+    weight = last.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.01), name=weight.name)
+    ir.save(model, changed)
+    nets = [
+        bench_gpu.ProviderNetwork(file, hand.bundle.signature, "cpu", threads=1) for file in (hand.exported, changed)
+    ]
+    x = np.random.default_rng(0).standard_normal((2, *hand.bundle.sample_shape)).astype(np.float32)
+    assert 35 < bench_gpu.parity_db(*(net(x, 3) for net in nets)) < 60
+
+
+def test_the_memory_of_a_process() -> None:
+    table = "17, 512\n4, 100\n17, 256\nno numbers\n"
+    assert bench_gpu.process_memory(table, 17) == pytest.approx(768 * 1.048576)
+    assert bench_gpu.process_memory(table, 5) is None
