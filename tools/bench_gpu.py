@@ -52,6 +52,7 @@ GPU_PROVIDERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 CPU = "CPUExecutionProvider"
 PROVIDERS: Mapping[str, tuple[str, Mapping[str, str]]] = {"cpu": (CPU, {}), **GPU_PROVIDERS}
 MODELS_OF_GPU = ("digits", "cifar10", "sd15")
+ALIKE = 999.0  # decibels that stand for no difference; minus that for values that are not finite
 FLOAT_PARITY, INTEGER_PARITY = 40.0, 20.0
 """Decibels. Rounding at a tie may move an integer by one step, and the layers behind it further."""
 
@@ -231,10 +232,11 @@ def measure(
 
 
 def parity_db(reference: Images, other: Images) -> float:
-    """Return the power of a prediction over that of its difference from another, in decibels."""
-    difference = other.astype(np.float64) - reference
-    signal = float(np.sum(reference.astype(np.float64) ** 2))
-    return ratio_db(signal, float(np.sum(difference**2)))
+    """Return the power of a prediction over that of its difference from another, in decibels, within +-ALIKE."""
+    if not (np.isfinite(reference).all() and np.isfinite(other).all()):
+        return -ALIKE
+    exact = reference.astype(np.float64)
+    return float(np.clip(ratio_db(float(np.sum(exact**2)), float(np.sum((other - exact) ** 2))), -ALIKE, ALIKE))
 
 
 def report(result: Mapping[str, Any], add: Any) -> None:

@@ -103,7 +103,7 @@ def placements(nodes: Iterable[ir.Node]) -> Iterator[Fault]:
 def _residual(node: ir.Node) -> Iterator[Fault]:
     """A layer computes the sum behind it, if its own branch has no quantizer in between.
 
-    If the sum is quantized, too, the other branch must come quantized: else the layer writes float.
+    If all readers quantize the sum, the other branch must come quantized: else the layer writes float for nobody.
     """
     inputs = [v for v in node.inputs if v is not None]
     if len(inputs) != 2 or any(is_known(v) for v in inputs):
@@ -125,7 +125,8 @@ def _residual(node: ir.Node) -> Iterator[Fault]:
             return
     direct = [origin for origin in origins if _is_quantized_layer(origin.value.producer())]
     others = [origin for origin in origins if origin not in direct]
-    quantized = any(is_op(reader, "QuantizeLinear") for reader in consumers(node.outputs[0]))
+    readers = [] if node.outputs[0].is_graph_output() else consumers(node.outputs[0])
+    quantized = bool(readers) and all(is_op(reader, "QuantizeLinear") for reader in readers)
     if len(direct) == 1 and quantized and others[0].dequantizer is None:
         x = name_of(others[0].value)
         yield fault(

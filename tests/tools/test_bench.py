@@ -42,7 +42,7 @@ def test_a_provider_that_is_listed_and_cannot_be_used_is_named(monkeypatch: pyte
 
 def test_what_is_measured(hand: Compiled, capsys: pytest.CaptureFixture[str]) -> None:
     result = bench_gpu.measure(hand.bundle, hand.exported, "cpu", 2, threads=1, repeats=1)
-    assert result["float_parity_db"] == result["integer_parity_db"] == [np.inf] * 3
+    assert result["float_parity_db"] == result["integer_parity_db"] == [bench_gpu.ALIKE] * 3
     nodes = result["integer_nodes"]
     assert list(nodes) == [bench_gpu.CPU] and nodes[bench_gpu.CPU] > 10
     assert result["integer_fallback"] == {} and len(result["call_ms"]) == 4
@@ -66,7 +66,10 @@ def test_parity_sees_another_file(hand: Compiled, tmp_path: Path) -> None:
         bench_gpu.ProviderNetwork(file, hand.bundle.signature, "cpu", threads=1) for file in (hand.exported, changed)
     ]
     x = np.random.default_rng(0).standard_normal((2, *hand.bundle.sample_shape)).astype(np.float32)
-    assert 35 < bench_gpu.parity_db(*(net(x, 3) for net in nets)) < 60
+    right, off = (net(x, 3) for net in nets)
+    assert 35 < bench_gpu.parity_db(right, off) < 60
+    off[0, 0, 0, 0] = np.nan
+    assert bench_gpu.parity_db(right, off) == -bench_gpu.ALIKE
 
 
 def test_the_memory_of_a_process() -> None:

@@ -188,6 +188,10 @@ def test_a_planted_violation_is_named_and_its_twin_is_legal(name: str) -> None:
 PLACEMENT = {"quantized-branch", "float-residual", "concat-scales"}
 
 
+def test_a_sum_that_is_also_read_in_float_may_have_a_float_shortcut() -> None:
+    assert checked(RESIDUAL.format("x").replace("y =", "dy =") + " y = Add (dy, e)", IMAGE).violations == ()
+
+
 def test_the_opset_that_the_importer_reads() -> None:
     model = reread(LEGAL)
     for version, rules in ((8, ["opset"]), (21, []), (26, ["opset"])):
