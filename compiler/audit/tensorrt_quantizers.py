@@ -33,7 +33,7 @@ def quantizer_faults(nodes: Iterable[ir.Node], layers: Iterable[FusionGroup]) ->
 def _type(node: ir.Node) -> Iterator[Fault]:
     kind, x = stored_type(node), name_of(node.inputs[0])
     if kind == _T.INT32:
-        yield fault(node, "quantized-type", f"{x!r} is INT32, a bias", "keep the bias in float: TensorRT adds it so")
+        yield fault(node, "integer-bias", f"{x!r} is INT32, a bias", "keep the bias in float: TensorRT adds it so")
     elif kind not in READ_TYPES:
         named = zero_point_of(node) is not None or is_op(node, "DequantizeLinear")
         implied = "" if named else ", by ONNX's default for a quantizer without a zero point (TensorRT reads INT8)"

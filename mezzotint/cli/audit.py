@@ -12,7 +12,9 @@ from .options import Json, Threads
 
 def audit(
     model: Annotated[Path, typer.Argument(help="Bundle folder, or any .onnx file.")],
-    all_: Annotated[bool, typer.Option("--all", help="Also list the nodes that run on integer kernels.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Also list the nodes that run on integer kernels, and all that break a rule.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a quantized group is not on an integer kernel.")
     ] = False,

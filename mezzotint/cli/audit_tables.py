@@ -14,6 +14,7 @@ from ..text import console
 if TYPE_CHECKING:
     from mezzotint.compiler.audit.fusion import Fusion, Verdict
     from mezzotint.compiler.audit.tensorrt import Legality
+    from mezzotint.compiler.audit.tensorrt_violation import Violation
 
 AUDITED = ("cpu", "openvino", "tensorrt", "nv_tensorrt_rtx")
 """The providers that `audit` knows: two are asked what they built, two have rules only."""
@@ -85,23 +86,30 @@ def print_audits(found: Mapping[str, Fusion | Legality], *, everything: bool = F
 
     for name, result in found.items():
         if isinstance(result, Legality):
-            print_legality(name, result)
+            print_legality(name, result, everything=everything)
         else:
             print_audit(name, result, everything=everything)
 
 
-def print_legality(name: str, found: Legality) -> None:
-    """Print the totals, that nothing was run, and each violation with the fix."""
+def print_legality(name: str, found: Legality, *, everything: bool = False) -> None:
+    """Print the totals, that nothing was run, and for each broken rule its first node, or every node, with the fix."""
     counts = f"{found.layers.integer} quantized, {found.layers.floating} float"
     illegal = len(found.illegal)
     totals = {"layers": counts, "quantizers": found.quantizers, "illegal": illegal}
     console.print_pairs(name, {**totals, "badly placed": len(found.violations) - illegal, "engine": found.engine})
     console.print_line(f"Checked against the rules of {found.engine}; nothing was run, since an engine needs its GPU.")
-    if found.violations:
-        rows = [(v.name or "the file", v.op, v.rule, v.kind) for v in found.violations]
-        console.print_table("rules that are broken", ("node", "is", "rule", ""), rows)
-    for v in found.violations:
-        console.print_line(f"{v.name or 'the file'}: {v.why}. What helps: {v.fix}")
+    by_rule: dict[str, list[Violation]] = {}
+    for violation in found.violations:
+        by_rule.setdefault(violation.rule, []).append(violation)
+    if by_rule:
+        rows = [(rule, them[0].kind, len(them)) for rule, them in by_rule.items()]
+        console.print_table("rules that are broken", ("rule", "", "nodes"), rows)
+    for them in by_rule.values():
+        for violation in them if everything else them[:1]:
+            name = f"{violation.name} ({violation.op})" if violation.name else "the file"
+            console.print_line(f"{name}: {violation.why}. What helps: {violation.fix}")
+    if not everything and len(found.violations) > len(by_rule):
+        console.print_line("The first node of each rule is shown; --all and --json list every one.")
 
 
 def print_audit(name: str, fusion: Fusion, *, everything: bool = False) -> None:

@@ -61,7 +61,7 @@ BROKEN = {
     ),
     "16 bits": Broken("quantized-type", ("UINT16",), LEGAL.replace("z8", "z16_zero"), times=2),
     "an integer bias": Broken(
-        "quantized-type",
+        "integer-bias",
         ("'b' is INT32",),
         X + W + "bd = DequantizeLinear <axis = 0> (b, b32s) " + CONV_Y.replace("wd)", "wd, bd)"),
         X + W + CONV_Y.replace("wd)", "wd, bf)"),

@@ -101,6 +101,11 @@ def test_tensorrt(cli: Cli, hand: Compiled, tmp_path: Path) -> None:
     answer = cli("audit", hand.bundle.path, "--provider", "tensorrt", "--strict")
     assert answer.code == 1
     assert "nothing was run" in answer.out and "quantized-type" in answer.out and "zero-point" in answer.out
+    every = cli("audit", hand.bundle.path, "--provider", "tensorrt", "--all")
+    data = json.loads(cli("audit", hand.bundle.path, "--provider", "tensorrt", "--json").out)
+    (listed,) = data["files"].values()
+    assert every.out.count("What helps") == len(listed["violations"]) > answer.out.count("What helps") > 1
+    assert sum(listed["rules"].values()) == len(listed["violations"])
     legal = write_groups(tmp_path, X.replace("z)", "z8)") + W + CONV.replace(" c =", " y ="))
     printed = cli("audit", legal, "--provider", "nv_tensorrt_rtx", "--strict", "--json")
     data = json.loads(printed.out)
