@@ -8,6 +8,7 @@ them. Some operations on integers (QLinearConv) it computes wrong, or not at all
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +32,14 @@ MEASURED_OPENVINO = "2026.4.1"
 def audit_openvino(model: Path, *, threads: int | None = None, islands: Mapping[str, str] | None = None) -> Fusion:
     """Compile an ONNX file with OpenVINO and judge each of its convolutions and matrix products.
 
-    `islands` gives the reasons why nodes are in float on purpose. Raises ModelError for a file that is missing or has
-    functions of its own, InputError where OpenVINO is not installed, or refuses the file; its hint is then the first
-    rule that the file breaks.
+    `islands` gives the reasons why nodes are in float on purpose. Raises ModelError for a file that is missing, has
+    functions of its own or layers of one name, InputError where OpenVINO is not installed, or refuses the file; its
+    hint is then the first rule that the file breaks.
     """
     if not model.is_file():
         raise ModelError("no such file", where=str(model), hint="give an .onnx file, or a bundle's folder")
     file = load_graph(model)
+    _check_names(file, model)
     try:
         compiled = compiled_graph(model, threads=threads)
     except InputError as error:
@@ -45,6 +47,18 @@ def audit_openvino(model: Path, *, threads: int | None = None, islands: Mapping[
             error.hint = _first_fix(file)
         raise
     return judge_compiled(file, compiled, islands or {})
+
+
+def _check_names(file: ir.Graph, model: Path) -> None:
+    """Raise ModelError where two layers have one name: OpenVINO's graph tells its layers apart by their names only."""
+    names = Counter(group.node.name for group in _layers(file) if group.node.name)
+    name, count = next(iter(names.most_common(1)), ("", 0))
+    if count > 1:
+        raise ModelError(
+            f"{count} layers are called {name!r}, and OpenVINO's graph tells layers apart by their names only",
+            where=str(model),
+            hint="give each node a name of its own, or none",
+        )
 
 
 def judge_compiled(file: ir.Graph, compiled: CompiledGraph, islands: Mapping[str, str]) -> Fusion:

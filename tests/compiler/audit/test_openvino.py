@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.audit.fusion import UNKNOWN, Verdict, load_graph
@@ -265,6 +266,22 @@ def test_a_file_that_openvino_refuses(tmp_path: Path) -> None:
     assert refused.value.hint is not None and "QLinearMatMul" in refused.value.hint
     with pytest.raises(ModelError, match="no such file"):
         audit_openvino(tmp_path / "gone.onnx")
+
+
+def test_layers_are_found_without_names_and_not_with_one_for_all(tmp_path: Path) -> None:
+    two = X + W + CONV + "[other] y = Conv <pads = [1,1,1,1]> (c, wd)"
+    for name, counts in (("", (1, 1)), ("node", None)):
+        model = write_groups(tmp_path, two.replace("[node] ", "").replace("[other] ", f"[{name}] " if name else ""))
+        named = ir.load(model)
+        for node in named.graph:
+            node.name = name or None
+        ir.save(named, model)
+        if counts is None:
+            with pytest.raises(ModelError, match="2 layers are called 'node'"):
+                audit_openvino(model, threads=1)
+        else:
+            found = audit_openvino(model, threads=1)
+            assert (found.layers, found.strays, [v.name for v in found.verdicts]) == (counts, (), ["c", "y"])
 
 
 def test_a_missing_openvino_is_one_error(hand: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
