@@ -63,7 +63,7 @@ def _integer_operation(group: FusionGroup) -> Explanation | None:
     node = group.node
     scale = array_of(node.inputs[4]) if is_op(node, "QLinearConv") else None
     wrong = scale is not None and scale.size > 1 and not bool(np.all(scale == scale.flat[0]))
-    result = "in float, and wrong: its weight's scales run along another axis there" if wrong else "in float"
+    result = "in float, and wrong: it takes the weight's scales along the input channels" if wrong else "in float"
     return f"OpenVINO takes {node.op_type} apart and computes it {result}", _WRITE_QDQ
 
 

@@ -22,7 +22,7 @@ from mezzotint.compiler.errors import ModelError
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.session import open_session
 from tests.helpers import groups
-from tests.helpers.groups import CONV, IMAGE, LATE, TOKENS, X2, M, W, X, write_groups
+from tests.helpers.groups import CONV, IMAGE, LATE, TOKENS, X2, M, W, X, Y, write_groups
 from tests.helpers.models import Compiled
 
 openvino = pytest.importorskip("openvino", reason="the extra mezzotint[openvino] is not installed")
@@ -245,16 +245,20 @@ def test_products_within_one_kernel_of_attention(tmp_path: Path, zero: str, inte
 
 
 def test_qlinearconv_is_computed_wrong(tmp_path: Path) -> None:
-    """The reason of the rule, measured: with unlike weight scales OpenVINO's numbers are not those of ONNX."""
-    nodes = FAULTS["an operation on integers"].fault.replace("ws", "m_odd")
+    """The reason of the rule, measured: OpenVINO's numbers are those of scales along the weight's input channels."""
+    nodes = FAULTS["an operation on integers"].fault.replace("ws", "m_odd").replace(", b)", ")")
     model = write_groups(tmp_path, nodes)
     (verdict,) = audit_openvino(model, threads=1).failed
+    assert "wrong" in verdict.why and "input channels" in verdict.why
     x = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
-    right = open_session(model, level="none").run(None, {"x": x, "t": np.array(0)})[0]
-    compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_NUM_THREADS": 1})
-    wrong = compiled({"x": x})[0]
-    assert "wrong" in verdict.why
-    assert np.abs(wrong - right).max() > 0.5 * np.abs(right).max()
+    compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    computed = compiled({"x": x})[0]
+    feeds = {"x": x, "t": np.array(0)}
+    right = open_session(model, threads=1, level="none").run(None, feeds)[0]
+    along_inputs = X + W.replace("ws", "m_odd").replace("axis = 0", "axis = 1") + CONV + Y
+    wrong = open_session(write_groups(tmp_path, along_inputs), threads=1, level="none").run(None, feeds)[0]
+    assert np.abs(computed - wrong).max() <= groups.CONSTANTS["s2"]  # one step of the output's grid
+    assert np.abs(computed - right).max() > 0.5 * np.abs(right).max()
 
 
 def test_a_file_that_openvino_refuses(tmp_path: Path) -> None:
