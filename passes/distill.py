@@ -20,11 +20,13 @@ percentile, dB):
 
     digits, 32 images                              31.7    40.1 / 32.0
     1958 iterations                                34.6    43.7 / 34.7
+    2000 iterations, weight_steps 1e-3             34.4    44.8 / 37.6
     digits, activations of 4 bits too              14.2    21.0 / 16.9
     1261 iterations, scales too                    20.5    29.0 / 19.0
     mnist-onnx, 64 images                          31.3    33.3 / 26.8
     1500 iterations, float_shares 1e-4             34.7    35.0 / 31.1
-    4000 iterations                                34.4    33.9 / 27.0    (32 images)
+    2000 iterations, weight_steps 1e-3             34.9    37.4 / 30.6
+    4000 iterations, weight_steps 1e-3             34.9    34.4 / 27.1
     three calls in a row, 300 iterations           33.5    34.9 / 27.2    (48 images)
 
 Few images judge badly: 16 of them threw away what 48 keep. Long fits want small steps: docs/explanation/training.md.

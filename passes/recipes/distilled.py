@@ -21,6 +21,8 @@ from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
 PUBLISHED_FIT = Distill(iterations=1000)
 LONG_FIT = Distill(iterations=2000, minutes=25.0)
+CAREFUL_FIT = replace(LONG_FIT, weight_steps=1e-3)
+"""From weights that are good already: larger steps forget what GPTQ compensated (docs/explanation/training.md)."""
 
 DISTILLED = (
     Recipe(
@@ -80,7 +82,7 @@ NARROW_WIDTHS = (
         "w4a8-best",
         "w8a8-steps with 4-bit weights, stored in half a byte each, rounded against their inputs (GPTQ) and then "
         "trained along the trajectory; images of held-out noise decide what is kept",
-        stepwise(weight_bits=4, behind=(RoundWeights(), LONG_FIT, StoreHalf(scales=True))),
+        stepwise(weight_bits=4, behind=(RoundWeights(), CAREFUL_FIT, StoreHalf(scales=True))),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270 (training along the trajectory); TDQ, arXiv "
         "2306.02316",
         baseline="w8a8-steps",
@@ -92,7 +94,7 @@ NARROW_WIDTHS = (
         stepwise(
             weight_bits=6,
             scales=ChooseScales(weight_bits=6, activation_bits=6),
-            behind=(RoundWeights(), replace(LONG_FIT, scales="activations")),
+            behind=(RoundWeights(), replace(CAREFUL_FIT, scales="activations")),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",
@@ -100,11 +102,11 @@ NARROW_WIDTHS = (
     ),
     Recipe(
         "w4a4",
-        "w8a8-best with 4-bit weights and activations on 8-bit kernels, trained along the trajectory with the scales",
+        "w8a8-best with 4-bit weights and activations on 8-bit kernels, trained along the trajectory with all scales",
         stepwise(
             weight_bits=4,
             scales=ChooseScales(weight_bits=4, activation_bits=4),
-            behind=(RoundWeights(), replace(LONG_FIT, scales="activations"), StoreHalf(scales=True)),
+            behind=(RoundWeights(), replace(LONG_FIT, scales="both"), StoreHalf(scales=True)),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",
