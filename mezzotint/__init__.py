@@ -42,6 +42,7 @@ _HOMES = {
     "sample": "mezzotint.api",
     "sample_to_folder": "mezzotint.shards.shards",
     "read_shards": "mezzotint.shards.shards",
+    "find_engine": "mezzotint.runtime.providers.names",
     "open_bundle": "mezzotint.runtime.bundle.bundle",
     "Bundle": "mezzotint.runtime.bundle.bundle",
     "Schedule": "mezzotint.runtime.sampling.schedule",
@@ -59,6 +60,7 @@ __all__ = [
     "__version__",
     "compile_model",
     "export_model",
+    "find_engine",
     "mix_bundles",
     "open_bundle",
     "progress",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from mezzotint.passes.recipes.catalog import RECIPES
     from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
     from mezzotint.runtime.errors import MezzotintError
+    from mezzotint.runtime.providers.names import find_engine
     from mezzotint.runtime.sampling.schedule import Schedule
 
     from . import progress

@@ -49,6 +49,8 @@ from .prepared import calibration_rows, prepare, prepare_model
 from .progress import stage
 
 if TYPE_CHECKING:
+    from mezzotint.runtime.engine import Engine
+
     from .io.sources import Model
     from .options import ConditionSource
 
@@ -240,10 +242,15 @@ def sample(
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
     threads: int | None = None,
+    engine: Engine | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Images:
-    """Return `n` images from a bundle, float32 `[n, C, H, W]`. The options are those of `Bundle.sample`."""
+    """Return `n` images from a bundle, float32 `[n, C, H, W]`. The options are those of `Bundle.sample`.
+
+    `engine` is what computes (`mezzotint.find_engine`), None for the one that the bundle is on.
+    """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    opened = opened if engine is None else opened.on(engine)
     plan = (sampler, steps, eta, guidance)
     options = SamplingOptions(*plan, seed, batch, correction, conditions or {}, unconditional or {})
     return opened.sample_with(options, n, first=first, threads=threads, progress=progress)

@@ -33,6 +33,7 @@ from mezzotint.runtime.errors import InputError, ScheduleError
 if TYPE_CHECKING:
     from mezzotint.runtime.diffusers.scheduler import Guidance
     from mezzotint.runtime.diffusers.unet import StandIn
+    from mezzotint.runtime.engine import Engine
 
 __all__ = ["attach", "correct", "stand_in"]
 
@@ -40,14 +41,16 @@ Pipe = TypeVar("Pipe")
 _SHOWN = 6  # differing keys named in an error
 
 
-def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None) -> StandIn:
-    """Return a `torch.nn.Module` with the `config` and the call of the original network, computed by the bundle in
-    float32 on the CPU.
+def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None, engine: Engine | None = None) -> StandIn:
+    """Return a `torch.nn.Module` with the `config` and the call of the original network, computed by the bundle on
+    float32 tensors of the CPU.
 
-    `threads` is the number of onnxruntime's threads, None for its own choice. Raises InputError for a bundle without
-    the configuration of its model, BundleError for one that cannot be opened.
+    `threads` is the number of the engine's threads, None for OMP_NUM_THREADS or its own choice. `engine` is what
+    computes (`mezzotint.find_engine`), None for the one that the bundle is on. Raises InputError for a bundle without
+    the configuration of its model, BundleError for one that cannot be opened, EngineError for an engine that cannot
+    run it.
     """
-    return _adapter().bundle_stand_in(_opened(bundle), threads=threads)  # type: ignore[no-any-return]
+    return _adapter().bundle_stand_in(_opened(bundle, engine), threads=threads)  # type: ignore[no-any-return]
 
 
 def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guidance = 1.0) -> Any:
@@ -62,7 +65,12 @@ def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guid
 
 
 def attach(
-    pipe: Pipe, bundle: Bundle | str | Path, *, threads: int | None = None, correction: bool | None = None
+    pipe: Pipe,
+    bundle: Bundle | str | Path,
+    *,
+    threads: int | None = None,
+    correction: bool | None = None,
+    engine: Engine | None = None,
 ) -> Pipe:
     """Replace a pipeline's `unet` or `transformer` by a bundle, in place, and return the pipeline.
 
@@ -74,7 +82,7 @@ def attach(
     CPU, with a network of another configuration than the bundle's original (compared by
     `runtime.bundle.model_config.config_hash`), or with a scheduler for another prediction or number of timesteps.
     """
-    opened = _opened(bundle)
+    opened = _opened(bundle, engine)
     network = stand_in(opened, threads=threads)
     _check_network(pipe, network)
     _check_modules(pipe)
@@ -191,8 +199,9 @@ def _only(config: Any, key: str) -> dict[str, Any]:
     return {key: config[key]} if key in config else {}
 
 
-def _opened(bundle: Bundle | str | Path) -> Bundle:
-    return bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+def _opened(bundle: Bundle | str | Path, engine: Engine | None = None) -> Bundle:
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    return opened if engine is None else opened.on(engine)
 
 
 def _adapter() -> Any:

@@ -7,6 +7,7 @@ what was wrong, where (node, input, file) and what to do.
     |-- BundleError              a bundle that is changed or cannot be read
     |-- ScheduleError            an unknown or unfitting scheduler configuration
     |-- InputError               an invalid argument of a denoiser or sampler
+    |   |-- EngineError          an engine that is unknown, missing, or cannot run the model
     |   |-- MixedTimesteps       one call has one timestep
     |   `-- TimestepNotDeployed  a timestep outside the frozen table
     `-- CompileError             see compiler/errors.py
@@ -45,6 +46,10 @@ class InputError(MezzotintError):
     """A call has an invalid argument."""
 
 
+class EngineError(InputError):
+    """An engine is unknown, not installed, not usable here, or cannot run the model as it was asked to."""
+
+
 class MixedTimesteps(InputError):
     """A batch holds more than one timestep; timestep tables have one row for one call."""
 
@@ -59,6 +64,10 @@ class MezzotintWarning(UserWarning):
 
 class CompileWarning(MezzotintWarning):
     """The model has something that the compiled one does not have, or that had to be assumed."""
+
+
+class EngineFallback(MezzotintWarning):
+    """Some nodes run on the CPU provider, and not on the engine that was asked for."""
 
 
 class LowFidelity(MezzotintWarning):

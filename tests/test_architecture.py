@@ -35,6 +35,7 @@ BELOW = {
 # a decision, written down here.
 ARROWS = {
     "runtime": "",
+    "runtime/providers": ".",
     "runtime/sampling": ".",
     "runtime/bundle": ". sampling",
     "runtime/diffusers": ". bundle sampling",
@@ -83,6 +84,7 @@ LIBRARIES = {
 # File -> the libraries that it may import beside those of its folder.
 DOORS: dict[str, set[str]] = {
     "runtime/session.py": {"onnxruntime"},
+    "runtime/providers/openvino.py": {"openvino"},
     "runtime/diffusers/unet.py": {"torch", "diffusers"},
     "runtime/diffusers/scheduler.py": {"torch", "diffusers"},
     "compiler/audit/openvino_built.py": {"openvino"},

@@ -5,17 +5,17 @@ that is compared (the float model, the bundle, the peers of beside_peers.py), so
 of them equally. A ratio is the ratio of the medians over all calls; its range is the smallest and the largest ratio of
 blocks measured in the same turn.
 
-The breakdown comes from onnxruntime's own profiler, on another session of the same file. It names the nodes of the
-graph that onnxruntime built, but it lengthens the call (of a small model by half and more), so its times are good for
+The breakdown comes from the engine's own profiler, on another session of the same file. It names the nodes of the
+graph that the engine built, but it lengthens the call (of a small model by half and more), so its times are good for
 shares and not for the latency.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.latency import Latency, in_turns, ratio
 from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.providers.openvino import OpenVino, OpenVinoNetwork
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser, running_version, untested_version
@@ -34,6 +35,7 @@ from mezzotint.runtime.streams import FIXED
 
 from ..text.report import model_bytes
 from .beside_peers import CALIBRATION, PeerResult, PeerRuns
+from .openvino_trace import trace_openvino
 from .pairs import folder_bytes, middle_timestep
 from .reference import check_float_model
 from .trace import Breakdown, read_trace
@@ -75,6 +77,7 @@ class Bench:
 
         return {
             "bundle": str(self.bundle.path),
+            "engine": self.bundle.usage(self.threads).to_json(),
             "onnxruntime": running_version(),
             "onnxruntime_tested": untested_version() is None,
             "threads": self.threads,
@@ -201,8 +204,13 @@ def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tupl
 
 
 def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | None, repeats: int) -> Breakdown:
-    """Run the bundle's graph under onnxruntime's profiler; the first call warms up and is not counted."""
+    """Run the bundle's graph under its engine's profiler; the first call warms up and is not counted."""
     x, t = initial_noise(FIXED, (batch, *bundle.sample_shape)), middle_timestep(bundle)
+    calls = min(repeats, MAX_PROFILED_CALLS)
+    if isinstance(bundle.engine, OpenVino):
+        engine = replace(bundle.engine, options=(*bundle.engine.options, ("PERF_COUNT", "YES")))
+        timed = bundle.on(engine).denoiser(threads)
+        return trace_openvino(cast(OpenVinoNetwork, timed.network), lambda: timed(x, t, **conditions), calls)
     with scratch() as folder:
         net = Denoiser(
             bundle.model_path,
@@ -210,8 +218,9 @@ def profile(bundle: Bundle, batch: int, conditions: Conditions, threads: int | N
             threads=threads,
             deployed=bundle.deployed_timesteps,
             profile=folder / "trace",
+            engine=bundle.engine,
         )
-        for _ in range(1 + min(repeats, MAX_PROFILED_CALLS)):
+        for _ in range(1 + calls):
             net(x, t, **conditions)
         return read_trace(Path(net.session.end_profiling()))
 

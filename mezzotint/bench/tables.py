@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mezzotint.runtime.compare import db_text
+from mezzotint.runtime.engine import EngineUsage
 
 from ..text import console
 
@@ -15,6 +16,7 @@ def print_bench(found: dict[str, Any]) -> None:
     calls = 2 * found["rounds"] * found["repeats"]
     pairs = {
         "onnxruntime": found["onnxruntime"] + ("" if found["onnxruntime_tested"] else " (not tested)"),
+        **({} if found["engine"]["engine"] == "cpu" else {"engine": EngineUsage(**found["engine"]).text()}),
         "threads": f"{found['threads']}, pinned",
         "timestep": found["timestep"],
         **{f"input {name}": array for name, array in found["inputs"].items()},
@@ -33,7 +35,8 @@ def print_bench(found: dict[str, Any]) -> None:
     console.print_pairs(found["bundle"], pairs)
     if found["peers"]:
         _print_peers(found)
-    title = f"one call under onnxruntime's profiler, {traced['nodes']} nodes, median of {traced['calls']} calls"
+    profiler = found["engine"]["library"].partition(" ")[0]
+    title = f"one call under {profiler}'s profiler, {traced['nodes']} nodes, median of {traced['calls']} calls"
     for column, rows in (("group", found["groups"]), ("op", found["operations"])):
         cells = [(row[column], row["nodes"], f"{row['ms']:.3f}", f"{row['share']:.1%}") for row in rows]
         console.print_table(title, (column, "nodes", "ms", "share"), cells)

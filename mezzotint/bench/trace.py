@@ -15,10 +15,11 @@ from mezzotint.compiler.audit.kernels import FLOAT_KERNELS, INTEGER_KERNELS
 from mezzotint.compiler.errors import OutputError
 
 INTEGER_GROUP = "integer kernels"
+FLOAT_GROUP = "float kernels"
 OTHER = "other"
 _MEMBERS = {
     INTEGER_GROUP: INTEGER_KERNELS | {"ConvInteger"},
-    "float kernels": FLOAT_KERNELS,
+    FLOAT_GROUP: FLOAT_KERNELS,
     "layout": "Transpose Reshape ReorderInput ReorderOutput Concat Split Slice Gather Squeeze Unsqueeze Flatten Expand "
     "Identity DepthToSpace SpaceToDepth",
     "quantize and dequantize": "QuantizeLinear DequantizeLinear DynamicQuantizeLinear",

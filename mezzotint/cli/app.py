@@ -39,7 +39,10 @@ from .options import (
     InputRoles,
     Json,
     ModelArgument,
+    PrecisionOfFloats,
     PredictionName,
+    Provider,
+    ProviderOptions,
     Quiet,
     Threads,
     TimestepUnitName,
@@ -200,6 +203,9 @@ def sample(
     format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
     shards: Annotated[str | None, typer.Option(help="Folder: only these shards, as 3 or 3:8 (3 to 7).")] = None,
     threads: Threads = None,
+    provider: Provider = "cpu",
+    provider_option: ProviderOptions = None,
+    precision: PrecisionOfFloats = None,
     force: Annotated[bool, typer.Option("--force", help="Folder: draw existing shards again.")] = False,
     quiet: Quiet = False,
     json: Json = False,
@@ -209,13 +215,14 @@ def sample(
     from mezzotint.runtime.sampling.options import SamplingOptions
 
     from ..io.networks import with_checked_networks
-    from ..io.settings import load_condition_files
+    from ..io.settings import load_condition_files, parse_engine
     from ..shards.draw import check_output, sample_rows, sample_to_path
     from ..shards.shards import IMAGES_PER_SHARD, ShardOptions
     from ..text import console
 
     check_output(output, shard_size=shard_size, format=format_, shards=shards)
-    opened = with_checked_networks(open_bundle(bundle))
+    engine = parse_engine(provider, provider_option, precision)
+    opened = with_checked_networks(open_bundle(bundle)).on(engine)
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
     options = SamplingOptions(
         sampler=sampler,

@@ -10,7 +10,7 @@ import typer
 from mezzotint.runtime import bounds
 
 from ..progress import shown
-from .options import Json, Quiet, number
+from .options import Json, PrecisionOfFloats, Provider, ProviderOptions, Quiet, number
 
 
 def bench(
@@ -19,7 +19,9 @@ def bench(
         int | None,
         number(bounds.MOST_BATCH, "Samples in one call; 1, or the graph's fixed batch, when left out."),
     ] = None,
-    threads: Annotated[int, number(bounds.MOST_THREADS, "Threads of onnxruntime, and of every peer.")] = 2,
+    threads: Annotated[
+        int, number(bounds.MOST_THREADS, "Threads of the engine, of onnxruntime, and of every peer.")
+    ] = 2,
     float_: Annotated[
         Path | None, typer.Option("--float", help="The float .onnx that `mezzotint export` wrote, to compare with.")
     ] = None,
@@ -29,6 +31,9 @@ def bench(
     calibration: Annotated[int, number(bounds.MOST_REPEATS, "Float calls for the calibration of the peers.")] = 16,
     repeats: Annotated[int, number(bounds.MOST_REPEATS, "Calls in one block of the measurement.")] = 8,
     rounds: Annotated[int, number(bounds.MOST_REPEATS, "Passes over all blocks, each forwards and backwards.")] = 2,
+    provider: Provider = "cpu",
+    provider_option: ProviderOptions = None,
+    precision: PrecisionOfFloats = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -40,13 +45,15 @@ def bench(
     from ..bench.tables import print_bench
     from ..doctor import untested_onnxruntime
     from ..io.networks import with_checked_networks
+    from ..io.settings import parse_engine
     from ..text import console
 
+    engine = parse_engine(provider, provider_option, precision)
     if warning := untested_onnxruntime():
         console.print_warning(warning)
     with shown(quiet=quiet or json) as report:
         result = run_bench(
-            with_checked_networks(open_bundle(bundle)),
+            with_checked_networks(open_bundle(bundle)).on(engine),
             batch=batch,
             threads=threads,
             float_model=float_,

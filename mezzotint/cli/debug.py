@@ -10,7 +10,19 @@ import typer
 from mezzotint.runtime import bounds
 
 from ..progress import shown
-from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile, number
+from .options import (
+    ConditionsFile,
+    Json,
+    NoiseSeed,
+    PrecisionOfFloats,
+    Provider,
+    ProviderOptions,
+    Quiet,
+    Reference,
+    Threads,
+    UnconditionalFile,
+    number,
+)
 
 
 def debug(
@@ -26,6 +38,9 @@ def debug(
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
     threads: Threads = None,
+    provider: Provider = "cpu",
+    provider_option: ProviderOptions = None,
+    precision: PrecisionOfFloats = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -35,13 +50,14 @@ def debug(
     from ..debug.diagnose import diagnose
     from ..debug.tables import print_diagnosis
     from ..io.networks import with_checked_networks
-    from ..io.settings import load_condition_files
+    from ..io.settings import load_condition_files, parse_engine
     from ..text import console
 
+    engine = parse_engine(provider, provider_option, precision)
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
     with shown(quiet=quiet or json) as report:
         diagnosis = diagnose(
-            with_checked_networks(open_bundle(bundle)),
+            with_checked_networks(open_bundle(bundle)).on(engine),
             reference,
             pictures,
             calls=calls,

@@ -10,7 +10,19 @@ import typer
 from mezzotint.runtime import bounds
 
 from ..progress import shown
-from .options import ConditionsFile, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile, number
+from .options import (
+    ConditionsFile,
+    Json,
+    NoiseSeed,
+    PrecisionOfFloats,
+    Provider,
+    ProviderOptions,
+    Quiet,
+    Reference,
+    Threads,
+    UnconditionalFile,
+    number,
+)
 
 
 def evaluate(
@@ -40,6 +52,9 @@ def evaluate(
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
     threads: Threads = None,
+    provider: Provider = "cpu",
+    provider_option: ProviderOptions = None,
+    precision: PrecisionOfFloats = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -50,16 +65,17 @@ def evaluate(
     from ..evaluate.report import OTHER_WEIGHTS, print_evaluation
     from ..evaluate.run import PAGE_FILE, evaluate_with
     from ..io.networks import with_checked_networks
-    from ..io.settings import load_condition_files
+    from ..io.settings import load_condition_files, parse_engine
     from ..text import console
 
+    engine = parse_engine(provider, provider_option, precision)
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
     options = EvaluationOptions(
         pictures, seed, batch, rows, unconditional_rows, features, correction, speed, resamples=resamples
     )
     with shown(quiet=quiet or json) as report:
         evaluation = evaluate_with(
-            with_checked_networks(open_bundle(bundle)),
+            with_checked_networks(open_bundle(bundle)).on(engine),
             reference,
             options,
             output=output,

@@ -33,7 +33,18 @@ def number(most: int, help: str, *names: str, least: int = 1) -> Any:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress. --json implies it.")]
-Threads = Annotated[int | None, number(bounds.MOST_THREADS, "Threads of onnxruntime; its own choice when left out.")]
+Threads = Annotated[
+    int | None, number(bounds.MOST_THREADS, "Threads of the engine; OMP_NUM_THREADS, or its own choice, when left out.")
+]
+Provider = Annotated[
+    str, typer.Option("--provider", help="The engine: cpu, openvino, cuda, ...; `mezzotint doctor` lists them.")
+]
+ProviderOptions = Annotated[
+    list[str] | None, typer.Option("--provider-option", help="KEY=VALUE for the engine; may be repeated.")
+]
+PrecisionOfFloats = Annotated[
+    str | None, typer.Option("--precision", help="Of what the graph has in float, where the engine can choose: f32.")
+]
 All = Annotated[bool, typer.Option("--all", help="Print every row of every table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model or pipeline folder, or an .onnx file.")]

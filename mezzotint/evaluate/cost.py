@@ -12,7 +12,7 @@ from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.latency import Latency, Ratio, in_turns
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
-from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.session import CPU_ENGINE, Denoiser
 from mezzotint.runtime.signature import Predict
 from mezzotint.runtime.streams import FIXED
 
@@ -81,8 +81,8 @@ def memory(bundle: Bundle, reference: Path, batch: int, threads: int | None, con
     """Return the memory of one call of each network, measured in a process of its own (memory.py)."""
     files = [MODEL] if bundle.precisions is None else list(dict.fromkeys(bundle.precisions.files.values()))
     mine, before = (
-        memory_of_one_call(bundle, models, batch, threads=threads, conditions=conditions)
-        for models in ([bundle.path / file for file in files], [reference])
+        memory_of_one_call(bundle, models, batch, threads=threads, conditions=conditions, engine=engine)
+        for models, engine in (([bundle.path / file for file in files], bundle.engine), ([reference], CPU_ENGINE))
     )
     return {
         "bundle": mine.to_json(),

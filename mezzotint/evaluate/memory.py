@@ -19,10 +19,12 @@ import numpy as np
 
 from mezzotint.compiler.core.memory import PeakMemory
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.engine import Engine
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.providers.names import find_engine
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
-from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.session import CPU_ENGINE, Denoiser
 from mezzotint.runtime.streams import FIXED
 
 from ..bench.pairs import middle_timestep
@@ -51,8 +53,9 @@ def memory_of_one_call(
     *,
     threads: int | None = None,
     conditions: Conditions | None = None,
+    engine: Engine = CPU_ENGINE,
 ) -> Memory:
-    """Measure one call of each ONNX file with the bundle's inputs, in a new process.
+    """Measure one call of each ONNX file with the bundle's inputs on an engine, in a new process.
 
     Conditions are zeros with the types and shapes of `conditions`. Raises InputError where the process fails.
     """
@@ -61,7 +64,7 @@ def memory_of_one_call(
         "bundle": str(bundle.path.absolute()),
         "models": [str(model.absolute()) for model in models],
     }
-    task |= {"batch": batch, "threads": threads, "conditions": shapes}
+    task |= {"batch": batch, "threads": threads, "conditions": shapes, "engine": engine.to_json()}
     done = run_isolated(__name__, json.dumps(task))
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
@@ -78,7 +81,8 @@ def _measure(task: dict[str, Any]) -> Memory:
     conditions = {name: np.zeros(shape, dtype) for name, (dtype, shape) in task["conditions"].items()}
     with PeakMemory() as watch:
         before = int(watch.peak_mb * 1e6)
-        nets = [Denoiser(model, bundle.signature, threads=task["threads"]) for model in task["models"]]
+        engine = find_engine(**task["engine"])
+        nets = [Denoiser(model, bundle.signature, threads=task["threads"], engine=engine) for model in task["models"]]
         for net in nets:
             net(x, t, **conditions)
     return Memory(max(_high_water(), int(watch.peak_mb * 1e6)), before)

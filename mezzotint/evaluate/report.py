@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mezzotint.compiler.bundle.card_figures import METRIC_NAMES
 from mezzotint.runtime.compare import db_text
+from mezzotint.runtime.engine import EngineUsage
 from mezzotint.runtime.visible import visible
 
 from .result import Evaluation, JsonObject
@@ -99,6 +100,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
         "features": "none" if features is None else f"{features['name']}, {features['digest'][:12]}",
         "kernels": f"{kernels['integer']} integer, {kernels['float']} float, {len(kernels['islands'])} islands",
         "onnxruntime": evaluation.onnxruntime,
+        **({} if evaluation.engine is None else {"engine of the bundle": EngineUsage(**evaluation.engine).text()}),
     }
 
 

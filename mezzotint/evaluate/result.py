@@ -37,6 +37,7 @@ class Evaluation:
     kernels: JsonObject
     speed: JsonObject | None
     memory: JsonObject | None
+    engine: JsonObject | None = None  # what the bundle's network really used; None in files of older versions
 
     def to_json(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -22,13 +22,13 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_text
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
-from mezzotint.runtime.session import Denoiser, running_version
+from mezzotint.runtime.session import CPU_ENGINE, Denoiser, running_version
 
 from ..bench.pairs import unseen_seed
 from ..bench.reference import ReferenceModel
 from ..frechet import network_digest
 from ..io.files import replacing
-from ..shards.run import Run, belongs, condition_facts
+from ..shards.run import Run, belongs, condition_facts, engine_facts
 from . import cost as eval_cost
 from . import metrics as eval_metrics
 from .extractors import NONE, Extractor, default_extractor, open_extractor
@@ -146,6 +146,7 @@ def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | No
         "correction": sampler.correction is not False and table is not None and table.refusal(deployment) is None,
         "conditions": condition_facts("conditions", sampler.conditions),
         "unconditional": condition_facts("unconditional", sampler.unconditional),
+        **engine_facts(bundle.engine),
     }
     run = Run(Path() if folder is None else folder, settings)
     begun = folder is not None and belongs(folder, settings)
@@ -157,6 +158,8 @@ def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | No
         "features": None if extractor is None else [extractor.name, extractor.digest],
         "resamples": options.resamples,
     }
+    if bundle.engine != CPU_ENGINE:
+        key["engine"] = bundle.usage(sampler.threads).library
     return _Job(sampler, run, folder is not None, begun, extractor, reason or "no features were requested", key)
 
 
@@ -248,6 +251,7 @@ def _evaluation(
         kernels=eval_cost.kernels(bundle),
         speed=speed,
         memory=memory,
+        engine=bundle.usage(job.sampler.threads).to_json(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy.typing as npt
 
@@ -17,6 +17,9 @@ from mezzotint.runtime.signature import PREDICTIONS, TIMESTEP_UNITS, Prediction,
 from mezzotint.runtime.visible import visible
 
 from .npz import read_npz
+
+if TYPE_CHECKING:
+    from mezzotint.runtime.engine import Engine
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:
@@ -115,6 +118,24 @@ def parse_costs(items: list[str]) -> dict[str, float]:
         except ValueError as error:
             raise InputError(f"not a cost: {item!r}", where="--cost", hint="the form is --cost NAME=0.5") from error
     return costs
+
+
+def parse_engine(provider: str, options: list[str] | None, precision: str | None) -> Engine:
+    """Return the engine of --provider, `KEY=VALUE` items, and --precision. Raises EngineError."""
+    from mezzotint.runtime.errors import EngineError
+    from mezzotint.runtime.providers.names import find_engine
+
+    pairs: dict[str, str] = {}
+    for item in options or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise EngineError(
+                f"not an option: {visible(item, 60)!r}", where="--provider-option", hint="the form is KEY=VALUE"
+            )
+        if key in pairs:
+            raise EngineError(f"{visible(key, 60)} is given twice", where="--provider-option", hint="give it once")
+        pairs[key] = value
+    return find_engine(provider, pairs, precision)  # type: ignore[arg-type]  # it refuses other precisions
 
 
 def load_condition_files(*paths: Path | None) -> list[dict[str, npt.NDArray[Any]]]:

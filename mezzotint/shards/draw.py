@@ -10,6 +10,7 @@ from typing import Any
 from mezzotint.compiler.bundle.staging import claim_file
 from mezzotint.runtime.bounds import MOST_FILE_BYTES
 from mezzotint.runtime.bundle.bundle import Bundle
+from mezzotint.runtime.engine import EngineUsage
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.options import SamplingOptions
@@ -62,7 +63,7 @@ def sample_to_path(
             options, n, threads=threads, progress=lambda done, total: progress("sample", done, total)
         )
         images.save_images(drawn, output, claim=claim)
-        return summary
+        return {**summary, "engine": bundle.usage(threads).to_json()}
     if shards is not None:
         shard_options = replace(shard_options, shards=parse_shards(shards, n, shard_options.shard_size))
     result = sample_shards(bundle, output, n, options, shard_options, threads=threads, progress=progress)
@@ -74,9 +75,11 @@ def sample_to_path(
         "skipped": list(result.skipped),
         "pictures_made": result.pictures,
         "seconds": round(result.seconds, 3),
+        "engine": bundle.usage(threads).to_json(),
     }
 
 
 def sample_rows(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the summary for display: the number of shards instead of their numbers."""
-    return {key: len(value) if isinstance(value, list) else value for key, value in summary.items()}
+    """Return the summary for display: the number of shards instead of their numbers, the engine in one line."""
+    shown = {key: len(value) if isinstance(value, list) else value for key, value in summary.items()}
+    return {**shown, "engine": EngineUsage(**summary["engine"]).text()}

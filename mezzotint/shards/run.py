@@ -13,9 +13,11 @@ import numpy as np
 from mezzotint.compiler.bundle.staging import staged_file
 from mezzotint.compiler.errors import OutputError
 from mezzotint.compiler.stages import PREFIX
+from mezzotint.runtime.engine import Engine
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.guidance import Conditions, checked_rows
+from mezzotint.runtime.session import CPU_ENGINE
 
 from ..io.images import check_place
 from .files import Shard
@@ -108,6 +110,18 @@ def condition_facts(name: str, conditions: Conditions) -> dict[str, Any]:
             digest.update(np.ascontiguousarray(row).tobytes())
         facts[key] = {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": digest.hexdigest()}
     return facts
+
+
+def engine_facts(engine: Engine) -> dict[str, Any]:
+    """Return the settings that name an engine, as its options on the command line; empty for the CPU provider."""
+    if engine == CPU_ENGINE:
+        return {}
+    options = [f"{key}={value}" for key, value in engine.options]
+    return {
+        "provider": engine.name,
+        "provider_option": " --provider-option ".join(options) or None,
+        "precision": engine.precision,
+    }
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -34,7 +34,7 @@ from mezzotint.runtime.signature import Images
 from ..io.images import check_channels
 from ..text.report import sample_summary
 from .files import SHARD_FORMATS, Damaged, Foreign, Index, Shard
-from .run import RUN, Run, belongs, condition_facts, numbers_text, read_run, shard_count
+from .run import RUN, Run, belongs, condition_facts, engine_facts, numbers_text, read_run, shard_count
 
 IMAGES_PER_SHARD = 256
 
@@ -131,6 +131,7 @@ def sample_shards(
         "correction": summary["correction"],
         "conditions": condition_facts("conditions", options.conditions),
         "unconditional": condition_facts("unconditional", options.unconditional),
+        **engine_facts(bundle.engine),
     }
     run = Run(folder, settings)
     chosen = sorted(set(range(run.count) if shard_options.shards is None else shard_options.shards))

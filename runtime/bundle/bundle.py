@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ..engine import Engine, EngineUsage
 from ..errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
 from ..json_text import read_json
 from ..progress import CallProgress
@@ -29,7 +30,7 @@ from ..sampling.guidance import Conditions, predictors, rows_in_turn
 from ..sampling.options import SamplingOptions
 from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
-from ..session import Denoiser
+from ..session import CPU_ENGINE, Denoiser
 from ..signature import Images
 from .manifest import Manifest, check_format, manifest_digest
 from .manifest_entries import FileEntry
@@ -85,11 +86,12 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 
 
 class Bundle:
-    """An opened bundle; make it with `open_bundle`."""
+    """An opened bundle; make it with `open_bundle`. Its networks run on `engine`; `on` returns it on another one."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, engine: Engine = CPU_ENGINE) -> None:
         self.path = path
         self.manifest = manifest
+        self.engine = engine
         self.model_path = path / MODEL
         self.signature = manifest.signature
         self.deployment = manifest.deployment
@@ -122,6 +124,17 @@ class Bundle:
         }
         return "\n".join([f"Bundle {self.path}", *(f"  {key:<11}{value}" for key, value in lines.items())])
 
+    def on(self, engine: Engine) -> Bundle:
+        """Return this bundle with its networks on an engine (`runtime.providers.names.find_engine`).
+
+        Nothing is opened before the first network: an engine that cannot run it raises EngineError there.
+        """
+        return self if engine == self.engine else Bundle(self.path, self.manifest, engine)
+
+    def usage(self, threads: int | None = None) -> EngineUsage:
+        """Return what the network really uses: library, device, threads, precision, nodes that fell back."""
+        return self.denoiser(threads).usage
+
     @cached_property
     def correction(self) -> Correction | None:
         """The tables that undo the quantization noise; None for a bundle without."""
@@ -145,7 +158,9 @@ class Bundle:
         key = threads, MODEL if precision is None else known[precision]
         if key not in self._denoisers:
             deployed = self.deployed_timesteps
-            self._denoisers[key] = Denoiser(self.path / key[1], self.signature, threads=threads, deployed=deployed)
+            self._denoisers[key] = Denoiser(
+                self.path / key[1], self.signature, threads=threads, deployed=deployed, engine=self.engine
+            )
         return self._denoisers[key]
 
     def denoisers(self, plan: Deployment | None = None, threads: int | None = None) -> list[Denoiser]:

@@ -2,8 +2,8 @@
 
 In runtime/ only this file and scheduler.py import torch and diffusers, and both are imported only with a pipeline (see
 mezzotint/diffusers.py). A stand-in is a `ModelMixin`, so that pipelines accept it like the network, also in
-`from_pretrained(..., unet=...)`. It has the configuration and the call of the network, and no parameters: onnxruntime
-holds the weights. Contiguous tensors are passed without copies in both directions.
+`from_pretrained(..., unet=...)`. It has the configuration and the call of the network, and no parameters: the bundle's
+engine holds the weights. Contiguous tensors are passed without copies in both directions.
 
 A stand-in raises InputError for unsupported requests instead of ignoring them: half precision and GPUs (the kernels are
 the CPU's, on float32 inputs), gradients, residuals and scales inside layers (ControlNet, LoRA, IP adapters), masks. It
@@ -62,10 +62,9 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.bundle = bundle
         self.denoiser = bundle.denoiser(threads)
         self._of_timestep = _precisions(bundle, threads)
-        declared = {value.name: value.shape for value in self.denoiser.session.get_outputs()}
-        channels = declared[bundle.signature.output][1]
+        channels = self.denoiser.channels_out
         # A DiT that learned its variances is compiled without their channels, and pipelines read here how many come.
-        known = {"out_channels": channels} if isinstance(channels, int) else {}
+        known = {} if channels is None else {"out_channels": channels}
         self.register_to_config(**{**completed(config), **known})
 
     @property

@@ -1,0 +1,1 @@
+"""Engines by name: providers of onnxruntime, their plugins, and OpenVINO."""
