@@ -10,8 +10,11 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors", "torch", "diffusers")
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
+PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors", "openvino", "torch", "diffusers")
+FEATURES = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx_vnni_int8", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16"),
+)
 
 
 def examine() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .bench import bench
 from .card import card
 from .debug import debug
 from .diff import diff
+from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
@@ -269,24 +270,7 @@ def recipes(
     print_recipes(name, as_json=json)
 
 
-@app.command()
-def doctor(json: Json = False) -> None:
-    """Print versions, CPU features, and the expected speed of integer kernels on this machine."""
-    from ..doctor import examine
-    from ..text import console
-
-    report = examine()
-    if report["packages"]["onnxruntime"] is not None:
-        _warn_of_untested_onnxruntime()
-    if json:
-        console.print_json(report)
-        return
-    packages = {name: v or "not installed" for name, v in report.pop("packages").items()}
-    features = report.pop("cpu_features")
-    report["cpu_features"] = (
-        "not listed by this system" if features is None else ", ".join(features) or "none that matter"
-    )
-    console.print_pairs("mezzotint doctor", {**report, **packages})
+app.command()(doctor)
 
 
 def _warn_of_untested_onnxruntime() -> None:

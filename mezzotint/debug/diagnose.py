@@ -47,6 +47,7 @@ from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR, json_db
+from mezzotint.runtime.engine import EngineUsage
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
@@ -87,7 +88,8 @@ class Diagnosis:
     """All layers from the largest cost to the smallest. `together` and `bundle` are SQNRs of epsilon at `calls`.
 
     `unknown` has the reason for each quantized layer that could not be measured; `islands` are in float on purpose.
-    `same_weights` says whether the reference has the weights that the bundle was compiled from.
+    `same_weights` says whether the reference has the weights that the bundle was compiled from. `engine` ran the
+    bundle; its layers are measured one by one on the CPU provider.
     """
 
     layers: tuple[LayerCost, ...]
@@ -98,6 +100,7 @@ class Diagnosis:
     islands: Mapping[str, str]
     same_weights: bool
     recipe: Recipe
+    engine: EngineUsage
 
     def option(self, top: int | None = None) -> str:
         """Return the options that keep in float those of the `top` layers whose remedy that is; empty for none."""
@@ -107,6 +110,7 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         return {
             "same_weights": self.same_weights,
+            "engine": self.engine.to_json(),
             "calls": {str(call): t for call, t in self.calls.items()},
             "bundle": self.bundle.to_json(),
             "together": self.together.to_json(),
@@ -163,7 +167,7 @@ def diagnose(
                 chosen = _chosen(_worst_call(nets, bundle, n, seed, options), calls, count)
             probe = _Probe(network, bundle, rows, unconditional_rows, chosen, progress)
             probe.follow(n, seed, threads)
-    return probe.diagnosis(compared, recipe, float_model.has_weights_of(program))
+    return probe.diagnosis(compared, recipe, float_model.has_weights_of(program), bundle.usage(threads))
 
 
 def _worst_call(
@@ -231,7 +235,7 @@ class _Probe:
         noise = samplers.seeded_noise(seed)
         samplers.sample(predict, x, self.bundle.schedule, deployment, noise=noise, callback=measure_call)
 
-    def diagnosis(self, compared: SideBySide, recipe: Recipe, same_weights: bool) -> Diagnosis:
+    def diagnosis(self, compared: SideBySide, recipe: Recipe, same_weights: bool, engine: EngineUsage) -> Diagnosis:
         """Return the measurements with a suggestion for each layer."""
         manifest = self.bundle.manifest
         noise = {name: sum(cost.noise().values()) for name, cost in self.costs.items()}
@@ -248,5 +252,13 @@ class _Probe:
             layers.append(LayerCost(name, kernel, self.costs[name], share, facts.local(), suggestion))
         islands = dict(manifest.islands)
         return Diagnosis(
-            tuple(layers), self.together, self.shipped, self.calls, compared.unknown, islands, same_weights, recipe
+            tuple(layers),
+            self.together,
+            self.shipped,
+            self.calls,
+            compared.unknown,
+            islands,
+            same_weights,
+            recipe,
+            engine,
         )

@@ -14,9 +14,9 @@ COLUMNS = 8  # timesteps that fit next to a name
 
 def print_diagnosis(diagnosis: Diagnosis, top: int) -> None:
     """Print totals, the `top` most expensive layers with their suggestions, and the layers that were not measured."""
-    console.print_pairs(
-        "epsilon, SQNR in dB", {"the bundle": _worst(diagnosis.bundle), "its layers": _worst(diagnosis.together)}
-    )
+    on = "" if diagnosis.engine.engine == "cpu" else f" on {diagnosis.engine.text()}"
+    totals = {f"the bundle{on}": _worst(diagnosis.bundle), "its layers": _worst(diagnosis.together)}
+    console.print_pairs("epsilon, SQNR in dB", totals)
     if not diagnosis.same_weights:
         console.print_warning("the reference has other weights than the model that the bundle was compiled from")
     rows = []

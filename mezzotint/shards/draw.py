@@ -75,11 +75,12 @@ def sample_to_path(
         "skipped": list(result.skipped),
         "pictures_made": result.pictures,
         "seconds": round(result.seconds, 3),
-        "engine": bundle.usage(threads).to_json(),
+        "engine": bundle.usage(threads).to_json() if result.made else None,
     }
 
 
 def sample_rows(summary: dict[str, Any]) -> dict[str, Any]:
     """Return the summary for display: the number of shards instead of their numbers, the engine in one line."""
     shown = {key: len(value) if isinstance(value, list) else value for key, value in summary.items()}
-    return {**shown, "engine": EngineUsage(**summary["engine"]).text()}
+    engine = summary["engine"]
+    return {**shown, "engine": "not needed" if engine is None else EngineUsage(**engine).text()}

@@ -566,8 +566,9 @@ class TestCommand:
         second = cli(*words)
 
         printed = json.loads(first.out)
-        seconds = printed.pop("seconds")
+        seconds, engine = printed.pop("seconds"), printed.pop("engine")
         assert seconds > 0
+        assert (engine["engine"], engine["threads"], engine["fallback"]) == ("cpu", 1, {})
         assert printed == {
             "output": str(tmp_path / "f"),
             "pictures": N,
