@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from typing import Any
@@ -49,7 +49,16 @@ class EngineState:
     install: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "precisions": list(self.precisions)}
+        return {
+            "name": self.name,
+            "installed": self.installed,
+            "version": self.version,
+            "usable": self.usable,
+            "precisions": list(self.precisions),
+            "used": self.used,
+            "why": self.why,
+            "install": self.install,
+        }
 
 
 def engine_states() -> list[EngineState]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -56,7 +56,16 @@ class EngineUsage:
     fallback: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "engine": self.engine,
+            "library": self.library,
+            "device": self.device,
+            "threads": self.threads,
+            "precision": self.precision,
+            "options": dict(self.options),
+            "nodes": dict(self.nodes),
+            "fallback": dict(self.fallback),
+        }
 
     def text(self) -> str:
         """Return the usage in one line, for display."""

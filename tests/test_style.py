@@ -9,6 +9,7 @@ from tools.rooms import ROOT, TOPS, sources
 
 BEFORE_ENCODING = {"write_text": 1, "read_text": 0}  # positional arguments in front of the encoding
 SHARED = {
+    "main": "what mezzotint/io/children.py runs in a new process",
     "Quantizer": "what quantizes one value: as data of the plan, and as a torch module that trains it",
     "sample": "images from a bundle: the API, its command, and the loop of the runtime that both call",
 }

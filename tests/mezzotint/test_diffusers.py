@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mezzotint import Bundle, Schedule, compile_model, mix_bundles
+from mezzotint import Bundle, Schedule, compile_model, find_engine, mix_bundles
 from mezzotint.diffusers import attach, stand_in
 from mezzotint.io.sources import DIGITS
 from mezzotint.runtime.bundle.bundle import MODEL
@@ -229,6 +229,15 @@ class TestAttach:
 
         pipe = quiet(load(tmp_path, unet=stand_in(sd.bundle, threads=1), torch_dtype=torch.float32))
 
+        assert np.abs(pictures(pipe, **TEXT) - pictures(sd.pipe, **TEXT)).max() < TOLERANCE
+
+    def test_another_engine_draws_the_same(self, sd: Pair) -> None:
+        pytest.importorskip("openvino")
+        pipe = kin(sd.pipe, "StableDiffusionPipeline")
+
+        attach(pipe, sd.bundle, threads=1, engine=find_engine("openvino"))
+
+        assert pipe.unet.denoiser.usage.engine == "openvino"
         assert np.abs(pictures(pipe, **TEXT) - pictures(sd.pipe, **TEXT)).max() < TOLERANCE
 
     def test_the_size_of_the_pictures_is_the_pipelines(self, sd: Pair) -> None:

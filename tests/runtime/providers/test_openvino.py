@@ -14,6 +14,7 @@ import onnx
 import onnx.parser
 import pytest
 
+from mezzotint.runtime.bundle.bundle import open_bundle
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import EngineError, InputError
 from mezzotint.runtime.providers import openvino as adapter
@@ -94,6 +95,14 @@ def test_images_are_near_those_of_the_cpu_and_repeat(hand: Compiled) -> None:
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(cpu, first)  # it is another engine
     assert psnr_db(np.clip(cpu, -1, 1), np.clip(first, -1, 1), peak=2.0).min() > 30
+
+
+def test_the_noise_correction_is_applied(make_bundle: Callable[..., tuple[Path, object]]) -> None:
+    bundle = open_bundle(make_bundle(correction=True)[0])
+    mine = bundle.on(OPENVINO)
+    found = mine.sample(2, seed=1, threads=1)
+    np.testing.assert_allclose(found, bundle.sample(2, seed=1, threads=1), rtol=0, atol=1e-4)
+    assert np.abs(found - mine.sample(2, seed=1, threads=1, correction=False)).max() > 1e-2
 
 
 def test_the_last_shapes_are_kept(hand: Compiled) -> None:
