@@ -67,7 +67,7 @@ def with_nodes(usage: EngineUsage, session: Any, where: str) -> EngineUsage:
         raise EngineError(
             f"{usage.library} does not tell which nodes a provider runs",
             where=usage.device,
-            hint="install a newer one: pip install 'onnxruntime>=1.31'",
+            hint="install a newer one: pip install --upgrade onnxruntime",
         )
     taken = [
         (part.ep_name, node.op_type)

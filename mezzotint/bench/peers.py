@@ -23,7 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.runtime.engine import EnginePrecision
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.providers.names import find_engine
+from mezzotint.runtime.providers.openvino import OPENVINO
 from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Signature, Timestep
@@ -59,9 +62,8 @@ def prepare_peer(
 ) -> tuple[Network, Path]:
     """Return a peer's network for a float ONNX file, and the file that it runs from.
 
-    The calls have one batch size, and OpenVINO's networks take no other. Raises InputError for a peer that is not
-    installed, for no calls, for calls without the model's conditions, and for bfloat16 on a processor that has none;
-    the peer's own errors pass through.
+    Raises InputError for a peer that is not installed, for no calls, for calls without the model's conditions, and for
+    bfloat16 on a processor that has none; the peer's own errors pass through.
     """
     if peer not in available():
         raise InputError(f"{peer} is not installed", hint=f"installed are: {', '.join(available())}")
@@ -120,19 +122,12 @@ def _onnxruntime(job: _Job) -> tuple[Network, Path]:
 
 
 def _openvino_f32(job: _Job) -> tuple[Network, Path]:
-    import openvino
-
-    return _compiled(job, openvino.Core().read_model(job.model), "f32"), job.model
+    return _on_openvino(job, job.model, "f32"), job.model
 
 
 def _openvino_bf16(job: _Job) -> tuple[Network, Path]:
     """OpenVINO converts the weights when it compiles: the file stays the float one."""
-    import openvino
-
-    core = openvino.Core()
-    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):  # the hint would be ignored silently
-        raise InputError("this processor has no bfloat16 units: OpenVINO would run in float32")
-    return _compiled(job, core.read_model(job.model), "bf16"), job.model
+    return _on_openvino(job, job.model, "bf16"), job.model
 
 
 def _nncf(job: _Job, **options: Any) -> tuple[Network, Path]:
@@ -145,7 +140,7 @@ def _nncf(job: _Job, **options: Any) -> tuple[Network, Path]:
     quantized = nncf.quantize(graph, nncf.Dataset(list(job.feeds)), subset_size=len(job.feeds), **options)
     path = job.folder / "nncf.xml"
     openvino.save_model(quantized, path, compress_to_fp16=False)
-    return _compiled(job, quantized, "f32"), path.with_suffix(".bin")
+    return _on_openvino(job, path, "f32"), path.with_suffix(".bin")
 
 
 def _nncf_smooth(job: _Job) -> tuple[Network, Path]:
@@ -154,26 +149,9 @@ def _nncf_smooth(job: _Job) -> tuple[Network, Path]:
     return _nncf(job, model_type=nncf.ModelType.TRANSFORMER)
 
 
-def _compiled(job: _Job, graph: Any, precision: str) -> Network:
-    """Return OpenVINO's network of a graph for the shapes of the first feed, with one precision for what is float."""
-    import openvino
-
-    first = job.feeds[0]
-    graph.reshape({name: list(array.shape) for name, array in first.items()})
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
-    if job.threads is not None:
-        options["INFERENCE_NUM_THREADS"] = job.threads
-    request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
-
-    def predict(x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
-        feed = {
-            job.signature.sample: x,
-            job.signature.timestep: np.full_like(first[job.signature.timestep], job.signature.network_time(t)),
-            **conditions,
-        }
-        return np.array(request.infer(feed)[0], np.float32)
-
-    return predict
+def _on_openvino(job: _Job, file: Path, precision: EnginePrecision) -> Network:
+    """Return OpenVINO's network of a file, with one precision for what is float; as bundles run on it."""
+    return Denoiser(file, job.signature, threads=job.threads, engine=find_engine(OPENVINO, precision=precision))
 
 
 _PREPARE: dict[str, Callable[[_Job], tuple[Network, Path]]] = {
