@@ -248,7 +248,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=64, help="pictures to compare (digits)")
     parser.add_argument("--peer", action="store_true", help="also onnxruntime's own quantizer")
     parser.add_argument("--keep", type=Path, help="keep the files in this folder")
-    parser.add_argument("--providers", nargs="+", default=list(bench_gpu.GPU_PROVIDERS), help="of `gpu`")
+    parser.add_argument("--providers", nargs="+", default=bench_gpu.GPU_PROVIDERS, help="of `gpu`")
     parser.add_argument("--models", nargs="+", choices=bench_gpu.MODELS_OF_GPU, default=bench_gpu.MODELS_OF_GPU)
     args = parser.parse_args()
     bars = Bars()

@@ -20,94 +20,39 @@ import json
 import os
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from mezzotint.api import compile_model
-from mezzotint.compiler.core.execute import feeds
 from mezzotint.compiler.core.memory import PeakMemory
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import ratio_db
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.latency import in_turns, ratio
+from mezzotint.runtime.providers.names import find_engine
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.signature import Images, Signature, Timestep
+from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.signature import Images, Predict
 from tools.bench_models import CIFAR10, SD15, random_model
 
-GPU_PROVIDERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
-    "tensorrt": ("TensorrtExecutionProvider", {}),
-    "nv_tensorrt_rtx": ("NvTensorRTRTXExecutionProvider", {}),
-}
-"""Names, as `--provider` takes them, of onnxruntime's providers, with options. TF32 would hide what a file loses."""
-CPU = "CPUExecutionProvider"
-PROVIDERS: Mapping[str, tuple[str, Mapping[str, str]]] = {"cpu": (CPU, {}), **GPU_PROVIDERS}
+GPU_PROVIDERS = ("cuda", "tensorrt", "nv_tensorrt_rtx")
+"""Engines by the names of `--provider`. They compute in f32: TF32 would hide what a file loses."""
 MODELS_OF_GPU = ("digits", "cifar10", "sd15")
 ALIKE = 999.0  # decibels that stand for no difference; minus that for values that are not finite
 FLOAT_PARITY, INTEGER_PARITY = 40.0, 20.0
 """Decibels. Rounding at a tie may move an integer by one step, and the layers behind it further."""
 
 
-@dataclass(frozen=True)
-class Taken:
-    """Nodes of each provider, and the operations that did not run on the one asked for."""
-
-    nodes: Mapping[str, int]
-    fallback: Mapping[str, int]
-
-
-class ProviderNetwork:
-    """A file on one provider, called as a denoiser with fixed conditions."""
-
-    def __init__(
-        self,
-        model: Path,
-        signature: Signature,
-        name: str,
-        *,
-        threads: int | None = None,
-        conditions: Mapping[str, npt.NDArray[Any]] | None = None,
-    ) -> None:
-        provider, options = PROVIDERS[name]
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads or 0
-        settings.log_severity_level = 3
-        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        providers = [CPU] if provider == CPU else [(provider, dict(options)), CPU]
-        self._session = ort.InferenceSession(str(model), settings, providers=providers, enable_fallback=0)
-        if provider not in self._session.get_providers():
-            raise InputError(f"onnxruntime opened the model without {provider}", where=str(model), hint=_INSTALL)
-        self._provider, self._signature = provider, signature
-        self._conditions = dict(conditions or {})
-        self._inputs = {str(value.name): value for value in ir.load(model).graph.inputs}
-
-    def __call__(self, x: Images, t: Timestep) -> Images:
-        rows = feeds(self._inputs, self._signature, x, t, {n: rows[: len(x)] for n, rows in self._conditions.items()})
-        return np.asarray(self._session.run([self._signature.output], rows)[0], np.float32)
-
-    def taken(self) -> Taken:
-        """Return which provider took which nodes."""
-        pairs = [
-            (part.ep_name, node.op_type)
-            for part in self._session.get_provider_graph_assignment_info()
-            for node in part.get_nodes()
-        ]
-        fallback = Counter(operation for provider, operation in pairs if provider != self._provider)
-        return Taken(dict(Counter(provider for provider, _ in pairs)), dict(fallback))
-
-
 _INSTALL = (
     "on a machine with an NVIDIA GPU: pip install onnxruntime-gpu (in place of onnxruntime), with tensorrt for the "
-    "provider of that name"
+    "provider of that name, or the plugin onnxruntime-ep-nv-tensorrt-rtx"
 )
 
 
@@ -120,20 +65,11 @@ def usable(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in GPU_PROVIDERS:
             raise InputError(f"no GPU provider is called {name!r}", hint=f"use some of {', '.join(GPU_PROVIDERS)}")
-        provider, options = GPU_PROVIDERS[name]
-        if provider not in ort.get_available_providers():
-            missing.append(f"{name}: onnxruntime {ort.__version__} has no {provider}")
-            continue
         try:
-            session = ort.InferenceSession(_probe(), providers=[(provider, dict(options)), CPU], enable_fallback=0)
-            opened = provider in session.get_providers()
-            reason = "its libraries or its device cannot be used"
-        except Exception as error:  # what a provider without its libraries raises is up to it
-            opened, reason = False, " ".join(str(error).split())[:200]
-        if opened:
+            find_engine(name).open(_probe())
             found.append(name)
-        else:
-            missing.append(f"{name}: {reason}")
+        except InputError as error:
+            missing.append(f"{name}: {error.what}")
     if not found:
         raise InputError("no GPU provider is usable on this machine", where="; ".join(missing), hint=_INSTALL)
     return found
@@ -206,22 +142,23 @@ def measure(
     steps = [times[0], times[len(times) // 2], times[-1]]
     files = {"float": float_model, "integer": bundle.model_path}
     result: dict[str, Any] = {"provider": provider, "batch": batch}
-    opened: dict[tuple[str, str], ProviderNetwork] = {}
+    rows = {name: value[:batch] for name, value in (conditions or {}).items()}
+    called: dict[tuple[str, str], Predict] = {}
     with PeakMemory() as host:
         for form, file in files.items():
-            for name in ("cpu", provider):
-                before = gpu_memory_mb()
-                net = ProviderNetwork(file, bundle.signature, name, threads=threads, conditions=conditions)
-                net(x, steps[1])
-                opened[form, name] = net
-                after = gpu_memory_mb()
-                if name == provider:
-                    result[f"{form}_gpu_mb"] = None if after is None else round(after - (before or 0.0), 1)
-            mine = opened[form, provider]
-            result[f"{form}_parity_db"] = [round(parity_db(opened[form, "cpu"](x, t), mine(x, t)), 1) for t in steps]
-            taken = mine.taken()
-            result[f"{form}_nodes"], result[f"{form}_fallback"] = taken.nodes, taken.fallback
-        order = [opened[form, name] for form in files for name in ("cpu", provider)]
+            exact = partial(Denoiser(file, bundle.signature, threads=threads), **rows)
+            exact(x, steps[1])
+            before = gpu_memory_mb()
+            net = Denoiser(file, bundle.signature, threads=threads, engine=find_engine(provider))
+            mine = partial(net, **rows)
+            mine(x, steps[1])
+            after = gpu_memory_mb()
+            called[form, "cpu"], called[form, provider] = exact, mine
+            result[f"{form}_gpu_mb"] = None if after is None else round(after - (before or 0.0), 1)
+            result[f"{form}_parity_db"] = [round(parity_db(exact(x, t), mine(x, t)), 1) for t in steps]
+            result[f"{form}_nodes"], result[f"{form}_fallback"] = dict(net.usage.nodes), dict(net.usage.fallback)
+            result[f"{form}_engine"] = net.usage.text()
+        order = [called[form, name] for form in files for name in ("cpu", provider)]
         cpu_float, gpu_float, _, gpu_integer = timed = in_turns(order, x, steps[1], repeats=repeats)
     result["call_ms"] = [round(latency.median * 1e3, 2) for latency in timed]
     result["call_order"] = [f"{form} on {name}" for form in files for name in ("cpu", provider)]

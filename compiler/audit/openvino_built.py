@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.providers.openvino import CPU_PROPERTIES, load_openvino
 
 INTEGER_TYPES = ("u8", "i8")
 PRODUCT_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
@@ -46,30 +47,19 @@ class CompiledGraph:
 
 
 def compiled_graph(model: Path, *, threads: int | None = None) -> CompiledGraph:
-    """Return what OpenVINO compiles of a model file, with its own choices but for the number of threads.
+    """Return what OpenVINO compiles of a model file, with the properties that bundles run with there.
 
-    Raises InputError where OpenVINO is not installed, or refuses the file.
+    Raises EngineError where OpenVINO is not installed, InputError where it refuses the file.
     """
-    openvino = _openvino()
-    options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    openvino, version = load_openvino()
+    options = {**CPU_PROPERTIES, **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
     try:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(str(model)), "CPU", options)
         operations = compiled.get_runtime_model().get_ordered_ops()
     except RuntimeError as error:  # every error of OpenVINO
         raise InputError(f"OpenVINO cannot load the model: {_in_short(str(error))}", where=str(model)) from error
-    return CompiledGraph(tuple(_layer(operation) for operation in operations), str(openvino.__version__))
-
-
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise InputError(
-            "OpenVINO is not installed, so nothing says what it would run on integers",
-            hint="pip install 'mezzotint[openvino]'",
-        ) from error
-    return openvino
+    return CompiledGraph(tuple(_layer(operation) for operation in operations), version)
 
 
 def _layer(operation: Any) -> CompiledLayer:

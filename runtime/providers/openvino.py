@@ -31,13 +31,27 @@ SHAPES_KEPT = 2
 _THREADS, _PRECISION = "INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT"
 # One call at a time, as fast as it goes; threads are not pinned to the cores of other threads of the process; and
 # activations are quantized where the graph says so, not wherever a weight is in integers.
-_DEFAULTS: dict[str, Any] = {
+CPU_PROPERTIES: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",
     "NUM_STREAMS": "1",
     "ENABLE_CPU_PINNING": False,
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
 }
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def load_openvino() -> tuple[Any, str]:
+    """Return the package and its version. Raise EngineError where it is not installed, or computes wrongly."""
+    if find_spec("openvino") is None:
+        raise EngineError("OpenVINO is not installed", hint=INSTALL)
+    import openvino
+
+    version = openvino.get_version().partition("-")[0]
+    # Up to 2026.2.1, integer layers of a network in bf16 were wrong by 7.5 dB (on AVX512 with bf16 units, no AMX).
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise EngineError(f"OpenVINO {version} is too old: {oldest} is the oldest that computes right", hint=INSTALL)
+    return openvino, version
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class OpenVino(Engine):
         ours = {_PRECISION: "the precision", **({_THREADS: "the threads"} if threads is not None else {})}
         if twice := sorted(ours.keys() & options.keys()):
             raise EngineError(f"{twice[0]} is set by an option and by {ours[twice[0]]}", hint="leave one of them out")
-        properties = {**(_DEFAULTS if device == "CPU" else {}), **options, _PRECISION: self.precision or "f32"}
+        properties = {**(CPU_PROPERTIES if device == "CPU" else {}), **options, _PRECISION: self.precision or "f32"}
         if threads is not None:
             properties[_THREADS] = threads
         return OpenVinoNetwork(self, model, device, properties)
@@ -65,18 +79,8 @@ class OpenVinoNetwork:
     """A graph that OpenVINO runs, as a `EngineNetwork`."""
 
     def __init__(self, engine: OpenVino, model: str | Path | bytes, device: str, properties: dict[str, Any]) -> None:
-        if find_spec("openvino") is None:
-            raise EngineError("OpenVINO is not installed", hint=INSTALL)
-        import openvino
-
-        version = openvino.get_version().partition("-")[0]
-        # Up to 2026.2.1, integer layers of a network in bf16 were wrong by 7.5 dB (on AVX512 with bf16 units, no AMX).
-        if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
-            oldest = ".".join(map(str, OLDEST))
-            raise EngineError(
-                f"OpenVINO {version} is too old: {oldest} is the oldest that computes right", hint=INSTALL
-            )
-        self._openvino, self._version, self._core = openvino, version, openvino.Core()
+        self._openvino, self._version = load_openvino()
+        self._core = self._openvino.Core()
         self._device, self._properties = device, properties
         self.usage = self._checked_usage(engine)
         where = model_name(model)

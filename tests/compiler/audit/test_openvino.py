@@ -205,7 +205,12 @@ def test_the_counts_are_those_of_the_compiled_graph(hand: Compiled, tmp_path: Pa
     found = judge_compiled(load_graph(model), compiled, islands)
     assert (found.layers.integer, found.layers.floating) == (integer, len(layers) - integer) == (2, 2)
     assert {v.name for v in found.verdicts if v.rule == "island"} == set(islands)
-    assert (found.strays, found.failed, found.engine, found.version) == ((), (), "openvino", openvino.__version__)
+    assert (found.strays, found.failed, found.engine, found.version) == (
+        (),
+        (),
+        "openvino",
+        openvino.get_version().partition("-")[0],
+    )
     (first, *_) = [layer for layer in layers if layer.integer]
     flipped = tuple(replace(v, inputs=("f32", "f32")) if v is first else v for v in compiled.layers)
     wrong = judge_compiled(load_graph(model), CompiledGraph(flipped, compiled.version), islands)
@@ -292,4 +297,4 @@ def test_a_missing_openvino_is_one_error(hand: Compiled, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError) as missing:
         audit_openvino(hand.bundle.model_path)
-    assert missing.value.hint == "pip install 'mezzotint[openvino]'"
+    assert "pip install 'mezzotint[openvino]'" in str(missing.value.hint)
