@@ -1,7 +1,8 @@
 """choose_scales: choose a quantizer for each activation from its measured range, and for each weight from its values.
 
 - Activations (uint8, per tensor): from the summaries of observe, by `minmax`, `percentile` or `mse`
-  (compiler/scales/ranges.py has the formulas).
+  (compiler/scales/ranges.py has the formulas). With `symmetric` they are int8 with zero point 0, which TensorRT demands
+  and `--target tensorrt` sets: the outputs of SiLU and softmax use little more than half of that grid.
 - Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
   channel (compiler/scales/weights.py). Without `per_channel` the channels of a weight have one scale in common, as in
   DFQ (arXiv 1906.04721).
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from mezzotint.compiler.core.formats import INT8, UINT8, Format, scale_for_range
+from mezzotint.compiler.core.formats import INT8, Format, scale_for_range
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Stats
@@ -29,6 +30,7 @@ from mezzotint.compiler.graph.nodes import is_constant, name_of
 from mezzotint.compiler.graph.ops import Layer, layers, transposed_layer
 from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, range_of
 from mezzotint.compiler.scales.weights import WeightMethod, weight_format, weight_quantizer
+from mezzotint.runtime.targets import Target
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ChooseScales(Pass):
     - `per_channel`: a scale for each output channel of a weight, otherwise one for the whole weight.
     - `activation_bits`, `weight_bits`: widths in bits. The file stores weights of 2 bits in 2, of 3 and 4 bits in 4,
       and of 5 to 8 bits in 8. Activations in "float" leave weights alone to quantize: a small file, and float kernels.
+    - `symmetric`: zero point 0 and a signed grid for activations.
     """
 
     activations: RangeMethod = "percentile"
@@ -48,6 +51,7 @@ class ChooseScales(Pass):
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, "float"] = 8
     weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     per_channel: bool = True
+    symmetric: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats"})
     gives: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -55,6 +59,9 @@ class ChooseScales(Pass):
 
     def __post_init__(self) -> None:
         check_percentile(self.percentile, self.name)
+
+    def for_target(self, target: Target, passes: Sequence[Pass]) -> ChooseScales:
+        return replace(self, symmetric=True) if target == "tensorrt" else self
 
     def run(self, program: Program, context: Context) -> Program:
         stats = program.require_stats()
@@ -73,7 +80,7 @@ class ChooseScales(Pass):
 
     def _of_activations(self, every_layer: Sequence[Layer], stats: Stats) -> dict[Site, Quantizer]:
         """Return a quantizer for each value that a layer reads or computes."""
-        fmt = UINT8 if self.activation_bits == 8 else Format(int(self.activation_bits))
+        fmt = Format(int(self.activation_bits), signed=self.symmetric, symmetric=self.symmetric)
         found: dict[Site, Quantizer] = {}
         for name in dict.fromkeys(
             name_of(v) for layer in every_layer for v in (*layer.activations, layer.output) if not is_constant(v)

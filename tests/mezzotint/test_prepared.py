@@ -52,7 +52,7 @@ def onnx_file(folder: Path, **options: Any) -> Path:
         ({}, {"prediction": "flow_prediction"}, "flow_prediction"),
         ({}, {"size": (16, 16)}, "drop --size|8x8"),
         ({}, {"inputs": {"sample": "z"}}, "no input is called 'z'"),
-        ({}, {"settings": {"insert_qdq.lowering": "qdq"}}, "integer or the premul lowering"),
+        ({}, {"settings": {"insert_qdq.lowering": "qdq"}}, "integer or the constant lowering"),
         ({}, {"settings": {"observe.channels": "none"}}, "no channel was measured"),
         ({}, {"recipe": "w4a8", "settings": {"assign_bits.mean_bits": None}}, "has no budget"),
         ({"time_dtype": TensorProto.FLOAT}, {"scheduler": "cosine:3"}, "steps are not possible"),
