@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from mezzotint import Bundle, compile_model
+from mezzotint import Bundle, compile_model, mix_bundles
+from mezzotint.cli.audit_tables import target_note
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
@@ -19,6 +21,7 @@ from mezzotint.compiler.errors import PassError, RecipeError
 from mezzotint.compiler.graph.nodes import DEFAULT_DOMAINS, consumers, counts, is_constant, is_op, numpy_of
 from mezzotint.compiler.lowering.constant import lower_constant
 from mezzotint.compiler.lowering.lower import lower
+from mezzotint.inspect.data import summary_section
 from mezzotint.passes.channel_scales import ChannelScales
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
@@ -26,10 +29,13 @@ from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.step_scales import StepScales
+from mezzotint.runtime.bundle.manifest import Manifest
+from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.signature import Images
+from mezzotint.text.report import compile_rows, compile_summary, print_inspection
 from tests.helpers import golden
 from tests.helpers.layers import CONV, GEMM, LINEAR, PLAIN, TIMED, filling, layer_program, lowered_golden, plant
-from tests.helpers.models import SMALL, Compiled
+from tests.helpers.models import CONVS, INTEGER, SMALL, Compiled
 from tests.helpers.tiny import SIGNATURE, tiny_program
 
 GOLDEN = "lower_constant"
@@ -184,6 +190,37 @@ def test_a_bundle_has_the_form_and_runs_in_plain_onnxruntime(hand: Compiled, bun
         want, got = (s.run(None, {"x": x, "t": np.full(2, t, np.int64)})[0] for s in sessions)
         assert 0 < np.sqrt(np.mean((want - got) ** 2) / np.mean(want**2)) < 0.05
         np.testing.assert_array_equal(got, bundle.denoiser(threads=2)(x, t))
+
+
+def test_what_was_measured_in_another_engine_says_so(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernels of onnxruntime's CPU provider are not those of the target, nor are its times."""
+    manifest, target = bundle.manifest, bundle.manifest.target
+    note = f"in onnxruntime's CPU provider; the form is for {target}"
+    rows = compile_rows(bundle, compile_summary(bundle))
+    assert rows["target"] == target and rows["kernels"].endswith(note) and rows["speed"].endswith(note)
+    assert dict(summary_section(bundle)["rows"])["kernels"] == rows["kernels"]
+    print_inspection(bundle)
+    assert note in " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    card = (bundle.path / "README.md").read_text()
+    assert f"(target `{target}`)" in card and "onnxruntime's integer CPU kernels, 0 in float" not in card
+    assert target_note(bundle.path) == f"the kernels are those {note}"
+    floating = [layer.why for name, layer in manifest.kernels.layers.items() if name not in manifest.islands]
+    assert floating and all(why.endswith(f"in the form for {target}") for why in floating)
+
+
+def test_the_manifest_keeps_the_target(bundle: Bundle, hand: Compiled) -> None:
+    data = bundle.manifest.to_json()
+    assert data["target"] == bundle.manifest.target == Manifest.from_json(data, "here").target
+    assert "target" not in hand.bundle.manifest.to_json() and hand.bundle.manifest.target == "onnxruntime"
+    assert hand.bundle.manifest.kernels_text() == f"{INTEGER} integer, {CONVS - INTEGER} float"
+    for wrong in ("openvin", 1, None):
+        with pytest.raises(BundleError, match="target"):
+            Manifest.from_json({**data, "target": wrong}, "here")
+
+
+def test_a_mix_has_one_target(bundle: Bundle, hand: Compiled, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"differ in their target \(onnxruntime and {bundle.manifest.target}\)"):
+        mix_bundles({"a": hand.bundle, "b": bundle}, tmp_path / "mix", reference=hand.exported)
 
 
 # Refusals
