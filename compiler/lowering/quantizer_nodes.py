@@ -18,10 +18,11 @@ def table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[
     build = Builder(program.graph, names, program.graph[0], scope=TABLES_SCOPE)
     row = step_index(build, program, group_of_train(program), "group")
     rows: dict[int, tuple[ir.Value, ir.Value]] = {}
-    for stem, axis_free in (("", True), ("channel_", False)):
-        chosen = [q for q in tables if (q.axis is None) == axis_free]
-        if not chosen:
-            continue
+    groups: dict[str, list[Quantizer]] = {}  # the zero points of a table have one type
+    for quantizer in tables:
+        stem = f"{'signed_' if quantizer.format.signed else ''}{'' if quantizer.axis is None else 'channel_'}"
+        groups.setdefault(stem, []).append(quantizer)
+    for stem, chosen in sorted(groups.items()):
         columns = [(q.scale.reshape(len(q.scale), -1), q.zero_point.reshape(len(q.scale), -1)) for q in chosen]
         sizes = [scale.shape[1] for scale, _ in columns]
         scales = lookup(build, np.concatenate([scale for scale, _ in columns], axis=1), row, sizes, f"{stem}scales")

@@ -37,7 +37,7 @@ def test_a_static_recipe_gets_the_form_of_its_target(target: Target) -> None:
     recipe = for_target(RECIPES["gptq"], target)
     assert recipe.target == target
     assert options("gptq", target, "insert_qdq")["lowering"] == "constant"
-    assert options("gptq", target, "choose_scales")["symmetric"] == (target == "tensorrt")
+    assert options("gptq", target, "choose_scales")["symmetric"] == ("all" if target == "tensorrt" else "products")
     assert for_target(recipe, target) == recipe
     assert for_target(RECIPES["gptq"], "onnxruntime") == RECIPES["gptq"]
     assert recipe_from_json(recipe.to_json(), "here") == recipe
