@@ -209,7 +209,8 @@ def test_what_was_measured_in_another_engine_says_so(bundle: Bundle, capsys: pyt
     assert note in " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     card = (bundle.path / "README.md").read_text()
     assert f"(target `{target}`)" in card and "onnxruntime's integer CPU kernels, 0 in float" not in card
-    assert target_note(bundle.path) == f"the kernels are those {note}"
+    assert target_note(bundle.path) == f"the kernels are those {note} (--provider {target})"
+    assert not target_note(bundle.path, target)
     floating = [layer.why for name, layer in manifest.kernels.layers.items() if name not in manifest.islands]
     assert floating and all(why.endswith(f"in the form for {target}") for why in floating)
 
