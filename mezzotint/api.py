@@ -6,6 +6,7 @@ import platform
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,6 @@ from mezzotint.runtime.signature import Images, Prediction, TimestepUnit
 from .io.hub import card_fields
 from .io.sources import ModelSource, ModuleSource, OnnxSource
 from .options import (
-    RECIPE,
     AcceptanceOptions,
     CalibrationOptions,
     CompileOptions,
@@ -61,8 +61,9 @@ def compile_model(
     model: Model,
     output: str | Path,
     *,
-    recipe: str | Recipe = RECIPE,
+    recipe: str | Recipe | None = None,
     settings: Mapping[str, Any] | None = None,
+    target: str | None = None,
     scheduler: str | Path | Schedule | None = None,
     sampler: str | None = None,
     steps: int = 50,
@@ -94,7 +95,9 @@ def compile_model(
     """Compile a denoiser into a bundle folder and open it.
 
     `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a `UNet2DModel`,
-    `UNet2DConditionModel` or `DiTTransformer2DModel` in memory. `settings` maps "pass.option" to a value. `sampler`
+    `UNet2DConditionModel` or `DiTTransformer2DModel` in memory. `settings` maps "pass.option" to a value. `target` is
+    the engine that the graph is written for: "onnxruntime" (its integer CPU kernels; the default), "openvino",
+    "tensorrt" or "portable". Without a `recipe` it is the best one for the target. `sampler`
     (ddim, or flow-euler for flow matching, when left out), `steps`, `eta` and `guidance` are the deployment: tables
     hold the timesteps that it calls.
     `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
@@ -115,7 +118,7 @@ def compile_model(
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
     options = CompileOptions(
-        RecipeOptions(recipe, settings or {}),
+        RecipeOptions(recipe, settings or {}, target),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
         CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
         ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels),
@@ -140,9 +143,10 @@ def compile_with(
     recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
     with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
-        program = imported = _import(
+        imported = _import(
             prepared.source, work, prepared.deployment, prepared.roles, threads, progress, prepared.sizes
         )
+        program = imported = replace(imported, target=recipe.target)
         if output.export is not None:
             save_model(program.model, exported.enter_context(staged_file(Path(output.export), force=output.force))[0])
         conditions, unconditional = calibration_rows(

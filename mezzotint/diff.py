@@ -104,6 +104,7 @@ def _made(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     return {
         "recipe": manifest.recipe.name,
+        "target": manifest.target,
         "source": f"{manifest.source.kind} {manifest.source.name}",
         "weights": (manifest.source.weights_sha256 or "unknown")[:12],
         "deployment": str(bundle.deployment),

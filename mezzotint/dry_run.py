@@ -29,6 +29,7 @@ def plan_compile(model: str, output: Path, options: CompileOptions, device: str 
         "sample_shape": list(prepared.shape),
         "output": str(output),
         "recipe": recipe.name,
+        "target": recipe.target,
         "passes": [{p.name: p.options()} if p.options() else p.name for p in recipe.passes],
         "deployment": f"{deployment}; {len(calls)} calls, timesteps {calls[0]:g} ... {calls[-1]:g}",
         "calibration": {key: value for key, value in calibration.items() if value is not None},

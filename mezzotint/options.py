@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mezzotint.compiler.errors import ConditionError, RecipeError
 from mezzotint.runtime import bounds
+from mezzotint.runtime.targets import ONNXRUNTIME, TARGETS, target_named
 
 if TYPE_CHECKING:
     from mezzotint.compiler.core.pipeline import Recipe
@@ -29,17 +30,33 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """A recipe (its name, a YAML file, or the value) and settings for it: "pass.option" to a value."""
+    """A recipe (its name, a YAML file, or the value), settings for it ("pass.option" to a value), and the target.
 
-    recipe: str | Recipe = RECIPE
+    None is the best recipe of ours for the target, and the recipe's own target, which is onnxruntime for most. Raises
+    RecipeError for an unknown target.
+    """
+
+    recipe: str | Recipe | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None and target_named(self.target) is None:
+            raise RecipeError(
+                f"there is no target called {self.target!r}"[:200],
+                where="--target",
+                hint=f"choose one of {', '.join(TARGETS)}",
+            )
 
     def chosen(self) -> Recipe:
-        """Return the recipe with its settings. Raises RecipeError."""
+        """Return the recipe with its settings, as the target needs it. Raises RecipeError."""
         from mezzotint.passes.recipes.files import load_recipe, with_options
+        from mezzotint.passes.recipes.targets import default_recipe, for_target
 
-        recipe = load_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
-        return with_options(recipe, dict(self.settings))
+        target = None if self.target is None else target_named(self.target)
+        recipe = self.recipe or default_recipe(target or ONNXRUNTIME)
+        recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+        return for_target(with_options(recipe, dict(self.settings)), target or recipe.target)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 After freeze_time the time embedding of a ResBlock is such a table. An integer convolution with tables of scales gathers
 a row of its int32 bias in any case, so the addition, one pass over the whole feature map, disappears from the graph.
 
-The pass needs the lowering `integer` or `premul`: with `qdq` a convolution whose bias is not constant would stay in
+The pass needs the lowering `integer` or `constant`: with `qdq` a convolution whose bias is not constant would stay in
 float. A convolution that stays in float as an island gets its addition back at the end (compiler/lowering/layout.py).
 """
 

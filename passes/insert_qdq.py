@@ -6,7 +6,7 @@ Each layer that is not an island is rewritten by its kind:
 
        x -> Q -> DQ -> layer(., w -> Q -> DQ, bias)
 
-2. convolutions, whose output is quantized as well:
+2. convolutions, whose output is quantized as well, except for the lowering `constant`:
 
        x -> Q -> DQ -> Conv(., w -> Q -> DQ, bias) -> Q -> DQ -> all readers
 
@@ -64,13 +64,13 @@ from mezzotint.compiler.graph.nodes import (
 )
 from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table, transposed_layer
 from mezzotint.compiler.graph.require import required
-from mezzotint.compiler.graph.scopes import TABLES_SCOPE
 from mezzotint.compiler.lowering.bias_room import Room, make_room
-from mezzotint.compiler.lowering.limits import check_passes, check_tables
-from mezzotint.compiler.scales.timetable import deployed_rows, group_of_train, lookup, step_index
+from mezzotint.compiler.lowering.limits import check_passes, check_tables, lowering_for
+from mezzotint.compiler.lowering.quantizer_nodes import pair_nodes, table_rows
+from mezzotint.compiler.scales.timetable import deployed_rows
 from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.targets import Target
 
-STORED_BITS = 8  # every format is stored in whole bytes
 NAME_THEM = "name the layers that are to stay in float: --set insert_qdq.islands='[first, NAME]'"
 
 
@@ -79,13 +79,14 @@ class InsertQdq(Pass):
     """The quantized graph: which layers stay in float, and the form for the target.
 
     - `islands`: roles, or patterns of node names (as in a shell: `*`, `?`), of the layers that stay in float.
-    - `lowering`: the form of the quantized graph for its target. `qdq` is portable and static. `integer` writes
-      onnxruntime's integer operations, with scales and biases gathered from tables. `premul` has tables too, for
-      providers that accept only constant scales and zero points: float Muls around the quantizers carry the timestep.
+    - `lowering`: the form of the quantized graph for its target. `qdq` is static, for onnxruntime. `integer` writes
+      onnxruntime's integer operations, with scales and biases gathered from tables. `constant` is for other engines:
+      quantizers on inputs only, with constant scales and zero points; float Muls around them carry the timestep.
+      `--target` chooses it.
     """
 
     islands: tuple[str, ...] = ("first", "last")
-    lowering: Literal["qdq", "integer", "premul"] = "qdq"  # Lowering, spelled out for the list of options
+    lowering: Literal["qdq", "integer", "constant"] = "qdq"  # Lowering, spelled out for the list of options
 
     needs: ClassVar[frozenset[str]] = frozenset({"plan"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -106,11 +107,15 @@ class InsertQdq(Pass):
                 stored.add(layer.name)
         for layer in every_layer:
             reason = islands.reason(layer) or plan.islands.get(layer.name)
-            if reason is None and not _planned(layer, plan):
+            if reason is None and not _planned(layer, plan, self.inputs_only):
                 reason = "the plan has no quantizer for it"
             if reason is not None:
                 reasons[layer.name] = reason
         self._check_lowering(every_layer, plan)
+        if self.inputs_only:
+            kept = reasons.keys() - stored
+            weights_alone = [replace(layer, activations=()) for layer in transposed]
+            plan = plan.read_by(layer for layer in (*every_layer, *weights_alone) if layer.name not in kept)
         float_model = program.model.clone()
         writer, room = self._write(program, plan, set(reasons), stored, context)
         while room.refused:  # each round keeps more layers in float
@@ -142,7 +147,7 @@ class InsertQdq(Pass):
 
         `stored` are the transposed convolutions of case 7.
         """
-        writer = _Writer(program, plan, context.folder)
+        writer = _Writer(program, plan, context.folder, inputs_only=self.inputs_only)
         for layer in list(layers(program.graph)):
             if layer.name not in kept:
                 writer.quantize(layer)
@@ -151,7 +156,18 @@ class InsertQdq(Pass):
                 writer.quantize_weight(layer)
         writer.drop_unread()
         make_scalars(program.graph)
-        return writer, make_room(program, program.graph)
+        room = Room({}, {}) if self.inputs_only else make_room(program, program.graph)
+        return writer, room
+
+    @property
+    def inputs_only(self) -> bool:
+        """Return whether the outputs of convolutions, and biases, stay in float."""
+        return self.lowering == "constant"
+
+    def for_target(self, target: Target, passes: Sequence[Pass]) -> InsertQdq:
+        """Return this pass with the lowering of a target. Raise RecipeError where the recipe has none for it."""
+        before = {step.name: step.options() for step in passes[: list(passes).index(self)]}
+        return replace(self, lowering=lowering_for(target, self.lowering, before, self.name))
 
     def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
         before = passes[: list(passes).index(self)]
@@ -177,9 +193,9 @@ def _transposed(graph: ir.Graph) -> list[Layer]:
     return [layer for node in graph if (layer := transposed_layer(node)) is not None]
 
 
-def _planned(layer: Layer, plan: Plan) -> bool:
+def _planned(layer: Layer, plan: Plan, inputs_only: bool) -> bool:
     """Return whether the plan quantizes all that an integer layer needs, or the weight alone (case 6)."""
-    values = [*layer.activations, *([layer.output] if layer.output_quantized else [])]
+    values = [*layer.activations, *([layer.output] if layer.output_quantized and not inputs_only else [])]
     known = [plan.of(name_of(value), layer.name) is not None for value in values]
     if layer.weight is not None and plan.of(name_of(layer.weight), layer.name) is None:
         return False
@@ -189,15 +205,16 @@ def _planned(layer: Layer, plan: Plan) -> bool:
 class _Writer:
     """A writer of Q/DQ pairs; readers of one value with one quantizer share its pair."""
 
-    def __init__(self, program: Program, plan: Plan, folder: Path) -> None:
+    def __init__(self, program: Program, plan: Plan, folder: Path, *, inputs_only: bool) -> None:
         self.graph, self.plan, self.names, self.folder = program.graph, plan, Names(program.graph), folder
         self._cut: list[ir.Value] = []
+        self._inputs_only = inputs_only
         tables = [q for q in plan.quantizers.values() if q.table]
         self.has_tables = bool(tables)
         self._start = self.graph[
             0
         ]  # lookups of tables go in front of it; pairs of graph inputs too, behind the lookups
-        self._rows = _table_rows(program, self.names, tables) if tables else {}
+        self._rows = table_rows(program, self.names, tables) if tables else {}
         self._pairs: dict[tuple[ir.Value, int], ir.Value] = {}
         self._outputs: dict[ir.Value, tuple[ir.Value, Quantizer]] = {}
 
@@ -206,7 +223,7 @@ class _Writer:
         for value in () if weight_only else layer.activations:
             self._quantize_input(value, layer)
         self.quantize_weight(layer)
-        if layer.output_quantized and not weight_only:  # case 2
+        if layer.output_quantized and not weight_only and not self._inputs_only:  # case 2
             self._quantize_output(layer.output, layer)
 
     def quantize_weight(self, layer: Layer) -> None:
@@ -259,7 +276,7 @@ class _Writer:
             zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
         if quantizer.row_bits is not None:  # case 5
             value = self._cut_off(value, quantizer)
-        return _pair_nodes(build, value, quantizer, scale, zero)
+        return pair_nodes(build, value, quantizer, scale, zero)
 
     def _cut_off(self, value: ir.Value, quantizer: Quantizer) -> ir.Value:
         """Return a copy of a weight, clipped at the ends of each row's grid; large ones go to the weight store."""
@@ -281,36 +298,3 @@ class _Writer:
         for value in self._cut:
             if not value.uses() and not value.is_graph_output():
                 self.graph.initializers.pop(name_of(value), None)
-
-
-def _table_rows(program: Program, names: Names, tables: list[Quantizer]) -> dict[int, tuple[ir.Value, ir.Value]]:
-    """Return (scale `[1]` or `[C]`, zero point of that shape) of each table quantizer at the call's timestep."""
-    build = Builder(program.graph, names, program.graph[0], scope=TABLES_SCOPE)
-    row = step_index(build, program, group_of_train(program), "group")
-    rows: dict[int, tuple[ir.Value, ir.Value]] = {}
-    for stem, axis_free in (("", True), ("channel_", False)):
-        chosen = [q for q in tables if (q.axis is None) == axis_free]
-        if not chosen:
-            continue
-        columns = [(q.scale.reshape(len(q.scale), -1), q.zero_point.reshape(len(q.scale), -1)) for q in chosen]
-        sizes = [scale.shape[1] for scale, _ in columns]
-        scales = lookup(build, np.concatenate([scale for scale, _ in columns], axis=1), row, sizes, f"{stem}scales")
-        zeros = lookup(build, np.concatenate([zero for _, zero in columns], axis=1), row, sizes, f"{stem}zero_points")
-        rows |= {id(q): pair for q, pair in zip(chosen, zip(scales, zeros, strict=True), strict=True)}
-    return rows
-
-
-def _pair_nodes(build: Builder, value: ir.Value, quantizer: Quantizer, scale: ir.Value, zero: ir.Value) -> ir.Value:
-    stem = name_of(value)
-    axis = {} if quantizer.axis is None else {"axis": quantizer.axis}
-    dtype = ir.DataType.from_numpy(quantizer.zero_point.dtype)
-    integers = build.op(
-        "QuantizeLinear", [value, scale, zero], f"{stem}_quantized", like=value, dtype=dtype, attributes=axis
-    )
-    fmt = quantizer.format
-    if fmt.bits < STORED_BITS:
-        # Case 4: QuantizeLinear saturates at the ends of its storage type; a narrower format ends earlier.
-        ends = (("qmin", fmt.qmin), ("qmax", fmt.qmax))
-        limits = [build.constant(f"{stem}_{end}", np.array(q, fmt.dtype)) for end, q in ends]
-        integers = build.op("Clip", [integers, *limits], f"{stem}_narrowed", like=integers)
-    return build.op("DequantizeLinear", [integers, scale, zero], f"{stem}_dequantized", like=value, attributes=axis)

@@ -124,12 +124,11 @@ class LearnScales(TrainingPass):
         latents = chosen_latents(program, few, self.calls)
         decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         numbers = (self.iterations, self.learning_rate, 0.0, self.batch)
-        # premul has one zero point for all rows of a table.
         fit = ScaleFit(
             context,
             latents,
             Annealing(*numbers, inner=self.inner, precision=self.precision),
-            self.zero_points and program.lowering != "premul",
+            self.zero_points and program.free_zero_points,
             self.form == "network",
             self.name,
             UnitCache(program, context, {"pass": self.name, **decisive}),

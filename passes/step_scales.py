@@ -9,7 +9,7 @@ With `source: learned` the ranges in the tables come from a small network over t
 not kept (TDQ, arXiv 2306.02316; compiler/scales/tdq.py has the formulas). It is evaluated at the timestep of every
 call. Calls that share a row get the widest of their ranges, so TDQ itself is `group_steps.method: each`.
 
-Zero points are in the table as well. The lowering `premul` has constant ones only: `zero_point: constant` gives all
+Zero points are in the table as well. The lowering `constant` has constant ones only: `zero_point: constant` gives all
 rows of a table one zero point z. The scale of each row is then so wide that the grid reaches both ends of the row's
 range within half a step, which is also what rounding a zero point of its own costs a row:
 
@@ -112,7 +112,7 @@ class StepScales(Pass):
         """Return (scales, zero points) `[rows]`, one of each for each range."""
         fmt = quantizer.format
         scale, zero = scale_for_range([r[0] for r in ranges], [r[1] for r in ranges], fmt)
-        if self.zero_point == "table":
+        if self.zero_point == "table" or fmt.symmetric:
             return scale, zero
         return _around_one_zero_point(groups, ranges, np.append(zero, quantizer.zero_point), fmt)
 

@@ -28,7 +28,7 @@ from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Predict, Timestep
 from mezzotint.runtime.streams import SeedOffset
 
-from ..audit.suggestions import islands_option
+from ..audit.suggestions import best_recipe, islands_option
 from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, guided_output, require_same_channels
 from ..core.execute import Executor
 from ..core.pipeline import Context, Recipe
@@ -124,7 +124,7 @@ def _inaccurate(entry: Acceptance, layers: Sequence[WorstLayer]) -> str:
 def _remedies(layers: Sequence[WorstLayer], recipe: Recipe) -> str:
     """Return what helps: the remedies of the layers, and the options that keep all of them in float."""
     if not layers:
-        other = "" if recipe.name == "w8a8-best" else "--recipe w8a8-best, "
+        other = "" if recipe.name == best_recipe(recipe) else f"--recipe {best_recipe(recipe)}, "
         return f"{other}more calibration samples, or wider weights and activations; `mezzotint debug` may name layers"
     remedies = dict.fromkeys(layer.advice for layer in layers if ".islands=" not in layer.advice)
     return "; or ".join([*remedies, islands_option(recipe, [layer.layer for layer in layers])])

@@ -43,7 +43,7 @@ def worst_layers(
     `budget_calls` is the number of float calls that this may take. Nothing is returned for a graph whose layers cannot
     be separated.
     """
-    if program.float_model is None or program.lowering == "premul":
+    if program.float_model is None:
         return ()
     compared = put_side_by_side(replace(program, model=program.float_model), file)
     if not compared.layers:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..graph.nodes import consumers, is_op
+from ..graph.nodes import consumers, is_constant, is_op, numpy_of
 from ..graph.ops import is_mover
 from ..graph.require import dtype_of, inputs, tensor_of
 
@@ -80,9 +80,27 @@ def input_grid(node: ir.Node, index: int) -> LoweredGrid | None:
     scale, zero = read_scale, read_zero
     if writer is not None and is_op(writer, "QuantizeLinear"):
         scale, zero = writer.inputs[1:3]
+        if _is_rescaled(writer):
+            raise UnknownForm("its input is multiplied by a factor of the timestep in front of a constant scale")
     if any(v is not None and list(v.shape or ()) not in ([], [1]) for v in (scale, read_scale)):
         raise UnknownForm("its input has a scale for each channel")
     return LoweredGrid(scale, zero, clip, None, read_scale, read_zero)
+
+
+def _is_rescaled(quantize: ir.Node) -> bool:
+    """Return whether a QuantizeLinear reads the product with a row of numbers (compiler/lowering/constant.py)."""
+    product = None if quantize.inputs[0] is None else quantize.inputs[0].producer()
+    if product is None or not is_op(product, "Mul") or product.inputs[1] is None:
+        return False
+    node = product.inputs[1].producer()
+    if node is not None and is_op(node, "Split"):
+        sizes = node.inputs[1] if len(node.inputs) > 1 else None
+        if sizes is None or not is_constant(sizes) or np.any(numpy_of(sizes) != 1) or node.inputs[0] is None:
+            return False
+        node = node.inputs[0].producer()
+    table = node.inputs[0] if node is not None and is_op(node, "Gather") else None
+    one = is_op(product.inputs[1].producer(), "Split") or (table is not None and list(table.shape or ())[1:] == [1])
+    return table is not None and is_constant(table) and one
 
 
 def output_grid(node: ir.Node) -> LoweredGrid | None:

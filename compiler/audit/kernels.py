@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mezzotint.runtime.bundle.manifest_entries import Kernels, LayerKernel
+from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
 from ..graph.nodes import counts
 from ..graph.ops import Layer
@@ -34,19 +35,26 @@ class KernelAudit:
         """Return the number of layers in float, as `audit` counts them."""
         return self.fusion.layers.floating
 
-    def entry(self, islands: Mapping[str, str]) -> Kernels:
-        """Return the manifest's `kernels`. `islands` gives the reasons why layers are in float on purpose."""
+    def entry(self, islands: Mapping[str, str], target: Target = ONNXRUNTIME) -> Kernels:
+        """Return the manifest's `kernels`. `islands` gives the reasons why layers are in float on purpose.
+
+        In the form for another `target` there are layers that onnxruntime's CPU provider runs in float for that.
+        """
         rows = {}
         for name, verdict in self.layers.items():
             kernel = "" if verdict is None else verdict.kernel
             integer = verdict is not None and verdict.integer and kernel in INTEGER_KERNELS
-            why = "" if integer else islands.get(name) or _why(verdict)
+            why = "" if integer else islands.get(name) or (_why(verdict) if target == ONNXRUNTIME else _other(target))
             rows[name] = LayerKernel(kernel or "unknown", integer, why)
         for name, why in islands.items():  # matrix products that are no layers cannot be quantized at all
             verdict = self.fusion.of(name)
             kernel = verdict.kernel if verdict is not None and verdict.kernel else "float"
             rows.setdefault(name, LayerKernel(kernel, False, why))
         return Kernels(self.integer, self.floating, dict(sorted(self.operations.items())), rows)
+
+
+def _other(target: Target) -> str:
+    return f"onnxruntime's CPU provider runs it in float: its output is not quantized, in the form for {target}"
 
 
 def _why(verdict: Verdict | None) -> str:

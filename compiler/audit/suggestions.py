@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from mezzotint.runtime.compare import ratio_db
+from mezzotint.runtime.targets import ONNXRUNTIME
 
 from ..core.pipeline import Recipe
 
@@ -102,7 +103,7 @@ def suggest(layer: str, facts: Facts, share: float, recipe: Recipe, weight_bits:
     if constant and drift > DRIFT:
         return Suggestion(
             "table",
-            "scales that depend on the timestep: --recipe w8a8-steps, or step_scales in your recipe",
+            f"scales that depend on the timestep: {_tables(recipe)} in your recipe",
             f"its {part} is {drift:.2g} times as wide at one step as at another, and has one scale",
         )
     uneven = max(facts.parts) / max(min(facts.parts), 1e-30) if facts.parts else 1.0
@@ -134,10 +135,20 @@ def _of_weights(layer: str, relative: float, recipe: Recipe, bits: int | None) -
     if all(step.name != "round_weights" for step in recipe.passes):
         return Suggestion(
             "rounding",
-            "round the weights against their inputs: --recipe w8a8-best, or round_weights at the end of your recipe",
+            f"round the weights against their inputs: --recipe {best_recipe(recipe)}, or round_weights at the end of "
+            "your recipe",
             "its weights cause most of its error, and were rounded to the nearest",
         )
     return Suggestion("island", islands_option(recipe, [layer]), "its weights cause most of its error")
+
+
+def _tables(recipe: Recipe) -> str:
+    return "--recipe w8a8-steps, or step_scales" if recipe.target == ONNXRUNTIME else "step_scales with a lower gain"
+
+
+def best_recipe(recipe: Recipe) -> str:
+    """Return the name of the best recipe of ours for the target of a recipe (passes/recipes/targets.py has it too)."""
+    return "w8a8-best" if recipe.target == ONNXRUNTIME else "w8a8-constant"
 
 
 def islands_option(recipe: Recipe, layers: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from mezzotint.runtime.bundle.precisions import Mixture
 from mezzotint.runtime.bundle.ranges import RANGES
 from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.session import TESTED_ONNXRUNTIME
+from mezzotint.runtime.targets import ONNXRUNTIME, TARGETS, Target
 from mezzotint.runtime.visible import one_line, visible
 
 from . import card_code as code
@@ -77,15 +78,20 @@ def _title(manifest: Manifest) -> str:
     signature, kernels, recipe = manifest.signature, manifest.kernels, manifest.recipe
     names = ", ".join(_code(n) for n in (signature.sample, signature.timestep, *signature.conditions))
     size = "" if manifest.storage is None else _size(manifest.storage)
+    other = "" if manifest.target == ONNXRUNTIME else "; that engine makes other choices, and was not asked"
     return f"""# {_plain(manifest.source.name)}, a Mezzotint bundle ({_plain(recipe.name)})
 
-A diffusion model's denoiser, compiled for onnxruntime's CPU kernels.
+A diffusion model's denoiser, compiled for {_engine(manifest.target)}.
 Recipe {_code(recipe.name)}: {_plain(recipe.description)}.
 
 `{MODEL}` is an ordinary ONNX file: inputs {names}, output {_code(signature.output)} ({signature.prediction}).
-{kernels.integer} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels.floating} in float.
+{kernels.integer} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels.floating} in float{other}.
 {size}{_precisions(manifest.mixture)}
 It was made for {manifest.deployment}."""
+
+
+def _engine(target: Target) -> str:
+    return "onnxruntime's CPU kernels" if target == ONNXRUNTIME else f"{TARGETS[target]} (target `{target}`)"
 
 
 def _size(storage: Storage) -> str:

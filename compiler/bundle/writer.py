@@ -16,6 +16,7 @@ from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry, Source, input_entries
 from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.bundle.ranges import RANGES
+from mezzotint.runtime.targets import ONNXRUNTIME
 
 from ..audit.kernels import audit_kernels
 from ..core.program import Plan, Program
@@ -122,7 +123,7 @@ def write_bundle(
         deployed_timesteps=None if program.frozen is None else tuple(program.frozen),
         sample_shape=program.shape,
         history=tuple(record.entry() for record in program.history),
-        kernels=kernels.entry(plan.islands if quantized else {}),
+        kernels=kernels.entry(plan.islands if quantized else {}, program.target if quantized else ONNXRUNTIME),
         storage=storage(program, lowered, files),
         quantizers=tuple(quantizer.entry(site) for site, quantizer in plan.quantizers.items()),
         islands=dict(plan.islands),
@@ -132,6 +133,7 @@ def write_bundle(
         training=program.training,
         warnings=program.warnings,
         acceptance=acceptance,
+        target=program.target,
         nodes=dict(sorted(counts(lowered.graph).items())),
     )
     write_text(bundle / CARD, card_text(manifest, bundle))

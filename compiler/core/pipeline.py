@@ -21,6 +21,7 @@ from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import rows_in_turn
+from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
 from ..errors import PassError, RecipeError
 from ..graph import weight_store as store
@@ -88,6 +89,10 @@ class Pass(ABC):
     def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:  # noqa: B027 most passes fit everywhere
         """Raise RecipeError for a recipe with these passes, or a deployment, that this pass cannot work with."""
 
+    def for_target(self, target: Target, passes: Sequence[Pass]) -> Pass:
+        """Return this pass, one of `passes`, as a target needs it. Raise RecipeError if it has no form for that."""
+        return self
+
     def trains_on(self, device: str) -> bool:
         """Return whether this pass trains. Raise InputError if it does and the device is not there."""
         return False
@@ -117,7 +122,7 @@ class Recipe:
 
     `baseline` is the recipe without the method of this one. `claim` is the width ("w4a8") at which, according to the
     paper, the method is better than the baseline; `claim_eta` is the eta of DDIM that this needs. tools/leaderboard.py
-    measures both there.
+    measures both there. `target` is the engine that it is compiled for when no other is chosen.
     """
 
     name: str
@@ -127,6 +132,7 @@ class Recipe:
     baseline: str = ""
     claim: str = ""
     claim_eta: float = 0.0
+    target: Target = ONNXRUNTIME
 
     def __post_init__(self) -> None:
         have: set[str] = set()
@@ -165,6 +171,10 @@ class Recipe:
         """Return the `islands` of all passes: the roles and node name patterns that stay in float."""
         return tuple(dict.fromkeys(island for p in self.passes for island in p.options().get("islands", ())))
 
+    def for_target(self, target: Target) -> Recipe:
+        """Return the recipe with its passes as a target needs them. Raise RecipeError if one has no form for it."""
+        return replace(self, passes=tuple(step.for_target(target, self.passes) for step in self.passes), target=target)
+
     def check(self, deployment: Deployment) -> None:
         """Raise RecipeError for whatever the passes would refuse on any model."""
         for step in self.passes:
@@ -185,6 +195,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         steps = [{"pass": p.name, **({"options": p.options()} if p.options() else {})} for p in self.passes]
         claims = {key: value for key in ("baseline", "claim", "claim_eta") if (value := getattr(self, key))}
+        claims |= {} if self.target == ONNXRUNTIME else {"target": self.target}
         return {"name": self.name, "description": self.description, "paper": self.paper, **claims, "passes": steps}
 
 

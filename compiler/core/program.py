@@ -6,7 +6,7 @@ new Program. Everything else is typed, immutable data next to the graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -21,15 +21,18 @@ from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Signature, Timestep
+from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
 from ..errors import PassError
+from ..graph.nodes import name_of
+from ..graph.ops import Layer
 from .formats import Format, Grid, RowFormats
 from .stats import Stats
 
 __all__ = ["Lowering", "Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
 
 
-Lowering = Literal["qdq", "integer", "premul"]
+Lowering = Literal["qdq", "integer", "constant"]
 """The forms of a quantized graph that a target can get: one file each in compiler/lowering."""
 
 _T = TypeVar("_T")
@@ -106,6 +109,20 @@ class Plan:
     groups: tuple[int, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
 
+    def read_by(self, layers: Iterable[Layer]) -> Plan:
+        """Return the plan with the quantizers that these layers read inputs and weights through, and no others."""
+        used: set[Site] = set()
+        for layer in layers:
+            for value in (*layer.activations, *([] if layer.weight is None else [layer.weight])):
+                own = Site(name_of(value), layer.name)
+                used.add(own if own in self.quantizers else Site(name_of(value)))
+        return replace(self, quantizers={site: q for site, q in self.quantizers.items() if site in used})
+
+    @property
+    def has_tables(self) -> bool:
+        """Return whether the scales of a quantizer depend on the timestep."""
+        return any(quantizer.table for quantizer in self.quantizers.values())
+
     def of(self, value: str, consumer: str = "") -> Quantizer | None:
         """Return the quantizer of a consumer's view of a value, else that of the value, else None."""
         return self.quantizers.get(Site(value, consumer)) or self.quantizers.get(Site(value))
@@ -146,6 +163,7 @@ class Program:
     frozen        the timesteps of the tables in the graph, in the order of the rows (set by freeze_time)
     float_model   the graph before insert_qdq, for passes that compare with it
     lowering      the form in which the target gets the quantized graph
+    target        the engine that gets it
     allocation    the number of calibration samples used at each timestep of the deployment, in the order of first
                   calls; empty: every sample at every timestep
     refused       the values and nodes that a rewriting pass left unchanged, with the reason
@@ -167,6 +185,7 @@ class Program:
     frozen: tuple[Timestep, ...] | None = None
     float_model: ir.Model | None = None
     lowering: Lowering = "qdq"
+    target: Target = ONNXRUNTIME
     allocation: tuple[int, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     history: tuple[Record, ...] = ()
@@ -217,6 +236,11 @@ class Program:
         sample = next(v for v in self.graph.inputs if v.name == self.signature.sample)
         size = sample.shape[0] if sample.shape else None
         return size if isinstance(size, int) else None
+
+    @property
+    def free_zero_points(self) -> bool:
+        """Return whether training may move zero points: `constant` has one for all rows of a table."""
+        return self.lowering != "constant" or not (self.plan or Plan()).has_tables
 
     def conditions(self) -> dict[str, ir.Value]:
         """Return the graph inputs other than the sample and the timestep, by name."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mezzotint.runtime.targets import ONNXRUNTIME, Target
+
 from ..core.program import Lowering
 from ..errors import RecipeError
 
@@ -25,13 +27,35 @@ def check_passes(lowering: Lowering, options: Mapping[str, Mapping[str, Any]], w
     )
 
 
+def lowering_for(target: Target, lowering: Lowering, before: Mapping[str, Mapping[str, Any]], where: str) -> Lowering:
+    """Return the lowering that a target gets of a recipe's. Raise RecipeError for a recipe that has none for it.
+
+    `before` are the passes in front of insert_qdq, by name with their options. onnxruntime takes every lowering but
+    `constant`, all other targets take only that one, and a recipe without tables (`qdq`) has it too.
+    """
+    if target == ONNXRUNTIME:
+        if lowering == "constant":
+            raise RecipeError(
+                "the lowering `constant` leaves the outputs of convolutions in float, and onnxruntime's CPU provider "
+                "would run these in float",
+                where=where,
+            )
+        return lowering
+    if lowering == "integer":
+        raise RecipeError(
+            f"the lowering `integer` writes operations of onnxruntime, which {target} does not have", where=where
+        )
+    check_passes("constant", before, where)
+    return "constant"
+
+
 def check_tables(
     lowering: Lowering, *, scales: bool, biases: bool, channels: bool, zero_points: bool, where: str
 ) -> None:
     """Raise RecipeError for tables over the timestep, of scales, biases or zero points, and for scales by channel."""
     if lowering == "qdq" and (scales or biases):
         raise RecipeError(
-            f"{'biases' if biases else 'scales'} that depend on the timestep need the integer or the premul lowering",
+            f"{'biases' if biases else 'scales'} that depend on the timestep need the integer or the constant lowering",
             where=where,
             hint="set insert_qdq.lowering to integer, or leave out fold_time and step_scales",
         )
@@ -39,11 +63,11 @@ def check_tables(
         raise RecipeError(
             f"scales for each channel of an activation need the integer lowering; {lowering} has none",
             where=where,
-            hint="leave out channel_scales, as the recipe w8a8-premul does",
+            hint="leave out channel_scales, as the recipe w8a8-constant does",
         )
-    if lowering == "premul" and zero_points:
+    if lowering == "constant" and zero_points:
         raise RecipeError(
-            "zero points that depend on the timestep need the integer lowering: premul has constant ones",
+            "zero points that depend on the timestep need the integer lowering: constant has constant ones",
             where=where,
             hint="give all rows one zero point: --set step_scales.zero_point=constant",
         )

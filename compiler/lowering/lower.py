@@ -10,15 +10,15 @@ from ..core.program import Lowering, Program
 from ..errors import RecipeError
 from . import packing
 from .bias_room import with_room
+from .constant import lower_constant
 from .float_islands import keep_islands, unpack_transposed
 from .integer import lower_integer
-from .premul import lower_premul
 from .qdq import lower_qdq
 
 LOWERINGS: Mapping[Lowering, Callable[[Program], ir.Model]] = {
     "qdq": lambda program: lower_qdq(program.model),
     "integer": lower_integer,
-    "premul": lower_premul,
+    "constant": lower_constant,
 }
 
 
@@ -33,6 +33,10 @@ def lower(program: Program) -> ir.Model:
             where="insert_qdq.lowering",
             hint=f"choose one of {', '.join(LOWERINGS)}",
         )
+    if program.lowering == "constant":  # its biases are float; what follows is for onnxruntime's CPU provider
+        model = lower_constant(program)
+        packing.pack(model, "int8" if program.target == "tensorrt" else "whole")
+        return model
     model = LOWERINGS[program.lowering](with_room(program))
     keep_islands(model.graph)
     unpack_transposed(model.graph)

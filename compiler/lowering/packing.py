@@ -24,7 +24,7 @@ the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,18 +42,25 @@ _INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "MatMulInte
 _LOOK_FIRST = 4096  # values of a large float constant that are checked before the others
 _NARROW = (np.int8, np.uint8, np.int16)
 
+WeightStorage = Literal["parts", "whole", "int8"]
 
-def pack(model: ir.Model) -> None:
+
+def pack(model: ir.Model, weights: WeightStorage = "parts") -> None:
     """Store the constants of a lowered graph in fewer bytes; edits the model.
+
+    `weights` are stored in parts of several widths, each as a `whole` in INT4 where that holds all of its values, or
+    as they are, in `int8`; then no constant is changed, for engines that fold no operations on constants.
 
     The exporter's notes on nodes and constants are removed too: the dumps of the passes keep them, and no session reads
     them.
     """
     for annotated in (*model.graph, *model.graph.initializers.values()):
         annotated.metadata_props.clear()
+    if weights == "int8":
+        return
     packer = _Packer(model)
     for value, axis in list(_weights(model.graph)):
-        packer.weight(value, axis)
+        packer.weight(value, axis, whole=weights == "whole")
     for value in list(model.graph.initializers.values()):
         if is_half(value):
             packer.half(value)
@@ -163,10 +170,13 @@ class _Packer:
         self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS_SCOPE)
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
 
-    def weight(self, value: ir.Value, axis: int) -> None:
-        """Store a weight by output channels, each in the bits that its values need."""
+    def weight(self, value: ir.Value, axis: int, *, whole: bool = False) -> None:
+        """Store a weight by output channels, each in the bits that its values need; a `whole` one in INT4 only."""
         q, stem = numpy_of(value), name_of(value)
         widths = _widths(q, axis) if q.size else np.array([8])
+        if whole:
+            int4 = self.model.opset_imports.get("", 0) >= INT4_OPSET and widths.max() <= 4
+            widths = np.full_like(widths, 4 if int4 else 8)
         groups = [(int(bits), np.flatnonzero(widths == bits)) for bits in np.unique(widths)]
         if groups[0][0] == 8:
             return

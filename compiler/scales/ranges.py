@@ -51,7 +51,12 @@ def least_error_range(summary: Summary, fmt: Format) -> tuple[float, float]:
 
 
 def expected_error(summary: Summary, low: float, high: float, fmt: Format) -> float:
-    """Return the mean squared error of quantizing the values of a summary with the range [low, high]."""
+    """Return the mean squared error of quantizing the values of a summary with the range [low, high].
+
+    A symmetric grid reaches as far on the other side.
+    """
+    if fmt.symmetric:
+        low, high = -max(-low, high), max(-low, high)
     low_edges, high_edges, counts = summary.bins()
     centre, width = (low_edges + high_edges) / 2, high_edges - low_edges
     step = max((high - low) / (fmt.qmax - fmt.qmin), 1e-30)

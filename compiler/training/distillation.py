@@ -125,7 +125,7 @@ def _scales(program: Program, graph: TorchGraph, of_weights: Sequence[str]) -> L
     All rows of tables have calls here.
     """
     names = [n.name for n in program.graph if is_op(n, "QuantizeLinear") and not is_constant(n.inputs[0]) and n.name]
-    grids = learned_grids(graph, [*names, *of_weights], {}, zero_points=program.lowering != "premul")
+    grids = learned_grids(graph, [*names, *of_weights], {}, zero_points=program.free_zero_points)
     rows = max(program.require_plan().groups, default=-1) + 1
     return LearnedScales(grids, rows, range(rows))
 

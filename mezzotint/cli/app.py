@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mezzotint.runtime import bounds
+from mezzotint.runtime.targets import TARGETS
 
 from ..options import (
     RECIPE,
@@ -90,7 +91,13 @@ def demo(
 def compile_(
     model: ModelArgument,
     bundle: Annotated[Path, typer.Option("-o", "--bundle", help="Bundle folder to write.")],
-    recipe: Annotated[str, typer.Option(help="A named recipe or a YAML file; see `mezzotint recipes`.")] = RECIPE,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"A named recipe or a YAML file; see `mezzotint recipes`. Usually {RECIPE}."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help=f"The engine that the graph is for: {', '.join(TARGETS)}; else the recipe's own.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.")] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="scheduler_config.json, its folder, or a name, as sd or cosine:60.")
@@ -146,7 +153,7 @@ def compile_(
     output_name, predicted = settings.parse_output(output, prediction)
     _warn_of_untested_onnxruntime()
     options = CompileOptions(
-        RecipeOptions(recipe, settings.parse_settings(set_ or [])),
+        RecipeOptions(recipe, settings.parse_settings(set_ or []), target),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
         CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
         ImportRoles(
@@ -174,7 +181,8 @@ def compile_(
     summary = compile_summary(compiled)
     console.print_json(summary) if json else console.print_pairs(f"compiled {model}", compile_rows(compiled, summary))
     acceptance = compiled.manifest.acceptance
-    if acceptance is not None and acceptance.slower and not json:
+    measured_here = not compiled.manifest.measured_in  # another engine has its own speed
+    if acceptance is not None and acceptance.slower and measured_here and not json:
         console.print_warning(f"the compiled file is not faster than the float model: {acceptance.speed_text()}")
 
 
@@ -265,7 +273,7 @@ def recipes(
     json: Json = False,
 ) -> None:
     """List the named recipes, print one as YAML, or print a pass with its options."""
-    from ..text.report import print_recipes
+    from ..text.report_recipes import print_recipes
 
     print_recipes(name, as_json=json)
 

@@ -29,9 +29,11 @@ def audit(
 ) -> None:
     """Print the kernel that an engine built for each quantized group, or the rule against it and the fix."""
     from ..text import console
-    from .audit_tables import audits, print_audits, to_json
+    from .audit_tables import audits, print_audits, target_note, to_json
 
     found = audits(model, provider, threads=threads)
     console.print_json(to_json(model, provider, found)) if json else print_audits(found, everything=all_)
+    if note := target_note(model, provider):
+        console.print_warning(note)
     if strict and any(result.failed for result in found.values()):
         raise typer.Exit(1)

@@ -20,6 +20,17 @@ AUDITED = ("cpu", "openvino", "tensorrt", "nv_tensorrt_rtx")
 """The providers that `audit` knows: two are asked what they built, two have rules only."""
 
 
+def target_note(model: Path, provider: str = "cpu") -> str:
+    """Return what a reader must know of a bundle for another engine: these are not its kernels. Else nothing."""
+    from mezzotint.runtime.bundle.bundle import open_bundle
+
+    manifest = open_bundle(model, verify=False).manifest if model.is_dir() and provider == "cpu" else None
+    if manifest is None or not manifest.measured_in:
+        return ""
+    hint = f" (--provider {manifest.target})" if manifest.target in AUDITED else ""
+    return f"the kernels are those {manifest.measured_in}{hint}"
+
+
 def audits(model: Path, provider: str = "cpu", *, threads: int | None = None) -> dict[str, Fusion | Legality]:
     """Return the audit of an ONNX file, or of each network file of a bundle, by file name.
 

@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 PANELS = {
     "Output": ("bundle", "dump_passes", "license", "force", "dry_run"),
-    "Recipe": ("recipe", "set_"),
+    "Recipe": ("recipe", "target", "set_"),
     "Deployment": ("scheduler", "sampler", "steps", "eta", "guidance", "timestep_unit"),
     "Calibration": (
         *("calibration_samples", "calibration_batch", "conditions", "unconditional", "seed", "cache"),

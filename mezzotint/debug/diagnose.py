@@ -138,8 +138,7 @@ def diagnose(
     The calls are the worst of the bundle, and others that are evenly spaced.
     `reference` is the float .onnx that the bundle was compiled from. Each measured call takes (quantized layers + 2)
     network calls of twice the work. Without a seed the noise is one that no pass has seen. Raises InputError for a
-    bundle whose layers cannot be separated: several precisions, scales folded into constants (w8a8-premul), or no
-    quantized layer at all.
+    bundle whose layers cannot be separated: several precisions, or no quantized layer that can be taken out of it.
 
     A float graph that was rewritten from statistics (smooth_scales) is calibrated again, with `conditions` as its rows.
     """

@@ -31,13 +31,6 @@ def checked_recipe(bundle: Bundle) -> Recipe:
             where=str(bundle.path),
             hint="debug it where it was compiled, with the version and the passes that made it",
         ) from error
-    for step in recipe.passes:
-        if step.options().get("lowering") == "premul":
-            raise InputError(
-                "scales folded into constants (lowering premul) cannot be separated from their layers",
-                where=str(bundle.path),
-                hint="compile with insert_qdq.lowering=integer, which has the same plan, and debug that bundle",
-            )
     return recipe
 
 

@@ -30,9 +30,13 @@ def size(bundle: Bundle, reference: Path) -> dict[str, Any]:
 
 
 def kernels(bundle: Bundle) -> dict[str, Any]:
-    """Return the numbers of integer and float kernels, and the islands with their reasons, from the manifest."""
-    counts = bundle.manifest.kernels
-    return {"integer": counts.integer, "float": counts.floating, "islands": dict(bundle.manifest.islands)}
+    """Return the numbers of integer and float kernels, and the islands with their reasons, from the manifest.
+
+    `counted` says that these are not the target's kernels, and is left out where they are.
+    """
+    manifest, counts = bundle.manifest, bundle.manifest.kernels
+    found = {"integer": counts.integer, "float": counts.floating, "islands": dict(manifest.islands)}
+    return {**found, "counted": manifest.measured_in} if manifest.measured_in else found
 
 
 def speed(

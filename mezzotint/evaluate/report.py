@@ -98,7 +98,8 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
         "images": f"{evaluation.pictures} pairs, seed {evaluation.seed}",
         "noise correction": "applied" if evaluation.correction else "not applied",
         "features": "none" if features is None else f"{features['name']}, {features['digest'][:12]}",
-        "kernels": f"{kernels['integer']} integer, {kernels['float']} float, {len(kernels['islands'])} islands",
+        "kernels": f"{kernels['integer']} integer, {kernels['float']} float, {len(kernels['islands'])} islands"
+        + (f" {kernels['counted']}" if kernels.get("counted") else ""),
         "onnxruntime": evaluation.onnxruntime,
         **({} if evaluation.engine is None else {"engine of the bundle": EngineUsage(**evaluation.engine).text()}),
     }

@@ -18,6 +18,7 @@ from mezzotint.passes.recipes.files import recipe_from_json, to_yaml
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.manifest_entries import Storage
 from mezzotint.runtime.bundle.ranges import RANGES, Ranges
+from mezzotint.runtime.targets import TARGETS
 
 from ..text.report import model_bytes
 
@@ -41,17 +42,19 @@ def summary_section(bundle: Bundle) -> PageData:
     rows = [
         ("source", f"{source.kind} {source.name} ({source.class_name or 'ONNX'})"),
         ("recipe", f"{recipe.name}: {recipe.description}"),
+        ("target", f"{manifest.target}: {TARGETS[manifest.target]}"),
         ("deployment", str(bundle.deployment)),
         ("sample", f"{shape}, predicts {manifest.signature.prediction}"),
         ("conditions", ", ".join(manifest.signature.conditions) or "none"),
         ("noise correction", "none" if bundle.correction is None else str(bundle.correction.fitted_for)),
         ("calibration", f"{runs.samples} samples, seed {runs.seed}"),
         ("compiled in", f"{sum(record.seconds for record in history):.1f} s, {len(history)} passes"),
-        *(() if manifest.acceptance is None else manifest.acceptance.shown().items()),
+        *(() if manifest.acceptance is None else manifest.acceptance.shown(manifest.measured_in).items()),
+        *([("kernels", manifest.kernels_text())] if manifest.measured_in else []),
         ("digest", manifest.digest),
     ]
     if bundle.precisions is not None:
-        rows.insert(2, ("precisions", f"{', '.join(bundle.precisions.files)}; the graph below is that of the first"))
+        rows.insert(3, ("precisions", f"{', '.join(bundle.precisions.files)}; the graph below is that of the first"))
     return {
         "name": source.name,
         "recipe": recipe.name,
@@ -59,6 +62,7 @@ def summary_section(bundle: Bundle) -> PageData:
         "float_bytes": source.parameter_bytes,
         "integer": kernels.integer,
         "float": kernels.floating,
+        "measured_in": manifest.measured_in,
         "layers": len(kernels.layers),
         "integer_layers": sum(layer.integer for layer in kernels.layers.values()),
         "islands": len(manifest.islands),

@@ -157,19 +157,20 @@ def _named(bundles: Mapping[str, Bundle | str | Path] | Sequence[Bundle | str | 
 
 
 def _check_same_network(bundles: Mapping[str, Bundle]) -> None:
-    """Raise InputError where source, signature, schedule, deployment or sample shape differ."""
+    """Raise InputError where source, signature, schedule, target, deployment or sample shape differ."""
     (name, first), *others = bundles.items()
     for other, bundle in others:
         pairs: dict[str, list[Any]] = {
             "source": [b.manifest.source.weights_sha256 for b in (first, bundle)],
             "signature": [b.signature for b in (first, bundle)],
             "schedule": [b.schedule for b in (first, bundle)],
+            "target": [b.manifest.target for b in (first, bundle)],
             "deployment": [b.deployment for b in (first, bundle)],
             "sample shape": [b.sample_shape for b in (first, bundle)],
         }
         for what, (mine, its) in pairs.items():
             if mine != its:
-                values = f" ({mine} and {its})" if what in ("deployment", "sample shape") else ""
+                values = f" ({mine} and {its})" if what in ("target", "deployment", "sample shape") else ""
                 raise InputError(
                     f"{name} and {other} differ in their {what}{values}",
                     where=str(bundle.path),

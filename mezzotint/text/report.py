@@ -1,23 +1,19 @@
-"""Summaries of bundles and recipes, as data and as tables."""
+"""Summaries of bundles, as data and as tables."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mezzotint.passes.recipes.catalog import RECIPES
-from mezzotint.passes.recipes.files import load_recipe, make_pass, pass_names, to_yaml
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage
 from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.sampling.options import SamplingOptions
+from mezzotint.runtime.targets import TARGETS
 
 from . import console
 from .report_mix import precisions_of, print_precisions
@@ -38,6 +34,7 @@ def compile_summary(bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
         "recipe": manifest.recipe.name,
+        "target": manifest.target,
         "model_bytes": model_bytes(bundle),
         "parameter_bytes_before": manifest.source.parameter_bytes,
         "integer_kernels": manifest.kernels.integer,
@@ -54,13 +51,15 @@ def compile_summary(bundle: Bundle) -> dict[str, Any]:
 def compile_rows(bundle: Bundle, summary: dict[str, Any]) -> dict[str, Any]:
     """Return compile_summary for display."""
     size, before = summary["model_bytes"], summary["parameter_bytes_before"]
+    acceptance = bundle.manifest.acceptance
     return {
         "bundle": summary["bundle"],
         "recipe": summary["recipe"],
+        "target": summary["target"],
         "size": f"{size / 1e6:.2f} MB, {size / before:.3f} of the float parameters' {before / 1e6:.2f} MB",
-        "kernels": f"{summary['integer_kernels']} integer, {summary['float_kernels']} float",
+        "kernels": bundle.manifest.kernels_text(),
         "kept in float": console.CellLines(f"{name}: {why}" for name, why in summary["islands"].items()) or "nothing",
-        **({} if bundle.manifest.acceptance is None else bundle.manifest.acceptance.shown()),
+        **({} if acceptance is None else acceptance.shown(bundle.manifest.measured_in)),
         "passes": f"{summary['seconds']:.1f} s, peak memory {summary['peak_memory_mb']:.0f} MB",
         "digest": summary["digest"],
     }
@@ -105,6 +104,7 @@ def print_inspection(bundle: Bundle, *, everything: bool = False) -> None:
         str(bundle.path),
         {
             "recipe": f"{manifest.recipe.name}: {manifest.recipe.description}",
+            "target": f"{manifest.target}: {TARGETS[manifest.target]}",
             "source": f"{source.kind} {source.name}",
             "inputs": ", ".join([signature.sample, signature.timestep, *signature.conditions]),
             "output": f"{signature.output} ({signature.prediction})",
@@ -116,9 +116,9 @@ def print_inspection(bundle: Bundle, *, everything: bool = False) -> None:
             "storage": "unknown: compiled by a version that did not count it"
             if manifest.storage is None
             else _storage(manifest.storage),
-            "kernels": f"{kernels.integer} integer, {kernels.floating} float",
+            "kernels": manifest.kernels_text(),
             **({"warnings": console.CellLines(manifest.warnings)} if manifest.warnings else {}),
-            **({} if manifest.acceptance is None else manifest.acceptance.shown()),
+            **({} if manifest.acceptance is None else manifest.acceptance.shown(manifest.measured_in)),
             "noise correction": "none" if bundle.correction is None else bundle.correction.fitted_for,
             "digest": manifest.digest,
         },
@@ -283,37 +283,3 @@ def _print_quantizers(quantizers: Sequence[QuantizerEntry], everything: bool) ->
 def _range_of(quantizers: Sequence[QuantizerEntry]) -> str:
     ends = [end for q in quantizers for end in (q.scale if isinstance(q.scale, tuple) else (q.scale,))]
     return f"{min(ends):.3g} .. {max(ends):.3g}"
-
-
-def print_recipes(name: str | None, *, as_json: bool) -> None:
-    """Print all recipes, one recipe as YAML with its passes, or one pass with its options and description."""
-    if name is None:
-        if as_json:
-            console.print_json([{**r.to_json(), "islands": list(r.islands)} for r in RECIPES.values()])
-            return
-        rows = [(r.name, r.description, ", ".join(r.islands) or "-", r.paper) for r in RECIPES.values()]
-        console.print_table("recipes", ("name", "what it does", "kept in float", "paper"), rows)
-        console.print_line("mezzotint recipes NAME prints one as YAML, or a pass with its options.")
-    elif name in pass_names():
-        _print_pass(name, as_json)
-    else:
-        recipe = load_recipe(name)
-        if as_json:
-            console.print_json(recipe.to_json())
-        else:
-            console.print_text(to_yaml(recipe))
-
-
-def _print_pass(name: str, as_json: bool) -> None:
-    step = make_pass(name)
-    module = importlib.import_module(type(step).__module__)
-    types = {f.name: f.type for f in dataclasses.fields(step)}  # type: ignore[arg-type]
-    options = {option: {"default": value, "type": str(types[option])} for option, value in step.options().items()}
-    description = inspect.getdoc(module) or ""
-    described = {"pass": name, "description": description, "options": options, "exact": step.tolerance is not None}
-    if as_json:
-        console.print_json(described)
-        return
-    console.print_text(description)
-    rows = [(o, d["type"], d["default"]) for o, d in options.items()]
-    console.print_table("options", ("option", "type", "default"), rows)

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from mezzotint.compiler.core.pipeline import Pass, Recipe
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.yaml_text import read_yaml
+from mezzotint.runtime.targets import ONNXRUNTIME, TARGETS, target_named
 from mezzotint.runtime.visible import one_line, visible
 
 from .catalog import RECIPES
@@ -92,7 +93,7 @@ def load_recipe(name: str, extended_by: tuple[str, ...] = ()) -> Recipe:
 
 def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -> Recipe:
     """Return a recipe from plain data; `keys` are those that it may have."""
-    keys = ["name", "description", "paper", "baseline", "claim", "claim_eta", "extends", "passes"]
+    keys = ["name", "description", "paper", "baseline", "claim", "claim_eta", "target", "extends", "passes"]
     if not isinstance(data, dict):
         raise RecipeError("a recipe is a mapping with a list of passes", where=where, hint=f"keys: {', '.join(keys)}")
     for key in data:
@@ -111,7 +112,16 @@ def recipe_from_json(data: Any, where: str, extended_by: tuple[str, ...] = ()) -
         raise RecipeError(
             f"the recipe's `claim_eta` is {visible(repr(eta), 60)}", where=where, hint="give a number from 0 to 1"
         )
-    return Recipe(_text(data, "name", Path(where).stem, where), passes=passes, claim_eta=float(eta), **words)
+    name = _text(data, "name", Path(where).stem, where)
+    usual = ONNXRUNTIME if base is None else base.target
+    target = target_named(_text(data, "target", usual, where))
+    if target is None:
+        raise RecipeError(
+            f"the recipe's `target` is {visible(repr(data['target']), 60)}",
+            where=where,
+            hint=f"choose one of {', '.join(TARGETS)}",
+        )
+    return Recipe(name, passes=passes, claim_eta=float(eta), target=target, **words)
 
 
 def _text(data: dict[str, Any], key: str, default: str, where: str) -> str:

@@ -84,13 +84,17 @@ class Acceptance:
         """Return the group with the lowest SQNR."""
         return min(self.groups, key=lambda group: float("inf") if group.sqnr_db is None else group.sqnr_db)
 
-    def shown(self) -> dict[str, str]:
-        """Return the figures by name for display; the speed only where it was measured."""
+    def shown(self, measured_in: str = "") -> dict[str, str]:
+        """Return the figures by name for display; the speed only where it was measured.
+
+        `measured_in` says where that was, for a file that is made for another engine.
+        """
         speed = self.speed_text()
+        verdict = f" {measured_in}" if measured_in else ": not faster than float" if self.slower else ""
         return {
             "SQNR of the prediction": self.sqnr_text(),
             f"PSNR of {self.images} image{'s' if self.images > 1 else ''}": self.psnr_text(),
-            **({"speed": speed + (": not faster than float" if self.slower else "")} if speed else {}),
+            **({"speed": speed + verdict} if speed else {}),
             **({"measured less": self.note} if self.note else {}),
         }
 

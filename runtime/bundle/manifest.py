@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import BundleError
 from ..sampling.deployment import Deployment
 from ..signature import Signature, Timestep, whole
+from ..targets import ONNXRUNTIME, TARGETS, Target, target_named
 from .acceptance import Acceptance
 from .json_fields import HINT, Fields, T
 from .manifest_entries import (
@@ -43,7 +44,8 @@ class Manifest:
     None for bundles that were compiled before the manifest had them. `card`, `measured`, `noise` and `bits` are open
     plain data for display: the fields of the model card, the figures of `mezzotint card`, the reports of fit_noise and
     assign_bits. `training` has the layers and blocks that passes trained, `warnings` what
-    passes did otherwise than their options ask for.
+    passes did otherwise than their options ask for. `target` is the engine that the graph was written for; `kernels`
+    are those of onnxruntime's CPU provider for every target.
     `digests_before` are those that the bundle had before its card was rewritten.
     """
 
@@ -71,10 +73,21 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     acceptance: Acceptance | None = None
     mixture: Mixture | None = None
+    target: Target = ONNXRUNTIME
     measured: Mapping[str, Any] = field(default_factory=dict)
     digests_before: tuple[str, ...] = ()
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     digest: str = ""
+
+    @property
+    def measured_in(self) -> str:
+        """Return where kernels were counted and speed was measured, if the target is another engine; else nothing."""
+        return "" if self.target == ONNXRUNTIME else f"in onnxruntime's CPU provider; the form is for {self.target}"
+
+    def kernels_text(self) -> str:
+        """Return the numbers of integer and float kernels, and the engine that they are of, for display."""
+        counts = f"{self.kernels.integer} integer, {self.kernels.floating} float"
+        return f"{counts} {self.measured_in}" if self.measured_in else counts
 
     def require_inputs(self) -> Mapping[str, InputEntry]:
         """Return the inputs. Raise BundleError for a manifest without."""
@@ -97,6 +110,7 @@ class Manifest:
             "recipe": self.recipe.to_json(),
             "calibration": self.calibration.to_json(),
             "versions": dict(self.versions),
+            **({} if self.target == ONNXRUNTIME else {"target": self.target}),
             **_unless_empty("card", self.card),
             "source": self.source.to_json(),
             "signature": self.signature.to_json(),
@@ -184,6 +198,7 @@ def _manifest(fields: Fields) -> Manifest:
         warnings=fields.maybe("warnings", fields.each_text) or (),
         acceptance=fields.maybe("acceptance", lambda key: fields.one(key, Acceptance.from_json)),
         mixture=Mixture.from_json(fields),
+        target=fields.maybe("target", lambda key: fields.parsed(key, _target)) or ONNXRUNTIME,
         measured=fields.maybe("measured", fields.table) or {},
         digests_before=fields.maybe("digests_before", fields.each_text) or (),
         files=fields.maybe("files", lambda key: fields.named(key, FileEntry.from_json)) or {},
@@ -233,6 +248,12 @@ def _shape(sizes: Any) -> tuple[int, int, int]:
     if not all(type(size) is int and 1 <= size <= LARGEST_SIDE for size in sizes):
         raise ValueError(f"sizes are integers from 1 to {LARGEST_SIDE}")
     return channels, height, width
+
+
+def _target(name: Any) -> Target:
+    if not isinstance(name, str) or (target := target_named(name)) is None:
+        raise ValueError(f"choose one of {', '.join(TARGETS)}")
+    return target
 
 
 def _unless_empty(key: str, value: Mapping[str, Any]) -> dict[str, Any]:

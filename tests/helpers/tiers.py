@@ -107,7 +107,7 @@ SLOW = (
     "compiler/core/test_islands.py",
     "compiler/core/test_snapshot.py",
     "compiler/lowering/test_layout.py",
-    "compiler/lowering/test_premul.py",
+    "compiler/lowering/test_constant.py",
     "compiler/scales/test_row_inputs.py",
     "docs/test_method.py",
     "docs/test_readme.py",

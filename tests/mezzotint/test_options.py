@@ -17,11 +17,14 @@ import mezzotint
 from mezzotint import Bundle, compile_model, export_model, mix_bundles, sample, sample_to_folder
 from mezzotint.cli import app, export, mix
 from mezzotint.cli.options import SAMPLER_NAMES
+from mezzotint.compiler.errors import RecipeError
 from mezzotint.evaluate.run import evaluate_bundle
-from mezzotint.options import RECIPE, CompileOptions, DeploymentOptions
+from mezzotint.options import RECIPE, CompileOptions, DeploymentOptions, RecipeOptions
 from mezzotint.passes.recipes.catalog import DEFAULT
+from mezzotint.passes.recipes.targets import default_recipe
 from mezzotint.runtime.sampling.deployment import SAMPLERS, UNGUIDED
 from mezzotint.runtime.sampling.options import SamplingOptions
+from mezzotint.runtime.targets import TARGETS
 from mezzotint.shards.shards import ShardOptions
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +105,14 @@ def test_the_values_have_every_option() -> None:
 
 
 def test_defaults_that_are_written_twice() -> None:
-    assert RECIPE == DEFAULT
+    assert RECIPE == DEFAULT == RecipeOptions().chosen().name
+    for name in TARGETS:
+        chosen = RecipeOptions(target=name).chosen()
+        assert (chosen.name, chosen.target) == (default_recipe(name), name)
+    assert RecipeOptions("w8a8-constant").chosen().target == "portable"
+    with pytest.raises(RecipeError, match="no target called 'openvin'") as caught:
+        RecipeOptions(target="openvin")
+    assert caught.value.hint == "choose one of onnxruntime, openvino, tensorrt, portable"
     assert DeploymentOptions().guidance == UNGUIDED
     assert SAMPLER_NAMES.split(", ") == list(SAMPLERS)
     command, function = defaults(app.compile_), defaults(compile_model)

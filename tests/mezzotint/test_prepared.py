@@ -52,7 +52,9 @@ def onnx_file(folder: Path, **options: Any) -> Path:
         ({}, {"prediction": "flow_prediction"}, "flow_prediction"),
         ({}, {"size": (16, 16)}, "drop --size|8x8"),
         ({}, {"inputs": {"sample": "z"}}, "no input is called 'z'"),
-        ({}, {"settings": {"insert_qdq.lowering": "qdq"}}, "integer or the premul lowering"),
+        ({}, {"settings": {"insert_qdq.lowering": "qdq"}}, "integer or the constant lowering"),
+        ({}, {"target": "openvino"}, "no form for the target openvino(.|\n)*--recipe w8a8-constant, w8a8"),
+        ({}, {"recipe": "w8a8-constant", "target": "onnxruntime"}, "no form for the target onnxruntime"),
         ({}, {"settings": {"observe.channels": "none"}}, "no channel was measured"),
         ({}, {"recipe": "w4a8", "settings": {"assign_bits.mean_bits": None}}, "has no budget"),
         ({"time_dtype": TensorProto.FLOAT}, {"scheduler": "cosine:3"}, "steps are not possible"),
@@ -62,7 +64,7 @@ def test_both_refuse_alike(tmp_path: Path, model: dict[str, Any], options: dict[
     given = {"scheduler": "ddpm-linear", "steps": 4, "recipe": "w8a8-steps", **options}
     source, target = onnx_file(tmp_path, **model), tmp_path / "b"
     whole = CompileOptions(
-        RecipeOptions(given["recipe"], given.get("settings", {})),
+        RecipeOptions(given["recipe"], given.get("settings", {}), given.get("target")),
         DeploymentOptions(given.get("sampler"), given["steps"], 0.0, given.get("guidance", 1.0), given["scheduler"]),
         CalibrationOptions(conditions=given.get("conditions")),
         ImportRoles(

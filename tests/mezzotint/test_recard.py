@@ -191,13 +191,14 @@ class TestPrograms:
 class TestFacts:
     """What stands in it is what the manifest says."""
 
-    @pytest.mark.parametrize("name", ["w8a8", "w4a8", "w8a8-premul"])
+    @pytest.mark.parametrize("name", ["w8a8", "w4a8", "w8a8-constant"])
     def test_the_recipe_reads_back(self, hand: Compiled, tmp_path: Path, name: str) -> None:
         made = compile_model(hand.exported, tmp_path / "b", recipe=name, **SMALL)
         [block] = blocks(text(made), "yaml")
         (tmp_path / "r.yaml").write_text(block)
 
         assert load_recipe(str(tmp_path / "r.yaml")) == RECIPES[name]
+        assert made.manifest.target == RECIPES[name].target
         assert ("bits on average" in text(made)) == bool(made.manifest.bits)
         assert run(blocks(text(made), "python")[0], made.path) == "(1, 1, 8, 8) float32\n"
 

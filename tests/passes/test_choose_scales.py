@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +74,34 @@ def test_every_layer_has_its_quantizers(observed: Program, context: Context) -> 
             assert (quantizer.format, quantizer.axis) == (INT8, layer.weight_axis)
             assert quantizer.scale.shape == (numpy_of(layer.weight).shape[layer.weight_axis or 0],)
             assert not quantizer.zero_point.any()
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+@pytest.mark.parametrize("symmetric", ["products", "all"])
+def test_symmetric_activations(
+    observed: Program, context: Context, symmetric: Literal["products", "all"], method: Literal["percentile", "mse"]
+) -> None:
+    """Zero point 0 and both ends of the range inside; a factor that is never negative stays unsigned."""
+    plan = planned(observed, context, ChooseScales(symmetric=symmetric, activations=method)).require_plan()
+    usual = planned(observed, context, ChooseScales(activations=method)).require_plan()
+    stats = observed.require_stats()
+    every_layer = list(layers(observed.graph))
+    factors = {value.name for layer in every_layer if layer.kind == "attention" for value in layer.activations}
+    signed = set()
+    for site, quantizer in plan.quantizers.items():
+        summary = stats.summary(site.value)
+        if summary is None:
+            continue  # a weight
+        before = usual.quantizers[site]
+        if symmetric == "all" or (site.value in factors and summary.low < 0):
+            signed.add(site.value)
+            assert quantizer.format == INT8 and not quantizer.zero_point.any()
+            reach = max(int(before.zero_point), 255 - int(before.zero_point)) * float(before.scale)
+            assert method == "mse" or float(quantizer.scale) * 127 == pytest.approx(reach, rel=0.01)
+        else:
+            assert quantizer.format == UINT8 and quantizer.zero_point == before.zero_point
+            assert site.value not in factors or not quantizer.zero_point.any()
+    assert signed and (symmetric == "all") == (not factors >= signed)
 
 
 def weight_error(program: Program, name: str, axis: int) -> npt.NDArray[np.float64]:

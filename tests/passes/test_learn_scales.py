@@ -136,7 +136,7 @@ def test_weights_alone_and_both(compiled: Callable[..., Program], context: Conte
     assert both.training[0].hard < 0.9 * both.training[0].start
 
 
-@pytest.mark.parametrize(("recipe", "options"), [("w8a8", {"zero_points": False}), ("w8a8-premul", {})])
+@pytest.mark.parametrize(("recipe", "options"), [("w8a8", {"zero_points": False}), ("w8a8-constant", {})])
 def test_zero_points_stay_where_asked_and_where_all_rows_have_one(
     compiled: Callable[..., Program], context: Context, recipe: str, options: dict[str, Any]
 ) -> None:

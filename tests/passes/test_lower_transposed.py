@@ -189,7 +189,6 @@ def test_a_negative_bound_is_refused() -> None:
     [
         ("w8a8", ("QLinearConv", "Transpose")),  # bytes
         ("w8a8-steps", ("DequantizeLinear",)),  # floats, for a scale of each channel does not survive the move
-        ("w8a8-premul", ("Add",)),
     ],
 )
 def test_it_runs_on_integers(context: Context, recipe: str, sources: tuple[str, ...]) -> None:
@@ -216,7 +215,7 @@ def test_it_runs_on_integers(context: Context, recipe: str, sources: tuple[str, 
 
 @pytest.mark.parametrize(
     ("recipe", "group", "stored"),
-    [("w8a8", 1, "vz"), ("w8a8", 2, "vz"), ("w8a8-steps", 2, "v"), ("w8a8-premul", 1, "vz"), ("weights", 1, "vz")],
+    [("w8a8", 1, "vz"), ("w8a8", 2, "vz"), ("w8a8-steps", 2, "v"), ("weights", 1, "vz")],
 )
 def test_a_layer_that_stays_in_float_has_weights_of_8_bits(
     context: Context, recipe: str, group: int, stored: str

@@ -114,7 +114,7 @@ def test_a_network_that_lives_or_returns_a_constant_is_kept(context: Context) ->
     assert counts(after.graph)["Conv"] == 3
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-steps", "w8a8-premul"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-steps", "w8a8-constant"])
 @pytest.mark.parametrize("size", ["8", "side"])
 def test_a_layer_that_reads_zeros_compiles(context: Context, recipe: str, size: str) -> None:
     """With an open size the Conv behind the dead one stays, and reads a value whose range has no width."""

@@ -51,5 +51,5 @@ def test_it_compiles_and_draws(source: Path, tmp_path: Path, name: str) -> None:
     assert found.sqnr.pooled() > LEAST
     kernels = bundle.manifest.kernels
     assert kernels.integer + kernels.floating >= OLD_CONVS
-    if name != "float":
+    if name != "float" and recipe.target == "onnxruntime":
         assert kernels.integer >= INTEGER

@@ -9,7 +9,7 @@
     const s = D.summary, speed = D.speed, figures = D.pictures.figures;
     const tiles = [
       tile(M.bytes(s.bytes), `${(s.bytes / s.float_bytes).toPrecision(3)} of the float ${M.bytes(s.float_bytes)}`),
-      tile(`${s.integer_layers} / ${s.layers}`, "layers on integer kernels"),
+      tile(`${s.integer_layers} / ${s.layers}`, `layers on integer kernels ${s.measured_in}`),
       tile(String(s.islands), "islands in float on purpose"),
     ];
     if (speed.call_ms !== undefined) {

@@ -33,15 +33,6 @@ ENDS = {"insert_qdq.islands": ["first", "last"]}
 SPELLINGS: dict[str, dict[str, Any]] = {
     "qdq": {"recipe": "w8a8"},
     "integer": {"recipe": "w8a8-steps", "settings": ENDS},
-    "premul": {
-        "recipe": "w8a8-steps",
-        "settings": {
-            **ENDS,
-            "insert_qdq.lowering": "premul",
-            "step_scales.zero_point": "constant",
-            "channel_scales.gain": 1000.0,
-        },
-    },
 }
 ISLANDS = 2  # the first and the last convolution
 # The unet: 22 convolutions, and four attentions of 4 linear layers and 2 matmuls each.

@@ -60,7 +60,7 @@ def built(body: str, lowering: Lowering, context: Context) -> tuple[list[str], i
     return kernels, counts(lowered.graph)["LeakyRelu"]
 
 
-@pytest.mark.parametrize("lowering", lowerings.LOWERINGS)
+@pytest.mark.parametrize("lowering", ["qdq", "integer"])  # with `constant` no float layer reads a DequantizeLinear
 @pytest.mark.parametrize("case", ISLAND)
 def test_an_island_between_quantizers_stays_in_float(context: Context, case: str, lowering: Lowering) -> None:
     kernels, _ = built(ISLAND[case], lowering, context)

@@ -309,5 +309,5 @@ def test_the_portable_spelling_refuses_what_depends_on_the_timestep(
 ) -> None:
     steps = [p for p in RECIPES["w8a8-steps"].passes if p.name != left_out]
     portable = [replace(p, lowering="qdq") if isinstance(p, InsertQdq) else p for p in steps]
-    with pytest.raises(RecipeError, match="need the integer or the premul lowering"):
+    with pytest.raises(RecipeError, match="need the integer or the constant lowering"):
         pipeline.run_passes(tiny, portable, context)

@@ -18,5 +18,5 @@ def test_every_lowering_that_a_program_may_name_is_in_the_table() -> None:
 
 def test_an_unknown_lowering_is_refused(tiny: Program) -> None:
     unknown: dict[str, object] = {"lowering": "qdp"}
-    with pytest.raises(RecipeError, match=r"unknown lowering 'qdp'(.|\n)*choose one of qdq, integer, premul"):
+    with pytest.raises(RecipeError, match=r"unknown lowering 'qdp'(.|\n)*choose one of qdq, integer, constant"):
         lower(replace(tiny, **unknown))  # type: ignore[arg-type]

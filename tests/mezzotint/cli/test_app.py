@@ -27,6 +27,7 @@ from mezzotint.compiler.stages import PREFIX
 from mezzotint.io.settings import parse_output, parse_roles, parse_settings, parse_size
 from mezzotint.passes.recipes.catalog import DEFAULT, RECIPES
 from mezzotint.passes.recipes.files import load_recipe, pass_names
+from mezzotint.passes.recipes.targets import targets_of
 from mezzotint.runtime.errors import InputError, InterpolatedCorrection
 from tests.helpers.full_disk import full_disk
 from tests.helpers.leftovers import leave_stage
@@ -450,10 +451,11 @@ class TestReports:
 
     def test_recipes(self, cli: Cli) -> None:
         assert all(name in cli("recipes").out for name in RECIPES)
-        assert f"[default: {DEFAULT}]" in cli("compile", "--help").out
+        assert f"Usually {DEFAULT}." in cli("compile", "--help").out
         printed = json.loads(cli("recipes", "--json").out)
         assert [r["name"] for r in printed] == list(RECIPES)
         assert {r["name"]: r["islands"] for r in printed} == {n: list(r.islands) for n, r in RECIPES.items()}
+        assert {r["name"]: r["targets"] for r in printed} == {n: list(targets_of(r)) for n, r in RECIPES.items()}
         assert "first, last" in cli("recipes").out
 
     @pytest.mark.parametrize("name", list(RECIPES))

@@ -80,12 +80,13 @@ def test_openvino(cli: Cli, hand: Compiled, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="the extra mezzotint[openvino] is not installed")
     answer = cli("audit", hand.bundle.path, "--provider", "openvino", "--strict", "--threads", 1)
     assert answer.code == 0, answer.err
-    assert "2 integer, 2 float" in answer.out and "island" in answer.out and "openvino 20" in answer.out.lower()
+    version = openvino.get_version().partition("-")[0]
+    assert "2 integer, 2 float" in answer.out and "island" in answer.out and version in answer.out
     faulty = write_groups(tmp_path, W + CONV.replace("(d,", "(x,").replace(" c =", " y ="))
     printed = cli("audit", faulty, "--provider", "openvino", "--json", "--strict")
     data = json.loads(printed.out)
     assert (printed.code, data["ok"], data["provider"]) == (1, False, "openvino")
-    assert data["files"]["groups.onnx"]["openvino"] == openvino.get_version().partition("-")[0]
+    assert data["files"]["groups.onnx"]["openvino"] == version
     assert data["files"]["groups.onnx"]["rules"] == {"weight-only": 1}
 
 

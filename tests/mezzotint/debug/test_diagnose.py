@@ -226,13 +226,24 @@ class TestAdvice:
 
 class TestRefusals:
     def test_recipes_that_cannot_be_taken_apart(self, hand: Compiled, tmp_path: Path) -> None:
-        for recipe, match in (
-            ("w8a8-premul", "lowering premul"),
-            ("float", "no layer of the bundle is quantized"),
-        ):
-            bundle = compile_model(hand.exported, tmp_path / recipe, recipe=recipe, **SMALL)
-            with pytest.raises(InputError, match=match):
-                examined(bundle, hand.exported)
+        bundle = compile_model(hand.exported, tmp_path / "b", recipe="float", **SMALL)
+        with pytest.raises(InputError, match="no layer of the bundle is quantized"):
+            examined(bundle, hand.exported)
+
+    def test_layers_with_the_timestep_in_front_of_their_scales(self, hand: Compiled, tmp_path: Path) -> None:
+        """The constant form: a layer with a table cannot be taken out of it, and is named; the others can."""
+        for gain, known in ((1000.0, 2), (-1000.0, 0)):
+            settings = {**FEW_ISLANDS, "step_scales.gain": gain}
+            made = compile_model(
+                hand.exported, tmp_path / f"{known}", target="openvino", settings=settings, force=True, **SMALL
+            )
+            if not known:
+                with pytest.raises(InputError, match="no layer of the bundle is quantized and has a float layer"):
+                    examined(made, hand.exported)
+                continue
+            found = examined(made, hand.exported)
+            assert len(found.layers) == known
+            assert found.together.pooled() == pytest.approx(found.bundle.pooled(), abs=1.0)
 
     def test_a_mixture(self, hand: Compiled, tmp_path: Path) -> None:
         other = compile_model(hand.exported, tmp_path / "b", recipe="w8a8-steps", settings=FEW_ISLANDS, **SMALL)

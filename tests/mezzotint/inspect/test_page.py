@@ -456,12 +456,10 @@ class TestCommand:
 
     def test_a_bundle_that_cannot_be_debugged(self, hand: Compiled) -> None:
         recipe = json.loads(json.dumps(hand.bundle.manifest.recipe.to_json()))
-        for step in recipe["passes"]:
-            if step["pass"] == "insert_qdq":
-                step.setdefault("options", {})["lowering"] = "premul"
+        recipe["passes"].append({"pass": "own"})
         bundle = Bundle(hand.bundle.path, changed_manifest(hand.bundle.manifest, recipe=recipe))
         found = measure_sections(bundle, PageOptions(hand.exported, pictures=0, profile=False))
-        assert "premul" in found["cost"]["note"] and "-n 0" in found["pictures"]["note"]
+        assert "no pass called 'own'" in found["cost"]["note"] and "-n 0" in found["pictures"]["note"]
 
     def test_a_reference_that_is_not_there(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
         answer = cli("inspect", hand.bundle.path, "--html", tmp_path / "p.html", "--reference", tmp_path / "no.onnx")

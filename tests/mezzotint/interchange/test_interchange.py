@@ -266,10 +266,8 @@ class TestOverrides:
 
     def test_refusals(self, cli: Cli, hand: Compiled, unet: Compiled, tmp_path: Path) -> None:
         words = ["overrides", hand.bundle.path, "-o", tmp_path / "o.json", "--float"]
-        premul = compile_model(hand.exported, tmp_path / "p", recipe="w8a8-premul", **SMALL)
 
         refused(cli(*words, tmp_path / "no.onnx"), "no such float model", "mezzotint export")
-        refused(cli("overrides", premul.path, *words[2:], hand.exported), "premul")
         assert cli(*words, unet.exported).code == 2
         assert not (tmp_path / "o.json").exists()
         for content in ("{", "[]", '{"format": 1}'):
