@@ -22,7 +22,9 @@ percentile, dB):
     1958 iterations                                34.6    43.7 / 34.7
     2000 iterations, weight_steps 1e-3             34.4    44.8 / 37.6
     digits, activations of 4 bits too              14.2    21.0 / 16.9
-    1261 iterations, scales too                    20.5    29.0 / 19.0
+    2000 iterations, all scales too (64 images)    21.2    29.4 / 20.6
+    digits, 6 bits for both                        23.9    34.0 / 25.5
+    2000 iterations, weight_steps 1e-3             28.5    40.2 / 27.8
     mnist-onnx, 64 images                          31.3    33.3 / 26.8
     1500 iterations, float_shares 1e-4             34.7    35.0 / 31.1
     2000 iterations, weight_steps 1e-3             34.9    37.4 / 30.6
