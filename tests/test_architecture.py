@@ -70,7 +70,7 @@ ARROWS = {
     "mezzotint/mix": "bench io",
     "mezzotint/inspect": "bench debug io text",
     "mezzotint/interchange": "bench debug io",
-    "mezzotint/web": "bench inspect",
+    "mezzotint/web": "bench inspect io",
     "mezzotint/cli": ". bench debug evaluate inspect interchange io mix shards text web",
 }
 

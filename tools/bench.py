@@ -1,12 +1,12 @@
 """Measures the claims of docs/measurements.md: speed against fp32 onnxruntime in the same run, size, memory, overhead.
 
-    python tools/bench.py digits              embedded model, batch 16, images and sampling loop too
-    python tools/bench.py cifar10             the ddpm-cifar10-32 configuration, random weights, batch 4
-    python tools/bench.py sd15                the Stable Diffusion 1.5 UNet configuration, random weights
-    python tools/bench.py sd15-gptq           the same, with 4-bit weights rounded by GPTQ
-    python tools/bench.py sd15-training       the same, two of its blocks trained for 20 iterations
-    python tools/bench.py digits --peer       onnxruntime's own quantizer too
-    python tools/bench.py gpu                 on a GPU: parity with the CPU, nodes by provider, speed, memory
+    python -m tools.bench digits              embedded model, batch 16, images and sampling loop too
+    python -m tools.bench cifar10             the ddpm-cifar10-32 configuration, random weights, batch 4
+    python -m tools.bench sd15                the Stable Diffusion 1.5 UNet configuration, random weights
+    python -m tools.bench sd15-gptq           the same, with 4-bit weights rounded by GPTQ
+    python -m tools.bench sd15-training       the same, two of its blocks trained for 20 iterations
+    python -m tools.bench digits --peer       onnxruntime's own quantizer too
+    python -m tools.bench gpu                 on a GPU: parity with the CPU, nodes by provider, speed, memory
 
 Threads are pinned (--threads, 2 by default). Every bar is printed with what was measured; the exit code is 1 when one
 was missed, 2 when it cannot be measured here (`gpu` without a usable GPU provider).

@@ -26,7 +26,8 @@ import numpy.typing as npt
 from mezzotint.runtime.engine import EnginePrecision
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.providers.names import find_engine
-from mezzotint.runtime.providers.openvino import OPENVINO
+from mezzotint.runtime.providers.no_telemetry import without_telemetry
+from mezzotint.runtime.providers.openvino import OPENVINO, load_openvino
 from mezzotint.runtime.sampling.guidance import Network
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Signature, Timestep
@@ -132,9 +133,8 @@ def _openvino_bf16(job: _Job) -> tuple[Network, Path]:
 
 def _nncf(job: _Job, **options: Any) -> tuple[Network, Path]:
     """NNCF's post-training quantization, run by OpenVINO on the CPU, all else in float32."""
-    import nncf
-    import openvino
-
+    openvino, _ = load_openvino()
+    nncf = _load_nncf()
     logging.getLogger("nncf").setLevel(logging.ERROR)
     graph = openvino.Core().read_model(job.model)
     quantized = nncf.quantize(graph, nncf.Dataset(list(job.feeds)), subset_size=len(job.feeds), **options)
@@ -144,9 +144,13 @@ def _nncf(job: _Job, **options: Any) -> tuple[Network, Path]:
 
 
 def _nncf_smooth(job: _Job) -> tuple[Network, Path]:
-    import nncf
+    return _nncf(job, model_type=_load_nncf().ModelType.TRANSFORMER)
 
-    return _nncf(job, model_type=nncf.ModelType.TRANSFORMER)
+
+def _load_nncf() -> Any:
+    with without_telemetry():
+        import nncf
+    return nncf
 
 
 def _on_openvino(job: _Job, file: Path, precision: EnginePrecision) -> Network:

@@ -1,4 +1,4 @@
-"""Python in a new process that never imports from the current folder.
+"""New processes: other programs, and Python that never imports from the current folder.
 
 `python -m` and `python -c` look into the current folder first: a `numpy.py` there would run. A child started here has
 no entry of the module path that depends on the current folder, starts in the root folder, and takes
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -41,6 +42,27 @@ def run_isolated(module: str, argument: str) -> subprocess.CompletedProcess[str]
         errors="replace",
         check=False,
     )
+
+
+def run_program(command: Sequence[str], folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a program in a folder, without input, and return what it wrote.
+
+    Raises OSError where it cannot start, TimeoutError where it takes longer than `seconds`.
+    """
+    try:
+        return subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"{command[0]} took longer than {seconds:g} seconds") from error
 
 
 def absolute_paths(paths: str) -> str:

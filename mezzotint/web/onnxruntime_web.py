@@ -11,7 +11,6 @@ import base64
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 from mezzotint.compiler.bundle.staging import staged
 from mezzotint.runtime.bundle.bundle import file_sha256
 from mezzotint.runtime.errors import MezzotintError
+
+from ..io.children import run_program
 
 NPM_PACKAGE = "onnxruntime-web"
 WEB_VERSION = "1.30.0"
@@ -110,18 +111,8 @@ def _packed(work: Path) -> Path:
     # In an empty folder: npm obeys the .npmrc of the folder that it runs in.
     command = [npm, "pack", f"{NPM_PACKAGE}@{WEB_VERSION}", "--prefer-offline", "--ignore-scripts", "--no-audit"]
     try:
-        done = subprocess.run(
-            command,
-            cwd=work,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=NPM_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = run_program(command, work, NPM_SECONDS)
+    except OSError as error:
         raise WebRuntimeMissing(f"npm did not run: {error}", hint=hint) from error
     archive = work / f"{NPM_PACKAGE}-{WEB_VERSION}.tgz"
     if done.returncode or not archive.is_file():

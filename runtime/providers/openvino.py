@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ..engine import Engine, EngineUsage, TensorInfo, model_name, threads_of
 from ..errors import EngineError, InputError
 from .integer_form import foreign_operation
+from .no_telemetry import without_telemetry
 
 OPENVINO = "openvino"
 INSTALL = "install or upgrade it: pip install 'mezzotint[openvino]'"
@@ -44,7 +45,8 @@ def load_openvino() -> tuple[Any, str]:
     """Return the package and its version. Raise EngineError where it is not installed, or computes wrongly."""
     if find_spec("openvino") is None:
         raise EngineError("OpenVINO is not installed", hint=INSTALL)
-    import openvino
+    with without_telemetry():
+        import openvino
 
     version = openvino.get_version().partition("-")[0]
     # Up to 2026.2.1, integer layers of a network in bf16 were wrong by 7.5 dB (on AVX512 with bf16 units, no AMX).

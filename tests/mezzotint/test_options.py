@@ -79,9 +79,12 @@ def test_export_has_the_options_of_the_function() -> None:
 def test_sample_has_the_options_of_the_functions() -> None:
     command = command_names(app.sample, {"format_": "format", "output": "folder"})
 
-    assert command == names(sample_to_folder) - {"progress"}
-    assert command - {"folder", "shard_size", "format", "shards", "force"} == names(sample) - {"first", "progress"}
-    assert names(sample) - {"bundle"} == names(Bundle.sample) - {"self"}
+    engine = {"provider", "provider_option", "precision"}  # a value in Python, which a bundle is put on
+
+    assert command - engine == names(sample_to_folder) - {"progress"}
+    of_folders = {"folder", "shard_size", "format", "shards", "force"}
+    assert command - engine - of_folders == names(sample) - {"first", "progress", "engine"}
+    assert names(sample) - {"bundle", "engine"} == names(Bundle.sample) - {"self"}
 
 
 def test_mix_has_the_options_of_the_function() -> None:

@@ -24,7 +24,7 @@ NO_GPU = not {KNOWN[name].provider for name in bench_gpu.GPU_PROVIDERS} & set(on
 
 @pytest.mark.skipif(not NO_GPU, reason="this onnxruntime has a GPU provider")
 def test_without_a_gpu_provider_it_says_so_at_once_and_exits_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/bench.py", "gpu", "--keep", str(tmp_path / "kept")]
+    command = [sys.executable, "-m", "tools.bench", "gpu", "--keep", str(tmp_path / "kept")]
     run = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, ""), run.stderr
     assert "no GPU provider is usable" in run.stderr and "CUDAExecutionProvider" in run.stderr
