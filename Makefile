@@ -15,7 +15,7 @@ demo: $(STAMP)
 
 # Two workers, one file each at a time, one thread per torch call: the same on every machine, and no more than two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations 10 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(PYTEST_ARGS)
 
 # The loop while editing: what needs no torch and no browser, and is not slow; under a minute on two cores.
 quick: $(STAMP)

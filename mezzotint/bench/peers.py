@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,8 @@ def _nncf(job: _Job, **options: Any) -> tuple[Network, Path]:
     nncf = _load_nncf()
     logging.getLogger("nncf").setLevel(logging.ERROR)
     graph = openvino.Core().read_model(job.model)
-    quantized = nncf.quantize(graph, nncf.Dataset(list(job.feeds)), subset_size=len(job.feeds), **options)
+    with redirect_stdout(StringIO()):  # its progress bars, which are no part of our output
+        quantized = nncf.quantize(graph, nncf.Dataset(list(job.feeds)), subset_size=len(job.feeds), **options)
     path = job.folder / "nncf.xml"
     openvino.save_model(quantized, path, compress_to_fp16=False)
     return _on_openvino(job, path, "f32"), path.with_suffix(".bin")
