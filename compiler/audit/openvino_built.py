@@ -52,7 +52,8 @@ def compiled_graph(model: Path, *, threads: int | None = None) -> CompiledGraph:
     Raises EngineError where OpenVINO is not installed, InputError where it refuses the file.
     """
     openvino, version = load_openvino()
-    options = {**CPU_PROPERTIES, **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+    options = {**CPU_PROPERTIES, "INFERENCE_PRECISION_HINT": "f32"}  # as a bundle runs without --precision
+    options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     try:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(str(model)), "CPU", options)
