@@ -11,7 +11,7 @@ ONNXRUNTIME: Target = "onnxruntime"
 TARGETS: Mapping[Target, str] = MappingProxyType(
     {
         "onnxruntime": "the integer kernels of onnxruntime's CPU provider",
-        "openvino": "OpenVINO, as a provider of onnxruntime or by itself",
+        "openvino": "the integer kernels of OpenVINO",
         "tensorrt": "TensorRT: activations in int8 with zero point 0",
         "portable": "any engine that reads QuantizeLinear and DequantizeLinear with constant scales",
     }

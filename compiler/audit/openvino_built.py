@@ -79,5 +79,5 @@ def _layer(operation: Any) -> CompiledLayer:
 def _in_short(message: str) -> str:
     """Return the lines of an error that speak of the model, without those that name OpenVINO's source files."""
     lines: Sequence[str] = [line.strip() for line in message.splitlines() if line.strip()]
-    told = [line for line in lines if "src/" not in line or "ONNX node" in line]
-    return " ".join(" ".join(told).split())[:400] or "it says no more"
+    relevant = [line for line in lines if "src/" not in line or "ONNX node" in line]
+    return " ".join(" ".join(relevant).split())[:400] or "it says no more"

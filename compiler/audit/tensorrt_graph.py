@@ -103,7 +103,7 @@ def placements(nodes: Iterable[ir.Node]) -> Iterator[Fault]:
 def _residual(node: ir.Node) -> Iterator[Fault]:
     """A layer computes the sum behind it, if its own branch has no quantizer in between.
 
-    If all readers quantize the sum, the other branch must come quantized: else the layer writes float for nobody.
+    If all readers quantize the sum, the other branch must come quantized: else its float output has no reader.
     """
     inputs = [v for v in node.inputs if v is not None]
     if len(inputs) != 2 or any(is_known(v) for v in inputs):

@@ -32,7 +32,7 @@ from mezzotint.runtime.bundle.training import TrainedUnit
 from ..errors import PassError
 from ..torch_graph.quantizers import SoftRounding
 from .block_data import LossWatcher
-from .unit_batches import Annealing, Batches, LearnedBatches
+from .unit_batches import Annealing, Batches
 from .unit_cache import Learned
 
 POINTS = 50  # of the curve in the manifest
@@ -63,8 +63,7 @@ def fit_rounding(
     with torch.no_grad():
         for v, soft in zip(variables, soft_start, strict=True):
             v.copy_(soft)
-    learned = batches.learned if isinstance(batches, LearnedBatches) else None
-    groups = [] if learned is None else learned.parameter_groups(schedule.scale_shares)
+    groups = [] if batches.learned is None else batches.learned.parameter_groups(schedule.scale_shares)
     optimizer = torch.optim.Adam([{"params": variables, "lr": schedule.learning_rate}, *groups])
     rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(unit.encode()))
     weights = sum(v.numel() for v in variables)
@@ -88,7 +87,7 @@ def fit_rounding(
         step(losses[-1])
     soft_error, _ = batches.mean_errors()
     _harden(modules)
-    arrays = batches.settle() if isinstance(batches, LearnedBatches) else {}
+    arrays = batches.settle()
     hard, _ = batches.mean_errors()
     fit = TrainedUnit(unit, by, start, soft_error, hard, curve_of(losses), kept=hard < start)
     return fit, {**arrays, **{name: module.ups() for name, module in rounders.items()}} if fit.kept else {}

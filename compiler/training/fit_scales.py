@@ -39,7 +39,7 @@ from .learned_scales import LearnedScales, RowNetworks, learned_grids
 from .range_networks import RangeNetworks
 from .subgraph import Subgraph, cut_out
 from .torch_device import training_device
-from .unit_batches import Annealing, Batches, LearnedBatches
+from .unit_batches import Annealing, Batches
 from .unit_cache import Learned, UnitCache
 from .units import GraphUnit
 
@@ -105,7 +105,7 @@ class ScaleFit:
         grids = learned_grids(graph, names, rounded_weights(part.model.graph, graph, names), self.zero_points)
         networks = _networks(program, self.context) if self.networks else None
         learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
-        batches = LearnedBatches(graph, part, program.signature, data, self.schedule, 0, learned=learned, row_of=row_of)
+        batches = Batches(graph, part, program.signature, data, self.schedule, 0, learned=learned, row_of=row_of)
         start, scale = batches.mean_errors()
         if scale == 0:  # the unit computes what the float graph does
             return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, (), kept=False), {}

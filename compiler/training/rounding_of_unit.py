@@ -28,7 +28,7 @@ from .fit_rounding import fit_rounding
 from .learned_scales import LearnedScales, learned_grids
 from .subgraph import Subgraph, cut_out
 from .torch_device import training_device
-from .unit_batches import Annealing, Batches, LearnedBatches
+from .unit_batches import Annealing, Batches
 from .unit_cache import UnitCache
 
 
@@ -83,12 +83,10 @@ def learn_rounding(
             if schedule.drop:
                 _drop_elements(part, graph, schedule.drop, seeds)
             seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
-            batches = Batches(graph, part, program.signature, data, schedule, seed, calls)
+            learned, rows = None, dict[Timestep, int]()
             if unit.quantizers:
                 learned, rows = _learned(program, graph, unit.quantizers, latents)
-                batches = LearnedBatches(
-                    graph, part, program.signature, data, schedule, seed, calls, learned=learned, row_of=rows
-                )
+            batches = Batches(graph, part, program.signature, data, schedule, seed, calls, learned=learned, row_of=rows)
             fit, arrays = fit_rounding(batches, rounders, schedule, context.seed, unit.name, by, step)
         cache.keep(unit.name, unit.computed, fit, arrays)
     else:

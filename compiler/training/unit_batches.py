@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,11 @@ class Annealing:
 
 
 class Batches:
-    """The batches of a block, and the errors of its torch module on them."""
+    """The batches of a block, and the errors of its torch module on them.
+
+    `learned` are scales in the places of the module's own, until they are settled; `row_of` are the rows of tables by
+    timestep.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,9 @@ class Batches:
         schedule: Annealing,
         seed: int,
         calls: int = 1,
+        *,
+        learned: LearnedScales | None = None,
+        row_of: Mapping[Timestep, int] = MappingProxyType({}),
     ) -> None:
         weights = [batch.weight for batch in data]
         self._chances = None if len(set(weights)) < 2 else [weight / sum(weights) for weight in weights]
@@ -81,6 +89,7 @@ class Batches:
         self._outputs, self._schedule = part.outputs, schedule
         self._inputs = {name_of(value): value for value in part.model.graph.inputs}
         self._mixing = torch.Generator().manual_seed(seed)
+        self.learned, self._row_of = learned, row_of
 
     def draw(self, rng: np.random.Generator) -> tuple[Batch, slice]:
         """Return a batch and some successive samples of it, or all where it cannot be divided.
@@ -136,41 +145,13 @@ class Batches:
     def _on_device(self, array: AnyArray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._graph.device)
 
-    def _run(self, batch: Batch, arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        outputs: Sequence[torch.Tensor] = self._graph.module(*arguments)
-        return outputs
-
-
-class LearnedBatches(Batches):
-    """Batches of a module with learned scales in the places of its own, until they are settled.
-
-    `row_of` are the rows of tables by timestep.
-    """
-
-    def __init__(
-        self,
-        graph: TorchGraph,
-        part: Subgraph,
-        signature: Signature,
-        data: Sequence[Batch],
-        schedule: Annealing,
-        seed: int,
-        calls: int = 1,
-        *,
-        learned: LearnedScales,
-        row_of: Mapping[Timestep, int],
-    ) -> None:
-        super().__init__(graph, part, signature, data, schedule, seed, calls)
-        self.learned, self._row_of, self._settled = learned, row_of, False
-
     def settle(self) -> dict[str, npt.NDArray[Any]]:
-        """Write the scales into the module; return what was written by the names of its parameters."""
-        self._settled = True
-        return self.learned.settle()
+        """Write the learned scales into the module; return what was written by the names of its parameters."""
+        settled = {} if self.learned is None else self.learned.settle()
+        self.learned = None
+        return settled
 
     def _run(self, batch: Batch, arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if self._settled:
-            return super()._run(batch, arguments)
-        scales = self.learned.of_row(self._row_of.get(batch.timestep))
+        scales = {} if self.learned is None else self.learned.of_row(self._row_of.get(batch.timestep))
         outputs: Sequence[torch.Tensor] = functional_call(self._graph.module, scales, tuple(arguments))
         return outputs

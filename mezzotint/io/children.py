@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,20 +31,14 @@ import_module(sys.argv[2]).main(sys.argv[3])
 
 def run_isolated(module: str, argument: str) -> subprocess.CompletedProcess[str]:
     """Run `main(argument)` of a module of this package in a new process, and return what it wrote."""
-    return subprocess.run(
-        [sys.executable, "-c", _START, str(PACKAGE / "__init__.py"), module, argument],
-        cwd=PACKAGE.anchor,
-        env={**os.environ, "PYTHONPATH": absolute_paths(os.environ.get("PYTHONPATH", ""))},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
+    command = [sys.executable, "-c", _START, str(PACKAGE / "__init__.py"), module, argument]
+    paths = absolute_paths(os.environ.get("PYTHONPATH", ""))
+    return run_program(command, Path(PACKAGE.anchor), environment={**os.environ, "PYTHONPATH": paths})
 
 
-def run_program(command: Sequence[str], folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+def run_program(
+    command: Sequence[str], folder: Path, seconds: float | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a folder, without input, and return what it wrote.
 
     Raises OSError where it cannot start, TimeoutError where it takes longer than `seconds`.
@@ -53,6 +47,7 @@ def run_program(command: Sequence[str], folder: Path, seconds: float) -> subproc
         return subprocess.run(
             command,
             cwd=folder,
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

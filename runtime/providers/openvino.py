@@ -237,5 +237,5 @@ def _info(value: Any) -> TensorInfo:
 def _reason(error: RuntimeError) -> str:
     """Return the line of OpenVINO's message that says something: not the places in its source."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith(("Exception from ", "Check '", "FrontEnd API"))]
-    return told[0] if told else str(error).strip()
+    relevant = [line for line in lines if line and not line.startswith(("Exception from ", "Check '", "FrontEnd API"))]
+    return relevant[0] if relevant else str(error).strip()

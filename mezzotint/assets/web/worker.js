@@ -9,7 +9,7 @@ let page = null, goOn = null;
 
 const say = (kind, content, moved = []) => self.postMessage({ kind, ...content }, moved);
 
-/** The bytes of a file beside the page. `came` is told how many arrived. */
+/** The bytes of a file beside the page. `came` gets the number that arrived. */
 const fetched = async (file, came) => {
   const answer = await fetch(new URL(file, self.location.href));
   if (!answer.ok) throw new Error(`${file}: the server answered ${answer.status}`);
