@@ -9,7 +9,8 @@ Each row is a file in the working folder (out/leaderboard, or out/leaderboard-NA
 was stopped goes on where it stopped. A row counts as done when it was measured on the same model with the same passes,
 width, sampler and numbers of images; the page lists only such rows. --again measures them anew after a change of the
 code. Calibration is measured once for all recipes that share it. Speeds come last, from the bundles that are kept
-beside the rows: --no-speed leaves them to a run on a machine that is quiet.
+beside the rows: --no-speed leaves them to a run on a machine that is quiet. --iterations cuts the recipes that train
+for longer, and their rows say so; a row that trained for more iterations than were asked for counts as done.
 
 Everything is paired: the same noise for float and quantized images, the prediction compared on the latents of the float
 trajectory, speed against fp32 onnxruntime in the same minute, threads pinned. A bundle with a correction is drawn and
@@ -53,7 +54,7 @@ from tools.leaderboard_options import parsed
 from tools.leaderboard_page import WIDTHS, Row, page
 
 SAME = ("images", "calibration", "steps", "threads", "batch")  # options that two rows of a page have in common
-Job = tuple[Path, Callable[[], Row], str]  # the row's file, how to measure it, its key
+Job = tuple[Path, Callable[[], Row], bool]  # the row's file, how to measure it, whether it is there
 
 
 def at_width(recipe: Recipe, width: str) -> Recipe:
@@ -72,6 +73,12 @@ def at_width(recipe: Recipe, width: str) -> Recipe:
         if step.options().get(option) is not None and not (bits == "float" and step.name != "choose_scales")
     }
     return with_options(recipe, settings)
+
+
+def cut(recipe: Recipe, iterations: int | None) -> Recipe:
+    """Return the recipe with at most so many iterations in each pass that trains; all of them for None."""
+    longer = [step for step in recipe.passes if (step.options().get("iterations") or 0) > (iterations or np.inf)]
+    return with_options(recipe, {f"{step.name}.iterations": iterations for step in longer}) if longer else recipe
 
 
 class Board:
@@ -102,9 +109,15 @@ class Board:
         model = {"model": self.model.digest, "schedule": self.model.schedule.digest(), "deployment": plan}
         return json.dumps({"recipe": what, **model, **numbers, "onnxruntime": running_version()}, sort_keys=True)
 
-    def recipe_key(self, name: str, width: str, eta: float) -> str:
-        recipe = RECIPES[name]
+    def recipe_key(self, name: str, width: str, eta: float, iterations: int | None = None) -> str:
+        recipe = cut(RECIPES[name], iterations)
         return self.key([width, recipe.claim, recipe.to_json()["passes"]], eta)
+
+    def is_done(self, row: Row | None, place: tuple[str, str, float]) -> bool:
+        """Return whether the row is of today's recipe, trained for the iterations asked for or for more."""
+        if row is None or row.key != self.recipe_key(*place, row.iterations):
+            return False
+        return row.iterations is None or row.iterations >= (self.args.iterations or np.inf)
 
     def eta_of(self, name: str) -> float:
         """Return the eta that a recipe is measured at: that of its claim, where the board's sampler has one."""
@@ -112,11 +125,13 @@ class Board:
         return claimed if claimed and self.model.deployment.sampler == "ddim" else float(self.args.eta)
 
     def measure(self, name: str, width: str, eta: float) -> Row:
-        key = self.recipe_key(name, width, eta)
-        start = time.perf_counter()
         plan, args = self.model.deployment, self.args
+        shortened = cut(RECIPES[name], args.iterations)
+        iterations = None if shortened is RECIPES[name] else args.iterations
+        empty = Row(name, width, self.recipe_key(name, width, eta, iterations), eta, iterations=iterations)
+        start = time.perf_counter()
         try:
-            recipe = at_width(RECIPES[name], width)
+            recipe = at_width(shortened, width)
             with shown() as report:
                 bundle = compile_model(
                     self.model.compiled,
@@ -139,7 +154,7 @@ class Board:
                 drawn = bundle.sample(self.images, seed=unseen_seed(bundle), batch=args.batch, threads=args.threads)
                 kernels = bundle.manifest.kernels
                 return replace(
-                    self.quality(Row(name, width, key, eta), bundle, nets, drawn, report),
+                    self.quality(empty, bundle, nets, drawn, report),
                     corrected=bundle.correction is not None,
                     size=folder_bytes(bundle.path / MODEL) / folder_bytes(self.model.exported),
                     seconds=sum(float(record.seconds) for record in bundle.manifest.history),
@@ -148,7 +163,7 @@ class Board:
                 )
         except MezzotintError as error:
             print(f"{name} {width}: refused after {time.perf_counter() - start:.0f} s: {error}", flush=True)
-            return Row(name, width, key, eta, refused=error.what)
+            return replace(empty, refused=error.what)
 
     def stem(self, name: str, width: str, eta: float) -> str:
         return f"{name}-{width}" + ("" if eta == self.args.eta else f"-eta{eta:g}")
@@ -242,10 +257,12 @@ class Board:
     def work(self) -> Iterator[Job]:
         for place in self.places():
             file = self.rows / f"{self.stem(*place)}.json"
-            yield file, lambda place=place: self.measure(*place), self.recipe_key(*place)  # type: ignore[misc]
+            done = self.is_done(Row.load(file), place)
+            yield file, lambda place=place: self.measure(*place), done  # type: ignore[misc]
         for peer in peers.available() if self.args.peers else []:
-            key = self.key(peer, self.args.eta)
-            yield self.rows / f"{peer}-w8a8.json", lambda p=peer: self.measure_peer(p), key  # type: ignore[misc]
+            file, row = self.rows / f"{peer}-w8a8.json", Row.load(self.rows / f"{peer}-w8a8.json")
+            done = row is not None and row.key == self.key(peer, self.args.eta)
+            yield file, lambda p=peer: self.measure_peer(p), done  # type: ignore[misc]
 
     def listed(self) -> Iterator[tuple[Path, Row]]:
         """Yield the rows that were measured with today's recipes and with these options, and their files."""
@@ -254,7 +271,7 @@ class Board:
             if row is None or (row.recipe not in RECIPES and row.recipe not in peers.PEERS):
                 continue
             peer = row.recipe not in RECIPES
-            if row.key == (self.key(row.recipe, row.eta) if peer else self.recipe_key(*row.place)):
+            if row.key == (self.key(row.recipe, row.eta) if peer else self.recipe_key(*row.place, row.iterations)):
                 yield file, row
 
 
@@ -262,12 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parsed(argv, __doc__)
     try:
         board = Board(args)
-        jobs = list(board.work())
-        waiting = []
-        for file, measure, key in jobs:
-            row = None if args.again else Row.load(file)
-            if row is None or row.key != key:
-                waiting.append((file, measure))
+        waiting = [(file, measure) for file, measure, done in board.work() if args.again or not done]
         for i, (file, measure) in enumerate([] if args.write_only else waiting):
             print(f"[{i + 1}/{len(waiting)}] {file.stem}", flush=True)
             measure().save(file)

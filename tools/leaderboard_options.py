@@ -31,6 +31,7 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=0.0, help="of rows whose claims need no other")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--iterations", type=int, help="cut each pass that trains to so many; the row says so")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="leave that for another run")
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
@@ -44,8 +45,10 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
         parser.error(f"{args.name!r} is no name for a file: give --name")
     if args.name == DIGITS_NAME != args.model:
         parser.error("the page of the digits is another one: give --name")
-    if min(args.images, args.calibration, args.batch, args.steps, args.threads) < 1:
-        parser.error("--images, --calibration, --batch, --steps and --threads are at least 1")
+    numbers = ("images", "calibration", "batch", "steps", "threads", "iterations")
+    for name in numbers:
+        if (number := getattr(args, name)) is not None and number < 1:
+            parser.error(f"--{name} is {number}: give at least 1")
     stem = "leaderboard" if args.name == DIGITS_NAME else f"leaderboard-{args.name}"
     args.folder, args.page = args.folder or ROOT / "out" / stem, args.page or ROOT / "docs" / f"{stem}.md"
     return args

@@ -39,7 +39,8 @@ class Row:
     """One line of the page. Decibels are None where nothing differs; `refused` says why there are no figures.
 
     `images` is the PSNR of each image, None for an identical one. `corrected` says that the images and the predictions
-    are those behind the bundle's correction.
+    are those behind the bundle's correction. `iterations` is how many each pass that trains was cut to, None for a
+    recipe that ran whole.
     """
 
     recipe: str
@@ -47,6 +48,7 @@ class Row:
     key: str
     eta: float = 0.0
     corrected: bool = False
+    iterations: int | None = None
     sqnr: float | None = None
     worst: float | None = None
     psnr: float | None = None
@@ -151,6 +153,8 @@ def page(rows: Sequence[Row], title: str, about: str, recipes: Recipes, eta: flo
             "eta of the paper's claim, and so is the baseline beside them. Images are compared pair by pair: where a "
             "correction reduces the sampler's noise, that is part of the difference.",
         ]
+    if any(row.iterations is not None for row in rows):
+        lines += ["", "Rows that are cut trained for less than their recipe says: its whole training is longer."]
     known = {row.place: row for row in rows}
     for width in WIDTHS:
         for here in sorted({row.eta for row in rows if row.width == width}, key=lambda other: (other != eta, other)):
@@ -184,7 +188,8 @@ def _line(row: Row, known: Known, recipes: Recipes) -> str:
     numbers = [_number(v, d) for v, d in ((row.psnr, 1), (row.psnr_p10, 1), (row.sqnr, 1), (row.worst, 1))]
     numbers += [_number(row.speed, 2), _number(row.size, 3), _number(row.seconds, 0), row.kernels]
     islands = "" if row.islands is None else str(row.islands)
-    return f"| `{row.recipe}` | " + " | ".join([*numbers, islands, _beside(row, known, recipes)]) + " |"
+    short = "" if row.iterations is None else f" cut to {row.iterations} iterations"
+    return f"| `{row.recipe}`{short} | " + " | ".join([*numbers, islands, _beside(row, known, recipes)]) + " |"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -231,5 +236,6 @@ def _claims(known: Known, recipes: Recipes, eta: float) -> list[str]:
                 f"Images {_with_ends(difference.median)} dB in the median, {_with_ends(difference.p10)} dB in the 10th "
                 f"percentile; epsilon {_gain(row, base) or 'without error'} dB"
                 f"{', behind the correction' if row.corrected else ''}"
+                f"{'' if row.iterations is None else f', trained for at most {row.iterations} iterations'}"
             )
     return lines if len(lines) > 2 else []

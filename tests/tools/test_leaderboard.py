@@ -107,6 +107,20 @@ def test_a_corrected_recipe_is_judged_at_the_eta_of_its_claim(other: Path) -> No
     assert "- `ptqd-w8a8` at W4A8, eta 1: " in page
 
 
+def test_a_cut_training_is_told_and_a_longer_one_replaces_it(
+    board: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ir.save(tiny_model(), tmp_path / "unet.onnx")
+    options = [*FEW, "--model", str(tmp_path / "unet.onnx"), "--scheduler", "cosine", "--folder", str(tmp_path)]
+    options += ["--page", str(tmp_path / "page.md"), "--no-peers", "--no-speed", "--width", "w4a4", "--recipe", "lsq"]
+    for iterations, measured in ((3, True), (2, False), (4, True)):
+        assert board.main([*options, "--iterations", str(iterations)]) == 0
+        assert ("[1/1] lsq-w4a4" in capsys.readouterr().out) == measured
+        row = Row.load(tmp_path / "rows" / "lsq-w4a4.json")
+        assert row is not None and row.iterations == max(iterations, 3)
+        assert f"| `lsq` cut to {row.iterations} iterations |" in (tmp_path / "page.md").read_text()
+
+
 def test_rows_of_other_options_or_models_are_not_listed(board: ModuleType, other: Path) -> None:
     options = [*FEW, "--model", str(other / "unet.onnx"), "--folder", str(other), "--page", str(other / "o.md")]
     page = other / "o.md"
@@ -135,7 +149,9 @@ def test_each_model_has_its_page_and_its_folder(model: str, name: str | None, st
     assert (args.folder.name, args.page.name) == (stem, f"{stem}.md")
 
 
-@pytest.mark.parametrize("options", [["--model", "a.onnx", "--name", "digits"], ["--name", "../x"], ["--batch", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--model", "a.onnx", "--name", "digits"], ["--name", "../x"], ["--batch", "0"], ["--iterations", "0"]]
+)
 def test_options_that_make_no_sense_are_refused(options: list[str]) -> None:
     with pytest.raises(SystemExit):
         parsed(options, None)
