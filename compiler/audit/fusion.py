@@ -24,7 +24,7 @@ from mezzotint.runtime.session import running_version
 from ..errors import ModelError
 from ..graph.nodes import is_op, name_of
 from .built import FLOAT_KERNELS, INTEGER_KERNELS, built_graph
-from .groups import MATRICES, FusionGroup, groups, is_ort_mover, node_label
+from .groups import FUSED, MATRICES, FusionGroup, groups, is_ort_mover, node_label
 from .match import Match, is_integer_kernel, moves_integers
 from .rules import NO_KERNEL, first_explanation
 
@@ -109,11 +109,12 @@ class Fusion:
 
     @property
     def layers(self) -> LayerCounts:
-        """Return the counts of convolutions and matrix products, those among the strays included."""
+        """Return the counts of convolutions and matrix products: the two of a fused attention, and strays, included."""
         layers = [v for v in self.verdicts if v.kernel and v.op in (*MATRICES, *INTEGER_KERNELS)]
+        fused = 2 * sum(v.op in FUSED for v in self.verdicts)
         return LayerCounts(
             sum(v.integer for v in layers) + self.stray_layers.integer,
-            sum(not v.integer for v in layers) + self.stray_layers.floating,
+            sum(not v.integer for v in layers) + self.stray_layers.floating + fused,
         )
 
     @property
@@ -213,6 +214,12 @@ def _unknown(verdict: Verdict) -> tuple[str, str, str]:
 
 
 def _unquantized(group: FusionGroup) -> tuple[str, str, str]:
+    if group.node.op_type in FUSED:
+        return (
+            UNQUANTIZED,
+            "it computes a whole attention in float, row by row, without storing the scores of all tokens",
+            "to have two integer products, which store them, give fuse_attention.tokens more tokens",
+        )
     loose = next((name_of(s.value) for s in group.data if s.dequantizer is None), "")
     return (
         UNQUANTIZED,

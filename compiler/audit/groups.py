@@ -31,6 +31,8 @@ WRITTEN = frozenset(
     | {"QLinearSigmoid", "QLinearLeakyRelu", "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearWhere"}
     | {"QLinearReduceMean"}
 )
+# Float operations of onnxruntime that compute two matrix products and more at once.
+FUSED = frozenset({"MultiHeadAttention"})
 # onnxruntime drops the quantizers around these and moves the integers (measured).
 ORT_MOVERS = (
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Flatten", "Gather", "Expand", "Tile"),
@@ -174,13 +176,13 @@ def node_label(node: ir.Node) -> str:
 
 
 def groups(graph: ir.Graph, kernel_of: Callable[[ir.Node], str]) -> list[FusionGroup]:
-    """Return all quantized groups of a file, and its other matrix products, in the file's order."""
+    """Return all quantized groups of a file, its other matrix products and its fused ones, in the file's order."""
     result = []
     for node in graph.all_nodes():
         if is_op(node, *_SILENT):
             continue
         group = _group(node, kernel_of(node))
-        if group.meant or group.matrix:
+        if group.meant or group.matrix or node.op_type in FUSED:
             result.append(group)
     return result
 
@@ -195,6 +197,8 @@ def _group(node: ir.Node, kernel: str) -> FusionGroup:
     )
     if node.op_type in WRITTEN or kernel in WRITTEN:
         meant = True  # case 1
+    elif node.op_type in FUSED:
+        meant = False
     elif is_op(node, *MATRICES):  # case 2
         in_float = [origin for origin in data if origin.dequantizer is None]
         float_weight = len(in_float) == 1 and in_float[0] is data[1] and in_float[0].known

@@ -17,6 +17,8 @@ from . import weight_store as store
 from .scopes import scope_of, within
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
+MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operations."""
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:

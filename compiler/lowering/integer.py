@@ -26,15 +26,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..core.program import Program
-from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
+from ..graph.nodes import MICROSOFT, Builder, Names, is_constant, is_op, name_of, numpy_of, remove_dead, replace_value
 from ..graph.require import inputs as inputs_of
 from ..graph.require import producer
 from ..scales.timetable import lookup
 from .layout import hide_ranks, split_biases
 from .qdq import check_int32, fold_weights, middle_of
 from .quantized import IntegerLayer, accumulator_bias, integer_layer
-
-CONTRIB = "com.microsoft"
 
 
 def lower_integer(program: Program) -> ir.Model:
@@ -51,7 +49,7 @@ def lower_integer(program: Program) -> ir.Model:
     split_biases(model.graph)
     hide_ranks(model.graph, [node for node in model.graph if is_op(node, "QLinearConv")])
     remove_dead(model.graph)
-    model.graph.opset_imports.setdefault(CONTRIB, 1)
+    model.graph.opset_imports.setdefault(MICROSOFT, 1)
     return model
 
 
@@ -134,7 +132,7 @@ class _Writer:
             [x, weight, x_scale, w_scale, x_zero, w_zero, layer.bias],
             f"{name_of(out)}_integer",
             like=out,
-            domain=CONTRIB,
+            domain=MICROSOFT,
             name=name,
         )
         replace_value(out, result)

@@ -28,7 +28,7 @@ from mezzotint.runtime.signature import Signature
 from ..errors import PassError
 from ..graph.nodes import DEFAULT_DOMAINS, is_op, name_of
 from .constants import attributes_of, literal_of, parameter_of
-from .operations import TORCH_OPERATIONS
+from .operations import torch_operation
 from .pairs import Pairs
 from .trained import weights_of
 from .values import TorchFunction
@@ -179,7 +179,7 @@ class _Converter:
         self._set(node.outputs[0], made)
 
     def _call(self, node: ir.Node) -> None:
-        function = TORCH_OPERATIONS.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
+        function = torch_operation(node.domain, node.op_type)
         if function is None:
             kind = node.op_type if node.domain in DEFAULT_DOMAINS else f"{node.domain}.{node.op_type}"
             raise PassError(

@@ -98,4 +98,13 @@ def Einsum(*operands: torch.Tensor, equation: str) -> torch.Tensor:
     return torch.einsum(equation, *operands)
 
 
+def MultiHeadAttention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_heads: int, scale: float | None = None
+) -> torch.Tensor:
+    """Attention over `[batch, tokens, heads * width]`, as fuse_attention writes it (domain com.microsoft)."""
+    heads = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return functional.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(2)
+
+
+MICROSOFT_LINEAR_OPERATIONS: tuple[TorchFunction, ...] = (MultiHeadAttention,)
 LINEAR_OPERATIONS: tuple[TorchFunction, ...] = (Conv, ConvTranspose, Gemm, MatMul, Einsum)

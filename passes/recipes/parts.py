@@ -14,6 +14,7 @@ from ..clean_qdq import CleanQdq
 from ..fold_scales import FoldScales
 from ..fold_time import FoldTime
 from ..freeze_time import FreezeTime
+from ..fuse_attention import FuseAttention
 from ..group_steps import GroupSteps
 from ..insert_qdq import InsertQdq
 from ..lower_norms import LowerNorms
@@ -23,9 +24,9 @@ from ..observe import Observe
 from ..smooth_scales import SmoothScales
 from ..step_scales import StepScales
 
-EXACT_FLOAT = (Normalize(), FreezeTime(), FoldScales(), LowerNorms())
-EXACT = (Normalize(), FreezeTime(), LowerTransposed(), FoldScales(), LowerNorms())
-FAST = (Normalize(), FreezeTime(), LowerTransposed(), FoldTime(), FoldScales(), LowerNorms())
+EXACT_FLOAT = (Normalize(), FreezeTime(), FuseAttention(), FoldScales(), LowerNorms())
+EXACT = (Normalize(), FreezeTime(), LowerTransposed(), FuseAttention(), FoldScales(), LowerNorms())
+FAST = (Normalize(), FreezeTime(), LowerTransposed(), FoldTime(), FuseAttention(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
 EVERY_CALL = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS)

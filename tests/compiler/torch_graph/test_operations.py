@@ -12,8 +12,9 @@ import torch
 
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.errors import PassError
+from mezzotint.compiler.graph.nodes import MICROSOFT
 from mezzotint.compiler.torch_graph.convert import to_torch
-from mezzotint.compiler.torch_graph.operations import TORCH_OPERATIONS
+from mezzotint.compiler.torch_graph.operations import MICROSOFT_OPERATIONS, TORCH_OPERATIONS
 
 Array = np.ndarray[Any, Any]
 Case = tuple[str, list[Array | None], dict[str, Any]]
@@ -57,6 +58,7 @@ CASES: list[Case] = [
     *each("Abs Relu LeakyRelu Elu HardSwish HardSigmoid", [apart(2, 3, 2)]),
     *each("Sqrt Log Reciprocal", [positive(2, 3)]),
     ("Div", [X, positive(3, 5)], {}),
+    ("MultiHeadAttention", [normal(2, 3, 8), normal(2, 4, 8), normal(2, 4, 8)], {"num_heads": 2, "scale": 0.7}),
     ("Pow", [positive(2, 3), positive(3)], {}),
     ("PRelu", [apart(2, 3, 2), positive(3, 1)], {}),
     ("Gelu", [X], {}),
@@ -155,7 +157,8 @@ def model_of(op: str, given: list[Array | None], attributes: dict[str, Any]) -> 
                 const_value=None if free else tensor,
             )
         )
-    node = ir.node(op, values, attributes, num_outputs=PARTS.get(op, 1), name=f"the_{op}")
+    domain = MICROSOFT if op in MICROSOFT_OPERATIONS else ""
+    node = ir.node(op, values, attributes, domain=domain, num_outputs=PARTS.get(op, 1), name=f"the_{op}")
     for i, out in enumerate(node.outputs):
         out.name = f"out{i}"
     graph = ir.Graph(
@@ -163,7 +166,7 @@ def model_of(op: str, given: list[Array | None], attributes: dict[str, Any]) -> 
         node.outputs,
         nodes=[node],
         initializers=[v for v in values if v is not None and v.const_value is not None],
-        opset_imports={"": OPSET},
+        opset_imports={"": OPSET, MICROSOFT: 1},
         name="one",
     )
     return ir.Model(graph, ir_version=10)
@@ -208,7 +211,8 @@ def test_operations_of_later_opsets() -> None:
 
 
 def test_every_operation_is_compared() -> None:
-    assert TORCH_OPERATIONS.keys() - {case[0] for case in (*CASES, *EXACT)} == {"RMSNormalization", "Swish"}
+    known = TORCH_OPERATIONS.keys() | MICROSOFT_OPERATIONS.keys()
+    assert known - {case[0] for case in (*CASES, *EXACT)} == {"RMSNormalization", "Swish"}
 
 
 def test_unknown_operations_and_attributes_are_refused() -> None:

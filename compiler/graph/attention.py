@@ -1,0 +1,189 @@
+"""Attention as exporters write it: two products of activations, a softmax between them, and the moves into heads.
+
+    q, k, v  [batch, tokens, heads * width]
+      -> Reshape, Transpose                [batch, heads, tokens, width]
+      -> MatMul(q, k^T) -> Mul(scale) -> Softmax -> MatMul(., v)
+      -> Transpose, Reshape                [batch, tokens, heads * width]
+
+Exporters write the moves in many ways (torch's dynamo exporter brings the keys to three dimensions and back), and
+factors stand in front of the first product or behind it. So the dimensions are followed through the moves, whatever
+these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .nodes import consumers, is_constant, is_op, known_ints, numpy_of
+
+Dim = tuple[str, ...]
+"""A dimension as the product of those that it was merged from, such as ("batch", "heads")."""
+
+BATCH, TOKENS, HEADS, WIDTH = "batch", "tokens", "heads", "width"
+_ROWS: tuple[Dim, ...] = ((BATCH,), (TOKENS,), (HEADS, WIDTH))
+_HEAD_FIRST: tuple[Dim, ...] = ((BATCH,), (HEADS,), (TOKENS,), (WIDTH,))
+_TRANSPOSED: tuple[Dim, ...] = ((BATCH,), (HEADS,), (WIDTH,), (TOKENS,))
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention without a mask. `query`, `key`, `value` and `output` are `[batch, tokens, heads * width]`.
+
+    `weights` is the output of the softmax, `[batch, heads, queries, keys]`.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    output: ir.Value
+    weights: ir.Value
+    heads: int
+    scale: float
+
+
+def attention_of(softmax: ir.Node) -> Attention | None:
+    """Return the attention that a softmax belongs to, or None where it is no attention, or one of another form."""
+    weights = softmax.outputs[0]
+    scores, scale = _unscaled(softmax.inputs[0])
+    product = scores.producer() if scores is not None else None
+    readers = consumers(weights)
+    if not is_op(product, "MatMul") or len(readers) != 1 or not is_op(readers[0], "MatMul"):
+        return None
+    if product is None or readers[0].inputs[0] is not weights or weights.is_graph_output() or not _over_keys(softmax):
+        return None
+    query = _source(product.inputs[0], _HEAD_FIRST)
+    key = _source(product.inputs[1], _TRANSPOSED)
+    value = _source(readers[0].inputs[1], _HEAD_FIRST)
+    if query is None or key is None or value is None or value.factor != 1:
+        return None
+    output = _joined(readers[0].outputs[0], query.heads, value.width)
+    if output is None or len({query.heads, key.heads, value.heads}) != 1 or query.width != key.width:
+        return None
+    scale *= query.factor * key.factor
+    return Attention(query.value, key.value, value.value, output, weights, query.heads, scale)
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """The value `[batch, tokens, heads * width]` that moves bring into heads, and the factor on the way."""
+
+    value: ir.Value
+    heads: int
+    width: int
+    factor: float
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """Return the value in front of Muls and Divs by one number, and their factor."""
+    factor = 1.0
+    while value is not None and is_op(node := value.producer(), "Mul", "Div") and node is not None:
+        x, number = node.inputs
+        if node.op_type == "Mul" and is_constant(x):
+            x, number = number, x
+        if number is None or not is_constant(number) or number.const_value is None or number.const_value.size != 1:
+            break
+        constant = float(numpy_of(number).reshape(()))
+        factor = factor * constant if node.op_type == "Mul" else factor / constant
+        value = x
+    return value, factor
+
+
+def _over_keys(softmax: ir.Node) -> bool:
+    axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
+    rank = None if softmax.outputs[0].shape is None else len(softmax.outputs[0].shape)
+    return axis == -1 or (rank is not None and axis == rank - 1)
+
+
+def _source(value: ir.Value | None, wanted: Sequence[Dim]) -> _Source | None:
+    """Follow a value of these dimensions, or with the first two merged, back to where its tokens are whole rows."""
+    moves: list[ir.Node] = []
+    factor = 1.0
+    while value is not None:
+        value, here = _unscaled(value)
+        factor *= here
+        node = None if value is None else value.producer()
+        if node is None or not is_op(node, "Reshape", "Transpose") or value is None:
+            return None
+        moves.insert(0, node)
+        value = node.inputs[0]
+        sizes = _split_sizes(moves[0])
+        if sizes is not None and (dims := _follow(_ROWS, moves, *sizes)) is not None:
+            return _Source(moves[0].inputs[0], *sizes, factor) if _as_heads(dims) == tuple(wanted) else None  # type: ignore[arg-type]
+    return None
+
+
+def _as_heads(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    """Return the dimensions with batch and heads apart."""
+    return tuple(part for dim in dims for part in ([(BATCH,), (HEADS,)] if dim == (BATCH, HEADS) else [dim]))
+
+
+def _split_sizes(node: ir.Node) -> tuple[int, int] | None:
+    """Return heads and width if a node reshapes `[batch, tokens, channels]` to `[batch, tokens, heads, width]`."""
+    before, after = node.inputs[0], node.outputs[0]
+    if not is_op(node, "Reshape") or before is None or before.shape is None or after.shape is None:
+        return None
+    if len(before.shape) != 3 or len(after.shape) != 4 or before.shape[1] != after.shape[1]:
+        return None
+    sizes, channels = known_ints(after.shape, [2, 3]), known_ints(before.shape, [2])
+    if sizes is None or channels is None or sizes[0] * sizes[1] != channels[0]:
+        return None
+    return sizes[0], sizes[1]
+
+
+def _joined(value: ir.Value, heads: int, width: int) -> ir.Value | None:
+    """Follow the only reader of each value until the heads are whole rows again."""
+    dims: Sequence[Dim] | None = _HEAD_FIRST
+    if value.shape is not None and len(value.shape) == 3:
+        dims = ((BATCH, HEADS), (TOKENS,), (WIDTH,))
+    while dims is not None and tuple(dims) != _ROWS:
+        readers = consumers(value)
+        if len(readers) != 1 or value.is_graph_output() or not is_op(readers[0], "Reshape", "Transpose"):
+            return None
+        dims = _follow(dims, readers, heads, width)
+        value = readers[0].outputs[0]
+    return value if dims is not None else None
+
+
+def _follow(dims: Sequence[Dim], moves: Sequence[ir.Node], heads: int, width: int) -> Sequence[Dim] | None:
+    """Return the dimensions behind these moves, or None where a Reshape does something else."""
+    found: Sequence[Dim] | None = dims
+    for node in moves:
+        if found is None:
+            return None
+        if node.op_type == "Transpose":
+            perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(found))[::-1]
+            found = [found[axis] for axis in perm] if len(perm) == len(found) else None
+        else:
+            found = _reshaped(found, node, heads, width)
+    return found
+
+
+def _reshaped(dims: Sequence[Dim], node: ir.Node, heads: int, width: int) -> Sequence[Dim] | None:
+    """Return the dimensions behind a Reshape that merges two neighbours or parts one; the others keep their sizes."""
+    before = None if node.inputs[0] is None else node.inputs[0].shape
+    after = node.outputs[0].shape
+    if before is None or after is None or len(before) != len(dims) or abs(len(after) - len(before)) > 1:
+        return None
+    if len(after) == len(before):
+        return dims if list(before) == list(after) else None
+    merges = len(after) < len(before)
+    long, short = (before, after) if merges else (after, before)
+    places = [i for i in range(len(short)) if _same(long[:i], short[:i]) and _same(long[i + 2 :], short[i + 1 :])]
+    if merges:
+        pairs = [i for i in places if (*dims[i], *dims[i + 1]) in ((BATCH, HEADS), (HEADS, WIDTH))]
+        i = pairs[0] if len(pairs) == 1 else None
+        return None if i is None else [*dims[:i], (*dims[i], *dims[i + 1]), *dims[i + 2 :]]
+    inner: dict[Dim, int] = {(BATCH, HEADS): heads, (HEADS, WIDTH): width}
+    for i in places:
+        if dims[i] in inner and after[i + 1] == inner[dims[i]]:
+            return [*dims[:i], dims[i][:1], dims[i][1:], *dims[i + 1 :]]
+    return None
+
+
+def _same(some: Sequence[int | ir.SymbolicDim], others: Sequence[int | ir.SymbolicDim]) -> bool:
+    """Return whether dimensions are equal; one without a name equals no other."""
+    known = all(isinstance(size, int) or size.value is not None for size in (*some, *others))
+    return known and list(some) == list(others)
