@@ -24,7 +24,7 @@ from mezzotint.runtime.session import running_version
 from ..errors import ModelError
 from ..graph.nodes import is_op, name_of
 from .built import FLOAT_KERNELS, INTEGER_KERNELS, built_graph
-from .groups import FUSED, MATRICES, FusionGroup, groups, is_ort_mover, node_label
+from .groups import FUSED_ATTENTION, MATRICES, FusionGroup, groups, is_ort_mover, node_label
 from .match import Match, is_integer_kernel, moves_integers
 from .rules import NO_KERNEL, first_explanation
 
@@ -111,7 +111,7 @@ class Fusion:
     def layers(self) -> LayerCounts:
         """Return the counts of convolutions and matrix products: the two of a fused attention, and strays, included."""
         layers = [v for v in self.verdicts if v.kernel and v.op in (*MATRICES, *INTEGER_KERNELS)]
-        fused = 2 * sum(v.op in FUSED for v in self.verdicts)
+        fused = 2 * sum(v.op in FUSED_ATTENTION for v in self.verdicts)
         return LayerCounts(
             sum(v.integer for v in layers) + self.stray_layers.integer,
             sum(not v.integer for v in layers) + self.stray_layers.floating + fused,
@@ -214,7 +214,7 @@ def _unknown(verdict: Verdict) -> tuple[str, str, str]:
 
 
 def _unquantized(group: FusionGroup) -> tuple[str, str, str]:
-    if group.node.op_type in FUSED:
+    if group.node.op_type in FUSED_ATTENTION:
         return (
             UNQUANTIZED,
             "it computes a whole attention in float, row by row, without storing the scores of all tokens",

@@ -32,7 +32,7 @@ WRITTEN = frozenset(
     | {"QLinearReduceMean"}
 )
 # Float operations of onnxruntime that compute two matrix products and more at once.
-FUSED = frozenset({"MultiHeadAttention"})
+FUSED_ATTENTION = frozenset({"MultiHeadAttention"})
 # onnxruntime drops the quantizers around these and moves the integers (measured).
 ORT_MOVERS = (
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Flatten", "Gather", "Expand", "Tile"),
@@ -182,7 +182,7 @@ def groups(graph: ir.Graph, kernel_of: Callable[[ir.Node], str]) -> list[FusionG
         if is_op(node, *_SILENT):
             continue
         group = _group(node, kernel_of(node))
-        if group.meant or group.matrix or node.op_type in FUSED:
+        if group.meant or group.matrix or node.op_type in FUSED_ATTENTION:
             result.append(group)
     return result
 
@@ -197,7 +197,7 @@ def _group(node: ir.Node, kernel: str) -> FusionGroup:
     )
     if node.op_type in WRITTEN or kernel in WRITTEN:
         meant = True  # case 1
-    elif node.op_type in FUSED:
+    elif node.op_type in FUSED_ATTENTION:
         meant = False
     elif is_op(node, *MATRICES):  # case 2
         in_float = [origin for origin in data if origin.dequantizer is None]

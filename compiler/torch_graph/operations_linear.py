@@ -102,8 +102,8 @@ def MultiHeadAttention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_heads: int, scale: float | None = None
 ) -> torch.Tensor:
     """Attention over `[batch, tokens, heads * width]`, as fuse_attention writes it (domain com.microsoft)."""
-    heads = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
-    return functional.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(2)
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
 MICROSOFT_LINEAR_OPERATIONS: tuple[TorchFunction, ...] = (MultiHeadAttention,)

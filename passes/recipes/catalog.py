@@ -15,7 +15,7 @@ from ..step_scales import StepScales
 from ..store_half import StoreHalf
 from .distilled import NARROW_WIDTHS
 from .papers import PAPERS
-from .parts import EXACT, EXACT_FLOAT, ISLANDS, SMOOTHED, static, stepwise
+from .parts import EXACT_FLOAT, ISLANDS, PORTABLE, SMOOTHED, static, stepwise
 
 CONSTANT = "w8a8-constant"
 PAYS = 3.0
@@ -23,7 +23,7 @@ PAYS = 3.0
 layer that reads it. On the digits (20 steps, 16 images) those from 0.2 dB on cost 14 % of the processor's time in
 OpenVINO, 1 dB of epsilon and 5 dB or more of the images' PSNR, and no activation reaches 3 dB."""
 CONSTANT_SCALES = (
-    *EXACT,
+    *PORTABLE,
     *SMOOTHED,
     Observe(groups=0),
     ChooseScales(symmetric="products"),

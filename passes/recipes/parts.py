@@ -26,6 +26,8 @@ from ..step_scales import StepScales
 
 EXACT_FLOAT = (Normalize(), FreezeTime(), FuseAttention(), FoldScales(), LowerNorms())
 EXACT = (Normalize(), FreezeTime(), LowerTransposed(), FuseAttention(), FoldScales(), LowerNorms())
+PORTABLE = (Normalize(), FreezeTime(), LowerTransposed(), FoldScales(), LowerNorms())
+"""Exact rewrites into operations that every engine knows."""
 FAST = (Normalize(), FreezeTime(), LowerTransposed(), FoldTime(), FuseAttention(), FoldScales(), LowerNorms())
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())

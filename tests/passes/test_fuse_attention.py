@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint import compile_model
-from mezzotint.compiler.audit.fusion import audit_fusion
+from mezzotint.compiler.audit.fusion import LayerCounts, audit_fusion
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.errors import RecipeError
@@ -17,7 +17,7 @@ from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import counts, is_op
 from mezzotint.passes.fuse_attention import FuseAttention
 from mezzotint.passes.recipes.catalog import RECIPES
-from mezzotint.runtime.bundle.bundle import MODEL
+from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
@@ -92,8 +92,8 @@ def test_few_tokens_and_other_targets_keep_the_products(context: Context) -> Non
 def test_a_network_with_prompts_runs_and_is_counted(conditional: Compiled, tmp_path: Path) -> None:
     """Self and cross attention of a diffusers network: its open height and width are measured by a call."""
     given = {"encoder_hidden_states": prompts(2)}
-    layers = {}
-    for tokens in (4096, 16):
+
+    def compiled(tokens: int) -> tuple[Bundle, LayerCounts]:
         bundle = compile_model(
             conditional.exported,
             tmp_path / str(tokens),
@@ -103,12 +103,13 @@ def test_a_network_with_prompts_runs_and_is_counted(conditional: Compiled, tmp_p
             settings={"fuse_attention.tokens": tokens},
             **{**SMALL, "steps": 2, "calibration_samples": 1},
         )
-        layers[tokens] = audit_fusion(bundle.path / MODEL, tmp_path, threads=1).layers
+        return bundle, audit_fusion(bundle.path / MODEL, tmp_path, threads=1).layers
+
+    (_, plain), (bundle, few) = compiled(4096), compiled(16)
     fused = counts(ir.load(bundle.path / MODEL).graph)[FUSED]
     note = next(record.note for record in bundle.manifest.history if record.name == "fuse_attention")
     assert fused > 0 and note.startswith(f"{fused} of ")
-    assert layers[16].integer == layers[4096].integer - 2 * fused
-    assert layers[16].floating == layers[4096].floating + 2 * fused
+    assert few == (plain.integer - 2 * fused, plain.floating + 2 * fused)
     t, x = bundle.deployment.timesteps[0], initial_noise(0, (2, *bundle.sample_shape))
     exact = Denoiser(conditional.exported, bundle.signature, threads=1)(x, t, **given)
     assert sqnr_db(exact, bundle.denoiser(threads=1)(x, t, **given)) > 20
