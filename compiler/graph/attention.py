@@ -19,13 +19,13 @@ import onnx_ir as ir
 
 from .nodes import consumers, is_constant, is_op, known_ints, numpy_of
 
-Factors = tuple[str, ...]
+MergedDim = tuple[str, ...]
 """A dimension as the product of those that it was merged from, such as ("batch", "heads")."""
 
 BATCH, TOKENS, HEADS, WIDTH = "batch", "tokens", "heads", "width"
-_ROWS: tuple[Factors, ...] = ((BATCH,), (TOKENS,), (HEADS, WIDTH))
-_HEAD_FIRST: tuple[Factors, ...] = ((BATCH,), (HEADS,), (TOKENS,), (WIDTH,))
-_TRANSPOSED: tuple[Factors, ...] = ((BATCH,), (HEADS,), (WIDTH,), (TOKENS,))
+_ROWS: tuple[MergedDim, ...] = ((BATCH,), (TOKENS,), (HEADS, WIDTH))
+_HEAD_FIRST: tuple[MergedDim, ...] = ((BATCH,), (HEADS,), (TOKENS,), (WIDTH,))
+_TRANSPOSED: tuple[MergedDim, ...] = ((BATCH,), (HEADS,), (WIDTH,), (TOKENS,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def _over_keys(softmax: ir.Node) -> bool:
     return axis == -1 or (rank is not None and axis == rank - 1)
 
 
-def _source(value: ir.Value | None, wanted: Sequence[Factors]) -> _Source | None:
+def _source(value: ir.Value | None, wanted: Sequence[MergedDim]) -> _Source | None:
     """Follow a value of these dimensions, or with the first two merged, back to where its tokens are whole rows."""
     moves: list[ir.Node] = []
     factor = 1.0
@@ -115,7 +115,7 @@ def _source(value: ir.Value | None, wanted: Sequence[Factors]) -> _Source | None
     return None
 
 
-def _as_heads(dims: Sequence[Factors]) -> tuple[Factors, ...]:
+def _as_heads(dims: Sequence[MergedDim]) -> tuple[MergedDim, ...]:
     """Return the dimensions with batch and heads apart."""
     return tuple(part for dim in dims for part in ([(BATCH,), (HEADS,)] if dim == (BATCH, HEADS) else [dim]))
 
@@ -135,7 +135,7 @@ def _split_sizes(node: ir.Node) -> tuple[int, int] | None:
 
 def _joined(value: ir.Value, heads: int, width: int) -> ir.Value | None:
     """Follow the only reader of each value until the heads are whole rows again."""
-    dims: Sequence[Factors] | None = _HEAD_FIRST
+    dims: Sequence[MergedDim] | None = _HEAD_FIRST
     if value.shape is not None and len(value.shape) == 3:
         dims = ((BATCH, HEADS), (TOKENS,), (WIDTH,))
     while dims is not None and tuple(dims) != _ROWS:
@@ -147,9 +147,9 @@ def _joined(value: ir.Value, heads: int, width: int) -> ir.Value | None:
     return value if dims is not None else None
 
 
-def _follow(dims: Sequence[Factors], moves: Sequence[ir.Node], heads: int, width: int) -> Sequence[Factors] | None:
+def _follow(dims: Sequence[MergedDim], moves: Sequence[ir.Node], heads: int, width: int) -> Sequence[MergedDim] | None:
     """Return the dimensions behind these moves, or None where a Reshape does something else."""
-    found: Sequence[Factors] | None = dims
+    found: Sequence[MergedDim] | None = dims
     for node in moves:
         if found is None:
             return None
@@ -161,7 +161,7 @@ def _follow(dims: Sequence[Factors], moves: Sequence[ir.Node], heads: int, width
     return found
 
 
-def _reshaped(dims: Sequence[Factors], node: ir.Node, heads: int, width: int) -> Sequence[Factors] | None:
+def _reshaped(dims: Sequence[MergedDim], node: ir.Node, heads: int, width: int) -> Sequence[MergedDim] | None:
     """Return the dimensions behind a Reshape that merges two neighbours or parts one; the others keep their sizes."""
     before = None if node.inputs[0] is None else node.inputs[0].shape
     after = node.outputs[0].shape
@@ -176,7 +176,7 @@ def _reshaped(dims: Sequence[Factors], node: ir.Node, heads: int, width: int) ->
         pairs = [i for i in places if (*dims[i], *dims[i + 1]) in ((BATCH, HEADS), (HEADS, WIDTH))]
         i = pairs[0] if len(pairs) == 1 else None
         return None if i is None else [*dims[:i], (*dims[i], *dims[i + 1]), *dims[i + 2 :]]
-    inner: dict[Factors, int] = {(BATCH, HEADS): heads, (HEADS, WIDTH): width}
+    inner: dict[MergedDim, int] = {(BATCH, HEADS): heads, (HEADS, WIDTH): width}
     for i in places:
         if dims[i] in inner and after[i + 1] == inner[dims[i]]:
             return [*dims[:i], dims[i][:1], dims[i][1:], *dims[i + 1 :]]
