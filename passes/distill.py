@@ -96,7 +96,7 @@ class Distill(TrainingPass):
             "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
         )
         self.require_positive("held_out", "checks", *(() if self.minutes is None else ("minutes",)))
-        self.require_weight("blocks", "relations")
+        self.require_not_negative("blocks", "relations")
         if self.weights == "none" and not self.floats and self.scales == "none":
             raise RecipeError("nothing moves", where=self.name, hint="let weights, floats or scales move")
 

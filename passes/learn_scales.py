@@ -93,7 +93,7 @@ class LearnScales(TrainingPass):
 
     def __post_init__(self) -> None:
         self.require_positive("iterations", "learning_rate", "batch", "calls", "samples")
-        self.require_weight("inner", "held_out")
+        self.require_not_negative("inner", "held_out")
         if self.form == "network" and self.what == "weights":
             raise RecipeError(
                 "learn_scales.form is network, and weights have no tables over the timestep",

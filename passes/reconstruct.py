@@ -99,7 +99,7 @@ class Reconstruct(TrainingPass):
 
     def __post_init__(self) -> None:
         self.require_positive("iterations", "learning_rate", "regularization", "batch", "calls", "samples")
-        self.require_weight("inner", "held_out", "scale_shares")
+        self.require_not_negative("inner", "held_out", "scale_shares")
         if not 0 <= self.drop < 1:
             raise RecipeError(
                 f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"

@@ -57,13 +57,13 @@ class TrainingPass(Pass):
             if not 0 < value < np.inf:
                 raise RecipeError(f"{self.name}.{option} is {value}", where=self.name, hint="choose a positive number")
 
-    def require_weight(self, *options: str) -> None:
+    def require_not_negative(self, *options: str) -> None:
         """Raise RecipeError for an option that is not 0 or a positive number."""
         for option in options:
             value = getattr(self, option)
             if not 0 <= value < np.inf:
                 raise RecipeError(
-                    f"{self.name}.{option} is {value}", where=self.name, hint="choose 0, or a weight near 1"
+                    f"{self.name}.{option} is {value}", where=self.name, hint="choose 0 or a positive number"
                 )
 
     def plan_of(self, program: Program) -> Plan:

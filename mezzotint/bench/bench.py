@@ -34,7 +34,7 @@ from mezzotint.runtime.signature import Predict
 from mezzotint.runtime.streams import FIXED
 
 from ..text.report import model_bytes
-from .beside_peers import CALIBRATION, PeerResult, PeerRuns
+from .beside_peers import CALIBRATION, PICTURES, PeerResult, PeerRuns, advice
 from .openvino_trace import trace_openvino
 from .pairs import folder_bytes, middle_timestep
 from .reference import check_float_model
@@ -94,6 +94,7 @@ class Bench:
             "float_bytes": self.float_bytes,
             "fidelity": self.fidelity,
             "peers": [self._peer(peer) for peer in self.peers],
+            "advice": self._advice(),
             "floor": {
                 "integer_kernels_ms": _ms(breakdown.integer_seconds),
                 "share": round(breakdown.integer_share, 6),
@@ -109,6 +110,11 @@ class Bench:
             "operations": [{"op": o.op, "group": o.group, **cost(o.nodes, o.seconds)} for o in breakdown.operations],
             "notes": list(NOTES),
         }
+
+    def _advice(self) -> list[str]:
+        if self.floating is None or self.fidelity is None:
+            return []
+        return advice(self.floating.median / self.quantized.median, self.fidelity, self.peers, self.floating)
 
     def _peer(self, peer: PeerResult) -> dict[str, Any]:
         timed = None if peer.latency is None or self.floating is None else (self.floating, peer.latency)
@@ -134,19 +140,21 @@ def run_bench(
     rounds: int = 2,
     peers: Sequence[str] = (),
     calibration: int = CALIBRATION,
+    pictures: int = PICTURES,
     progress: Progress = silent,
 ) -> Bench:
     """Measure the latency and the breakdown of one call at the deployment's middle timestep.
 
     `batch` None is the graph's own batch size, or 1. Each network is called in 2 `rounds` blocks of `repeats`. `peers`
-    are names of peers.py; they need the float model and `calibration` calls of its trajectory. A peer that fails is
-    reported with its error. Raises InputError for a float model that is missing or does not fit, for peers without a
-    float model, and for a batch or a condition that the graph does not accept.
+    are names of peers.py; they need the float model and `calibration` calls of its trajectory, and draw `pictures`
+    images at least. A peer that fails is reported with its error. Raises InputError for a float model that is missing
+    or does not fit, for peers without a float model, and for a batch or a condition that the graph does not accept.
     """
     if peers and float_model is None:
         raise InputError("peers start from the float model", hint="give --float FILE.onnx")
-    if repeats < 1 or rounds < 1 or calibration < 1:
-        raise InputError(f"{repeats} calls, {rounds} rounds, {calibration} to calibrate on", hint="each is at least 1")
+    if min(repeats, rounds, calibration, pictures) < 1:
+        what = f"{repeats} calls, {rounds} rounds, {calibration} to calibrate on, {pictures} images"
+        raise InputError(what, hint="each is at least 1")
     if float_model is not None:
         check_float_model(float_model)
     net = bundle.denoiser(threads)
@@ -171,7 +179,7 @@ def run_bench(
     if float_model is None:
         return Bench(*shared, times(net)[0], None, profile(bundle, batch, rows, threads, repeats))
     exact = Denoiser(float_model, bundle.signature, threads=threads)
-    with PeerRuns(bundle, float_model, exact, rows, batch, threads) as runs:
+    with PeerRuns(bundle, float_model, exact, rows, batch, threads, pictures) as runs:
         fidelity, results = runs.prepare(peers, calibration, progress) if peers else (None, [])
         slow, mine, *others = times(exact, net, *runs.nets.values())
         results = runs.timed(results, others)

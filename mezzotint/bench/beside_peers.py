@@ -3,7 +3,8 @@
 Each peer (peers.py) gets network calls of the float trajectory to calibrate on: `calibration` of them, at the batch
 size of the bench, spread evenly over as many trajectories as it takes. Its fidelity is measured as the bundle's: the
 SQNR of epsilon at every call of other trajectories, from noise that nothing was calibrated on. Conditions are the
-bench's own random ones; guidance is left out, because single calls are compared.
+bench's own random ones; guidance is left out, because single calls are compared. Each network also draws images from
+the noise of those trajectories, and their PSNR decides: `advice` says where plain bfloat16 is the better choice.
 
 A peer that fails is reported with its error, and the others go on.
 """
@@ -11,7 +12,7 @@ A peer that fails is reported with its error, and the others go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from mezzotint.compiler.stages import scratch
 from mezzotint.runtime.bundle.bundle import Bundle
-from mezzotint.runtime.compare import StepSQNR, json_db
+from mezzotint.runtime.compare import PEAK, StepSQNR, json_db, psnr_db
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.latency import Latency
 from mezzotint.runtime.progress import Progress
@@ -38,7 +39,7 @@ from .pairs import folder_bytes, unseen_seed
 from .peers import Call
 
 CALIBRATION = 16  # network calls
-FIDELITY_IMAGES = 4  # at least, on whose trajectories the SQNR is measured
+PICTURES = 4  # at least, on whose trajectories fidelity is measured
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ class PeerRuns:
         rows: Mapping[str, npt.NDArray[Any]],
         batch: int,
         threads: int | None,
+        pictures: int = PICTURES,
     ) -> None:
         self.nets: dict[str, Network] = {}
         self._bundle, self._model, self._exact, self._rows = bundle, model, exact, rows
-        self._batch, self._threads = batch, threads
+        self._batch, self._threads, self._pictures = batch, threads, pictures
         self._plan = bundle.plan(guidance=1.0)
         self._files = ExitStack()
         self._folder = self._files.enter_context(scratch())
@@ -120,10 +122,12 @@ class PeerRuns:
     def _float(self, x: Images, t: Timestep) -> Images:
         return self._exact(x, t, **self._rows)
 
-    def _follow(self, net: Network, seed: int, first: int, look: samplers.Callback | None = None) -> None:
+    def _follow(
+        self, net: Network | Sequence[Network], seed: int, first: int, look: samplers.Callback | None = None
+    ) -> Images:
         x = samplers.initial_noise(seed, (self._batch, *self._bundle.sample_shape), first=first)
         noise = samplers.seeded_noise(seed, first=first)
-        samplers.sample(net, x, self._bundle.schedule, self._plan, noise=noise, callback=look)
+        return samplers.sample(net, x, self._bundle.schedule, self._plan, noise=noise, callback=look)
 
     def _prepared(self, name: str, calls: Sequence[Call]) -> PeerResult:
         if name not in peers.available():
@@ -141,32 +145,79 @@ class PeerRuns:
         return PeerResult(name, bytes=_bytes(file), seconds=time.perf_counter() - start)
 
     def _fidelity(self, progress: Progress) -> dict[str, dict[str, Any]]:
-        """Return the SQNR of epsilon by name; the bundle's has the empty name."""
+        """Return the SQNR of epsilon and the PSNR of images by name; the bundle's has the empty name."""
         mine = self._bundle.denoisers(self._plan, self._threads)
         sqnr = {name: StepSQNR() for name in ("", *self.nets)}
-        trajectories = -(-FIDELITY_IMAGES // self._batch)
-        total, done = trajectories * len(self._plan.calls), 0
+        psnr: dict[str, list[float]] = {name: [] for name in sqnr}
+        trajectories = -(-self._pictures // self._batch)
+        total, done = trajectories * len(self._plan.calls) * (1 + len(sqnr)), 0
 
-        def look(info: StepInfo) -> None:
+        def count() -> None:
             nonlocal done
-            for name, errors in sqnr.items():
-                net = self.nets[name] if name else mine[info.index]
-                errors.add(info.index, info.output, net(info.x, info.timestep, **self._rows))
             done += 1
             progress("fidelity of peers", done, total)
 
+        def look(info: StepInfo) -> None:
+            for name, errors in sqnr.items():
+                errors.add(info.index, info.output, self._predict(name, mine[info.index], info.x, info.timestep))
+            count()
+
         for i in range(trajectories):
-            self._follow(self._float, unseen_seed(self._bundle), i * self._batch, look)
-        images = trajectories * self._batch
+            seed, first = unseen_seed(self._bundle), i * self._batch
+            exact = self._follow(self._float, seed, first, look)
+            for name, found in psnr.items():
+                drawn = self._follow([self._counted(name, call, count) for call in mine], seed, first)
+                found += psnr_db(np.clip(exact, -1, 1), np.clip(drawn, -1, 1), peak=PEAK).tolist()
         return {
             name: {
                 "eps_sqnr_db": json_db(errors.pooled()),
                 "eps_sqnr_db_worst_step": json_db(errors.worst()[1]),
                 "worst_step": errors.worst()[0],
-                "pictures": images,
+                "psnr_db_median": json_db(float(np.median(psnr[name]))),
+                "psnr_db_p10": json_db(float(np.percentile(psnr[name], 10, method="lower"))),
+                "pictures": trajectories * self._batch,
             }
             for name, errors in sqnr.items()
         }
+
+    def _counted(self, name: str, mine: Denoiser, count: Callable[[], None]) -> Network:
+        """Return a network's call at one place of the trajectory, which counts itself."""
+
+        def call(x: Images, t: Timestep) -> Images:
+            count()
+            return self._predict(name, mine, x, t)
+
+        return call
+
+    def _predict(self, name: str, mine: Denoiser, x: Images, t: Timestep) -> Images:
+        net = self.nets[name] if name else mine
+        return net(x, t, **self._rows)
+
+
+def advice(speed: float, fidelity: Mapping[str, Any], results: Sequence[PeerResult], floating: Latency) -> list[str]:
+    """Return what the figures recommend: plain bfloat16 where it is faster than the bundle and its images are nearer.
+
+    `speed` is the bundle's, as a ratio of the float network's; decibels of None are an image without any difference.
+    """
+    found = []
+    for peer in results:
+        if peer.name != peers.OPENVINO_BF16 or peer.latency is None or peer.fidelity is None:
+            continue
+        theirs = floating.median / peer.latency.median
+        mine_db, their_db = (_decibels(part["psnr_db_median"]) for part in (fidelity, peer.fidelity))
+        figures = f"{theirs:.2f}x and {their_db:.1f} dB of images, this bundle {speed:.2f}x and {mine_db:.1f} dB"
+        if theirs >= speed and their_db >= mine_db:
+            found.append(
+                f"OpenVINO in plain bfloat16, without quantization, is the better choice on this machine: {figures}. "
+                "The bundle's file is smaller"
+            )
+        elif theirs >= speed:
+            found.append(f"OpenVINO in plain bfloat16 is faster here and its images are farther from float: {figures}")
+    return found
+
+
+def _decibels(value: float | None) -> float:
+    return float("inf") if value is None else value
 
 
 def _bytes(file: Path) -> int:

@@ -9,6 +9,14 @@ from mezzotint.runtime.engine import EngineUsage
 
 from ..text import console
 
+_FIDELITY = {
+    "psnr_db_median": "PSNR of images, dB",
+    "psnr_db_p10": "10th percentile, dB",
+    "eps_sqnr_db": "SQNR of epsilon, dB",
+    "eps_sqnr_db_worst_step": "worst step, dB",
+}
+"""The keys of a network's fidelity, and their columns."""
+
 
 def print_bench(found: dict[str, Any]) -> None:
     """Print `Bench.to_json` as tables."""
@@ -56,17 +64,20 @@ def _print_peers(found: dict[str, Any]) -> None:
         "fidelity": found["fidelity"],
     }
     rows: list[tuple[str, ...]]
-    rows = [("fp32 onnxruntime", f"{found['float_call_ms']['median']:.3f}", "1", _mb(found["float_bytes"]), "", "")]
+    rows = [("fp32 onnxruntime", f"{found['float_call_ms']['median']:.3f}", "1", _mb(found["float_bytes"]), *[""] * 4)]
     for peer in (mine, *found["peers"]):
         if peer["error"] is not None:
-            rows.append((peer["peer"], "-", peer["error"], "-", "-", "-"))
+            rows.append((peer["peer"], "-", peer["error"], *["-"] * 5))
             continue
         low, high = peer["speedup_range"]
         speed = f"{peer['speedup']:.2f}x ({low:.2f} to {high:.2f})"
-        fidelity = (db_text(peer["fidelity"][key], 2) for key in ("eps_sqnr_db", "eps_sqnr_db_worst_step"))
+        fidelity = (db_text(peer["fidelity"][key], 2) for key in _FIDELITY)
         rows.append((peer["peer"], f"{peer['call_ms']['median']:.3f}", speed, _mb(peer["bytes"]), *fidelity))
-    columns = ("", "one call, ms", "speed-up", "file", "SQNR of epsilon, dB", "worst step, dB")
-    console.print_table(f"beside peers, batch {found['batch']}, {found['threads']} threads", columns, rows)
+    columns = ("", "one call, ms", "speed-up", "file", *_FIDELITY.values())
+    title = f"beside peers, batch {found['batch']}, {found['threads']} threads, {found['fidelity']['pictures']} images"
+    console.print_table(title, columns, rows)
+    for line in found["advice"]:
+        console.print_line(line)
 
 
 def _call(latency: dict[str, float], calls: int) -> str:

@@ -29,6 +29,10 @@ def bench(
         bool, typer.Option("--peers", help="Measure peers of --float too: onnxruntime's quantizer, OpenVINO, NNCF.")
     ] = False,
     calibration: Annotated[int, number(bounds.MOST_REPEATS, "Float calls for the calibration of the peers.")] = 16,
+    pictures: Annotated[
+        int,
+        number(bounds.MOST_BATCH, "Images, at least, on which the peers' fidelity is measured.", "-n", "--pictures"),
+    ] = 4,
     repeats: Annotated[int, number(bounds.MOST_REPEATS, "Calls in one block of the measurement.")] = 8,
     rounds: Annotated[int, number(bounds.MOST_REPEATS, "Passes over all blocks, each forwards and backwards.")] = 2,
     provider: Provider = "cpu",
@@ -61,6 +65,7 @@ def bench(
             rounds=rounds,
             peers=PEERS if peers else (),
             calibration=calibration,
+            pictures=pictures,
             progress=report,
         )
     console.print_json(result.to_json()) if json else print_bench(result.to_json())

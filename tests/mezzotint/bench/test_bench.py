@@ -16,7 +16,8 @@ import pytest
 
 from mezzotint import compile_model, doctor
 from mezzotint.bench import bench, peers
-from mezzotint.bench.pairs import paired_run, unseen_seed
+from mezzotint.bench.beside_peers import PeerResult, advice
+from mezzotint.bench.pairs import compare, paired_run, unseen_seed
 from mezzotint.bench.trace import GROUPS, INTEGER_GROUP, Breakdown, group_of, read_trace
 from mezzotint.compiler.audit.kernels import audit_kernels
 from mezzotint.compiler.errors import OutputError
@@ -265,6 +266,26 @@ class TestPeers:
         _, sqnr = paired_run(exact, nets, hand.bundle, 4, seed=unseen_seed(hand.bundle), batch=2)
 
         assert result["fidelity"]["eps_sqnr_db"] == pytest.approx(sqnr.pooled(), rel=1e-6)
+        images = compare(hand.bundle, exact, 4, batch=2, threads=THREADS).to_json()
+        for key in ("psnr_db_median", "psnr_db_p10"):
+            assert result["fidelity"][key] == pytest.approx(images[key], rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("seconds", "db", "words"),
+        [
+            (0.2, 50.0, "is the better choice"),
+            (0.2, None, "inf dB"),
+            (0.2, 30.0, "farther from float"),
+            (0.5, 50.0, ""),
+        ],
+    )
+    def test_plain_bfloat16_is_recommended_where_it_is_better(
+        self, seconds: float, db: float | None, words: str
+    ) -> None:
+        peer = PeerResult(peers.OPENVINO_BF16, latency=Latency((seconds,)), fidelity={"psnr_db_median": db})
+        said = " ".join(advice(2.5, {"psnr_db_median": 40.0}, [peer], Latency((1.0,))))
+        assert words in said and bool(said) == bool(words)
+        assert not words or ("5.00x" in said and "this bundle 2.50x and 40.0 dB" in said)
 
     @pytest.mark.parametrize("name", peers.PEERS[1:])
     def test_what_is_not_installed_is_reported(self, result: dict[str, Any], name: str) -> None:
