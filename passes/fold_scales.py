@@ -11,6 +11,11 @@
 2. A Transpose that only moves dimensions of size 1 (attention with one head), because a Reshape does not copy:
 
        Transpose(x)  ->  Reshape(x)
+
+3. The keys of an attention that are brought to three dimensions and back, by shapes which the graph computes (torch's
+   dynamo exporter), because one Transpose copies once, and moves 8-bit values:
+
+       Mul(Reshape(Transpose(Reshape(Transpose(keys)))), c)  ->  Mul(Transpose(keys), c)
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import onnx_ir as ir
 
 from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.attention import attention_of
 from mezzotint.compiler.graph.nodes import (
     Builder,
     Names,
@@ -32,6 +38,7 @@ from mezzotint.compiler.graph.nodes import (
     name_of,
     numpy_of,
     remove_dead,
+    replace_use,
     replace_value,
 )
 from mezzotint.compiler.graph.ops import Layer, is_mover, layers
@@ -47,12 +54,15 @@ class FoldScales(GraphPass):
     def run(self, program: Program, context: Context) -> Program:
         graph = program.graph
         names = Names(graph)
+        direct = sum(_move_once(graph, names, node) for node in list(graph) if is_op(node, "Softmax"))  # case 3
+        remove_dead(graph)  # what read the keys before hides the layer that makes them
         by_output = {layer.output: layer for layer in layers(graph) if layer.weight is not None}
         # Cases 1 and 2.
         folded = sum(_fold(graph, names, node, by_output) for node in list(graph) if is_op(node, "Mul"))
         turned = sum(_reshape(graph, names, node) for node in list(graph) if is_op(node, "Transpose"))
         remove_dead(graph)
-        return program.noted(f"{folded} factors moved into weights, {turned} Transposes became Reshapes")
+        note = f"{folded} factors moved into weights, {turned} Transposes became Reshapes"
+        return program.noted(f"{note}, {direct} keys moved once" if direct else note)
 
 
 def _fold(graph: ir.Graph, names: Names, mul: ir.Node, by_output: dict[ir.Value, Layer]) -> bool:
@@ -103,4 +113,19 @@ def _reshape(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
     shape = build.constant(f"{name_of(out)}_shape", np.array(sizes))
     replace_value(out, build.op("Reshape", [x, shape], f"{name_of(out)}_reshaped", like=out))
     graph.remove(node, safe=True)
+    return True
+
+
+def _move_once(graph: ir.Graph, names: Names, softmax: ir.Node) -> bool:
+    found = attention_of(softmax)
+    keys = None if found is None else found.product.inputs[1]
+    if found is None or keys is None or found.key.moves < 3 or keys.shape is None or len(keys.shape) != 4:
+        return False
+    build = Builder(graph, names, found.product)
+    stem = name_of(keys)
+    moved = build.op("Transpose", [found.key.split], f"{stem}_once", like=keys, attributes={"perm": [0, 2, 3, 1]})
+    if found.key.factor != 1:
+        factor = build.constant(f"{stem}_factor", np.float32(found.key.factor))
+        moved = build.op("Mul", [moved, factor], f"{stem}_scaled", like=keys)
+    replace_use(found.product, keys, moved)
     return True

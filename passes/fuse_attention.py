@@ -71,7 +71,7 @@ class FuseAttention(GraphPass):
         queries = _queries(program, context, found)
         names = Names(graph)
         for attention in found:
-            if queries[name_of(attention.query)] >= self.tokens:
+            if queries[name_of(attention.query.rows)] >= self.tokens:
                 _fuse(graph, names, attention)
                 fused += 1
         remove_dead(graph)
@@ -80,7 +80,7 @@ class FuseAttention(GraphPass):
 
 def _queries(program: Program, context: Context, found: Sequence[Attention]) -> dict[str, int]:
     """Return the number of tokens of each query at the program's sample size: one call tells what no shape states."""
-    sizes = {name_of(one.query): known_ints(one.query.shape, [1]) for one in found}
+    sizes = {name_of(one.query.rows): known_ints(one.query.rows.shape, [1]) for one in found}
     unknown = [name for name, size in sizes.items() if size is None]
     measured: dict[str, int] = {}
     if unknown:
@@ -98,10 +98,10 @@ def _fuse(graph: ir.Graph, names: Names, found: Attention) -> None:
     build = Builder(graph, names, producer(output))
     fused = build.op(
         "MultiHeadAttention",
-        [found.query, found.key, found.value],
+        [found.query.rows, found.key.rows, found.value.rows],
         f"{name_of(output)}_fused",
         like=output,
-        attributes={"num_heads": found.heads, "scale": found.scale},
+        attributes={"num_heads": found.query.heads, "scale": found.scale},
         domain=MICROSOFT,
     )
     replace_value(output, fused)

@@ -29,18 +29,37 @@ _TRANSPOSED: tuple[MergedDim, ...] = ((BATCH,), (HEADS,), (WIDTH,), (TOKENS,))
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
-    """An attention without a mask. `query`, `key`, `value` and `output` are `[batch, tokens, heads * width]`.
+class Heads:
+    """Queries, keys or values on their way into heads.
 
-    `weights` is the output of the softmax, `[batch, heads, queries, keys]`.
+    rows    the value `[batch, tokens, heads * width]`
+    split   the same as `[batch, tokens, heads, width]`
+    factor  the product of the Muls and Divs behind it
+    moves   how many Reshapes and Transposes there are
     """
 
-    query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    output: ir.Value
-    weights: ir.Value
+    rows: ir.Value
+    split: ir.Value
     heads: int
+    width: int
+    factor: float
+    moves: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention without a mask.
+
+    product  the MatMul of queries and keys
+    output   the value `[batch, queries, heads * width]` where the heads are rows again
+    scale    the factor of the scores
+    """
+
+    query: Heads
+    key: Heads
+    value: Heads
+    product: ir.Node
+    output: ir.Value
     scale: float
 
 
@@ -62,18 +81,7 @@ def attention_of(softmax: ir.Node) -> Attention | None:
     output = _joined(readers[0].outputs[0], query.heads, value.width)
     if output is None or len({query.heads, key.heads, value.heads}) != 1 or query.width != key.width:
         return None
-    scale *= query.factor * key.factor
-    return Attention(query.value, key.value, value.value, output, weights, query.heads, scale)
-
-
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """The value `[batch, tokens, heads * width]` that moves bring into heads, and the factor on the way."""
-
-    value: ir.Value
-    heads: int
-    width: int
-    factor: float
+    return Attention(query, key, value, product, output, scale * query.factor * key.factor)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
@@ -97,7 +105,7 @@ def _over_keys(softmax: ir.Node) -> bool:
     return axis == -1 or (rank is not None and axis == rank - 1)
 
 
-def _source(value: ir.Value | None, wanted: Sequence[MergedDim]) -> _Source | None:
+def _source(value: ir.Value | None, wanted: Sequence[MergedDim]) -> Heads | None:
     """Follow a value of these dimensions, or with the first two merged, back to where its tokens are whole rows."""
     moves: list[ir.Node] = []
     factor = 1.0
@@ -108,10 +116,11 @@ def _source(value: ir.Value | None, wanted: Sequence[MergedDim]) -> _Source | No
         if node is None or not is_op(node, "Reshape", "Transpose") or value is None:
             return None
         moves.insert(0, node)
-        value = node.inputs[0]
-        sizes = _split_sizes(moves[0])
-        if sizes is not None and (dims := _follow(_ROWS, moves, *sizes)) is not None:
-            return _Source(moves[0].inputs[0], *sizes, factor) if _as_heads(dims) == tuple(wanted) else None  # type: ignore[arg-type]
+        rows, split = node.inputs[0], node.outputs[0]
+        sizes = _split_sizes(node)
+        if rows is not None and sizes is not None and (dims := _follow(_ROWS, moves, *sizes)) is not None:
+            return Heads(rows, split, *sizes, factor, len(moves)) if _as_heads(dims) == tuple(wanted) else None
+        value = rows
     return None
 
 

@@ -15,6 +15,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.attention import attention_of
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import counts, is_op
+from mezzotint.passes.fold_scales import FoldScales
 from mezzotint.passes.fuse_attention import FuseAttention
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
@@ -76,6 +77,16 @@ def test_other_softmaxes_stay(context: Context, keys: str, scaled: str) -> None:
     after = pipeline.run_passes(program_of(model, shape=(8, 4, 4)), [FuseAttention(tokens=1)], context)
     assert FUSED not in counts(after.graph) and counts(after.graph)["Softmax"] == 1
     assert attention_of(next(node for node in model.graph if is_op(node, "Softmax"))) is None
+
+
+@pytest.mark.parametrize(("keys", "moved"), [(THREE_DIMENSIONAL, True), (DIRECT, False)])
+def test_keys_of_an_attention_that_stays_are_moved_once(context: Context, keys: str, moved: bool) -> None:
+    """The factor behind the moves stays a Mul here: no layer makes these keys."""
+    program = program_of(network(keys, PLAIN), shape=(8, 4, 4))
+    after = pipeline.run_passes(program, [FoldScales()], context)
+    assert ("1 keys moved once" in after.history[-1].note) == moved
+    assert counts(after.graph)["Transpose"] == counts(program.graph)["Transpose"] - moved
+    assert counts(after.graph)["Mul"] == counts(program.graph)["Mul"]
 
 
 def test_few_tokens_and_other_targets_keep_the_products(context: Context) -> None:
