@@ -176,6 +176,12 @@ def _good(manifest: Manifest) -> str:
             f"Weights have {chosen['mean_bits']:.2f} bits on average; the choice was predicted to cost "
             f"{predicted} of signal to noise, and measured {measured}."
         )
+    if manifest.target == "openvino":
+        paragraphs.append(
+            "OpenVINO in plain bfloat16 needs no quantization, and is fast too where the processor has matrix units "
+            "for it (amx_bf16). `mezzotint bench BUNDLE --float FILE --provider openvino --peers` measures both, "
+            "images included, and says where plain bfloat16 is the better choice."
+        )
     text = "\n\n".join(paragraphs) or "Nothing but ranges was measured while compiling."
     return f"## How good\n\n{text}"
 

@@ -1,7 +1,8 @@
-"""write_bundle: large models, whose weights lie in a file of their own."""
+"""write_bundle: large models, whose weights lie in a file of their own, and what only some cards say."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from mezzotint import Bundle, compile_model
 from mezzotint.compiler.bundle import writer
+from mezzotint.compiler.bundle.card import card_text
 from mezzotint.compiler.errors import AcceptanceError
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.runtime.bundle.bundle import MODEL
@@ -35,3 +37,10 @@ def test_the_sizes_of_a_split_must_not(unet: Compiled, tmp_path: Path, monkeypat
     """What the limit guards against: onnxruntime's shape inference does not read other files."""
     with pytest.raises(AcceptanceError, match="Split"):
         compiled(unet, tmp_path, monkeypatch, 64)
+
+
+def test_the_card_for_openvino_names_plain_bfloat16(hand: Compiled) -> None:
+    """It may be the better choice, and needs no bundle."""
+    manifest, folder = hand.bundle.manifest, hand.bundle.path
+    assert "plain bfloat16" in card_text(replace(manifest, target="openvino"), folder)
+    assert "plain bfloat16" not in card_text(manifest, folder)
