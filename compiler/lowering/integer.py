@@ -30,7 +30,7 @@ from ..graph.nodes import MICROSOFT, Builder, Names, is_constant, is_op, name_of
 from ..graph.require import inputs as inputs_of
 from ..graph.require import producer
 from ..scales.timetable import lookup
-from .layout import hide_ranks, split_biases
+from .layout import hide_ranks, split_biases, transpose_integers
 from .qdq import check_int32, fold_weights, middle_of
 from .quantized import IntegerLayer, accumulator_bias, integer_layer
 
@@ -47,6 +47,7 @@ def lower_integer(program: Program) -> ir.Model:
     writer.write_channel_scales()
     writer.write_biases()
     split_biases(model.graph)
+    transpose_integers(model.graph)
     hide_ranks(model.graph, [node for node in model.graph if is_op(node, "QLinearConv")])
     remove_dead(model.graph)
     model.graph.opset_imports.setdefault(MICROSOFT, 1)

@@ -1,4 +1,4 @@
-"""Layouts: edits that keep onnxruntime's layout optimizer off integer convolutions, and allow it for float ones.
+"""Layouts: edits that keep onnxruntime's layout optimizer off integers, and allow it for float convolutions.
 
 hide_ranks. The optimizer turns every integer convolution into a channels-last one between two Transposes, and then
 moves those through the graph: some end up around float tensors with a second QuantizeLinear and DequantizeLinear,
@@ -14,6 +14,12 @@ and 0 in a Reshape's shape keeps that dimension. `zeros(rank)` has only `rank` e
 for every row >= 0. `row`, the row index of a table, depends on the timestep, so onnxruntime cannot compute the slice,
 or its length, when it builds the graph.
 
+transpose_integers. A Transpose behind a DequantizeLinear goes in front of it, where it moves bytes. onnxruntime does
+that too, by a QuantizeLinear and a DequantizeLinear behind the Transpose; but where each channel has its own scale,
+nothing removes these, and quantizing along the last dimension takes 24 ns an element. The Stable Diffusion 1.5
+configuration, whose attention reads transposed convolutions, takes 3.79 s a call instead of 4.11 (64x64 latents, batch
+2, two threads).
+
 split_biases. A float convolution (an island) becomes a blocked one only if its bias is constant; with a row of a table
 as its bias it takes 5.7 ms instead of 3.1 (64 channels at 32x32). So an Add behind it takes over fold_time's bias.
 """
@@ -23,7 +29,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..graph.nodes import Builder, Names, consumers, is_op, name_of
+from ..graph.nodes import Builder, Names, consumers, is_op, name_of, replace_value
 from ..graph.ops import time_table
 from ..graph.require import producer
 
@@ -45,6 +51,35 @@ def hide_ranks(graph: ir.Graph, convs: list[ir.Node]) -> None:
         # No `like`: the shape has to stay unknown in the file, too.
         hidden = Builder(graph, names, conv).op("Reshape", [x, shapes[rank]], f"{conv.name}_input", dtype=x.dtype)
         conv.replace_input_with(0, hidden)
+
+
+def transpose_integers(graph: ir.Graph) -> None:
+    """Rewrite Transpose(DQ(q)) as DQ(Transpose(q)), where nothing else reads the DQ."""
+    names = Names(graph)
+    for node in [node for node in graph if is_op(node, "Transpose")]:
+        x, out = node.inputs[0], node.outputs[0]
+        dequantize = None if x is None else x.producer()
+        if (
+            dequantize is None
+            or not is_op(dequantize, "DequantizeLinear")
+            or x is None
+            or "perm" not in node.attributes
+        ):
+            continue
+        integers, scale = dequantize.inputs[0], dequantize.inputs[1]
+        if integers is None or scale is None or scale.shape is None or x.is_graph_output() or len(consumers(x)) != 1:
+            continue
+        order = list(node.attributes["perm"].as_ints())
+        build = Builder(graph, names, node)
+        stem = name_of(out)
+        turned = build.op("Transpose", [integers], f"{stem}_integers", like=integers, attributes={"perm": order})
+        turned.shape = out.shape
+        channel = dequantize.attributes["axis"].as_int() if "axis" in dequantize.attributes else 1
+        axis = {"axis": order.index(channel % len(order))} if len(scale.shape) else {}
+        given = [turned, *dequantize.inputs[1:]]
+        replace_value(out, build.op("DequantizeLinear", given, f"{stem}_floats", like=out, attributes=axis))
+        graph.remove(node, safe=True)
+        graph.remove(dequantize, safe=True)
 
 
 def split_biases(graph: ir.Graph) -> None:

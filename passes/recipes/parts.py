@@ -22,13 +22,23 @@ from ..lower_transposed import LowerTransposed
 from ..normalize import Normalize
 from ..observe import Observe
 from ..smooth_scales import SmoothScales
+from ..split_layers import SplitLayers
 from ..step_scales import StepScales
 
-EXACT_FLOAT = (Normalize(), FreezeTime(), FuseAttention(), FoldScales(), LowerNorms())
-EXACT = (Normalize(), FreezeTime(), LowerTransposed(), FuseAttention(), FoldScales(), LowerNorms())
+EXACT_FLOAT = (Normalize(), FreezeTime(), SplitLayers(), FuseAttention(), FoldScales(), LowerNorms())
+EXACT = (Normalize(), FreezeTime(), LowerTransposed(), SplitLayers(), FuseAttention(), FoldScales(), LowerNorms())
 PORTABLE = (Normalize(), FreezeTime(), LowerTransposed(), FoldScales(), LowerNorms())
 """Exact rewrites into operations that every engine knows."""
-FAST = (Normalize(), FreezeTime(), LowerTransposed(), FoldTime(), FuseAttention(), FoldScales(), LowerNorms())
+FAST = (
+    Normalize(),
+    FreezeTime(),
+    LowerTransposed(),
+    FoldTime(),
+    SplitLayers(),
+    FuseAttention(),
+    FoldScales(),
+    LowerNorms(),
+)
 TIMED = (*FAST, Observe(groups=0), ChooseScales())
 INTEGER_OPERATIONS = (InsertQdq(lowering="integer"), CleanQdq())
 EVERY_CALL = (*TIMED, GroupSteps(method="each"), StepScales(gain=-100.0), *INTEGER_OPERATIONS)

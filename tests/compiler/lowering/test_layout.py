@@ -19,7 +19,7 @@ from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import counts, model_text, name_of, numpy_of
 from mezzotint.compiler.lowering import integer
-from mezzotint.compiler.lowering.layout import hide_ranks, split_biases
+from mezzotint.compiler.lowering.layout import hide_ranks, split_biases, transpose_integers
 from mezzotint.passes.fold_time import FoldTime
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.insert_qdq import InsertQdq
@@ -28,7 +28,7 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.runtime.session import open_session
 from mezzotint.runtime.signature import Images
 from tests.helpers.layers import TIMED, layer_program
-from tests.helpers.tiny import CONVS, SIGNATURE, tiny_program
+from tests.helpers.tiny import CONVS, SIGNATURE, program_of, tiny_program
 
 ENDS = ("first", "last")
 
@@ -178,3 +178,38 @@ def test_constant_biases_stay(context: Context) -> None:
     before = model_text(program.model)
     split_biases(program.graph)
     assert model_text(program.model) == before
+
+
+def transposed(scale: str, zero_point: str, size: str, *, also_read: bool = False) -> ir.Model:
+    end = "other = Reshape (x, back) epsilon = Add (turned, other)" if also_read else "epsilon = Neg (turned)"
+    text = f"""<ir_version: 10, opset_import: ["" : 18]>
+    g (float[batch,3,4,4] sample, int64[batch] timestep) => (float[batch,4,4,3] epsilon)
+    <float{size} s = {{{scale}}}, uint8{size} z = {{{zero_point}}}, int64[4] back = {{0, 4, 4, 3}}>
+    {{ q = QuantizeLinear <axis = 1> (sample, s, z) x = DequantizeLinear <axis = 1> (q, s, z)
+       turned = Transpose <perm = [0, 2, 3, 1]> (x) {end} }}"""
+    return infer_shapes(ir.from_onnx_text(text))
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point", "size"), [("0.01, 0.02, 0.03", "120, 130, 140", "[3]"), ("0.02", "130", "")]
+)
+def test_a_transpose_moves_integers(context: Context, scale: str, zero_point: str, size: str) -> None:
+    """Left behind it, onnxruntime quantizes scales of channels a second time: the reason for the rewrite."""
+    before = transposed(scale, zero_point, size)
+    after = before.clone()
+    transpose_integers(after.graph)
+    (move,) = (node for node in after.graph if node.op_type == "Transpose")
+    assert move.outputs[0].dtype == ir.DataType.UINT8
+    program = program_of(before, shape=(3, 4, 4))
+    np.testing.assert_array_equal(outputs(program, after, context), outputs(program, before, context))
+    quantizers = [
+        sum(n.op_type == "QuantizeLinear" for n in built(model, context.folder).node) for model in (before, after)
+    ]
+    assert quantizers == ([2, 1] if size else [1, 1])
+
+
+def test_what_others_read_too_is_dequantized_first(context: Context) -> None:
+    model = transposed("0.02", "130", "", also_read=True)
+    before = model_text(model)
+    transpose_integers(model.graph)
+    assert model_text(model) == before
