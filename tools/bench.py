@@ -3,6 +3,7 @@
     python -m tools.bench digits              embedded model, batch 16, images and sampling loop too
     python -m tools.bench cifar10             the ddpm-cifar10-32 configuration, random weights, batch 4
     python -m tools.bench sd15                the Stable Diffusion 1.5 UNet configuration, random weights
+    python -m tools.bench sd15-speed          the same, 64x64 latents: speed and memory of a call beside fp32
     python -m tools.bench sd15-gptq           the same, with 4-bit weights rounded by GPTQ
     python -m tools.bench sd15-training       the same, two of its blocks trained for 20 iterations
     python -m tools.bench digits --peer       onnxruntime's own quantizer too
@@ -25,15 +26,17 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import psutil
 
 from mezzotint.api import compile_model
 from mezzotint.bench import peers
-from mezzotint.bench.pairs import compare, folder_bytes, latency_ratio
+from mezzotint.bench.bench import make_conditions
+from mezzotint.bench.pairs import compare, folder_bytes, latency_ratio, middle_timestep
 from mezzotint.compiler.core.memory import PeakMemory
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.errors import MezzotintError
-from mezzotint.runtime.latency import call_ratio
+from mezzotint.runtime.latency import call_ratio, timed_block
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
@@ -106,9 +109,34 @@ def sd15(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     bars.add("timestep tables, of the file", share, "<= 0.01", share <= 0.01)
 
 
+def sd15_speed(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
+    """The same with 64x64 latents: one call of two samples beside fp32 onnxruntime, and the memory of each network."""
+    exported = folder / "float.onnx"
+    options: dict[str, Any] = {"recipe": "w8a8-steps", "steps": 1, "calibration_samples": 1, "export": exported}
+    bundle = _sd15(args, folder, bars, gigabytes=18, minutes=40, latents=64, **options)
+    x, t = samplers.initial_noise(0, (2, *bundle.sample_shape)), middle_timestep(bundle)
+    seconds: dict[str, list[float]] = {"float": [], "integer": []}
+    memory: dict[str, float] = {}
+    for name in ("float", "integer", "integer", "float"):
+        gc.collect()
+        before = psutil.Process().memory_info().rss / 1e6
+        with PeakMemory() as peak:
+            file = exported if name == "float" else bundle.path / MODEL
+            net = Denoiser(file, bundle.signature, threads=args.threads)
+            rows = {key: array for key, (array, _) in make_conditions(net, bundle, 2).items()}
+            seconds[name] += timed_block(lambda x, t, net=net, rows=rows: net(x, t, **rows), x, t, 4)  # type: ignore[misc]
+            del net
+        memory[name] = max(memory.get(name, 0.0), peak.peak_mb - before)
+    print(json.dumps({"seconds": seconds, "memory_mb": memory}))
+    ratio = float(np.median(seconds["float"]) / np.median(seconds["integer"]))
+    bars.add(f"speed-up of one call, batch 2, {args.threads} threads", ratio, ">= 2.4", ratio >= 2.4)
+    share = memory["integer"] / memory["float"]
+    bars.add("memory of the call, of that of fp32", share, "<= 0.5", share <= 0.5)
+
+
 def sd15_gptq(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     """The same with 4-bit weights rounded by GPTQ, four samples at four calls: layers of up to 23,040 inputs."""
-    recipe = {"recipe": "gptq", "settings": {"choose_scales.weight_bits": 4}}
+    recipe: dict[str, Any] = {"recipe": "gptq", "settings": {"choose_scales.weight_bits": 4}}
     bundle = _sd15(args, folder, bars, gigabytes=14, minutes=45, steps=4, calibration_samples=4, **recipe)
     _size_of_parameters(bundle, bars, 0.15)
     print(next(record.note for record in bundle.manifest.history if record.name == "round_weights"))
@@ -128,7 +156,14 @@ def sd15_training(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 
 
 def _sd15(
-    args: argparse.Namespace, folder: Path, bars: Bars, *, gigabytes: float, minutes: float, **options: Any
+    args: argparse.Namespace,
+    folder: Path,
+    bars: Bars,
+    *,
+    gigabytes: float,
+    minutes: float,
+    latents: int = 32,
+    **options: Any,
 ) -> Bundle:
     model = random_model("UNet2DConditionModel", SD15)
     source = folder / "source"
@@ -141,7 +176,7 @@ def _sd15(
             source,
             folder / "bundle",
             scheduler="sd",
-            size=(32, 32),
+            size=(latents, latents),
             calibration_batch=2,
             conditions="random",
             threads=args.threads,
@@ -235,6 +270,7 @@ MODELS = {
     "digits": digits,
     "cifar10": cifar10,
     "sd15": sd15,
+    "sd15-speed": sd15_speed,
     "sd15-gptq": sd15_gptq,
     "sd15-training": sd15_training,
     "gpu": gpu,
