@@ -87,7 +87,7 @@ class Distillation:
         return replace(written, training=(*program.training, unit)), result
 
     def _taps(self, program: Program) -> list[str]:
-        return _block_outputs(program) if self.fit.blocks or self.fit.relations else []
+        return outputs_of_blocks(program) if self.fit.blocks or self.fit.relations else []
 
     def _movements(self, program: Program, graph: TorchGraph) -> Movements:
         moves, rng = self.moves, streams.ADAPTERS.generator(self.context.seed)
@@ -130,12 +130,16 @@ def _scales(program: Program, graph: TorchGraph, of_weights: Sequence[str]) -> L
     return LearnedScales(grids, rows, range(rows))
 
 
-def _block_outputs(program: Program) -> list[str]:
-    """Return the values that leave the blocks, by the names that they have in the float graph and in the quantized."""
+def outputs_of_blocks(program: Program) -> list[str]:
+    """Return the values that leave the blocks, by the names that they have in the float graph and in the quantized.
+
+    What depends on the timestep only, such as a row of a table, has no row for each sample, and is left out.
+    """
     known = {name_of(v) for n in program.graph for v in n.outputs if _is_float(v)}
     blocks = find_blocks(program.require_float_model(), program.signature.sample)
-    leaving = dict.fromkeys(name_of(v) for block in blocks for v in block.outputs)
-    return [name for name in leaving if name in known and name != program.signature.output]
+    leaving = {name_of(v): v for block in blocks for v in block.outputs}
+    of_samples = {name for name, value in leaving.items() if value.shape is not None and len(value.shape) > 1}
+    return [name for name in leaving if name in of_samples & known and name != program.signature.output]
 
 
 def _is_float(value: ir.Value) -> bool:

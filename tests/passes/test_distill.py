@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core import pipeline
@@ -18,6 +19,7 @@ from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
 from mezzotint.compiler.training import network_loss, training_pass
+from mezzotint.compiler.training.distillation import outputs_of_blocks
 from mezzotint.passes.distill import Distill
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
@@ -90,6 +92,15 @@ def test_predictions_are_better(program: Program, context: Context, options: dic
     old, new = compare_programs((program, after), replace(context, seed=context.seed + 50), 8, "test")
     assert new.prediction_db > old.prediction_db + 0.2
     assert any("scale" in name for name in moved(program, after)) == ("scales" in options)
+
+
+def test_only_what_has_a_row_for_each_sample_is_compared_between_blocks(program: Program) -> None:
+    """Blocks share rows of tables and the ones of norms too."""
+    model = program.require_float_model().clone()
+    shared = next(v for node in model.graph for v in node.outputs if v.name == "down")
+    assert {"down", "b1_out"} <= set(outputs_of_blocks(program))
+    shared.shape = ir.Shape([4])
+    assert "down" not in outputs_of_blocks(replace(program, float_model=model))
 
 
 def integers_of(weight: QuantizedWeight) -> np.ndarray:
