@@ -20,9 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.compiler.core.execute import Executor
@@ -88,9 +89,22 @@ def _queries(program: Program, context: Context, found: Sequence[Attention]) -> 
         batch = program.fixed_batch or 1
         x, t = np.zeros((batch, *program.shape), np.float32), program.deployment.timesteps[0]
         with Executor(program.model, context.folder, taps=unknown, threads=context.threads, only_taps=True) as executor:
-            values = executor.call(program.signature, x, t, context.condition_rows(0, batch))
+            given = _zeros(program, batch) | context.condition_rows(0, batch)
+            values = executor.call(program.signature, x, t, given)
         measured = {name: values[name].shape[1] for name in unknown}
     return {name: measured[name] if size is None else size[0] for name, size in sizes.items()}
+
+
+def _zeros(program: Program, batch: int) -> dict[str, npt.NDArray[Any]]:
+    """Return conditions of zeros: only shapes are asked for, and some commands have no conditions."""
+    found = {}
+    for value in program.graph.inputs:
+        if value.name in program.signature.conditions and value.shape is not None and value.dtype is not None:
+            sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+            if sizes and not isinstance(value.shape[0], int):
+                sizes[0] = batch
+            found[value.name] = np.zeros(sizes, value.dtype.numpy())
+    return found
 
 
 def _fuse(graph: ir.Graph, names: Names, found: Attention) -> None:

@@ -123,7 +123,7 @@ class TestRanking:
         assert len(honest.layers) > 15 and not honest.unknown
         assert honest.same_weights
         assert names(honest)[0] != chosen and names(planted)[0] == chosen
-        assert honest.together.pooled() == pytest.approx(honest.bundle.pooled(), abs=0.5)
+        assert honest.together.pooled() == pytest.approx(honest.bundle.pooled(), abs=0.7)  # 46 layers, two calls
 
     @pytest.mark.parametrize(("name", "layer"), [("h2_scale", "second"), ("second.w_scale", "second")])
     def test_a_scale_that_was_changed_in_the_file(self, hand: Compiled, tmp_path: Path, name: str, layer: str) -> None:
