@@ -93,6 +93,8 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
             x, number = number, x
         if number is None or not is_constant(number) or number.const_value is None or number.const_value.size != 1:
             break
+        if x is None or x.shape is None or len(number.const_value.shape) > len(x.shape):
+            break  # a factor [1, 1, ...] of higher rank also adds dimensions
         constant = float(numpy_of(number).reshape(()))
         factor = factor * constant if node.op_type == "Mul" else factor / constant
         value = x

@@ -59,21 +59,19 @@ def transpose_integers(graph: ir.Graph) -> None:
     for node in [node for node in graph if is_op(node, "Transpose")]:
         x, out = node.inputs[0], node.outputs[0]
         dequantize = None if x is None else x.producer()
-        if (
-            dequantize is None
-            or not is_op(dequantize, "DequantizeLinear")
-            or x is None
-            or "perm" not in node.attributes
-        ):
+        if x is None or dequantize is None or not is_op(dequantize, "DequantizeLinear"):
             continue
-        integers, scale = dequantize.inputs[0], dequantize.inputs[1]
-        if integers is None or scale is None or scale.shape is None or x.is_graph_output() or len(consumers(x)) != 1:
+        integers, scale = dequantize.inputs[:2]
+        if integers is None or scale is None or scale.shape is None or "perm" not in node.attributes:
+            continue
+        if x.is_graph_output() or len(consumers(x)) != 1:
             continue
         order = list(node.attributes["perm"].as_ints())
         build = Builder(graph, names, node)
-        stem = name_of(out)
-        turned = build.op("Transpose", [integers], f"{stem}_integers", like=integers, attributes={"perm": order})
-        turned.shape = out.shape
+        stem, perm = name_of(out), {"perm": order}
+        turned = build.op(
+            "Transpose", [integers], f"{stem}_integers", dtype=integers.dtype, shape=out.shape, attributes=perm
+        )
         channel = dequantize.attributes["axis"].as_int() if "axis" in dequantize.attributes else 1
         axis = {"axis": order.index(channel % len(order))} if len(scale.shape) else {}
         given = [turned, *dequantize.inputs[1:]]
