@@ -183,4 +183,5 @@ def _step(step: Any, where: str) -> Pass:
 
 def _nearest(name: str, known: list[str]) -> str:
     close = get_close_matches(name[:100], known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known)}"
+    listed = f"choose from: {', '.join(known)}" if known else "it has no options: leave this one out"
+    return f"did you mean {close[0]!r}?" if close else listed

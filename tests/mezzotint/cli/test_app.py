@@ -309,6 +309,10 @@ class TestBadInput:
                 ("observe has no option 'gruops'", "did you mean 'groups'?"),
             ),
             (
+                "passes: [{pass: split_layers, options: {parts: 2}}]",
+                ("split_layers has no option 'parts'", "it has no options"),
+            ),
+            (
                 "passes: [normalize, choose_scales]",
                 ("choose_scales needs 'stats'", "normalize -> choose_scales"),
             ),
