@@ -5,6 +5,8 @@
   activations: the outputs of SiLU and softmax then use little more than half of the grid. OpenVINO demands it of the
   factors of a product of two activations, unless one is never negative: its zero point is 0 as uint8. With others it
   runs an attention in float (measured on 2026.4.1: 8 heads, 2048 tokens: 75 ms in float, 79 with uint8, 33 with int8).
+- Outputs of convolutions that no layer reads directly: `output_bits`. The papers leave outputs in float, and a kernel
+  writes 8 bits whatever its inputs have, so that 256 levels cost nothing where the inputs have 16.
 - Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
   channel (compiler/scales/weights.py). Without `per_channel` the channels of a weight have one scale in common, as in
   DFQ (arXiv 1906.04721).
@@ -44,6 +46,7 @@ class ChooseScales(Pass):
     - `per_channel`: a scale for each output channel of a weight, otherwise one for the whole weight.
     - `activation_bits`, `weight_bits`: widths in bits. The file stores weights of 2 bits in 2, of 3 and 4 bits in 4,
       and of 5 to 8 bits in 8. Activations in "float" leave weights alone to quantize: a small file, and float kernels.
+    - `output_bits`: the width of outputs of convolutions that no layer reads directly.
     - `symmetric`: the activations that have zero point 0 and a signed grid: none, factors of products of two
       activations, or all. `--target` chooses.
     """
@@ -53,6 +56,7 @@ class ChooseScales(Pass):
     percentile: float = 99.999
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, "float"] = 8
     weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    output_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     per_channel: bool = True
     symmetric: Literal["none", "products", "all"] = "none"
 
@@ -86,7 +90,7 @@ class ChooseScales(Pass):
 
     def _of_activations(self, every_layer: Sequence[Layer], stats: Stats) -> dict[Site, Quantizer]:
         """Return a quantizer for each value that a layer reads or computes."""
-        bits = int(self.activation_bits)
+        read = {name_of(v) for layer in every_layer for v in layer.activations}
         factors = {name_of(v) for layer in every_layer if layer.kind == "attention" for v in layer.activations}
         found: dict[Site, Quantizer] = {}
         for name in dict.fromkeys(
@@ -97,7 +101,8 @@ class ChooseScales(Pass):
                 raise StatsError(f"the value {name!r} was not measured", where=self.name, hint="run observe again")
             chosen = name in factors and summary.low < 0 and self.symmetric == "products"
             symmetric = chosen or self.symmetric == "all"
-            fmt = Format(bits, signed=symmetric, symmetric=symmetric)
+            bits = self.activation_bits if name in read else self.output_bits
+            fmt = Format(int(bits), signed=symmetric, symmetric=symmetric)
             scale, zero = scale_for_range(*range_of(summary, self.activations, self.percentile, fmt), fmt)
             found[Site(name)] = Quantizer(fmt, scale, zero, self.name)
         return found

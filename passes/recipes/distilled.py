@@ -93,7 +93,7 @@ NARROW_WIDTHS = (
         "w8a8-best with 6-bit weights and activations on 8-bit kernels, trained along the trajectory with the scales",
         stepwise(
             weight_bits=6,
-            scales=ChooseScales(weight_bits=6, activation_bits=6),
+            scales=ChooseScales(activations="mse", weight_bits=6, activation_bits=6),
             behind=(RoundWeights(), replace(CAREFUL_FIT, scales="activations")),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
@@ -105,7 +105,7 @@ NARROW_WIDTHS = (
         "w8a8-best with 4-bit weights and activations on 8-bit kernels, trained along the trajectory with all scales",
         stepwise(
             weight_bits=4,
-            scales=ChooseScales(weight_bits=4, activation_bits=4),
+            scales=ChooseScales(activations="mse", weight_bits=4, activation_bits=4),
             behind=(RoundWeights(), replace(LONG_FIT, scales="both"), StoreHalf(scales=True)),
         ),
         paper="GPTQ, arXiv 2210.17323; EfficientDM, arXiv 2310.03270; TDQ, arXiv 2306.02316",
@@ -113,4 +113,9 @@ NARROW_WIDTHS = (
         claim="w4a4",
     ),
 )
-"""Ours. Activations of 4 and 6 bits run on 8-bit kernels: images count, and no speed is claimed."""
+"""Ours. Inputs of 4 and 6 bits run on 8-bit kernels: images count, and no speed is claimed.
+
+Their ranges are those of least error: of 16 levels, a range that holds every value wastes most. Without training
+(mnist-onnx, epsilon and PSNR median, percentile -> mse): W6A6 29.1 -> 30.0, 36.3 -> 38.1 dB; W4A4 17.6 -> 20.2, 21.5 ->
+22.0 dB. With the outputs of convolutions in 4 bits too, as they were once: 15.4 and 19.2 dB.
+"""

@@ -80,15 +80,23 @@ def stepwise(
     plan: Sequence[Pass] = (),
     behind: Sequence[Pass] = (),
 ) -> tuple[Pass, ...]:
-    """Return the passes of w8a8-steps, with further ones on the plan and on the quantized graph."""
-    smoothed = tuple(replace(p, weight_bits=weight_bits) if isinstance(p, SmoothScales) else p for p in SMOOTHED)
+    """Return the passes of w8a8-steps, with further ones on the plan and on the quantized graph.
+
+    Ranges of tables are chosen as those of `scales`.
+    """
+    scales = scales or ChooseScales(weight_bits=weight_bits)
+    bits = 8 if scales.activation_bits == "float" else scales.activation_bits
+    smoothed = tuple(
+        replace(p, weight_bits=weight_bits, activation_bits=bits) if isinstance(p, SmoothScales) else p
+        for p in SMOOTHED
+    )
     return (
         *FAST,
         *smoothed,
         Observe(groups=0, channels="outputs"),
-        scales or ChooseScales(weight_bits=weight_bits),
+        scales,
         GroupSteps(),
-        StepScales(),
+        StepScales(activations=scales.activations),
         ChannelScales(),
         *plan,
         InsertQdq(islands=ISLANDS, lowering="integer"),

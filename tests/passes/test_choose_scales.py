@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core import pipeline
@@ -18,6 +19,7 @@ from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.scales.ranges import RangeMethod, least_error_range
 from mezzotint.passes.choose_scales import ChooseScales
+from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.runtime.arrays import Floats
@@ -74,6 +76,29 @@ def test_every_layer_has_its_quantizers(observed: Program, context: Context) -> 
             assert (quantizer.format, quantizer.axis) == (INT8, layer.weight_axis)
             assert quantizer.scale.shape == (numpy_of(layer.weight).shape[layer.weight_axis or 0],)
             assert not quantizer.zero_point.any()
+
+
+@pytest.mark.parametrize("output_bits", [8, 5])
+def test_narrow_inputs_leave_outputs_their_width(
+    observed: Program, context: Context, output_bits: Literal[8, 5]
+) -> None:
+    """What a layer reads has 4 bits, an output that none reads has its own width, and both run in that form."""
+    step = ChooseScales(activation_bits=4, output_bits=output_bits)
+    plan = planned(observed, context, step).require_plan()
+    every_layer = list(layers(observed.graph))
+    read = {value.name for layer in every_layer for value in layer.activations}
+    outputs = {layer.output.name for layer in every_layer if layer.output_quantized}
+    assert outputs - read and read - outputs
+    for name in read | outputs:
+        assert plan.quantizers[Site(name or "")].format.bits == (4 if name in read else output_bits), name
+    written = pipeline.run_passes(observed, [step, InsertQdq(islands=())], context)
+    levels = [4 if np.array_equal(clip_ends(node), (0, 15)) else 5 for node in written.graph if node.op_type == "Clip"]
+    assert levels.count(5) == (len(outputs - read) if output_bits == 5 else 0)
+    assert levels.count(4) >= len(read)
+
+
+def clip_ends(node: ir.Node) -> list[int]:
+    return [int(numpy_of(value)) for value in node.inputs[1:] if value is not None]
 
 
 @pytest.mark.parametrize("method", ["percentile", "mse"])
