@@ -18,16 +18,24 @@ range within half a step, which is also what rounding a zero point of its own co
 z is the candidate with the least expected error over all rows: the static quantizer's zero point, or one of 17 evenly
 spaced between the lowest and the highest that the rows would have by themselves. On the digits one shared zero point
 costs 0.01 dB of epsilon.
+
+The expected error of a value does not say what the value means to the output. With `decide: held_out` the activations
+of at least `gain` dB are only candidates: their quantizers are simulated on the float graph, and the smallest set of
+tables is kept whose prediction, on noise that calibration did not see, is within `loss` dB of the best
+(compiler/bits/table_trial.py). This knows quantizers on inputs only, the form of the lowering `constant`, where a table
+costs a Mul in front of a quantizer and one behind each layer that reads it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.compiler.bits.table_trial import TableLimits, choose_tables
 from mezzotint.compiler.core.formats import SMALLEST_SCALE, Format, scale_for_range
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
@@ -36,6 +44,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, expected_error, range_of
 from mezzotint.compiler.scales.tdq import learned_ranges
 from mezzotint.runtime.arrays import Floats, Integers
+from mezzotint.runtime.sampling.deployment import Deployment
 
 CANDIDATES = 17  # shared zero points that are tried between the extremes
 
@@ -51,6 +60,15 @@ class StepScales(Pass):
       which averages out along the trajectory. On the digits 1 gave a better epsilon but worse images than 2 to 4, and
       none of them gave better images than the measured ranges.
     - `zero_point`: one for each row (`table`), or one for all (`constant`).
+    - `decide`: by the `expected` error of each activation, or by the prediction on `held_out` noise.
+
+    For `held_out`, with the formula of its cost in compiler/bits/table_trial.py:
+
+    - `islands`: those of insert_qdq; what only these read needs no table. null where they are not needed.
+    - `loss`: in dB, how much worse than the best set a smaller one may be.
+    - `samples`, `judges`: images whose noise ranks the tables, and images of other noise that judge sets of them.
+    - `calls`: network calls of each image that are compared, evenly spaced. `ranked`: tables that are measured one by
+      one, those of the largest expected gain.
     """
 
     activations: RangeMethod = "percentile"
@@ -59,6 +77,13 @@ class StepScales(Pass):
     source: Literal["measured", "learned"] = "measured"
     clip_weight: float = 4.0
     zero_point: Literal["table", "constant"] = "table"
+    decide: Literal["expected", "held_out"] = "expected"
+    islands: tuple[str, ...] | None = None
+    loss: float = 0.25
+    samples: int = 4
+    judges: int = 8
+    calls: int = 5
+    ranked: int = 32
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan", "groups", "frozen"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -70,13 +95,34 @@ class StepScales(Pass):
             raise RecipeError(
                 f"step_scales.clip_weight is {self.clip_weight}", where=self.name, hint="choose 1 (as rounding) or more"
             )
+        for option, least in (("loss", 0), ("samples", 1), ("judges", 1), ("calls", 1), ("ranked", 1)):
+            if not least <= getattr(self, option) < np.inf:
+                raise RecipeError(
+                    f"step_scales.{option} is {getattr(self, option)}", where=self.name, hint=f"choose {least} or more"
+                )
+
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        written = [p.options()["lowering"] for p in passes if p.name == "insert_qdq"]
+        if self.decide == "held_out" and written != ["constant"]:
+            raise RecipeError(
+                f"a trial of tables knows the lowering constant, and the recipe has {', '.join(written) or 'none'}",
+                where=f"{self.name}.decide",
+                hint="set step_scales.decide to expected, or choose a target that has this lowering",
+            )
+        if self.decide == "held_out" and self.islands is None:
+            raise RecipeError(
+                "held-out noise judges the quantized layers, and the islands among them are not known",
+                where=f"{self.name}.islands",
+                hint="set step_scales.islands to those of insert_qdq",
+            )
 
     def run(self, program: Program, context: Context) -> Program:
         stats, plan = program.require_stats(), program.require_plan()
         stats.check_every_call(program.deployment.timesteps, self.name)
         members = [[k for k, g in enumerate(plan.groups) if g == row] for row in range(max(plan.groups) + 1)]
-        quantizers = dict(plan.quantizers)
         moving: dict[Site, list[Summary]] = {}
+        tables: dict[Site, Quantizer] = {}
+        gains: dict[Site, float] = {}
         measured = 0
         for site, quantizer in plan.quantizers.items():
             calls = [stats.summaries.get((site.value, k)) for k in range(stats.groups)]
@@ -84,17 +130,22 @@ class StepScales(Pass):
             if len(summaries) != stats.groups:
                 continue  # a weight
             measured += 1
-            table = self._table(site, quantizer, [_merged([summaries[k] for k in group]) for group in members])
-            if table is not None:
-                quantizers[site] = table
-                moving[site] = summaries
+            table, gain = self._table(quantizer, [_merged([summaries[k] for k in group]) for group in members])
+            if gain >= self.gain:
+                tables[site], moving[site], gains[site] = table, summaries, gain
             context.progress(self.name, measured, len(list(stats.values())))
         if self.source == "learned":
-            quantizers |= self._learned(program, moving, members, context)
-        note = f"{len(moving)} of {measured} activations move with the timestep; {len(members)} rows"
-        return replace(program, plan=replace(plan, quantizers=quantizers), note=note)
+            tables |= self._learned(program, moving, members, context)
+        note = f"{len(tables)} of {measured} activations move with the timestep; {len(members)} rows"
+        if self.decide == "held_out":
+            promising = {site: tables[site] for site in sorted(tables, key=lambda site: -gains[site])}
+            limits = TableLimits(self.loss, self.samples, self.judges, self.calls, self.ranked)
+            choice = choose_tables(program, context, promising, self.islands or (), limits, self.name)
+            tables, note = dict(choice.tables), f"{choice.note()}; {len(members)} rows"
+        return replace(program, plan=replace(plan, quantizers={**plan.quantizers, **tables}), note=note)
 
-    def _table(self, site: Site, quantizer: Quantizer, groups: list[Summary]) -> Quantizer | None:
+    def _table(self, quantizer: Quantizer, groups: list[Summary]) -> tuple[Quantizer, float]:
+        """Return the table of an activation, and the gain in dB that is expected of it."""
         fmt = quantizer.format
         ranges = [range_of(s, self.activations, self.percentile, fmt) for s in groups]
         static = [_static_range(quantizer, fmt)] * len(groups)
@@ -102,9 +153,8 @@ class StepScales(Pass):
         if self.zero_point == "constant":
             ranges = _grids(scale, zero, fmt)
         before, after = (_relative_error(groups, rows, fmt) for rows in (static, ranges))
-        if 10 * np.log10(max(before, 1e-30) / max(after, 1e-30)) < self.gain:
-            return None
-        return Quantizer(fmt, scale, zero, self.name, table=True)
+        gain = float(10 * np.log10(max(before, 1e-30) / max(after, 1e-30)))
+        return Quantizer(fmt, scale, zero, self.name, table=True), gain
 
     def _rows(
         self, groups: list[Summary], ranges: list[tuple[float, float]], quantizer: Quantizer

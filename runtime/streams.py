@@ -30,6 +30,8 @@ class SeedOffset(IntEnum):
     """The errors that a mixture of precisions is chosen by."""
     ACCEPTANCE = 5
     """The finished file beside the float model, at the end of a compilation."""
+    RANKING = 6
+    """step_scales ranks its tables; those of HELD_OUT judge them."""
     UNCONDITIONAL = 1000
     """Random unconditional rows: other rows than the conditional ones of any usual seed."""
 

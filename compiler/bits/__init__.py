@@ -1,1 +1,1 @@
-"""A width for each layer under a budget."""
+"""Widths of layers under a budget, and tables of scales: chosen by the errors that simulated quantizers make."""

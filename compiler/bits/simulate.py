@@ -41,19 +41,31 @@ class Scene:
 
 @dataclass(frozen=True)
 class _View:
-    """The switch of one quantizer in the graph, and its parameters: names of inputs."""
+    """The switch of one quantizer in the graph, the value behind it, and its parameters: names of inputs."""
 
     switch: str
+    value: str
     scale: str
     zero: str
     top: str
     quantizer: Quantizer
 
+    def feeds(self, quantizer: Quantizer, row: int) -> Feeds:
+        """Return what switches to a quantizer, with this row if it is a table."""
+        at = row if quantizer.table else ...
+        return {
+            self.switch: np.array(True),
+            self.scale: np.asarray(quantizer.scale[at]),
+            self.zero: np.asarray(quantizer.zero_point[at]),
+            self.top: np.array(quantizer.format.qmax, quantizer.format.dtype),
+        }
+
 
 class Simulator:
     """`weights` (values) can be replaced, the activations of `layers` switched to their quantizers in `plan`.
 
-    A context manager: it writes files.
+    With `inputs_only`, outputs of convolutions have no quantizers, as in the lowering `constant`. A context manager: it
+    writes files.
     """
 
     def __init__(
@@ -65,8 +77,10 @@ class Simulator:
         layers: Sequence[Layer] = (),
         plan: Plan | None = None,
         model: ir.Model | None = None,
+        inputs_only: bool = False,
     ) -> None:
         self._program = program
+        self._inputs_only = inputs_only
         clone = (model or program.model).clone()
         self._groups = plan.groups if plan is not None else ()
         self._views: dict[str, list[_View]] = {}
@@ -87,15 +101,23 @@ class Simulator:
         """Return the feeds that switch the activations of a layer to `bits`, with the table rows of the call."""
         switched: dict[str, AnyArray] = {}
         for view in self._views[layer]:
-            q = narrowed(view.quantizer, bits, view.quantizer.by)
-            row = self._groups[call] if q.table else ...
-            switched |= {
-                view.switch: np.array(True),
-                view.scale: np.asarray(q.scale[row]),
-                view.zero: np.asarray(q.zero_point[row]),
-                view.top: np.array(q.format.qmax, q.format.dtype),
-            }
+            switched |= view.feeds(narrowed(view.quantizer, bits, view.quantizer.by), self._row(call))
         return switched
+
+    def quantized(self, plan: Plan, call: int) -> Feeds:
+        """Return the feeds that switch every activation to its quantizer in a plan, with the table rows of the call.
+
+        The formats are those of the plan that this simulator was made for.
+        """
+        switched: dict[str, AnyArray] = {}
+        for layer, views in self._views.items():
+            for view in views:
+                quantizer = required(plan.of(view.value, layer), f"the quantizer of {view.value!r}", layer)
+                switched |= view.feeds(quantizer, self._row(call))
+        return switched
+
+    def _row(self, call: int) -> int:
+        return self._groups[call] if self._groups else 0
 
     def follow(self, context: Context, calls: Sequence[int], samples: int, stage: str) -> list[Scene]:
         """Return the scenes of the float trajectory of a few samples at these network calls."""
@@ -144,20 +166,24 @@ class Simulator:
             for seen in layer.activations:
                 quantizer = required(plan.of(name_of(seen), layer.name), f"the quantizer of {name_of(seen)!r}", node)
                 value = next(v for v in node.inputs if v is not None and name_of(v) == name_of(seen))
-                out, view = self._switch(Builder(graph, names, before=node), value, quantizer)
+                out, view = self._switch(Builder(graph, names, before=node), value, name_of(seen), quantizer)
                 replace_use(node, value, out)
                 views.append(view)
             output_quantizer = plan.of(name_of(layer.output), layer.name)
-            if layer.output_quantized and output_quantizer is not None and not layer.output.is_graph_output():
+            kept = self._inputs_only or not layer.output_quantized or layer.output.is_graph_output()
+            if not kept and output_quantizer is not None:
                 value = node.outputs[0]
                 readers = consumers(value)
-                out, view = self._switch(Builder(graph, names, after=node), value, output_quantizer)
+                out, view = self._switch(
+                    Builder(graph, names, after=node), value, name_of(layer.output), output_quantizer
+                )
                 for reader in readers:
                     replace_use(reader, value, out)
                 views.append(view)
             self._views[layer.name] = views
 
-    def _switch(self, build: Builder, value: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, _View]:
+    def _switch(self, build: Builder, value: ir.Value, seen: str, quantizer: Quantizer) -> tuple[ir.Value, _View]:
+        """Write the pair and the switch behind a value; `seen` is its name in the graph of the layers."""
         first = quantizer.scale[0] if quantizer.table else quantizer.scale
         zero = quantizer.zero_point[0] if quantizer.table else quantizer.zero_point
         stem = name_of(value)
@@ -181,7 +207,7 @@ class Simulator:
         q = build.op("Clip", [q, bottom, top], f"{stem}_clipped", like=q)
         dq = build.op("DequantizeLinear", [q, scale, zero_point], f"{stem}_dq", like=value, attributes=axis)
         out = build.op("Where", [switch, dq, value], f"{stem}_seen", like=value)
-        return out, _View(name_of(switch), name_of(scale), name_of(zero_point), name_of(top), quantizer)
+        return out, _View(name_of(switch), seen, name_of(scale), name_of(zero_point), name_of(top), quantizer)
 
 
 def signal(scenes: Sequence[Scene]) -> Doubles:

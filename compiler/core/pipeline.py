@@ -155,7 +155,7 @@ class Recipe:
 
     def _check_islands(self) -> None:
         """Refuse different `islands` in two passes: the scales of one would be those of another model."""
-        chosen = {p.name: p.options()["islands"] for p in self.passes if "islands" in p.options()}
+        chosen = {p.name: p.options()["islands"] for p in self.passes if p.options().get("islands") is not None}
         for name, islands in chosen.items():
             first = next(iter(chosen))
             if islands != chosen[first]:
@@ -169,7 +169,7 @@ class Recipe:
     @property
     def islands(self) -> tuple[str, ...]:
         """Return the `islands` of all passes: the roles and node name patterns that stay in float."""
-        return tuple(dict.fromkeys(island for p in self.passes for island in p.options().get("islands", ())))
+        return tuple(dict.fromkeys(island for p in self.passes for island in p.options().get("islands") or ()))
 
     def for_target(self, target: Target) -> Recipe:
         """Return the recipe with its passes as a target needs them. Raise RecipeError if one has no form for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mezzotint.passes.group_steps import GroupSteps
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.step_scales import StepScales
 from tests.helpers.tiny import tiny_program
 
@@ -249,6 +251,39 @@ def test_recipes_with_a_row_for_every_call(name: str, tiny: Program, context: Co
 def test_percentiles_that_are_refused(percentile: float) -> None:
     with pytest.raises(RecipeError, match="percentile is"):
         StepScales(percentile=percentile)
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        *(({name: 0}, f"{name} is 0") for name in ("samples", "judges", "calls", "ranked")),
+        ({"loss": -0.1}, "loss is -0.1"),
+        ({"loss": float("nan")}, "loss is nan"),
+    ],
+)
+def test_trials_that_are_refused(options: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(RecipeError, match=refusal):
+        StepScales(**{"zero_point": "constant", "decide": "held_out", "islands": (), **options})
+
+
+def test_a_trial_is_for_the_form_that_it_simulates() -> None:
+    settings = {"step_scales.decide": "held_out", "step_scales.islands": list(RECIPES["w8a8-steps"].islands)}
+    with pytest.raises(RecipeError, match="knows the lowering constant, and the recipe has integer"):
+        with_options(RECIPES["w8a8-steps"], settings).check(tiny_program().deployment)
+    passes = RECIPES["w8a8-constant"].passes
+    Recipe("whole", "", passes).check(tiny_program().deployment)
+    passes = tuple(replace(p, islands=None) if isinstance(p, StepScales) else p for p in passes)
+    with pytest.raises(RecipeError, match="the islands among them are not known"):
+        Recipe("no islands", "", passes).check(tiny_program().deployment)
+
+
+def test_only_a_trial_has_islands() -> None:
+    """Recipes of bundles from before the trial say nothing of them, and they must still open."""
+    name = "step_scales"
+    old = with_options(RECIPES["w8a8-steps"], {"insert_qdq.islands": ["mid*"]})
+    new = with_options(RECIPES["w8a8-constant"], {"insert_qdq.islands": ["mid*"]})
+    assert [p.options()["islands"] for r in (old, new) for p in r.passes if p.name == name] == [None, ["mid*"]]
+    assert old.islands == new.islands == ("mid*",)
 
 
 @pytest.mark.parametrize("missing", ["freeze_time", "observe", "choose_scales", "group_steps"])

@@ -55,7 +55,7 @@ def passes(
         if isinstance(step, InsertQdq):
             step = replace(step, islands=islands)
         elif isinstance(step, StepScales):
-            step = replace(step, gain=gain)
+            step = replace(step, gain=gain, decide="expected")
         elif isinstance(step, ChooseScales):
             symmetry: Literal["all", "products"] = "all" if symmetric else "products"
             step = replace(step, activation_bits=bits, weight_bits=bits, symmetric=symmetry)
@@ -179,7 +179,7 @@ def test_the_network_computes_what_its_quantized_graph_does(context: Context, ga
 @pytest.fixture(scope="module", params=["openvino", "tensorrt"])
 def bundle(request: pytest.FixtureRequest, hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     target = str(request.param)
-    settings = {"insert_qdq.islands": ["first", "last"], "step_scales.gain": 0.2}
+    settings = {"insert_qdq.islands": ["first", "last"], "step_scales.decide": "expected"}
     folder = tmp_path_factory.mktemp(target) / "bundle"
     return compile_model(hand.exported, folder, target=target, settings=settings, **SMALL)
 
