@@ -21,6 +21,7 @@ from mezzotint.compiler.core.pipeline import CPU, Context, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
+from mezzotint.compiler.frontend.sample_shape import image_sides
 from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
@@ -79,9 +80,10 @@ def compile_model(
     inputs: Mapping[str, str] | None = None,
     output_name: str | None = None,
     prediction: Prediction | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     timestep_unit: TimestepUnit | None = None,
     channels: int | None = None,
+    channel_axis: int | None = None,
     dump_passes: bool = False,
     export: str | Path | None = None,
     cache: str | Path | None = None,
@@ -102,11 +104,13 @@ def compile_model(
     hold the timesteps that it calls.
     `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
     the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` name the roles
-    of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open. `timestep_unit`
-    says what its timestep counts: "steps", "fraction" (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many
-    of its channels are the image's. `export` is a path for the imported float graph. `cache` is a folder of calibration
-    statistics: compilations that calibrate on the same graph in the same way measure once. `license` is the identifier
-    of the model's licence, for the bundle's card; when left out, that of the card in the model's own folder.
+    of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open, or the sizes of
+    another sample beside its batch and channels. `timestep_unit` says what its timestep counts: "steps", "fraction"
+    (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many of its channels are the image's, and `channel_axis`
+    which axis they are on: 1, or the last one, of tokens `[B, N, C]`.
+    `export` is a path for the imported float graph. `cache` is a folder of calibration statistics: compilations that
+    calibrate on the same graph in the same way measure once. `license` is the identifier of the model's licence, for
+    the bundle's card; when left out, that of the card in the model's own folder.
     `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the
     recipe would use is refused.
     The finished file is run beside the float model before the bundle is written, for about `acceptance_seconds` at
@@ -121,7 +125,7 @@ def compile_model(
         RecipeOptions(recipe, settings or {}, target),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
         CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
-        ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels),
+        ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels, channel_axis),
         OutputOptions(dump_passes, export, license, force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
     )
@@ -205,9 +209,10 @@ def export_model(
     inputs: Mapping[str, str] | None = None,
     output_name: str | None = None,
     prediction: Prediction | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     timestep_unit: TimestepUnit | None = None,
     channels: int | None = None,
+    channel_axis: int | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -217,7 +222,7 @@ def export_model(
     The options are those of `compile_model`, and the file has the inputs and the output of a bundle with the same ones.
     """
     target = Path(output)
-    roles = ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels)
+    roles = ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels, channel_axis)
     deployment = DeploymentOptions(steps=1, scheduler=scheduler)
     prepared = prepare_model(model, target, deployment, roles, conditions, force=force)
     source = prepared.source
@@ -282,6 +287,7 @@ def _import(
                 prediction=roles.prediction,
                 timestep_unit=roles.timestep_unit,
                 channels=roles.channels,
+                channel_axis=roles.channel_axis,
                 size=roles.size,
                 config=source.config,
             )
@@ -290,7 +296,7 @@ def _import(
     options: dict[str, Any] = {
         "schedule": source.schedule,
         "deployment": deployment,
-        "size": roles.size,
+        "size": image_sides(roles.size),
         "sizes": sizes,
         "name": source.name,
         "threads": threads,

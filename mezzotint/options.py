@@ -100,24 +100,27 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class ImportRoles:
-    """Facts that the front end cannot infer from an ONNX file, and the size (height, width) that a graph leaves open.
+    """Facts that the front end cannot infer from an ONNX file, and the sizes that a graph leaves open.
 
     `inputs` maps a role ("sample", "timestep") to the name of an input. `timestep_unit` is what the timestep counts;
     None is what the model's class is known for, else training timesteps. `channels` is the number of channels of the
-    image where the network takes or predicts others, too.
+    image where the network takes or predicts others, too. `size` is (height, width) of an image, and of another sample
+    its sizes beside batch and channels. `channel_axis` is the axis of the sample's channels: 1, or the last one.
     """
 
     inputs: Mapping[str, str] = field(default_factory=dict)
     output_name: str | None = None
     prediction: Prediction | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
     timestep_unit: TimestepUnit | None = None
     channels: int | None = None
+    channel_axis: int | None = None
 
     @property
     def named(self) -> bool:
         """Whether a role, the prediction or the unit is given. Models of diffusers take none of these."""
-        return bool(self.inputs or self.output_name or self.prediction or self.timestep_unit or self.channels)
+        of_graph = self.channels or self.channel_axis
+        return bool(self.inputs or self.output_name or self.prediction or self.timestep_unit or of_graph)
 
 
 @dataclass(frozen=True)

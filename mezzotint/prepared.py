@@ -24,6 +24,7 @@ from mezzotint.compiler.frontend.conventions import known_prediction, known_unit
 from mezzotint.compiler.frontend.from_onnx import load_onnx, settle_inputs
 from mezzotint.compiler.frontend.network_inputs import Input, network_inputs
 from mezzotint.compiler.frontend.roles import infer_signature
+from mezzotint.compiler.frontend.sample_shape import image_sides
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import CompileWarning
 from mezzotint.runtime.sampling.deployment import Deployment
@@ -56,7 +57,7 @@ class PreparedModel:
     deployment: Deployment
     roles: ImportRoles
     signature: Signature
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     sizes: Mapping[str, tuple[int, ...]]
 
 
@@ -156,7 +157,7 @@ def calibration_rows(prepared: Prepared, inputs: Mapping[str, ir.Value], samples
 
 def _onnx_inputs(
     source: OnnxSource, roles: ImportRoles, deployment: Deployment, assumed: bool
-) -> tuple[Signature, tuple[int, int, int], dict[str, ir.Value]]:
+) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value]]:
     where, schedule = str(source.path), source.schedule
     model = load_onnx(source.path)
     signature = infer_signature(
@@ -168,7 +169,9 @@ def _onnx_inputs(
         num_train_timesteps=schedule.num_train_timesteps,
         where=where,
     )
-    signature, shape = settle_inputs(model, signature, schedule, deployment, roles.channels, roles.size, where)
+    signature, shape = settle_inputs(
+        model, signature, schedule, deployment, roles.channels, roles.size, where, roles.channel_axis
+    )
     by_name = {value.name: value for value in model.graph.inputs}
     time = by_name[signature.timestep].dtype
     if schedule.flow and assumed and time is not None and time.is_floating_point():
@@ -183,7 +186,7 @@ def _onnx_inputs(
 
 def _torch_inputs(
     source: ModelSource, roles: ImportRoles, sizes: Mapping[str, tuple[int, ...]]
-) -> tuple[Signature, tuple[int, int, int], dict[str, ir.Value]]:
+) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value]]:
     if isinstance(source, FolderSource):
         where = str(source.path / CONFIG_FILE)
         config = _json(source.path / CONFIG_FILE)
@@ -191,7 +194,7 @@ def _torch_inputs(
     else:
         module: Any = source.module  # type: ignore[union-attr]
         where, name, config = source.name, type(module).__name__, getattr(module, "config", {})
-    known = network_inputs(name, config, roles.size, sizes, where)
+    known = network_inputs(name, config, image_sides(roles.size), sizes, where)
     image = known.kept or network_channels(known.shape[0], known.predicted, source.schedule, where=where).image
     inputs = {condition: value.value(condition) for condition, value in known.conditions.items()}
     if extra := known.shape[0] - image:

@@ -15,6 +15,8 @@ MOST_REPEATS = 10_000
 """Calls in one block of a measurement, blocks, and other counts of a measurement."""
 MOST_SIDE = 8_192
 """Height and width of a sample."""
+MOST_LENGTH = 1 << 24
+"""The length of a sample that has one size beside its channels: audio, tokens."""
 MOST_FILE_BYTES = 4 << 30
 """Images that are made in memory for one file."""
 

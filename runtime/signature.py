@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -16,23 +16,31 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "re
 TimestepUnit = Literal["steps", "fraction", "reversed_fraction"]
 """What a network's timestep input counts, for training timestep t of N: t, t / N, or 1 - t / N."""
 Images = npt.NDArray[np.float32]
-"""Samples or predictions, float32 `[B, C, H, W]`."""
+"""Samples or predictions, float32 `[B, C, ...]`: `[B, C, H, W]` of images, `[B, C, L]` of audio, `[B, C, T, H, W]` of
+video, and `[B, N, C]` of tokens, where the signature's `channel_axis` is the last axis."""
 Timestep = float
 """An int for a training timestep; samplers that interpolate between these have others."""
 Predict = Callable[[Images, Timestep], Images]
-"""A network with its conditions: `(x float32 [B, C, H, W], timestep) -> raw output of the same shape`."""
+"""A network with its conditions: `(x float32 [B, C, ...], timestep) -> raw output of the same shape`."""
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 TIMESTEP_UNITS: tuple[str, ...] = get_args(TimestepUnit)
 EXTRA_CHANNELS = "extra_channels"
 """The condition that holds the input channels that a network does not predict, `[B, C', H, W]`: a mask, an image."""
+CHANNELS_FIRST = 1
+"""The usual axis of the channels: the one behind the batch."""
+IMAGE_RANK = 4
+"""The axes of a batch of images, `[B, C, H, W]`."""
+MOST_RANK = 8
+"""The most axes that a sample has, its batch counted."""
 
 
 @dataclass(frozen=True)
 class Signature:
     """Names of a denoiser's inputs and output, its prediction type, and the unit of its timestep.
 
-    `sample` is float32 `[batch, channels, height, width]`; `timestep` is an integer or float scalar or `[batch]`;
-    `conditions` are all other inputs, in the order of the graph. `num_train_timesteps` is the N of the unit.
+    `sample` is float32 `[batch, ...]` with its channels along `channel_axis`: 1, or the last axis, as tokens
+    `[batch, tokens, channels]` have them. `timestep` is an integer or float scalar or `[batch]`; `conditions` are all
+    other inputs, in the order of the graph. `num_train_timesteps` is the N of the unit.
     """
 
     sample: str
@@ -42,6 +50,7 @@ class Signature:
     prediction: Prediction = "epsilon"
     timestep_unit: TimestepUnit = "steps"
     num_train_timesteps: int = 1000
+    channel_axis: int = CHANNELS_FIRST
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -54,6 +63,14 @@ class Signature:
                 f"unknown timestep unit {self.timestep_unit!r}", hint=f"use one of {', '.join(TIMESTEP_UNITS)}"
             )
 
+    def channels(self, shape: Sequence[int]) -> int:
+        """Return the channels of a sample whose sizes behind the batch are `shape`."""
+        return shape[self.channel_axis - 1]
+
+    def sides(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the sizes behind the batch without the channels: (height, width) of an image."""
+        return (*shape[: self.channel_axis - 1], *shape[self.channel_axis :])
+
     def network_time(self, timestep: Timestep) -> Timestep:
         """Return a training timestep in the unit of the network's input."""
         if self.timestep_unit == "steps":
@@ -62,19 +79,23 @@ class Signature:
         return fraction if self.timestep_unit == "fraction" else 1 - fraction
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data; a timestep that counts steps, the usual case, has no keys for its unit."""
+        """Return plain data; the usual cases have no keys: a timestep that counts steps, channels along axis 1."""
         data = {**asdict(self), "conditions": list(self.conditions)}
-        usual = self.timestep_unit == "steps"
-        return {k: v for k, v in data.items() if not (usual and k in ("timestep_unit", "num_train_timesteps"))}
+        usual = {"timestep_unit", "num_train_timesteps"} if self.timestep_unit == "steps" else set()
+        usual |= {"channel_axis"} if self.channel_axis == CHANNELS_FIRST else set()
+        return {key: value for key, value in data.items() if key not in usual}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Signature:
         """Return the signature of plain data. Raises KeyError, TypeError or ValueError for anything else."""
         conditions = data["conditions"]
-        numbers = ("conditions", "num_train_timesteps")
+        numbers = ("conditions", "num_train_timesteps", "channel_axis")
         names = [*(value for key, value in data.items() if key not in numbers), *conditions]
         if not isinstance(conditions, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("names are texts, and conditions are a list of them")
+        axis = data.get("channel_axis", CHANNELS_FIRST)
+        if type(axis) is not int or not 1 <= axis < MOST_RANK:
+            raise ValueError(f"the axis of the channels is an integer from 1 to {MOST_RANK - 1}")
         return cls(**{**data, "conditions": tuple(conditions)})
 
 

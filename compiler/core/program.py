@@ -158,8 +158,8 @@ class Program:
     """A denoiser on its way through the compiler.
 
     source        where the model came from, as plain data; its `config` is the configuration of a diffusers model
-    shape         (channels, height, width) of the sample in calibration and checks; other sizes work too where the
-                  graph leaves height or width open
+    shape         the sizes of the sample behind its batch in calibration and checks, such as (channels, height, width);
+                  other sizes work too where the graph leaves them open. The signature says which are the channels
     frozen        the timesteps of the tables in the graph, in the order of the rows (set by freeze_time)
     float_model   the graph before insert_qdq, for passes that compare with it
     lowering      the form in which the target gets the quantized graph
@@ -176,7 +176,7 @@ class Program:
     signature: Signature
     schedule: Schedule
     deployment: Deployment
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     source: Mapping[str, Any]
     stats: Stats | None = None
     plan: Plan | None = None
@@ -229,6 +229,11 @@ class Program:
                 hint=f"put {giver} in front of this pass, and declare the fact in its `needs`",
             )
         return fact
+
+    @property
+    def channels(self) -> int:
+        """Return the number of channels of the sample."""
+        return self.signature.channels(self.shape)
 
     @property
     def fixed_batch(self) -> int | None:

@@ -20,13 +20,13 @@ from ..core.verify import weights_finite
 from ..errors import ModelError, SignatureError
 from ..graph import weight_store as store
 from ..graph.model_file import read_model
-from ..graph.nodes import name_of
 from .batch import settle_batch
 from .channels import split_channels
 from .conventions import known_unit
 from .foreign import check_plain
 from .half import widen_halves
 from .roles import infer_signature
+from .sample_shape import settle_channel_axis, settle_sample_shape
 
 _LOG = logging.getLogger("mezzotint")
 
@@ -44,14 +44,15 @@ def import_onnx(
     prediction: Prediction | None = None,
     timestep_unit: TimestepUnit | None = None,
     channels: int | None = None,
-    size: tuple[int, int] | None = None,
+    channel_axis: int | None = None,
+    size: tuple[int, ...] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Program:
     """Return the Program of an ONNX denoiser (opset 13 or later, with or without external data).
 
     `inputs`, `output`, `prediction` and `timestep_unit` say what cannot be inferred (see `infer_signature`), `channels`
-    how many channels the image has. `size` is (height, width) where the graph leaves them open. `config` is the
-    diffusers configuration of the model that was exported. The schedule is one for that prediction.
+    how many channels the image has. `channel_axis` and `size` are those of the sample, see sample_shape.py. `config` is
+    the diffusers configuration of the model that was exported. The schedule is one for that prediction.
     Raises ModelError, SignatureError.
     """
     model = load_onnx(path)
@@ -71,6 +72,7 @@ def import_onnx(
         schedule=schedule,
         deployment=deployment,
         channels=channels,
+        channel_axis=channel_axis,
         size=size,
         source={"kind": "onnx", "name": path.name, **({} if config is None else {"config": public_config(config)})},
         where=str(path),
@@ -84,14 +86,19 @@ def finish_import(
     signature: Signature,
     schedule: Schedule,
     deployment: Deployment,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
     source: Mapping[str, Any],
     where: str,
     channels: int | None = None,
+    channel_axis: int | None = None,
     fx_text: str | None = None,
 ) -> Program:
-    """Return the Program of an imported graph, for both front ends: store the weights, check them, find the shape."""
-    signature, shape = settle_inputs(model, signature, schedule, deployment, channels, size, where)
+    """Return the Program of an imported graph, for both front ends: store the weights, check them, find the shape.
+
+    `size` has the sizes of a sample of any rank beside its batch and channels. The axis of the channels is
+    `channel_axis`, else that of the signature, else for a sample of rank 3 the one that the graph reads.
+    """
+    signature, shape = settle_inputs(model, signature, schedule, deployment, channels, size, where, channel_axis)
     try:
         store.adopt(model, folder)
     except FileNotFoundError as error:
@@ -117,17 +124,19 @@ def settle_inputs(
     schedule: Schedule,
     deployment: Deployment,
     channels: int | None,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
     where: str,
-) -> tuple[Signature, tuple[int, int, int]]:
+    channel_axis: int | None = None,
+) -> tuple[Signature, tuple[int, ...]]:
     """Edit the batch and the channels of a graph; return its signature and the shape of its sample.
 
     Raises ModelError, and SignatureError for timesteps that the model's input cannot hold.
     """
     settle_batch(model.graph, signature, where)
+    signature = settle_channel_axis(model.graph, signature, channel_axis, where)
     signature = split_channels(model, signature, schedule, channels, where)
     _check_timestep(model.graph, signature, deployment)
-    return signature, _sample_shape(model.graph, signature, size, where)
+    return signature, settle_sample_shape(model.graph, signature, size, where)
 
 
 def _check_timestep(graph: ir.Graph, signature: Signature, deployment: Deployment) -> None:
@@ -156,26 +165,6 @@ def _missing_data(file: str, where: str) -> ModelError:
         where=where,
         hint="put the file next to the .onnx file",
     )
-
-
-def _sample_shape(
-    graph: ir.Graph, signature: Signature, size: tuple[int, int] | None, where: str
-) -> tuple[int, int, int]:
-    value = next(v for v in graph.inputs if name_of(v) == signature.sample)
-    dims = [d if isinstance(d, int) else None for d in (value.shape or [None] * 4)]
-    height, width = size or (None, None)
-    chosen = (dims[1], dims[2] or height, dims[3] or width)
-    if None in chosen:
-        raise ModelError(
-            f"the sample {signature.sample!r} has the open shape {value.shape}",
-            where=where,
-            hint="give the height and width to calibrate at: --size HxW (the number of channels must be in the graph)",
-        )
-    if size is not None and (chosen[1], chosen[2]) != size:
-        raise ModelError(
-            f"the model's samples are {chosen[1]}x{chosen[2]}, not {height}x{width}", where=where, hint="drop --size"
-        )
-    return (int(chosen[0] or 0), int(chosen[1] or 0), int(chosen[2] or 0))
 
 
 def _weights_sha(folder: Path) -> str:

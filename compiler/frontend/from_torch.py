@@ -91,7 +91,7 @@ def import_torch(
     *,
     schedule: Schedule,
     deployment: Deployment,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     sizes: ConditionSizes | None = None,
     name: str = "module",
     threads: int | None = None,
@@ -122,7 +122,7 @@ def _read(
     model: torch.nn.Module,
     schedule: Schedule,
     deployment: Deployment,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
     sizes: ConditionSizes | None,
     name: str,
 ) -> _Reading:
@@ -161,7 +161,7 @@ def _finish(
     deployment: Deployment,
     name: str = "module",
     threads: int | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
 ) -> Program:
     sample, timestep, *conditions = reading.example.tensors
     image = reading.example.tensors[sample]

@@ -56,7 +56,7 @@ class NetworkInputs:
     """
 
     sample: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     conditions: Mapping[str, Input]
     multiple: int | None
     predicted: int
@@ -64,7 +64,7 @@ class NetworkInputs:
 
 
 def network_inputs(
-    name: str, config: Mapping[str, Any], size: tuple[int, int] | None, sizes: ConditionSizes, where: str = "the model"
+    name: str, config: Mapping[str, Any], size: tuple[int, ...] | None, sizes: ConditionSizes, where: str = "the model"
 ) -> NetworkInputs:
     """Return the inputs of a network of class `name`. `sizes` are those that conditions are known to have.
 

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mezzotint.runtime.signature import Prediction, Signature, TimestepUnit
+from mezzotint.runtime.signature import IMAGE_RANK, MOST_RANK, Prediction, Signature, TimestepUnit
 
 from ..errors import ModelError, SignatureError
 from ..graph.nodes import name_of
 from ..graph.require import dtype_of
 
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_steps", "ts")
-_SAMPLE_NAMES = ("sample", "latent_model_input", "latents", "latent", "x", "x_t", "noisy_sample", "hidden_states")
+_NAMES = {
+    "timestep": ("timestep", "timesteps", "t", "time", "time_step", "time_steps", "ts"),
+    "sample": ("sample", "latent_model_input", "latents", "latent", "x", "x_t", "noisy_sample", "hidden_states"),
+}
+_RANKS = {"timestep": (0, 1), "sample": tuple(range(2, MOST_RANK + 1))}
+_LIKELY_RANKS = (IMAGE_RANK, 5, 3, 2, 6, 7, MOST_RANK)
 
 
 def infer_signature(
@@ -28,9 +32,9 @@ def infer_signature(
 ) -> Signature:
     """Return the signature of a graph. `inputs` maps roles ("sample", "timestep") to names; other roles are inferred.
 
-    The sample is a float input of rank 4. The timestep is a number or a vector, recognised by its name when several
-    inputs have such a shape. Raises SignatureError when a role cannot be inferred, ModelError for a sample that is not
-    float32.
+    The sample is a float input with the rank of the prediction, 4 where the graph does not say it. The timestep is a
+    number or a vector, recognised by its name when several inputs have such a shape. Raises SignatureError when a role
+    cannot be inferred, ModelError for a sample that is not float32.
     """
     named_roles = dict(inputs or {})
     if unknown := set(named_roles) - {"sample", "timestep"}:
@@ -44,10 +48,11 @@ def infer_signature(
             raise SignatureError(
                 f"no input is called {name!r}", where=where, hint=f"for {role}, choose from: {listing}"
             )
-    sample = named_roles.get("sample") or _pick(values, "sample", _SAMPLE_NAMES, where, listing)
+    ranks_of_sample = _ranks_of_sample(graph, values, output)
+    sample = named_roles.get("sample") or _pick(values, "sample", ranks_of_sample, where, listing)
     rest = {n: v for n, v in values.items() if n != sample}
-    timestep = named_roles.get("timestep") or _pick(rest, "timestep", _TIMESTEP_NAMES, where, listing)
-    for role, name, ranks in (("sample", sample, (4,)), ("timestep", timestep, (0, 1))):
+    timestep = named_roles.get("timestep") or _pick(rest, "timestep", _RANKS["timestep"], where, listing)
+    for role, name, ranks in (("sample", sample, _RANKS["sample"]), ("timestep", timestep, _RANKS["timestep"])):
         if _rank(values[name]) not in (*ranks, None):
             raise SignatureError(
                 f"{name!r} cannot be the {role}: its shape is {values[name].shape}",
@@ -69,7 +74,7 @@ def infer_signature(
     return Signature(
         sample=sample,
         timestep=timestep,
-        output=_pick_output(graph, output, where),
+        output=_pick_output(graph, output, _rank(values[sample]), where),
         conditions=tuple(n for n in rest if n != timestep),
         prediction=prediction,
         timestep_unit=timestep_unit,
@@ -81,8 +86,21 @@ def _rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
-def _pick(values: Mapping[str, ir.Value], role: str, names: tuple[str, ...], where: str, listing: str) -> str:
-    ranks = (4,) if role == "sample" else (0, 1)
+def _ranks_of_sample(graph: ir.Graph, values: Mapping[str, ir.Value], output: str | None) -> tuple[int, ...]:
+    """Return the ranks that the sample may have: those of the outputs, or that of images where these do not say it.
+
+    Without float inputs of that rank it is the next likely rank that some have.
+    """
+    ranks = {_rank(v) for v in graph.outputs if output in (None, name_of(v))}
+    known = tuple(rank for rank in ranks if rank in _RANKS["sample"])
+    if known and len(known) == len(ranks):
+        return known
+    floats = {_rank(v) for v in values.values() if v.dtype is not None and _is_number(v, "sample")}
+    return next(((rank,) for rank in _LIKELY_RANKS if rank in floats), (IMAGE_RANK,))
+
+
+def _pick(values: Mapping[str, ir.Value], role: str, ranks: tuple[int, ...], where: str, listing: str) -> str:
+    names = _NAMES[role]
     fitting = [n for n, v in values.items() if _rank(v) in ranks and v.dtype is not None and _is_number(v, role)]
     named = [n for known in names for n in fitting if n.lower() == known]
     if named:
@@ -104,7 +122,7 @@ def _is_number(value: ir.Value, role: str) -> bool:
     return dtype.is_floating_point() if role == "sample" else dtype.is_floating_point() or dtype.is_integer()
 
 
-def _pick_output(graph: ir.Graph, output: str | None, where: str) -> str:
+def _pick_output(graph: ir.Graph, output: str | None, rank: int | None, where: str) -> str:
     names = [name_of(v) for v in graph.outputs]
     if output is not None:
         if output not in names:
@@ -112,7 +130,7 @@ def _pick_output(graph: ir.Graph, output: str | None, where: str) -> str:
                 f"no output is called {output!r}", where=where, hint=f"choose from: {', '.join(names)}"
             )
         return output
-    fitting = [name_of(v) for v in graph.outputs if _rank(v) in (4, None)]
+    fitting = [name_of(v) for v in graph.outputs if _rank(v) in (rank, None)]
     if len(names) == 1 or len(fitting) == 1:
         return (fitting or names)[0]
     raise SignatureError(

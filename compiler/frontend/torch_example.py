@@ -71,7 +71,7 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def example_of(
-    model: torch.nn.Module, size: tuple[int, int] | None, timestep: torch.dtype, sizes: ConditionSizes | None = None
+    model: torch.nn.Module, size: tuple[int, ...] | None, timestep: torch.dtype, sizes: ConditionSizes | None = None
 ) -> Example:
     """Return seeded inputs of two samples, the timestep of that type; `sizes` are known ones of the conditions.
 

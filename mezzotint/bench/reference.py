@@ -60,7 +60,8 @@ class ReferenceModel:
             output=signature.output,
             prediction=signature.prediction,
             timestep_unit=signature.timestep_unit,
-            size=self._bundle.sample_shape[1:],
+            channel_axis=signature.channel_axis,
+            size=signature.sides(self._bundle.sample_shape),
         )
 
     def has_weights_of(self, program: Program) -> bool:

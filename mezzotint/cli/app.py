@@ -34,6 +34,7 @@ from .interchange import overlay, overrides
 from .mix import mix
 from .options import (
     SAMPLER_NAMES,
+    ChannelAxis,
     CommandGroup,
     ConditionsFile,
     Force,
@@ -122,9 +123,10 @@ def compile_(
     prediction: PredictionName = None,
     timestep_unit: TimestepUnitName = None,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH for calibration, where the model leaves the size open.")
+        str | None, typer.Option(help="HxW for calibration, where the model leaves it open; or L, N, TxHxW.")
     ] = None,
     channels: ImageChannels = None,
+    channel_axis: ChannelAxis = None,
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also write each pass's ONNX model, and its torch code if it trains.")
     ] = False,
@@ -163,6 +165,7 @@ def compile_(
             settings.parse_size(size),
             settings.parse_unit(timestep_unit),
             channels,
+            channel_axis,
         ),
         OutputOptions(dump_passes, license=license, force=force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),

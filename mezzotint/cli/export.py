@@ -9,6 +9,7 @@ import typer
 
 from ..progress import shown
 from .options import (
+    ChannelAxis,
     ConditionsFile,
     Force,
     ImageChannels,
@@ -28,7 +29,7 @@ def export(
         str | None, typer.Option(help="scheduler_config.json, its folder, or a name, as sd or cosine:60.")
     ] = None,
     conditions: ConditionsFile = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, where the model leaves the size open.")] = None,
+    size: Annotated[str | None, typer.Option(help="HxW, where the model leaves it open; or L, N, TxHxW.")] = None,
     input_: InputRoles = None,
     output_name: Annotated[
         str | None, typer.Option("--output-name", help="ONNX: epsilon=NAME, the output that predicts.")
@@ -36,6 +37,7 @@ def export(
     prediction: PredictionName = None,
     timestep_unit: TimestepUnitName = None,
     channels: ImageChannels = None,
+    channel_axis: ChannelAxis = None,
     threads: Threads = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -61,6 +63,7 @@ def export(
             size=settings.parse_size(size),
             timestep_unit=settings.parse_unit(timestep_unit),
             channels=channels,
+            channel_axis=channel_axis,
             threads=threads,
             force=force,
             progress=report,

@@ -58,6 +58,9 @@ TimestepUnitName = Annotated[
 ImageChannels = Annotated[
     int | None, number(bounds.MOST_SIDE, "ONNX: channels of the image, if it has others.", "--channels")
 ]
+ChannelAxis = Annotated[
+    int | None, typer.Option("--channel-axis", help="ONNX: axis of the sample's channels, 1 or the last, -1.")
+]
 Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
 NoiseSeed = Annotated[
     int | None, number(bounds.LARGEST_SEED, "Seed of the noise; an unused one when left out.", "--seed", least=0)

@@ -14,7 +14,7 @@ PANELS = {
         *("calibration_samples", "calibration_batch", "conditions", "unconditional", "seed", "cache"),
         *("size",),
     ),
-    "ONNX files": ("input_", "output", "prediction", "channels"),
+    "ONNX files": ("input_", "output", "prediction", "channels", "channel_axis"),
     "Acceptance of the finished file": ("min_sqnr", "strict", "acceptance_seconds"),
     "This run": ("threads", "device", "quiet", "json", "help"),
 }

@@ -32,7 +32,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import Images
 
 from ..frechet import CLASSIFIER, FeatureNet, Features
-from ..io.images import to_pixels
+from ..io.images import no_image, to_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Extractor:
     classify: Callable[[Images], npt.NDArray[np.int64]] | None
 
 
-def open_extractor(name: str, shape: tuple[int, int, int], threads: int | None = None) -> Extractor:
+def open_extractor(name: str, shape: tuple[int, ...], threads: int | None = None) -> Extractor:
     """Return the extractor of this name, after a call with a blank image of `shape` (C, H, W). Raises InputError."""
     if name == DIGITS or name.endswith(".onnx"):
         extractor = _onnx(name, threads)
@@ -70,9 +70,9 @@ def open_extractor(name: str, shape: tuple[int, int, int], threads: int | None =
             where="--features",
             hint="give digits, inception, none, FILE.onnx, or package.module:attribute",
         )
-    if shape[0] not in (1, 3):
+    if (reason := no_image(shape)) is not None:
         raise InputError(
-            f"samples of {shape[0]} channels are not images, which {name} needs",
+            f"{reason}, which {name} needs",
             where="--features",
             hint="leave --features out: latents would have to be decoded first",
         )
@@ -80,7 +80,7 @@ def open_extractor(name: str, shape: tuple[int, int, int], threads: int | None =
     return extractor
 
 
-def default_extractor(shape: tuple[int, int, int]) -> tuple[str, str]:
+def default_extractor(shape: tuple[int, ...]) -> tuple[str, str]:
     """Return (the name of the default extractor, the reason when it is `none`)."""
     if shape == DIGITS_SHAPE:
         return DIGITS, ""

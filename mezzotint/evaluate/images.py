@@ -13,6 +13,7 @@ from mezzotint.runtime.compare import PEAK, psnr_db, ssim
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress
 
+from ..io.images import no_image
 from ..shards.run import Run
 from .extractors import Extractor, perceptual_distance
 from .metrics import PairNumbers, squares
@@ -26,11 +27,10 @@ def measure_images(
 
     `no_features` is the reason for an absent extractor. Raises InputError for images that are not finite, OutputError.
     """
-    channels = run.settings["sample_shape"][0]
-    are_images = channels in (1, 3)
-    latents = f"samples of {channels} channels are latents, not images"
-    lpips, no_lpips = perceptual_distance() if are_images else (None, latents)
-    missing = {"psnr": latents, "ssim": latents, "lpips": no_lpips, "features": no_features}
+    latents = no_image(run.settings["sample_shape"])
+    are_images = latents is None
+    lpips, no_lpips = perceptual_distance() if are_images else (None, latents or "")
+    missing = {"psnr": latents or "", "ssim": latents or "", "lpips": no_lpips, "features": no_features}
     missing["agreement"] = no_features if extractor is None else f"{extractor.name} has no classes"
     columns: dict[str, list[npt.NDArray[Any]]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ PAPER = 255
 def to_pixels(images: Images) -> Pixels:
     """Return images `[n, 1 or 3, H, W]` in [-1, 1] as 8-bit pixels `[n, H, W, C]`; values outside are clipped."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise _not_images(f"samples of shape {list(images.shape)}")
+        raise _not_images(f"samples of shape {list(images.shape)} are not images")
     pixels: Pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
     return pixels
 
@@ -71,21 +72,28 @@ def side_by_side(grids: dict[str, Image.Image], scale: int = 1) -> Image.Image:
     return sheet
 
 
-def check_image_file(path: Path, channels: int | None = None) -> None:
-    """Refuse a path that `save_images` cannot write, before an hour of sampling: by ending, channels and place."""
+def check_image_file(path: Path, shape: Sequence[int] | None = None) -> None:
+    """Refuse a path that `save_images` cannot write, before an hour of sampling: by ending, sizes and place."""
     if path.suffix not in (".png", ".npy"):
         raise InputError(f"cannot write a {path.suffix or 'nameless'} file", where=str(path), hint="use .png or .npy")
     if path.suffix == ".png":
-        check_channels(channels, path)
+        check_images(shape, path)
     if path.is_dir():
         raise OutputError("cannot write there", where=str(path), hint="choose another place")
     check_place(path)
 
 
-def check_channels(channels: int | None, path: Path) -> None:
-    """Refuse latents where an image file is to be written. None stands for a number that is not known yet."""
-    if channels not in (1, 3, None):
-        raise _not_images(f"samples of {channels} channels", str(path))
+def no_image(shape: Sequence[int]) -> str | None:
+    """Return why samples with these sizes behind the batch are not images; None for (1 or 3, height, width)."""
+    if len(shape) != 3:
+        return f"samples of shape {'x'.join(map(str, shape))} are not images"
+    return None if shape[0] in (1, 3) else f"samples of {shape[0]} channels are latents, not images"
+
+
+def check_images(shape: Sequence[int] | None, path: Path) -> None:
+    """Refuse other samples than images where an image file is to be written. None stands for an unknown shape."""
+    if shape is not None and (reason := no_image(shape)) is not None:
+        raise _not_images(reason, str(path))
 
 
 def check_place(path: Path) -> None:
@@ -97,12 +105,9 @@ def check_place(path: Path) -> None:
         raise OutputError("cannot write there", where=str(path), hint="choose another place")
 
 
-def _not_images(what: str, where: str | None = None) -> InputError:
-    return InputError(
-        f"{what} are not images",
-        where=where,
-        hint="latents have to be decoded first: save them with -o FILE.npy, or in a folder with --format npz",
-    )
+def _not_images(reason: str, where: str | None = None) -> InputError:
+    hint = "save the samples with -o FILE.npy, or in a folder with --format npz; latents have to be decoded first"
+    return InputError(reason, where=where, hint=hint)
 
 
 def save_images(images: Images, path: Path, columns: int | None = None, claim: Claim | None = None) -> None:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
 from mezzotint.compiler.yaml_text import parse_yaml
-from mezzotint.runtime.bounds import MOST_SIDE
+from mezzotint.runtime.bounds import MOST_LENGTH, MOST_SIDE
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.signature import PREDICTIONS, TIMESTEP_UNITS, Prediction, TimestepUnit
+from mezzotint.runtime.signature import MOST_RANK, PREDICTIONS, TIMESTEP_UNITS, Prediction, TimestepUnit
 from mezzotint.runtime.visible import visible
 
 from .npz import read_npz
@@ -80,17 +80,19 @@ def parse_unit(text: str | None) -> TimestepUnit | None:
     return cast("TimestepUnit | None", text)
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Return (height, width) of `HEIGHTxWIDTH`, or of one number for a square."""
+def parse_size(text: str | None) -> tuple[int, ...] | None:
+    """Return the numbers of `HEIGHTxWIDTH`, or of the sizes of another sample: `LENGTH`, `FRAMESxHEIGHTxWIDTH`."""
     if text is None:
         return None
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if not match:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
         raise SignatureError(f"not a size: {text!r}", where="--size", hint="the form is 32x32")
-    sides = match[1], match[2] or match[1]
-    if max(len(side) for side in sides) > len(str(MOST_SIDE)) or max(map(int, sides)) > MOST_SIDE:
-        raise SignatureError(f"not a size: {text!r}", where="--size", hint=f"the limit of a side is {MOST_SIDE}")
-    return int(sides[0]), int(sides[1])
+    sides = text.split("x")
+    if len(sides) >= MOST_RANK:
+        raise SignatureError(f"not a size: {text!r}", where="--size", hint=f"the limit is {MOST_RANK - 1} numbers")
+    most = MOST_SIDE if len(sides) > 1 else MOST_LENGTH
+    if max(len(side) for side in sides) > len(str(most)) or max(map(int, sides)) > most:
+        raise SignatureError(f"not a size: {text!r}", where="--size", hint=f"the limit of a side is {most}")
+    return tuple(map(int, sides))
 
 
 def parse_bundles(items: list[str]) -> list[str] | dict[str, str]:

@@ -53,7 +53,7 @@ def sample_to_path(
     """Write `output` and return a summary. `shards` are numbers as text, see `parse_shards`."""
     summary = sample_summary(bundle, output, n, options)
     if output.suffix in FILES:
-        images.check_image_file(output, bundle.sample_shape[0])
+        images.check_image_file(output, bundle.sample_shape)
         if n * math.prod(bundle.sample_shape) * 4 > MOST_FILE_BYTES:
             raise InputError(
                 f"{n} images are too many for one file", where=str(output), hint="give a folder: -o FOLDER"

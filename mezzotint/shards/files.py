@@ -1,6 +1,6 @@
 """One shard of a run on disk: some images, written completely or not at all, checked, and read again.
 
-    npz   shard_00003.npz           images float32 [m, C, H, W], index int64 [m], seed, run
+    npz   shard_00003.npz           samples of any rank, as images float32 [m, ...], index int64 [m], seed, run
     png   shard_00003/00000768.png  one 8-bit image each, grey or RGB; shard.json: seed, run, hashes of the files
 
 `index` has the number of each image under its seed, and a PNG is named by it. `run` is the digest of the settings: it
@@ -50,14 +50,14 @@ class Foreign(Exception):
 
 @dataclass(frozen=True)
 class Shard:
-    """Images `first` .. `stop` - 1 of `seed`, of shape `[C, H, W]`, at their place in the folder of the run `run`."""
+    """Images `first` .. `stop` - 1 of `seed`, each of `shape`, at their place in the folder of the run `run`."""
 
     folder: Path
     number: int
     first: int
     stop: int
     format: ShardFormat
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     seed: int
     run: str
 
@@ -91,7 +91,7 @@ class Shard:
         return True
 
     def write(self, images: Images) -> None:
-        """Write float32 `[m, C, H, W]` next to the place and move it there; an older shard is replaced at the end.
+        """Write float32 `[m, ...]` next to the place and move it there; an older shard is replaced at the end.
 
         Raises OutputError: a full disk, no permission, or something other than a shard in its place.
         """
@@ -112,7 +112,7 @@ class Shard:
             (folder / INSIDE).write_text(text, encoding="utf-8", newline="\n")
 
     def load(self) -> Images:
-        """Return the images, float32 `[m, C, H, W]`: exact from npz, in steps of 2/255 from png.
+        """Return the images, float32 `[m, ...]`: exact from npz, in steps of 2/255 from png.
 
         Raises Damaged, Foreign.
         """

@@ -41,10 +41,8 @@ class Run:
         s = self.settings
         first = number * s["shard_size"]
         stop = min(first + s["shard_size"], s["pictures"])
-        channels, height, width = s["sample_shape"]
-        return Shard(
-            self.folder, number, first, stop, s["format"], (channels, height, width), seed=s["seed"], run=self.digest
-        )
+        shape = tuple(s["sample_shape"])
+        return Shard(self.folder, number, first, stop, s["format"], shape, seed=s["seed"], run=self.digest)
 
     def announce(self) -> None:
         """Write the settings unless they are there. Raises as `belongs`: another run may have been begun meanwhile."""

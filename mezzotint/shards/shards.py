@@ -31,7 +31,7 @@ from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.signature import Images
 
-from ..io.images import check_channels
+from ..io.images import check_images
 from ..text.report import sample_summary
 from .files import SHARD_FORMATS, Damaged, Foreign, Index, Shard
 from .run import RUN, Run, belongs, condition_facts, engine_facts, numbers_text, read_run, shard_count
@@ -115,7 +115,7 @@ def sample_shards(
     if format not in SHARD_FORMATS:
         raise InputError(f"no format {format!r}", where=str(folder), hint=f"use {' or '.join(SHARD_FORMATS)}")
     if format == "png":
-        check_channels(bundle.sample_shape[0], folder)
+        check_images(bundle.sample_shape, folder)
     summary = sample_summary(bundle, folder, n, options)
     settings = {
         "bundle": bundle.manifest.digest,

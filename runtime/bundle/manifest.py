@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import BundleError
 from ..sampling.deployment import Deployment
-from ..signature import Signature, Timestep, whole
+from ..signature import CHANNELS_FIRST, MOST_RANK, Signature, Timestep, whole
 from ..targets import ONNXRUNTIME, TARGETS, Target, target_named
 from .acceptance import Acceptance
 from .json_fields import HINT, Fields, T
@@ -29,7 +30,8 @@ from .precisions import Mixture
 from .training import TrainedUnit
 
 FORMAT_VERSION = 3
-LARGEST_SIDE = 1 << 16
+LARGEST_SIDE = 1 << 24
+MOST_VALUES = 1 << 32
 TIME_KEYS = frozenset({"seconds", "peak_memory_mb"})
 """Keys that differ between two runs of the same compilation. The digest leaves them out wherever they stand."""
 _RENAMED = {"faith": "fidelity", "mend": "fix"}  # keys of format 2 -> keys of format 3
@@ -58,7 +60,7 @@ class Manifest:
     inputs: Mapping[str, InputEntry] | None
     deployment: Deployment
     deployed_timesteps: tuple[Timestep, ...] | None
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     history: tuple[PassRecord, ...]
     kernels: Kernels
     storage: Storage | None
@@ -207,13 +209,16 @@ def _manifest(fields: Fields) -> Manifest:
 
 
 def _check_inputs(manifest: Manifest, where: str) -> None:
-    """Raise BundleError where `inputs` are not those of the signature."""
+    """Raise BundleError where the sample's shape or `inputs` are not those of the signature."""
     signature, inputs = manifest.signature, manifest.inputs
+    if signature.channel_axis not in (CHANNELS_FIRST, len(manifest.sample_shape)):
+        what = f"`sample_shape` has no channels along axis {signature.channel_axis}"
+        raise BundleError(what, where=where, hint=HINT)
     if inputs is None:
         return
     names = {signature.sample, signature.timestep, *signature.conditions}
     ranks = [len(inputs[name].shape) for name in (signature.sample, signature.timestep) if name in inputs]
-    if set(inputs) != names or ranks[0] != 4 or ranks[1] > 1:
+    if set(inputs) != names or ranks[0] != 1 + len(manifest.sample_shape) or ranks[1] > 1:
         raise BundleError("the manifest's `inputs` are not those of its `signature`", where=where, hint=HINT)
 
 
@@ -243,11 +248,14 @@ def _timesteps(rows: Any) -> tuple[Timestep, ...] | None:
     return None if rows is None else tuple(whole(rows))
 
 
-def _shape(sizes: Any) -> tuple[int, int, int]:
-    channels, height, width = sizes
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, list) or not 1 <= len(sizes) < MOST_RANK:
+        raise ValueError(f"a sample has 1 to {MOST_RANK - 1} sizes behind its batch")
     if not all(type(size) is int and 1 <= size <= LARGEST_SIDE for size in sizes):
         raise ValueError(f"sizes are integers from 1 to {LARGEST_SIDE}")
-    return channels, height, width
+    if math.prod(sizes) > MOST_VALUES:
+        raise ValueError(f"a sample has {MOST_VALUES} values at most")
+    return tuple(sizes)
 
 
 def _target(name: Any) -> Target:

@@ -515,11 +515,13 @@ class TestSettings:
     def test_output(self, text: str | None, prediction: str | None, expected: tuple[str | None, str | None]) -> None:
         assert parse_output(text, prediction) == expected
 
-    @pytest.mark.parametrize(("text", "size"), [(None, None), ("32", (32, 32)), ("16x24", (16, 24))])
-    def test_size(self, text: str | None, size: tuple[int, int] | None) -> None:
+    @pytest.mark.parametrize(
+        ("text", "size"), [(None, None), ("32", (32,)), ("16x24", (16, 24)), ("8x16x16", (8, 16, 16))]
+    )
+    def test_size(self, text: str | None, size: tuple[int, ...] | None) -> None:
         assert parse_size(text) == size
 
-    @pytest.mark.parametrize("text", ["x", "8x", "x8", "8x8x8", "-8", "8.0", "0", "8x0"])
+    @pytest.mark.parametrize("text", ["x", "8x", "x8", "8x8x8x8x8x8x8x8", "-8", "8.0", "0", "8x0"])
     def test_odd_sizes(self, text: str) -> None:
         with pytest.raises(CompileError, match="not a size"):
             parse_size(text)

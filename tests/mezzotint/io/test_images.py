@@ -98,10 +98,10 @@ def test_grids_stand_side_by_side() -> None:
 
 
 def test_latents_are_refused_before_sampling(tmp_path: Path) -> None:
-    check_image_file(tmp_path / "x.npy", channels=4)
-    check_image_file(tmp_path / "x.png", channels=3)
-    with pytest.raises(InputError, match="4 channels are not images"):
-        check_image_file(tmp_path / "x.png", channels=4)
+    check_image_file(tmp_path / "x.npy", (4, 8, 8))
+    check_image_file(tmp_path / "x.png", (3, 8, 8))
+    with pytest.raises(InputError, match="4 channels are latents"):
+        check_image_file(tmp_path / "x.png", (4, 8, 8))
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
