@@ -21,7 +21,6 @@ from mezzotint.compiler.core.pipeline import CPU, Context, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.from_onnx import import_onnx
-from mezzotint.compiler.frontend.sample_shape import image_sides
 from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
@@ -109,8 +108,7 @@ def compile_model(
     (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many of its channels are the image's, and `channel_axis`
     which axis they are on: 1, or the last one, of tokens `[B, N, C]`.
     `export` is a path for the imported float graph. `cache` is a folder of calibration statistics: compilations that
-    calibrate on the same graph in the same way measure once. `license` is the identifier of the model's licence, for
-    the bundle's card; when left out, that of the card in the model's own folder.
+    calibrate on the same graph in the same way measure once. `license` is the model's, for the bundle's card.
     `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the
     recipe would use is refused.
     The finished file is run beside the float model before the bundle is written, for about `acceptance_seconds` at
@@ -296,7 +294,7 @@ def _import(
     options: dict[str, Any] = {
         "schedule": source.schedule,
         "deployment": deployment,
-        "size": image_sides(roles.size),
+        "size": roles.size,
         "sizes": sizes,
         "name": source.name,
         "threads": threads,

@@ -133,6 +133,7 @@ def _settled(
                 "roles of inputs and outputs are for ONNX files",
                 hint="a diffusers model knows its own; leave them out",
             )
+        roles = replace(roles, size=image_sides(roles.size))
         signature, shape, inputs = _torch_inputs(source, roles, sizes)
     check_rows(
         inputs,
@@ -194,7 +195,7 @@ def _torch_inputs(
     else:
         module: Any = source.module  # type: ignore[union-attr]
         where, name, config = source.name, type(module).__name__, getattr(module, "config", {})
-    known = network_inputs(name, config, image_sides(roles.size), sizes, where)
+    known = network_inputs(name, config, roles.size, sizes, where)
     image = known.kept or network_channels(known.shape[0], known.predicted, source.schedule, where=where).image
     inputs = {condition: value.value(condition) for condition, value in known.conditions.items()}
     if extra := known.shape[0] - image:

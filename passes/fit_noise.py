@@ -74,13 +74,14 @@ class FitNoise(Pass):
         if program.float_model is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
         steps = program.deployment.solver(program.schedule).steps
-        fit, held_out, states = NoiseFit(), NoiseFit(), StateFit()
+        axis = program.signature.channel_axis
+        fit, held_out, states = NoiseFit(axis), NoiseFit(axis), StateFit()
         drawn: list[Images] = []
         # Other noise than in calibration: the fit must not see the images that the ranges were chosen for.
         fitting = replace(context, seed=SeedOffset.NOISE_FIT.after(context.seed))
         self._follow(program, fitting, self.name, lambda info, got: fit.add(info.index, info.output, got))
         correction = fit.correction(program.deployment, steps, program.signature.prediction, self.form)
-        residuals = Residuals(context.seed)
+        residuals = Residuals(context.seed, axis)
 
         def judge(info: StepInfo, got: Images) -> None:
             held_out.add(info.index, info.output, got)

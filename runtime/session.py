@@ -243,13 +243,15 @@ class Denoiser:
         for name, value in used.items():
             if value.dtype is None:
                 raise InputError(f"the model's {name!r} has type {value.type}, which numpy does not have")
+        rank = len(declared[signature.sample].shape)
         for name in (signature.sample, signature.output):
             value = used[name]
-            if value.dtype != np.float32 or len(value.shape) != 4:
+            if value.dtype != np.float32 or len(value.shape) != rank or signature.channel_axis not in (1, rank - 1):
                 raise InputError(
-                    f"{name!r} is {value.type} {list(value.shape)}, expected float32 [batch, channels, height, width]"
+                    f"{name!r} is {value.type} {list(value.shape)}, expected float32 of the sample's rank, "
+                    f"with channels along axis {signature.channel_axis}"
                 )
-        self._channels_out = outputs[signature.output].shape[1]
+        self._channels_out = outputs[signature.output].shape[signature.channel_axis]
 
     @property
     def session(self) -> ort.InferenceSession:
@@ -293,14 +295,15 @@ class Denoiser:
         out: npt.NDArray[np.float32] | None = None,
         **conditions: npt.NDArray[Any],
     ) -> npt.NDArray[np.float32]:
-        """Return the raw prediction, float32 `[B, C, H, W]`, for `x` float32 `[B, C, H, W]` at one timestep.
+        """Return the raw prediction, float32 of the shape of `x`, for `x` float32 `[B, ...]` at one timestep.
 
         The engine reads `x` and writes the result without copies. The result is a new array that belongs to the
         caller, or `out` (C-contiguous float32 of the result's shape).
         Raises InputError, MixedTimesteps or TimestepNotDeployed, all before the network runs.
         """
         feeds = self._inputs.feeds(x, t, conditions)
-        shape = (x.shape[0], self.channels_out or x.shape[1], *x.shape[2:])
+        axis = self.signature.channel_axis
+        shape = (*x.shape[:axis], self.channels_out or x.shape[axis], *x.shape[axis + 1 :])
         if out is None:
             out = np.empty(shape, dtype=np.float32)
         elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:

@@ -99,6 +99,13 @@ class Signature:
         return cls(**{**data, "conditions": tuple(conditions)})
 
 
+def no_image(shape: Sequence[int]) -> str | None:
+    """Return why samples with these sizes behind the batch are not images; None for (1 or 3, height, width)."""
+    if len(shape) != 3:
+        return f"samples of shape {'x'.join(map(str, shape))} are not images"
+    return None if shape[0] in (1, 3) else f"samples of {shape[0]} channels are latents, not images"
+
+
 def whole(timesteps: Any) -> list[Timestep]:
     """Return timesteps as plain numbers, integers where they are whole."""
     return [int(t) if float(t).is_integer() else float(t) for t in timesteps]

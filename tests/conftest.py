@@ -80,7 +80,7 @@ def check_golden(request: pytest.FixtureRequest, context: Context) -> Check:
         *,
         prepare: Callable[[Program], Program] | None = None,
         conditions: Mapping[str, npt.NDArray[Any]] | None = None,
-        shape: tuple[int, int, int] = (2, 4, 4),
+        shape: tuple[int, ...] = (2, 4, 4),
         raw: bool = False,
     ) -> Program:
         given = dict(conditions or {})

@@ -39,7 +39,7 @@ class FloatModel:
         folder: Path,
         *,
         scheduler: str | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
         sampler: str | None = None,
         steps: int = 20,
         eta: float = 0.0,

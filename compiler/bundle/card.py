@@ -27,6 +27,7 @@ from mezzotint.runtime.bundle.precisions import Mixture
 from mezzotint.runtime.bundle.ranges import RANGES
 from mezzotint.runtime.compare import db_text
 from mezzotint.runtime.session import TESTED_ONNXRUNTIME
+from mezzotint.runtime.signature import no_image
 from mezzotint.runtime.targets import ONNXRUNTIME, TARGETS, Target
 from mezzotint.runtime.visible import one_line, visible
 
@@ -209,9 +210,10 @@ def _with_unit(value: float | None) -> str:
 
 def _run(manifest: Manifest, config: bool, correction: bool) -> str:
     """Return the programs; all of them run in the bundle's folder."""
+    drawn = "images.png" if no_image(manifest.sample_shape) is None else "samples.npy"
     parts = [
         "## How to run it\n\nAll of this runs in this folder. On the command line:\n\n"
-        "    mezzotint sample . -n 16 -o ../images.png\n    mezzotint inspect .",
+        f"    mezzotint sample . -n 16 -o ../{drawn}\n    mezzotint inspect .",
         f"In plain onnxruntime, one call of the network:\n\n{_python(code.plain_onnxruntime(manifest))}",
         f"In Mezzotint's runtime, from noise to images:\n\n{_python(code.own_runtime(manifest))}",
     ]
@@ -242,8 +244,10 @@ def _limits(manifest: Manifest, correction: bool) -> str:
     ]
     if isinstance(shape[0], int):
         limits.append(f"The batch size {shape[0]} is written into the graph.")
-    if all(isinstance(n, int) for n in shape[2:]):
-        limits.append(f"Samples have {shape[2]} x {shape[3]} values in each channel, no other size.")
+    declared = [0 if size is None or isinstance(size, str) else size for size in shape[1:]]
+    sides = manifest.signature.sides(declared)
+    if all(sides):
+        limits.append(f"Samples have {' x '.join(map(str, sides))} values in each channel, no other size.")
     if correction:
         limits.append(
             f"The noise correction is valid for {manifest.deployment} only; other numbers of steps are interpolated."

@@ -29,7 +29,7 @@ def follow_trajectories(
     """Sample `context.samples` images with the deployed sampler from seeded noise; return the number of calls.
 
     A graph with a fixed batch gets whole batches, and so perhaps a few images more. The denoiser is called as
-    `(x [B, C, H, W], timestep, conditions of the same rows) -> output`; no image is kept. Under guidance B counts both
+    `(x [B, ...], timestep, conditions of the same rows) -> output`; no image is kept. Under guidance B counts both
     halves, and their outputs are combined for the sampler. `callback` and `correction` are those of the sampling loop.
     Raises ConditionError, and ModelError for an output that is not finite.
     """
@@ -111,7 +111,7 @@ class LockStep:
         return len(self._spans)
 
     def batches(self) -> Iterator[tuple[Images, Conditions]]:
-        """Yield (input of the network `[B, C, H, W]`, conditions of the same rows) of each batch for the next call."""
+        """Yield (input of the network `[B, ...]`, conditions of the same rows) of each batch for the next call."""
         for (first, rows), state in zip(self._spans, self._states, strict=True):
             yield both_halves(self._program, state["x"]), batch_conditions(self._program, self._context, first, rows)
 
@@ -133,10 +133,11 @@ def check_conditions(program: Program, context: Context) -> None:
 def require_same_channels(program: Program) -> None:
     """Raise ModelError for other channels than the sample's, which the import did not know yet."""
     output = next(v for v in program.graph.outputs if v.name == program.signature.output)
-    channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
-    if isinstance(channels, int) and channels != program.shape[0]:
+    axis, rank = program.signature.channel_axis, 1 + len(program.shape)
+    channels = output.shape[axis] if output.shape is not None and len(output.shape) == rank else None
+    if isinstance(channels, int) and channels != program.channels:
         raise ModelError(
-            f"the model takes {program.shape[0]} channels and predicts {channels}: no sampler can follow it alone",
+            f"the model takes {program.channels} channels and predicts {channels}: no sampler can follow it alone",
             where=f"output {program.signature.output}",
             hint="export it with the shape of its output, or say how many channels the image has: --channels",
         )

@@ -78,7 +78,7 @@ def random_rows(inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: 
     """Return standard normal rows for every float condition: enough for speed and size, not for quality.
 
     A condition that the model declares with one row, or as a number, gets one row. Open dimensions are OPEN_TOKENS;
-    extra channels have the height and width of the sample, whose shape is `shape`. Raises ConditionError for integer
+    extra channels have the other sizes of the sample, whose shape is `shape`. Raises ConditionError for integer
     conditions (class labels), whose range is unknown.
     """
     rng = streams.CONDITIONS.generator(seed)
@@ -91,7 +91,7 @@ def random_rows(inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: 
             )
         first, *rest = list(value.shape) or [1]
         if name == EXTRA_CHANNELS:
-            rest = [rest[0], *shape[1:]]
+            rest = [own if isinstance(own, int) else size for own, size in zip(rest, shape, strict=True)]
         sizes = [1 if first == 1 else rows, *(size if isinstance(size, int) else OPEN_TOKENS for size in rest)]
         if prod(sizes) > MOST_RANDOM:
             raise ConditionError(

@@ -18,6 +18,7 @@ from mezzotint.runtime import streams
 from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.steps import Step
+from mezzotint.runtime.signature import CHANNELS_FIRST
 
 SUBSET = 2048
 """The number of values of a call that are tested."""
@@ -30,18 +31,19 @@ NoiseReport = dict[str, Any]
 class Residuals:
     """Random subsets of (float output, quantized output, channel) at each call: at most SUBSET values each."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, channel_axis: int = CHANNELS_FIRST) -> None:
+        self._axis = channel_axis
         self._rng = streams.RESIDUALS.generator(seed)
         self._pairs: dict[int, list[npt.NDArray[np.float64]]] = {}
 
     def add(self, call: int, exact: Floats, actual: Floats) -> None:
-        """Add values of the float and the quantized output `[B, C, H, W]` of network call `call`."""
+        """Add values of the float and the quantized output, of any rank, of network call `call`."""
         chosen_before = self._pairs.setdefault(call, [])
         room = SUBSET - sum(part.shape[1] for part in chosen_before)
         if room <= 0:
             return
         chosen = self._rng.choice(exact.size, min(room, _BATCH, exact.size), replace=False)
-        channels = np.unravel_index(chosen, exact.shape)[1]
+        channels = np.unravel_index(chosen, exact.shape)[self._axis]
         chosen_before.append(
             np.stack([exact.reshape(-1)[chosen], actual.reshape(-1)[chosen], channels]).astype(np.float64)
         )

@@ -17,7 +17,11 @@ FOLDED_OUTPUT_BYTES = 1 << 20
 
 
 def fold_constants(model: ir.Model) -> ir.Model:
-    """Compute the nodes that read constants only, up to a megabyte. Weights are not touched."""
+    """Compute the nodes that read constants only, up to a megabyte. Weights are not touched.
+
+    onnxscript keeps ConstantOfShape, which is smaller than its result. One that ScatterND fills is folded, too: it is a
+    weight that the model writes into zeros, such as the fixed kernels of UNet1DModel's resampling.
+    """
     logger = logging.getLogger("onnxscript.optimizer")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -27,10 +31,19 @@ def fold_constants(model: ir.Model) -> ir.Model:
             input_size_limit=FOLDED_INPUT_BYTES,
             output_size_limit=FOLDED_OUTPUT_BYTES,
             onnx_shape_inference=False,
+            should_fold=lambda node: _is_filled(node) or None,
         )
     finally:
         logger.setLevel(level)
     return model
+
+
+def _is_filled(node: ir.Node) -> bool:
+    """Return whether a node makes the zeros that ScatterND writes constants into."""
+    if not is_op(node, "ConstantOfShape"):
+        return False
+    readers = [use.node for use in node.outputs[0].uses()]
+    return bool(readers) and all(is_op(reader, "ScatterND") for reader in readers)
 
 
 def infer_shapes(model: ir.Model) -> ir.Model:

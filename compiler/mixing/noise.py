@@ -58,8 +58,9 @@ def mixed_correction(
         )
 
     stages = np.array([step.stage for step in steps], np.int64)
+    tables_of_calls = {name: rows(name) for name in CORRECTION_TABLES}
     merged = Correction(
-        deployment, some.prediction, some.form, stages, **{name: rows(name) for name in CORRECTION_TABLES}
+        deployment, some.prediction, some.form, stages, **tables_of_calls, channel_axis=some.channel_axis
     )
     return merged, f"{some.form}, the rows of each call from {', '.join(corrections)}"
 

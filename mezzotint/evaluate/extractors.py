@@ -29,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.signature import Images
+from mezzotint.runtime.signature import Images, no_image
 
 from ..frechet import CLASSIFIER, FeatureNet, Features
-from ..io.images import no_image, to_pixels
+from ..io.images import to_pixels
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import PEAK, psnr_db, ssim
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress
+from mezzotint.runtime.signature import no_image
 
-from ..io.images import no_image
 from ..shards.run import Run
 from .extractors import Extractor, perceptual_distance
 from .metrics import PairNumbers, squares

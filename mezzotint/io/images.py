@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from mezzotint.compiler.bundle.staging import Claim
 from mezzotint.compiler.errors import OutputError
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.signature import Images
+from mezzotint.runtime.signature import Images, no_image
 
 from .files import replacing
 
@@ -81,13 +81,6 @@ def check_image_file(path: Path, shape: Sequence[int] | None = None) -> None:
     if path.is_dir():
         raise OutputError("cannot write there", where=str(path), hint="choose another place")
     check_place(path)
-
-
-def no_image(shape: Sequence[int]) -> str | None:
-    """Return why samples with these sizes behind the batch are not images; None for (1 or 3, height, width)."""
-    if len(shape) != 3:
-        return f"samples of shape {'x'.join(map(str, shape))} are not images"
-    return None if shape[0] in (1, 3) else f"samples of {shape[0]} channels are latents, not images"
 
 
 def check_images(shape: Sequence[int] | None, path: Path) -> None:

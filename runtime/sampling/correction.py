@@ -36,6 +36,7 @@ from safetensors.numpy import save
 from ..arrays import Doubles, Floats
 from ..errors import BundleError, InputError, InterpolatedCorrection, ScheduleError, TimestepNotDeployed
 from ..json_text import parse_json
+from ..signature import CHANNELS_FIRST
 from .deployment import Deployment
 from .steps import Solver, Step
 
@@ -49,7 +50,8 @@ class Correction:
     """One row for each call of one deployment; valid for exactly that sampler, eta, guidance and prediction.
 
     scale, excess, spread float64 `[T]`, shift float64 `[T, C]`, stages int64 `[T]` (steps.py). `spread` is the standard
-    deviation of the error that remains in the corrected output, for display; the loop does not use it.
+    deviation of the error that remains in the corrected output, for display; the loop does not use it. `channel_axis`
+    is the axis of the output's channels, see `Signature`.
     """
 
     deployment: Deployment
@@ -60,6 +62,7 @@ class Correction:
     shift: Doubles
     excess: Doubles
     spread: Doubles
+    channel_axis: int = CHANNELS_FIRST
     _scale: list[np.float32] = field(init=False, repr=False)
     _shift: Floats = field(init=False, repr=False)
 
@@ -83,7 +86,7 @@ class Correction:
                 hint="quantize less, or with better scales; no correction can repair this",
             )
         object.__setattr__(self, "_scale", list(self.scale.astype(np.float32)))
-        object.__setattr__(self, "_shift", self.shift.astype(np.float32)[:, :, None, None])
+        object.__setattr__(self, "_shift", self.shift.astype(np.float32))
 
     @property
     def fitted_for(self) -> str:
@@ -133,7 +136,7 @@ class Correction:
             return out
 
         tables = {name: interpolated(getattr(self, name)) for name in _TABLES}
-        return Correction(deployment, self.prediction, self.form, stages, **tables)
+        return Correction(deployment, self.prediction, self.form, stages, **tables, channel_axis=self.channel_axis)
 
     def picked(self, deployment: Deployment, schedule_steps: Sequence[Step], rows: Sequence[int]) -> Correction:
         """Return these tables for the calls of `deployment`, with row `rows[i]` for its call i. Calls of different
@@ -150,14 +153,15 @@ class Correction:
         )
         tables = {name: getattr(self, name)[list(rows)] for name in _TABLES}
         stages = np.array([step.stage for step in schedule_steps], np.int64)
-        return Correction(deployment, self.prediction, self.form, stages, **tables)
+        return Correction(deployment, self.prediction, self.form, stages, **tables, channel_axis=self.channel_axis)
 
     def apply(self, output: Floats, call: int) -> Floats:
-        """Return the corrected output `[B, C, H, W]` of network call `call`, a new float32 array."""
-        if output.ndim != 4 or output.shape[1] != self.shift.shape[1]:
+        """Return the corrected output, of any rank, of network call `call`: a new float32 array."""
+        behind = output.ndim - 1 - self.channel_axis
+        if behind < 0 or output.shape[self.channel_axis] != self.shift.shape[1]:
             raise InputError(f"output of shape {list(output.shape)}, the correction has {self.shift.shape[1]} channels")
         fixed: Floats = output * self._scale[call]
-        fixed -= self._shift[call]
+        fixed -= self._shift[call].reshape(-1, *[1] * behind)
         return fixed
 
     def noise(self, steps: Sequence[Step]) -> tuple[float, ...]:
@@ -185,7 +189,13 @@ class Correction:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same tables give the same bytes."""
         tables = {name: np.ascontiguousarray(getattr(self, name)) for name in (*_TABLES, "stages")}
-        facts = {"deployment": self.deployment.to_json(), "prediction": self.prediction, "form": self.form}
+        facts: dict[str, Any] = {
+            "deployment": self.deployment.to_json(),
+            "prediction": self.prediction,
+            "form": self.form,
+        }
+        if self.channel_axis != CHANNELS_FIRST:
+            facts["channel_axis"] = self.channel_axis
         # One metadata entry only: safetensors writes several in a random order.
         # save_file would make it readable for this user only.
         Path(path).write_bytes(save(tables, {_METADATA_KEY: json.dumps(facts)}))
@@ -198,7 +208,8 @@ class Correction:
                 facts: dict[str, Any] = parse_json((file.metadata() or {})[_METADATA_KEY])
                 tables = {name: file.get_tensor(name) for name in (*_TABLES, "stages")}
             deployment = Deployment.from_json(facts["deployment"])
-            return cls(deployment, str(facts["prediction"]), str(facts["form"]), **tables)
+            axis = int(facts.get("channel_axis", CHANNELS_FIRST))
+            return cls(deployment, str(facts["prediction"]), str(facts["form"]), **tables, channel_axis=axis)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, InputError, ScheduleError) as error:
             raise BundleError(f"not a table of corrections: {error}", where=str(path)) from error
 

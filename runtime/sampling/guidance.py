@@ -78,12 +78,12 @@ def rows_in_turn(conditions: Conditions, first: int, n: int) -> dict[str, npt.ND
 
 
 def doubled(x: Images) -> Images:
-    """Return x for both halves, `[2 B, C, H, W]`."""
+    """Return x for both halves, `[2 B, ...]`."""
     return np.concatenate([x, x])
 
 
 def combine(output: Images, scale: float) -> Images:
-    """Return the guided prediction `[B, C, H, W]` of both halves `[2 B, C, H, W]`, a new array."""
+    """Return the guided prediction `[B, ...]` of both halves `[2 B, ...]`, a new array."""
     without, conditional = np.split(output, 2)
     guided: Images = (conditional - without) * np.float32(scale)
     guided += without

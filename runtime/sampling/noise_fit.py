@@ -30,6 +30,7 @@ import numpy as np
 from ..arrays import Doubles, Floats
 from ..compare import json_db, ratio_db
 from ..errors import InputError
+from ..signature import CHANNELS_FIRST
 from .correction import FORMS, Correction
 from .deployment import Deployment
 from .steps import Step
@@ -52,11 +53,12 @@ class _Sums:
         return _Sums(self.count + other.count, self.table + other.table)
 
     @classmethod
-    def of(cls, wanted: Floats, got: Floats) -> _Sums:
+    def of(cls, wanted: Floats, got: Floats, axis: int) -> _Sums:
         w = wanted.astype(np.float64)
         d = got.astype(np.float64) - w
-        products = [np.einsum("bchw,bchw->c", a, b) for a, b in ((w, w), (w, d), (d, d))]
-        return cls(w.size / w.shape[1], np.stack([w.sum((0, 2, 3)), d.sum((0, 2, 3)), *products]))
+        w, d = (np.moveaxis(a, axis, 1).reshape(len(a), a.shape[axis], -1) for a in (w, d))
+        products = [np.einsum("bcn,bcn->c", a, b) for a, b in ((w, w), (w, d), (d, d))]
+        return cls(w.size / w.shape[1], np.stack([w.sum((0, 2)), d.sum((0, 2)), *products]))
 
     @property
     def means(self) -> Doubles:
@@ -101,10 +103,12 @@ class NoiseFit:
     """Streaming sums for each network call; nothing raw is kept.
 
     Two fits add up to the fit of both their data, so that fitting can be spread over machines, stop and resume.
+    `channel_axis` is the axis of the outputs' channels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channel_axis: int = CHANNELS_FIRST) -> None:
         self._sums: dict[int, _Sums] = {}
+        self._axis = channel_axis
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -112,16 +116,19 @@ class NoiseFit:
         return tuple(sorted(self._sums))
 
     def add(self, call: int, float_output: Floats, quantized_output: Floats) -> None:
-        """Add both outputs `[B, C, H, W]` for the same x, at network call `call`."""
-        if float_output.shape != quantized_output.shape or float_output.ndim != 4 or float_output.size == 0:
+        """Add both outputs, of any rank, for the same x, at network call `call`."""
+        fits = float_output.shape == quantized_output.shape and float_output.ndim > self._axis
+        if not fits or float_output.size == 0:
             raise InputError(
                 f"outputs of shapes {list(float_output.shape)} and {list(quantized_output.shape)} at call {call}",
-                hint="both must be [batch, channels, height, width], of the same inputs",
+                hint=f"both must have the same shape, with channels along axis {self._axis}",
             )
-        self._merge(int(call), _Sums.of(float_output, quantized_output))
+        self._merge(int(call), _Sums.of(float_output, quantized_output, self._axis))
 
     def __add__(self, other: NoiseFit) -> NoiseFit:
-        merged = NoiseFit()
+        if self._axis != other._axis:
+            raise InputError("fits of channels along different axes cannot be merged")
+        merged = NoiseFit(self._axis)
         for part in (self, other):
             for call, sums in part._sums.items():
                 merged._merge(call, sums)
@@ -193,6 +200,7 @@ class NoiseFit:
             shift=np.stack([shift for _, shift in fits]),
             excess=spread**2,
             spread=spread,
+            channel_axis=self._axis,
         )
 
     def _of(self, call: int, calls: int) -> _Sums:
@@ -215,7 +223,7 @@ class StateFit:
         self._sums: dict[int, Doubles] = {}
 
     def add(self, call: int, float_state: Floats, corrected_state: Floats) -> None:
-        """Add x' `[B, C, H, W]`, without the sampler's noise, from the float output and from the corrected one."""
+        """Add x' `[B, ...]`, without the sampler's noise, from the float output and from the corrected one."""
         f = float_state.astype(np.float64).ravel()
         g = corrected_state.astype(np.float64).ravel() - f
         sums = np.array([f.size, f.sum(), g.sum(), f @ g, g @ g])

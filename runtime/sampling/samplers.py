@@ -24,7 +24,7 @@ from .schedule import Schedule
 from .steps import Solver, State
 
 NoiseSource = Callable[[int, tuple[int, ...]], Images]
-"""`(index of the network call, shape [B, C, H, W]) -> standard normal float32 noise`."""
+"""`(index of the network call, shape [B, ...]) -> standard normal float32 noise`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def sample(
     correction: Correction | None = None,
     callback: Callback | None = None,
 ) -> Images:
-    """Denoise `x` `[B, C, H, W]`, standard normal noise, by the sampler of `deployment`. Return a new float32 array.
+    """Denoise `x` `[B, ...]`, standard normal noise, by the sampler of `deployment`. Return a new float32 array.
 
     `denoiser` may be a list with one for each network call. Samplers that add noise need `noise`. Raises InputError,
     and TimestepNotDeployed for a correction of other calls.
@@ -74,8 +74,8 @@ def run_solver(
     callback: Callback | None = None,
 ) -> Images:
     """Return what `sample` returns, for a solver instead of a deployment."""
-    if x.dtype != np.float32 or x.ndim != 4:
-        raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, channels, height, width]")
+    if x.dtype != np.float32 or x.ndim < 2:
+        raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, channels, height, width], or alike")
     calls = [denoiser] * len(solver.steps) if callable(denoiser) else denoiser
     if len(calls) != len(solver.steps):
         raise InputError(f"{len(calls)} denoisers for {len(solver.steps)} network calls", hint="give one for each")
@@ -93,7 +93,7 @@ def run_solver(
 
 
 def initial_noise(seed: int, shape: Sequence[int], *, first: int = 0) -> Images:
-    """Return the initial noise, float32 `[B, C, H, W]`; its image i is image `first + i` of `seed`."""
+    """Return the initial noise, float32 `[B, ...]`; its image i is image `first + i` of `seed`."""
     return _normal(seed, 0, tuple(shape), first)
 
 
@@ -132,7 +132,7 @@ class Stepper:
         object.__setattr__(self, "solver", self.correction.redirected(self.solver))
 
     def begin(self, noise: Images) -> State:
-        """Return the state before the first call, from standard normal noise `[B, C, H, W]`."""
+        """Return the state before the first call, from standard normal noise `[B, ...]`."""
         return {"x": noise if self.solver.start == 1.0 else noise * np.float32(self.solver.start)}
 
     def advance(

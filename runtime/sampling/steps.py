@@ -26,7 +26,7 @@ from ..signature import Images, Timestep
 from .schedule import Schedule
 
 State = dict[str, Images]
-"""`x` and the remembered arrays, each float32 `[B, C, H, W]`."""
+"""`x` and the remembered arrays, each float32 `[B, ...]`."""
 Weights = Mapping[str, float]
 FIRST = 0  # the stage of every call of a sampler that calls the network once a step
 

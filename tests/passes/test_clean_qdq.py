@@ -26,14 +26,14 @@ def test_golden(check_golden: Check, context: Context, case: str) -> None:
     check_equal(golden.before("clean_qdq", case), after.model, context, (2, 4, 4))
 
 
-def outputs(model: ir.Model, context: Context, shape: tuple[int, int, int]) -> Images:
+def outputs(model: ir.Model, context: Context, shape: tuple[int, ...]) -> Images:
     """What onnxruntime computes node by node, without fusing anything."""
     x = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
     with Executor(model, context.folder, threads=2, level="none") as executor:
         return np.asarray(executor.call(SIGNATURE, x, 333)["epsilon"], np.float32)
 
 
-def check_equal(before: ir.Model, after: ir.Model, context: Context, shape: tuple[int, int, int]) -> None:
+def check_equal(before: ir.Model, after: ir.Model, context: Context, shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(outputs(after, context, shape), outputs(before, context, shape))
 
 

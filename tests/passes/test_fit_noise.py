@@ -176,8 +176,8 @@ def test_what_does_not_help_on_held_out_noise_is_switched_off(
     fits: list[NoiseFit] = []
     plain = NoiseFit.__init__
 
-    def counted(self: NoiseFit) -> None:
-        plain(self)
+    def counted(self: NoiseFit, channel_axis: int) -> None:
+        plain(self, channel_axis)
         fits.append(self)
 
     honest = FitNoise().run(program, context)

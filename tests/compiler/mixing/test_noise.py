@@ -21,7 +21,7 @@ STEPS = DEPLOYMENT.solver(SCHEDULE).steps
 
 def correction(offset: float, form: str = "regression") -> Correction:
     column = np.asarray(0.01 * (offset + np.arange(4)), np.float64)
-    tables = {name: i * column for i, name in enumerate(CORRECTION_TABLES, 1)}
+    tables: dict[str, Any] = {name: i * column for i, name in enumerate(CORRECTION_TABLES, 1)}
     tables |= {"scale": 1 + column, "shift": np.stack([column, -column], axis=1)}
     return Correction(DEPLOYMENT, "epsilon", form, np.zeros(4, np.int64), **tables)
 

@@ -210,7 +210,7 @@ def test_refusals() -> None:
         with pytest.raises(InputError, match="not a falling list"):
             ddim(schedule, broken)
     quiet = ddim(schedule, steps)
-    wrongs: list[Any] = [x.astype(np.float64), x[0]]
+    wrongs: list[Any] = [x.astype(np.float64), x[0, 0, 0]]
     for wrong in wrongs:
         with pytest.raises(InputError, match="sampling begins with float32"):
             run_solver(denoise, wrong, quiet)
