@@ -22,7 +22,7 @@ from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
-from mezzotint.runtime.signature import Images
+from mezzotint.runtime.signature import IMAGE_RANK, Images, no_image
 
 from ..bench import bench
 from ..bench.pairs import Comparison, compare, latencies, unseen_seed
@@ -90,7 +90,8 @@ def _images(bundle: Bundle, reference: ReferenceModel | None, options: PageOptio
     conditions, unconditional = (
         _first(arrays, options.pictures) for arrays in (options.conditions, options.unconditional)
     )
-    data: PageData = {"seed": seed, "latents": bundle.sample_shape[0] not in (1, 3)}
+    view = _view(bundle)
+    data: PageData = {"seed": seed, "view": view}
     if reference is None:
         mine = bundle.sample(
             options.pictures,
@@ -100,7 +101,11 @@ def _images(bundle: Bundle, reference: ReferenceModel | None, options: PageOptio
             threads=options.threads,
             progress=lambda done, total: progress("images", done, total),
         )
-        return {**data, "rows": [{"label": "quantized", "images": _urls(_shown(mine))}], "hint": NO_REFERENCE}
+        return {
+            **data,
+            "rows": [{"label": "quantized", "images": _urls(_shown(_flat(mine, bundle), view))}],
+            "hint": NO_REFERENCE,
+        }
     comparison = compare(
         bundle,
         reference.network,
@@ -120,9 +125,8 @@ def _first(conditions: Conditions | None, n: int) -> Conditions | None:
 
 
 def _compared(comparison: Comparison, bundle: Bundle) -> PageData:
-    exact, mine = (
-        _shown(images, comparison.float_images) for images in (comparison.float_images, comparison.quantized_images)
-    )
+    flat = [_flat(samples, bundle) for samples in (comparison.float_images, comparison.quantized_images)]
+    exact, mine = (_shown(images, _view(bundle), flat[0]) for images in flat)
     apart = np.abs(mine.astype(np.float32) - exact)
     factor = max(1, int(np.floor(1 / max(float(np.percentile(apart, 99.5)), 1 / 64))))
     wide = np.clip(apart * factor * 2 - 1, -1, 1).astype(np.float32)
@@ -139,9 +143,29 @@ def _compared(comparison: Comparison, bundle: Bundle) -> PageData:
     }
 
 
-def _shown(images: Images, scale_of: Images | None = None) -> Images:
-    """Return images in [-1, 1]; of latents the first three channels, scaled to the range of `scale_of` or their own."""
-    if images.shape[1] in (1, 3):
+def _view(bundle: Bundle) -> str:
+    """Return what the page shows in the place of images, empty for images."""
+    reason = no_image(bundle.sample_shape)
+    if reason is None:
+        return ""
+    if len(bundle.sample_shape) == IMAGE_RANK - 1:
+        return "These are latents, not decoded: the first three channels are shown as colours."
+    if len(bundle.sample_shape) < IMAGE_RANK - 1:
+        return f"{reason.capitalize()}: each is shown as a sheet of its values, one row for each channel."
+    return f"{reason.capitalize()}: of each the middle frame is shown, its first three channels as colours."
+
+
+def _flat(samples: Images, bundle: Bundle) -> Images:
+    """Return samples of any rank as images `[n, C, H, W]`: a sheet of all values, or the middle frame."""
+    moved = np.moveaxis(samples, bundle.signature.channel_axis, 1)
+    while moved.ndim > IMAGE_RANK:
+        moved = moved[:, :, moved.shape[2] // 2]
+    return moved if moved.ndim == IMAGE_RANK else moved.reshape(len(moved), 1, moved.shape[1], -1)
+
+
+def _shown(images: Images, view: str, scale_of: Images | None = None) -> Images:
+    """Return images in [-1, 1]. With a `view` it is the first three channels, in the range of `scale_of` or their own."""
+    if not view:
         return np.clip(images, -1, 1)
     reach = images if scale_of is None else scale_of
     count = 3 if images.shape[1] >= 3 else 1

@@ -28,6 +28,7 @@ from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.samplers import Stepper
+from mezzotint.runtime.signature import no_image
 from mezzotint.runtime.visible import visible
 
 from ..bench.reference import ReferenceModel
@@ -114,13 +115,12 @@ def write_web(
 
 def check_bundle(bundle: Bundle) -> None:
     """Raise InputError for a bundle that the page cannot sample: with conditions, with guidance, or of latents."""
-    channels = bundle.sample_shape[0]
     if names := bundle.signature.conditions:
         what = f"the network takes the condition {names[0]!r}, which the page cannot give"
     elif bundle.deployment.guided:
         what = "the bundle is deployed with guidance, which the page does not compute"
-    elif channels not in (1, 3):
-        what = f"samples of {channels} channels are latents, and the page has no decoder"
+    elif (reason := no_image(bundle.sample_shape)) is not None:
+        what = f"{reason}, and the page has no decoder"
     else:
         return
     raise InputError(what, where=str(bundle.path), hint="sample it with `mezzotint sample`")

@@ -168,7 +168,7 @@ def short_schedule(num_train: int = 1000) -> Schedule:
 def program_of(
     model: ir.Model,
     *,
-    shape: tuple[int, int, int] = (1, 8, 8),
+    shape: tuple[int, ...] = (1, 8, 8),
     steps: int = 3,
     num_train: int = 1000,
     conditions: tuple[str, ...] = (),

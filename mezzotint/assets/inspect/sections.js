@@ -35,7 +35,7 @@
       x: p.sqnr.map(([t]) => t), series: [{ name: "SQNR", y: p.sqnr.map(([, db]) => db) }],
       caption: "SQNR of epsilon by timestep, dB: both networks on the float trajectory",
     })) : null;
-    const latents = p.latents ? M.el("p", { class: "soft" }, "These are latents, not decoded: the first three channels are shown as colours.") : null;
+    const latents = p.view ? M.el("p", { class: "soft" }, p.view) : null;
     return [M.el("p", { class: "soft" }, `The same noise in each column, seed ${p.seed}.`), latents, M.el("div", { class: "strips" }, strips), psnr, plot];
   };
 
