@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mezzotint.compiler.bundle.staging import check_target, check_target_file
-from mezzotint.compiler.calibration.conditions import check_rows, random_rows
+from mezzotint.compiler.calibration.conditions import check_rows, named_sizes, random_rows
 from mezzotint.compiler.core.pipeline import CPU, Recipe
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.channels import network_channels
@@ -50,7 +50,7 @@ class PreparedModel:
     """A model whose options and data fit together.
 
     `source` has the schedule for what the network predicts. `signature` and `shape` are what the import will find.
-    `sizes` are known sizes of conditions.
+    `sizes` are known sizes of conditions, `named` those of the sample's open dimensions by their names.
     """
 
     source: ModelSource
@@ -59,6 +59,7 @@ class PreparedModel:
     signature: Signature
     shape: tuple[int, ...]
     sizes: Mapping[str, tuple[int, ...]]
+    named: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ def _settled(
     if isinstance(source, OnnxSource):
         unit = roles.timestep_unit or known_unit(source.config, source.schedule)
         roles = replace(roles, timestep_unit=unit or "steps")
-        signature, shape, inputs = _onnx_inputs(source, roles, deployment, unit is None)
+        signature, shape, inputs, named = _onnx_inputs(source, roles, deployment, unit is None)
     else:
         if roles.named:
             raise ModelError(
@@ -135,20 +136,21 @@ def _settled(
             )
         roles = replace(roles, size=image_sides(roles.size))
         signature, shape, inputs = _torch_inputs(source, roles, sizes)
+        named = {}
     check_rows(
         inputs,
         deployment,
-        random_rows(inputs, shape, 1, 0) if conditions is None else conditions,
-        random_rows(inputs, shape, 1, 0) if unconditional is None else unconditional,
+        random_rows(inputs, shape, 1, 0, named) if conditions is None else conditions,
+        random_rows(inputs, shape, 1, 0, named) if unconditional is None else unconditional,
     )
-    return PreparedModel(source, deployment, roles, signature, shape, sizes)
+    return PreparedModel(source, deployment, roles, signature, shape, sizes, named)
 
 
 def calibration_rows(prepared: Prepared, inputs: Mapping[str, ir.Value], samples: int, seed: int) -> list[Conditions]:
     """Return (conditions, unconditional) for the inputs of the imported model, random where they were asked for."""
     unconditional_seed = SeedOffset.UNCONDITIONAL.after(seed)
     return [
-        random_rows(inputs, prepared.shape, rows, start) if arrays is None else arrays
+        random_rows(inputs, prepared.shape, rows, start, prepared.named) if arrays is None else arrays
         for arrays, rows, start in (
             (prepared.conditions, samples, seed),
             (prepared.unconditional, 1, unconditional_seed),
@@ -158,7 +160,7 @@ def calibration_rows(prepared: Prepared, inputs: Mapping[str, ir.Value], samples
 
 def _onnx_inputs(
     source: OnnxSource, roles: ImportRoles, deployment: Deployment, assumed: bool
-) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value]]:
+) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value], dict[str, int]]:
     where, schedule = str(source.path), source.schedule
     model = load_onnx(source.path)
     signature = infer_signature(
@@ -182,7 +184,8 @@ def _onnx_inputs(
             CompileWarning,
             stacklevel=2,
         )
-    return signature, shape, {name: by_name[name] for name in signature.conditions}
+    named = named_sizes(by_name[signature.sample], shape)
+    return signature, shape, {name: by_name[name] for name in signature.conditions}, named
 
 
 def _torch_inputs(

@@ -13,7 +13,7 @@ from mezzotint.runtime.signature import Images, Timestep
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import ConditionError, ModelError
-from .conditions import check_rows, random_rows
+from .conditions import check_rows, named_sizes, random_rows
 
 CalibrationDenoiser = Callable[[Images, Timestep, Conditions], Images]
 
@@ -145,4 +145,5 @@ def require_same_channels(program: Program) -> None:
 
 def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
     """Return `random_rows` for the conditions of a program."""
-    return random_rows(program.conditions(), program.shape, rows, seed)
+    sample = next(v for v in program.graph.inputs if v.name == program.signature.sample)
+    return random_rows(program.conditions(), program.shape, rows, seed, named_sizes(sample, program.shape))

@@ -74,12 +74,21 @@ def _check_array(name: str, value: ir.Value, rows: AnyArray, which: str) -> None
         )
 
 
-def random_rows(inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: int) -> Conditions:
+def named_sizes(sample: ir.Value, shape: Sequence[int]) -> dict[str, int]:
+    """Return the sizes of the sample's open dimensions behind its batch, by their names in the graph."""
+    dims = list(sample.shape or ())[1:]
+    pairs = zip(dims, shape, strict=False)
+    return {size.value: known for size, known in pairs if isinstance(size, ir.SymbolicDim) and size.value is not None}
+
+
+def random_rows(
+    inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: int, named: Mapping[str, int] | None = None
+) -> Conditions:
     """Return standard normal rows for every float condition: enough for speed and size, not for quality.
 
-    A condition that the model declares with one row, or as a number, gets one row. Open dimensions are OPEN_TOKENS;
-    extra channels have the other sizes of the sample, whose shape is `shape`. Raises ConditionError for integer
-    conditions (class labels), whose range is unknown.
+    A condition that the model declares with one row, or as a number, gets one row. Open dimensions have the sizes that
+    `named` has for their names (see `named_sizes`), else OPEN_TOKENS; extra channels have the other sizes of the
+    sample, whose shape is `shape`. Raises ConditionError for integer conditions (class labels), whose range is unknown.
     """
     rng = streams.CONDITIONS.generator(seed)
     conditions: dict[str, AnyArray] = {}
@@ -92,7 +101,7 @@ def random_rows(inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: 
         first, *rest = list(value.shape) or [1]
         if name == EXTRA_CHANNELS:
             rest = [own if isinstance(own, int) else size for own, size in zip(rest, shape, strict=True)]
-        sizes = [1 if first == 1 else rows, *(size if isinstance(size, int) else OPEN_TOKENS for size in rest)]
+        sizes = [1 if first == 1 else rows, *(_size(size, named or {}) for size in rest)]
         if prod(sizes) > MOST_RANDOM:
             raise ConditionError(
                 f"the condition {name!r} has {prod(sizes)} values in {rows} rows, more than random ones are drawn for",
@@ -100,3 +109,7 @@ def random_rows(inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: 
             )
         conditions[name] = rng.standard_normal(sizes).astype(value.dtype.numpy())
     return conditions
+
+
+def _size(size: int | ir.SymbolicDim, named: Mapping[str, int]) -> int:
+    return size if isinstance(size, int) else named.get(size.value or "", OPEN_TOKENS)

@@ -164,7 +164,7 @@ def _flat(samples: Images, bundle: Bundle) -> Images:
 
 
 def _shown(images: Images, view: str, scale_of: Images | None = None) -> Images:
-    """Return images in [-1, 1]. With a `view` it is the first three channels, in the range of `scale_of` or their own."""
+    """Return images in [-1, 1]; with a `view` three channels, in the range of `scale_of` or their own."""
     if not view:
         return np.clip(images, -1, 1)
     reach = images if scale_of is None else scale_of

@@ -116,8 +116,9 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise InputError(f"a bundle cannot use {extra[0]}; {takes}", where=str(self.bundle.path), hint=_EXTRA)
         given = {name: _array(name, value) for name, value in conditions.items() if value is not None}
         if EXTRA_CHANNELS in known:  # pipelines put them behind the channels of the image
-            image = self.bundle.sample_shape[0]
-            x, given[EXTRA_CHANNELS] = x[:, :image], x[:, image:]
+            signature = self.bundle.signature
+            image = signature.channels(self.bundle.sample_shape)
+            x, given[EXTRA_CHANNELS] = np.split(x, [image], axis=signature.channel_axis)
         t = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
         try:
             found = torch.from_numpy(self._network(t)(x, t, **given))
