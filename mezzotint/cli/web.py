@@ -9,7 +9,7 @@ import typer
 
 from mezzotint.runtime import bounds
 
-from .options import Force, Json, number
+from .options import ConditionsFile, Force, Json, UnconditionalFile, number
 
 
 def web(
@@ -34,6 +34,8 @@ def web(
     n: Annotated[
         int | None, number(bounds.MOST_BATCH, "The number of images that it begins with, at most 64; 4.", "-n")
     ] = None,
+    conditions: ConditionsFile = None,
+    unconditional: UnconditionalFile = None,
     onnxruntime_web: Annotated[
         Path | None,
         typer.Option("--onnxruntime-web", help="Folder with the npm package onnxruntime-web; npm is asked otherwise."),
@@ -45,11 +47,13 @@ def web(
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..io.networks import with_checked_networks
+    from ..io.settings import load_condition_files
     from ..text import console
     from ..web.page import WebOptions, write_web
 
     opened = with_checked_networks(open_bundle(bundle))
-    options = WebOptions(float_, sampler, steps or (), eta, correction, seed, n)
+    rows, without = load_condition_files(conditions, unconditional)
+    options = WebOptions(float_, sampler, steps or (), eta, correction, seed, n, rows, without)
     manifest = write_web(opened, output, options, runtime=onnxruntime_web, force=force)
     if json:
         console.print_json({"folder": str(output), **manifest})

@@ -27,12 +27,14 @@ from mezzotint.runtime.bundle.bundle import Bundle, file_sha256
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import Stepper
-from mezzotint.runtime.signature import no_image
+from mezzotint.runtime.signature import EXTRA_CHANNELS, no_image
 from mezzotint.runtime.visible import visible
 
 from ..bench.reference import ReferenceModel
 from ..inspect.html import base_style, fill_template, json_for_html
+from .conditions import conditions_json
 from .networks import WebNetwork
 from .onnxruntime_web import ORT_SCRIPT, ORT_WASM, WEB_VERSION, web_runtime_files
 from .scalars import solver_json
@@ -46,6 +48,9 @@ BESIDE = "float"
 OWN_MODEL = "bundle"
 MOST_PAGE_IMAGES = 64
 USUAL_IMAGES = 4
+CONDITION_FIELD = (
+    '<div class="field"><label for="condition">Condition</label><select id="condition">{options}</select></div>\n'
+)
 LEAD = (
     "These images are computed in this browser, by onnxruntime-web {version} on one thread. Nothing is sent. The noise "
     "of a seed is the one that Mezzotint draws in Python."
@@ -55,7 +60,8 @@ LEAD = (
 @dataclass(frozen=True)
 class WebOptions:
     """The choices of a page. `sampler`, `eta` and `correction` are those of `Bundle.sample`; the page offers `steps` in
-    this order, the deployment's own when empty. `seed` and `count` (4 when left out) fill the form."""
+    this order, the deployment's own when empty. `seed` and `count` (4 when left out) fill the form. The rows of
+    `conditions` are choices too; `unconditional` has the rows of guidance."""
 
     float_model: Path | None = None
     sampler: str | None = None
@@ -64,6 +70,8 @@ class WebOptions:
     correction: bool | None = None
     seed: int = 0
     count: int | None = None
+    conditions: Conditions = field(default_factory=dict)
+    unconditional: Conditions = field(default_factory=dict)
 
 
 def write_web(
@@ -114,11 +122,9 @@ def write_web(
 
 
 def check_bundle(bundle: Bundle) -> None:
-    """Raise InputError for a bundle that the page cannot sample: with conditions, with guidance, or of latents."""
-    if names := bundle.signature.conditions:
-        what = f"the network takes the condition {names[0]!r}, which the page cannot give"
-    elif bundle.deployment.guided:
-        what = "the bundle is deployed with guidance, which the page does not compute"
+    """Raise InputError for a bundle that the page cannot sample: of latents, or with channels that are no image's."""
+    if EXTRA_CHANNELS in bundle.signature.conditions:
+        what = "the network takes channels behind those of the image, which the page cannot give"
     elif (reason := no_image(bundle.sample_shape)) is not None:
         what = f"{reason}, and the page has no decoder"
     else:
@@ -132,16 +138,21 @@ def web_data(bundle: Bundle, options: WebOptions) -> tuple[dict[str, Any], dict[
     Raises InputError, TimestepNotDeployed and ScheduleError.
     """
     own = _own_networks(bundle)
+    denoisers = list(dict.fromkeys(bundle.denoisers(threads=1)))
     models = {OWN_MODEL: (f"bundle ({bundle.manifest.recipe.name})", own)}
     if options.float_model is not None:
         reference = ReferenceModel(bundle, options.float_model, threads=1)
         network = WebNetwork.of(reference.path, reference.network, bundle.sample_shape)
         models[BESIDE] = ("float model", {BESIDE: network})
+        denoisers.append(reference.network)
+    conditions = conditions_json(bundle, options.conditions, options.unconditional, denoisers)
     networks = {name: network for _, parts in models.values() for name, network in parts.items()}
     batches = {network.fixed_batch for network in networks.values()}
     if len(batches) > 1:
         raise InputError("the networks have batches of different sizes", where=str(options.float_model or bundle.path))
     batch = batches.pop()
+    if batch and bundle.deployment.guided:
+        raise InputError("guidance doubles the batch, and the network's is fixed", where=str(bundle.path))
     most = min(batch or MOST_PAGE_IMAGES, MOST_PAGE_IMAGES)
     count = min(USUAL_IMAGES, most) if options.count is None else options.count
     check_seed(options.seed)
@@ -157,6 +168,7 @@ def web_data(bundle: Bundle, options: WebOptions) -> tuple[dict[str, Any], dict[
         "most": most,
         "seed": str(options.seed),  # JSON's numbers end at 2^53 in a browser
         "count": count,
+        "conditions": conditions,
         "models": {
             name: {"label": visible(label), "bytes": sum(network.bytes for network in parts.values())}
             for name, (label, parts) in models.items()
@@ -199,6 +211,8 @@ def _solvers(
     solvers = {OWN_MODEL: solver_json(stepper, own, bundle.signature)}
     if options.float_model is not None:
         solvers[BESIDE] = solver_json(Stepper(solver), [BESIDE] * len(solver.steps), bundle.signature)
+    if plan.guided:
+        solvers = {name: {**solver, "guidance": plan.guidance} for name, solver in solvers.items()}
     return solvers
 
 
@@ -223,15 +237,19 @@ def render_web_page(data: dict[str, Any]) -> str:
         "COUNT": str(data["count"]),
         "MOST": str(data["most"]),
         "BESIDE": beside if BESIDE in models else "",
-        "DEPLOYMENTS": "".join(
-            f'<option value="{i}">{escape(deployment["label"])}</option>'
-            for i, deployment in enumerate(data["deployments"])
-        ),
+        "DEPLOYMENTS": _options(deployment["label"] for deployment in data["deployments"]),
+        "CONDITION": CONDITION_FIELD.format(options=_options(data["conditions"]["choices"]))
+        if data["conditions"]
+        else "",
         "MODELS": "\n".join(_model_section(name, model["label"]) for name, model in models.items()),
         "ROWS": "\n".join(_figure_row(name, model) for name, model in models.items()),
         "DATA": json_for_html(data),
     }
     return fill_template((WEB_ASSETS / "index.html").read_text(encoding="utf-8"), fields)
+
+
+def _options(labels: Iterable[str]) -> str:
+    return "".join(f'<option value="{i}">{escape(visible(label))}</option>' for i, label in enumerate(labels))
 
 
 def _model_section(name: str, label: str) -> str:

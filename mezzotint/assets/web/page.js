@@ -49,7 +49,7 @@ const choices = () => {
   if (wrongSeed || wrongCount) at(wrongSeed ? "seed" : "count").focus();
   const beside = at("beside")?.checked ?? false;
   const models = Object.keys(data.models).filter((model) => model === "bundle" || beside);
-  return wrongSeed || wrongCount ? null : { seed, count, deployment: Number(at("deployment").value), models };
+  return wrongSeed || wrongCount ? null : { seed, count, deployment: Number(at("deployment").value), choice: Number(at("condition")?.value ?? 0), models };
 };
 
 /** Empty canvases for `count` images of a model. */

@@ -21,6 +21,15 @@ const corrected = (output, { scale, shift }, size) => {
   return fixed;
 };
 
+/** The guided prediction from the output of both halves, the unconditional one first: runtime/sampling/guidance.py. */
+export const combine = (output, scale) => {
+  const length = output.length / 2, guided = new Float32Array(length), factor = Math.fround(scale);
+  for (let i = 0; i < length; i++) {
+    guided[i] = Math.fround(Math.fround(output[length + i] - output[i]) * factor) + output[i];
+  }
+  return guided;
+};
+
 /** The state before the first call, from standard normal noise. */
 export const begin = (solver, noise) => ({ x: solver.start === 1 ? noise : sum([["x", solver.start]], { x: noise }, noise.length) });
 

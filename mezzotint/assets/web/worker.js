@@ -1,7 +1,7 @@
 /* Networks and the sampling loop, beside the page's own thread: the page answers while a network computes. */
 import * as ort from "./onnxruntime/ort.wasm.bundle.min.js";
 import { normal } from "./noise.js";
-import { advance, begin, psnr } from "./sampler.js";
+import { advance, begin, combine, psnr } from "./sampler.js";
 
 const ARRAYS = { int64: BigInt64Array, int32: Int32Array, float32: Float32Array, float64: Float64Array };
 const sessions = new Map();
@@ -51,28 +51,50 @@ const load = async (data) => {
   say("ready", {});
 };
 
-/** The network's prediction for x, and the milliseconds that it took. */
-const predicted = async (call, x, batch) => {
-  const network = page.networks[call.network], { inputs } = page;
-  const { type, shape } = network.timestep;
-  const sizes = shape.map((size) => size ?? batch), count = sizes.reduce((a, b) => a * b, 1);
+/** The numbers of a text in base64, little-endian as in every browser. */
+const decoded = (text, type) => new ARRAYS[type](Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
+
+/** `halves` are arrays of one row each; every one of them is repeated `batch` times. */
+const repeated = (halves, batch) => {
+  const row = halves[0].length, all = new halves[0].constructor(row * batch * halves.length);
+  halves.forEach((half, h) => { for (let i = 0; i < batch; i++) all.set(half, (h * batch + i) * row); });
+  return all;
+};
+
+/** The inputs of a run that do not change from call to call: those of the chosen row of each condition. */
+const conditions = (choice, batch, guided) => Object.fromEntries((page.conditions?.inputs ?? []).map((input) => {
+  const { name, type, size, rows, shared, unconditional } = input, length = size.reduce((a, b) => a * b, 1);
+  const chosen = decoded(rows, type).slice(choice * length, (choice + 1) * length);
+  if (shared !== null) return [name, new ort.Tensor(type, chosen, shared ? [1, ...size] : [])];
+  const halves = guided ? [unconditional === undefined ? chosen : decoded(unconditional, type), chosen] : [chosen];
+  return [name, new ort.Tensor(type, repeated(halves, batch), [batch * halves.length, ...size])];
+}));
+
+/** The network's prediction for x, and the milliseconds that it took. Under guidance the call has both halves. */
+const predicted = async (call, x, batch, given, guidance) => {
+  const network = page.networks[call.network], { inputs } = page, guided = guidance !== undefined;
+  const { type, shape } = network.timestep, width = guided ? 2 * batch : batch;
+  const sizes = shape.map((size) => size ?? width), count = sizes.reduce((a, b) => a * b, 1);
   const time = ARRAYS[type].from({ length: count }, () => (type === "int64" ? BigInt(call.time) : call.time));
   const feeds = {
-    [inputs.sample]: new ort.Tensor("float32", x, [batch, ...page.sample]),
+    [inputs.sample]: new ort.Tensor("float32", guided ? repeated([x, x], 1) : x, [width, ...page.sample]),
     [inputs.timestep]: new ort.Tensor(type, time, sizes),
+    ...given,
   };
   const start = performance.now();
   const found = await sessions.get(call.network).run(feeds, [inputs.output]);
-  return [found[inputs.output].data, performance.now() - start];
+  const taken = performance.now() - start, output = found[inputs.output].data;
+  return [guided ? combine(output, guidance) : output, taken];
 };
 
 /** Sample `count` images by each model from the same noise, one call of each in turn. */
-const sample = async ({ run, seed, count, deployment, models }) => {
+const sample = async ({ run, seed, count, deployment, choice, models }) => {
   const { solvers } = page.deployments[deployment], size = page.sample.reduce((a, b) => a * b, 1);
   const batch = page.batch ?? count; // a graph of a fixed batch size computes images that are not shown
   const start = normal(seed, 0, batch, size);
   const states = Object.fromEntries(models.map((model) => [model, begin(solvers[model], start)]));
-  const calls = solvers[models[0]].calls.length;
+  const { calls: { length: calls }, guidance } = solvers[models[0]];
+  const given = conditions(choice, batch, guidance !== undefined);
   for (let index = 0; index < calls; index++) {
     let drawn = null;
     const noise = () => (drawn ??= normal(seed, index + 1, batch, size));
@@ -80,7 +102,7 @@ const sample = async ({ run, seed, count, deployment, models }) => {
     // Who goes first changes, so that neither model always finds the caches of the other one.
     for (const model of index % 2 ? [...models].reverse() : models) {
       const call = solvers[model].calls[index];
-      const [output, time] = await predicted(call, states[model].x, batch);
+      const [output, time] = await predicted(call, states[model].x, batch, given, guidance);
       states[model] = advance(call, states[model], output, size, noise);
       times[model] = time;
       images[model] = states[model].x.slice(0, count * size);

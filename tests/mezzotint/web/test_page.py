@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 
@@ -21,15 +22,16 @@ from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import SAMPLERS, Deployment
+from mezzotint.runtime.sampling.guidance import predictors, rows_in_turn
 from mezzotint.runtime.sampling.samplers import Stepper, initial_noise, run_solver, sample, seeded_noise
 from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, Schedule
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images, Signature
+from mezzotint.runtime.signature import EXTRA_CHANNELS, Images, Signature
 from mezzotint.web.networks import WebNetwork
 from mezzotint.web.page import WEB_MANIFEST, WebOptions, web_data, write_web
 from mezzotint.web.scalars import solver_json
 from tests.helpers.browser import DESKTOP, PHONE, served
-from tests.helpers.models import SMALL, THREADS, Cli, Compiled, hand_written
+from tests.helpers.models import CONTEXT, SMALL, THREADS, Cli, Compiled, hand_written
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -230,6 +232,78 @@ def test_precisions_corrections_and_external_data(
     assert np.abs(images_of(result["float"], exact) - exact).max() < 1e-4
 
 
+CLASSES = np.arange(3)
+TEXTS = np.random.default_rng(6).standard_normal((3, CONTEXT)).astype(np.float32)
+ROWS: dict[str, Any] = {
+    "conditions": {"label": CLASSES, "text": TEXTS},
+    "unconditional": {"label": np.array([3])},  # the text is the same in both halves
+}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """A network of three classes, the null class 3, and an embedding; deployed with guidance."""
+    folder = tmp_path_factory.mktemp("labelled")
+    model = hand_written(context="embedded")
+    given = next(value for value in model.graph.input if value.name == "embedded")
+    given.name = "text"
+    model.graph.input.append(onnx.helper.make_tensor_value_info("label", onnx.TensorProto.INT64, ["batch"]))
+    table = np.random.default_rng(5).standard_normal((4, CONTEXT)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(table, "classes"))
+    model.graph.node.insert(0, onnx.helper.make_node("Gather", ["classes", "label"], ["class"]))
+    model.graph.node.insert(1, onnx.helper.make_node("Add", ["class", "text"], ["embedded"]))
+    exported = folder / "labelled.onnx"
+    onnx.save(model, exported)
+    bundle = compile_model(exported, folder / "bundle", recipe="w8a8", guidance=3.0, **ROWS, **SMALL)
+    return Compiled(None, exported, bundle)
+
+
+class TestConditions:
+    @pytest.fixture(scope="class")
+    def options(self, labelled: Compiled) -> WebOptions:
+        return WebOptions(labelled.exported, count=COUNT, **ROWS)
+
+    def test_a_class_is_chosen_and_guidance_has_two_halves(
+        self, labelled: Compiled, options: WebOptions, web_runtime: Path, chromium: Browser, tmp_path: Path
+    ) -> None:
+        write_web(labelled.bundle, tmp_path / "site", options, cache=web_runtime)
+        drawn = {}
+        with visiting(chromium, tmp_path / "site") as opened:
+            for label in (0, 2):
+                opened.page.get_by_label("Condition").select_option(f"label {label}")
+                drawn[label] = opened.run()
+
+        for label, result in drawn.items():
+            rows: dict[str, Any] = {"label": CLASSES[[label]], "text": TEXTS[[label]]}
+            quantized = labelled.bundle.sample(COUNT, conditions=rows, unconditional=options.unconditional, threads=1)
+            assert psnr_db(quantized, images_of(result["bundle"], quantized), 2.0).min() > 35
+            network = Denoiser(labelled.exported, labelled.bundle.signature, threads=1)
+            plan = labelled.bundle.deployment
+            (predict,) = set(predictors([network], plan, rows_in_turn(rows, 0, COUNT), options.unconditional))
+            exact = sample(predict, initial_noise(0, quantized.shape), labelled.bundle.schedule, plan)
+            assert np.abs(images_of(result["float"], exact) - exact).max() < 1e-4
+        assert np.abs(np.subtract(drawn[0]["float"], drawn[2]["float"])).max() > 1e-2
+
+    def test_rows_that_do_not_fit_are_refused(self, labelled: Compiled, options: WebOptions) -> None:
+        def both(rows: npt.NDArray[Any]) -> dict[str, Any]:
+            return {"conditions": {"label": rows, "text": TEXTS}, "unconditional": {"label": rows[:1]}}
+
+        for changes, words in (
+            ({"conditions": {}}, r"takes the conditions \['label', 'text'\], and \[\] were given"),
+            (both(CLASSES.astype(np.int32)), "rows of int32"),
+            (both(CLASSES[:, None]), r"rows of int64 \[1\]"),
+            (both(CLASSES.astype(np.float16)), "rows of float16"),
+            (both(np.arange(1001)), "1001 rows to choose from, and 3 of 'text'"),
+            (both(CLASSES[:2]), "3 rows to choose from, and 2 of 'label'"),
+            ({"unconditional": {}}, "guidance needs unconditional rows"),
+        ):
+            with pytest.raises(InputError, match=words):
+                web_data(labelled.bundle, replace(options, **changes))
+        plain = replace(labelled.bundle.manifest, deployment=replace(labelled.bundle.deployment, guidance=1.0))
+        with pytest.raises(InputError, match="without guidance"):
+            web_data(Bundle(labelled.bundle.path, plain), options)
+
+
 class TestLoop:
     def test_noise_is_that_of_python(self, visit: Visit) -> None:
         for seed in (0, 7, SEED):
@@ -332,10 +406,9 @@ class TestFolder:
 
     def test_bundles_that_the_page_cannot_sample_are_refused(self, hand: Compiled, tmp_path: Path) -> None:
         manifest = hand.bundle.manifest
-        conditional = replace(manifest.signature, conditions=("text",))
+        wider = replace(manifest.signature, conditions=(EXTRA_CHANNELS,))
         for changed, words in (
-            (replace(manifest, signature=conditional), "takes the condition 'text'"),
-            (replace(manifest, deployment=replace(manifest.deployment, guidance=3.0)), "deployed with guidance"),
+            (replace(manifest, signature=wider), "channels behind those of the image"),
             (replace(manifest, sample_shape=(4, 8, 8)), "4 channels are latents"),
         ):
             with pytest.raises(InputError, match=words):
