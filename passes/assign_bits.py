@@ -59,7 +59,7 @@ import numpy as np
 from mezzotint.compiler.bits.allocation import Allocation, allocate
 from mezzotint.compiler.bits.budget import Budget, BudgetKind
 from mezzotint.compiler.bits.content import content_layers
-from mezzotint.compiler.bits.mixdq import ShortTrajectories, content_scores, split_budget, unlike
+from mezzotint.compiler.bits.mixdq import ShortTrajectories, content_scores, split_budget
 from mezzotint.compiler.bits.parts import ChannelOrder, Parts, cut, joined_bytes
 from mezzotint.compiler.bits.profile import Profile, Profiler, Weighting
 from mezzotint.compiler.bits.report import BitReport
@@ -296,7 +296,7 @@ class _Search:
         def measured(chosen: tuple[int, ...]) -> float:
             taken = [row[c] for row, c in zip(self.choices, chosen, strict=True)]
             with self._allocated(profiler, self.units, taken) as (whole, fed):
-                return unlike(reference, pictures.draw(whole, fed))
+                return pictures.unlike(reference, pictures.draw(whole, fed))
 
         return split_budget(scores, self.budget.costs, content, self.budget.limit, self.options.splits, measured)
 

@@ -40,17 +40,18 @@ def ssim(reference: npt.NDArray[Any], image: npt.NDArray[Any], peak: float) -> n
     """Return the structural similarity of each image `[B, C, H, W]`, float64 `[B]`: 1 for identical ones.
 
     The mean over channels and all windows of 7x7 pixels (smaller where the image is), evenly weighted, with the usual
-    constants (0.01 peak)^2 and (0.03 peak)^2. Values go from 0 to `peak`: means around 0 have no brightness to compare.
+    constants (0.01 peak)^2 and (0.03 peak)^2. Audio `[B, C, L]` has windows of 7, video of 7x7x7. Values go from 0 to
+    `peak`: means around 0 have no brightness to compare.
     """
     _same_shape(reference, image)
-    if reference.ndim != 4 or not peak > 0:
+    if reference.ndim < 3 or not peak > 0:
         raise InputError(f"images of shape {list(reference.shape)} with peak {peak}", hint="[B, C, H, W], peak above 0")
     x, y = reference.astype(np.float64), image.astype(np.float64)
-    size = tuple(min(7, n) for n in x.shape[2:])
+    size, sides = tuple(min(7, n) for n in x.shape[2:]), tuple(range(2, x.ndim))
 
     def mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        windows = np.lib.stride_tricks.sliding_window_view(values, size, axis=(2, 3))
-        averaged: npt.NDArray[np.float64] = windows.mean(axis=(-2, -1))
+        windows = np.lib.stride_tricks.sliding_window_view(values, size, axis=sides)
+        averaged: npt.NDArray[np.float64] = windows.mean(axis=tuple(range(-len(sides), 0)))
         return averaged
 
     at_x, at_y = mean(x), mean(y)

@@ -26,7 +26,7 @@ from mezzotint.runtime.sampling.samplers import initial_noise, run_solver
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.sampling.solvers import ddim
 from mezzotint.runtime.sampling.steps import Solver, Step
-from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.signature import CHANNELS_FIRST, Images, Timestep
 
 from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, guided_output
 from ..core.execute import Feeds
@@ -74,6 +74,10 @@ class ShortTrajectories:
             drawn.append(run_solver(call, x, _short(self.program.schedule, list(calls))))
         return np.concatenate(drawn)
 
+    def unlike(self, reference: Images, images: Images) -> float:
+        """Return `unlike` of samples of the program."""
+        return unlike(reference, images, self.program.signature.channel_axis)
+
 
 def _short(schedule: Schedule, times: Sequence[Timestep]) -> Solver:
     """A deterministic solver that calls the network at these falling timesteps."""
@@ -84,10 +88,16 @@ def _short(schedule: Schedule, times: Sequence[Timestep]) -> Solver:
     return Solver(tuple(Step(t, 1.0, -sigma, {"x": 1.0, "out": end - sigma}) for t, (sigma, end) in pairs))
 
 
-def unlike(reference: Images, images: Images) -> float:
-    """Return 1 - SSIM, the mean over the images. Both are shifted by the minimum of the reference."""
+def unlike(reference: Images, images: Images, channel_axis: int = CHANNELS_FIRST) -> float:
+    """Return 1 - SSIM, the mean over the images. Both are shifted by the minimum of the reference.
+
+    Samples `[B, C]` have no sides: their windows are over the channels.
+    """
     low, peak = reference.min(), max(float(np.ptp(reference)), 1e-12)
-    return 1.0 - float(np.mean(ssim(reference - low, images - low, peak=peak)))
+    one, other = (np.moveaxis(samples - low, channel_axis, 1) for samples in (reference, images))
+    if one.ndim == 2:
+        one, other = one[:, None], other[:, None]
+    return 1.0 - float(np.mean(ssim(one, other, peak=peak)))
 
 
 def content_scores(
@@ -105,7 +115,9 @@ def content_scores(
     def moved(unit: Unit, choice: BitChoice) -> float:
         if choice == FLOAT:
             return 0.0
-        return unlike(reference, pictures.draw(simulator, partial(profiler.quantized, simulator, unit, choice)))
+        return pictures.unlike(
+            reference, pictures.draw(simulator, partial(profiler.quantized, simulator, unit, choice))
+        )
 
     scores = []
     for k, (unit, row) in enumerate(zip(profiler.units, choices, strict=True)):

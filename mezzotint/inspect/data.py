@@ -18,6 +18,7 @@ from mezzotint.passes.recipes.files import recipe_from_json, to_yaml
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.manifest_entries import Storage
 from mezzotint.runtime.bundle.ranges import RANGES, Ranges
+from mezzotint.runtime.signature import CHANNELS_FIRST
 from mezzotint.runtime.targets import TARGETS
 
 from ..text.report import model_bytes
@@ -39,6 +40,8 @@ def summary_section(bundle: Bundle) -> PageData:
     kernels, source, recipe = manifest.kernels, manifest.source, manifest.recipe
     runs, history = manifest.calibration, manifest.history
     shape = "x".join(map(str, bundle.sample_shape))
+    if (axis := manifest.signature.channel_axis) != CHANNELS_FIRST:
+        shape += f", channels along axis {axis}"
     rows = [
         ("source", f"{source.kind} {source.name} ({source.class_name or 'ONNX'})"),
         ("recipe", f"{recipe.name}: {recipe.description}"),

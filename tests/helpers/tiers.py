@@ -68,6 +68,7 @@ PURE = (
     "compiler/core/test_stats.py",
     "compiler/correction/test_noise_report.py",
     "compiler/frontend/test_roles.py",
+    "compiler/frontend/test_sample_shape.py",
     "compiler/graph/",
     "compiler/mixing/test_choice.py",
     "compiler/mixing/test_noise.py",

@@ -116,6 +116,19 @@ def test_structural_similarity() -> None:
     assert (tiny < 0).all()
 
 
+def test_structural_similarity_of_other_ranks_has_windows_of_their_rank() -> None:
+    """Audio is an image of height 1; of a video whose frames are alike each window is that of one frame."""
+    rng = np.random.default_rng(5)
+    audio = rng.uniform(0, 2, (2, 3, 20)).astype(np.float32)
+    moved = audio + np.float32(0.1) * rng.standard_normal(audio.shape).astype(np.float32)
+    image = ssim(audio[:, :, None], moved[:, :, None], peak=2.0)
+    assert ssim(audio, moved, peak=2.0) == pytest.approx(image, rel=1e-12)
+    one, other = (a.reshape(2, 3, 1, 4, 5).repeat(8, axis=2) for a in (audio, moved))
+    frame = ssim(one[:, :, 0], other[:, :, 0], peak=2.0)
+    assert ssim(one, other, peak=2.0) == pytest.approx(frame, rel=1e-9)
+    assert ssim(one, other[:, :, ::-1] * 0.9, peak=2.0) != pytest.approx(frame, rel=1e-9)
+
+
 @pytest.mark.parametrize(("shape", "peak"), [((4, 4), 2.0), ((1, 1, 4, 4), 0.0)])
 def test_structural_similarity_refuses(shape: tuple[int, ...], peak: float) -> None:
     with pytest.raises(InputError, match="peak"):

@@ -256,3 +256,25 @@ def matmul(weight: npt.NDArray[Any], scale: Floats | None = None) -> bytes:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     data: bytes = model.SerializeToString()
     return data
+
+
+TOKENS_NET = """
+<ir_version: 10, opset_import: ["" : 21]>
+denoiser (float[B,N,3] tokens, int64[B] timestep) => (float[B,N,4] epsilon)
+<float[3,4] weight = {1, 0, 0, 2, 0, 1, 0, 2, 0, 0, 1, 2}> {
+    number = Cast <to = 1> (timestep)
+    epsilon = MatMul (tokens, weight)
+}
+"""
+
+
+def test_tokens_have_their_channels_along_the_last_axis() -> None:
+    model = onnx.parser.parse_model(TOKENS_NET).SerializeToString()
+    signature = Signature("tokens", "timestep", "epsilon", channel_axis=2)
+    denoiser = Denoiser(model, signature, threads=1)
+    x = initial_noise(1, (2, 5, 3))
+
+    assert denoiser.channels_out == 4
+    np.testing.assert_allclose(denoiser(x, 3), np.concatenate([x, 2 * x.sum(2, keepdims=True)], axis=2), rtol=1e-5)
+    with pytest.raises(InputError, match="channels along axis 3"):
+        Denoiser(model, replace(signature, channel_axis=3), threads=1)

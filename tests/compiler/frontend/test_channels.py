@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mezzotint.compiler.calibration.conditions import random_rows
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.channels import Channels, network_channels
 from mezzotint.compiler.frontend.conventions import known_prediction, known_unit
@@ -73,6 +75,37 @@ def test_the_program_has_the_channels_of_the_image(
     rows = {EXTRA_CHANNELS: np.ascontiguousarray(x[:, image:])} if extra else {}
     got = net(np.ascontiguousarray(x[:, :image]), 7, **rows)
     np.testing.assert_allclose(got, want[:, :image], rtol=0, atol=1e-4 * float(np.abs(want).max()))
+
+
+TOKENS = """
+<ir_version: 10, opset_import: ["" : 18]>
+net (float[B,N,5] x, int64[B] t) => (float[B,N,6] y)
+<float[5,6] w, int64[3] column = {-1, 1, 1}> {
+    mixed = MatMul (x, w)
+    number = Cast <to = 1> (t)
+    numbers = Reshape (number, column)
+    y = Add (mixed, numbers)
+}
+"""
+
+
+def test_channels_of_tokens_are_split_along_the_last_axis(tmp_path: Path) -> None:
+    """5 taken and 6 predicted with learned variances: 3 of the sample, 2 more."""
+    model, rng = onnx.parser.parse_model(TOKENS), np.random.default_rng(0)
+    weight = rng.standard_normal((5, 6)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "net.onnx")
+    (tmp_path / "work").mkdir()
+    deployment = Deployment.of(LEARNED, "ddim", 4)
+    program = import_onnx(tmp_path / "net.onnx", tmp_path / "work", schedule=LEARNED, deployment=deployment, size=(7,))
+
+    assert (program.shape, program.channels, program.signature.channel_axis) == ((7, 3), 3, 2)
+    x = rng.standard_normal((2, 7, 5)).astype(np.float32)
+    net = Denoiser(store.write(program.model, tmp_path / "work"), program.signature)
+    rows = random_rows(program.conditions(), program.shape, 2, 0)
+    assert rows[EXTRA_CHANNELS].shape == (2, 7, 2)
+    got = net(np.ascontiguousarray(x[..., :3]), 7, **{EXTRA_CHANNELS: np.ascontiguousarray(x[..., 3:])})
+    np.testing.assert_allclose(got, (x @ weight + 7)[..., :3], rtol=1e-5, atol=1e-5)
 
 
 def test_channels_that_fit_no_image_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -407,3 +408,33 @@ def test_refused_fits() -> None:
         with pytest.raises(InputError, match="does not follow"):
             lost.correction(DEPLOYMENT, STEPS, "epsilon", form)
     assert (lost.correction(DEPLOYMENT, STEPS, "epsilon", "ptqd-released").scale == 1.0).all()
+
+
+@pytest.mark.parametrize(("axis", "move"), [(1, (64, 3, 8)), (1, (64, 3, 2, 2, 2)), (2, (64, 8, 3))])
+def test_channels_may_be_along_another_axis(tmp_path: Path, axis: int, move: tuple[int, ...]) -> None:
+    """Audio, video and tokens with the values of images have their tables, and are corrected alike."""
+
+    def reshaped(images: Floats) -> Floats:
+        flat = images[:, :, :2, :4].reshape(64, 3, 8)
+        return np.ascontiguousarray(flat.transpose(0, 2, 1) if axis == 2 else flat.reshape(move))
+
+    pairs = [pair(call, batch=64) for call in (0, 1)]
+    images, others = NoiseFit(), NoiseFit(axis)
+    for call, (w, q) in enumerate(pairs):
+        images.add(call, w[:, :, :2, :4], q[:, :, :2, :4])
+        others.add(call, reshaped(w), reshaped(q))
+    want, found = (fit.correction(DEPLOYMENT, STEPS, "epsilon") for fit in (images, others))
+    for name in TABLES:
+        np.testing.assert_allclose(getattr(found, name), getattr(want, name), rtol=1e-9)
+    found.save(tmp_path / "c")
+    loaded = Correction.load(tmp_path / "c")
+    assert loaded.channel_axis == axis
+    q = pairs[1][1]
+    np.testing.assert_allclose(
+        loaded.apply(reshaped(q), 1), reshaped(want.apply(np.ascontiguousarray(q), 1)), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(InputError, match="the correction has 3 channels"):
+        loaded.apply(np.zeros((2, 5, 7), np.float32), 0)
+    if axis != 1:
+        with pytest.raises(InputError, match="different axes"):
+            images + others
