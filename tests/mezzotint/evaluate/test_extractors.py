@@ -127,7 +127,7 @@ class TestNames:
             ("none.onnx", GREY, "onnxruntime cannot open"),
             (DIGITS, GREY, "the network takes"),
             ("mnist", GREY, "no feature extractor is called 'mnist'"),
-            (f"{HERE}:Means", (4, 8, 8), "samples of 4 channels are not images"),
+            (f"{HERE}:Means", (4, 8, 8), "samples of 4 channels are latents"),
         ],
     )
     def test_refusals(self, name: str, shape: tuple[int, int, int], words: str) -> None:
