@@ -185,7 +185,7 @@ class TestNumbers:
 
         assert metrics["sample_sqnr_db"]["value"] > 0
         assert "4 channels are latents" in metrics["psnr_db_mean"]["why"]
-        with pytest.raises(InputError, match="4 channels are not images"):
+        with pytest.raises(InputError, match="4 channels are latents"):
             evaluate_bundle(bundle, source, 2, **{**FEW, "features": "tests.helpers.feature_nets:Means"})
 
     def test_a_torch_extractor(self, case: Case) -> None:

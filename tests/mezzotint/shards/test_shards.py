@@ -446,7 +446,7 @@ class TestRefusals:
 
     def test_latents_are_not_images(self, hand: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hand.bundle, "sample_shape", (4, 8, 8))
-        with pytest.raises(InputError, match="samples of 4 channels are not images") as caught:
+        with pytest.raises(InputError, match="samples of 4 channels are latents") as caught:
             sample_to_folder(hand.bundle, tmp_path / "f", N, format="png", **OPTIONS)
         assert "--format npz" in (caught.value.hint or "")
         assert not (tmp_path / "f").exists()
