@@ -119,8 +119,8 @@ class ImportRoles:
     @property
     def named(self) -> bool:
         """Whether a role, the prediction or the unit is given. Models of diffusers take none of these."""
-        of_graph = self.channels or self.channel_axis
-        return bool(self.inputs or self.output_name or self.prediction or self.timestep_unit or of_graph)
+        axis = self.channel_axis is not None
+        return bool(self.inputs or self.output_name or self.prediction or self.timestep_unit or self.channels or axis)
 
 
 @dataclass(frozen=True)
