@@ -19,7 +19,7 @@ from mezzotint.runtime.sampling.steps import Step
 
 from ..correction.noise_report import NoiseReport, merged_report
 
-_SETTINGS = ("deployment", "prediction", "form", "stages")
+_SETTINGS = ("deployment", "prediction", "form", "stages", "channel_axis")
 CORRECTION_TABLES = tuple(f.name for f in fields(Correction) if f.init and f.name not in _SETTINGS)
 """The tables with one row for each call."""
 
