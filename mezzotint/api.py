@@ -95,8 +95,8 @@ def compile_model(
 ) -> Bundle:
     """Compile a denoiser into a bundle folder and open it.
 
-    `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a `UNet2DModel`,
-    `UNet2DConditionModel` or `DiTTransformer2DModel` in memory. `settings` maps "pass.option" to a value. `target` is
+    `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a network of diffusers in memory, of
+    a class that docs/models.md lists. `settings` maps "pass.option" to a value. `target` is
     the engine that the graph is written for: "onnxruntime" (its integer CPU kernels; the default), "openvino",
     "tensorrt" or "portable". Without a `recipe` it is the best one for the target. `sampler`
     (ddim, or flow-euler for flow matching, when left out), `steps`, `eta` and `guidance` are the deployment: tables

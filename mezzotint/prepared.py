@@ -19,12 +19,12 @@ from mezzotint.compiler.bundle.staging import check_target, check_target_file
 from mezzotint.compiler.calibration.conditions import check_rows, named_sizes, random_rows
 from mezzotint.compiler.core.pipeline import CPU, Recipe
 from mezzotint.compiler.errors import ModelError
+from mezzotint.compiler.frontend.architectures.row import Input
 from mezzotint.compiler.frontend.channels import network_channels
 from mezzotint.compiler.frontend.conventions import known_prediction, known_unit
 from mezzotint.compiler.frontend.from_onnx import load_onnx, settle_inputs
-from mezzotint.compiler.frontend.network_inputs import Input, network_inputs
+from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.compiler.frontend.roles import infer_signature
-from mezzotint.compiler.frontend.sample_shape import image_sides
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import CompileWarning
 from mezzotint.runtime.sampling.deployment import Deployment
@@ -33,7 +33,7 @@ from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
 from mezzotint.runtime.streams import SeedOffset
 
 from .io.settings import load_conditions
-from .io.sources import CONFIG_FILE, FolderSource, ModelSource, OnnxSource, resolve
+from .io.sources import CONFIG_FILE, FolderSource, ModelSource, ModuleSource, OnnxSource, resolve
 from .options import RANDOM, CompileOptions, DeploymentOptions, ImportRoles
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def prepare_model(
 def _source(model: Model, options: DeploymentOptions, roles: ImportRoles) -> tuple[ModelSource, Deployment]:
     """Return a model with the schedule for what it predicts, and the deployment on that schedule."""
     source = resolve(model, options.scheduler)
-    config = source.config if isinstance(source, OnnxSource) else None
-    schedule = source.schedule.predicting(roles.prediction or known_prediction(config, source.schedule))
+    schedule = source.schedule.predicting(roles.prediction or known_prediction(_config(source), source.schedule))
     return replace(source, schedule=schedule), options.on(schedule)
 
 
@@ -134,7 +133,6 @@ def _settled(
                 "roles of inputs and outputs are for ONNX files",
                 hint="a diffusers model knows its own; leave them out",
             )
-        roles = replace(roles, size=image_sides(roles.size))
         signature, shape, inputs = _torch_inputs(source, roles, sizes)
         named = {}
     check_rows(
@@ -191,20 +189,37 @@ def _onnx_inputs(
 def _torch_inputs(
     source: ModelSource, roles: ImportRoles, sizes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value]]:
-    if isinstance(source, FolderSource):
-        where = str(source.path / CONFIG_FILE)
-        config = _json(source.path / CONFIG_FILE)
-        name = str(config.get(CLASS))
-    else:
-        module: Any = source.module  # type: ignore[union-attr]
-        where, name, config = source.name, type(module).__name__, getattr(module, "config", {})
-    known = network_inputs(name, config, roles.size, sizes, where)
-    image = known.kept or network_channels(known.shape[0], known.predicted, source.schedule, where=where).image
+    config = _config(source) or {}
+    name = str(config.get(CLASS))
+    where = str(source.path / CONFIG_FILE) if isinstance(source, FolderSource) else source.name
+    module = source.module if isinstance(source, ModuleSource) else None
+    known = network_inputs(name, config, roles.size, sizes, where, module)
+    taken = known.channels
+    image = known.kept or network_channels(taken, known.predicted, source.schedule, where=where).image
     inputs = {condition: value.value(condition) for condition, value in known.conditions.items()}
-    if extra := known.shape[0] - image:
-        inputs[EXTRA_CHANNELS] = Input((extra, *known.shape[1:])).value(EXTRA_CHANNELS)
-    signature = Signature(known.sample, "timestep", "out_sample", tuple(inputs), source.schedule.prediction)
-    return signature, (image, *known.shape[1:]), inputs
+    if extra := taken - image:
+        inputs[EXTRA_CHANNELS] = Input(known.shape_with(extra)).value(EXTRA_CHANNELS)
+    schedule = source.schedule
+    signature = Signature(
+        known.sample,
+        known.timestep,
+        "out_sample",
+        tuple(inputs),
+        schedule.prediction,
+        known_unit(config, schedule) or "steps",
+        schedule.num_train_timesteps,
+        known.channel_axis,
+    )
+    return signature, known.shape_with(image), inputs
+
+
+def _config(source: ModelSource) -> dict[str, Any] | None:
+    """Return the configuration of a network with its class, None for an ONNX file that comes without one."""
+    if isinstance(source, FolderSource):
+        return _json(source.path / CONFIG_FILE)
+    if isinstance(source, ModuleSource):
+        return {**dict(getattr(source.module, "config", {})), CLASS: type(source.module).__name__}
+    return None if source.config is None else dict(source.config)
 
 
 def _pipeline_sizes(source: ModelSource) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """What networks of known classes expect of a sampler and an exported graph does not say.
 
 The values are those that the pipelines of diffusers pass: the unit of the timestep, and the sign of the velocity.
+Classes with a row of the registry have them there; this file knows those of which an ONNX file may come.
 Lumina's and Z-Image's time runs from noise to image, and so does the velocity that they predict.
 """
 
@@ -13,33 +14,20 @@ from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.signature import Prediction, TimestepUnit
 
-UNITS: dict[str, TimestepUnit] = {
-    "AuraFlowTransformer2DModel": "fraction",
+from .architectures.registry import ROWS
+
+_WITHOUT_ROW: dict[str, TimestepUnit] = {
     "BriaFiboTransformer2DModel": "steps",
-    "ChromaTransformer2DModel": "fraction",
     "CogView4Transformer2DModel": "steps",
-    "Flux2Transformer2DModel": "fraction",
-    "FluxTransformer2DModel": "fraction",
     "HiDreamImageTransformer2DModel": "steps",
     "LongCatImageTransformer2DModel": "fraction",
-    "Lumina2Transformer2DModel": "reversed_fraction",
     "LuminaNextDiT2DModel": "reversed_fraction",
     "NucleusMoEImageTransformer2DModel": "fraction",
-    "PRXTransformer2DModel": "fraction",
     "OvisImageTransformer2DModel": "fraction",
-    "QwenImageTransformer2DModel": "fraction",
-    "SD3Transformer2DModel": "steps",
-    "SanaTransformer2DModel": "steps",
-    "ZImageTransformer2DModel": "reversed_fraction",
+    "PRXTransformer2DModel": "fraction",
 }
-REVERSED_VELOCITY = frozenset(
-    {
-        "HiDreamImageTransformer2DModel",
-        "Lumina2Transformer2DModel",
-        "LuminaNextDiT2DModel",
-        "NucleusMoEImageTransformer2DModel",
-        "ZImageTransformer2DModel",
-    }
+_REVERSED_WITHOUT_ROW = frozenset(
+    {"HiDreamImageTransformer2DModel", "LuminaNextDiT2DModel", "NucleusMoEImageTransformer2DModel"}
 )
 
 
@@ -47,7 +35,8 @@ def known_unit(config: Mapping[str, Any] | None, schedule: Schedule) -> Timestep
     """Return the unit of a network's timestep by the class of its configuration, None for a class that is not known."""
     if config is None or not schedule.flow:
         return None
-    unit = UNITS.get(str(config.get(CLASS)))
+    name = str(config.get(CLASS))
+    unit = ROWS[name].unit if name in ROWS else _WITHOUT_ROW.get(name)
     scale = config.get("timestep_scale")
     if unit == "steps" and isinstance(scale, float) and abs(scale * schedule.num_train_timesteps - 1) < 1e-9:
         return "fraction"
@@ -58,4 +47,6 @@ def known_prediction(config: Mapping[str, Any] | None, schedule: Schedule) -> Pr
     """Return what a network predicts by the class of its configuration, unless the schedule says it itself."""
     if config is None or not schedule.flow or schedule.config.get("prediction_type") is not None:
         return None
-    return "reversed_flow_prediction" if config.get(CLASS) in REVERSED_VELOCITY else None
+    name = str(config.get(CLASS))
+    reverses = ROWS[name].reversed_velocity if name in ROWS else name in _REVERSED_WITHOUT_ROW
+    return "reversed_flow_prediction" if reverses else None

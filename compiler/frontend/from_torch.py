@@ -11,7 +11,8 @@ import gc
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,15 @@ from ..core.execute import Executor
 from ..core.program import Program
 from ..core.verify import relative_difference
 from ..errors import ModelError
-from ..graph.require import required
+from .architectures.registry import architecture_row
+from .architectures.row import ConditionSizes, SampleSize
+from .conventions import known_unit
 from .folder_checks import check_folder, check_loaded
 from .from_onnx import finish_import
-from .network_inputs import SUPPORTED, ConditionSizes, unsupported
-from .torch_example import Example, PositionalModel, example_of, quiet_exporter
+from .torch_example import Example, example_of
+from .torch_export import OUTPUT
+from .torch_export import export_network as _export
 
-OPSET = 21
-OUTPUT = "out_sample"
 _SHOWN = 4  # unread parameters named in a warning
 PARITY = 2e-3  # of the largest output: float32 kernels of two libraries over some hundred layers
 
@@ -53,14 +55,14 @@ def load_model(folder: Path) -> torch.nn.Module:
     config = read_json(config_file, "the model's configuration", ModelError, hint=hint, infinite=True)
     if not isinstance(config, dict):
         raise ModelError("the model's configuration is not a JSON object", where=str(config_file), hint=hint)
-    name = config.get("_class_name")
-    if name not in SUPPORTED:
-        raise unsupported(str(name), str(config_file))
+    name = architecture_row(str(config.get(CLASS)), str(config_file)).name
     check_folder(folder, config)
     diffusers.logging.set_verbosity_error()
     options: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
-        model, info = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, **options)
+        kind = getattr(diffusers, name)
+        with _one_type(kind):
+            model, info = kind.from_pretrained(folder, use_safetensors=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds of errors for missing or truncated weights
         raise ModelError(
             f"diffusers cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0][:500]}",
@@ -75,13 +77,29 @@ def load_model(folder: Path) -> torch.nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _one_type(kind: Any) -> Iterator[None]:
+    """Let diffusers load a class that keeps some layers in float32 (Wan), which it refuses without accelerate.
+
+    Here all layers are in float32: "`low_cpu_mem_usage` cannot be False when `keep_in_fp32_modules` is True".
+    """
+    kept = kind._keep_in_fp32_modules
+    kind._keep_in_fp32_modules = None
+    try:
+        yield
+    finally:
+        kind._keep_in_fp32_modules = kept
+
+
 def import_folder(path: Path, folder: Path, **options: Any) -> Program:
     """Return the Program of a diffusers model folder; options as in `import_torch`.
 
     torch's copy of the weights is freed before onnxruntime loads its own: only one is in memory at a time.
     """
     sizes = options.pop("sizes", None)
-    reading = _read(load_model(path), options["schedule"], options["deployment"], options.get("size"), sizes, str(path))
+    reading = _read(
+        load_model(path), options["schedule"], options["deployment"], options.pop("size", None), sizes, str(path)
+    )
     return _finish(reading, folder, **options)
 
 
@@ -91,12 +109,12 @@ def import_torch(
     *,
     schedule: Schedule,
     deployment: Deployment,
-    size: tuple[int, ...] | None = None,
+    size: SampleSize | None = None,
     sizes: ConditionSizes | None = None,
     name: str = "module",
     threads: int | None = None,
 ) -> Program:
-    """Return the Program of a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`.
+    """Return the Program of a network of a class that the registry has (architectures/registry.py).
 
     The inputs keep their diffusers names. The batch stays open, and so do height and width where the model allows.
     `sizes` are known sizes of conditions: tokens, pooled prompts, time ids. Warns of parameters that no input reaches.
@@ -113,6 +131,7 @@ class _Reading:
     model: ir.Model
     fx_text: str
     config: dict[str, Any]
+    signature: Signature
     example: Example
     parity: dict[int, npt.NDArray[np.float32]]
     parameters: int
@@ -122,24 +141,36 @@ def _read(
     model: torch.nn.Module,
     schedule: Schedule,
     deployment: Deployment,
-    size: tuple[int, ...] | None,
+    size: SampleSize | None,
     sizes: ConditionSizes | None,
     name: str,
 ) -> _Reading:
-    if type(model).__name__ not in SUPPORTED:
-        raise unsupported(type(model).__name__, name)
+    row = architecture_row(type(model).__name__, name)
     if wrong := next((f"{n} is {p.dtype}" for n, p in model.named_parameters() if p.dtype != torch.float32), None):
         raise ModelError(f"the module is not in float32: {wrong}", where=name, hint="call .float() on it first")
     training = model.training
     model.eval()
     try:
-        # A sampler with interpolated timesteps needs a float input for them.
-        example = example_of(model, size, torch.int64 if deployment.whole else torch.float32, sizes)
-        parity = _torch_outputs(model, example, schedule)
-        onnx_model, fx_text, unread = _export(example.denoiser(model), example)
-        _warn_of_unread(unread, name)
         config = public_config(json.loads(model.to_json_string()))  # type: ignore[operator]
-        return _Reading(onnx_model, fx_text, config, example, parity, _distinct_bytes(model, unread))
+        unit = known_unit({**config, CLASS: type(model).__name__}, schedule) or "steps"
+        # A sampler with interpolated timesteps needs a float input for them, and so do fractions.
+        whole = deployment.whole and unit == "steps" and not row.float_time
+        example = example_of(model, size, torch.int64 if whole else torch.float32, sizes, name)
+        signature = Signature(
+            example.sample,
+            example.timestep,
+            OUTPUT,
+            tuple(example.known.conditions),
+            schedule.prediction,
+            unit,
+            schedule.num_train_timesteps,
+            example.known.channel_axis,
+        )
+        parity = _torch_outputs(model, example, signature)
+        with example.patched(model):
+            onnx_model, fx_text, unread = _export(example.traceable(model), example)
+        _warn_of_unread(unread, name)
+        return _Reading(onnx_model, fx_text, config, signature, example, parity, _distinct_bytes(model, unread))
     except MezzotintError:
         raise
     except Exception as error:  # torch raises many kinds of errors for sizes that do not fit each other
@@ -161,17 +192,16 @@ def _finish(
     deployment: Deployment,
     name: str = "module",
     threads: int | None = None,
-    size: tuple[int, ...] | None = None,
 ) -> Program:
-    sample, timestep, *conditions = reading.example.tensors
-    image = reading.example.tensors[sample]
+    shape = reading.example.known.shape
     program = finish_import(
         reading.model,
         folder,
-        signature=Signature(sample, timestep, OUTPUT, tuple(conditions), schedule.prediction),
+        signature=reading.signature,
         schedule=schedule,
         deployment=deployment,
-        size=size or (int(image.shape[2]), int(image.shape[3])),
+        size=reading.signature.sides(shape),
+        channel_axis=reading.signature.channel_axis,
         source={"kind": "diffusers", "name": name, "class": reading.config[CLASS], "config": reading.config},
         where=name,
         fx_text=reading.fx_text,
@@ -195,14 +225,6 @@ def _distinct_bytes(model: torch.nn.Module, unread: Sequence[str] = ()) -> int:
     return sum(sizes.values())
 
 
-def _unread_parameters(exported: torch.export.ExportedProgram, model: torch.nn.Module) -> list[str]:
-    """Return the parameters of the model that the exported call does not read, by name."""
-    signature = exported.graph_signature
-    used = {node.name for node in exported.graph.nodes if node.op == "placeholder" and node.users}
-    reached = {target for name, target in signature.inputs_to_parameters.items() if name in used}
-    return [name for name, _ in model.named_parameters() if f"model.{name}" not in reached]
-
-
 def _warn_of_unread(names: Sequence[str], where: str) -> None:
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -214,54 +236,19 @@ def _warn_of_unread(names: Sequence[str], where: str) -> None:
         )
 
 
-def _torch_outputs(model: torch.nn.Module, example: Example, schedule: Schedule) -> dict[int, npt.NDArray[np.float32]]:
-    last = schedule.num_train_timesteps - 1
+def _torch_outputs(
+    model: torch.nn.Module, example: Example, signature: Signature
+) -> dict[int, npt.NDArray[np.float32]]:
+    last = signature.num_train_timesteps - 1
     denoiser = example.denoiser(model)
     outputs = {}
     with torch.no_grad():
         for t in sorted({0, last // 2, last}):
-            timestep = torch.full((2,), t, dtype=example.tensors["timestep"].dtype)
-            tensors = {**example.tensors, "timestep": timestep}
+            dtype = example.tensors[example.timestep].dtype
+            timestep = torch.full((2,), signature.network_time(t), dtype=dtype)
+            tensors = {**example.tensors, example.timestep: timestep}
             outputs[t] = denoiser(*tensors.values()).numpy()
     return outputs
-
-
-def _export(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str, list[str]]:
-    """Return the ONNX model, the FX graph as text, and the parameters that the call does not read."""
-    exported = _export_fx(denoiser, example)
-    with quiet_exporter():
-        program = torch.onnx.export(
-            exported,
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-            input_names=list(example.tensors),
-            output_names=[OUTPUT],
-        )
-    model = required(program, "the ONNX program", "torch.onnx.export").model
-    return model, _readable(exported), _unread_parameters(exported, denoiser.model)
-
-
-def _export_fx(denoiser: PositionalModel, example: Example) -> torch.export.ExportedProgram:
-    """Export with open height and width or, where the model's arithmetic forbids that, with those of the example."""
-    batch = torch.export.Dim("batch", max=63)
-    height, width = torch.export.Dim("height", min=1, max=512), torch.export.Dim("width", min=1, max=512)
-    spatial = {2: example.multiple * height, 3: example.multiple * width} if example.multiple else {}
-    tensors = tuple(example.tensors.values())
-    error: Exception | None = None
-    for extra in (spatial, {}) if spatial else ({},):
-        shapes = tuple({0: batch, **(extra if name == example.sample else {})} for name in example.tensors)
-        try:
-            return torch.export.export(denoiser, tensors, dynamic_shapes=(shapes,), strict=False)
-        except Exception as problem:  # torch.export reports failing guards by many kinds of errors
-            error = problem
-    raise ModelError(f"torch.export cannot trace the model: {str(error).splitlines()[0]}") from error
-
-
-def _readable(exported: torch.export.ExportedProgram) -> str:
-    """Return the FX graph as code, without the comments, which contain paths of this machine."""
-    code = exported.graph_module.print_readable(print_output=False)
-    return "\n".join(line.rstrip() for line in code.splitlines() if not line.lstrip().startswith("#")) + "\n"
 
 
 def _check_parity(
@@ -271,14 +258,20 @@ def _check_parity(
     example: Example,
     threads: int | None,
 ) -> None:
-    sample, image = example.tensors[example.sample].numpy(), program.shape[0]
-    conditions = {n: example.tensors[n].numpy() for n in program.signature.conditions if n != EXTRA_CHANNELS}
-    if EXTRA_CHANNELS in program.signature.conditions:
-        conditions[EXTRA_CHANNELS] = sample[:, image:]
+    signature = program.signature
+    sample, image, axis = (
+        example.tensors[example.sample].numpy(),
+        signature.channels(program.shape),
+        signature.channel_axis,
+    )
+    conditions = {n: example.tensors[n].numpy() for n in signature.conditions if n != EXTRA_CHANNELS}
+    whole = sample
+    if EXTRA_CHANNELS in signature.conditions:
+        sample, conditions[EXTRA_CHANNELS] = np.split(whole, [image], axis)
     with Executor(program.model, folder, threads=threads) as executor:
         for t, want in parity.items():
-            outputs = executor.call(program.signature, sample[:, :image], t, conditions)
-            worst = relative_difference(want[:, :image], outputs[OUTPUT])
+            outputs = executor.call(signature, sample, t, conditions)
+            worst = relative_difference(np.split(want, [image], axis)[0], outputs[OUTPUT])
             if not worst <= PARITY:
                 raise ModelError(
                     f"the exported graph disagrees with torch at timestep {t}: relative difference {worst:.1e}, "

@@ -22,6 +22,7 @@ TORCH_FIXTURES = frozenset({"unet", "conditional", "dit"})
 TORCH = (
     "compiler/audit/test_fusion.py",
     "compiler/bundle/test_writer.py",
+    "compiler/frontend/architectures/",
     "compiler/frontend/test_exports.py",
     "compiler/frontend/test_from_torch.py",
     "compiler/graph/test_block_models.py",
@@ -106,6 +107,7 @@ SLOW = (
     "compiler/bundle/test_range_rows.py",
     "compiler/bundle/test_storage.py",
     "compiler/core/test_islands.py",
+    "compiler/frontend/architectures/",
     "compiler/core/test_snapshot.py",
     "compiler/lowering/test_layout.py",
     "compiler/lowering/test_constant.py",

@@ -1,0 +1,118 @@
+"""Transformers over packed tokens `[B, N, C]` with ids of positions: Flux, Flux 2 and Chroma.
+
+A size is that of the latents in front of the packing, which makes one token of 2x2 latents. The ids have no batch axis,
+and depend on the size alone: they are constants of the export, like those that the pipelines of diffusers compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .positions import packed_ids
+from .row import Architecture, Asked, Input, NetworkInputs
+
+_PROMPT, _MASK, _GUIDANCE = "encoder_hidden_states", "attention_mask", "guidance"
+USUAL_SIDE = 128  # latents of an image of 1024 pixels
+PACKED = 2
+
+
+def _packed(asked: Asked, tokens: int, conditions: dict[str, Input]) -> NetworkInputs:
+    """Return the inputs of a network whose prompt has so many tokens."""
+    channels = asked.number("in_channels")
+    height, width = asked.side(USUAL_SIDE)
+    if height % PACKED or width % PACKED:
+        raise asked.error(f"latents of {height}x{width} cannot be packed by {PACKED}x{PACKED}", "give another --size")
+    grid = (height // PACKED, width // PACKED)
+    prompt = {_PROMPT: Input((tokens, asked.number("joint_attention_dim")))}
+    predicted = int(asked.config.get("out_channels") or channels)
+    shape = (grid[0] * grid[1], channels)
+    return NetworkInputs("hidden_states", shape, prompt | conditions, None, predicted, grid=grid, channel_axis=2)
+
+
+def _flux(asked: Asked) -> NetworkInputs:
+    conditions = {"pooled_projections": Input((asked.number("pooled_projection_dim"),)), **_guidance(asked)}
+    return _packed(asked, asked.tokens(_PROMPT, 512), conditions)
+
+
+def _flux2(asked: Asked) -> NetworkInputs:
+    return _packed(asked, asked.tokens(_PROMPT, 512), _guidance(asked))
+
+
+def _chroma(asked: Asked) -> NetworkInputs:
+    tokens = asked.tokens(_PROMPT, 512)
+    known = _packed(asked, tokens, {})
+    mask = Input((tokens + known.shape[0],), kind="flag", hidden=tokens - 1)
+    return _packed(asked, tokens, {_MASK: mask})
+
+
+def _guidance(asked: Asked) -> dict[str, Input]:
+    return {_GUIDANCE: Input(())} if asked.config.get("guidance_embeds") else {}
+
+
+def _ids(module: Any, known: NetworkInputs) -> dict[str, Any]:
+    """Return the ids of Flux: zeros for a prompt, (0, row, column) for an image."""
+    import torch
+
+    tokens = known.conditions[_PROMPT].sizes[0]
+    return {"txt_ids": torch.zeros(tokens, 3), "img_ids": torch.tensor(packed_ids(known.grid))}
+
+
+def _ids_of_four(module: Any, known: NetworkInputs) -> dict[str, Any]:
+    """Return the ids of Flux 2: (0, 0, 0, token) for a prompt, (0, row, column, 0) for an image."""
+    import torch
+
+    tokens = known.conditions[_PROMPT].sizes[0]
+    text = torch.zeros(tokens, 4)
+    text[:, 3] = torch.arange(tokens)
+    return {"txt_ids": text, "img_ids": torch.tensor(packed_ids(known.grid, axes=4))}
+
+
+@contextmanager
+def open_batch(module: Any) -> Iterator[None]:
+    """Let Chroma's time embedding keep its batch open.
+
+    It makes zeros by `[0] * batch_size`, a list with a length that torch.export fixes: "You marked batch as dynamic but
+    your code specialized it to be a constant". The embedding of zero is one row, which is repeated here.
+    """
+    import torch
+
+    embedding = module.time_text_embed
+    zero = embedding.guidance_proj(torch.zeros(1))
+    places = embedding.mod_proj
+
+    def forward(timestep: Any) -> Any:
+        batch, count = timestep.shape[0], places.shape[0]
+        both = torch.cat([embedding.time_proj(timestep), zero.expand(batch, -1)], dim=1)
+        return torch.cat([both[:, None].expand(-1, count, -1), places[None].expand(batch, -1, -1)], dim=-1)
+
+    embedding.forward = forward
+    try:
+        yield
+    finally:
+        del embedding.forward
+
+
+FLUX = Architecture(
+    "FluxTransformer2DModel",
+    _flux,
+    {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": False},
+    unit="fraction",
+    constants=_ids,
+)
+FLUX2 = Architecture(
+    "Flux2Transformer2DModel",
+    _flux2,
+    {"in_channels": 128, "joint_attention_dim": 15360, "guidance_embeds": True},
+    unit="fraction",
+    constants=_ids_of_four,
+)
+CHROMA = Architecture(
+    "ChromaTransformer2DModel",
+    _chroma,
+    {"in_channels": 64, "joint_attention_dim": 4096},
+    unit="fraction",
+    constants=_ids,
+    patches=(open_batch,),
+)

@@ -1,0 +1,90 @@
+"""Lumina 2: prompts with a mask, whose length moves the positions of the image.
+
+Its forward copies each prompt's tokens in front of the image's, in a loop over lengths that are read from the mask
+(`tolist`), which torch.export cannot trace for a batch. The traced call keeps the padded prompt where it is, and masks
+it: attention does not depend on the order of its keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .rotary import Rotation, joined_positions, real_rotary
+from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs
+
+_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
+
+
+def _inputs(asked: Asked) -> NetworkInputs:
+    channels, tokens = asked.number("in_channels"), asked.tokens(_PROMPT, 256)
+    conditions = {_PROMPT: Input((tokens, asked.number("cap_feat_dim"))), _MASK: Input((tokens,), kind="mask")}
+    predicted = int(asked.config.get("out_channels") or channels)
+    return NetworkInputs("hidden_states", (channels, *asked.side()), conditions, None, predicted)
+
+
+def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
+    import torch
+
+    channels, height, width = known.shape
+    patch = int(module.config.patch_size)
+    rows, columns = height // patch, width // patch
+    first, *rest = (Rotation.of(table) for table in module.rope_embedder.freqs_cis)
+    tokens = torch.arange(known.conditions[_PROMPT].sizes[0])
+    text = _at(first, tokens, *(Rotation(t.real[0], t.imaginary[0]) for t in rest))
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    places = [Rotation(t.real[at], t.imaginary[at]) for t, at in zip(rest, (row, column), strict=True)]
+
+    def call(network: Any, arguments: dict[str, Any]) -> Any:
+        image, mask = arguments["hidden_states"], arguments[_MASK]
+        batch = image.shape[0]
+        temb, prompt = network.time_caption_embed(image, arguments["timestep"], arguments[_PROMPT])
+        positions = _of_image(first, mask.sum(dim=1), places)
+        words = Rotation(text.real.expand(batch, -1, -1), text.imaginary.expand(batch, -1, -1))
+        patches = image.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+        hidden = network.x_embedder(patches.flatten(3).flatten(1, 2))
+        for layer in network.context_refiner:
+            prompt = layer(prompt, mask, words)
+        for layer in network.noise_refiner:
+            hidden = layer(hidden, None, positions, temb)
+        hidden = torch.cat([prompt, hidden], dim=1)
+        keep = torch.cat([mask.bool(), torch.ones(batch, rows * columns, dtype=torch.bool)], dim=1)
+        for layer in network.layers:
+            hidden = layer(hidden, keep, joined_positions(words, positions), temb)
+        hidden = network.norm_out(hidden, temb)[:, prompt.shape[1] :]
+        squares = hidden.reshape(batch, rows, columns, patch, patch, network.out_channels)
+        return squares.permute(0, 5, 1, 3, 2, 4).reshape(batch, network.out_channels, height, width)
+
+    return call
+
+
+def _at(first: Rotation, tokens: Any, *rest: Rotation) -> Rotation:
+    """Return the positions of a prompt `[1, N, D]`: its tokens along the first axis, zero along the others."""
+    import torch
+
+    parts = [[first.real[tokens], *(r.real.expand(len(tokens), -1) for r in rest)]]
+    parts.append([first.imaginary[tokens], *(r.imaginary.expand(len(tokens), -1) for r in rest)])
+    real, imaginary = (torch.cat(part, dim=-1)[None] for part in parts)
+    return Rotation(real, imaginary)
+
+
+def _of_image(first: Rotation, lengths: Any, places: list[Rotation]) -> Rotation:
+    """Return the positions of an image `[B, N, D]`: the length of its prompt, the row, the column."""
+    import torch
+
+    count, batch = places[0].real.shape[0], lengths.shape[0]
+    both = []
+    for name in ("real", "imaginary"):
+        start = getattr(first, name)[lengths][:, None].expand(-1, count, -1)
+        both.append(torch.cat([start, *(getattr(p, name).expand(batch, -1, -1) for p in places)], dim=-1))
+    return Rotation(*both)
+
+
+LUMINA2 = Architecture(
+    "Lumina2Transformer2DModel",
+    _inputs,
+    {"sample_size": 128, "in_channels": 16, "cap_feat_dim": 1024},
+    unit="reversed_fraction",
+    reversed_velocity=True,
+    patches=(real_rotary,),
+    traced=_traced,
+)

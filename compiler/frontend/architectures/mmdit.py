@@ -1,0 +1,46 @@
+"""Transformers whose blocks join the tokens of image and prompt: Stable Diffusion 3 and 3.5, and AuraFlow."""
+
+from __future__ import annotations
+
+from .row import Architecture, Asked, Input, NetworkInputs
+
+_PROMPT = "encoder_hidden_states"
+
+
+def _sd3(asked: Asked) -> NetworkInputs:
+    conditions = {
+        _PROMPT: Input((asked.tokens(_PROMPT, 77 + 256), asked.number("joint_attention_dim"))),
+        "pooled_projections": Input((asked.number("pooled_projection_dim"),)),
+    }
+    return _latents(asked, conditions)
+
+
+def _auraflow(asked: Asked) -> NetworkInputs:
+    return _latents(asked, {_PROMPT: Input((asked.tokens(_PROMPT, 256), asked.number("joint_attention_dim")))})
+
+
+def _latents(asked: Asked, conditions: dict[str, Input]) -> NetworkInputs:
+    channels = asked.number("in_channels")
+    predicted = int(asked.config.get("out_channels") or channels)
+    shape = (channels, *asked.side())
+    return NetworkInputs("hidden_states", shape, conditions, asked.number("patch_size"), predicted)
+
+
+SD3 = Architecture(
+    "SD3Transformer2DModel",
+    _sd3,
+    {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+    },
+)
+AURAFLOW = Architecture(
+    "AuraFlowTransformer2DModel",
+    _auraflow,
+    {"sample_size": 64, "patch_size": 2, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 2048},
+    unit="fraction",
+)

@@ -1,0 +1,168 @@
+"""The data of a row: a class of diffusers, its inputs by configuration, its conventions, its patches.
+
+A new architecture is one `Architecture` in a file of this room, a line in registry.py, and a tiny configuration in
+tools/tiny_models.py, which the tests of all rows compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from mezzotint.runtime.signature import CHANNELS_FIRST, TimestepUnit
+
+from ...errors import ModelError
+
+ConditionSizes = Mapping[str, tuple[int, ...]]
+"""ConditionSizes of a condition behind its rows, by name."""
+SampleSize = tuple[int, ...]
+Path = tuple[str | int, ...]
+"""Where the keyword arguments of a call hold a tensor: ("added_cond_kwargs", "image_embeds", 0)."""
+Kind = Literal["number", "label", "mask", "flag"]
+"""float32; int64 class labels; int64 and boolean masks, whose ones keep a token."""
+_TYPES = {
+    "number": ir.DataType.FLOAT,
+    "label": ir.DataType.INT64,
+    "mask": ir.DataType.INT64,
+    "flag": ir.DataType.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input: its sizes behind the batch, and the number of classes of an input of labels.
+
+    `path` is where the call has it, () for an argument of its own name. The last two axes of an input with `shrunk`
+    follow height and width of the sample, which are so many times larger. `hidden` is the token that the mask of an
+    example hides.
+    """
+
+    sizes: tuple[int, ...]
+    classes: int | None = None
+    kind: Kind = "number"
+    path: Path = ()
+    shrunk: int | None = None
+    hidden: int = -1
+
+    def value(self, name: str) -> ir.Value:
+        """Return it as a graph input with an open batch."""
+        dtype = ir.DataType.INT64 if self.classes is not None else _TYPES[self.kind]
+        return ir.Value(name=name, shape=ir.Shape(["batch", *self.sizes]), type=ir.TensorType(dtype))
+
+
+@dataclass(frozen=True)
+class NetworkInputs:
+    """The sample and the conditions by name, the names of sample and output channels, and what stays open.
+
+    `shape` is that of a sample behind its batch. Height and width, the last two axes, are multiples of `multiple`, or
+    fixed when that is None. `predicted` are the output's channels, and `kept` those that the export keeps. `fixed` are
+    arguments of the call that the export keeps as they are: None, numbers, lists of them. `grid` says what a sample of
+    packed tokens stands for: their rows and columns, behind the frames of a video.
+    """
+
+    sample: str
+    shape: tuple[int, ...]
+    conditions: Mapping[str, Input]
+    multiple: int | None
+    predicted: int
+    kept: int | None = None
+    timestep: str = "timestep"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    grid: tuple[int, ...] = ()
+    channel_axis: int = CHANNELS_FIRST
+
+    @property
+    def channels(self) -> int:
+        """Return how many channels the network takes."""
+        return self.shape[self.channel_axis - 1]
+
+    def shape_with(self, channels: int) -> tuple[int, ...]:
+        """Return the shape of a sample with so many channels."""
+        axis = self.channel_axis - 1
+        return (*self.shape[:axis], channels, *self.shape[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A network of which the inputs are asked: its configuration with the row's defaults, and what a caller knows.
+
+    `size` is that of the sample behind its channels, `sizes` those that conditions are known to have. `module` is the
+    network in memory, None for a folder.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    size: SampleSize | None
+    sizes: ConditionSizes
+    where: str
+    module: Any = None
+
+    def number(self, key: str) -> int:
+        """Return a positive integer of the configuration. Raises ModelError for anything else."""
+        value = self.config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(f"the configuration's {key!r} is {value!r}, not a positive integer")
+        return value
+
+    def side(self, usual: int = 32, key: str = "sample_size") -> tuple[int, int]:
+        """Return height and width: those asked for, else those of the configuration, else `usual` for both."""
+        if self.size is not None:
+            return int(self.size[-2:][0]), int(self.size[-1])  # one number is a square
+        value = self.config.get(key) or usual
+        height, width = (value, value) if isinstance(value, int) else tuple(value)
+        return int(height), int(width)
+
+    def tokens(self, name: str, usual: int) -> int:
+        """Return the known number of tokens of a condition."""
+        return self.sizes.get(name, (usual,))[0]
+
+    def error(self, what: str, hint: str = "check that its configuration belongs to it") -> ModelError:
+        """Return an error about this network."""
+        return ModelError(what, where=self.where, hint=hint)
+
+
+Patch = Callable[[Any], AbstractContextManager[None]]
+"""A change of a module, or of a library, while the module is exported; it is undone when the context is left."""
+NetworkCall = Callable[[Any, dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of diffusers.
+
+    inputs    returns the inputs of a configuration; raises ModelError for one that cannot be exported
+    defaults  of diffusers, for keys that a config.json leaves out
+    unit      what the timestep counts under a flow-matching schedule
+    reversed_velocity  whether the prediction is image - noise there
+    float_time  whether the timestep is a floating number under every schedule
+    patches   what the exporter needs
+    constants `(module, inputs) -> arguments`: tensors that depend on the size alone, which the export keeps
+    call      `(module, arguments) -> tensor`, for a network that is not called with keywords and answers a tuple
+    traced    `(module, inputs) -> call`: the call that is exported where the exporter cannot trace `call`. Its
+              outputs are compared with those of `call` like every other export
+    """
+
+    name: str
+    inputs: Callable[[Asked], NetworkInputs]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unit: TimestepUnit = "steps"
+    reversed_velocity: bool = False
+    patches: tuple[Patch, ...] = ()
+    float_time: bool = False
+    constants: Callable[[Any, NetworkInputs], dict[str, Any]] | None = None
+    call: NetworkCall | None = None
+    traced: Callable[[Any, NetworkInputs], NetworkCall] | None = None
+
+
+def kept_of_doubled(channels: int, predicted: int) -> int | None:
+    """Return the channels that are kept of a prediction with learned variances behind it, None for one without."""
+    return channels if predicted == 2 * channels else None
+
+
+def first(value: Any) -> int:
+    """Return a number of the configuration, or the first of several."""
+    return int(value if isinstance(value, int) else value[0])

@@ -1,0 +1,82 @@
+"""Z-Image: lists of images and of prompts, each padded to a multiple of 32 tokens.
+
+A list has a length that torch.export fixes, so that no batch stays open. The traced call computes the same for a batch
+of images of one size and prompts of one length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .rotary import Rotation, joined_positions, real_rotary
+from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs
+
+_PROMPT = "cap_feats"
+_MULTIPLE = 32  # of tokens
+_PATCH = 2
+
+
+def _inputs(asked: Asked) -> NetworkInputs:
+    channels, config = asked.number("in_channels"), asked.config
+    if _PATCH not in config["all_patch_size"] or 1 not in config["all_f_patch_size"]:
+        raise asked.error(f"a Z-Image with patches of {config['all_patch_size']} is not known")
+    conditions = {_PROMPT: Input((asked.tokens(_PROMPT, 512), asked.number("cap_feat_dim")))}
+    return NetworkInputs("x", (channels, *asked.side(128)), conditions, None, channels, timestep="t")
+
+
+def _lists(module: Any, arguments: dict[str, Any]) -> Any:
+    """NetworkCall the network with lists; an image has one frame."""
+    import torch
+
+    images, prompts = list(arguments["x"].unsqueeze(2)), list(arguments[_PROMPT])
+    return torch.stack(module(images, arguments["t"], prompts, return_dict=False)[0])[:, :, 0]
+
+
+def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
+    import torch
+
+    channels, height, width = known.shape
+    rows, columns, tokens = height // _PATCH, width // _PATCH, known.conditions[_PROMPT].sizes[0]
+    text_pad, image_pad = -tokens % _MULTIPLE, -(rows * columns) % _MULTIPLE
+    total = tokens + text_pad
+    words = torch.cat([torch.arange(1, total + 1)[:, None], torch.zeros(total, 2, dtype=torch.int64)], dim=1)
+    places = torch.cartesian_prod(torch.tensor([total + 1]), torch.arange(rows), torch.arange(columns))
+    places = torch.cat([places, torch.zeros(image_pad, 3, dtype=places.dtype)])
+    text = Rotation.of(module.rope_embedder(words)[None])
+    image = Rotation.of(module.rope_embedder(places)[None])
+
+    def padded(hidden: Any, count: int, token: Any) -> Any:
+        return hidden if not count else torch.cat([hidden, token.expand(hidden.shape[0], count, -1)], dim=1)
+
+    def call(network: Any, arguments: dict[str, Any]) -> Any:
+        sample = arguments["x"]
+        batch = sample.shape[0]
+        time = network.t_embedder(arguments["t"] * network.t_scale)
+        patches = sample.reshape(batch, channels, rows, _PATCH, columns, _PATCH).permute(0, 2, 4, 3, 5, 1)
+        hidden = network.all_x_embedder[f"{_PATCH}-1"](patches.flatten(3).flatten(1, 2))
+        hidden = padded(hidden, image_pad, network.x_pad_token)
+        for layer in network.noise_refiner:
+            hidden = layer(hidden, None, image, time)
+        prompt = padded(network.cap_embedder(arguments[_PROMPT]), text_pad, network.cap_pad_token)
+        for layer in network.context_refiner:
+            prompt = layer(prompt, None, text)
+        hidden = torch.cat([hidden, prompt], dim=1)
+        for layer in network.layers:
+            hidden = layer(hidden, None, joined_positions(image, text), time)
+        hidden = network.all_final_layer[f"{_PATCH}-1"](hidden, c=time)[:, : rows * columns]
+        squares = hidden.reshape(batch, rows, columns, _PATCH, _PATCH, network.out_channels)
+        return squares.permute(0, 5, 1, 3, 2, 4).reshape(batch, network.out_channels, height, width)
+
+    return call
+
+
+Z_IMAGE = Architecture(
+    "ZImageTransformer2DModel",
+    _inputs,
+    {"in_channels": 16, "cap_feat_dim": 2560, "all_patch_size": (2,), "all_f_patch_size": (1,)},
+    unit="reversed_fraction",
+    reversed_velocity=True,
+    patches=(real_rotary,),
+    call=_lists,
+    traced=_traced,
+)

@@ -1,0 +1,148 @@
+"""docs/models.md: what became of every registered network, made tiny, from results kept in docs/models.json.
+
+python -m tools.models_page --measure [NAME ...]   compiles them (all, or those whose names contain NAME), keeps the
+                                                   results, and writes the page
+python -m tools.models_page                        writes the page from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezzotint import compile_model
+from mezzotint.compiler.core.verify import relative_difference
+from mezzotint.compiler.frontend.architectures.registry import REFUSED, ROWS
+from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.session import Denoiser
+from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
+from tools.rooms import ROOT
+from tools.tiny_models import TINY
+from tools.tiny_network import TinyModel
+
+RESULTS, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
+STEP = 499  # the timestep of the parity
+LIMITS = {
+    "ChromaTransformer2DModel": "the size is fixed; the mask covers prompt and image",
+    "CogVideoXTransformer3DModel": "the size is fixed; text to video only",
+    "DiTTransformer2DModel": "the size is fixed",
+    "Flux2Transformer2DModel": "the size is fixed; no reference images",
+    "FluxTransformer2DModel": "the size is fixed; no ControlNet, no IP-Adapter",
+    "HunyuanDiT2DModel": "the size is fixed; no ControlNet",
+    "HunyuanVideoTransformer3DModel": "the size is fixed; text to video only",
+    "LTXVideoTransformer3DModel": "the size is fixed; 25 frames a second",
+    "Lumina2Transformer2DModel": "the size is fixed; prompts are padded to one length",
+    "QwenImageTransformer2DModel": "the size is fixed; no editing, no layers",
+    "StableAudioDiTModel": "the length is fixed",
+    "UNet1DModel": "the length is fixed",
+    "UNet2DConditionModel": "a ControlNet, an adapter or a mask where --conditions has their arrays",
+    "UNet3DConditionModel": "the size is fixed",
+    "UNetMotionModel": "the size is fixed; no SDXL, no IP-Adapter",
+    "UNetSpatioTemporalConditionModel": "the size is fixed; the image is the condition `image_latents`",
+    "WanTransformer3DModel": "the size is fixed",
+    "ZImageTransformer2DModel": "the size is fixed; prompts of one call have one length",
+}
+
+
+def measure(tiny: TinyModel) -> dict[str, Any]:
+    """Return what became of a network: parity of the export, layers by kernels, SQNR of the prediction in dB."""
+    import torch
+
+    from mezzotint.compiler.frontend.torch_example import example_of
+
+    module, scheduler = tiny.build(), "flow" if tiny.flow else "ddpm-linear"
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder) / "float.onnx"
+        options: dict[str, Any] = {"steps": 4, "calibration_samples": 2, "threads": 1, "acceptance_seconds": 1}
+        bundle = compile_model(
+            module,
+            Path(folder) / "bundle",
+            recipe="w8a8",
+            scheduler=scheduler,
+            conditions=tiny.conditions(2),
+            size=tiny.size,
+            export=exported,
+            **options,
+        )
+        signature = bundle.signature
+        example = example_of(module, tiny.size, torch.float32, tiny.asked)
+        time = torch.full((2,), float(signature.network_time(STEP)))
+        with torch.no_grad():
+            want = example.denoiser(module)(*{**example.tensors, example.timestep: time}.values()).numpy()
+        parity = relative_difference(*_both(want, example, signature, exported, bundle.sample_shape))
+        kernels, acceptance = bundle.manifest.kernels, bundle.manifest.acceptance
+        db = [g.sqnr_db for g in acceptance.groups if g.sqnr_db is not None] if acceptance is not None else []
+    return {"parity": parity, "integer": kernels.integer, "float": kernels.floating, "sqnr_db": min(db, default=None)}
+
+
+def _both(want: Any, example: Any, signature: Signature, file: Path, shape: Sequence[int]) -> tuple[Any, Any]:
+    """Return the predictions of torch and of the exported graph for the example, cut to the image's channels."""
+    arrays = {name: tensor.numpy() for name, tensor in example.tensors.items() if name != example.timestep}
+    sample, image, axis = arrays.pop(example.sample), signature.channels(shape), signature.channel_axis
+    if EXTRA_CHANNELS in signature.conditions:
+        sample, arrays[EXTRA_CHANNELS] = np.split(sample, [image], axis)
+    got = Denoiser(file, signature, threads=1)(np.ascontiguousarray(sample), STEP, **arrays)
+    return np.split(want, [image], axis)[0], got
+
+
+def models_page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page."""
+    lines = [
+        "# Networks that compile",
+        "",
+        f"{len(ROWS)} classes of diffusers compile from a folder or from memory. Each is tried tiny, with random",
+        "weights, by `python -m tools.models_page --measure`, which writes this page; the tests of the rows",
+        "compile the same networks. *Parity* is the largest difference between torch and the exported graph over",
+        f"the largest output, at timestep {STEP}. *Integer* and *float* count the layers of the W8A8 file by their",
+        "kernels in onnxruntime. *SQNR* is that of the prediction beside the float graph, at the worst timestep.",
+        "Random weights of this size say that a file is right, and nothing about the fidelity of a trained network.",
+        "A class that is not in this table is refused by name; export it to ONNX yourself and compile that file.",
+        "",
+        "| network | parity | integer | float | SQNR, dB | limits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, tiny in TINY.items():
+        found = results.get(name)
+        figures = ["not measured", "", "", ""]
+        if found is not None and "error" in found:
+            figures = [f"fails: {found['error']}", "", "", ""]
+        elif found is not None:
+            db = "" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f}"
+            figures = [f"{found['parity']:.0e}", str(found["integer"]), str(found["float"]), db]
+        lines.append(f"| {name} | {' | '.join(figures)} | {LIMITS.get(tiny.cls, '')} |")
+    if REFUSED:
+        lines += ["", "Classes that no exporter can write:", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in REFUSED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is asked for, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs="*", metavar="NAME")
+    names = parser.parse_args(arguments).measure
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for name, tiny in TINY.items():
+        if names is None or (names and not any(part.lower() in name.lower() for part in names)):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                results[name] = measure(tiny)
+            except MezzotintError as error:
+                results[name] = {"error": error.what}
+        print(name, results[name], flush=True)
+        kept = {key: results[key] for key in TINY if key in results}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(models_page(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
