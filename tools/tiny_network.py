@@ -21,7 +21,6 @@ class TinyModel:
     """A class with a configuration; `asked` are sizes of conditions that a caller has, by name.
 
     `flow` says that its schedule is flow matching. `prepare` changes the module after it is built.
-    `compiled` says that a test compiles it, and not only tools/models_page.py.
     """
 
     cls: str
@@ -30,7 +29,6 @@ class TinyModel:
     flow: bool = False
     prepare: Callable[[Any], None] | None = None
     size: tuple[int, ...] | None = None
-    compiled: bool = True
 
     def build(self) -> torch.nn.Module:
         """Return the module, seeded."""

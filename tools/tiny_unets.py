@@ -91,7 +91,6 @@ TINY_UNETS: dict[str, TinyModel] = {
             "resnet_time_scale_shift": "scale_shift",
         },
         {"encoder_hidden_states": (TOKENS, 24), "encoder_attention_mask": (TOKENS,)},
-        compiled=False,
     ),
     "UNet2DConditionModel, Kandinsky 2.1": TinyModel(
         COND,
@@ -102,7 +101,6 @@ TINY_UNETS: dict[str, TinyModel] = {
             "encoder_hid_dim_type": "text_image_proj",
         },
         {"encoder_hidden_states": (TOKENS, 24)},
-        compiled=False,
     ),
     "UNet2DConditionModel, Kandinsky 2.2 with a hint": TinyModel(
         COND,
@@ -117,13 +115,11 @@ TINY_UNETS: dict[str, TinyModel] = {
     "UNet2DConditionModel, Kandinsky 2.2": TinyModel(
         COND,
         {**UNET, "addition_embed_type": "image", "encoder_hid_dim": 24, "encoder_hid_dim_type": "image_proj"},
-        compiled=False,
     ),
     "UNet2DConditionModel, unCLIP": TinyModel(
         COND,
         {**UNET, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 24},
         {"encoder_hidden_states": (TOKENS, 16)},
-        compiled=False,
     ),
     "UNet2DConditionModel, AudioLDM": TinyModel(
         COND,
@@ -137,19 +133,17 @@ TINY_UNETS: dict[str, TinyModel] = {
             "projection_class_embeddings_input_dim": 24,
             "class_embeddings_concat": True,
         },
-        compiled=False,
     ),
     "UNet2DConditionModel, upscaler": TinyModel(
         COND,
         {**UNET, "in_channels": 7, "num_class_embeds": 10},
         {"encoder_hidden_states": (TOKENS, 16)},
-        compiled=False,
     ),
     "UNet2DConditionModel, a class embedding as it is": TinyModel(
-        COND, {**UNET, "class_embed_type": "identity"}, {"encoder_hidden_states": (TOKENS, 16)}, compiled=False
+        COND, {**UNET, "class_embed_type": "identity"}, {"encoder_hidden_states": (TOKENS, 16)}
     ),
     "UNet2DConditionModel, IP-Adapter": TinyModel(
-        COND, UNET, {"encoder_hidden_states": (TOKENS, 16)}, prepare=_ip_adapter, compiled=False
+        COND, UNET, {"encoder_hidden_states": (TOKENS, 16)}, prepare=_ip_adapter
     ),
     "Kandinsky3UNet": TinyModel(
         "Kandinsky3UNet",
