@@ -115,7 +115,7 @@ NARROW_WIDTHS = (
 )
 """Ours. Inputs of 4 and 6 bits run on 8-bit kernels: images count, and no speed is claimed.
 
-With 6 bits ranges are those of least error (mnist-onnx, 300 iterations, epsilon and PSNR median / 10th percentile: 30.7,
-38.7 / 33.6 dB, and 29.1, 37.9 / 30.8 with percentiles). With 4 bits such ranges cut off more, and what is cut off adds
-up: the digits have 29.5 / 20.4 dB by them and 30.8 / 20.5 by percentiles, mnist-onnx 26.4 / 20.7 and 26.3 / 20.4.
+With 6 bits ranges are those of least error (mnist-onnx, 300 iterations, epsilon and PSNR median / 10th percentile:
+30.7, 38.7 / 33.6 dB, and 29.1, 37.9 / 30.8 with percentiles). With 4 bits such ranges cut off more, and what is cut off
+adds up: the digits have 29.5 / 20.4 dB by them and 30.8 / 20.5 by percentiles, mnist-onnx 26.4 / 20.7 and 26.3 / 20.4.
 """
