@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -85,8 +86,9 @@ def test_clean_qdq_is_not_needed_for_integer_kernels(tiny: Program, context: Con
 
 
 def narrow_program(tiny: Program, context: Context, with_clip: bool) -> Program:
-    """The tiny net at W4A4; without the Clip nodes of the activations when asked for."""
-    steps = [replace(p, activation_bits=4, weight_bits=4) if isinstance(p, ChooseScales) else p for p in w8a8()]
+    """The tiny net at 4 bits, outputs too; without the Clip nodes of the activations when asked for."""
+    bits: dict[str, Any] = dict.fromkeys(("activation_bits", "output_bits", "weight_bits"), 4)
+    steps = [replace(p, **bits) if isinstance(p, ChooseScales) else p for p in w8a8()]
     program = pipeline.run_passes(tiny, steps, context)
     if not with_clip:
         for node in [n for n in program.graph if n.op_type == "Clip" and "quantized" in str(n.inputs[0])]:

@@ -33,6 +33,7 @@ from tests.helpers.models import CONTEXT, SMALL, THREADS, Cli, Compiled, hand_wr
 SUMS = {"signal": 1.0, "noise": 2e-3, "x_signal": 1.0, "x_noise": 1e-3, "y_noise": 1e-4}
 WIDTHS = {"x_low": -1.0, "x_high": 1.0, "x_reach": 2.0, "y_low": -1.0, "y_high": 1.0, "y_reach": 2.0}
 QUIET = {**SUMS, **WIDTHS}
+NARROW = {"weight": 4, "activation": 6, "output": 6}
 FEW_ISLANDS = {"insert_qdq.islands": ["first", "last"]}
 SMOOTH_ALL = {"gain": -100.0, "run_time": True, "run_time_gain": -100.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,7 +43,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"smooth_scales.gain": -100.0, "smooth_scales.run_time": True, "smooth_scales.run_time_gain": -100.0},
     ),
     "integer": ("w8a8-steps", FEW_ISLANDS),
-    "narrow": ("w8a8-steps", {**FEW_ISLANDS, "choose_scales.weight_bits": 4, "choose_scales.activation_bits": 6}),
+    "narrow": ("w8a8-steps", {**FEW_ISLANDS, **{f"choose_scales.{what}_bits": n for what, n in NARROW.items()}}),
 }
 
 
@@ -233,7 +234,7 @@ class TestRefusals:
     def test_layers_with_the_timestep_in_front_of_their_scales(self, hand: Compiled, tmp_path: Path) -> None:
         """The constant form: a layer with a table cannot be taken out of it, and is named; the others can."""
         for gain, known in ((1000.0, 2), (-1000.0, 0)):
-            settings = {**FEW_ISLANDS, "step_scales.gain": gain}
+            settings = {**FEW_ISLANDS, "step_scales.decide": "expected", "step_scales.gain": gain}
             made = compile_model(
                 hand.exported, tmp_path / f"{known}", target="openvino", settings=settings, force=True, **SMALL
             )

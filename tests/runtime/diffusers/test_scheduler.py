@@ -131,7 +131,7 @@ def planted(
     data = manifest_data(
         signature=signature.to_json(),
         deployment=deployment.to_json(),
-        sample_shape=SHAPE[1:],
+        sample_shape=list(SHAPE[1:]),
         deployed_timesteps=list(deployment.timesteps) if frozen else None,
         files={CORRECTION: {"sha256": "", "bytes": 0}},
     )
