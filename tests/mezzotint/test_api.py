@@ -332,8 +332,8 @@ class TestRecipes:
             hand.bundle.sample(2, correction=True)
 
     def test_settings_reach_the_pass(self, hand: Compiled, tmp_path: Path) -> None:
-        settings = {"choose_scales.activation_bits": 4, "choose_scales.output_bits": 4}
-        settings |= {"choose_scales.activations": "minmax"}
+        settings: dict[str, Any] = dict.fromkeys(("choose_scales.activation_bits", "choose_scales.output_bits"), 4)
+        settings["choose_scales.activations"] = "minmax"
         coarse = compile_model(hand.exported, tmp_path / "b", recipe="w8a8", settings=settings, **SMALL)
 
         want = pictures(hand.exported, coarse)
