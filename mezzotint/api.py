@@ -106,7 +106,7 @@ def compile_model(
     of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open, or the sizes of
     another sample beside its batch and channels. `timestep_unit` says what its timestep counts: "steps", "fraction"
     (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many of its channels are the image's, and `channel_axis`
-    which axis they are on: 1, or the last one, of tokens `[B, N, C]`.
+    which axis they are on: 1, the last one of tokens `[B, N, C]`, or another.
     `export` is a path for the imported float graph. `cache` is a folder of calibration statistics: compilations that
     calibrate on the same graph in the same way measure once. `license` is the model's, for the bundle's card.
     `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the

@@ -246,7 +246,7 @@ class Denoiser:
         rank = len(declared[signature.sample].shape)
         for name in (signature.sample, signature.output):
             value = used[name]
-            if value.dtype != np.float32 or len(value.shape) != rank or signature.channel_axis not in (1, rank - 1):
+            if value.dtype != np.float32 or len(value.shape) != rank or signature.channel_axis >= rank:
                 raise InputError(
                     f"{name!r} is {value.type} {list(value.shape)}, expected float32 of the sample's rank, "
                     f"with channels along axis {signature.channel_axis}"

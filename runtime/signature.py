@@ -38,9 +38,10 @@ MOST_RANK = 8
 class Signature:
     """Names of a denoiser's inputs and output, its prediction type, and the unit of its timestep.
 
-    `sample` is float32 `[batch, ...]` with its channels along `channel_axis`: 1, or the last axis, as tokens
-    `[batch, tokens, channels]` have them. `timestep` is an integer or float scalar or `[batch]`; `conditions` are all
-    other inputs, in the order of the graph. `num_train_timesteps` is the N of the unit.
+    `sample` is float32 `[batch, ...]` with its channels along `channel_axis`: 1, the last one for tokens `[batch,
+    tokens, channels]`, or 2 for video `[batch, frames, channels, height, width]`. `timestep` is an integer or float
+    scalar or `[batch]`; `conditions` are all other inputs, in the order of the graph. `num_train_timesteps` is the N of
+    the unit.
     """
 
     sample: str

@@ -19,7 +19,7 @@ import numpy as np
 
 from mezzotint import compile_model
 from mezzotint.compiler.core.verify import relative_difference
-from mezzotint.compiler.frontend.architectures.registry import REFUSED, ROWS
+from mezzotint.compiler.frontend.architectures.registry import ROWS
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
@@ -117,9 +117,6 @@ def models_page(results: Mapping[str, Mapping[str, Any]]) -> str:
             db = "" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f}"
             figures = [f"{found['parity']:.0e}", str(found["integer"]), str(found["float"]), db]
         lines.append(f"| {name} | {' | '.join(figures)} | {LIMITS.get(tiny.cls, '')} |")
-    if REFUSED:
-        lines += ["", "Classes that no exporter can write:", ""]
-        lines += [f"- `{name}`: {reason}" for name, reason in REFUSED.items()]
     return "\n".join(lines) + "\n"
 
 

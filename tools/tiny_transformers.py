@@ -7,15 +7,16 @@ from tools.tiny_unets import LATENTS, PROMPT, TOKENS
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
 HEADS1 = {**HEADS, "patch_size": 1}
+ONE_BLOCK = {"num_attention_heads": 2, "num_layers": 1}
+CHANNELS = {"in_channels": 4, "out_channels": 4}
 TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "DiTTransformer2DModel": TinyModel(
         "DiTTransformer2DModel",
         {
-            "num_attention_heads": 2,
+            **ONE_BLOCK,
             "attention_head_dim": 8,
             "in_channels": 4,
             "out_channels": 8,
-            "num_layers": 1,
             "sample_size": 8,
             "num_embeds_ada_norm": 10,
         },
@@ -164,11 +165,10 @@ TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "QwenImageTransformer2DModel": TinyModel(
         "QwenImageTransformer2DModel",
         {
+            **ONE_BLOCK,
             "in_channels": 16,
             "out_channels": 4,
-            "num_attention_heads": 2,
             "attention_head_dim": 8,
-            "num_layers": 1,
             "joint_attention_dim": 12,
             "axes_dims_rope": (4, 2, 2),
         },
@@ -179,15 +179,13 @@ TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "WanTransformer3DModel": TinyModel(
         "WanTransformer3DModel",
         {
+            **ONE_BLOCK,
             "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
             "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "text_dim": 12,
             "freq_dim": 16,
             "ffn_dim": 32,
-            "num_layers": 1,
             "rope_max_seq_len": 32,
         },
         {PROMPT: (TOKENS, 12)},
@@ -197,11 +195,9 @@ TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "HunyuanVideoTransformer3DModel": TinyModel(
         "HunyuanVideoTransformer3DModel",
         {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
+            **ONE_BLOCK,
+            **CHANNELS,
             "attention_head_dim": 8,
-            "num_layers": 1,
             "num_single_layers": 1,
             "num_refiner_layers": 1,
             "text_embed_dim": 12,
@@ -215,13 +211,11 @@ TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "CogVideoXTransformer3DModel": TinyModel(
         "CogVideoXTransformer3DModel",
         {
-            "num_attention_heads": 2,
+            **ONE_BLOCK,
             "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "time_embed_dim": 16,
             "text_embed_dim": 12,
-            "num_layers": 1,
             "sample_width": 8,
             "sample_height": 8,
             "sample_frames": 5,
@@ -233,12 +227,11 @@ TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "LTXVideoTransformer3DModel": TinyModel(
         "LTXVideoTransformer3DModel",
         {
+            **ONE_BLOCK,
             "in_channels": 8,
             "out_channels": 8,
-            "num_attention_heads": 2,
             "attention_head_dim": 8,
             "cross_attention_dim": 16,
-            "num_layers": 1,
             "caption_channels": 12,
         },
         {PROMPT: (TOKENS, 12)},
@@ -248,12 +241,10 @@ TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "StableAudioDiTModel": TinyModel(
         "StableAudioDiTModel",
         {
+            **ONE_BLOCK,
             "sample_size": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 1,
+            **CHANNELS,
             "attention_head_dim": 8,
-            "num_attention_heads": 2,
             "num_key_value_attention_heads": 1,
             "cross_attention_dim": 8,
             "time_proj_dim": 8,
@@ -265,13 +256,12 @@ TINY_TRANSFORMERS: dict[str, TinyModel] = {
     "Lumina2Transformer2DModel": TinyModel(
         "Lumina2Transformer2DModel",
         {
+            **ONE_BLOCK,
             "sample_size": 8,
             "in_channels": 4,
             "patch_size": 2,
             "hidden_size": 24,
-            "num_layers": 1,
             "num_refiner_layers": 1,
-            "num_attention_heads": 2,
             "num_kv_heads": 1,
             "multiple_of": 8,
             "axes_dim_rope": (4, 4, 4),

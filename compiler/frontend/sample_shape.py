@@ -4,7 +4,7 @@ A sample has its channels along axis 1 (images, audio, video) or along the last 
 `[B, N, C]` have the same rank, so for a sample of rank 3 the graph decides: its first convolution reads channels along
 axis 1, its first linear layer along the last axis, both seen through transposes. A graph that does neither is decided
 by its sizes: channels are fixed, the length of audio or the number of tokens may be open. `channel_axis` says it where
-nothing does.
+nothing does, and for video `[B, T, C, H, W]`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def settle_channel_axis(graph: ir.Graph, signature: Signature, axis: int | None,
     rank = len(sample.shape or [None] * 4)
     if axis is not None:
         positive = axis + rank if axis < 0 else axis
-        if positive not in (CHANNELS_FIRST, rank - 1):
+        if not CHANNELS_FIRST <= positive < rank:
             raise SignatureError(
                 f"axis {axis} of the sample {signature.sample!r} {sample.shape} cannot be that of its channels",
                 where=where,
-                hint=f"--channel-axis is 1 or {rank - 1}",
+                hint=f"--channel-axis is 1 to {rank - 1}, or -1 for the last one",
             )
         return replace(signature, channel_axis=positive)
     if signature.channel_axis != CHANNELS_FIRST or rank != 3:

@@ -59,7 +59,7 @@ ImageChannels = Annotated[
     int | None, number(bounds.MOST_SIDE, "ONNX: channels of the image, if it has others.", "--channels")
 ]
 ChannelAxis = Annotated[
-    int | None, typer.Option("--channel-axis", help="ONNX: axis of the sample's channels, 1 or the last, -1.")
+    int | None, typer.Option("--channel-axis", help="ONNX: axis of the sample's channels; -1 is the last.")
 ]
 Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
 NoiseSeed = Annotated[

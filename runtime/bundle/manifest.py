@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import BundleError
 from ..sampling.deployment import Deployment
-from ..signature import CHANNELS_FIRST, MOST_RANK, Signature, Timestep, whole
+from ..signature import MOST_RANK, Signature, Timestep, whole
 from ..targets import ONNXRUNTIME, TARGETS, Target, target_named
 from .acceptance import Acceptance
 from .json_fields import HINT, Fields, T
@@ -211,7 +211,7 @@ def _manifest(fields: Fields) -> Manifest:
 def _check_inputs(manifest: Manifest, where: str) -> None:
     """Raise BundleError where the sample's shape or `inputs` are not those of the signature."""
     signature, inputs = manifest.signature, manifest.inputs
-    if signature.channel_axis not in (CHANNELS_FIRST, len(manifest.sample_shape)):
+    if signature.channel_axis > len(manifest.sample_shape):
         what = f"`sample_shape` has no channels along axis {signature.channel_axis}"
         raise BundleError(what, where=where, hint=HINT)
     if inputs is None:

@@ -75,7 +75,7 @@ def run_solver(
 ) -> Images:
     """Return what `sample` returns, for a solver instead of a deployment."""
     if x.dtype != np.float32 or x.ndim < 2:
-        raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, channels, height, width], or alike")
+        raise InputError(f"x is {_kind(x)}; sampling begins with float32 [batch, ...]")
     calls = [denoiser] * len(solver.steps) if callable(denoiser) else denoiser
     if len(calls) != len(solver.steps):
         raise InputError(f"{len(calls)} denoisers for {len(solver.steps)} network calls", hint="give one for each")

@@ -117,7 +117,7 @@ def test_structural_similarity() -> None:
 
 
 def test_structural_similarity_of_other_ranks_has_windows_of_their_rank() -> None:
-    """Audio is an image of height 1; of a video whose frames are alike each window is that of one frame."""
+    """Audio is an image of height 1; of a video of equal frames each window is that of one frame."""
     rng = np.random.default_rng(5)
     audio = rng.uniform(0, 2, (2, 3, 20)).astype(np.float32)
     moved = audio + np.float32(0.1) * rng.standard_normal(audio.shape).astype(np.float32)

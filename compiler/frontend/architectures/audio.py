@@ -17,8 +17,7 @@ def _length(asked: Asked) -> int:
 
 def _unet(asked: Asked) -> NetworkInputs:
     channels = asked.number("in_channels")
-    predicted = int(asked.config.get("out_channels") or channels)
-    return NetworkInputs("sample", (channels, _length(asked)), {}, None, predicted)
+    return NetworkInputs("sample", (channels, _length(asked)), {}, None, asked.predicted)
 
 
 def _stable_audio(asked: Asked) -> NetworkInputs:
@@ -53,8 +52,7 @@ def _audioldm2(asked: Asked) -> NetworkInputs:
     }
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
     height, width = asked.side() if asked.size else (256, 16)  # ten seconds
-    predicted = int(config.get("out_channels") or channels)
-    return NetworkInputs("sample", (channels, height, width), conditions, multiple, predicted)
+    return NetworkInputs("sample", (channels, height, width), conditions, multiple, asked.predicted)
 
 
 UNET1D = Architecture("UNet1DModel", _unet, {"in_channels": 2, "out_channels": 2, "sample_size": 65536})

@@ -13,8 +13,7 @@ _PROMPT = "encoder_hidden_states"
 
 def _inputs(asked: Asked) -> NetworkInputs:
     config, channels = asked.config, asked.number("in_channels")
-    predicted = int(config.get("out_channels") or channels)
-    if predicted != channels:
+    if asked.predicted != channels:
         raise asked.error("a CogVideoX that takes an image besides cannot be exported yet", "use the text model")
     own = (asked.number("sample_height"), asked.number("sample_width"))
     height, width = asked.side() if asked.size else own
@@ -24,7 +23,7 @@ def _inputs(asked: Asked) -> NetworkInputs:
     tokens = asked.tokens(_PROMPT, asked.number("max_text_seq_length"))
     conditions = {_PROMPT: Input((tokens, asked.number("text_embed_dim")))}
     shape = (frames, channels, height, width)
-    return NetworkInputs("hidden_states", shape, conditions, None, frames)
+    return NetworkInputs("hidden_states", shape, conditions, None, channels, channel_axis=2)
 
 
 def _positions(module: Any, known: NetworkInputs) -> dict[str, Any]:

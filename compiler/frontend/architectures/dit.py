@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...errors import ModelError
 from .row import Architecture, Asked, Input, NetworkInputs, kept_of_doubled
 
 
@@ -11,11 +10,10 @@ def _inputs(asked: Asked) -> NetworkInputs:
     side = asked.config.get("sample_size") or 32
     height, width = asked.side()
     if (height, width) != (side, side):
-        raise ModelError(f"the model's samples are {side}x{side}, not {height}x{width}", hint="drop --size")
-    predicted = int(asked.config.get("out_channels") or channels)
+        raise asked.error(f"the model's samples are {side}x{side}, not {height}x{width}", "drop --size")
     labels = {"class_labels": Input((), int(asked.config["num_embeds_ada_norm"]))}
-    shape, kept = (channels, side, side), kept_of_doubled(channels, predicted)
-    return NetworkInputs("hidden_states", shape, labels, None, predicted, kept)
+    shape, kept = (channels, side, side), kept_of_doubled(channels, asked.predicted)
+    return NetworkInputs("hidden_states", shape, labels, None, asked.predicted, kept)
 
 
 DIT = Architecture("DiTTransformer2DModel", _inputs, {"in_channels": 4, "num_embeds_ada_norm": 1000})

@@ -18,17 +18,20 @@ USUAL_SIDE = 128  # latents of an image of 1024 pixels
 PACKED = 2
 
 
-def _packed(asked: Asked, tokens: int, conditions: dict[str, Input]) -> NetworkInputs:
-    """Return the inputs of a network whose prompt has so many tokens."""
-    channels = asked.number("in_channels")
+def packed_grid(asked: Asked) -> tuple[int, int]:
+    """Return the rows and columns of tokens. Raises ModelError for a size that cannot be packed."""
     height, width = asked.side(USUAL_SIDE)
     if height % PACKED or width % PACKED:
         raise asked.error(f"latents of {height}x{width} cannot be packed by {PACKED}x{PACKED}", "give another --size")
-    grid = (height // PACKED, width // PACKED)
+    return height // PACKED, width // PACKED
+
+
+def _packed(asked: Asked, tokens: int, conditions: dict[str, Input]) -> NetworkInputs:
+    """Return the inputs of a network whose prompt has so many tokens."""
+    channels, grid = asked.number("in_channels"), packed_grid(asked)
     prompt = {_PROMPT: Input((tokens, asked.number("joint_attention_dim")))}
-    predicted = int(asked.config.get("out_channels") or channels)
     shape = (grid[0] * grid[1], channels)
-    return NetworkInputs("hidden_states", shape, prompt | conditions, None, predicted, grid=grid, channel_axis=2)
+    return NetworkInputs("hidden_states", shape, prompt | conditions, None, asked.predicted, grid=grid, channel_axis=2)
 
 
 def _flux(asked: Asked) -> NetworkInputs:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from .row import Architecture, Asked, Input, NetworkInputs
-
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
+from .row import Architecture, Asked, NetworkInputs, masked_prompt
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
-    channels, tokens = asked.number("in_channels"), asked.tokens(_PROMPT, 128)
-    conditions = {_PROMPT: Input((tokens, asked.number("encoder_hid_dim"))), _MASK: Input((tokens,), kind="mask")}
+    channels, conditions = asked.number("in_channels"), masked_prompt(asked, 128, asked.number("encoder_hid_dim"))
     multiple = 2 ** (len(asked.config["block_out_channels"]) - 1)
     return NetworkInputs("sample", (channels, *asked.side(128)), conditions, multiple, channels)
 

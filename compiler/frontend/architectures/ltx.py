@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from .row import Architecture, Asked, Input, NetworkInputs
+from .row import Architecture, Asked, NetworkInputs, masked_prompt
 from .video import frames_of
 
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 _USUAL = (21, 16, 22)  # latents of 161 frames of 512 x 704 pixels
 _FRAMES_PER_SECOND, _IN_TIME, _IN_SPACE = 25, 8, 32  # of the pipeline, and of its autoencoder
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
-    channels, tokens = asked.number("in_channels"), asked.tokens(_PROMPT, 128)
+    channels, conditions = asked.number("in_channels"), masked_prompt(asked, 128, asked.number("caption_channels"))
     frames = frames_of(asked, _USUAL[0])
     height, width = asked.side() if asked.size else _USUAL[1:]
     patch, patch_t = asked.number("patch_size"), asked.number("patch_size_t")
     grid = (frames // patch_t, height // patch, width // patch)
-    conditions = {_PROMPT: Input((tokens, asked.number("caption_channels"))), _MASK: Input((tokens,), kind="mask")}
     fixed = {
         "num_frames": grid[0],
         "height": grid[1],
         "width": grid[2],
         "rope_interpolation_scale": (_IN_TIME / _FRAMES_PER_SECOND, _IN_SPACE, _IN_SPACE),
     }
-    predicted = int(asked.config.get("out_channels") or channels)
     shape = (grid[0] * grid[1] * grid[2], channels)
-    return NetworkInputs("hidden_states", shape, conditions, None, predicted, fixed=fixed, grid=grid, channel_axis=2)
+    return NetworkInputs(
+        "hidden_states", shape, conditions, None, asked.predicted, fixed=fixed, grid=grid, channel_axis=2
+    )
 
 
 LTX = Architecture(

@@ -9,39 +9,35 @@ from __future__ import annotations
 
 from typing import Any
 
+from .image_tokens import image_to_tokens, tokens_to_image
 from .rotary import Rotation, joined_positions, real_rotary
-from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs
-
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
+from .row import MASK, PROMPT, Architecture, Asked, NetworkCall, NetworkInputs, masked_prompt
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
-    channels, tokens = asked.number("in_channels"), asked.tokens(_PROMPT, 256)
-    conditions = {_PROMPT: Input((tokens, asked.number("cap_feat_dim"))), _MASK: Input((tokens,), kind="mask")}
-    predicted = int(asked.config.get("out_channels") or channels)
-    return NetworkInputs("hidden_states", (channels, *asked.side()), conditions, None, predicted)
+    channels, conditions = asked.number("in_channels"), masked_prompt(asked, 256, asked.number("cap_feat_dim"))
+    return NetworkInputs("hidden_states", (channels, *asked.side()), conditions, None, asked.predicted)
 
 
 def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
     import torch
 
-    channels, height, width = known.shape
+    _, height, width = known.shape
     patch = int(module.config.patch_size)
     rows, columns = height // patch, width // patch
     first, *rest = (Rotation.of(table) for table in module.rope_embedder.freqs_cis)
-    tokens = torch.arange(known.conditions[_PROMPT].sizes[0])
+    tokens = torch.arange(known.conditions[PROMPT].sizes[0])
     text = _at(first, tokens, *(Rotation(t.real[0], t.imaginary[0]) for t in rest))
     row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
     places = [Rotation(t.real[at], t.imaginary[at]) for t, at in zip(rest, (row, column), strict=True)]
 
     def call(network: Any, arguments: dict[str, Any]) -> Any:
-        image, mask = arguments["hidden_states"], arguments[_MASK]
+        image, mask = arguments["hidden_states"], arguments[MASK]
         batch = image.shape[0]
-        temb, prompt = network.time_caption_embed(image, arguments["timestep"], arguments[_PROMPT])
+        temb, prompt = network.time_caption_embed(image, arguments["timestep"], arguments[PROMPT])
         positions = _of_image(first, mask.sum(dim=1), places)
         words = Rotation(text.real.expand(batch, -1, -1), text.imaginary.expand(batch, -1, -1))
-        patches = image.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
-        hidden = network.x_embedder(patches.flatten(3).flatten(1, 2))
+        hidden = network.x_embedder(image_to_tokens(image, patch))
         for layer in network.context_refiner:
             prompt = layer(prompt, mask, words)
         for layer in network.noise_refiner:
@@ -51,8 +47,7 @@ def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
         for layer in network.layers:
             hidden = layer(hidden, keep, joined_positions(words, positions), temb)
         hidden = network.norm_out(hidden, temb)[:, prompt.shape[1] :]
-        squares = hidden.reshape(batch, rows, columns, patch, patch, network.out_channels)
-        return squares.permute(0, 5, 1, 3, 2, 4).reshape(batch, network.out_channels, height, width)
+        return tokens_to_image(hidden, patch, height, width)
 
     return call
 

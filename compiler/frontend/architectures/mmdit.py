@@ -21,9 +21,8 @@ def _auraflow(asked: Asked) -> NetworkInputs:
 
 def _latents(asked: Asked, conditions: dict[str, Input]) -> NetworkInputs:
     channels = asked.number("in_channels")
-    predicted = int(asked.config.get("out_channels") or channels)
     shape = (channels, *asked.side())
-    return NetworkInputs("hidden_states", shape, conditions, asked.number("patch_size"), predicted)
+    return NetworkInputs("hidden_states", shape, conditions, asked.number("patch_size"), asked.predicted)
 
 
 SD3 = Architecture(

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from .patches import keep_sizes
-from .row import Architecture, Asked, Input, NetworkInputs, kept_of_doubled
+from .row import Architecture, Asked, Input, NetworkInputs, kept_of_doubled, masked_prompt
 
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 _WITH_SIZES = 128  # the sample size from which on diffusers' default is to read the resolution
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
     config = asked.config
-    channels, tokens = asked.number("in_channels"), asked.tokens(_PROMPT, 300)
-    predicted = int(config.get("out_channels") or channels)
+    channels = asked.number("in_channels")
     width = int(config.get("caption_channels") or config["cross_attention_dim"])
-    conditions = {_PROMPT: Input((tokens, width)), _MASK: Input((tokens,), kind="mask")}
+    conditions = masked_prompt(asked, 300, width)
     sized = config.get("use_additional_conditions")
     if sized if sized is not None else config["sample_size"] == _WITH_SIZES:
         conditions["resolution"] = Input((2,), path=("added_cond_kwargs", "resolution"))
         conditions["aspect_ratio"] = Input((1,), path=("added_cond_kwargs", "aspect_ratio"))
-    shape, kept = (channels, *asked.side()), kept_of_doubled(channels, predicted)
-    return NetworkInputs("hidden_states", shape, conditions, asked.number("patch_size"), predicted, kept)
+    shape, kept = (channels, *asked.side()), kept_of_doubled(channels, asked.predicted)
+    return NetworkInputs("hidden_states", shape, conditions, asked.number("patch_size"), asked.predicted, kept)
 
 
 PIXART = Architecture(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .flux import PACKED, USUAL_SIDE
+from .flux import PACKED, packed_grid
 from .rotary import Rotation, real_rotary
 from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs
 
@@ -12,12 +12,9 @@ _PROMPT, _MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
-    height, width = asked.side(USUAL_SIDE)
     if asked.config.get("zero_cond_t") or asked.config.get("use_additional_t_cond"):
         raise asked.error("a Qwen-Image that edits or layers images cannot be exported yet", "use the base model")
-    if height % PACKED or width % PACKED:
-        raise asked.error(f"latents of {height}x{width} cannot be packed by {PACKED}x{PACKED}", "give another --size")
-    grid, tokens = (height // PACKED, width // PACKED), asked.tokens(_PROMPT, 512)
+    grid, tokens = packed_grid(asked), asked.tokens(_PROMPT, 512)
     conditions = {
         _PROMPT: Input((tokens, asked.number("joint_attention_dim"))),
         _MASK: Input((tokens,), kind="mask"),

@@ -1,4 +1,4 @@
-"""The rows by the names of their classes, and the classes that cannot be exported, with the reason."""
+"""The rows by the names of their classes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ _ROWS = (
     *(video.WAN, video.HUNYUAN_VIDEO, cogvideox.COGVIDEOX, ltx.LTX, audio.STABLE_AUDIO),
 )
 ROWS: Mapping[str, Architecture] = {row.name: row for row in _ROWS}
-REFUSED: Mapping[str, str] = {}
-"""Classes that no exporter can write, and why."""
 
 
 def architecture_row(name: str, where: str) -> Architecture:
@@ -47,9 +45,8 @@ def architecture_row(name: str, where: str) -> Architecture:
 
 def unsupported(name: str, where: str) -> ModelError:
     """Return the error for a class that has no row."""
-    reason = f": {REFUSED[name]}" if name in REFUSED else f"; docs/models.md lists the {len(ROWS)} classes that can"
     return ModelError(
-        f"{name} cannot be exported yet{reason}",
+        f"{name} cannot be exported yet; docs/models.md lists the {len(ROWS)} classes that can",
         where=where,
         hint="export it to ONNX yourself and compile the .onnx file",
     )

@@ -18,8 +18,10 @@ from mezzotint.runtime.signature import CHANNELS_FIRST, TimestepUnit
 from ...errors import ModelError
 
 ConditionSizes = Mapping[str, tuple[int, ...]]
-"""ConditionSizes of a condition behind its rows, by name."""
+"""Sizes of conditions behind their rows, by name."""
 SampleSize = tuple[int, ...]
+PROMPT, MASK = "encoder_hidden_states", "encoder_attention_mask"
+"""Names of the arguments that most networks have for a prompt and for the mask of its tokens."""
 Path = tuple[str | int, ...]
 """Where the keyword arguments of a call hold a tensor: ("added_cond_kwargs", "image_embeds", 0)."""
 Kind = Literal["number", "label", "mask", "flag"]
@@ -116,6 +118,11 @@ class Asked:
         height, width = (value, value) if isinstance(value, int) else tuple(value)
         return int(height), int(width)
 
+    @property
+    def predicted(self) -> int:
+        """Return the channels of the output, by default those that the network takes."""
+        return int(self.config.get("out_channels") or self.number("in_channels"))
+
     def tokens(self, name: str, usual: int) -> int:
         """Return the known number of tokens of a condition."""
         return self.sizes.get(name, (usual,))[0]
@@ -156,6 +163,12 @@ class Architecture:
     constants: Callable[[Any, NetworkInputs], dict[str, Any]] | None = None
     call: NetworkCall | None = None
     traced: Callable[[Any, NetworkInputs], NetworkCall] | None = None
+
+
+def masked_prompt(asked: Asked, usual: int, width: int) -> dict[str, Input]:
+    """Return a prompt of so many tokens, if the caller knows no other number, with the mask of its tokens."""
+    tokens = asked.tokens(PROMPT, usual)
+    return {PROMPT: Input((tokens, width)), MASK: Input((tokens,), kind="mask")}
 
 
 def kept_of_doubled(channels: int, predicted: int) -> int | None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from .row import Architecture, Asked, Input, NetworkInputs
-
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
+from .row import Architecture, Asked, Input, NetworkInputs, masked_prompt
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
-    channels, tokens = asked.number("in_channels"), asked.tokens(_PROMPT, 300)
-    predicted = int(asked.config.get("out_channels") or channels)
-    conditions = {_PROMPT: Input((tokens, asked.number("caption_channels"))), _MASK: Input((tokens,), kind="mask")}
+    channels, conditions = asked.number("in_channels"), masked_prompt(asked, 300, asked.number("caption_channels"))
     if asked.config.get("guidance_embeds"):
         conditions["guidance"] = Input(())
     shape = (channels, *asked.side())
-    return NetworkInputs("hidden_states", shape, conditions, asked.number("patch_size"), predicted)
+    return NetworkInputs("hidden_states", shape, conditions, asked.number("patch_size"), asked.predicted)
 
 
 SANA = Architecture(

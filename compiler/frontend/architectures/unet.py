@@ -31,8 +31,7 @@ def _time_width(asked: Asked) -> int:
 def _inputs(asked: Asked) -> NetworkInputs:
     channels = asked.number("in_channels")
     multiple = 2 ** (len(asked.config["block_out_channels"]) - 1)
-    predicted = int(asked.config.get("out_channels") or channels)
-    return NetworkInputs("sample", (channels, *asked.side()), class_input(asked), multiple, predicted)
+    return NetworkInputs("sample", (channels, *asked.side()), class_input(asked), multiple, asked.predicted)
 
 
 UNET2D = Architecture(

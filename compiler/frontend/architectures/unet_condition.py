@@ -34,7 +34,6 @@ def _projection(asked: Asked) -> Any:
 def _inputs(asked: Asked) -> NetworkInputs:
     config = asked.config
     channels, multiple = asked.number("in_channels"), 2 ** (len(config["block_out_channels"]) - 1)
-    predicted = int(config.get("out_channels") or channels)
     conditions: dict[str, Input] = {}
     width = _prompt_width(asked)
     if width is not None:
@@ -50,7 +49,7 @@ def _inputs(asked: Asked) -> NetworkInputs:
         conditions["hint"] = Input(sizes, path=("added_cond_kwargs", "hint"))
     conditions |= _added(asked) | _image(asked) | class_input(asked) | residual_inputs(asked, height, side)
     fixed = {} if width is not None else {_PROMPT: None}
-    return NetworkInputs("sample", (channels, height, side), conditions, multiple, predicted, fixed=fixed)
+    return NetworkInputs("sample", (channels, height, side), conditions, multiple, asked.predicted, fixed=fixed)
 
 
 def _prompt_width(asked: Asked) -> int | None:

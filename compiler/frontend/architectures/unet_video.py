@@ -19,7 +19,7 @@ def _animated(asked: Asked) -> NetworkInputs:
     if config.get("time_cond_proj_dim") is not None:
         conditions["timestep_cond"] = Input((asked.number("time_cond_proj_dim"),))
     shape = (channels, frames_of(asked, 16), *asked.side(64))
-    return NetworkInputs("sample", shape, conditions, None, int(config.get("out_channels") or channels))
+    return NetworkInputs("sample", shape, conditions, None, asked.predicted)
 
 
 def _stable_video(asked: Asked) -> NetworkInputs:
@@ -35,7 +35,7 @@ def _stable_video(asked: Asked) -> NetworkInputs:
         ),
         _IMAGE: Input((frames, extra, height, width)),
     }
-    return NetworkInputs("sample", (frames, image, height, width), conditions, None, frames)
+    return NetworkInputs("sample", (frames, image, height, width), conditions, None, image, channel_axis=2)
 
 
 def _joined(module: Any, arguments: dict[str, Any]) -> Any:
@@ -46,7 +46,7 @@ def _joined(module: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _repeated(module: Any, arguments: dict[str, Any]) -> Any:
-    """NetworkCall AnimateDiff's network, whose pipeline repeats the prompt for each frame."""
+    """Call AnimateDiff's network, whose pipeline repeats the prompt for each frame."""
     frames = arguments["sample"].shape[2]
     arguments[_PROMPT] = arguments[_PROMPT].repeat_interleave(frames, dim=0)
     return module(**arguments, return_dict=False)[0]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from .patches import fill_flags
-from .row import Architecture, Asked, Input, NetworkInputs
+from .row import PROMPT, Architecture, Asked, Input, NetworkInputs, masked_prompt
 
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 _USUAL = (60, 104)  # latents of a video of 480 x 832 pixels
 
 
@@ -17,12 +16,11 @@ def frames_of(asked: Asked, usual: int) -> int:
 def _latents(asked: Asked, frames: int, conditions: dict[str, Input]) -> NetworkInputs:
     channels = asked.number("in_channels")
     height, width = asked.side() if asked.size else _USUAL
-    predicted = int(asked.config.get("out_channels") or channels)
-    return NetworkInputs("hidden_states", (channels, frames, height, width), conditions, None, predicted)
+    return NetworkInputs("hidden_states", (channels, frames, height, width), conditions, None, asked.predicted)
 
 
 def _wan(asked: Asked) -> NetworkInputs:
-    conditions = {_PROMPT: Input((asked.tokens(_PROMPT, 512), asked.number("text_dim")))}
+    conditions = {PROMPT: Input((asked.tokens(PROMPT, 512), asked.number("text_dim")))}
     if asked.config.get("image_dim") is not None:
         image = "encoder_hidden_states_image"
         conditions[image] = Input((asked.tokens(image, 257), asked.number("image_dim")))
@@ -32,12 +30,8 @@ def _wan(asked: Asked) -> NetworkInputs:
 def _hunyuan(asked: Asked) -> NetworkInputs:
     if (kind := asked.config.get("image_condition_type")) is not None:
         raise asked.error(f"a HunyuanVideo with image_condition_type {kind!r} cannot be exported yet")
-    tokens = asked.tokens(_PROMPT, 256)
-    conditions = {
-        _PROMPT: Input((tokens, asked.number("text_embed_dim"))),
-        _MASK: Input((tokens,), kind="mask"),
-        "pooled_projections": Input((asked.number("pooled_projection_dim"),)),
-    }
+    conditions = masked_prompt(asked, 256, asked.number("text_embed_dim"))
+    conditions["pooled_projections"] = Input((asked.number("pooled_projection_dim"),))
     if asked.config["guidance_embeds"]:
         conditions["guidance"] = Input(())
     return _latents(asked, frames_of(asked, 33), conditions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .image_tokens import image_to_tokens, tokens_to_image
 from .rotary import Rotation, joined_positions, real_rotary
 from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs
 
@@ -25,7 +26,7 @@ def _inputs(asked: Asked) -> NetworkInputs:
 
 
 def _lists(module: Any, arguments: dict[str, Any]) -> Any:
-    """NetworkCall the network with lists; an image has one frame."""
+    """Call the network with lists; an image has one frame."""
     import torch
 
     images, prompts = list(arguments["x"].unsqueeze(2)), list(arguments[_PROMPT])
@@ -35,7 +36,7 @@ def _lists(module: Any, arguments: dict[str, Any]) -> Any:
 def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
     import torch
 
-    channels, height, width = known.shape
+    _, height, width = known.shape
     rows, columns, tokens = height // _PATCH, width // _PATCH, known.conditions[_PROMPT].sizes[0]
     text_pad, image_pad = -tokens % _MULTIPLE, -(rows * columns) % _MULTIPLE
     total = tokens + text_pad
@@ -49,11 +50,8 @@ def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
         return hidden if not count else torch.cat([hidden, token.expand(hidden.shape[0], count, -1)], dim=1)
 
     def call(network: Any, arguments: dict[str, Any]) -> Any:
-        sample = arguments["x"]
-        batch = sample.shape[0]
         time = network.t_embedder(arguments["t"] * network.t_scale)
-        patches = sample.reshape(batch, channels, rows, _PATCH, columns, _PATCH).permute(0, 2, 4, 3, 5, 1)
-        hidden = network.all_x_embedder[f"{_PATCH}-1"](patches.flatten(3).flatten(1, 2))
+        hidden = network.all_x_embedder[f"{_PATCH}-1"](image_to_tokens(arguments["x"], _PATCH))
         hidden = padded(hidden, image_pad, network.x_pad_token)
         for layer in network.noise_refiner:
             hidden = layer(hidden, None, image, time)
@@ -64,8 +62,7 @@ def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
         for layer in network.layers:
             hidden = layer(hidden, None, joined_positions(image, text), time)
         hidden = network.all_final_layer[f"{_PATCH}-1"](hidden, c=time)[:, : rows * columns]
-        squares = hidden.reshape(batch, rows, columns, _PATCH, _PATCH, network.out_channels)
-        return squares.permute(0, 5, 1, 3, 2, 4).reshape(batch, network.out_channels, height, width)
+        return tokens_to_image(hidden, _PATCH, height, width)
 
     return call
 

@@ -269,8 +269,8 @@ def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
         ({"sample_shape": [1 << 24, 1 << 24]}, "`sample_shape` is incomplete or inconsistent"),
         ({"sample_shape": [1] * 8}, "`sample_shape` is incomplete or inconsistent"),
         (
-            {"signature": {**Signature("x", "t", "y").to_json(), "channel_axis": 2}},
-            "`sample_shape` has no channels along axis 2",
+            {"signature": {**Signature("x", "t", "y").to_json(), "channel_axis": 4}},
+            "`sample_shape` has no channels along axis 4",
         ),
         (
             {"signature": {**Signature("x", "t", "y").to_json(), "channel_axis": True}},

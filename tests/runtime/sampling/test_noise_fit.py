@@ -412,7 +412,7 @@ def test_refused_fits() -> None:
 
 @pytest.mark.parametrize(("axis", "move"), [(1, (64, 3, 8)), (1, (64, 3, 2, 2, 2)), (2, (64, 8, 3))])
 def test_channels_may_be_along_another_axis(tmp_path: Path, axis: int, move: tuple[int, ...]) -> None:
-    """Audio, video and tokens with the values of images have their tables, and are corrected alike."""
+    """Audio, video and tokens with the values of images have their tables, and the same corrections."""
 
     def reshaped(images: Floats) -> Floats:
         flat = images[:, :, :2, :4].reshape(64, 3, 8)
