@@ -154,8 +154,8 @@ def best_recipe(recipe: Recipe) -> str:
 def islands_option(recipe: Recipe, layers: Sequence[str]) -> str:
     """Return the options that keep layers in float, in addition to the islands of the recipe."""
     islands = [*recipe.islands, *layers]
-    named = [step.name for step in recipe.passes if "islands" in step.options()]
-    return " ".join(f"--set '{name}.islands=[{', '.join(_quoted(i) for i in islands)}]'" for name in named)
+    listed = ", ".join(_quoted(i) for i in islands)
+    return " ".join(f"--set '{name}.islands=[{listed}]'" for name in recipe.islands_by_pass)
 
 
 def _factor(value: float) -> str:

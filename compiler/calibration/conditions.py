@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
+import numpy as np
 import onnx_ir as ir
 
 from mezzotint.runtime import streams
@@ -88,12 +89,14 @@ def random_rows(
 
     A condition that the model declares with one row, or as a number, gets one row. Open dimensions have the sizes that
     `named` has for their names (see `named_sizes`), else OPEN_TOKENS; extra channels have the other sizes of the
-    sample, whose shape is `shape`. Raises ConditionError for integer conditions (class labels), whose range is unknown.
+    sample, whose shape is `shape`. A mask, which is an integer or boolean condition with that word in its name, keeps
+    every token. Raises ConditionError for other integer conditions (class labels), whose range is unknown.
     """
     rng = streams.CONDITIONS.generator(seed)
     conditions: dict[str, AnyArray] = {}
     for name, value in inputs.items():
-        if value.dtype is None or value.shape is None or not value.dtype.is_floating_point():
+        mask = value.dtype is not None and not value.dtype.is_floating_point() and "mask" in name.lower()
+        if value.dtype is None or value.shape is None or not (mask or value.dtype.is_floating_point()):
             raise ConditionError(
                 f"no random values can be drawn for the condition {name!r} ({value.dtype}{value.shape})",
                 hint="give --conditions FILE.npz with real ones",
@@ -107,7 +110,8 @@ def random_rows(
                 f"the condition {name!r} has {prod(sizes)} values in {rows} rows, more than random ones are drawn for",
                 hint="give --conditions FILE.npz with real ones, or look at the sizes in the model's configuration",
             )
-        conditions[name] = rng.standard_normal(sizes).astype(value.dtype.numpy())
+        drawn = np.ones(sizes) if mask else rng.standard_normal(sizes)
+        conditions[name] = drawn.astype(value.dtype.numpy())
     return conditions
 
 

@@ -155,7 +155,7 @@ class Recipe:
 
     def _check_islands(self) -> None:
         """Refuse different `islands` in two passes: the scales of one would be those of another model."""
-        chosen = {p.name: p.options()["islands"] for p in self.passes if p.options().get("islands") is not None}
+        chosen = self.islands_by_pass
         for name, islands in chosen.items():
             first = next(iter(chosen))
             if islands != chosen[first]:
@@ -167,9 +167,15 @@ class Recipe:
                 )
 
     @property
+    def islands_by_pass(self) -> dict[str, tuple[str, ...]]:
+        """Return the `islands` of each pass that has the option, and has a use for it: null says that it has none."""
+        chosen = {p.name: p.options().get("islands") for p in self.passes}
+        return {name: tuple(islands) for name, islands in chosen.items() if islands is not None}
+
+    @property
     def islands(self) -> tuple[str, ...]:
         """Return the `islands` of all passes: the roles and node name patterns that stay in float."""
-        return tuple(dict.fromkeys(island for p in self.passes for island in p.options().get("islands") or ()))
+        return tuple(dict.fromkeys(island for islands in self.islands_by_pass.values() for island in islands))
 
     def for_target(self, target: Target) -> Recipe:
         """Return the recipe with its passes as a target needs them. Raise RecipeError if one has no form for it."""

@@ -159,7 +159,7 @@ def with_options(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
         islands = next(iter(chosen.values()))
         passes = [
             make_pass(p.name, {**p.options(), ISLANDS_OPTION: islands}, f"--set {next(iter(chosen))}.{ISLANDS_OPTION}")
-            if p.options().get(ISLANDS_OPTION) is not None and p.name not in chosen
+            if p.name in recipe.islands_by_pass and p.name not in chosen
             else p
             for p in passes
         ]

@@ -2,6 +2,12 @@
 
 `keep_sizes`: the exporter writes `x.squeeze(1)` as a Squeeze even where torch leaves x alone, because its axis has more
 than one element. onnxruntime then refuses the file: "Dimension of input 1 must be 1 instead of 16" (PixArt).
+
+`fill_flags`: onnxruntime has no Where of booleans, which a masked filling of them becomes: "Could not find an
+implementation for Where(16)" (HunyuanVideo).
+
+`keep_epsilon`: onnxscript's optimizer takes every constant below 1e-8 for zero and removes `x + 1e-15`. A linear
+attention whose features are all negative in front of its ReLU then divides 0 by 0 (Sana).
 """
 
 from __future__ import annotations
@@ -9,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_TAKEN_FOR_ZERO = 1e-8
 
 
 @contextmanager
@@ -30,6 +38,27 @@ def keep_sizes(module: Any) -> Iterator[None]:
         yield
     finally:
         torch.Tensor.squeeze = squeeze  # type: ignore[method-assign]
+
+
+@contextmanager
+def keep_epsilon(module: Any) -> Iterator[None]:
+    """Write the sum of a tensor that is never negative and a tiny number as the larger of both.
+
+    They differ by that number at most, which float32 does not see beside values above 1e-8.
+    """
+    import torch
+
+    add = torch.Tensor.__add__
+
+    def added(tensor: Any, other: Any) -> Any:
+        tiny = isinstance(other, float) and 0 < other < _TAKEN_FOR_ZERO
+        return tensor.clamp(min=other) if tiny else add(tensor, other)
+
+    torch.Tensor.__add__ = added  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.__add__ = add  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .patches import keep_epsilon
 from .row import Architecture, Asked, Input, NetworkInputs, masked_prompt
 
 
@@ -17,4 +18,5 @@ SANA = Architecture(
     "SanaTransformer2DModel",
     _inputs,
     {"in_channels": 32, "out_channels": 32, "caption_channels": 2304, "sample_size": 32, "patch_size": 1},
+    patches=(keep_epsilon,),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mezzotint.compiler.audit.suggestions import islands_option
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
@@ -200,3 +201,16 @@ def test_settings_that_fit_nothing(setting: str, message: str, hint: str) -> Non
     with pytest.raises(RecipeError, match=message) as caught:
         with_options(RECIPES["w8a8"], {setting: "minmax"})
     assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("name", "judges_tables"), [("w8a8-steps", False), ("w8a8-constant", True)])
+def test_advice_about_islands_names_the_passes_that_use_them(name: str, judges_tables: bool) -> None:
+    recipe = RECIPES[name]
+
+    advice = islands_option(recipe, ["conv_9"])
+
+    assert ("step_scales.islands" in advice) == judges_tables
+    assert "insert_qdq.islands=[first, second, penultimate, last, conv_9]" in advice
+    changed = with_options(recipe, {"insert_qdq.islands": ["first", "conv_9"]})
+    assert set(changed.islands_by_pass) == set(recipe.islands_by_pass)
+    assert set(changed.islands_by_pass.values()) == {("first", "conv_9")}
