@@ -3,7 +3,7 @@
     python -m tools.bench digits              embedded model, batch 16, images and sampling loop too
     python -m tools.bench cifar10             the ddpm-cifar10-32 configuration, random weights, batch 4
     python -m tools.bench sd15                the Stable Diffusion 1.5 UNet configuration, random weights
-    python -m tools.bench sd15-speed          the same, 64x64 latents: speed and memory of a call beside fp32
+    python -m tools.bench sd15-speed          the same, 64x64 latents: speed and memory of a call, ours and peers'
     python -m tools.bench sd15-gptq           the same, with 4-bit weights rounded by GPTQ
     python -m tools.bench sd15-training       the same, two of its blocks trained for 20 iterations
     python -m tools.bench digits --peer       onnxruntime's own quantizer too
@@ -26,21 +26,19 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import psutil
 
 from mezzotint.api import compile_model
 from mezzotint.bench import peers
-from mezzotint.bench.bench import make_conditions
-from mezzotint.bench.pairs import compare, folder_bytes, latency_ratio, middle_timestep
+from mezzotint.bench.pairs import compare, folder_bytes, latency_ratio
 from mezzotint.compiler.core.memory import PeakMemory
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.errors import MezzotintError
-from mezzotint.runtime.latency import call_ratio, timed_block
+from mezzotint.runtime.latency import call_ratio
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
-from tools import bench_gpu
+from tools import bench_calls, bench_gpu
 from tools.bench_models import CIFAR10, SD15, random_model
 
 TRAINED_BLOCKS = ("down_blocks.2/resnets.1", "down_blocks.2/attentions.1/transformer_blocks.0")
@@ -110,34 +108,45 @@ def sd15(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 
 
 def sd15_speed(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
-    """The same with 64x64 latents: one call of two samples beside fp32 onnxruntime, and the memory of each network."""
+    """The same with 64x64 latents: a call of two samples on each engine, one process after the other.
+
+    What was compiled into the folder of --keep before is measured as it is.
+    """
     exported = folder / "float.onnx"
-    options: dict[str, Any] = {"recipe": "w8a8-steps", "steps": 1, "calibration_samples": 1, "export": exported}
-    bundle = _sd15(args, folder, bars, gigabytes=18, minutes=40, latents=64, **options)
-    x, t = samplers.initial_noise(0, (2, *bundle.sample_shape)), middle_timestep(bundle)
-    seconds: dict[str, list[float]] = {"float": [], "integer": []}
-    memory: dict[str, float] = {}
-    for name in ("float", "integer", "integer", "float"):
+    options: dict[str, Any] = {"steps": 1, "calibration_samples": 1, "latents": 64}
+    bundles = [folder / "onnxruntime", folder / "openvino"]
+    for path, recipe, target in zip(bundles, ("w8a8-steps", "w8a8"), ("onnxruntime", "openvino"), strict=True):
+        if path.exists():
+            continue
+        export: dict[str, Any] = {} if exported.exists() else {"export": exported}
+        bundle = _sd15(
+            args,
+            folder,
+            bars,
+            gigabytes=18,
+            minutes=40,
+            name=path.name,
+            recipe=recipe,
+            target=target,
+            **options,
+            **export,
+        )
+        del bundle
         gc.collect()
-        before = psutil.Process().memory_info().rss / 1e6
-        with PeakMemory() as peak:
-            file = exported if name == "float" else bundle.path / MODEL
-            net = Denoiser(file, bundle.signature, threads=args.threads)
-            rows = {key: array for key, (array, _) in make_conditions(net, bundle, 2).items()}
-            seconds[name] += timed_block(lambda x, t, net=net, rows=rows: net(x, t, **rows), x, t, 4)  # type: ignore[misc]
-            del net
-        memory[name] = max(memory.get(name, 0.0), peak.peak_mb - before)
-    print(json.dumps({"seconds": seconds, "memory_mb": memory}))
-    ratio = float(np.median(seconds["float"]) / np.median(seconds["integer"]))
+    jobs = bench_calls.jobs_of(exported, bundles, folder, with_peers=True)
+    found = bench_calls.measure_calls(jobs, folder, batch=2, threads=args.threads, calls=3)
+    print(bench_calls.calls_table(found))
+    floating, integer = found[bench_calls.FLOAT], found[bench_calls.own_name(bundles[0], "onnxruntime")]
+    ratio = float(np.median(floating.seconds) / np.median(integer.seconds))
     bars.add(f"speed-up of one call, batch 2, {args.threads} threads", ratio, ">= 2.4", ratio >= 2.4)
-    share = memory["integer"] / memory["float"]
+    share = integer.memory_mb / floating.memory_mb
     bars.add("memory of the call, of that of fp32", share, "<= 0.5", share <= 0.5)
 
 
 def sd15_gptq(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     """The same with 4-bit weights rounded by GPTQ, four samples at four calls: layers of up to 23,040 inputs."""
-    recipe: dict[str, Any] = {"recipe": "gptq", "settings": {"choose_scales.weight_bits": 4}}
-    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=45, steps=4, calibration_samples=4, **recipe)
+    options: dict[str, Any] = {"recipe": "gptq", "settings": {"choose_scales.weight_bits": 4}, "steps": 4}
+    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=45, calibration_samples=4, **options)
     _size_of_parameters(bundle, bars, 0.15)
     print(next(record.note for record in bundle.manifest.history if record.name == "round_weights"))
 
@@ -146,8 +155,8 @@ def sd15_training(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     """The same with 4-bit weights; the rounding of a residual block and of a transformer block is trained."""
     trained = {"unit": "block", "iterations": 20, "samples": 2, "batch": 2, "calls": 2, "units": TRAINED_BLOCKS}
     settings = {"choose_scales.weight_bits": 4, **{f"reconstruct.{key}": value for key, value in trained.items()}}
-    steps = {"steps": 2, "calibration_samples": 2}
-    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=30, recipe="adaround", settings=settings, **steps)
+    options: dict[str, Any] = {"settings": settings, "steps": 2, "calibration_samples": 2}
+    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=30, recipe="adaround", **options)
     fits = bundle.manifest.training
     bars.add("trained blocks", len(fits), "2", len(fits) == 2)
     for fit in fits:
@@ -163,18 +172,19 @@ def _sd15(
     gigabytes: float,
     minutes: float,
     latents: int = 32,
+    name: str = "bundle",
     **options: Any,
 ) -> Bundle:
-    model = random_model("UNet2DConditionModel", SD15)
     source = folder / "source"
-    print("writing the model with random weights", flush=True)
-    model().save_pretrained(source)
+    if not source.exists():
+        print("writing the model with random weights", flush=True)
+        random_model("UNet2DConditionModel", SD15)().save_pretrained(source)
     gc.collect()  # modules hold themselves in cycles; what is left of this one is not the compiler's memory
     start = time.perf_counter()
     with PeakMemory() as memory, shown() as report:
         bundle = compile_model(
             source,
-            folder / "bundle",
+            folder / name,
             scheduler="sd",
             size=(latents, latents),
             calibration_batch=2,

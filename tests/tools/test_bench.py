@@ -1,4 +1,5 @@
-"""tools/bench.py gpu: refused at once without a GPU; what it measures, on the CPU provider in place of one."""
+"""tools/bench.py gpu: refused at once without a GPU; what it measures, on the CPU provider in place of one. And
+tools/bench_calls.py: each network in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.providers.names import KNOWN
 from mezzotint.runtime.session import Denoiser
 from tests.helpers.models import Compiled
-from tools import bench_gpu
+from tools import bench_calls, bench_gpu
 from tools.bench import Bars
 from tools.rooms import ROOT
 
@@ -75,3 +76,21 @@ def test_the_memory_of_a_process() -> None:
     table = "17, 512\n4, 100\n17, 256\nno numbers\n"
     assert bench_gpu.process_memory(table, 17) == pytest.approx(768 * 1.048576)
     assert bench_gpu.process_memory(table, 5) is None
+
+
+def test_each_network_is_called_in_a_process_of_its_own(hand: Compiled, tmp_path: Path) -> None:
+    jobs = bench_calls.jobs_of(hand.exported, [hand.bundle.path], tmp_path, with_peers=False)
+    found = bench_calls.measure_calls(jobs, tmp_path, batch=2, threads=1, calls=2, rounds=1)
+    name = bench_calls.own_name(hand.bundle.path, "onnxruntime")
+    assert list(found) == [bench_calls.FLOAT, name]
+    assert all(len(figures.seconds) == 2 and figures.memory_mb > 0 for figures in found.values())
+    near = found[name].epsilon_db
+    assert near is not None and 20 < near < 80 and found[bench_calls.FLOAT].epsilon_db is None
+    lines = bench_calls.calls_table(found).splitlines()
+    assert len(lines) == 4 and "1.00x" in lines[2] and f"{near:.1f} |" in lines[3]
+
+
+def test_a_process_that_fails_says_why(hand: Compiled, tmp_path: Path) -> None:
+    job = bench_calls.CallJob("missing", str(tmp_path / "missing.onnx"), str(hand.bundle.path))
+    with pytest.raises(RuntimeError, match=r"missing\.onnx"):
+        bench_calls.measure_calls([job], tmp_path, batch=2, threads=1, calls=1)
