@@ -42,6 +42,7 @@ from mezzotint.runtime.session import Denoiser
 from tools.rooms import ROOT
 
 FLOAT = "fp32 onnxruntime"
+PEER_CALLS = 4  # that a peer is calibrated on
 
 
 @dataclass(frozen=True)
@@ -176,15 +177,16 @@ def _call(job: CallJob, bundle: Bundle, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(job: CallJob, bundle: Bundle, task: dict[str, Any]) -> dict[str, Any]:
-    """Write a peer's file: it is calibrated on noise at the deployed timesteps, batch by batch."""
+    """Write a peer's file. It is calibrated on single samples, since NNCF keeps all activations of a call at once."""
     folder = Path(job.file).parent
     folder.mkdir(parents=True, exist_ok=True)
     net = Denoiser(job.source, bundle.signature, threads=task["threads"])
-    rows = {key: array for key, (array, _) in make_conditions(net, bundle, task["batch"]).items()}
+    rows = {key: array for key, (array, _) in make_conditions(net, bundle, 1).items()}
     del net
+    times = bundle.deployment.timesteps
     calls = [
-        (samplers.initial_noise(1 + i, (task["batch"], *bundle.sample_shape)), t, rows)
-        for i, t in enumerate(bundle.deployment.timesteps[:8])
+        (samplers.initial_noise(1, (1, *bundle.sample_shape), first=i), times[i % len(times)], rows)
+        for i in range(PEER_CALLS)
     ]
     peers.prepare_peer(job.make, Path(job.source), bundle.signature, calls, folder, task["threads"])
     return {"file": job.file}
