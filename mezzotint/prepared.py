@@ -32,6 +32,7 @@ from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
 from mezzotint.runtime.streams import SeedOffset
 
+from .deployed_size import schedule_of_size
 from .io.settings import load_conditions
 from .io.sources import CONFIG_FILE, FolderSource, ModelSource, ModuleSource, OnnxSource, resolve
 from .options import RANDOM, CompileOptions, DeploymentOptions, ImportRoles
@@ -105,9 +106,11 @@ def prepare_model(
 
 
 def _source(model: Model, options: DeploymentOptions, roles: ImportRoles) -> tuple[ModelSource, Deployment]:
-    """Return a model with the schedule for what it predicts, and the deployment on that schedule."""
+    """Return a model with the schedule for its prediction and size, and the deployment on that schedule."""
     source = resolve(model, options.scheduler)
-    schedule = source.schedule.predicting(roles.prediction or known_prediction(_config(source), source.schedule))
+    config = _config(source)
+    schedule = source.schedule.predicting(roles.prediction or known_prediction(config, source.schedule))
+    schedule = schedule_of_size(source, schedule, config, roles)
     return replace(source, schedule=schedule), options.on(schedule)
 
 

@@ -86,6 +86,7 @@ LIBRARIES = {
 DOORS: dict[str, set[str]] = {
     "runtime/session.py": {"onnxruntime"},
     "runtime/providers/openvino.py": {"openvino"},
+    "runtime/sampling/flow_sigmas.py": {"scipy"},
     "runtime/diffusers/unet.py": {"torch", "diffusers"},
     "runtime/diffusers/scheduler.py": {"torch", "diffusers"},
     "compiler/audit/openvino_built.py": {"openvino"},

@@ -29,6 +29,7 @@ SCHEDULERS = {
     "dpmpp-2m": ("DPMSolverMultistepScheduler", ', algorithm_type="dpmsolver++"'),
     "dpmpp-2m-sde": ("DPMSolverMultistepScheduler", ', algorithm_type="sde-dpmsolver++"'),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", ""),
+    "unipc": ("UniPCMultistepScheduler", ""),
 }
 
 
@@ -106,10 +107,12 @@ def with_diffusers(manifest: Manifest, correction: bool) -> str:
     for role in passes:
         lines += [f"{role} = {{", *_keywords(manifest, conditions), "}"]
     size = ", ".join(map(str, _shape(manifest, manifest.signature.sample, None)))
+    # Pipelines of flow matching pass the shift of their sequence's length, and some of them sigmas.
+    steps = f"**network.bundle.schedule.timestep_options({deployment.steps})" if flow else f"{deployment.steps}"
     start = "" if flow else " * scheduler.init_noise_sigma"
     lines += [
         "generator = torch.Generator().manual_seed(0)",
-        f"scheduler.set_timesteps({deployment.steps})",
+        f"scheduler.set_timesteps({steps})",
         f"x = torch.randn({size}, generator=generator){start}",
         "for t in scheduler.timesteps:",
     ]

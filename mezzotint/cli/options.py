@@ -23,7 +23,7 @@ from .ending import ended_by_signals, give_up, output_arrives
 LONGEST_USAGE = 500  # characters of a message about the command line
 
 # Spelled out, because --help must not load numpy; a test compares them with runtime/sampling/deployment.py.
-SAMPLER_NAMES = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler"
+SAMPLER_NAMES = "ddim, ddpm, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, pndm, lcm, flow-euler, unipc"
 
 
 def number(most: int, help: str, *names: str, least: int = 1) -> Any:

@@ -24,6 +24,7 @@ from ..bundle.bundle import Bundle
 from ..errors import InputError, TimestepNotDeployed
 from ..sampling.correction import Correction
 from ..sampling.deployment import Deployment
+from ..sampling.flow_sigmas import PASSED
 from ..sampling.schedule import Schedule
 from ..sampling.steps import Solver
 
@@ -36,6 +37,7 @@ _SAMPLERS = {
     "PNDMScheduler": "pndm",
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
+    "UniPCMultistepScheduler": "unipc",
 }
 _MULTISTEP = {"dpmsolver++": "dpmpp-2m", "sde-dpmsolver++": "dpmpp-2m-sde"}
 _NEAR = 1e-3  # timesteps of two libraries, float32, differ by less
@@ -203,8 +205,9 @@ class _Wrapped:
 def _check_schedule(scheduler: Any, bundle: Bundle, table: Correction) -> None:
     """Raise InputError for a scheduler with other steps than the schedule that the bundle was compiled with."""
     name = type(scheduler).__name__
-    # The configuration may name the class that it was saved by.
-    theirs = Schedule.from_config({**scheduler.config, "_class_name": name}, where=f"the pipeline's {name}")
+    # The configuration may name the class that it was saved by. What the pipeline passes is not in its configuration.
+    passed = {key: value for key, value in bundle.schedule.config.items() if key in PASSED}
+    theirs = Schedule.from_config({**scheduler.config, **passed, "_class_name": name}, where=f"the pipeline's {name}")
     if theirs.prediction != bundle.signature.prediction:
         raise InputError(
             f"the scheduler expects {theirs.prediction}, the bundle's network predicts {bundle.signature.prediction}",

@@ -39,25 +39,26 @@ FOLLOWED = frozenset(
         "timestep_scaling",
         "shift",
         "stochastic_sampling",
+        "use_dynamic_shifting",
+        "time_shift_type",
+        "base_shift",
+        "max_shift",
+        "base_image_seq_len",
+        "max_image_seq_len",
+        "shift_terminal",
+        "use_flow_sigmas",
+        "flow_shift",
+        "disable_corrector",
     }
 )
 """Keys that the schedule or a sampler reads (runtime/sampling/schedule.py, solvers*.py)."""
 
 HARMLESS = frozenset(
     {
-        # Read only with a key that is refused: thresholding, use_dynamic_shifting, use_flow_sigmas.
+        # Read only with a key that is refused: thresholding.
         "dynamic_thresholding_ratio",
         "sample_max_value",
-        "base_shift",
-        "max_shift",
-        "base_image_seq_len",
-        "max_image_seq_len",
-        "time_shift_type",
-        "flow_shift",
         # Solvers that are not here: a sampler of another class does not read them in diffusers either.
-        "solver_p",
-        "predict_x0",
-        "disable_corrector",
         "corrector_order",
         "predictor_order",
         "tau_func",
@@ -69,34 +70,43 @@ HARMLESS = frozenset(
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
     "invert_sigmas": (False,),
-    "shift_terminal": (None,),
     "snr_shift_scale": (1, 1.0),
     "scale_factors": (None,),
     "upscale_mode": ("bicubic",),
 }
 """Keys that change every sampler's arithmetic, with the values that are the usual arithmetic."""
 
+ONLY_BETAS: dict[str, tuple[Any, ...]] = {
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+}
+"""The same for schedules of betas; those of flow matching follow these keys."""
+
 SAMPLER_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     # key -> the values that the samplers follow, by the beginning of a sampler's name
-    "use_exponential_sigmas": {"euler": (False,), "heun": (False,), "dpmpp": (False,), "flow": (False,)},
-    "use_beta_sigmas": {"euler": (False,), "heun": (False,), "dpmpp": (False,), "flow": (False,)},
-    "use_karras_sigmas": {"flow": (False,)},
+    "use_exponential_sigmas": {"euler": (False,), "heun": (False,), "dpmpp": (False,), "unipc": (False,)},
+    "use_beta_sigmas": {"euler": (False,), "heun": (False,), "dpmpp": (False,), "unipc": (False,)},
     "interpolation_type": {"euler": ("linear",)},
     "timestep_type": {"euler": ("discrete",)},
     "use_lu_lambdas": {"dpmpp": (False,)},
-    "solver_type": {"dpmpp": ("midpoint",)},
+    # A scheduler of diffusers takes its own usual form for that of another class.
+    "solver_type": {
+        "dpmpp": ("midpoint", "logrho", "bh1", "bh2"),
+        "unipc": ("bh2", "bh1", "midpoint", "heun", "logrho"),
+    },
+    "solver_p": {"unipc": (None,)},
+    "predict_x0": {"unipc": (True,)},
     # The name of the sampler says which of the two; a plain DPM-Solver is another method.
     "algorithm_type": {"dpmpp": ("dpmsolver++", "sde-dpmsolver++")},
 }
 """Keys that only some samplers read, with the values that these samplers follow."""
 
 
-def check_keys(read: ConfigReader) -> None:
+def check_keys(read: ConfigReader, *, flow: bool) -> None:
     """Raise ScheduleError for a key that is unknown, or that asks for other arithmetic with every sampler."""
-    for key, allowed in ONLY.items():
+    for key, allowed in (ONLY if flow else {**ONLY, **ONLY_BETAS}).items():
         _check(read, key, allowed, "no sampler here follows it")
     known = FOLLOWED | HARMLESS | ONLY.keys() | SAMPLER_ONLY.keys()
     unknown = [key for key in read.config if key not in known and not str(key).startswith("_")]

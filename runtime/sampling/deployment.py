@@ -7,6 +7,7 @@ The samplers are those of diffusers' schedulers, by name:
     pndm            PNDMScheduler                     heun              HeunDiscreteScheduler
     lcm             LCMScheduler                      dpmpp-2m          DPMSolverMultistepScheduler
     flow-euler      FlowMatchEulerDiscreteScheduler   dpmpp-2m-sde      the same, sde-dpmsolver++
+    unipc           UniPCMultistepScheduler
 
 The number of calls need not be that of the steps (Heun calls twice a step, PNDM once more than there are steps), and
 two calls may have one timestep. Tables inside a graph have a row for each timestep, tables of the sampling loop one for
@@ -23,9 +24,9 @@ from typing import Any
 from ..bounds import MOST_STEPS, check_number
 from ..errors import ScheduleError
 from ..signature import Timestep, whole
-from . import solvers, solvers_pndm, solvers_sigma
+from . import solvers, solvers_pndm, solvers_sigma, solvers_unipc
 from .config_keys import check_sampler_keys
-from .schedule import Schedule
+from .schedule import FLOW_CLASSES, Schedule
 from .steps import Solver
 
 _SOLVERS: dict[str, Callable[[Schedule, int, float], Solver]] = {
@@ -39,6 +40,7 @@ _SOLVERS: dict[str, Callable[[Schedule, int, float], Solver]] = {
     "pndm": lambda schedule, steps, eta: solvers_pndm.pndm(schedule, steps),
     "lcm": lambda schedule, steps, eta: solvers.lcm(schedule, steps),
     "flow-euler": lambda schedule, steps, eta: solvers.flow_euler(schedule, steps),
+    "unipc": lambda schedule, steps, eta: solvers_unipc.unipc(schedule, steps),
 }
 SAMPLERS: tuple[str, ...] = tuple(_SOLVERS)
 UNGUIDED = 1.0
@@ -124,8 +126,8 @@ class Deployment:
 
 
 def usual_sampler(schedule: Schedule) -> str:
-    """Return the default sampler of a schedule: DDIM, or Euler's method for flow matching."""
-    return "flow-euler" if schedule.flow else "ddim"
+    """Return the default sampler of a schedule: DDIM, or for flow matching that of its class, mostly Euler's method."""
+    return FLOW_CLASSES.get(str(schedule.config.get("_class_name")), "flow-euler") if schedule.flow else "ddim"
 
 
 def _own(schedule: Schedule, steps: int) -> list[int]:

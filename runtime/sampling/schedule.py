@@ -25,6 +25,7 @@ from ..json_text import read_json
 from ..signature import PREDICTIONS, Prediction
 from .betas import alphas_cumprod_of, train_timesteps
 from .config_keys import check_keys
+from .flow_sigmas import flow_facts, timestep_options
 from .scheduler_config import ConfigReader
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -64,6 +65,8 @@ NAMED_SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
+FLOW_CLASSES = {"UniPCMultistepScheduler": "unipc", "DPMSolverMultistepScheduler": "dpmpp-2m"}
+"""Schedulers of betas that are ones of flow matching with `use_flow_sigmas`, and the samplers that are theirs then."""
 OTHER_BETAS = ("IPNDMScheduler",)
 """Schedulers of diffusers whose betas are not those of a diffusion process: alpha = sqrt(1 - beta^2)."""
 
@@ -96,6 +99,11 @@ class Schedule:
     def flow(self) -> bool:
         """Whether this is flow matching."""
         return self.shift is not None
+
+    @property
+    def _unipc(self) -> bool:
+        """Whether the configuration is one of UniPC, which has options that no other scheduler has."""
+        return FLOW_CLASSES.get(str(self.config.get("_class_name"))) == "unipc"
 
     @property
     def last_timestep(self) -> int:
@@ -149,8 +157,12 @@ class Schedule:
             return self
         if prediction not in PREDICTIONS:
             raise ScheduleError(f"unknown prediction type {prediction!r}", hint=f"use one of {', '.join(PREDICTIONS)}")
-        config = {**self.config, "prediction_type": prediction}
-        return type(self).from_config(config, where=f"the scheduler configuration, with prediction {prediction}")
+        return self.with_keys({"prediction_type": prediction})
+
+    def with_keys(self, keys: Mapping[str, Any]) -> Schedule:
+        """Return this schedule with other values of some keys of its configuration. Raises ScheduleError."""
+        said = ", ".join(f"{key} {value!r}" for key, value in keys.items())
+        return type(self).from_config({**self.config, **keys}, where=f"the scheduler configuration, with {said}")
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -179,9 +191,10 @@ class Schedule:
         # such a configuration has defaults of its own in place of these. Here they are values like all others.
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
         read = ConfigReader(config, where)
-        if str(config.get("_class_name", "")).startswith("FlowMatch"):
-            check_keys(read)
-            return cls._of_flow(read)
+        name = str(config.get("_class_name", ""))
+        if name.startswith("FlowMatch") or (name in FLOW_CLASSES and read.flag("use_flow_sigmas", False)):
+            check_keys(read, flow=True)
+            return cls._of_flow(read, "shift" if name.startswith("FlowMatch") else "flow_shift")
         said = (config.get(key) for key in ("beta_schedule", "trained_betas", "alphas_cumprod"))
         if all(value is None for value in said) or config.get("_class_name") in OTHER_BETAS:
             raise read.refuse(
@@ -189,7 +202,7 @@ class Schedule:
                 "matching",
                 "give the scheduler_config.json of a diffusers scheduler",
             )
-        check_keys(read)
+        check_keys(read, flow=False)
         prediction = read.choice("prediction_type", "epsilon", PREDICTIONS)
         if prediction in ("flow_prediction", "reversed_flow_prediction"):
             raise read.refuse(f"{prediction} needs a schedule of flow matching", "use flow matching's scheduler")
@@ -215,18 +228,19 @@ class Schedule:
         )
 
     @classmethod
-    def _of_flow(cls, read: ConfigReader) -> Schedule:
+    def _of_flow(cls, read: ConfigReader, shift: str) -> Schedule:
+        usual = "flow_prediction" if shift == "shift" else "epsilon"  # which is refused, as it is no velocity
         return cls(
             num_train_timesteps=train_timesteps(read),
             alphas_cumprod=np.zeros(0),
-            prediction=cast(Prediction, read.choice("prediction_type", "flow_prediction", FLOW_PREDICTIONS)),
+            prediction=cast(Prediction, read.choice("prediction_type", usual, FLOW_PREDICTIONS)),
             clip_sample=False,
             clip_sample_range=1.0,
             timestep_spacing="linspace",
             steps_offset=0,
             final_alpha_cumprod=1.0,
             variance_type="fixed_small",
-            shift=read.number("shift", 1.0),
+            shift=read.number(shift, 1.0),
             config=dict(read.config),
         )
 
@@ -253,6 +267,10 @@ class Schedule:
             )
         return np.ascontiguousarray(found)
 
+    def timestep_options(self, steps: int) -> dict[str, Any]:
+        """Return the arguments of a diffusers scheduler's `set_timesteps` by which it takes the steps of this one."""
+        return timestep_options(self.reader, steps) if self.flow else {"num_inference_steps": steps}
+
     def digest(self) -> str:
         """Return the SHA-256 of everything that the samplers read: equivalent configurations have the same digest."""
         facts = [
@@ -263,7 +281,8 @@ class Schedule:
             self.steps_offset,
             self.final_alpha_cumprod,
             self.variance_type,
-            *((self.num_train_timesteps, self.shift) if self.flow else ()),
+            *((self.num_train_timesteps, self.shift, *flow_facts(self.reader)) if self.flow else ()),
+            *((self.config.get("solver_type"), repr(self.config.get("disable_corrector"))) if self._unipc else ()),
             *((key, repr(self.option(key))) for key, usual in SAMPLER_OPTIONS.items() if self.option(key) != usual),
         ]
         numbers = self.alphas_cumprod.astype("<f8").tobytes()

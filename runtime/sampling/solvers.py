@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from ..errors import InputError, ScheduleError
 from ..signature import whole
-from .schedule import LEARNED, Schedule
+from .flow_sigmas import flow_sigmas
+from .schedule import FLOW_CLASSES, LEARNED, Schedule
 from .steps import Solver, Step, image_of, noise_of
 
 Timesteps = Sequence[int] | npt.NDArray[np.int64]
@@ -106,14 +107,11 @@ def flow_euler(schedule: Schedule, steps: int) -> Solver:
         raise ScheduleError("flow-euler needs a schedule of flow matching", hint="use another sampler")
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise ScheduleError(f"{steps} steps are not possible", hint=f"ask for 1 to {schedule.num_train_timesteps}")
-    train, shift = schedule.num_train_timesteps, schedule.shift
-
-    def shifted(sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return shift * sigma / (1 + (shift - 1) * sigma)
-
-    # The smallest sigma is shifted once where the range begins and again with all others, as diffusers does.
-    lowest = np.float32(shifted(np.array([np.float32(1 / train)]))[0])
-    sigmas = shifted(np.linspace(float(train), float(lowest * np.float32(train)), steps) / train).astype(np.float32)
+    if schedule.config.get("_class_name") in FLOW_CLASSES:
+        name = str(schedule.config["_class_name"])
+        raise ScheduleError(f"flow-euler does not read the flow_shift of a {name}", hint=f"use {FLOW_CLASSES[name]}")
+    train = schedule.num_train_timesteps
+    sigmas = flow_sigmas(schedule.reader, schedule.shift, train, steps)
     times = whole(sigmas * np.float32(train))
     ends = [*sigmas[1:].astype(float), 0.0]
     found = []

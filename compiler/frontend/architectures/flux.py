@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mezzotint.runtime.sampling.flow_sigmas import BY_LENGTH_AND_STEPS
+
 from .positions import packed_ids
-from .row import Architecture, Asked, Input, NetworkInputs
+from .row import Architecture, Asked, Input, NetworkInputs, tokens_of_grid
 
 _PROMPT, _MASK, _GUIDANCE = "encoder_hidden_states", "attention_mask", "guidance"
 USUAL_SIDE = 128  # latents of an image of 1024 pixels
@@ -102,6 +104,8 @@ FLUX = Architecture(
     _flux,
     {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": False},
     unit="fraction",
+    sigmas="even, but own with use_flow_sigmas",
+    tokens=tokens_of_grid,
     constants=_ids,
 )
 FLUX2 = Architecture(
@@ -109,6 +113,9 @@ FLUX2 = Architecture(
     _flux2,
     {"in_channels": 128, "joint_attention_dim": 15360, "guidance_embeds": True},
     unit="fraction",
+    sigmas="even, but own with use_flow_sigmas",
+    tokens=tokens_of_grid,
+    shift_by=BY_LENGTH_AND_STEPS,
     constants=_ids_of_four,
 )
 CHROMA = Architecture(
@@ -116,6 +123,8 @@ CHROMA = Architecture(
     _chroma,
     {"in_channels": 64, "joint_attention_dim": 4096},
     unit="fraction",
+    sigmas="even",
+    tokens=tokens_of_grid,
     constants=_ids,
     patches=(open_batch,),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .row import Architecture, Asked, NetworkInputs, masked_prompt
+from .row import Architecture, Asked, NetworkInputs, masked_prompt, tokens_of_grid
 from .video import frames_of
 
 _USUAL = (21, 16, 22)  # latents of 161 frames of 512 x 704 pixels
@@ -31,4 +31,6 @@ LTX = Architecture(
     "LTXVideoTransformer3DModel",
     _inputs,
     {"in_channels": 128, "out_channels": 128, "caption_channels": 4096, "patch_size": 1, "patch_size_t": 1},
+    sigmas="even",
+    tokens=tokens_of_grid,
 )

@@ -80,6 +80,8 @@ LUMINA2 = Architecture(
     {"sample_size": 128, "in_channels": 16, "cap_feat_dim": 1024},
     unit="reversed_fraction",
     reversed_velocity=True,
+    sigmas="even",
+    tokens=lambda known: known.channels,  # the axis of the latents that its pipeline takes for their length
     patches=(real_rotary,),
     traced=_traced,
 )

@@ -15,6 +15,12 @@ def _sd3(asked: Asked) -> NetworkInputs:
     return _latents(asked, conditions)
 
 
+def _patches(known: NetworkInputs) -> int:
+    _, height, width = known.shape
+    patch = known.multiple or 1
+    return (height // patch) * (width // patch)
+
+
 def _auraflow(asked: Asked) -> NetworkInputs:
     return _latents(asked, {_PROMPT: Input((asked.tokens(_PROMPT, 256), asked.number("joint_attention_dim")))})
 
@@ -36,6 +42,7 @@ SD3 = Architecture(
         "joint_attention_dim": 4096,
         "pooled_projection_dim": 2048,
     },
+    tokens=_patches,
 )
 AURAFLOW = Architecture(
     "AuraFlowTransformer2DModel",

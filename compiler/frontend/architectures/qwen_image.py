@@ -6,7 +6,7 @@ from typing import Any
 
 from .flux import PACKED, packed_grid
 from .rotary import Rotation, real_rotary
-from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs
+from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs, tokens_of_grid
 
 _PROMPT, _MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 
@@ -57,6 +57,8 @@ QWEN_IMAGE = Architecture(
     _inputs,
     {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584},
     unit="fraction",
+    sigmas="even",
+    tokens=tokens_of_grid,
     patches=(real_rotary,),
     traced=_traced,
 )

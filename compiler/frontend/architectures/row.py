@@ -6,6 +6,7 @@ tools/tiny_models.py, which the tests of all rows compile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from mezzotint.runtime.sampling.flow_sigmas import BY_LENGTH
 from mezzotint.runtime.signature import CHANNELS_FIRST, TimestepUnit
 
 from ...errors import ModelError
@@ -134,6 +136,7 @@ class Asked:
 
 Patch = Callable[[Any], AbstractContextManager[None]]
 """A change of a module, or of a library, while the module is exported; it is undone when the context is left."""
+PassedSigmas = Literal["own", "even", "even, but own with use_flow_sigmas"]
 NetworkCall = Callable[[Any, dict[str, Any]], Any]
 
 
@@ -145,6 +148,9 @@ class Architecture:
     defaults  of diffusers, for keys that a config.json leaves out
     unit      what the timestep counts under a flow-matching schedule
     reversed_velocity  whether the prediction is image - noise there
+    sigmas    what its pipeline passes to a flow-matching scheduler: its own, or even ones from 1 to 1 / steps
+    tokens    `(inputs) -> number` of image tokens by which its pipeline shifts the sigmas; None for one that does not
+    shift_by  how, see runtime/sampling/flow_sigmas.py
     float_time  whether the timestep is a floating number under every schedule
     patches   what the exporter needs
     constants `(module, inputs) -> arguments`: tensors that depend on the size alone, which the export keeps
@@ -158,11 +164,19 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unit: TimestepUnit = "steps"
     reversed_velocity: bool = False
+    sigmas: PassedSigmas = "own"
+    tokens: Callable[[NetworkInputs], int] | None = None
+    shift_by: str = BY_LENGTH
     patches: tuple[Patch, ...] = ()
     float_time: bool = False
     constants: Callable[[Any, NetworkInputs], dict[str, Any]] | None = None
     call: NetworkCall | None = None
     traced: Callable[[Any, NetworkInputs], NetworkCall] | None = None
+
+
+def tokens_of_grid(known: NetworkInputs) -> int:
+    """Return the number of packed tokens."""
+    return math.prod(known.grid)
 
 
 def masked_prompt(asked: Asked, usual: int, width: int) -> dict[str, Input]:

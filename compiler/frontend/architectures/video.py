@@ -48,5 +48,6 @@ HUNYUAN_VIDEO = Architecture(
         "pooled_projection_dim": 768,
         "guidance_embeds": True,
     },
+    sigmas="even",
     patches=(fill_flags,),
 )

@@ -73,6 +73,8 @@ Z_IMAGE = Architecture(
     {"in_channels": 16, "cap_feat_dim": 2560, "all_patch_size": (2,), "all_f_patch_size": (1,)},
     unit="reversed_fraction",
     reversed_velocity=True,
+    sigmas="even",
+    tokens=lambda known: (known.shape[1] // _PATCH) * (known.shape[2] // _PATCH),
     patches=(real_rotary,),
     call=_lists,
     traced=_traced,

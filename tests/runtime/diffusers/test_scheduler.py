@@ -17,6 +17,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -70,11 +71,19 @@ class Case:
         return self.kind.from_config(self.config)
 
     @property
+    def timestep_options(self) -> dict[str, Any]:
+        """What a pipeline hands to `set_timesteps`."""
+        config = {**self.scheduler.config, "_class_name": self.kind.__name__}
+        return Schedule.from_config(config).timestep_options(self.steps)
+
+    @property
     def options(self) -> dict[str, Any]:
         """What a pipeline hands to `step` beside the generator."""
         return {"eta": self.eta} if self.sampler == "ddim" else {}
 
 
+DYNAMIC = {"use_dynamic_shifting": True, "_image_tokens": 900, "_even_sigmas": True}
+UNIPC: dict[str, Any] = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
 CASES = {
     "ddim": Case("ddim", DDIMScheduler, {**STABLE, "set_alpha_to_one": False, "steps_offset": 1}, 6),
     "ddim-noise": Case("ddim", DDIMScheduler, LINEAR, 7, 1.0),
@@ -93,6 +102,9 @@ CASES = {
     "pndm-plms": Case("pndm", PNDMScheduler, {**STABLE, "skip_prk_steps": True, "steps_offset": 1}, 6),
     "lcm": Case("lcm", LCMScheduler, STABLE, 4),
     "flow-euler": Case("flow-euler", FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, 6),
+    "flow-even": Case("flow-euler", FlowMatchEulerDiscreteScheduler, DYNAMIC, 6),
+    "unipc": Case("unipc", UniPCMultistepScheduler, {**STABLE, "solver_order": 3}, 7),
+    "unipc-flow": Case("unipc", UniPCMultistepScheduler, UNIPC, 7),
     "flow-noise": Case("flow-euler", FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, 6),
 }
 NOISY = ["ddim-noise", "ddim-v", "ddpm", "ddpm-log", "ddpm-large", "dpmpp-2m-sde", "euler-ancestral"]
@@ -148,7 +160,7 @@ Options = Callable[[int], dict[str, Any]]
 
 def driven(case: Case, scheduler: Any, each: Options, *, return_dict: bool = False) -> list[Images]:
     """The state behind each call, as a pipeline drives a scheduler, in the scale that the network sees."""
-    scheduler.set_timesteps(case.steps)
+    scheduler.set_timesteps(**case.timestep_options)
     x = torch.from_numpy(initial_noise(1, SHAPE)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     states = []
     for index, t in enumerate(scheduler.timesteps):
@@ -353,7 +365,7 @@ class TestCorrect:
         assert corrected.order == scheduler.order
         for method in ("step", "set_timesteps"):
             assert inspect.signature(getattr(corrected, method)) == inspect.signature(getattr(scheduler, method))
-        corrected.set_timesteps(case.steps)
+        corrected.set_timesteps(**case.timestep_options)
         assert vars(scheduler).keys() == before.keys()
         assert all(vars(scheduler)[key] is value for key, value in before.items()), "the other one is as it was"
 
@@ -428,7 +440,7 @@ class TestCorrect:
         [
             (DDPMScheduler(), r"fitted for ddim, 7 steps, eta 1, not for ddpm \(DDPMScheduler\)"),
             (DPMSolverMultistepScheduler(**SDE), "not for dpmpp-2m-sde"),
-            (UniPCMultistepScheduler(), "UniPCMultistepScheduler has no counterpart"),
+            (DEISMultistepScheduler(), "DEISMultistepScheduler has no counterpart"),
             (
                 DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
                 "algorithm_type dpmsolver has no counterpart",
@@ -906,7 +918,7 @@ class TestAttach:
         ("scheduler", "complaint"),
         [
             (EulerDiscreteScheduler, "not for euler"),
-            (UniPCMultistepScheduler, "no counterpart"),
+            (DEISMultistepScheduler, "no counterpart"),
             (lambda **config: DDIMScheduler(**{**config, "beta_end": 0.013}), "configuration is another"),
             (lambda **config: DDIMScheduler(**config, thresholding=True), "thresholding True is not supported"),
         ],

@@ -111,8 +111,9 @@ def test_impossible_numbers_of_steps(steps: int) -> None:
         ({"clip_sample_range": -1}, "not a number above 0"),
         ({"steps_offset": -1}, "steps_offset is -1"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, "shift is 0"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting True"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal 0.1"),
+        ({"beta_schedule": "linear", "use_dynamic_shifting": True}, "use_dynamic_shifting True"),
+        ({"beta_schedule": "linear", "shift_terminal": 0.1}, "shift_terminal 0.1"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "epsilon"}, "epsilon"),
         ({"_class_name": "FlowMatchHeunDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas True"),
     ],
 )
