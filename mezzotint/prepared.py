@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mezzotint.compiler.bundle.staging import check_target, check_target_file
-from mezzotint.compiler.calibration.conditions import check_rows, named_sizes, random_rows
+from mezzotint.compiler.calibration.conditions import check_rows, named_sizes, random_rows, spread_labels
 from mezzotint.compiler.core.pipeline import CPU, Recipe
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.architectures.row import Input
 from mezzotint.compiler.frontend.channels import network_channels
-from mezzotint.compiler.frontend.conventions import known_prediction, known_unit
+from mezzotint.compiler.frontend.conventions import known_prediction, known_unit, with_known_labels
 from mezzotint.compiler.frontend.from_onnx import load_onnx, settle_inputs
 from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.compiler.frontend.roles import infer_signature
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import CompileWarning
 from mezzotint.runtime.sampling.deployment import Deployment
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, null_rows
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
 from mezzotint.runtime.streams import SeedOffset
 
@@ -84,9 +84,9 @@ def prepare(model: Model, target: Path, options: CompileOptions, device: str = C
     check_target(target, force=options.output.force)
     if options.output.export is not None:
         check_target_file(Path(options.output.export), force=options.output.force)
-    found = _settled(source, deployment, options.roles, conditions, unconditional)
+    found, rows = _settled(source, deployment, options.roles, conditions, unconditional, options.calibration.samples)
     facts = {field.name: getattr(found, field.name) for field in fields(found)}
-    return Prepared(recipe=recipe, conditions=conditions, unconditional=unconditional, **facts)
+    return Prepared(recipe=recipe, conditions=rows[0], unconditional=rows[1], **facts)
 
 
 def prepare_model(
@@ -102,7 +102,7 @@ def prepare_model(
     rows = _read(conditions)
     source, deployed = _source(model, deployment, roles)
     check_target_file(target, force=force)
-    return _settled(source, deployed, roles, rows or None, None)
+    return _settled(source, deployed, roles, rows or None, None, 1)[0]
 
 
 def _source(model: Model, options: DeploymentOptions, roles: ImportRoles) -> tuple[ModelSource, Deployment]:
@@ -120,8 +120,12 @@ def _settled(
     roles: ImportRoles,
     conditions: Conditions | None,
     unconditional: Conditions | None,
-) -> PreparedModel:
-    """Return what the import will find; conditions that are None are not checked."""
+    samples: int,
+) -> tuple[PreparedModel, tuple[Conditions | None, Conditions | None]]:
+    """Return what the import will find, and the rows of conditions with those of class labels that were left out.
+
+    Conditions that are None are not checked.
+    """
     sizes = {
         **_pipeline_sizes(source),
         **{name: rows.shape[1:] for name, rows in (conditions or {}).items() if rows.ndim > 1},
@@ -138,25 +142,37 @@ def _settled(
             )
         signature, shape, inputs = _torch_inputs(source, roles, sizes)
         named = {}
+    if conditions is not None:
+        conditions = {**spread_labels(signature, samples), **conditions}
+    if unconditional == {} and deployment.guided:
+        unconditional = null_rows(signature)
+    found = PreparedModel(source, deployment, roles, signature, shape, sizes, named)
     check_rows(
         inputs,
         deployment,
-        random_rows(inputs, shape, 1, 0, named) if conditions is None else conditions,
-        random_rows(inputs, shape, 1, 0, named) if unconditional is None else unconditional,
+        _random(found, inputs, 1, 0) if conditions is None else conditions,
+        _random_null(found, inputs, 0) if unconditional is None else unconditional,
     )
-    return PreparedModel(source, deployment, roles, signature, shape, sizes, named)
+    return found, (conditions, unconditional)
 
 
 def calibration_rows(prepared: Prepared, inputs: Mapping[str, ir.Value], samples: int, seed: int) -> list[Conditions]:
     """Return (conditions, unconditional) for the inputs of the imported model, random where they were asked for."""
-    unconditional_seed = SeedOffset.UNCONDITIONAL.after(seed)
+    rows, without = prepared.conditions, prepared.unconditional
     return [
-        random_rows(inputs, prepared.shape, rows, start, prepared.named) if arrays is None else arrays
-        for arrays, rows, start in (
-            (prepared.conditions, samples, seed),
-            (prepared.unconditional, 1, unconditional_seed),
-        )
+        _random(prepared, inputs, samples, seed) if rows is None else rows,
+        _random_null(prepared, inputs, SeedOffset.UNCONDITIONAL.after(seed)) if without is None else without,
     ]
+
+
+def _random(found: PreparedModel, inputs: Mapping[str, ir.Value], rows: int, seed: int) -> Conditions:
+    """Return random rows of conditions; class labels, where they are known, are evenly spaced."""
+    return random_rows(inputs, found.shape, rows, seed, found.named, spread_labels(found.signature, rows))
+
+
+def _random_null(found: PreparedModel, inputs: Mapping[str, ir.Value], seed: int) -> Conditions:
+    """Return a random row of the unconditional half; that of class labels, where they are known, is no class."""
+    return random_rows(inputs, found.shape, 1, seed, found.named, null_rows(found.signature))
 
 
 def _onnx_inputs(
@@ -186,6 +202,7 @@ def _onnx_inputs(
             stacklevel=2,
         )
     named = named_sizes(by_name[signature.sample], shape)
+    signature = with_known_labels(signature, model.graph, source.config)
     return signature, shape, {name: by_name[name] for name in signature.conditions}, named
 
 
@@ -212,6 +229,7 @@ def _torch_inputs(
         known_unit(config, schedule) or "steps",
         schedule.num_train_timesteps,
         known.channel_axis,
+        known.labels,
     )
     return signature, known.shape_with(image), inputs
 

@@ -30,8 +30,28 @@ CHANNELS_FIRST = 1
 """The usual axis of the channels: the one behind the batch."""
 IMAGE_RANK = 4
 """The axes of a batch of images, `[B, C, H, W]`."""
+MOST_CLASSES = 1 << 20
 MOST_RANK = 8
 """The most axes that a sample has, its batch counted."""
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """A condition of class labels, integers 0 .. classes - 1; `null` is the label of no class, which guidance needs."""
+
+    name: str
+    classes: int
+    null: int
+
+    @classmethod
+    def from_json(cls, data: Any) -> ClassLabels:
+        """Return the labels of plain data. Raises KeyError, TypeError or ValueError for anything else."""
+        name, classes, null = data["name"], data["classes"], data["null"]
+        if not isinstance(name, str) or any(type(n) is not int for n in (classes, null)):
+            raise ValueError("labels have a name, a number of classes, and the label of no class")
+        if not (1 <= classes <= MOST_CLASSES and null >= 0):
+            raise ValueError(f"there are 1 to {MOST_CLASSES} classes, and labels from 0")
+        return cls(name, classes, null)
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Signature:
     `sample` is float32 `[batch, ...]` with its channels along `channel_axis`: 1, the last one for tokens `[batch,
     tokens, channels]`, or 2 for video `[batch, frames, channels, height, width]`. `timestep` is an integer or float
     scalar or `[batch]`; `conditions` are all other inputs, in the order of the graph. `num_train_timesteps` is the N of
-    the unit.
+    the unit. `labels` are the conditions that are known to be class labels.
     """
 
     sample: str
@@ -52,6 +72,7 @@ class Signature:
     timestep_unit: TimestepUnit = "steps"
     num_train_timesteps: int = 1000
     channel_axis: int = CHANNELS_FIRST
+    labels: tuple[ClassLabels, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -80,24 +101,27 @@ class Signature:
         return fraction if self.timestep_unit == "fraction" else 1 - fraction
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data; the usual cases have no keys: a timestep that counts steps, channels along axis 1."""
-        data = {**asdict(self), "conditions": list(self.conditions)}
+        """Return plain data; the usual cases have no keys: a timestep that counts steps, channels along axis 1, no
+        class labels."""
+        data = {**asdict(self), "conditions": list(self.conditions), "labels": [asdict(label) for label in self.labels]}
         usual = {"timestep_unit", "num_train_timesteps"} if self.timestep_unit == "steps" else set()
         usual |= {"channel_axis"} if self.channel_axis == CHANNELS_FIRST else set()
+        usual |= set() if self.labels else {"labels"}
         return {key: value for key, value in data.items() if key not in usual}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Signature:
         """Return the signature of plain data. Raises KeyError, TypeError or ValueError for anything else."""
         conditions = data["conditions"]
-        numbers = ("conditions", "num_train_timesteps", "channel_axis")
+        numbers = ("conditions", "num_train_timesteps", "channel_axis", "labels")
         names = [*(value for key, value in data.items() if key not in numbers), *conditions]
         if not isinstance(conditions, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("names are texts, and conditions are a list of them")
         axis = data.get("channel_axis", CHANNELS_FIRST)
         if type(axis) is not int or not 1 <= axis < MOST_RANK:
             raise ValueError(f"the axis of the channels is an integer from 1 to {MOST_RANK - 1}")
-        return cls(**{**data, "conditions": tuple(conditions)})
+        labels = tuple(ClassLabels.from_json(item) for item in data.get("labels", ()))
+        return cls(**{**data, "conditions": tuple(conditions), "labels": labels})
 
 
 def no_image(shape: Sequence[int]) -> str | None:

@@ -13,7 +13,7 @@ from mezzotint.runtime.signature import Images, Timestep
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..errors import ConditionError, ModelError
-from .conditions import check_rows, named_sizes, random_rows
+from .conditions import check_rows, named_sizes, random_rows, spread_labels
 
 CalibrationDenoiser = Callable[[Images, Timestep, Conditions], Images]
 
@@ -144,6 +144,7 @@ def require_same_channels(program: Program) -> None:
 
 
 def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
-    """Return `random_rows` for the conditions of a program."""
+    """Return `random_rows` for the conditions of a program, `spread_labels` for class labels among them."""
     sample = next(v for v in program.graph.inputs if v.name == program.signature.sample)
-    return random_rows(program.conditions(), program.shape, rows, seed, named_sizes(sample, program.shape))
+    sizes, labels = named_sizes(sample, program.shape), spread_labels(program.signature, rows)
+    return random_rows(program.conditions(), program.shape, rows, seed, sizes, labels)

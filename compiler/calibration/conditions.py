@@ -12,7 +12,7 @@ from mezzotint.runtime import streams
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions, not_finite
-from mezzotint.runtime.signature import EXTRA_CHANNELS
+from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
 
 from ..errors import ConditionError
 
@@ -83,18 +83,24 @@ def named_sizes(sample: ir.Value, shape: Sequence[int]) -> dict[str, int]:
 
 
 def random_rows(
-    inputs: ConditionInputs, shape: Sequence[int], rows: int, seed: int, named: Mapping[str, int] | None = None
+    inputs: ConditionInputs,
+    shape: Sequence[int],
+    rows: int,
+    seed: int,
+    named: Mapping[str, int] | None = None,
+    labels: Conditions | None = None,
 ) -> Conditions:
     """Return standard normal rows for every float condition: enough for speed and size, not for quality.
 
     A condition that the model declares with one row, or as a number, gets one row. Open dimensions have the sizes that
     `named` has for their names (see `named_sizes`), else OPEN_TOKENS; extra channels have the other sizes of the
     sample, whose shape is `shape`. A mask, which is an integer or boolean condition with that word in its name, keeps
-    every token. Raises ConditionError for other integer conditions (class labels), whose range is unknown.
+    every token. `labels` are rows of class labels that are taken as they are. Raises ConditionError for other integer
+    conditions, whose range is unknown.
     """
     rng = streams.CONDITIONS.generator(seed)
-    conditions: dict[str, AnyArray] = {}
-    for name, value in inputs.items():
+    conditions: dict[str, AnyArray] = dict(labels or {})
+    for name, value in ((name, value) for name, value in inputs.items() if name not in conditions):
         mask = value.dtype is not None and not value.dtype.is_floating_point() and "mask" in name.lower()
         if value.dtype is None or value.shape is None or not (mask or value.dtype.is_floating_point()):
             raise ConditionError(
@@ -113,6 +119,12 @@ def random_rows(
         drawn = np.ones(sizes) if mask else rng.standard_normal(sizes)
         conditions[name] = drawn.astype(value.dtype.numpy())
     return conditions
+
+
+def spread_labels(signature: Signature, rows: int) -> Conditions:
+    """Return rows of the conditions that are known to be class labels: all classes, or as many as there are rows."""
+    counts = {label.name: (min(rows, label.classes), label.classes) for label in signature.labels}
+    return {name: np.arange(count) * classes // count for name, (count, classes) in counts.items()}
 
 
 def _size(size: int | ir.SymbolicDim, named: Mapping[str, int]) -> int:

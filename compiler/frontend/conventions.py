@@ -8,13 +8,19 @@ Lumina's and Z-Image's time runs from noise to image, and so does the velocity t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+import onnx_ir as ir
 
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.sampling.schedule import Schedule
-from mezzotint.runtime.signature import Prediction, TimestepUnit
+from mezzotint.runtime.signature import Prediction, Signature, TimestepUnit
 
+from ..errors import ModelError
+from ..graph.nodes import name_of
 from .architectures.registry import ROWS
+from .network_inputs import network_inputs
 
 _WITHOUT_ROW: dict[str, TimestepUnit] = {
     "BriaFiboTransformer2DModel": "steps",
@@ -29,6 +35,20 @@ _WITHOUT_ROW: dict[str, TimestepUnit] = {
 _REVERSED_WITHOUT_ROW = frozenset(
     {"HiDreamImageTransformer2DModel", "LuminaNextDiT2DModel", "NucleusMoEImageTransformer2DModel"}
 )
+
+
+def with_known_labels(signature: Signature, graph: ir.Graph, config: Mapping[str, Any] | None) -> Signature:
+    """Return the signature of an ONNX file with the conditions that its configuration says to be class labels."""
+    name = str((config or {}).get(CLASS))
+    if name not in ROWS:
+        return signature
+    try:
+        known = network_inputs(name, config or {}, None, {}).labels
+    except ModelError:  # the configuration lacks what an export needs, and a graph does not
+        return signature
+    integers = {name_of(value) for value in graph.inputs if value.dtype == ir.DataType.INT64}
+    labels = tuple(label for label in known if label.name in signature.conditions and label.name in integers)
+    return replace(signature, labels=labels)
 
 
 def known_unit(config: Mapping[str, Any] | None, schedule: Schedule) -> TimestepUnit | None:

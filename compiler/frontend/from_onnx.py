@@ -22,7 +22,7 @@ from ..graph import weight_store as store
 from ..graph.model_file import read_model
 from .batch import settle_batch
 from .channels import split_channels
-from .conventions import known_unit
+from .conventions import known_unit, with_known_labels
 from .foreign import check_plain
 from .half import widen_halves
 from .roles import infer_signature
@@ -68,7 +68,7 @@ def import_onnx(
     return finish_import(
         model,
         folder,
-        signature=signature,
+        signature=with_known_labels(signature, model.graph, config),
         schedule=schedule,
         deployment=deployment,
         channels=channels,

@@ -165,6 +165,7 @@ def _read(
             unit,
             schedule.num_train_timesteps,
             example.known.channel_axis,
+            example.known.labels,
         )
         parity = _torch_outputs(model, example, signature)
         with example.patched(model):

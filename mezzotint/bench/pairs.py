@@ -15,7 +15,7 @@ from mezzotint.runtime.compare import PEAK, StepSQNR, json_db, psnr_db
 from mezzotint.runtime.latency import Latency, paired_latencies, timed_block
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import checked_rows, predictors, rows_in_turn
+from mezzotint.runtime.sampling.guidance import checked_rows, predictors, rows_in_turn, with_labels
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Predict, Timestep
@@ -140,7 +140,8 @@ def parallel_run(
     `view(info, output)` turns a prediction for `info.x` into the array that is compared; `measure` makes the collector
     of a network's errors.
     """
-    all_rows = checked_rows(conditions or {}), checked_rows(unconditional or {}, "unconditional")
+    known, without = with_labels(bundle.signature, bundle.deployment, conditions, unconditional, start)
+    all_rows = checked_rows(known), checked_rows(without, "unconditional")
     sqnr = {name: measure() for name in others}
     float_images = []
     count = len(bundle.deployment.calls)

@@ -47,7 +47,7 @@ PrecisionOfFloats = Annotated[
 ]
 All = Annotated[bool, typer.Option("--all", help="Print every row of every table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-ModelArgument = Annotated[str, typer.Argument(help="`digits`, a diffusers model or pipeline folder, or an .onnx file.")]
+ModelArgument = Annotated[str, typer.Argument(help="`digits`, `digits-dit`, a diffusers folder, or an .onnx file.")]
 InputRoles = Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")]
 PredictionName = Annotated[
     str | None, typer.Option(help="ONNX: epsilon, v_prediction, sample, flow_prediction, reversed_flow_prediction.")
@@ -65,7 +65,7 @@ Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint e
 NoiseSeed = Annotated[
     int | None, number(bounds.LARGEST_SEED, "Seed of the noise; an unused one when left out.", "--seed", least=0)
 ]
-ConditionsFile = Annotated[Path | None, typer.Option(help=".npz with the model's conditions.")]
+ConditionsFile = Annotated[Path | None, typer.Option(help=".npz with the model's conditions, or NAME=1,2,3.")]
 UnconditionalFile = Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")]
 
 

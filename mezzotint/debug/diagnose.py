@@ -51,7 +51,7 @@ from mezzotint.runtime.engine import EngineUsage
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import Conditions, checked_rows, predictor, rows_in_turn
+from mezzotint.runtime.sampling.guidance import Conditions, checked_rows, predictor, rows_in_turn, with_labels
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
@@ -146,7 +146,8 @@ def diagnose(
         raise InputError(f"{n} images, {calls} calls", hint="ask for at least one of each")
     recipe = checked_recipe(bundle)
     count = len(bundle.deployment.calls)
-    rows, unconditional_rows = (rows_in_turn(checked_rows(one or {}), 0, n) for one in (conditions, unconditional))
+    known = with_labels(bundle.signature, bundle.deployment, conditions, unconditional)
+    rows, unconditional_rows = (rows_in_turn(checked_rows(one), 0, n) for one in known)
     float_model = ReferenceModel(bundle, reference, threads=threads)
     seed = unseen_seed(bundle) if seed is None else seed
     with scratch() as work:

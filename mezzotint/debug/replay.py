@@ -11,7 +11,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.passes.recipes.files import recipe_from_json
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, null_rows
 from mezzotint.runtime.streams import SeedOffset
 
 
@@ -68,7 +68,8 @@ def _calibration_context(
     seed, guided = calibration.seed, bundle.deployment.guided
     rows = random_conditions(program, calibration.samples, seed) if conditions is None else conditions
     if unconditional is None:
-        unconditional = random_conditions(program, 1, SeedOffset.UNCONDITIONAL.after(seed)) if guided else {}
+        drawn = random_conditions(program, 1, SeedOffset.UNCONDITIONAL.after(seed)) if guided else {}
+        unconditional = {**drawn, **(null_rows(program.signature) if guided else {})}
     return replace(
         context,
         samples=calibration.samples,

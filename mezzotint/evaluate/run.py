@@ -21,7 +21,7 @@ from mezzotint.runtime.compare import json_db
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_text
 from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, with_labels
 from mezzotint.runtime.session import CPU_ENGINE, Denoiser, running_version
 
 from ..bench.pairs import unseen_seed
@@ -92,8 +92,7 @@ def evaluate_with(
         _batch(bundle, float_model.network, options.batch, options.n, threads),
         threads,
         options.correction,
-        dict(options.conditions),
-        dict(options.unconditional),
+        *with_labels(bundle.signature, bundle.deployment, options.conditions, options.unconditional),
     )
     folder = None if output is None else Path(output)
     job = _prepare(sampler, options, folder)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import numpy.typing as npt
 
 from mezzotint.compiler.errors import ConditionError, RecipeError, SignatureError
@@ -20,6 +21,9 @@ from .npz import read_npz
 
 if TYPE_CHECKING:
     from mezzotint.runtime.engine import Engine
+
+
+_NUMBERS = re.compile(r"(\w+)=([-+]?\d[\d.e+-]{0,30}(?:,[-+]?\d[\d.e+-]{0,30})*)")
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:
@@ -146,5 +150,14 @@ def load_condition_files(*paths: Path | None) -> list[dict[str, npt.NDArray[Any]
 
 
 def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of an .npz file by name; pickled objects are refused. Raises ConditionError."""
+    """Return the arrays of an .npz file by name, or that of `NAME=1,2,3`, one number a row. Raises ConditionError.
+
+    Whole numbers are int64, as class labels are, others float32. Pickled objects are refused.
+    """
+    if (match := _NUMBERS.fullmatch(str(path))) is not None and not path.exists():
+        numbers = match[2].split(",")
+        try:
+            return {match[1]: np.array([int(n) for n in numbers], np.int64)}
+        except (ValueError, OverflowError):
+            return {match[1]: np.array([float(n) for n in numbers], np.float32)}
     return read_npz(path, "the conditions", ConditionError, hint="write them with numpy.savez(FILE, name=array)")

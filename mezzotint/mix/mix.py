@@ -29,7 +29,7 @@ from mezzotint.runtime.compare import StepSQNR, json_db
 from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.latency import in_turns
 from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.guidance import Conditions, predictors
+from mezzotint.runtime.sampling.guidance import Conditions, predictors, with_labels
 from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise
 from mezzotint.runtime.sampling.steps import noise_of
 from mezzotint.runtime.session import Denoiser
@@ -101,7 +101,7 @@ def mix_bundles(
     Raises InputError for bundles that do not match and for a budget that cannot be met, OutputError, BundleError.
     """
     by_name = _named(bundles)
-    _check_same_network(by_name)
+    one = _check_same_network(by_name)
     if budget is not None and relax is not None:
         raise InputError("a budget and relaxed calls are two rules", hint="give one of them")
     if rule not in CHOICE_RULES:
@@ -114,7 +114,7 @@ def mix_bundles(
         raise InputError(f"nothing to measure on: {pictures} images, batches of {batch}, {repeats} repeats")
     with staged(Path(output), force=force) as (folder, _):
         nets = {name: bundle.denoiser(threads) for name, bundle in by_name.items()}
-        mixing = _Mixing(by_name, nets, conditions or {}, unconditional or {}, threads)
+        mixing = _Mixing(by_name, nets, *with_labels(one.signature, one.deployment, conditions, unconditional), threads)
         _check_inputs(nets)
         if seed is None:
             seed = SeedOffset.MIXING.after(max(calibration_seed(bundle) for bundle in by_name.values()))
@@ -156,8 +156,8 @@ def _named(bundles: Mapping[str, Bundle | str | Path] | Sequence[Bundle | str | 
     return by_name
 
 
-def _check_same_network(bundles: Mapping[str, Bundle]) -> None:
-    """Raise InputError where source, signature, schedule, target, deployment or sample shape differ."""
+def _check_same_network(bundles: Mapping[str, Bundle]) -> Bundle:
+    """Return the first. Raise InputError where source, signature, schedule, target, deployment or shape differ."""
     (name, first), *others = bundles.items()
     for other, bundle in others:
         pairs: dict[str, list[Any]] = {
@@ -178,6 +178,7 @@ def _check_same_network(bundles: Mapping[str, Bundle]) -> None:
                 )
         if pairs["source"][0] is None:
             raise BundleError("the manifest does not name the weights that it was compiled from", where=str(first.path))
+    return first
 
 
 def _check_inputs(nets: Mapping[str, Denoiser]) -> None:

@@ -27,7 +27,7 @@ from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, with_labels
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.signature import Images
 
@@ -117,6 +117,9 @@ def sample_shards(
     if format == "png":
         check_images(bundle.sample_shape, folder)
     summary = sample_summary(bundle, folder, n, options)
+    plan = bundle.plan(options.sampler, options.steps, options.eta, options.guidance)
+    rows, without = with_labels(bundle.signature, plan, options.conditions, options.unconditional)
+    options = replace(options, conditions=rows, unconditional=without)
     settings = {
         "bundle": bundle.manifest.digest,
         "sample_shape": list(bundle.sample_shape),

@@ -27,7 +27,7 @@ from mezzotint.runtime.bundle.bundle import Bundle, file_sha256
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
-from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.sampling.guidance import Conditions, with_labels
 from mezzotint.runtime.sampling.samplers import Stepper
 from mezzotint.runtime.signature import EXTRA_CHANNELS, no_image
 from mezzotint.runtime.visible import visible
@@ -145,7 +145,8 @@ def web_data(bundle: Bundle, options: WebOptions) -> tuple[dict[str, Any], dict[
         network = WebNetwork.of(reference.path, reference.network, bundle.sample_shape)
         models[BESIDE] = ("float model", {BESIDE: network})
         denoisers.append(reference.network)
-    conditions = conditions_json(bundle, options.conditions, options.unconditional, denoisers)
+    rows = with_labels(bundle.signature, bundle.deployment, options.conditions, options.unconditional)
+    conditions = conditions_json(bundle, *rows, denoisers)
     networks = {name: network for _, parts in models.values() for name, network in parts.items()}
     batches = {network.fixed_batch for network in networks.values()}
     if len(batches) > 1:

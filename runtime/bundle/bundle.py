@@ -26,7 +26,7 @@ from ..json_text import read_json
 from ..progress import CallProgress
 from ..sampling.correction import Correction
 from ..sampling.deployment import Deployment
-from ..sampling.guidance import Conditions, predictors, rows_in_turn
+from ..sampling.guidance import Conditions, predictors, rows_in_turn, with_labels
 from ..sampling.options import SamplingOptions
 from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
@@ -193,7 +193,8 @@ class Bundle:
         depends only on `seed` and i, not on `batch`; with `first` the result is images first .. first + n - 1 of the
         seed. `correction` None applies the tables where they are valid, True requires them, False ignores them; None
         and True raise InputError for tables of another guidance scale. `conditions` are arrays `[rows, ...]`,
-        which the images take in turn; so is `unconditional`, which guidance needs. Raises TimestepNotDeployed before
+        which the images take in turn; so is `unconditional`, which guidance needs. Class labels that the signature
+        knows may be left out: image i gets class i, starting over. Raises TimestepNotDeployed before
         the first call if a timestep of the steps has no row in the tables.
         """
         plan = (sampler, steps, eta, guidance)
@@ -217,6 +218,7 @@ class Bundle:
         # A graph with a fixed batch size gets whole batches; the surplus images are dropped.
         fixed = networks[0].fixed_batch and networks[0].fixed_batch // (2 if plan.guided else 1)
         size = fixed or min(options.batch, n)
+        both = with_labels(self.signature, plan, options.conditions, options.unconditional, first)
         starts = range(0, n, size)
         done = 0
 
@@ -229,7 +231,6 @@ class Bundle:
         batches = []
         for start in starts:
             width = size if fixed else min(size, n - start)
-            both = options.conditions, options.unconditional
             conditions = [rows_in_turn(arrays, start, width) for arrays in both]
             predict = predictors(networks, plan, *conditions)
             x = initial_noise(options.seed, (width, *self.sample_shape), first=first + start)

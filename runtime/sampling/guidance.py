@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..signature import Images, Predict
+from ..signature import ClassLabels, Images, Predict, Signature
 from .deployment import Deployment
 
 Conditions = Mapping[str, npt.NDArray[Any]]
@@ -75,6 +75,31 @@ def checked_rows(conditions: Conditions, role: str = "condition") -> dict[str, n
 def rows_in_turn(conditions: Conditions, first: int, n: int) -> dict[str, npt.NDArray[Any]]:
     """Return the rows of images first .. first + n - 1: image i takes row i, starting over after the last one."""
     return {name: np.take(a, np.arange(first, first + n) % len(a), axis=0) for name, a in conditions.items()}
+
+
+def label_rows(labels: ClassLabels, first: int = 0) -> npt.NDArray[np.int64]:
+    """Return all classes in turn, `[classes]` from that of image `first`: image i has the class i, starting over."""
+    return (np.arange(labels.classes) + first) % labels.classes
+
+
+def null_rows(signature: Signature) -> dict[str, npt.NDArray[Any]]:
+    """Return the row of no class of each condition of class labels."""
+    return {label.name: np.array([label.null]) for label in signature.labels}
+
+
+def with_labels(
+    signature: Signature,
+    plan: Deployment,
+    conditions: Conditions | None,
+    unconditional: Conditions | None,
+    first: int = 0,
+) -> tuple[Conditions, Conditions]:
+    """Return conditions and unconditional rows, with all classes in turn for class labels that were left out.
+
+    For guidance without any unconditional rows these are the null class. Row 0 is that of image `first`.
+    """
+    classes = {label.name: label_rows(label, first) for label in signature.labels}
+    return {**classes, **(conditions or {})}, unconditional or (null_rows(signature) if plan.guided else {})
 
 
 def doubled(x: Images) -> Images:

@@ -11,7 +11,8 @@ def _inputs(asked: Asked) -> NetworkInputs:
     height, width = asked.side()
     if (height, width) != (side, side):
         raise asked.error(f"the model's samples are {side}x{side}, not {height}x{width}", "drop --size")
-    labels = {"class_labels": Input((), int(asked.config["num_embeds_ada_norm"]))}
+    classes = asked.number("num_embeds_ada_norm")  # its table of labels has one more row, that of no class
+    labels = {"class_labels": Input((), classes, null=classes)}
     shape, kept = (channels, side, side), kept_of_doubled(channels, asked.predicted)
     return NetworkInputs("hidden_states", shape, labels, None, asked.predicted, kept)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from mezzotint.runtime.sampling.flow_sigmas import BY_LENGTH
-from mezzotint.runtime.signature import CHANNELS_FIRST, TimestepUnit
+from mezzotint.runtime.signature import CHANNELS_FIRST, ClassLabels, TimestepUnit
 
 from ...errors import ModelError
 
@@ -38,7 +38,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Input:
-    """One input: its sizes behind the batch, and the number of classes of an input of labels.
+    """One input: its sizes behind the batch, and the number of classes of an input of labels. `null` is the label of
+    no class, where it has one.
 
     `path` is where the call has it, () for an argument of its own name. The last two axes of an input with `shrunk`
     follow height and width of the sample, which are so many times larger. `hidden` is the token that the mask of an
@@ -47,6 +48,7 @@ class Input:
 
     sizes: tuple[int, ...]
     classes: int | None = None
+    null: int | None = None
     kind: Kind = "number"
     path: Path = ()
     shrunk: int | None = None
@@ -78,6 +80,12 @@ class NetworkInputs:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     grid: tuple[int, ...] = ()
     channel_axis: int = CHANNELS_FIRST
+
+    @property
+    def labels(self) -> tuple[ClassLabels, ...]:
+        """Return the conditions that are class labels with a label of no class."""
+        found = ((name, value.classes, value.null) for name, value in self.conditions.items())
+        return tuple(ClassLabels(name, classes, null) for name, classes, null in found if classes and null is not None)
 
     @property
     def channels(self) -> int:

@@ -26,7 +26,7 @@ from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Signature
+from mezzotint.runtime.signature import ClassLabels, Signature
 from tests.helpers.models import SMALL, THREADS, Compiled, prompts, small_unet
 
 SCHEDULE = Schedule.named("ddpm-linear")
@@ -133,7 +133,8 @@ def test_a_transformer_keeps_its_names_and_predicts_the_noise_only(load: Import,
 
     program = load(model)
 
-    assert program.signature == Signature("hidden_states", "timestep", OUTPUT, ("class_labels",))
+    known = (ClassLabels("class_labels", 10, null=10),)
+    assert program.signature == Signature("hidden_states", "timestep", OUTPUT, ("class_labels",), labels=known)
     assert (program.source["class"], program.source["config"]["out_channels"]) == ("DiTTransformer2DModel", 8)
     assert program.shape == (4, 8, 8)
     x, labels = noise(3, 4, 8, 8), np.array([1, 9, 10])

@@ -42,6 +42,20 @@ def test_compressed_arrays_are_bounded_by_what_they_state(tmp_path: Path, monkey
         load_conditions(tmp_path / "packed.npz")
 
 
+def test_numbers_may_be_typed_and_a_file_of_such_a_name_is_read(tmp_path: Path) -> None:
+    labels, shares = load_conditions(Path("class_labels=3,-1"))["class_labels"], load_conditions(Path("g=1.5,2e0"))["g"]
+    assert labels.dtype == np.int64 and labels.tolist() == [3, -1]
+    assert shares.dtype == np.float32 and shares.tolist() == [1.5, 2.0]
+    np.savez(tmp_path / "c.npz", c=np.arange(3))
+    (tmp_path / "c.npz").rename(tmp_path / "c=1,2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert load_conditions(Path("c=1,2"))["c"].tolist() == [0, 1, 2]
+    for text in ("c=", "c=1,", "c=a", "c"):
+        with pytest.raises(ConditionError, match="cannot be read"):
+            load_conditions(Path(text))
+
+
 def test_a_damaged_checksum_is_seen(tmp_path: Path) -> None:
     file = tmp_path / "c.npz"
     np.savez(file, c=np.arange(1_000))

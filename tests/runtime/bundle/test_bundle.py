@@ -276,6 +276,10 @@ def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
             {"signature": {**Signature("x", "t", "y").to_json(), "channel_axis": True}},
             "`signature` is incomplete or inconsistent",
         ),
+        *(
+            ({"signature": {**Signature("x", "t", "y").to_json(), "labels": labels}}, "`signature` is incomplete")
+            for labels in (5, [{"name": "l", "classes": 10}], [{"name": "l", "classes": 1 << 40, "null": 10}])
+        ),
         ({"quantizers": {}}, "`quantizers` is {}, not a list"),
         ({"kernels": {"integer": 1}}, r"the manifest has no `kernels\.float`"),
         ({"kernels": {"integer": True}}, r"`kernels\.integer` is True, not an integer"),

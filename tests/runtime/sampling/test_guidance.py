@@ -12,10 +12,10 @@ import pytest
 
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.errors import InputError
-from mezzotint.runtime.sampling.guidance import combine, doubled, doubled_conditions, guided
+from mezzotint.runtime.sampling.guidance import combine, doubled, doubled_conditions, guided, with_labels
 from mezzotint.runtime.sampling.samplers import initial_noise, sample, seeded_noise
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images, Signature, Timestep
+from mezzotint.runtime.signature import ClassLabels, Images, Signature, Timestep
 
 Make = Callable[..., tuple[Path, dict[str, Any]]]
 PROMPT = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
@@ -50,6 +50,18 @@ def test_conditions_are_doubled_unconditional_rows_first() -> None:
     np.testing.assert_array_equal(found["mask"], np.concatenate([mask, mask]))
     rows = np.arange(20, dtype=np.float32).reshape(5, 4)
     np.testing.assert_array_equal(doubled_conditions({"context": PROMPT}, {"context": rows})["context"][:5], rows)
+
+
+def test_class_labels_that_were_left_out_are_all_classes_and_none(conditional: Bundle, signature: Signature) -> None:
+    labelled = replace(signature, conditions=("label",), labels=(ClassLabels("label", 3, 7),))
+    assert Signature.from_json(labelled.to_json()) == labelled
+    plan, given = conditional.deployment, {"label": np.array([2])}
+
+    rows, without = with_labels(labelled, plan, None, None, first=4)
+    assert (rows["label"].tolist(), without["label"].tolist()) == ([1, 2, 0], [7])
+    assert with_labels(labelled, replace(plan, guidance=1.0), {}, {})[1] == {}
+    assert with_labels(labelled, plan, given, given) == (given, given)
+    assert with_labels(signature, plan, {}, {}) == ({}, {}), "nothing is known to be class labels"
 
 
 @pytest.mark.parametrize(
