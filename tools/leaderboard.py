@@ -35,50 +35,25 @@ import numpy as np
 from mezzotint.api import compile_model
 from mezzotint.bench import peers
 from mezzotint.bench.pairs import Comparison, folder_bytes, middle_timestep, paired_run, unseen_seed
-from mezzotint.compiler.core.pipeline import Recipe
-from mezzotint.io.settings import parse_size
+from mezzotint.io.settings import load_conditions, parse_size
 from mezzotint.passes.recipes.catalog import RECIPES
-from mezzotint.passes.recipes.files import with_options
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
 from mezzotint.runtime.compare import PEAK, json_db, psnr_db
-from mezzotint.runtime.errors import MezzotintError
+from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.latency import call_ratio
 from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling import samplers
-from mezzotint.runtime.sampling.guidance import Network
+from mezzotint.runtime.sampling.guidance import Network, predictor
 from mezzotint.runtime.session import running_version
 from mezzotint.runtime.signature import Images, Timestep
 from tools.leaderboard_model import FloatModel, corrected
 from tools.leaderboard_options import parsed
-from tools.leaderboard_page import WIDTHS, Row, page
+from tools.leaderboard_page import Row, page
+from tools.leaderboard_recipes import at_width, cut
 
 SAME = ("images", "calibration", "steps", "threads", "batch")  # options that two rows of a page have in common
 Job = tuple[Path, Callable[[], Row], bool]  # the row's file, how to measure it, whether it is there
-
-
-def at_width(recipe: Recipe, width: str) -> Recipe:
-    """Return the recipe with these bits in every pass that has an option for them.
-
-    What mixes widths has a budget of bits on average: its own where the recipe claims to be good, elsewhere this width.
-    """
-    weight, activation = WIDTHS[width]
-    wanted: dict[str, int | float | str] = {"weight_bits": weight, "activation_bits": activation}
-    if width != recipe.claim:
-        wanted["mean_bits"] = float(weight)
-    settings = {
-        f"{step.name}.{option}": bits
-        for step in recipe.passes
-        for option, bits in wanted.items()
-        if step.options().get(option) is not None and not (bits == "float" and step.name != "choose_scales")
-    }
-    return with_options(recipe, settings)
-
-
-def cut(recipe: Recipe, iterations: int | None) -> Recipe:
-    """Return the recipe with at most so many iterations in each pass that trains; all of them for None."""
-    longer = [step for step in recipe.passes if (step.options().get("iterations") or 0) > (iterations or np.inf)]
-    return with_options(recipe, {f"{step.name}.iterations": iterations for step in longer}) if longer else recipe
 
 
 class Board:
@@ -96,6 +71,9 @@ class Board:
             sampler=args.sampler,
             steps=args.steps,
             eta=args.eta,
+            guidance=args.guidance,
+            conditions=None if args.conditions is None else load_conditions(args.conditions),
+            unconditional=None if args.unconditional is None else load_conditions(args.unconditional),
             threads=args.threads,
         )
         if not args.write_only:
@@ -107,6 +85,7 @@ class Board:
         plan = replace(self.model.deployment, eta=eta).to_json()
         numbers = {name: getattr(self.args, name) for name in SAME}
         model = {"model": self.model.digest, "schedule": self.model.schedule.digest(), "deployment": plan}
+        model |= self.model.given
         return json.dumps({"recipe": what, **model, **numbers, "onnxruntime": running_version()}, sort_keys=True)
 
     def recipe_key(self, name: str, width: str, eta: float, iterations: int | None = None) -> str:
@@ -142,6 +121,9 @@ class Board:
                     sampler=plan.sampler,
                     steps=plan.steps,
                     eta=eta,
+                    guidance=plan.guidance,
+                    conditions=self.model.conditions,
+                    unconditional=self.model.unconditional,
                     calibration_samples=args.calibration,
                     threads=args.threads,
                     cache=self.folder / "cache",
@@ -150,8 +132,18 @@ class Board:
                 )
                 nets: list[Network] = list(bundle.denoisers(threads=args.threads))
                 if bundle.correction is not None:
+                    if plan.guided:
+                        raise InputError("the correction is of the guided prediction, and this board has none of that")
                     nets = corrected(nets, bundle.correction)
-                drawn = bundle.sample(self.images, seed=unseen_seed(bundle), batch=args.batch, threads=args.threads)
+                rows, without = self.model.rows(0, self.images)
+                drawn = bundle.sample(
+                    self.images,
+                    seed=unseen_seed(bundle),
+                    batch=args.batch,
+                    conditions=rows,
+                    unconditional=without,
+                    threads=args.threads,
+                )
                 kernels = bundle.manifest.kernels
                 return replace(
                     self.quality(empty, bundle, nets, drawn, report),
@@ -196,12 +188,13 @@ class Board:
             bundle = self.model.reference
             calls: list[peers.Call] = []
 
-            def record(x: Images, t: Timestep) -> Images:
-                calls.append((x, t, {}))
-                return self.model.exact(x, t)
+            def record(x: Images, t: Timestep, **conditions: Any) -> Images:
+                calls.append((x, t, conditions))
+                return self.model.exact(x, t, **conditions)
 
             x = samplers.initial_noise(0, (batch, *bundle.sample_shape))
-            samplers.sample(record, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(0))
+            predict = predictor(record, bundle.deployment, *self.model.rows(0, batch))
+            samplers.sample(predict, x, bundle.schedule, bundle.deployment, noise=samplers.seeded_noise(0))
             start = time.perf_counter()
             net, file = peers.prepare_peer(row.recipe, exported, bundle.signature, calls, Path(folder), threads)
             seconds = time.perf_counter() - start
@@ -210,7 +203,8 @@ class Board:
             for first in range(0, self.images, batch):
                 x = samplers.initial_noise(seed, (batch, *bundle.sample_shape), first=first)
                 noise = samplers.seeded_noise(seed, first=first)
-                mine.append(samplers.sample(net, x, bundle.schedule, bundle.deployment, noise=noise))
+                predict = predictor(net, bundle.deployment, *self.model.rows(first, batch))
+                mine.append(samplers.sample(predict, x, bundle.schedule, bundle.deployment, noise=noise))
             return replace(
                 self.quality(row, bundle, [net] * len(bundle.deployment.calls), np.concatenate(mine), report),
                 speed=self.speed(bundle, net),
@@ -221,7 +215,18 @@ class Board:
     def quality(self, row: Row, bundle: Bundle, nets: Sequence[Network], drawn: Images, report: Progress) -> Row:
         """Return the row with the figures of the images that were drawn, and of the prediction."""
         seed, batch = unseen_seed(bundle), self.args.batch
-        images, sqnr = paired_run(self.model.exact, nets, bundle, len(drawn), seed=seed, batch=batch, progress=report)
+        rows, without = self.model.rows(0, len(drawn))
+        images, sqnr = paired_run(
+            self.model.exact,
+            nets,
+            bundle,
+            len(drawn),
+            seed=seed,
+            batch=batch,
+            conditions=rows,
+            unconditional=without,
+            progress=report,
+        )
         psnr = psnr_db(np.clip(images, -1, 1), np.clip(drawn, -1, 1), peak=PEAK)
         data = Comparison(images, drawn, sqnr, psnr).to_json()
         return replace(
@@ -235,7 +240,9 @@ class Board:
 
     def speed(self, bundle: Bundle, net: Network) -> float:
         x = samplers.initial_noise(0, (self.args.batch, *bundle.sample_shape))
-        return call_ratio(self.model.denoiser(), net, x, middle_timestep(bundle), repeats=9)[2]
+        rows = self.model.rows(0, self.args.batch)[0]
+        exact, mine = (lambda x, t, of=of: of(x, t, **rows) for of in (self.model.denoiser(), net))
+        return call_ratio(exact, mine, x, middle_timestep(bundle), repeats=9)[2]
 
     @property
     def images(self) -> int:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from mezzotint.api import compile_model, export_model
-from mezzotint.io.sources import FolderSource, ModelSource, OnnxSource, resolve
+from mezzotint.io.sources import CONFIG_FILE, FolderSource, ModelSource, OnnxSource, resolve
 from mezzotint.runtime.bundle.bundle import Bundle, file_sha256
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment, usual_sampler
-from mezzotint.runtime.sampling.guidance import Network
+from mezzotint.runtime.sampling.guidance import Conditions, Network, rows_in_turn, with_labels
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images, Predict, Timestep
+from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.shards.run import condition_facts
 
 DIGITS_NAME, DIGITS_SIZE = "digits", (32, 32)
 
@@ -31,7 +35,11 @@ def title_of(model: str) -> str:
 
 
 class FloatModel:
-    """A model that a board is measured on. `folder` gets its float ONNX file and a bundle without quantization."""
+    """A model that a board is measured on. `folder` gets its float ONNX file and a bundle without quantization.
+
+    `conditions` and `unconditional` are the rows of calibration and of all images; class labels that the model's
+    configuration says may be left out.
+    """
 
     def __init__(
         self,
@@ -43,12 +51,16 @@ class FloatModel:
         sampler: str | None = None,
         steps: int = 20,
         eta: float = 0.0,
+        guidance: float = 1.0,
+        conditions: Conditions | None = None,
+        unconditional: Conditions | None = None,
         threads: int | None = None,
     ) -> None:
         self.source: ModelSource = resolve(model, scheduler)
         self.schedule = self.source.schedule
         self.size = size or (DIGITS_SIZE if model == DIGITS_NAME else None)
-        self.deployment = Deployment.of(self.schedule, sampler or usual_sampler(self.schedule), steps, eta)
+        self.deployment = Deployment.of(self.schedule, sampler or usual_sampler(self.schedule), steps, eta, guidance)
+        self.conditions, self.unconditional = conditions or {}, unconditional or {}
         self.folder, self.threads = folder, threads
         self.exported = folder / "float.onnx"
 
@@ -58,13 +70,22 @@ class FloatModel:
         parts = [file_sha256(file) for file in sorted(_files(self.source))]
         return hashlib.sha256(json.dumps([parts, self.size]).encode()).hexdigest()
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What identifies the rows of conditions that were given, empty for none."""
+        both = {"conditions": self.conditions, "unconditional": self.unconditional}
+        return {name: condition_facts(name, arrays) for name, arrays in both.items() if arrays}
+
     def export(self) -> None:
-        """Write the float ONNX file, unless it is there and comes from this model."""
+        """Write the float ONNX file, unless it is there and comes from this model; its configuration beside it."""
+        if isinstance(self.source, FolderSource):
+            shutil.copyfile(self.source.path / CONFIG_FILE, self.folder / CONFIG_FILE)
         made = self.folder / "float.json"
         if self.exported.exists() and made.exists() and made.read_text(encoding="utf-8") == self.digest:
             return
         made.unlink(missing_ok=True)
-        export_model(self.path, self.exported, scheduler=self.schedule, size=self.size, force=True)
+        rows = self.conditions or None
+        export_model(self.path, self.exported, scheduler=self.schedule, size=self.size, conditions=rows, force=True)
         made.write_text(self.digest, encoding="utf-8")
 
     @property
@@ -83,7 +104,7 @@ class FloatModel:
     def reference(self) -> Bundle:
         """A bundle without quantization: it has the schedule, the deployment and the sizes."""
         plan = self.deployment
-        bundle = compile_model(
+        return compile_model(
             self.compiled,
             self.folder / "reference",
             recipe="float",
@@ -92,16 +113,18 @@ class FloatModel:
             sampler=plan.sampler,
             steps=plan.steps,
             eta=plan.eta,
+            guidance=plan.guidance,
+            conditions=self.conditions,
+            unconditional=self.unconditional,
             threads=self.threads,
             force=True,
         )
-        if bundle.signature.conditions:
-            raise InputError(
-                f"the model has the conditions {', '.join(bundle.signature.conditions)}",
-                where=self.source.name,
-                hint="the leaderboard draws without conditions; use `mezzotint eval --conditions`",
-            )
-        return bundle
+
+    def rows(self, first: int, n: int) -> tuple[Conditions, Conditions]:
+        """Return conditions and unconditional rows of images first .. first + n - 1."""
+        both = with_labels(self.reference.signature, self.deployment, self.conditions, self.unconditional)
+        here, without = (rows_in_turn(arrays, first, n) for arrays in both)
+        return here, without
 
     def denoiser(self) -> Denoiser:
         """Return the float network, newly opened."""
@@ -113,10 +136,11 @@ class FloatModel:
         net = self.denoiser()
         known: dict[tuple[Timestep, bytes], Images] = {}
 
-        def predict(x: Images, t: Timestep) -> Images:
-            key = t, hashlib.sha256(x.tobytes()).digest()
+        def predict(x: Images, t: Timestep, **conditions: Any) -> Images:
+            parts = b"".join(np.ascontiguousarray(part).tobytes() for part in (x, *conditions.values()))
+            key = t, hashlib.sha256(parts).digest()
             if key not in known:
-                known[key] = net(x, t)
+                known[key] = net(x, t, **conditions)
             return known[key]
 
         return predict
@@ -131,8 +155,8 @@ class FloatModel:
 def corrected(nets: Sequence[Network], correction: Correction) -> list[Network]:
     """Return the network of each call with the correction applied to its prediction, as the sampler does."""
 
-    def of_call(call: int, net: Network) -> Predict:
-        return lambda x, t: correction.apply(net(x, t), call)
+    def of_call(call: int, net: Network) -> Network:
+        return lambda x, t, **conditions: correction.apply(net(x, t, **conditions), call)
 
     return [of_call(call, net) for call, net in enumerate(nets)]
 

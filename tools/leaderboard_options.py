@@ -18,7 +18,8 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     """Return the options, with the folder and the page of the model's name."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in RECIPES if name not in OWN_WIDTH]
-    parser.add_argument("--model", default=DIGITS_NAME, help="`digits`, an .onnx file, or a diffusers folder")
+    models = "`digits`, `digits-dit`, an .onnx file, or a diffusers folder"
+    parser.add_argument("--model", default=DIGITS_NAME, help=models)
     parser.add_argument("--scheduler", help="its scheduler_config.json, or a named schedule")
     parser.add_argument("--size", help="HEIGHTxWIDTH, where the model leaves the size open")
     parser.add_argument("--name", help="of the page and of the working folder; by default that of the model")
@@ -30,6 +31,9 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     parser.add_argument("--sampler", help="by default the schedule's usual one")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=0.0, help="of rows whose claims need no other")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--conditions", type=Path, help=".npz, or NAME=1,2,3; class labels may be left out")
+    parser.add_argument("--unconditional", type=Path, help="the same of the empty prompt, for guidance")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--iterations", type=int, help="cut each pass that trains to so many; the row says so")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
