@@ -18,24 +18,21 @@ from mezzotint.compiler.calibration.calibrate import check_conditions
 from mezzotint.compiler.calibration.finite import require_finite
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import CPU, Context, Recipe
-from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import ModelError
-from mezzotint.compiler.frontend.from_onnx import import_onnx
 from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry
 from mezzotint.runtime.errors import CompileWarning, InputError, LowFidelity
 from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.session import open_session
 from mezzotint.runtime.signature import Images, Prediction, TimestepUnit
 
+from .importing import import_source
 from .io.hub import card_fields
-from .io.sources import ModelSource, ModuleSource, OnnxSource
 from .options import (
     AcceptanceOptions,
     CalibrationOptions,
@@ -44,15 +41,15 @@ from .options import (
     ImportRoles,
     OutputOptions,
     RecipeOptions,
+    WeightOptions,
 )
 from .prepared import calibration_rows, prepare, prepare_model
-from .progress import stage
 
 if TYPE_CHECKING:
     from mezzotint.runtime.engine import Engine
 
     from .io.sources import Model
-    from .options import ConditionSource
+    from .options import ConditionSource, LoraSource
 
 VERSIONED = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -83,6 +80,9 @@ def compile_model(
     timestep_unit: TimestepUnit | None = None,
     channels: int | None = None,
     channel_axis: int | None = None,
+    loras: LoraSource = (),
+    variant: str | None = None,
+    config: str | Path | None = None,
     dump_passes: bool = False,
     export: str | Path | None = None,
     cache: str | Path | None = None,
@@ -107,6 +107,9 @@ def compile_model(
     another sample beside its batch and channels. `timestep_unit` says what its timestep counts: "steps", "fraction"
     (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many of its channels are the image's, and `channel_axis`
     which axis they are on: 1, the last one of tokens `[B, N, C]`, or another.
+    `loras` are safetensors files, or pairs of a file and a weight, which are fused into a diffusers model's weights;
+    `variant` says which weights of a folder are read, as "fp16", where it has several. `config` is a diffusers folder
+    with the configuration of a checkpoint of one file (.safetensors).
     `export` is a path for the imported float graph. `cache` is a folder of calibration statistics: compilations that
     calibrate on the same graph in the same way measure once. `license` is the model's, for the bundle's card.
     `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the
@@ -126,6 +129,7 @@ def compile_model(
         ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels, channel_axis),
         OutputOptions(dump_passes, export, license, force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
+        WeightOptions(loras, variant, config),
     )
     return compile_with(model, Path(output), options, threads=threads, device=device, progress=progress)
 
@@ -145,7 +149,7 @@ def compile_with(
     recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
     with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
-        imported = _import(
+        imported = import_source(
             prepared.source, work, prepared.deployment, prepared.roles, threads, progress, prepared.sizes
         )
         program = imported = replace(imported, target=recipe.target)
@@ -211,6 +215,9 @@ def export_model(
     timestep_unit: TimestepUnit | None = None,
     channels: int | None = None,
     channel_axis: int | None = None,
+    loras: LoraSource = (),
+    variant: str | None = None,
+    config: str | Path | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -222,10 +229,11 @@ def export_model(
     target = Path(output)
     roles = ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels, channel_axis)
     deployment = DeploymentOptions(steps=1, scheduler=scheduler)
-    prepared = prepare_model(model, target, deployment, roles, conditions, force=force)
+    weights = WeightOptions(loras, variant, config)
+    prepared = prepare_model(model, target, deployment, roles, conditions, weights, force=force)
     source = prepared.source
     with staged_file(target, force=force) as (file, work):
-        program = _import(source, work, prepared.deployment, prepared.roles, threads, progress, prepared.sizes)
+        program = import_source(source, work, prepared.deployment, prepared.roles, threads, progress, prepared.sizes)
         save_model(program.model, file)
         try:
             open_session(file, threads=threads, level="none")  # what is not a model for onnxruntime is not written
@@ -261,60 +269,3 @@ def sample(
     plan = (sampler, steps, eta, guidance)
     options = SamplingOptions(*plan, seed, batch, correction, conditions or {}, unconditional or {})
     return opened.sample_with(options, n, first=first, threads=threads, progress=progress)
-
-
-def _import(
-    source: ModelSource,
-    work: Path,
-    deployment: Deployment,
-    roles: ImportRoles,
-    threads: int | None,
-    progress: Progress,
-    sizes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Program:
-    """Return the model as a program; `sizes` are known sizes of conditions. Raises ModelError, SignatureError."""
-    if isinstance(source, OnnxSource):
-        with stage(progress, f"import {source.name}"):
-            return import_onnx(
-                source.path,
-                work,
-                schedule=source.schedule,
-                deployment=deployment,
-                inputs=roles.inputs,
-                output=roles.output_name,
-                prediction=roles.prediction,
-                timestep_unit=roles.timestep_unit,
-                channels=roles.channels,
-                channel_axis=roles.channel_axis,
-                size=roles.size,
-                config=source.config,
-            )
-    with stage(progress, "load torch"):
-        from_torch = _from_torch()
-    options: dict[str, Any] = {
-        "schedule": source.schedule,
-        "deployment": deployment,
-        "size": roles.size,
-        "sizes": sizes,
-        "name": source.name,
-        "threads": threads,
-    }
-    program: Program
-    with stage(progress, f"import {source.name}"):
-        if isinstance(source, ModuleSource):
-            program = from_torch.import_torch(source.module, work, **options)
-        else:
-            program = from_torch.import_folder(source.path, work, **options)
-    return program
-
-
-def _from_torch() -> Any:
-    """Return the front end for torch, which takes seconds to load. Raises ModelError where torch is missing."""
-    try:
-        from mezzotint.compiler.frontend import from_torch
-    except ModuleNotFoundError as error:
-        raise ModelError(
-            f"compiling a diffusers model needs {error.name}, which is not installed",
-            hint="install the extra: pip install 'mezzotint[torch]', or compile an .onnx file",
-        ) from error
-    return from_torch

@@ -106,6 +106,7 @@ def _made(bundle: Bundle) -> dict[str, Any]:
         "recipe": manifest.recipe.name,
         "target": manifest.target,
         "source": f"{manifest.source.kind} {manifest.source.name}",
+        "LoRAs": ", ".join(map(str, manifest.source.loras)) or "none",
         "weights": (manifest.source.weights_sha256 or "unknown")[:12],
         "deployment": str(bundle.deployment),
         "prediction": bundle.signature.prediction,

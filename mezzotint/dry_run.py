@@ -7,7 +7,7 @@ from typing import Any
 
 from mezzotint.compiler.core.pipeline import CPU
 
-from .io.sources import ModuleSource
+from .io.sources import FolderSource, ModelSource, ModuleSource
 from .options import CompileOptions
 from .prepared import prepare
 
@@ -24,7 +24,7 @@ def plan_compile(model: str, output: Path, options: CompileOptions, device: str 
         "size": options.roles.size,
     }
     return {
-        "model": source.kind if isinstance(source, ModuleSource) else f"{source.kind} {source.path}",
+        "model": _named(source),
         "signature": prepared.signature.to_json(),
         "sample_shape": list(prepared.shape),
         "output": str(output),
@@ -34,3 +34,10 @@ def plan_compile(model: str, output: Path, options: CompileOptions, device: str 
         "deployment": f"{deployment}; {len(calls)} calls, timesteps {calls[0]:g} ... {calls[-1]:g}",
         "calibration": {key: value for key, value in calibration.items() if value is not None},
     }
+
+
+def _named(source: ModelSource) -> str:
+    if isinstance(source, ModuleSource):
+        return source.kind
+    checkpoint = source.checkpoint if isinstance(source, FolderSource) else None
+    return f"{source.kind} {checkpoint or source.path}"

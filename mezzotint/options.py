@@ -6,7 +6,7 @@ The file loads neither numpy nor torch; defaults that have a home elsewhere are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mezzotint.runtime.signature import Prediction, TimestepUnit
 
     ConditionSource = Conditions | str | Path | None  # arrays, RANDOM, or an .npz file
+    LoraSource = Sequence[str | Path | tuple[str | Path, float]]
 
 RECIPE = "w8a8-best"
 RANDOM = "random"
@@ -124,6 +125,20 @@ class ImportRoles:
 
 
 @dataclass(frozen=True)
+class WeightOptions:
+    """Which weights of a diffusers model are read, and what is fused into them before the export.
+
+    `loras` are safetensors files, or pairs of a file and the weight that it is fused with. `variant` is the part of
+    the file names of a folder that has several, as "fp16"; None is the plain one, or the only one. `config` is a
+    diffusers folder with the configuration of a checkpoint's network, None for one next to the checkpoint.
+    """
+
+    loras: LoraSource = ()
+    variant: str | None = None
+    config: str | Path | None = None
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """What is written besides the bundle's usual files, and whether an existing bundle is replaced."""
 
@@ -163,3 +178,4 @@ class CompileOptions:
     roles: ImportRoles = field(default_factory=ImportRoles)
     output: OutputOptions = field(default_factory=OutputOptions)
     acceptance: AcceptanceOptions = field(default_factory=AcceptanceOptions)
+    weights: WeightOptions = field(default_factory=WeightOptions)

@@ -35,7 +35,8 @@ from mezzotint.runtime.streams import SeedOffset
 from .deployed_size import schedule_of_size
 from .io.settings import load_conditions
 from .io.sources import CONFIG_FILE, FolderSource, ModelSource, ModuleSource, OnnxSource, resolve
-from .options import RANDOM, CompileOptions, DeploymentOptions, ImportRoles
+from .model_weights import with_weights
+from .options import RANDOM, CompileOptions, DeploymentOptions, ImportRoles, WeightOptions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,7 +79,7 @@ def prepare(model: Model, target: Path, options: CompileOptions, device: str = C
         _read(of) for of in (options.calibration.conditions, options.calibration.unconditional)
     )
     recipe = options.recipe.chosen()
-    source, deployment = _source(model, options.deployment, options.roles)
+    source, deployment = _source(model, options.deployment, options.roles, options.weights)
     recipe.check(deployment)
     recipe.check_device(device)
     check_target(target, force=options.output.force)
@@ -95,19 +96,22 @@ def prepare_model(
     deployment: DeploymentOptions,
     roles: ImportRoles,
     conditions: ConditionSource,
+    weights: WeightOptions,
     *,
     force: bool,
 ) -> PreparedModel:
     """Return a model that can be imported and written to a file. Raises the errors that `prepare` has for the same."""
     rows = _read(conditions)
-    source, deployed = _source(model, deployment, roles)
+    source, deployed = _source(model, deployment, roles, weights)
     check_target_file(target, force=force)
     return _settled(source, deployed, roles, rows or None, None, 1)[0]
 
 
-def _source(model: Model, options: DeploymentOptions, roles: ImportRoles) -> tuple[ModelSource, Deployment]:
+def _source(
+    model: Model, options: DeploymentOptions, roles: ImportRoles, weights: WeightOptions
+) -> tuple[ModelSource, Deployment]:
     """Return a model with the schedule for its prediction and size, and the deployment on that schedule."""
-    source = resolve(model, options.scheduler)
+    source = with_weights(resolve(model, options.scheduler, weights.config), weights)
     config = _config(source)
     schedule = source.schedule.predicting(roles.prediction or known_prediction(config, source.schedule))
     schedule = schedule_of_size(source, schedule, config, roles)

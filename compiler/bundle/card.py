@@ -125,6 +125,7 @@ def _origin(manifest: Manifest) -> str:
         "base model": fields.get("base_model"),
         "float parameters": f"{source.parameter_bytes} bytes",
         "SHA-256 of the weights": source.weights_sha256,
+        **{f"fused LoRA {i}": lora for i, lora in enumerate(source.loras, 1)},
     }
     if fields.get("license"):
         from_source = fields.get("license_from") == "source"

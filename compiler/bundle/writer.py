@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, seal_bundle
+from mezzotint.runtime.bundle.lora_entry import LoraEntry
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry, Source, input_entries
 from mezzotint.runtime.bundle.model_config import CONFIG
@@ -116,6 +117,7 @@ def write_bundle(
             int(source["parameter_bytes"]),
             source.get("weights_sha256"),
             source.get("class"),
+            tuple(LoraEntry(**lora) for lora in source.get("loras", ())),
         ),
         signature=program.signature,
         inputs=input_entries({name_of(v): _declared(v) for v in lowered.graph.inputs}),

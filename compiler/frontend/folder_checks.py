@@ -21,8 +21,8 @@ MOST_LAYERS = 512  # of one block, and blocks of a network
 _HINT = "download the model again"
 
 
-def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ModelError for weights that are no safetensors files, and for a configuration with absurd sizes."""
+def check_folder(folder: Path, config: Mapping[str, Any], *, weights: bool = True) -> None:
+    """Raise ModelError for a configuration with absurd sizes, and for `weights` that are no safetensors files."""
     where = str(folder / "config.json")
     for key, value in config.items():
         for number in value if isinstance(value, list) else [value]:
@@ -37,6 +37,11 @@ def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
     if all(isinstance(number, int) for number in numbers):
         size = abs(numbers[0] * numbers[1] * numbers[2])
         check_limit("constants", size, f"one sample of the configuration has {numbers} numbers", where)
+    if weights:
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
     files = [*folder.glob(f"{WEIGHTS_STEM}*.safetensors"), *folder.glob(f"{WEIGHTS_STEM}*.safetensors.index.json")]
     if not files:
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(pattern)]
@@ -51,7 +56,7 @@ def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
         require_file(file, "the weights", ModelError, _HINT)
 
 
-def check_loaded(info: Mapping[str, Sequence[Any]], folder: Path) -> None:
+def check_loaded(info: Mapping[str, Sequence[Any]], place: Path) -> None:
     """Raise ModelError where diffusers filled in weights that the file lacks, or left out some that it has."""
     for kind, what in (
         ("missing_keys", "the file lacks a weight of the network"),
@@ -61,6 +66,6 @@ def check_loaded(info: Mapping[str, Sequence[Any]], folder: Path) -> None:
         if names := [str(name)[:200] for name in info.get(kind, ())]:
             raise ModelError(
                 f"{what}: {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-                where=str(folder),
+                where=str(place),
                 hint="check that config.json and the weights belong together and are complete",
             )

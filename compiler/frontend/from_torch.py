@@ -38,16 +38,24 @@ from .architectures.row import ConditionSizes, SampleSize
 from .conventions import known_unit
 from .folder_checks import check_folder, check_loaded
 from .from_onnx import finish_import
+from .lora import fused_rows
+from .lora_files import LoraFile
+from .module_weights import exported_weights
+from .single_file import load_single_file
 from .torch_example import Example, example_of
 from .torch_export import OUTPUT
 from .torch_export import export_network as _export
+from .weight_files import chosen_variant
 
 _SHOWN = 4  # unread parameters named in a warning
 PARITY = 2e-3  # of the largest output: float32 kernels of two libraries over some hundred layers
 
 
-def load_model(folder: Path) -> torch.nn.Module:
-    """Return the diffusers model of a folder (config.json and weights), in float32 and eval mode. Raises ModelError."""
+def load_model(folder: Path, variant: str | None = None, checkpoint: Path | None = None) -> torch.nn.Module:
+    """Return the diffusers model of a folder (config.json and weights), in float32 and eval mode. Raises ModelError.
+
+    `variant` says which weights; a `checkpoint` is a file that has them instead of the folder.
+    """
     import diffusers
 
     config_file = folder / "config.json"
@@ -56,25 +64,32 @@ def load_model(folder: Path) -> torch.nn.Module:
     if not isinstance(config, dict):
         raise ModelError("the model's configuration is not a JSON object", where=str(config_file), hint=hint)
     name = architecture_row(str(config.get(CLASS)), str(config_file)).name
-    check_folder(folder, config)
+    where = folder if checkpoint is None else checkpoint
+    check_folder(folder, config, weights=checkpoint is None)
+    variant = None if checkpoint is not None else chosen_variant(folder, variant)
     diffusers.logging.set_verbosity_error()
     options: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
         kind = getattr(diffusers, name)
         with _one_type(kind):
-            model, info = kind.from_pretrained(folder, use_safetensors=True, **options)
+            if checkpoint is not None:
+                model, info = load_single_file(kind, checkpoint, folder)
+            else:
+                model, info = kind.from_pretrained(folder, use_safetensors=True, variant=variant, **options)
+    except ModelError:
+        raise
     except Exception as error:  # diffusers and safetensors raise many kinds of errors for missing or truncated weights
         raise ModelError(
             f"diffusers cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0][:500]}",
-            where=str(folder),
+            where=str(where),
             hint="check that config.json and the weights belong together and are complete",
         ) from error
-    check_loaded(info, folder)
+    check_loaded(info, where)
     if broken := next((key for key, value in model.state_dict().items() if not bool(value.isfinite().all())), None):
         raise ModelError(
-            f"the weight {broken!r} holds NaN or infinite values", where=str(folder), hint="download the model again"
+            f"the weight {broken!r} holds NaN or infinite values", where=str(where), hint="download the model again"
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 @contextmanager
@@ -96,11 +111,12 @@ def import_folder(path: Path, folder: Path, **options: Any) -> Program:
 
     torch's copy of the weights is freed before onnxruntime loads its own: only one is in memory at a time.
     """
-    sizes = options.pop("sizes", None)
-    reading = _read(
-        load_model(path), options["schedule"], options["deployment"], options.pop("size", None), sizes, str(path)
-    )
-    return _finish(reading, folder, **options)
+    sizes, size, loras = (options.pop(key, None) for key in ("sizes", "size", "loras"))
+    model = load_model(path, options.pop("variant", None), options.pop("checkpoint", None))
+    fused = list(fused_rows(model, loras or ()))
+    reading = _read(model, options["schedule"], options["deployment"], size, sizes, str(path))
+    del model
+    return _finish(reading, folder, fused, **options)
 
 
 def import_torch(
@@ -113,15 +129,19 @@ def import_torch(
     sizes: ConditionSizes | None = None,
     name: str = "module",
     threads: int | None = None,
+    loras: tuple[LoraFile, ...] = (),
 ) -> Program:
     """Return the Program of a network of a class that the registry has (architectures/registry.py).
 
     The inputs keep their diffusers names. The batch stays open, and so do height and width where the model allows.
-    `sizes` are known sizes of conditions: tokens, pooled prompts, time ids. Warns of parameters that no input reaches.
+    `sizes` are known sizes of conditions: tokens, pooled prompts, time ids. The module stays as it is: copies are
+    widened from half precision to float32, and have `loras` fused into them. Warns of parameters that no input reaches.
     Raises ModelError for other classes, and when the export lost weights or disagrees with torch.
     """
-    reading = _read(model, schedule, deployment, size, sizes, name)
-    return _finish(reading, folder, schedule=schedule, deployment=deployment, name=name, threads=threads)
+    architecture_row(type(model).__name__, name)
+    with exported_weights(model, loras) as fused:
+        reading = _read(model, schedule, deployment, size, sizes, name)
+    return _finish(reading, folder, fused, schedule=schedule, deployment=deployment, name=name, threads=threads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +208,7 @@ def _read(
 def _finish(
     reading: _Reading,
     folder: Path,
+    fused: Sequence[Mapping[str, Any]],
     *,
     schedule: Schedule,
     deployment: Deployment,
@@ -203,7 +224,13 @@ def _finish(
         deployment=deployment,
         size=reading.signature.sides(shape),
         channel_axis=reading.signature.channel_axis,
-        source={"kind": "diffusers", "name": name, "class": reading.config[CLASS], "config": reading.config},
+        source={
+            "kind": "diffusers",
+            "name": name,
+            "class": reading.config[CLASS],
+            "config": reading.config,
+            **({"loras": list(fused)} if fused else {}),
+        },
         where=name,
         fx_text=reading.fx_text,
     )

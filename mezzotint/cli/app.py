@@ -19,6 +19,7 @@ from ..options import (
     ImportRoles,
     OutputOptions,
     RecipeOptions,
+    WeightOptions,
 )
 from ..progress import shown
 from .audit import audit
@@ -37,10 +38,12 @@ from .options import (
     ChannelAxis,
     CommandGroup,
     ConditionsFile,
+    ConfigFolder,
     Force,
     ImageChannels,
     InputRoles,
     Json,
+    Loras,
     ModelArgument,
     PrecisionOfFloats,
     PredictionName,
@@ -50,6 +53,7 @@ from .options import (
     Threads,
     TimestepUnitName,
     UnconditionalFile,
+    Variant,
     number,
 )
 from .panels import GroupedCommand
@@ -127,6 +131,9 @@ def compile_(
     ] = None,
     channels: ImageChannels = None,
     channel_axis: ChannelAxis = None,
+    lora: Loras = None,
+    variant: Variant = None,
+    config: ConfigFolder = None,
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also write each pass's ONNX model, and its torch code if it trains.")
     ] = False,
@@ -150,6 +157,7 @@ def compile_(
 ) -> None:
     """Compile a denoiser into a bundle: an integer ONNX file and the data of its sampler."""
     from ..io import settings
+    from ..model_weights import parse_loras
     from ..text import console
 
     output_name, predicted = settings.parse_output(output, prediction)
@@ -169,6 +177,7 @@ def compile_(
         ),
         OutputOptions(dump_passes, license=license, force=force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
+        WeightOptions(parse_loras(lora or []), variant, config),
     )
     if dry_run:
         from ..dry_run import plan_compile

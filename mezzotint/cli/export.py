@@ -11,14 +11,17 @@ from ..progress import shown
 from .options import (
     ChannelAxis,
     ConditionsFile,
+    ConfigFolder,
     Force,
     ImageChannels,
     InputRoles,
+    Loras,
     ModelArgument,
     PredictionName,
     Quiet,
     Threads,
     TimestepUnitName,
+    Variant,
 )
 
 
@@ -38,6 +41,9 @@ def export(
     timestep_unit: TimestepUnitName = None,
     channels: ImageChannels = None,
     channel_axis: ChannelAxis = None,
+    lora: Loras = None,
+    variant: Variant = None,
+    config: ConfigFolder = None,
     threads: Threads = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -48,6 +54,7 @@ def export(
     """
     from ..api import export_model
     from ..io import settings
+    from ..model_weights import parse_loras
     from ..text import console
 
     name, predicted = settings.parse_output(output_name, prediction, "--output-name")
@@ -64,6 +71,9 @@ def export(
             timestep_unit=settings.parse_unit(timestep_unit),
             channels=channels,
             channel_axis=channel_axis,
+            loras=parse_loras(lora or []),
+            variant=variant,
+            config=config,
             threads=threads,
             force=force,
             progress=report,

@@ -47,7 +47,9 @@ PrecisionOfFloats = Annotated[
 ]
 All = Annotated[bool, typer.Option("--all", help="Print every row of every table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-ModelArgument = Annotated[str, typer.Argument(help="`digits`, `digits-dit`, a diffusers folder, or an .onnx file.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="`digits`, `digits-dit`, a diffusers folder, an .onnx or a .safetensors file.")
+]
 InputRoles = Annotated[list[str] | None, typer.Option("--input", help="ONNX: sample=NAME or timestep=NAME.")]
 PredictionName = Annotated[
     str | None, typer.Option(help="ONNX: epsilon, v_prediction, sample, flow_prediction, reversed_flow_prediction.")
@@ -60,6 +62,14 @@ ImageChannels = Annotated[
 ]
 ChannelAxis = Annotated[
     int | None, typer.Option("--channel-axis", help="ONNX: axis of the sample's channels; -1 is the last.")
+]
+Loras = Annotated[
+    list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, fused into the weights; may be repeated.")
+]
+Variant = Annotated[str | None, typer.Option(help="Which weights of a folder, as fp16, where it has several.")]
+ConfigFolder = Annotated[
+    Path | None,
+    typer.Option("--config", help="A diffusers folder with the configuration of a .safetensors file."),
 ]
 Reference = Annotated[Path, typer.Option(help="The float .onnx that `mezzotint export` wrote.")]
 NoiseSeed = Annotated[

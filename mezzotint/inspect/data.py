@@ -44,6 +44,7 @@ def summary_section(bundle: Bundle) -> PageData:
         shape += f", channels along axis {axis}"
     rows = [
         ("source", f"{source.kind} {source.name} ({source.class_name or 'ONNX'})"),
+        *((f"fused LoRA {i}", str(lora)) for i, lora in enumerate(source.loras, 1)),
         ("recipe", f"{recipe.name}: {recipe.description}"),
         ("target", f"{manifest.target}: {TARGETS[manifest.target]}"),
         ("deployment", str(bundle.deployment)),

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mezzotint.compiler.errors import ModelError
+from mezzotint.compiler.frontend.lora_files import LoraFile
 from mezzotint.runtime.bundle.bundle import MANIFEST
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import ScheduleError
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.schedule import NAMED_SCHEDULES, Schedule, is_named
+
+from .checkpoints import CHECKPOINT, config_folder, missing_model, refuse_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +42,18 @@ class OnnxSource:
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """A diffusers model: the folder with its config.json."""
+    """A diffusers model: the folder with its config.json, and which of its weights are read.
+
+    A `checkpoint` is a file that has the weights instead of the folder.
+    """
 
     kind: ClassVar[str] = "diffusers"
     name: str
     schedule: Schedule
     path: Path
+    loras: tuple[LoraFile, ...] = ()
+    variant: str | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +64,32 @@ class ModuleSource:
     name: str
     schedule: Schedule
     module: torch.nn.Module
+    loras: tuple[LoraFile, ...] = ()
 
 
 ModelSource = OnnxSource | FolderSource | ModuleSource
 
 
-def resolve(model: Model, scheduler: str | Path | Schedule | None = None) -> ModelSource:
-    """Return the model's source with its schedule. Raises ModelError or ScheduleError for missing files."""
+def resolve(
+    model: Model, scheduler: str | Path | Schedule | None = None, config: str | Path | None = None
+) -> ModelSource:
+    """Return the model's source with its schedule. Raises ModelError or ScheduleError for missing files.
+
+    `config` is a diffusers folder with the configuration of a checkpoint's network.
+    """
+    if config is not None and not (isinstance(model, (str, Path)) and str(model).lower().endswith(CHECKPOINT)):
+        raise ModelError("only a checkpoint of one file takes a configuration", hint="leave --config out")
     if not isinstance(model, (str, Path)):
         return ModuleSource(type(model).__name__, _schedule(scheduler, None, "the module"), model)
     path = DIGITS if str(model) == "digits" else Path(model)
     name = "digits" if path == DIGITS else path.name
     if not path.exists():
-        raise ModelError(
-            "there is no such model", where=str(path), hint="give `digits`, a diffusers folder, or an .onnx file"
-        )
+        raise missing_model(path)
     if path.is_file():
+        refuse_pickle(path)
+        if path.suffix.lower() == CHECKPOINT:
+            folder = config_folder(path, config)
+            return FolderSource(name, _schedule(scheduler, _own_scheduler(folder), str(path)), folder, checkpoint=path)
         return _onnx(name, path, scheduler, str(path))
     if bundle := next((folder for folder in (path, path.parent) if (folder / MANIFEST).is_file()), None):
         raise ModelError(

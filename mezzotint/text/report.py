@@ -106,6 +106,7 @@ def print_inspection(bundle: Bundle, *, everything: bool = False) -> None:
             "recipe": f"{manifest.recipe.name}: {manifest.recipe.description}",
             "target": f"{manifest.target}: {TARGETS[manifest.target]}",
             "source": f"{source.kind} {source.name}",
+            **({"fused LoRAs": console.CellLines(map(str, source.loras))} if source.loras else {}),
             "inputs": ", ".join([signature.sample, signature.timestep, *signature.conditions]),
             "output": f"{signature.output} ({signature.prediction})",
             "deployment": str(bundle.deployment),

@@ -8,6 +8,7 @@ from typing import Any
 
 from .field_values import declared_sizes, dtype_name, format_name, scale_or_range
 from .json_fields import Fields
+from .lora_entry import LoraEntry
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Source:
-    """The float model that was compiled. `class_name` is that of diffusers; its configuration is a file of its own."""
+    """The float model that was compiled. `class_name` is that of diffusers; its configuration is a file of its own.
+
+    `weights_sha256` is that of the weights behind the LoRAs.
+    """
 
     kind: str
     name: str
     parameter_bytes: int
     weights_sha256: str | None = None
     class_name: str | None = None
+    loras: tuple[LoraEntry, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -82,6 +87,7 @@ class Source:
             **({} if self.class_name is None else {"class": self.class_name}),
             "parameter_bytes": self.parameter_bytes,
             **({} if self.weights_sha256 is None else {"weights_sha256": self.weights_sha256}),
+            **({"loras": [lora.to_json() for lora in self.loras]} if self.loras else {}),
         }
 
     @classmethod
@@ -92,6 +98,7 @@ class Source:
             fields.count("parameter_bytes"),
             fields.maybe("weights_sha256", fields.text),
             fields.maybe("class", fields.text),
+            fields.maybe("loras", lambda key: fields.each(key, LoraEntry.from_json)) or (),
         )
 
 

@@ -29,7 +29,14 @@ from mezzotint.shards.shards import ShardOptions
 
 ROOT = Path(__file__).parents[2]
 # The command's name of an option -> that of the function, where they differ.
-RENAMED = {"set_": "settings", "input_": "inputs", "output": "output_name", "bundle": "output", "format_": "format"}
+RENAMED = {
+    "lora": "loras",
+    "set_": "settings",
+    "input_": "inputs",
+    "output": "output_name",
+    "bundle": "output",
+    "format_": "format",
+}
 DISPLAY = {"json", "quiet", "dry_run"}  # of commands only
 
 
@@ -72,7 +79,7 @@ def test_compile_has_the_options_of_the_function() -> None:
 
 def test_export_has_the_options_of_the_function() -> None:
     """Those about the model are also options of compile, with the same names."""
-    assert command_names(export.export, {"input_": "inputs"}) == names(export_model) - {"progress"}
+    assert command_names(export.export, {"input_": "inputs", "lora": "loras"}) == names(export_model) - {"progress"}
     assert names(export_model) - names(compile_model) == set()
 
 

@@ -150,9 +150,9 @@ def test_the_positions_of_a_transformer_have_one_size(load: Import) -> None:
         load(small_dit(), size=(16, 8))
 
 
-def test_half_precision_is_refused(load: Import) -> None:
-    with pytest.raises(ModelError, match=r"not in float32: .* is torch\.float16") as caught:
-        load(small_unet().half())
+def test_double_precision_is_refused(load: Import) -> None:
+    with pytest.raises(ModelError, match=r"not in float32: .* is torch\.float64") as caught:
+        load(small_unet().double())
 
     assert ".float()" in (caught.value.hint or "")
 
