@@ -10,9 +10,10 @@ or, without loading the float network,
 
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, unet=stand_in("out/sd"))
 
-This works for every pipeline that calls a UNet2DModel, a UNet2DConditionModel or a DiTTransformer2DModel: DDPM, DDIM,
-Stable Diffusion and SDXL with their img2img and inpaint variants, DiT. The pipeline keeps its scheduler, its text
-encoders and its VAE. `pipe.components` passes the stand-in on to other pipelines.
+This works for the pipelines of every network in docs/models.md: Stable Diffusion and SDXL with their img2img and
+inpaint variants, Stable Diffusion 3, Flux, PixArt, Sana, Wan and others. The pipeline keeps its scheduler, its text
+encoders and its VAE. `pipe.components` passes the stand-in on to other pipelines. A pipeline may be in float16 or
+bfloat16: the bundle's inputs are widened, its predictions are rounded, and a warning says so.
 
 The bundle keeps its deployment: its tables have rows for the timesteps of its own number of steps, and the pipeline
 must call these timesteps (the same `num_inference_steps`, and a scheduler with the same spacing). If the bundle has
@@ -43,7 +44,7 @@ _SHOWN = 6  # differing keys named in an error
 
 def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None, engine: Engine | None = None) -> StandIn:
     """Return a `torch.nn.Module` with the `config` and the call of the original network, computed by the bundle on
-    float32 tensors of the CPU.
+    tensors of the CPU: float32, or float16 and bfloat16, which are cast.
 
     `threads` is the number of the engine's threads, None for OMP_NUM_THREADS or its own choice. `engine` is what
     computes (`mezzotint.find_engine`), None for the one that the bundle is on. Raises InputError for a bundle without
@@ -71,25 +72,31 @@ def attach(
     threads: int | None = None,
     correction: bool | None = None,
     engine: Engine | None = None,
+    slot: str | None = None,
 ) -> Pipe:
     """Replace a pipeline's `unet` or `transformer` by a bundle, in place, and return the pipeline.
 
+    `slot` is the name of the component where a pipeline has several networks of one class: "transformer_2" of Wan 2.2.
     `correction` None corrects the pipeline's scheduler where the bundle has noise tables for it, True requires it
     (InputError or ScheduleError where it is impossible), False leaves the scheduler alone. The corrected scheduler asks
     this pipeline for its guidance scale: attach the bundle again to a pipeline that is made of this one's components.
 
-    Raises InputError, and leaves the pipeline as it was, for a pipeline without such a network, not in float32 on the
-    CPU, with a network of another configuration than the bundle's original (compared by
+    Raises InputError, and leaves the pipeline as it was, for a pipeline without such a network, not on the CPU or in
+    float64, with a network of another configuration than the bundle's original (compared by
     `runtime.bundle.model_config.config_hash`), or with a scheduler for another prediction or number of timesteps.
     """
     opened = _opened(bundle, engine)
     network = stand_in(opened, threads=threads)
+    network.slot = slot or _slot_of(pipe, network)
     _check_network(pipe, network)
     _check_modules(pipe)
     _check_scheduler(pipe, opened)
     scheduler = _scheduler(pipe, opened, correction)
-    # The default size of an image is the pipeline's own choice (runtime/bundle/model_config.py).
-    network.register_to_config(sample_size=getattr(pipe, network.slot).config.sample_size)
+    replaced = getattr(pipe, network.slot)
+    if "sample_size" in replaced.config:
+        # The default size of an image is the pipeline's own choice (runtime/bundle/model_config.py).
+        network.register_to_config(sample_size=replaced.config.sample_size)
+    network.take_type(replaced.dtype)
     setattr(pipe, network.slot, network)
     pipe.scheduler = scheduler  # type: ignore[attr-defined]
     return pipe
@@ -122,6 +129,15 @@ def _guidance_of(pipe: Any) -> float:
     if getattr(pipe, "guidance_rescale", 0.0):
         raise InputError("guidance_rescale changes what the correction was fitted to", hint="leave it at 0")
     return float(pipe.guidance_scale) if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
+
+
+def _slot_of(pipe: object, network: StandIn) -> str:
+    """Return the component that the bundle replaces: where its class usually is, else the one of this class."""
+    if getattr(pipe, network.slot, None) is not None:
+        return network.slot
+    components = getattr(pipe, "components", {})
+    found = [name for name, module in components.items() if type(module).__name__ == network.original]
+    return found[0] if len(found) == 1 else network.slot
 
 
 def _check_network(pipe: object, network: StandIn) -> None:
@@ -161,16 +177,18 @@ def _check_network(pipe: object, network: StandIn) -> None:
 
 
 def _check_modules(pipe: Any) -> None:
-    """Raise InputError unless every module of the pipeline computes in float32 on the CPU."""
+    """Raise InputError unless every module of the pipeline computes on the CPU, in float32 or a half."""
     import torch
+
+    usual = (torch.float32, torch.float16, torch.bfloat16)
 
     for name, module in pipe.components.items():
         parameter = next(module.parameters(), None) if isinstance(module, torch.nn.Module) else None
         if parameter is None:
             continue
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in usual:
             raise InputError(
-                f"the pipeline's {name} is in {parameter.dtype}, bundles take float32",
+                f"the pipeline's {name} is in {parameter.dtype}; a bundle takes float32, float16 and bfloat16",
                 hint="load the pipeline with torch_dtype=torch.float32, or call pipe.to(torch.float32) first",
             )
         if parameter.device.type != "cpu":
@@ -182,7 +200,9 @@ def _check_modules(pipe: Any) -> None:
 
 def _check_scheduler(pipe: Any, bundle: Bundle) -> None:
     config = pipe.scheduler.config
-    here = {"prediction_type": bundle.signature.prediction, "num_train_timesteps": bundle.schedule.num_train_timesteps}
+    # Pipelines of a network whose velocity runs from noise to image turn it around for the scheduler.
+    predicts = bundle.signature.prediction.removeprefix("reversed_")
+    here = {"prediction_type": predicts, "num_train_timesteps": bundle.schedule.num_train_timesteps}
     flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
     predicted = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
     there = {"prediction_type": predicted, **_only(config, "num_train_timesteps")}

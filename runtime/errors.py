@@ -76,3 +76,7 @@ class LowFidelity(MezzotintWarning):
 
 class InterpolatedCorrection(MezzotintWarning):
     """The noise tables were fitted for another number of steps, and interpolated between its timesteps."""
+
+
+class HalfPipeline(MezzotintWarning):
+    """A pipeline in half precision uses a bundle, which computes in its own types: the boundary is cast."""

@@ -16,6 +16,7 @@ from mezzotint.runtime.bundle.lora_entry import LoraEntry
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry, Source, input_entries
 from mezzotint.runtime.bundle.model_config import CONFIG
+from mezzotint.runtime.bundle.network_call import CALL
 from mezzotint.runtime.bundle.ranges import RANGES
 from mezzotint.runtime.targets import ONNXRUNTIME
 
@@ -93,6 +94,8 @@ def write_bundle(
     source = dict(program.source)
     if (config := source.pop("config", None)) is not None:
         write_text(bundle / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if (call := source.pop("call", None)) is not None:
+        write_text(bundle / CALL, json.dumps(call, sort_keys=True) + "\n")
     if program.correction is not None:
         program.correction.save(bundle / CORRECTION)
     if (ranges := range_rows(program)) is not None:

@@ -94,14 +94,13 @@ def random_rows(
 
     A condition that the model declares with one row, or as a number, gets one row. Open dimensions have the sizes that
     `named` has for their names (see `named_sizes`), else OPEN_TOKENS; extra channels have the other sizes of the
-    sample, whose shape is `shape`. A mask, which is an integer or boolean condition with that word in its name, keeps
-    every token. `labels` are rows of class labels that are taken as they are. Raises ConditionError for other integer
+    sample, whose shape is `shape`. A mask, which is a condition with that word in its name, keeps every token. `labels` are rows of class labels that are taken as they are. Raises ConditionError for other integer
     conditions, whose range is unknown.
     """
     rng = streams.CONDITIONS.generator(seed)
     conditions: dict[str, AnyArray] = dict(labels or {})
     for name, value in ((name, value) for name, value in inputs.items() if name not in conditions):
-        mask = value.dtype is not None and not value.dtype.is_floating_point() and "mask" in name.lower()
+        mask = "mask" in name.lower().split("_")
         if value.dtype is None or value.shape is None or not (mask or value.dtype.is_floating_point()):
             raise ConditionError(
                 f"no random values can be drawn for the condition {name!r} ({value.dtype}{value.shape})",

@@ -21,6 +21,7 @@ from ..errors import ModelError, SignatureError
 from ..graph import weight_store as store
 from ..graph.model_file import read_model
 from .batch import settle_batch
+from .call_metadata import noted_call
 from .channels import split_channels
 from .conventions import known_unit, with_known_labels
 from .foreign import check_plain
@@ -113,7 +114,12 @@ def finish_import(
         schedule=schedule,
         deployment=deployment,
         shape=shape,
-        source={**source, "parameter_bytes": store.parameter_bytes(model), "weights_sha256": _weights_sha(folder)},
+        source={
+            **source,
+            "parameter_bytes": store.parameter_bytes(model),
+            "weights_sha256": _weights_sha(folder),
+            **noted_call(model, where),
+        },
         fx_text=fx_text,
     )
 

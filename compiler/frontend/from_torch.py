@@ -35,6 +35,7 @@ from ..core.verify import relative_difference
 from ..errors import ModelError
 from .architectures.registry import architecture_row
 from .architectures.row import ConditionSizes, SampleSize
+from .call_metadata import note_call
 from .conventions import known_unit
 from .folder_checks import check_folder, check_loaded
 from .from_onnx import finish_import
@@ -190,6 +191,7 @@ def _read(
         parity = _torch_outputs(model, example, signature)
         with example.patched(model):
             onnx_model, fx_text, unread = _export(example.traceable(model), example)
+        note_call(onnx_model, example.fixed_arguments(model))
         _warn_of_unread(unread, name)
         return _Reading(onnx_model, fx_text, config, signature, example, parity, _distinct_bytes(model, unread))
     except MezzotintError:

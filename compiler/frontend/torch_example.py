@@ -87,11 +87,14 @@ class Example:
 
     def denoiser(self, model: torch.nn.Module, call: NetworkCall | None = None) -> PositionalModel:
         """Return the model, to be called with these inputs by position; `call` other than the row's."""
-        known, row = self.known, self.row
-        paths = {name: value.path for name, value in known.conditions.items() if value.path}
-        constants = {} if row.constants is None else row.constants(model, known)
-        fixed = {**known.fixed, **constants}
-        return PositionalModel(model, tuple(self.tensors), known.kept, paths, fixed, call or row.call)
+        paths = {name: value.path for name, value in self.known.conditions.items() if value.path}
+        fixed = self.fixed_arguments(model)
+        return PositionalModel(model, tuple(self.tensors), self.known.kept, paths, fixed, call or self.row.call)
+
+    def fixed_arguments(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Return the arguments of the call that the export keeps as they are."""
+        constants = {} if self.row.constants is None else self.row.constants(model, self.known)
+        return {**self.known.fixed, **constants}
 
     def traceable(self, model: torch.nn.Module) -> PositionalModel:
         """Return the same function in the form that is exported."""
@@ -162,6 +165,7 @@ def _tensor(value: Input, generator: torch.Generator) -> torch.Tensor:
         return torch.tensor([0, 1 % value.classes])
     if value.kind == "number":
         return torch.randn(2, *value.sizes, generator=generator)
-    mask = torch.ones(2, *value.sizes, dtype=torch.bool if value.kind == "flag" else torch.int64)
+    types = {"flag": torch.bool, "soft_mask": torch.float32}
+    mask = torch.ones(2, *value.sizes, dtype=types.get(value.kind, torch.int64))
     mask[1, ..., value.hidden] = 0
     return mask

@@ -151,13 +151,13 @@ class _Wrapped:
             _check_guidance(self._table, self._guidance())
         given = {**dict(zip(self._names, args, strict=False)), **options}
         self._check_options(given)
-        if output.dtype != torch.float32 or output.device.type != "cpu":
+        if output.dtype not in (torch.float32, torch.float16, torch.bfloat16) or output.device.type != "cpu":
             raise InputError(
                 f"the model's output is {output.dtype} on {output.device}; bundles compute in float32 on the CPU",
                 hint="load the pipeline with torch_dtype=torch.float32",
             )
         index = self._index(float(timestep))
-        fixed = torch.from_numpy(self._rows.apply(output.detach().numpy(), index))
+        fixed = torch.from_numpy(self._rows.apply(output.detach().float().numpy(), index)).to(output.dtype)
         sigma, noise = self._solver.steps[index].sigma, self._noise[index]
         if sigma == noise:
             return step(fixed, timestep, sample, *args, **options)

@@ -46,9 +46,10 @@ def _flux2(asked: Asked) -> NetworkInputs:
 
 
 def _chroma(asked: Asked) -> NetworkInputs:
+    """The pipeline of Chroma gives the mask as float32 ones and zeros, which attention adds to its scores."""
     tokens = asked.tokens(_PROMPT, 512)
     known = _packed(asked, tokens, {})
-    mask = Input((tokens + known.shape[0],), kind="flag", hidden=tokens - 1)
+    mask = Input((tokens + known.shape[0],), kind="soft_mask", hidden=tokens - 1)
     return _packed(asked, tokens, {_MASK: mask})
 
 

@@ -26,13 +26,14 @@ PROMPT, MASK = "encoder_hidden_states", "encoder_attention_mask"
 """Names of the arguments that most networks have for a prompt and for the mask of its tokens."""
 Path = tuple[str | int, ...]
 """Where the keyword arguments of a call hold a tensor: ("added_cond_kwargs", "image_embeds", 0)."""
-Kind = Literal["number", "label", "mask", "flag"]
-"""float32; int64 class labels; int64 and boolean masks, whose ones keep a token."""
+Kind = Literal["number", "label", "mask", "flag", "soft_mask"]
+"""float32; int64 class labels; int64 and boolean masks, whose ones keep a token; float32 masks that attention adds."""
 _TYPES = {
     "number": ir.DataType.FLOAT,
     "label": ir.DataType.INT64,
     "mask": ir.DataType.INT64,
     "flag": ir.DataType.BOOL,
+    "soft_mask": ir.DataType.FLOAT,
 }
 
 

@@ -596,14 +596,32 @@ class TestCorrect:
             step_of(corrected, times[0], eta=1.0)
         assert "before each run" in (caught.value.hint or "")
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    def test_other_precision(self, noisy: Bundle, dtype: torch.dtype) -> None:
+    def test_other_precision(self, noisy: Bundle) -> None:
         corrected = correct(CASES["ddim-noise"].scheduler, noisy)
         corrected.set_timesteps(7)
-        x = torch.zeros(SHAPE, dtype=dtype)
-        with pytest.raises(InputError, match=f"output is {dtype} on cpu") as caught:
+        x = torch.zeros(SHAPE, dtype=torch.float64)
+        with pytest.raises(InputError, match=r"output is torch\.float64 on cpu") as caught:
             corrected.step(x, corrected.timesteps[0], x, eta=1.0)
         assert "torch_dtype=torch.float32" in (caught.value.hint or "")
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_half_pipeline_is_corrected_as_well(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        case = CASES["ddim"]
+        bundle = planted(tmp_path / "b", case)
+        x = torch.from_numpy(initial_noise(1, SHAPE)).to(dtype)
+        out = torch.from_numpy(initial_noise(2, SHAPE)).to(dtype)
+        corrected, plain = correct(case.scheduler, bundle), case.scheduler
+        for scheduler in (corrected, plain):
+            scheduler.set_timesteps(6)
+        t, table = plain.timesteps[0], bundle.correction_for(bundle.deployment)
+        assert table is not None
+        fixed = torch.from_numpy(table.apply(out.float().numpy(), 0)).to(dtype)
+
+        got = corrected.step(out, t, x, return_dict=False)[0]
+
+        assert got.dtype is dtype
+        assert torch.equal(got, plain.step(fixed, t, x, return_dict=False)[0])
+        assert not torch.equal(got, plain.step(out, t, x, return_dict=False)[0])
 
     def test_another_device(self, noisy: Bundle) -> None:
         corrected = correct(CASES["ddim-noise"].scheduler, noisy)
