@@ -94,8 +94,9 @@ def random_rows(
 
     A condition that the model declares with one row, or as a number, gets one row. Open dimensions have the sizes that
     `named` has for their names (see `named_sizes`), else OPEN_TOKENS; extra channels have the other sizes of the
-    sample, whose shape is `shape`. A mask, which is a condition with that word in its name, keeps every token. `labels` are rows of class labels that are taken as they are. Raises ConditionError for other integer
-    conditions, whose range is unknown.
+    sample, whose shape is `shape`. A mask, which is a condition with that word in its name, keeps every token.
+    `labels` are rows of class labels that are taken as they are. Raises ConditionError for other integer conditions,
+    whose range is unknown.
     """
     rng = streams.CONDITIONS.generator(seed)
     conditions: dict[str, AnyArray] = dict(labels or {})
