@@ -36,7 +36,8 @@ from mezzotint.compiler.frontend.torch_example import quiet_exporter
 from mezzotint.frechet import FEATURES, LOGITS, FeatureNet
 from mezzotint.io.files import replacing
 from mezzotint.runtime.errors import InputError, MezzotintError
-from tools.train_digits import load_images, pick_device
+from tools.digits_batches import load_images
+from tools.digits_trainer import pick_device
 
 SIZE, CLASSES, WIDTH = 32, 10, 64
 OPSET = 21

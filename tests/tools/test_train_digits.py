@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiTTransformer2DModel, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.schedule import Schedule
-from tools.train_digits import ASSET, CHECKPOINT, Batches, Options, load_images, main, train
+from tools.digits_batches import CLASSES, Batches, load_images
+from tools.digits_trainer import Options
+from tools.train_digits import ASSET, CHECKPOINT, main, train
 
+DIT = ASSET.with_name("digits-dit")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TINY = {
     "sample_size": 16,
@@ -108,6 +111,50 @@ def test_a_checkpoint_changed_by_one_percent_gives_other_bytes(
     assert {name for name in whole if whole[name] != parts[name]} == {WEIGHTS}
 
 
+@pytest.fixture
+def transformer(tmp_path: Path) -> Path:
+    """The configuration of digits-dit with a few sizes made tiny."""
+    folder = tmp_path / "transformer-config"
+    tiny = {"sample_size": 16, "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2}
+    for name, edit in {"transformer/config.json": tiny, "scheduler/scheduler_config.json": {}}.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(json.dumps(json.loads((DIT / name).read_text()) | edit))
+    return folder
+
+
+def test_a_transformer_learns_the_flow_and_is_resumed(data: Path, transformer: Path, tmp_path: Path) -> None:
+    for name, parts in (("whole", (None,)), ("parts", (2, None))):
+        for stop in parts:
+            train(data, tmp_path / name, OPTIONS, config_from=transformer, device="cpu", stop_after=stop)
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    model = DiTTransformer2DModel.from_pretrained(tmp_path / "whole", subfolder="transformer")
+    tables = [value for name, value in model.state_dict().items() if name.endswith("embedding_table.weight")]
+    assert [len(table) for table in tables] == [CLASSES + 1] * 2
+    assert model.proj_out_2.weight.abs().max() > 0, "it began at zero"
+    long = Options(steps=40, seed=1, batch=8, rate=4e-3)
+    losses = train(data, tmp_path / "long", long, config_from=transformer, device="cpu")
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_a_batch_of_flow_is_between_image_and_noise(data: Path) -> None:
+    images, schedule = load_images(data, 16), Schedule.load(DIT / "scheduler")
+    labels = np.arange(10)
+    batches = Batches(images, schedule, seed=3, batch=10, labels=labels)
+    shown = []
+    for step in range(40):
+        noisy, timesteps, classes, velocity = batches.at(step)
+        sigma = timesteps[:, None, None, None] / 1000
+        clean = ((noisy - sigma * velocity + 1) * 127.5).round().to(torch.uint8)[:, 0].numpy()
+        chosen = [int(np.flatnonzero((images == image).all((1, 2)))[0]) for image in clean]
+        assert sorted(chosen) == list(range(10)) and 0 < float(sigma.min()) < float(sigma.max()) < 1
+        wrong = classes.numpy() != labels[chosen]
+        assert (classes.numpy()[wrong] == CLASSES).all()
+        shown.append(wrong.mean())
+    assert 0.05 < np.mean(shown) < 0.15
+    with pytest.raises(InputError, match="of noise or of flow, not 'v_prediction'"):
+        Batches(images, Schedule.named("sd").predicting("v_prediction"), seed=0, batch=5)
+
+
 def test_another_seed_gives_other_bytes(data: Path, config: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "a", OPTIONS, config_from=config, device="cpu")
     train(data, tmp_path / "b", Options(steps=3, seed=6, batch=4), config_from=config, device="cpu")
@@ -119,7 +166,7 @@ def test_an_epoch_shows_each_picture_once(data: Path) -> None:
     images = load_images(data, 16)
     images[:, 0, 0] = np.arange(10)  # a mark in the border
     schedule = Schedule.load(ASSET / "scheduler")
-    batches = Batches(images, schedule, Options(steps=4, batch=5))
+    batches = Batches(images, schedule, seed=0, batch=5)
     for steps in ((0, 1), (2, 3)):
         seen: list[int] = []
         for step in steps:
