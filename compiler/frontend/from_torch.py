@@ -174,8 +174,9 @@ def _read(
     try:
         config = public_config(json.loads(model.to_json_string()))  # type: ignore[operator]
         unit = known_unit({**config, CLASS: type(model).__name__}, schedule) or "steps"
-        # A sampler with interpolated timesteps needs a float input for them, and so do fractions.
-        whole = deployment.whole and unit == "steps" and not row.float_time
+        # A sampler with interpolated timesteps needs a float input for them, and so do fractions. Most numbers of steps
+        # of flow matching have such timesteps, and an export is for all of them.
+        whole = deployment.whole and unit == "steps" and not row.float_time and not schedule.flow
         example = example_of(model, size, torch.int64 if whole else torch.float32, sizes, name)
         signature = Signature(
             example.sample,

@@ -28,7 +28,9 @@ def missing_model(path: Path) -> ModelError:
             hint=f"a model of the Hugging Face hub: hf download {name} --local-dir FOLDER, then compile FOLDER",
         )
     return ModelError(
-        "there is no such model", where=str(path), hint="give `digits`, a diffusers folder, or an .onnx file"
+        "there is no such model",
+        where=str(path),
+        hint="give `digits`, `digits-dit`, a diffusers folder, or an .onnx file",
     )
 
 

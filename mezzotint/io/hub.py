@@ -11,7 +11,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_text
 from mezzotint.runtime.visible import one_line
 
-from .sources import DIGITS, NETWORKS
+from .sources import NETWORKS, embedded_or_path
 
 INHERITED = ("license", "license_name", "license_link", "pipeline_tag")
 LONGEST_FIELD = 300
@@ -54,7 +54,7 @@ def checked_model(name: str) -> str:
 
 
 def _own_fields(model: str | Path) -> dict[str, str]:
-    path = DIGITS if str(model) == "digits" else Path(model)
+    path = embedded_or_path(model)
     if not path.is_dir():
         return {}  # an .onnx file: a README.md next to it may belong to something else
     folders = (path, path.absolute().parent) if path.absolute().name in NETWORKS else (path,)

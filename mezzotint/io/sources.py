@@ -1,4 +1,4 @@
-"""The MODEL argument: the embedded model, a diffusers folder, an ONNX file, or a module in memory."""
+"""The MODEL argument: an embedded model, a diffusers folder, an ONNX file, or a module in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
     Model = str | Path | torch.nn.Module
 
-DIGITS = Path(__file__).parents[1] / "assets" / "digits"
+_ASSETS = Path(__file__).parents[1] / "assets"
+DIGITS, DIGITS_DIT = _ASSETS / "digits", _ASSETS / "digits-dit"
+EMBEDDED = {folder.name: folder for folder in (DIGITS, DIGITS_DIT)}
+"""The folders of the models that come with the package, by the names that stand for them."""
 SCHEDULER_FILE = "scheduler_config.json"
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.onnx"
@@ -81,8 +84,8 @@ def resolve(
         raise ModelError("only a checkpoint of one file takes a configuration", hint="leave --config out")
     if not isinstance(model, (str, Path)):
         return ModuleSource(type(model).__name__, _schedule(scheduler, None, "the module"), model)
-    path = DIGITS if str(model) == "digits" else Path(model)
-    name = "digits" if path == DIGITS else path.name
+    path = embedded_or_path(model)
+    name = path.name
     if not path.exists():
         raise missing_model(path)
     if path.is_file():
@@ -108,6 +111,11 @@ def resolve(
         where=str(path),
         hint="a pipeline folder has unet/ (or transformer/) and scheduler/ in it",
     )
+
+
+def embedded_or_path(model: str | Path) -> Path:
+    """Return the folder of an embedded model by its name, else the path."""
+    return EMBEDDED.get(str(model), Path(model))
 
 
 def _onnx(name: str, file: Path, scheduler: str | Path | Schedule | None, where: str) -> OnnxSource:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
@@ -34,6 +35,8 @@ COMPILED = (
 
 `tools/models_page.py --measure` compiles all.
 """
+TIME_ALONE = {"QwenImageTransformer2DModel", "WanTransformer3DModel"}
+"""Their modulation depends on the timestep alone; that of SD 3 and Flux on pooled text, too."""
 NEVER_IN_A_FOLDER = {"UNet2DConditionModel, IP-Adapter"}  # its weights are another file
 
 
@@ -91,6 +94,9 @@ def test_a_row_is_exported_and_runs_on_integer_kernels(name: str, tmp_path: Path
     kernels, acceptance = bundle.manifest.kernels, bundle.manifest.acceptance
     assert kernels.integer > kernels.floating, kernels
     assert set(bundle.signature.conditions) == set(conditions)
+    if name in TIME_ALONE | {"SD3Transformer2DModel", "FluxTransformer2DModel"}:  # a row an image is a Gemm
+        rows = [node.name for node in onnx.load(bundle.model_path).graph.node if node.op_type == "Gemm"]
+        assert bool(rows) == (name not in TIME_ALONE), "modulation by the timestep alone is a table"
     assert acceptance is not None and all(group.sqnr_db is None or group.sqnr_db > 10 for group in acceptance.groups)
     assert bundle.signature.timestep_unit == (ROWS[tiny.cls].unit if tiny.flow else "steps")
 
