@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mezzotint.compiler.calibration.calibrate import random_conditions
+from mezzotint.compiler.calibration.conditions import spread_labels
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Recipe
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -64,12 +65,18 @@ def _calibration_context(
     unconditional: Conditions | None = None,
 ) -> Context:
     """Return a context that calibrates as the compilation of the bundle did. Rows left out are random, as there."""
-    calibration = bundle.manifest.calibration
+    calibration, signature = bundle.manifest.calibration, bundle.signature
+    program = replace(program, signature=signature)  # the reference may come without the configuration of its labels
     seed, guided = calibration.seed, bundle.deployment.guided
-    rows = random_conditions(program, calibration.samples, seed) if conditions is None else conditions
+    if conditions is None:
+        rows = random_conditions(program, calibration.samples, seed)
+    else:
+        rows = {**spread_labels(signature, calibration.samples), **conditions}
     if unconditional is None:
         drawn = random_conditions(program, 1, SeedOffset.UNCONDITIONAL.after(seed)) if guided else {}
-        unconditional = {**drawn, **(null_rows(program.signature) if guided else {})}
+        unconditional = {**drawn, **(null_rows(signature) if guided else {})}
+    elif guided and not unconditional:
+        unconditional = null_rows(signature)
     return replace(
         context,
         samples=calibration.samples,

@@ -71,7 +71,13 @@ def test_it_is_measured_without_conditions(bundle: Bundle, network: Path) -> Non
     mine, told = (compare(bundle, network, 4, conditions=rows) for rows in (None, labels))
     np.testing.assert_array_equal(mine.float_images, told.float_images)
     np.testing.assert_array_equal(mine.psnr, told.psnr)
-    assert diagnose(bundle, network, calls=1).layers
+
+
+def test_debug_calibrates_again_on_the_same_labels(network: Path, tmp_path: Path) -> None:
+    """smooth_scales rewrites the float graph from statistics; the command line gives no rows as an empty mapping."""
+    bundle = compile_model(network, tmp_path / "bundle", recipe="w8a8-steps", guidance=3.0, **SMALL)
+    for rows in (None, {}):
+        assert diagnose(bundle, network, calls=1, conditions=rows, unconditional=rows).layers
 
 
 def test_a_random_half_has_no_class(network: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend import from_torch as front
 from mezzotint.compiler.frontend.torch_export import OUTPUT
 from mezzotint.runtime.bundle.model_config import CONFIG
-from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.deployment import Deployment, usual_sampler
 from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import ClassLabels, Signature
@@ -36,9 +36,9 @@ Import = Callable[..., Program]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Import:
-    def run(model: torch.nn.Module, **options: Any) -> Program:
-        deployment = Deployment.of(SCHEDULE, "ddim", 4)
-        return front.import_torch(model, tmp_path, schedule=SCHEDULE, deployment=deployment, threads=2, **options)
+    def run(model: torch.nn.Module, schedule: Schedule = SCHEDULE, **options: Any) -> Program:
+        deployment = Deployment.of(schedule, usual_sampler(schedule), 4)
+        return front.import_torch(model, tmp_path, schedule=schedule, deployment=deployment, threads=2, **options)
 
     return run
 
@@ -131,10 +131,13 @@ def small_dit(**changes: Any) -> torch.nn.Module:
 def test_a_transformer_keeps_its_names_and_predicts_the_noise_only(load: Import, tmp_path: Path) -> None:
     model = small_dit(out_channels=8, num_embeds_ada_norm=10)
 
-    program = load(model)
+    program = load(model, Schedule.named("flow"))
 
     known = (ClassLabels("class_labels", 10, null=10),)
-    assert program.signature == Signature("hidden_states", "timestep", OUTPUT, ("class_labels",), labels=known)
+    names = ("hidden_states", "timestep", OUTPUT, ("class_labels",))
+    assert program.signature == Signature(*names, "flow_prediction", labels=known)
+    timestep = next(value for value in program.graph.inputs if value.name == "timestep")
+    assert program.deployment.whole and timestep.dtype == ir.DataType.FLOAT, "other numbers of steps are not whole"
     assert (program.source["class"], program.source["config"]["out_channels"]) == ("DiTTransformer2DModel", 8)
     assert program.shape == (4, 8, 8)
     x, labels = noise(3, 4, 8, 8), np.array([1, 9, 10])
