@@ -7,9 +7,14 @@ in float32 once for each deployed timestep, and replaced by rows:
     row = nearest[clip(timestep[0], 0, num_train - 1)]       [num_train] integers -> one row index, shape [1]
     value = table[row]                                       [rows, ...] -> [1, ...], broadcast over the batch
 
-Values that also depend on a class or a prompt stay in the graph. For a timestep outside the table plain onnxruntime
-takes the nearest row; Mezzotint's runtime refuses it. The time layers leave the graph, and their quantization error
-with them.
+Values that also depend on a class or a prompt stay in the graph. So the modulation of a transformer (adaLN) is a table
+where it depends on the timestep alone (AuraFlow, Wan, LTX, Qwen-Image). Where a class or a pooled text enters (DiT,
+SD 3, Flux), the timestep's share of the embedding is a table, the sum and its SiLU stay in float, and the linear layer
+behind them, one row an image, is a layer like the others. Those of digits-dit make 0.4 % of the error of `w4a8`. In
+float they change no figure beyond its scatter, and add a quarter to the file of `w8a8` and two thirds to that of `w4a8`.
+
+For a timestep outside the table plain onnxruntime takes the nearest row; Mezzotint's runtime refuses it. The time
+layers leave the graph, and their quantization error with them.
 """
 
 from __future__ import annotations
