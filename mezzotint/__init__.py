@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "compile_model": "mezzotint.api",
+    "compile_pipeline": "mezzotint.whole",
     "export_model": "mezzotint.api",
     "mix_bundles": "mezzotint.mix.mix",
     "sample": "mezzotint.api",
@@ -59,6 +60,7 @@ __all__ = [
     "Schedule",
     "__version__",
     "compile_model",
+    "compile_pipeline",
     "export_model",
     "find_engine",
     "mix_bundles",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from .api import compile_model, export_model, sample
     from .mix.mix import mix_bundles
     from .shards.shards import read_shards, sample_to_folder
+    from .whole import compile_pipeline
 
 
 def __getattr__(name: str) -> Any:

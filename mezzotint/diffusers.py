@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
 from mezzotint.runtime.bundle.model_config import CLASS, bundle_config, config_hash, differing_keys
+from mezzotint.runtime.bundle.pipeline import PipelineFolder, open_pipeline
 from mezzotint.runtime.errors import InputError, ScheduleError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from mezzotint.runtime.diffusers.unet import StandIn
     from mezzotint.runtime.engine import Engine
 
-__all__ = ["attach", "correct", "stand_in"]
+__all__ = ["attach", "correct", "load", "stand_in"]
 
 Pipe = TypeVar("Pipe")
 _SHOWN = 6  # differing keys named in an error
@@ -52,6 +53,27 @@ def stand_in(bundle: Bundle | str | Path, *, threads: int | None = None, engine:
     run it.
     """
     return _adapter().bundle_stand_in(_opened(bundle, engine), threads=threads)  # type: ignore[no-any-return]
+
+
+def load(
+    folder: str | Path | PipelineFolder,
+    *,
+    threads: int | None = None,
+    engine: Engine | None = None,
+    correction: bool | None = None,
+) -> Any:
+    """Return the diffusers pipeline of a folder that `mezzotint compile` wrote from a whole pipeline.
+
+    Its denoiser, text encoders and VAE are computed by onnxruntime; scheduler and tokenizers are those of the folder.
+    `threads` and `engine` are those of `stand_in` (`engine` is for the denoiser), `correction` is that of `attach`.
+    Raises BundleError for a folder that cannot be opened, InputError where a library or a class of it is missing.
+    """
+    from .pipeline.load import load_pipeline
+
+    opened = folder if isinstance(folder, PipelineFolder) else open_pipeline(folder)
+    pipe = load_pipeline(opened, stand_in(opened.bundle, threads=threads, engine=engine), threads=threads)
+    pipe.scheduler = _scheduler(pipe, opened.bundle, correction)
+    return pipe
 
 
 def correct(scheduler: Any, bundle: Bundle | str | Path, *, guidance_scale: Guidance = 1.0) -> Any:

@@ -26,6 +26,7 @@ from mezzotint.compiler.frontend.from_onnx import load_onnx, settle_inputs
 from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.compiler.frontend.roles import infer_signature
 from mezzotint.runtime.bundle.model_config import CLASS
+from mezzotint.runtime.bundle.pipeline import MODEL_INDEX
 from mezzotint.runtime.errors import CompileWarning
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions, null_rows
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
     from .io.sources import Model
     from .options import ConditionSource
-
-MODEL_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +104,11 @@ def prepare_model(
     source, deployed = _source(model, deployment, roles, weights)
     check_target_file(target, force=force)
     return _settled(source, deployed, roles, rows or None, None, 1)[0]
+
+
+def deployment_of(model: Model, options: DeploymentOptions, roles: ImportRoles, weights: WeightOptions) -> Deployment:
+    """Return the deployment that a compilation of the model will have. Raises ModelError, ScheduleError."""
+    return _source(model, options, roles, weights)[1]
 
 
 def _source(

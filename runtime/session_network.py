@@ -37,8 +37,8 @@ class SessionNetwork:
     def __init__(self, session: Any, usage: EngineUsage, refusals: tuple[type[Exception], ...]) -> None:
         self.session = session
         self.usage = usage
-        self.inputs = {value.name: _info(value) for value in session.get_inputs()}
-        self.outputs = {value.name: _info(value) for value in session.get_outputs()}
+        self.inputs = {value.name: info_of(value) for value in session.get_inputs()}
+        self.outputs = {value.name: info_of(value) for value in session.get_outputs()}
         self._refusals = refusals
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], output: str, out: npt.NDArray[np.float32]) -> None:
@@ -52,7 +52,8 @@ class SessionNetwork:
             raise InputError(f"onnxruntime refused the call: {error}") from error
 
 
-def _info(value: Any) -> TensorInfo:
+def info_of(value: Any) -> TensorInfo:
+    """Return what onnxruntime says of an input or an output."""
     dtype = _DTYPES.get(value.type)
     return TensorInfo(value.type, None if dtype is None else np.dtype(dtype), tuple(value.shape))
 
@@ -71,7 +72,7 @@ def with_nodes(usage: EngineUsage, session: Any, where: str) -> EngineUsage:
         )
     taken = [
         (part.ep_name, node.op_type)
-        for part in session.get_provider_graph_assignment_info()
+        for part in session.get_provider_graph_assignmentinfo_of()
         for node in part.get_nodes()
     ]
     return counted(usage, taken, where)

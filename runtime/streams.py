@@ -32,6 +32,10 @@ class SeedOffset(IntEnum):
     """The finished file beside the float model, at the end of a compilation."""
     RANKING = 6
     """step_scales ranks its tables; those of HELD_OUT judge them."""
+    COMPONENTS = 7
+    """Images whose latents calibrate a VAE."""
+    COMPONENTS_HELD_OUT = 8
+    """Images that measure the finished VAE."""
     UNCONDITIONAL = 1000
     """Random unconditional rows: other rows than the conditional ones of any usual seed."""
 
@@ -104,6 +108,11 @@ STREAMS = (
 
 FIXED = 0
 """The seed where a run has none: inputs for timing, for checks of copies, and torch's example inputs for export."""
+
+
+def prompt_seed(seed: int, image: int) -> int:
+    """Return the seed of the generator of torch that draws image `image` of a prompt."""
+    return seed + image
 
 
 def noise_generator(seed: int, image: int, draw: int) -> np.random.Generator:

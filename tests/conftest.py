@@ -21,7 +21,7 @@ from tests.helpers import golden, tiers
 from tests.helpers.tiny import context_in, program_of, tiny_program
 
 # the fixtures of the front ends, the API and the command line; the browser
-pytest_plugins = ["tests.helpers.models", "tests.helpers.browser"]
+pytest_plugins = ["tests.helpers.models", "tests.helpers.browser", "tests.helpers.whole"]
 Check = Callable[..., Program]
 # The time of an example says how busy the machine is, and not whether the code is right.
 settings.register_profile("mezzotint", deadline=None)

@@ -19,10 +19,9 @@ from typing import Any
 import yaml
 
 from mezzotint.runtime.bundle.acceptance import Acceptance
-from mezzotint.runtime.bundle.bundle import CORRECTION, MANIFEST, MODEL, SCHEDULER
+from mezzotint.runtime.bundle.layout import CONFIG, CORRECTION, MANIFEST, MODEL, SCHEDULER, located_in
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import Storage
-from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.bundle.precisions import Mixture
 from mezzotint.runtime.bundle.ranges import RANGES
 from mezzotint.runtime.compare import db_text
@@ -43,15 +42,16 @@ _FIELDS = ("license", "license_name", "license_link", "base_model", "pipeline_ta
 
 def card_text(manifest: Manifest, folder: Path) -> str:
     """Return the text for a bundle whose other files, except the manifest, are in `folder`."""
-    config, correction = (folder / CONFIG).is_file(), (folder / CORRECTION).is_file()
+    config, correction = (folder / located_in(folder, CONFIG)).is_file(), (folder / CORRECTION).is_file()
+    network = located_in(folder, MODEL)
     parts = [
         _front(manifest, config),
-        _title(manifest),
+        _title(manifest, network),
         _origin(manifest),
         _made(manifest),
         _good(manifest),
         figure_sections(manifest.measured),
-        _run(manifest, config, correction),
+        _run(manifest, network, config, correction),
         _limits(manifest, correction),
         _islands(manifest),
         _files(manifest, folder),
@@ -75,7 +75,7 @@ def _front(manifest: Manifest, config: bool) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
-def _title(manifest: Manifest) -> str:
+def _title(manifest: Manifest, network: str) -> str:
     signature, kernels, recipe = manifest.signature, manifest.kernels, manifest.recipe
     names = ", ".join(_code(n) for n in (signature.sample, signature.timestep, *signature.conditions))
     size = "" if manifest.storage is None else _size(manifest.storage)
@@ -85,7 +85,7 @@ def _title(manifest: Manifest) -> str:
 A diffusion model's denoiser, compiled for {_engine(manifest.target)}.
 Recipe {_code(recipe.name)}: {_plain(recipe.description)}.
 
-`{MODEL}` is an ordinary ONNX file: inputs {names}, output {_code(signature.output)} ({signature.prediction}).
+`{network}` is an ordinary ONNX file: inputs {names}, output {_code(signature.output)} ({signature.prediction}).
 {kernels.integer} convolutions and matmuls run on onnxruntime's integer CPU kernels, {kernels.floating} in float{other}.
 {size}{_precisions(manifest.mixture)}
 It was made for {manifest.deployment}."""
@@ -209,13 +209,13 @@ def _with_unit(value: float | None) -> str:
     return db_text(value) + (" dB" if value is not None else "")
 
 
-def _run(manifest: Manifest, config: bool, correction: bool) -> str:
+def _run(manifest: Manifest, network: str, config: bool, correction: bool) -> str:
     """Return the programs; all of them run in the bundle's folder."""
     drawn = "images.png" if no_image(manifest.sample_shape) is None else "samples.npy"
     parts = [
         "## How to run it\n\nAll of this runs in this folder. On the command line:\n\n"
         f"    mezzotint sample . -n 16 -o ../{drawn}\n    mezzotint inspect .",
-        f"In plain onnxruntime, one call of the network:\n\n{_python(code.plain_onnxruntime(manifest))}",
+        f"In plain onnxruntime, one call of the network:\n\n{_python(code.plain_onnxruntime(manifest, network))}",
         f"In Mezzotint's runtime, from noise to images:\n\n{_python(code.own_runtime(manifest))}",
     ]
     if config:
@@ -262,10 +262,11 @@ def _islands(manifest: Manifest) -> str:
 
 
 def _files(manifest: Manifest, folder: Path) -> str:
+    network = located_in(folder, MODEL)
     purposes = {
-        MODEL: "the network",
-        f"{MODEL}.data": "its weights",
-        CONFIG: "the configuration of the float network, as diffusers writes it",
+        network: "the network",
+        f"{network}.data": "its weights",
+        located_in(folder, CONFIG): "the configuration of the float network, as diffusers writes it",
         SCHEDULER: "the scheduler's, as it came from the model",
         CORRECTION: "the tables that undo the quantization noise",
         RANGES: "the range of each quantizer at each timestep, for display",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mezzotint.runtime.bundle.bundle import MODEL
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.visible import visible
 
@@ -33,8 +32,8 @@ SCHEDULERS = {
 }
 
 
-def plain_onnxruntime(manifest: Manifest) -> str:
-    """Return the program of one network call."""
+def plain_onnxruntime(manifest: Manifest, network: str) -> str:
+    """Return the program of one network call; `network` is the ONNX file in the bundle's folder."""
     signature, calls = manifest.signature, manifest.deployment.calls
     t = calls[len(calls) // 2]
     lines = ["import numpy as np", "import onnxruntime as ort", ""]
@@ -47,7 +46,7 @@ def plain_onnxruntime(manifest: Manifest) -> str:
         ]
         options = "options, "
     lines += [
-        f'session = ort.InferenceSession("{MODEL}", {options}providers=["CPUExecutionProvider"])',
+        f'session = ort.InferenceSession("{network}", {options}providers=["CPUExecutionProvider"])',
         "rng = np.random.default_rng(0)",
         "inputs = {",
     ]

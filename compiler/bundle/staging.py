@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mezzotint.runtime.bundle.bundle import MANIFEST
+from mezzotint.runtime.bundle.layout import DENOISERS, MANIFEST, is_pipeline
 from mezzotint.runtime.json_text import read_json
 
 from ..errors import OutputError
@@ -156,7 +156,8 @@ def check_target_file(target: Path, *, force: bool) -> None:
 def foreign_part(target: Path) -> str | None:
     """Return why `force` may not replace a folder: it holds something that is not of a bundle or of the demo.
 
-    A bundle holds the files of its manifest, a demo its own files and a bundle. An empty folder may be replaced.
+    A bundle holds the files of its manifest, a pipeline those of two manifests, a demo its own files and a bundle. An
+    empty folder may be replaced.
     """
     no = "the output exists, and Mezzotint did not write it"
     if not target.is_dir():
@@ -174,7 +175,7 @@ def foreign_part(target: Path) -> str | None:
 def _foreign_file(bundle: Path) -> str | None:
     """Return the complaint about the first file of a bundle's folder that its manifest does not list."""
     try:
-        known = set(read_json(bundle / MANIFEST, "the manifest", OutputError)["files"])
+        known = _listed(bundle)
     except (OutputError, TypeError, KeyError):
         return f"the output exists, and its {MANIFEST} cannot be read"
     for path in sorted(bundle.rglob("*")):
@@ -182,6 +183,16 @@ def _foreign_file(bundle: Path) -> str | None:
         if name != MANIFEST and name not in known and (path.is_symlink() or not path.is_dir()):
             return f"the output holds a file that Mezzotint did not write: {name}"
     return None
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return the files that a manifest lists, with those of the denoiser's bundle in a pipeline's folder."""
+    data = read_json(folder / MANIFEST, "the manifest", OutputError)
+    known = set(data["files"])
+    if is_pipeline(data) and data["denoiser"] in DENOISERS:
+        slot = data["denoiser"]
+        known |= {f"{slot}/{name}" for name in (*_listed(folder / slot), MANIFEST)}
+    return known
 
 
 def _check_unchanged(before: Occupant | None, now: Occupant, target: Path, force: bool) -> None:

@@ -95,7 +95,12 @@ def feeds(
 def timestep_feed(
     inputs: Mapping[str, ir.Value], signature: Signature, samples: int, t: Timestep
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the timestep of one call of so many samples, in the shape, the type and the unit of the graph's input."""
+    """Return the timestep of one call of so many samples, in the shape, the type and the unit of the graph's input.
+
+    It is empty for a component of a pipeline, whose signature has no timestep.
+    """
+    if not signature.timestep:
+        return {}
     time = inputs[signature.timestep]
     dtype = np.dtype(np.int64) if time.dtype is None else time.dtype.numpy()
     rank = 0 if time.shape is None else len(time.shape)

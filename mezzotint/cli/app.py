@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mezzotint.runtime import bounds
+from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.targets import TARGETS
 
 from ..options import (
@@ -26,6 +27,7 @@ from .audit import audit
 from .bench import bench
 from .card import card
 from .debug import debug
+from .demo import demo
 from .diff import diff
 from .doctor import doctor
 from .evaluate import evaluate
@@ -57,6 +59,7 @@ from .options import (
     number,
 )
 from .panels import GroupedCommand
+from .pipelines import Components, NegativeText, PromptText, compile_whole, sample_prompts, wants_whole
 from .web import web
 
 app = typer.Typer(
@@ -70,26 +73,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("out/demo"),
-    threads: Threads = 2,
-    force: Annotated[bool, typer.Option("--force/--no-force", help="Replace an earlier demo.")] = True,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
-    """Compile the embedded digits model to W8A8 and sample 64 digits from both models with the same noise."""
-    from ..demo import demo_rows, run_demo
-    from ..text import console
-
-    with shown(quiet=quiet or json) as report:
-        summary = run_demo(output, threads=threads, force=force, progress=report)
-    if json:
-        console.print_json(summary)
-        return
-    console.print_pairs("digits, W8A8", demo_rows(summary))
-    console.print_line(f"images:   {output / 'digits.png'}")
-    console.print_line(f"bundle:   {output / 'bundle'}")
+app.command()(demo)
 
 
 @app.command("compile", cls=GroupedCommand)
@@ -141,6 +125,7 @@ def compile_(
         Path | None, typer.Option(help="Folder that keeps statistics and trained blocks for later compilations.")
     ] = None,
     license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
+    components: Components = None,
     min_sqnr: Annotated[
         float, typer.Option(help="Warn where a group of timesteps has a lower SQNR of the prediction, in dB.")
     ] = 15.0,
@@ -155,7 +140,7 @@ def compile_(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Compile a denoiser into a bundle: an integer ONNX file and the data of its sampler."""
+    """Compile a denoiser into a bundle, or a pipeline's folder into one with all of its networks."""
     from ..io import settings
     from ..model_weights import parse_loras
     from ..text import console
@@ -179,6 +164,10 @@ def compile_(
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
         WeightOptions(parse_loras(lora or []), variant, config),
     )
+    if wants_whole(model, components):
+        said = {"quiet": quiet, "json": json}
+        compile_whole(model, bundle, options, components, dry_run=dry_run, threads=threads, device=device, **said)
+        return
     if dry_run:
         from ..dry_run import plan_compile
 
@@ -205,13 +194,15 @@ app.command()(export)
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
-    n: Annotated[int, number(bounds.MOST_SAMPLES, "Number of images.", "-n")] = 16,
+    n: Annotated[int | None, number(bounds.MOST_SAMPLES, "Number of images; 16, or 1 of a prompt.", "-n")] = None,
+    prompt: PromptText = None,
+    negative: NegativeText = None,
     sampler: Annotated[str | None, typer.Option(help="The sampler; the bundle's own when left out.")] = None,
     steps: Annotated[int | None, number(bounds.MOST_STEPS, "Steps; the bundle's own when left out.")] = None,
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, from 0 to 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of guidance; the bundle's own when left out.")] = None,
     seed: Annotated[int, number(bounds.LARGEST_SEED, "Seed of all noise.", least=0)] = 0,
-    batch: Annotated[int, number(bounds.MOST_BATCH, "Images in one call.")] = 16,
+    batch: Annotated[int | None, number(bounds.MOST_BATCH, "Images in one call; 16.")] = None,
     correction: Annotated[
         bool | None,
         typer.Option(
@@ -243,6 +234,17 @@ def sample(
 
     check_output(output, shard_size=shard_size, format=format_, shards=shards)
     engine = parse_engine(provider, provider_option, precision)
+    if prompt is not None:
+        refused = {"--sampler": sampler, "--eta": eta, "--batch": batch, "--conditions": conditions}
+        refused |= {"--unconditional": unconditional, "--format": format_, "--shards": shards}
+        choices: dict[str, Any] = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "correction": correction}
+        said = {"quiet": quiet, "json": json}
+        sample_prompts(
+            bundle, output, prompt, negative, threads=threads, engine=engine, refused=refused, **choices, **said
+        )
+        return
+    if negative is not None:
+        raise InputError("--negative belongs to a prompt", where="--negative", hint="add --prompt TEXT")
     opened = with_checked_networks(open_bundle(bundle)).on(engine)
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
     options = SamplingOptions(
@@ -251,7 +253,7 @@ def sample(
         eta=eta,
         guidance=guidance,
         seed=seed,
-        batch=batch,
+        batch=batch or 16,
         correction=correction,
         conditions=rows,
         unconditional=unconditional_rows,
@@ -259,7 +261,7 @@ def sample(
     shard_options = ShardOptions(shard_size or IMAGES_PER_SHARD, format_ or "npz", force=force)
     with shown(quiet=quiet or json) as report:
         summary = sample_to_path(
-            opened, output, n, options, shard_options, shards=shards, threads=threads, progress=report
+            opened, output, n or 16, options, shard_options, shards=shards, threads=threads, progress=report
         )
     console.print_json(summary) if json else console.print_pairs("sampled", sample_rows(summary))
 

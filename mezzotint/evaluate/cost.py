@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.latency import Latency, Ratio, in_turns
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
@@ -83,10 +83,11 @@ def _mean(latencies: list[Latency], counts: list[int]) -> tuple[float, Any]:
 
 def memory(bundle: Bundle, reference: Path, batch: int, threads: int | None, conditions: Conditions) -> dict[str, Any]:
     """Return the memory of one call of each network, measured in a process of its own (memory.py)."""
-    files = [MODEL] if bundle.precisions is None else list(dict.fromkeys(bundle.precisions.files.values()))
+    files = [bundle.path / name for name in bundle.precisions.files.values()] if bundle.precisions else []
+    models = list(dict.fromkeys(files)) or [bundle.model_path]
     mine, before = (
         memory_of_one_call(bundle, models, batch, threads=threads, conditions=conditions, engine=engine)
-        for models, engine in (([bundle.path / file for file in files], bundle.engine), ([reference], CPU_ENGINE))
+        for models, engine in ((models, bundle.engine), ([reference], CPU_ENGINE))
     )
     return {
         "bundle": mine.to_json(),

@@ -103,6 +103,13 @@ def _not_images(reason: str, where: str | None = None) -> InputError:
     return InputError(reason, where=where, hint=hint)
 
 
+def save_picture(image: Images, path: Path, claim: Claim | None = None) -> None:
+    """Write one image `[1 or 3, H, W]` in [-1, 1] as a PNG of its size. Raises as `save_images`."""
+    check_image_file(path)
+    with replacing(path, claim) as part, part.open("wb") as file:
+        picture(to_pixels(image[None])[0]).save(file, format="PNG")
+
+
 def save_images(images: Images, path: Path, columns: int | None = None, claim: Claim | None = None) -> None:
     """Write a PNG grid, or the float32 array for a path that ends in .npy. An earlier file is replaced at the end.
 

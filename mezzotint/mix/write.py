@@ -19,8 +19,8 @@ from mezzotint.compiler.mixing.noise import NoiseTables, mixed_correction, mixed
 from mezzotint.runtime import __version__, streams
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import CORRECTION, MODEL, SCHEDULER, Bundle, seal_bundle
+from mezzotint.runtime.bundle.layout import CONFIG, located
 from mezzotint.runtime.bundle.manifest_entries import RecipeEntry, input_entries
-from mezzotint.runtime.bundle.model_config import CONFIG
 from mezzotint.runtime.bundle.precisions import Mixture, PrecisionEntry
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import Denoiser
@@ -55,8 +55,8 @@ def write_mix(
         _check_same(name, bundles[name], folder / file, threads)
         _copy_passes(bundles[name].path / "passes", folder / "passes" / name)
     write_text(folder / SCHEDULER, json.dumps(dict(default.schedule.config), indent=2) + "\n")
-    if CONFIG in default.manifest.files:
-        shutil.copyfile(default.path / CONFIG, folder / CONFIG)
+    if (config := located(CONFIG, default.manifest.files)) in default.manifest.files:
+        shutil.copyfile(default.path / config, folder / CONFIG)
     steps = default.deployment.solver(default.schedule).steps
     noise = {name: _noise_of(bundle) for name, bundle in bundles.items()}
     correction, correction_facts = mixed_correction(noise, calls, default.deployment, steps)

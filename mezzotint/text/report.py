@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.runtime.bundle.acceptance import Acceptance
-from mezzotint.runtime.bundle.bundle import MODEL, Bundle
+from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.bundle.manifest_entries import QuantizerEntry, Storage
 from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.compare import db_text
@@ -24,8 +24,7 @@ MOST_ROWS = 10
 
 def model_bytes(bundle: Bundle) -> int:
     """Return the bytes of the bundle's ONNX files and their external data."""
-    folder = MODEL.rpartition("/")[0] + "/"
-    return sum(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith(folder))
+    return bundle.model_bytes
 
 
 def compile_summary(bundle: Bundle) -> dict[str, Any]:

@@ -3,9 +3,7 @@
     mezzotint.json                     the manifest: facts of the bundle, how it was made, the hash of every file
     unet/model.onnx (+ model.onnx.data); other precisions of it as model.NAME.onnx, see precisions.py
     scheduler/scheduler_config.json    as it came from the model
-    correction.safetensors             optional
-    ranges.safetensors                 the range of each quantizer at each timestep, for display; see ranges.py
-    passes/, report, README.md         for display
+    correction.safetensors             optional; ranges.safetensors, passes/ and README.md are for display
 
 The manifest's digest covers everything except times, so the same compilation twice gives the same digest.
 """
@@ -32,14 +30,12 @@ from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
 from ..session import CPU_ENGINE, Denoiser
 from ..signature import Images
+from .layout import CORRECTION, MANIFEST, MODEL, SCHEDULER, bundle_folder, located
 from .manifest import Manifest, check_format, manifest_digest
 from .manifest_entries import FileEntry
 from .precisions import Precisions
 
-MANIFEST = "mezzotint.json"
-MODEL = "unet/model.onnx"
-SCHEDULER = "scheduler/scheduler_config.json"
-CORRECTION = "correction.safetensors"
+__all__ = ["CORRECTION", "MANIFEST", "MODEL", "SCHEDULER", "Bundle", "check_file", "file_sha256", "open_bundle"]
 
 
 def file_sha256(path: str | Path) -> str:
@@ -68,18 +64,19 @@ def seal_bundle(folder: str | Path, manifest: Manifest) -> Manifest:
 
 
 def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
-    """Open a bundle folder. `verify` reads every file and compares its hash; the manifest is always checked.
+    """Open a bundle folder, or the denoiser of a pipeline's folder (layout.py).
 
+    `verify` reads every file and compares its hash; the manifest is always checked.
     Raises BundleError: no folder, no manifest, unreadable, of another format, a file missing or changed.
     """
-    folder = Path(path)
+    folder = bundle_folder(Path(path))
     if not folder.is_dir():
         raise BundleError("there is no such folder", where=str(folder), hint="give the folder that `compile` wrote")
     manifest = _read_manifest(folder / MANIFEST)
     for name, entry in manifest.files.items():
-        _check_file(folder, name, entry, verify)
+        check_file(folder, name, entry, verify)
     networks = () if manifest.mixture is None else [entry.file for entry in manifest.mixture.precisions.values()]
-    for name in (MODEL, SCHEDULER, *networks):
+    for name in (located(MODEL, manifest.files), SCHEDULER, *networks):
         if name not in manifest.files:
             raise BundleError(f"the manifest does not list {name}", where=str(folder / MANIFEST))
     return Bundle(folder, manifest)
@@ -92,7 +89,8 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self.engine = engine
-        self.model_path = path / MODEL
+        self._model = located(MODEL, manifest.files)
+        self.model_path = path / self._model
         self.signature = manifest.signature
         self.deployment = manifest.deployment
         self.deployed_timesteps = manifest.deployed_timesteps
@@ -111,18 +109,24 @@ class Bundle:
     def __repr__(self) -> str:
         """Return the bundle in short, one line for each fact."""
         facts = self.manifest
-        size = sum(entry.bytes for name, entry in facts.files.items() if name.startswith(f"{MODEL.partition('/')[0]}/"))
         kernels = facts.kernels
         lines = {
             "recipe": facts.recipe.name,
             "deployment": str(self.deployment),
             "sample": " x ".join(map(str, self.sample_shape)),
-            "size": f"{size / 1e6:.2f} MB",
+            "size": f"{self.model_bytes / 1e6:.2f} MB",
             "kernels": f"{kernels.integer} of {kernels.integer + kernels.floating} integer",
             "islands": f"{len(facts.islands)}",
             "correction": "yes" if CORRECTION in facts.files else "no",
         }
         return "\n".join([f"Bundle {self.path}", *(f"  {key:<11}{value}" for key, value in lines.items())])
+
+    @property
+    def model_bytes(self) -> int:
+        """The bytes of the ONNX files and their external data."""
+        folder, slash, _ = self._model.rpartition("/")
+        prefix = folder + slash or "model."
+        return sum(entry.bytes for name, entry in self.manifest.files.items() if name.startswith(prefix))
 
     def on(self, engine: Engine) -> Bundle:
         """Return this bundle with its networks on an engine (`runtime.providers.names.find_engine`).
@@ -155,7 +159,7 @@ class Bundle:
         known = self.precisions.files if self.precisions else {}
         if precision is not None and precision not in known:
             raise InputError(f"no precision is called {precision!r}", where=str(self.path), hint="see `inspect`")
-        key = threads, MODEL if precision is None else known[precision]
+        key = threads, self._model if precision is None else known[precision]
         if key not in self._denoisers:
             deployed = self.deployed_timesteps
             self._denoisers[key] = Denoiser(
@@ -306,7 +310,8 @@ def _read_manifest(file: Path) -> Manifest:
     return Manifest.from_json(data, str(file))
 
 
-def _check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None:
+def check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None:
+    """Raise BundleError for a listed file that is missing, changed, or outside the folder."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise BundleError(f"the manifest names a file outside the bundle: {name}", where=str(folder / MANIFEST))
     file = folder / name

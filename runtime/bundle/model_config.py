@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
 from ..json_text import read_json
+from .layout import CONFIG, located
 
 if TYPE_CHECKING:
     from .bundle import Bundle
 
-CONFIG = "unet/config.json"
+__all__ = ["CLASS", "CONFIG", "architecture", "bundle_config", "config_hash", "differing_keys", "public_config"]
 CLASS = "_class_name"
 _KEPT = (CLASS, "_diffusers_version")
 _ABSENT = "absent"
@@ -63,9 +64,10 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
 
 def bundle_config(bundle: Bundle) -> dict[str, Any] | None:
     """Return the configuration in a bundle; None for one that was made from an ONNX file. Raises BundleError."""
-    if CONFIG not in bundle.manifest.files:
+    name = located(CONFIG, bundle.manifest.files)
+    if name not in bundle.manifest.files:
         return None
-    file = bundle.path / CONFIG
+    file = bundle.path / name
     config = read_json(file, "the model's configuration", BundleError)
     if not isinstance(config, dict) or not isinstance(config.get(CLASS), str):
         raise BundleError("the model's configuration does not name its class", where=str(file), hint="compile it again")

@@ -35,13 +35,13 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH)
 
 
-def text_encoder(width: int, *, projected: bool = False) -> Any:
+def text_encoder(width: int, *, projected: bool = False, layers: int = 2) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(TOKENS),
         hidden_size=width,
         projection_dim=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
         bos_token_id=len(TOKENS) - 2,
@@ -52,15 +52,15 @@ def text_encoder(width: int, *, projected: bool = False) -> Any:
     return model(config).eval()
 
 
-def autoencoder() -> Any:
+def autoencoder(channels: tuple[int, ...] = (8, 16)) -> Any:
     torch.manual_seed(2)
     return AutoencoderKL(
-        block_out_channels=(8, 16),
+        block_out_channels=channels,
         norm_num_groups=8,
         latent_channels=4,
-        sample_size=2 * SIDE,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=2 ** (len(channels) - 1) * SIDE,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
     ).eval()
 
 
@@ -88,6 +88,22 @@ def stable_diffusion(folder: Path) -> Any:
         text_encoder=text_encoder(WIDTH),
         tokenizer=tokenizer(folder),
         unet=unet(),
+        scheduler=DDIMScheduler(**STABLE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return quiet(pipe)
+
+
+def smallest(folder: Path) -> Any:
+    """StableDiffusionPipeline of one block each: what is exported four times in seconds."""
+    network = unet(block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",))
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder((8,)),
+        text_encoder=text_encoder(WIDTH, layers=1),
+        tokenizer=tokenizer(folder),
+        unet=network,
         scheduler=DDIMScheduler(**STABLE),
         safety_checker=None,
         feature_extractor=None,

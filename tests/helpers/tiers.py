@@ -17,7 +17,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 NEEDS = ("pure", "onnxruntime", "torch", "browser")
 BROWSER_FIXTURES = frozenset({"chromium"})
-TORCH_FIXTURES = frozenset({"unet", "conditional", "dit"})
+TORCH_FIXTURES = frozenset({"unet", "conditional", "dit", "whole"})
 
 TORCH = (
     "compiler/audit/test_fusion.py",
@@ -41,6 +41,7 @@ TORCH = (
     "mezzotint/interchange/",
     "mezzotint/io/test_sources.py",
     "mezzotint/mix/",
+    "mezzotint/pipeline/",
     "mezzotint/test_api.py",
     "mezzotint/test_diffusers.py",
     "mezzotint/test_doctor.py",
@@ -116,6 +117,7 @@ SLOW = (
     "docs/test_method.py",
     "docs/test_readme.py",
     "docs/test_tutorial.py",
+    "mezzotint/pipeline/",
     "mezzotint/shards/",
     "passes/test_assign_bits",
     "passes/test_choose_scales.py",

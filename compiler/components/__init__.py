@@ -1,0 +1,1 @@
+"""The networks around a denoiser: text encoders and the halves of a VAE, exported, quantized, measured and written."""

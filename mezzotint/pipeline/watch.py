@@ -1,0 +1,183 @@
+"""The data of a compilation, made by the pipeline itself: conditions of its denoiser, inputs of its other networks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mezzotint.compiler.components.classes import DECODER, ENCODER, LATENTS, PICTURE
+from mezzotint.compiler.errors import ConditionError, ModelError
+from mezzotint.compiler.frontend.architectures.row import NetworkInputs
+from mezzotint.compiler.frontend.network_inputs import network_inputs
+from mezzotint.runtime.json_text import read_json
+from mezzotint.runtime.sampling.deployment import Deployment
+from mezzotint.runtime.sampling.guidance import Conditions
+from mezzotint.runtime.streams import FIXED
+
+from .loading import assembled, library, pipeline_class, quiet_libraries, scheduler_from, text_part, weights_part
+from .source import PipelineSource, pipeline_parts
+
+Rows = dict[str, "np.ndarray[Any, Any]"]
+_ROWS = 4  # of one batch of prompts
+_FEWEST_ROWS = 2  # torch.export takes a batch of one row for a constant
+_STEPS = 2  # of the pipeline that shows its conditions
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineParts:
+    """A pipeline without its denoiser: its class, its parts by slot, and its text encoders."""
+
+    source: PipelineSource
+    kind: Any
+    parts: Mapping[str, Any]
+
+    def with_denoiser(self, denoiser: Any) -> Any:
+        """Return a pipeline of diffusers with this network. Its scheduler is a new one."""
+        scheduler = self.parts["scheduler"]
+        parts = {
+            **self.parts,
+            self.source.denoiser: denoiser,
+            "scheduler": type(scheduler).from_config(scheduler.config),
+        }
+        pipe = assembled(self.kind, parts, self.source.index, str(self.source.path))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def check_pipeline_class(source: PipelineSource) -> Any:
+    """Return the class of a pipeline. Raises ModelError for one that draws from no prompt."""
+    kind = pipeline_class(source.class_name, str(source.path), ModelError)
+    if "prompt" not in inspect.signature(kind.__call__).parameters:
+        raise ModelError(
+            f"a {source.class_name} takes no prompt, and only pipelines with prompts can be compiled",
+            where=str(source.path),
+            hint="compile the denoiser alone: --components none",
+        )
+    return kind
+
+
+def load_parts(source: PipelineSource, kind: Any) -> PipelineParts:
+    """Return the parts of a pipeline beside its denoiser, in float32. Raises ModelError."""
+    quiet_libraries()
+    parts: dict[str, Any] = {}
+    for slot, class_name in pipeline_parts(source.index):
+        folder = source.path / slot
+        if slot == "scheduler":
+            parts[slot] = scheduler_from(folder, class_name, ModelError)
+        elif slot in source.components:
+            parts[slot] = weights_part(folder, source.components[slot].library, class_name)
+        elif slot in source.copied:
+            parts[slot] = text_part(folder, class_name, ModelError)
+    return PipelineParts(source, kind, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What a pipeline gave to its networks for some prompts.
+
+    `texts` are the inputs of each text encoder, `options` the arguments of the pipeline's call beside the prompts.
+    """
+
+    conditions: Conditions
+    unconditional: Conditions
+    texts: Mapping[str, Rows]
+    options: Mapping[str, Any]
+
+
+def recorded(
+    parts: PipelineParts, prompts: Sequence[str], negative: str, deployment: Deployment, size: tuple[int, ...] | None
+) -> Recording:
+    """Run a pipeline on prompts, without a denoiser. `size` is that of the latents, None for the pipeline's own.
+
+    Raises ConditionError for guidance that the pipeline does not have in two halves.
+    """
+    from mezzotint.compiler.components.recording import conditions_of, recording_denoiser, watching
+
+    source, torch = parts.source, library("torch")
+    folder = source.path / source.denoiser
+    config = read_json(folder / "config.json", "the configuration of the denoiser", ModelError, infinite=True)
+    name = str(config.get("_class_name"))
+    known = network_inputs(name, config, size, {}, str(folder))
+    kind = getattr(library("diffusers"), name)
+    halves: list[tuple[Conditions, Conditions]] = []
+    seen: dict[str, list[dict[str, Any]]] = {}
+    options: dict[str, Any] = {}
+    for first in range(0, len(prompts), _ROWS):
+        rows = list(prompts[first : first + _ROWS])
+        calls: list[dict[str, Any]] = []
+        pipe = parts.with_denoiser(recording_denoiser(kind, config, known, calls))
+        options = _call_options(parts.kind, known, deployment, size, getattr(pipe, "vae_scale_factor", 1))
+        arguments = {**prompts_of(parts.kind, rows, negative), **options, "num_inference_steps": _STEPS}
+        with watching(pipe, source.text_encoders) as watched, torch.no_grad():
+            pipe(**arguments, output_type="latent", generator=torch.Generator().manual_seed(FIXED))
+        halves.append(conditions_of(calls, known, len(rows), str(folder)))
+        for slot, found in watched.calls.items():
+            seen.setdefault(slot, []).extend(found)
+    if deployment.guided and not halves[0][1]:
+        raise ConditionError(
+            f"the {source.class_name} makes no unconditional half for guidance {deployment.guidance:g}",
+            where=str(source.path),
+            hint="leave out --guidance: this pipeline gives its guidance to the network as an input",
+        )
+    conditions, unconditional = (
+        {key: np.concatenate([rows[key] for rows in half]) for key in half[0]} for half in zip(*halves, strict=True)
+    )
+    texts = {slot: _joined(calls) for slot, calls in seen.items() if slot in source.text_encoders}
+    return Recording(conditions, {key: rows[:1] for key, rows in unconditional.items()}, texts, options)
+
+
+def drawn(
+    parts: PipelineParts, denoiser: Any, arguments: Mapping[str, Any], steps: int, generator: Any
+) -> dict[str, Rows]:
+    """Return the inputs of the two halves of the VAE: latents that the denoiser made, and the pictures of them."""
+    from mezzotint.compiler.components.recording import watching
+
+    pipe = parts.with_denoiser(denoiser)
+    with watching(pipe, ()) as watched, library("torch").no_grad():
+        pipe(**arguments, num_inference_steps=steps, output_type="np", generator=generator)
+    latents, pictures = ([call[key] for call in watched.calls["vae"]] for key in ("z", "decoded"))
+    return {
+        DECODER: {LATENTS: np.concatenate(latents)},
+        ENCODER: {PICTURE: np.clip(np.concatenate(pictures), -1, 1)},
+    }
+
+
+def prompts_of(kind: Any, prompts: Sequence[str], negative: str) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call for these prompts."""
+    takes = "negative_prompt" in inspect.signature(kind.__call__).parameters
+    return {"prompt": list(prompts), **({"negative_prompt": [negative] * len(prompts)} if takes else {})}
+
+
+def _call_options(
+    kind: Any, known: NetworkInputs, deployment: Deployment, size: tuple[int, ...] | None, scale: int
+) -> dict[str, Any]:
+    """Return the arguments that a deployment decides, as far as the class has them."""
+    options: dict[str, Any] = {}
+    if "guidance" not in known.conditions:  # else it is an input of the network, and the pipeline has its usual value
+        options["guidance_scale"] = deployment.guidance
+    if size is not None:
+        options |= {"height": size[-2:][0] * scale, "width": size[-1] * scale}
+    taken = inspect.signature(kind.__call__).parameters
+    return {name: value for name, value in options.items() if name in taken}
+
+
+def batches_of(rows: Rows, size: int = _ROWS) -> list[Rows]:
+    """Return rows in batches of at least two; a single row is repeated."""
+    count = len(next(iter(rows.values())))
+    if count < _FEWEST_ROWS:
+        return [{name: np.repeat(array, _FEWEST_ROWS, axis=0) for name, array in rows.items()}]
+    starts = list(range(0, count - _FEWEST_ROWS + 1, size))
+    ends = [*starts[1:], count]
+    return [{name: array[a:b] for name, array in rows.items()} for a, b in zip(starts, ends, strict=True)]
+
+
+def _joined(calls: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return the rows of all calls, each once: the empty prompt comes with every one."""
+    names = ("input_ids", "attention_mask")
+    joined = {name: np.concatenate([call[name] for call in calls]) for name in names if name in calls[0]}
+    _, index = np.unique(joined["input_ids"], axis=0, return_index=True)
+    return {name: array[np.sort(index)] for name, array in joined.items()}

@@ -1,0 +1,140 @@
+"""`mezzotint sample --prompt`: images of a text, drawn by a compiled pipeline and decoded.
+
+The pipeline's class in diffusers runs, with the compiled networks: how a prompt is tokenized, how encoders are joined,
+how guidance is applied, and how latents are packed and scaled is code of each class. A second copy of it in runtime/
+would follow every one of them. The networks need none of torch's kernels; loading it takes seconds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mezzotint.compiler.bundle.staging import claim_file
+from mezzotint.runtime import bounds
+from mezzotint.runtime.bundle.pipeline import open_pipeline
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.streams import prompt_seed
+
+from .diffusers import load
+from .io.images import check_image_file, save_images, save_picture
+from .pipeline.loading import library, quiet_libraries
+
+if TYPE_CHECKING:
+    from mezzotint.runtime.engine import Engine
+    from mezzotint.runtime.signature import Images
+
+LONGEST_PROMPT = 10_000  # characters
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is drawn. None is the number of steps, and the guidance, that the denoiser was compiled for.
+
+    Image i has the noise of seed + i. Raises InputError.
+    """
+
+    prompt: str
+    negative: str = ""
+    n: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    correction: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, text in (("--prompt", self.prompt), ("--negative", self.negative)):
+            if len(text) > LONGEST_PROMPT:
+                raise InputError(f"a text of {len(text)} characters", where=name, hint="encoders read some hundred")
+        bounds.check_number("images", self.n, bounds.MOST_SAMPLES)
+        bounds.check_seed(self.seed)
+
+
+def draw_prompt(
+    folder: str | Path,
+    output: Path,
+    options: PromptOptions,
+    *,
+    threads: int | None = None,
+    engine: Engine | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write images of a prompt into a .png or .npy file, and return a summary.
+
+    Raises BundleError for a folder that is no compiled pipeline, InputError for steps that the denoiser has no tables
+    for, and where diffusers or transformers is missing.
+    """
+    check_image_file(output)
+    opened = open_pipeline(folder)
+    bundle = opened.bundle
+    plan = bundle.plan(None, options.steps, None, options.guidance)
+    claim = claim_file(output)
+    progress("load the pipeline", 0, 1)
+    quiet_libraries()
+    pipe = load(opened, threads=threads, engine=engine, correction=options.correction)
+    pipe.set_progress_bar_config(disable=True)
+    progress("load the pipeline", 1, 1)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    arguments: dict[str, Any] = {"prompt": options.prompt, "num_inference_steps": plan.steps, "output_type": "np"}
+    embedded = "guidance" in bundle.signature.conditions and options.guidance is None
+    optional = {
+        "negative_prompt": options.negative,
+        "guidance_scale": None if embedded else plan.guidance,  # None: what the class usually has
+        "eta": plan.eta,
+        **_sides(pipe, bundle.sample_shape),
+    }
+    arguments |= {name: value for name, value in optional.items() if name in taken and value is not None}
+    torch = library("torch")
+    drawn: list[Images] = []
+    for i in range(options.n):
+
+        def step(pipe: Any, index: int, t: Any, state: dict[str, Any], done: int = i) -> dict[str, Any]:
+            progress("sample", done * plan.steps + index + 1, options.n * plan.steps)
+            return state
+
+        generator = torch.Generator().manual_seed(prompt_seed(options.seed, i))
+        more = {"callback_on_step_end": step} if "callback_on_step_end" in taken else {}
+        with torch.no_grad():
+            drawn.append(_images(pipe(**arguments, **more, generator=generator)))
+    pictures = np.concatenate(drawn)
+    if len(pictures) == 1 and output.suffix == ".png":
+        save_picture(pictures[0], output, claim=claim)
+    else:
+        save_images(pictures, output, claim=claim)
+    return {
+        "output": str(output),
+        "pipeline": opened.manifest.class_name,
+        "pictures": len(pictures),
+        "size": f"{pictures.shape[3]}x{pictures.shape[2]}",
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": plan.steps,
+        "guidance": arguments.get("guidance_scale"),
+        "seed": options.seed,
+        "engine": bundle.engine.name if engine is None else engine.name,
+    }
+
+
+def _sides(pipe: Any, shape: tuple[int, ...]) -> dict[str, int]:
+    """Return the height and width of images whose latents have the bundle's size, as far as that is known."""
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if len(shape) != 3 or not isinstance(scale, int):
+        return {}
+    return {"height": shape[1] * scale, "width": shape[2] * scale}
+
+
+def _images(answer: Any) -> Images:
+    """Return the pictures of a pipeline's answer, or the frames of its video, float32 `[n, 3, H, W]` in [-1, 1]."""
+    found = getattr(answer, "images", None)
+    if found is None:
+        frames = getattr(answer, "frames", None)
+        if frames is None:
+            raise InputError(f"a pipeline that answers {type(answer).__name__} draws no images")
+        found = np.asarray(frames)[0]
+    pictures = np.asarray(found, np.float32)
+    scaled: Images = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2) * 2 - 1, np.float32)
+    return scaled

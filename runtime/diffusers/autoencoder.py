@@ -1,0 +1,75 @@
+"""The two halves of a compiled VAE in a diffusers pipeline: `decode`, `encode`, and the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..component import ComponentNetwork
+from ..errors import InputError
+from .text_encoder import check_kept
+
+
+class AutoencoderStandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """The module that a pipeline calls instead of its VAE; float32, on the CPU, without parameters.
+
+    `encoder` is None for a pipeline that was compiled without one.
+    """
+
+    config_name = "config.json"
+
+    def __init__(self, decoder: Path, encoder: Path | None, class_name: str, *, threads: int | None = None) -> None:
+        super().__init__()
+        self.original = class_name
+        self.decoder_network = ComponentNetwork(decoder, threads=threads)
+        self.encoder_network = None if encoder is None else ComponentNetwork(encoder, threads=threads)
+        values = json.loads((decoder.parent / "config.json").read_text(encoding="utf-8"))
+        self.register_to_config(**{name: value for name, value in values.items() if not name.startswith("_")})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AutoencoderStandIn:
+        check_kept(fn, "a compiled VAE")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            what = f"a compiled {self.__dict__.get('original', 'VAE')} has no {name!r}: its layers are compiled"
+            raise AttributeError(what) from None
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
+        """Return the pictures of latents `[B, C, h, w]`, float32 `[B, 3, H, W]`."""
+        [pictures] = self.decoder_network({"latent_sample": z.detach().numpy()}).values()
+        sample = torch.from_numpy(pictures)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        """Return the distribution of the latents of pictures `[B, 3, H, W]`. Raises InputError without an encoder."""
+        if self.encoder_network is None:
+            raise InputError(
+                "the pipeline was compiled without the encoder of its VAE", where=str(self.decoder_network.file)
+            )
+        [moments] = self.encoder_network({"sample": x.detach().numpy()}).values()
+        found = DiagonalGaussianDistribution(torch.from_numpy(moments))
+        return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
+
+    def forward(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise InputError("a compiled VAE is called by its decode and encode", where=str(self.decoder_network.file))
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise InputError("a compiled VAE cannot be saved as a model of diffusers", hint="copy the pipeline's folder")

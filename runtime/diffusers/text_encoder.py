@@ -1,0 +1,105 @@
+"""A compiled text encoder in a diffusers pipeline: the call and the answer of the class of transformers that it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import transformers
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+from ..component import ComponentNetwork
+from ..errors import InputError
+
+_STATES = "hidden_states"
+_CONFIGS = {
+    "CLIPTextModel": ("CLIPTextConfig", BaseModelOutputWithPooling),
+    "CLIPTextModelWithProjection": ("CLIPTextConfig", CLIPTextModelOutput),
+    "T5EncoderModel": ("T5Config", BaseModelOutput),
+    "UMT5EncoderModel": ("UMT5Config", BaseModelOutput),
+}
+_IGNORED = ("return_dict", "output_hidden_states", "output_attentions")
+
+
+class TextEncoderStandIn(torch.nn.Module):
+    """The module that a pipeline calls instead of its text encoder; float32, on the CPU, without parameters."""
+
+    def __init__(self, file: Path, class_name: str, *, threads: int | None = None) -> None:
+        super().__init__()
+        if class_name not in _CONFIGS:
+            raise InputError(f"no stand-in for a {class_name}", where=str(file), hint="compile the pipeline again")
+        config, self.answer = _CONFIGS[class_name]
+        self.original = class_name
+        self.network = ComponentNetwork(file, threads=threads)
+        values = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+        self.config = getattr(transformers, config)(**values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TextEncoderStandIn:
+        check_kept(fn, "a compiled text encoder")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            what = (
+                f"a compiled {self.__dict__.get('original', 'text encoder')} has no {name!r}: its layers are compiled"
+            )
+            raise AttributeError(what) from None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return the answer of the original class; hidden states are in it where they are asked for."""
+        if unknown := [name for name, value in options.items() if name not in _IGNORED and value is not None]:
+            raise InputError(f"a compiled text encoder cannot use {unknown[0]}", where=str(self.network.file))
+        if input_ids is None:
+            raise InputError("a compiled text encoder needs input_ids", where=str(self.network.file))
+        feeds = {"input_ids": input_ids.numpy()}
+        if "attention_mask" in self.network.inputs:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            feeds["attention_mask"] = mask.numpy()
+        elif attention_mask is not None and not bool((attention_mask == 1).all()):
+            raise InputError(
+                "the compiled text encoder has no input for masks, and this one hides tokens",
+                where=str(self.network.file),
+                hint="compile the pipeline again: its own calls decide which inputs there are",
+            )
+        outputs: dict[str, Any] = {
+            name: torch.from_numpy(np.asarray(array)) for name, array in self.network(feeds).items()
+        }
+        states = tuple(outputs.pop(name) for name in list(outputs) if name.startswith(f"{_STATES}."))
+        if options.get("output_hidden_states"):
+            if not states:
+                raise InputError("the compiled text encoder gives no hidden states", where=str(self.network.file))
+            outputs[_STATES] = states
+        answer = self.answer(**outputs)
+        return answer if options.get("return_dict") is not False else answer.to_tuple()
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise InputError("a compiled text encoder cannot be saved as a model of transformers", hint="copy the folder")
+
+
+def check_kept(fn: Any, what: str) -> None:
+    """Raise InputError for a change of type or device by `to`, `half`, `cuda` and similar methods."""
+    probe = fn(torch.empty(0))
+    if probe.device.type != "cpu" or probe.dtype != torch.float32:
+        raise InputError(
+            f"{what} cannot become {probe.dtype} on {probe.device}: it is float32 on the CPU",
+            hint="keep the whole pipeline on the CPU in float32",
+        )
