@@ -11,7 +11,7 @@ Values that also depend on a class or a prompt stay in the graph. So the modulat
 where it depends on the timestep alone (AuraFlow, Wan, LTX, Qwen-Image). Where a class or a pooled text enters (DiT,
 SD 3, Flux), the timestep's share of the embedding is a table, the sum and its SiLU stay in float, and the linear layer
 behind them, one row an image, is a layer like the others. Those of digits-dit make 0.4 % of the error of `w4a8`. In
-float they change no figure beyond its scatter, and add a quarter to the file of `w8a8` and two thirds to that of `w4a8`.
+float they change no figure beyond its scatter, and add a quarter to the file of `w8a8`, two thirds to that of `w4a8`.
 
 For a timestep outside the table plain onnxruntime takes the nearest row; Mezzotint's runtime refuses it. The time
 layers leave the graph, and their quantization error with them.

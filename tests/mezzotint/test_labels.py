@@ -76,7 +76,8 @@ def test_it_is_measured_without_conditions(bundle: Bundle, network: Path) -> Non
 def test_debug_calibrates_again_on_the_same_labels(network: Path, tmp_path: Path) -> None:
     """smooth_scales rewrites the float graph from statistics; the command line gives no rows as an empty mapping."""
     bundle = compile_model(network, tmp_path / "bundle", recipe="w8a8-steps", guidance=3.0, **SMALL)
-    for rows in (None, {}):
+    given: tuple[dict[str, Any] | None, ...] = (None, {})
+    for rows in given:
         assert diagnose(bundle, network, calls=1, conditions=rows, unconditional=rows).layers
 
 
