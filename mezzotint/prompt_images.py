@@ -86,6 +86,7 @@ def draw_prompt(
         "negative_prompt": options.negative,
         "guidance_scale": None if embedded else plan.guidance,  # None: what the class usually has
         "eta": plan.eta,
+        "use_resolution_binning": False,
         **_sides(pipe, bundle.sample_shape),
     }
     arguments |= {name: value for name, value in optional.items() if name in taken and value is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from glob import escape
 
 import numpy as np
@@ -41,6 +42,7 @@ def quantize_robustly(
     def quantized(*names: str) -> tuple[Program, float]:
         islands = (*row.islands, *map(escape, names))
         made = run_on(program, passes.quantize(islands), context, {})
+        made = _with_reason(made, set(names), passes.floor_db)
         return made, min(compared(expected, outputs_of(made, context, data.held_out)).values())
 
     made, db = quantized()
@@ -60,6 +62,15 @@ def quantize_robustly(
         made, db = quantized(*(name for unit in ordered[:count] for name in unit))
         count = count + 1 if count < len(ordered) else len(ordered) + 1
     return made
+
+
+def _with_reason(program: Program, names: set[str], floor_db: float) -> Program:
+    """Return the program whose plan says why the layers of these names stay in float."""
+    plan = program.require_plan()
+    reason = f"fragile: with it in 8 bits the component would be below {floor_db:g} dB on held-out data"
+    return replace(
+        program, plan=replace(plan, islands={**plan.islands, **dict.fromkeys(names & set(plan.islands), reason)})
+    )
 
 
 def _power(db: float) -> float:

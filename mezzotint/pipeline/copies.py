@@ -10,7 +10,7 @@ from typing import Any
 
 from mezzotint.compiler.bundle.staging import write_text
 from mezzotint.compiler.errors import ModelError
-from mezzotint.runtime.json_text import read_json, require_file
+from mezzotint.runtime.json_text import read_text, require_file
 
 from .source import CLASS_NAME, PipelineSource
 
@@ -28,12 +28,20 @@ def copy_texts(source: Path, target: Path) -> None:
         raise ModelError("the folder has no files", where=str(source), hint="download the pipeline again")
     for file in files:
         require_file(file, "a file of the pipeline", ModelError)
-        data = read_json(file, "a file of the pipeline", ModelError) if file.name.endswith("config.json") else None
+        data = _settings(file) if file.name.endswith("config.json") else None
         if isinstance(data, dict) and any(key in data for key in ORIGINS):
             kept = {key: value for key, value in data.items() if key not in ORIGINS}
             write_text(target / file.name, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
         else:
             shutil.copyfile(file, target / file.name)
+
+
+def _settings(file: Path) -> Any:
+    """Return the contents of a configuration. Tokenizers have lengths of 31 digits there, which `read_json` refuses."""
+    try:
+        return json.loads(read_text(file, "a file of the pipeline", ModelError))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"a file of the pipeline is no JSON: {error}", where=str(file)) from error
 
 
 def written_index(source: PipelineSource, scheduler: str) -> dict[str, Any]:

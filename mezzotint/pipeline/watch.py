@@ -161,6 +161,7 @@ def _call_options(
         options["guidance_scale"] = deployment.guidance
     if size is not None:
         options |= {"height": size[-2:][0] * scale, "width": size[-1] * scale}
+    options["use_resolution_binning"] = False  # PixArt's pipelines would draw another size, and scale the picture
     taken = inspect.signature(kind.__call__).parameters
     return {name: value for name, value in options.items() if name in taken}
 
