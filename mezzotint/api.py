@@ -22,7 +22,7 @@ from mezzotint.compiler.errors import ModelError
 from mezzotint.runtime import __version__
 from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
-from mezzotint.runtime.bundle.manifest_entries import Calibration, RecipeEntry
+from mezzotint.runtime.bundle.manifest_entries import RecipeEntry
 from mezzotint.runtime.errors import CompileWarning, InputError, LowFidelity
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -43,7 +43,7 @@ from .options import (
     RecipeOptions,
     WeightOptions,
 )
-from .prepared import calibration_rows, prepare, prepare_model
+from .prepared import calibration_rows, prepare, prepare_model, with_prompts
 
 if TYPE_CHECKING:
     from mezzotint.runtime.engine import Engine
@@ -70,6 +70,8 @@ def compile_model(
     calibration_batch: int = 8,
     conditions: ConditionSource = None,
     unconditional: ConditionSource = None,
+    prompts: str | Path | None = None,
+    negative: str | None = None,
     seed: int = 0,
     threads: int | None = None,
     device: str = CPU,
@@ -96,36 +98,35 @@ def compile_model(
     """Compile a denoiser into a bundle folder and open it.
 
     `model` is `"digits"`, a diffusers model or pipeline folder, an .onnx file, or a network of diffusers in memory, of
-    a class that docs/models.md lists. `settings` maps "pass.option" to a value. `target` is
-    the engine that the graph is written for: "onnxruntime" (its integer CPU kernels; the default), "openvino",
-    "tensorrt" or "portable". Without a `recipe` it is the best one for the target. `sampler`
-    (ddim, or flow-euler for flow matching, when left out), `steps`, `eta` and `guidance` are the deployment: tables
-    hold the timesteps that it calls.
+    a class that docs/models.md lists. `settings` maps "pass.option" to a value. `target` is the engine that the graph
+    is written for: "onnxruntime" (its integer CPU kernels; the default), "openvino", "tensorrt" or "portable". Without
+    a `recipe` it is the best one for the target. `sampler` (ddim, or flow-euler for flow matching, when left out),
+    `steps`, `eta` and `guidance` are the deployment: tables hold the timesteps that it calls.
     `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
-    the empty prompt or of the null class, which guidance needs. `inputs`, `output_name` and `prediction` name the roles
-    of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open, or the sizes of
+    the empty prompt or of the null class, which guidance needs. In their place `prompts`, a text file or "default", and
+    `negative` are encoded by the pipeline's own encoders. `inputs`, `output_name` and `prediction` name the roles of an
+    ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open, or the sizes of
     another sample beside its batch and channels. `timestep_unit` says what its timestep counts: "steps", "fraction"
-    (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many of its channels are the image's, and `channel_axis`
-    which axis they are on: 1, the last one of tokens `[B, N, C]`, or another.
+    (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many channels are the image's; `channel_axis` is theirs.
     `loras` are safetensors files, or pairs of a file and a weight, which are fused into a diffusers model's weights;
     `variant` says which weights of a folder are read, as "fp16", where it has several. `config` is a diffusers folder
     with the configuration of a checkpoint of one file (.safetensors).
     `export` is a path for the imported float graph. `cache` is a folder of calibration statistics: compilations that
-    calibrate on the same graph in the same way measure once. `license` is the model's, for the bundle's card.
-    `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the
-    recipe would use is refused.
-    The finished file is run beside the float model before the bundle is written, for about `acceptance_seconds` at
-    most. Where the SQNR of the prediction is below `min_sqnr` dB at a group of timesteps, a `LowFidelity` warning names
-    the worst layers and what helps; with `strict` this is an error.
-    `progress` is a function of (stage, done, total); `mezzotint.progress.auto()` shows bars in a terminal and lines in
-    a notebook. By default nothing is shown.
+    calibrate on the same graph in the same way measure once. `license` is the model's, for the bundle's card. `device`
+    is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the recipe would
+    use is refused. The finished file is run beside the float model before the bundle is written, for about
+    `acceptance_seconds` at most. Where the SQNR of the prediction is below `min_sqnr` dB at a group of timesteps, a
+    `LowFidelity` warning names the worst layers and what helps; with `strict` this is an error. `progress` is a
+    function of (stage, done, total); `mezzotint.progress.auto()` shows bars in a terminal and lines in a notebook.
 
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
     options = CompileOptions(
         RecipeOptions(recipe, settings or {}, target),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
-        CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
+        CalibrationOptions(
+            calibration_samples, calibration_batch, conditions, unconditional, seed, cache, prompts, negative
+        ),
         ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels, channel_axis),
         OutputOptions(dump_passes, export, license, force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
@@ -145,7 +146,7 @@ def compile_with(
 ) -> Bundle:
     """Do the work of `compile_model`, for its options as one value."""
     calibration, output = options.calibration, options.output
-    prepared = prepare(model, target, options, device)
+    prepared = with_prompts(prepare(model, target, options, device), calibration.cache_folder, progress)
     recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
     with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
@@ -155,9 +156,7 @@ def compile_with(
         program = imported = replace(imported, target=recipe.target)
         if output.export is not None:
             save_model(program.model, exported.enter_context(staged_file(Path(output.export), force=output.force))[0])
-        conditions, unconditional = calibration_rows(
-            prepared, program.conditions(), calibration.samples, calibration.seed
-        )
+        conditions, unconditional = calibration_rows(prepared, program.conditions(), calibration)
         context = Context(
             work,
             seed=calibration.seed,
@@ -168,7 +167,7 @@ def compile_with(
             conditions=conditions,
             unconditional=unconditional,
             progress=progress,
-            cache=None if calibration.cache is None else Path(calibration.cache).absolute(),
+            cache=calibration.cache_folder,
         )
         check_conditions(program, context)
         require_finite(program, context)
@@ -182,7 +181,7 @@ def compile_with(
         compilation = Compilation(
             mezzotint=__version__,
             recipe=RecipeEntry(recipe.to_json()),
-            calibration=Calibration(calibration.seed, calibration.samples, calibration.batch),
+            calibration=prepared.entry(calibration),
             versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
             card=card,
         )

@@ -77,9 +77,26 @@ class DeploymentOptions:
         return Deployment.of(schedule, self.sampler or usual_sampler(schedule), self.steps, self.eta, self.guidance)
 
 
+def check_prompt_options(prompts: object, negative: str | None, conditions: object, unconditional: object) -> None:
+    """Raise ConditionError for prompts beside arrays, and for a negative prompt without prompts."""
+    given = {"--conditions": conditions, "--unconditional": unconditional}
+    if prompts is None:
+        if negative is not None:
+            raise ConditionError("a negative prompt is for prompts", where="--negative", hint="give --prompts as well")
+    elif both := next((option for option, value in given.items() if value is not None), None):
+        raise ConditionError(
+            f"prompts and {both} were given, and both are the conditions",
+            where="--prompts",
+            hint="give one of them; --negative TEXT is the unconditional half of prompts",
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class CalibrationOptions:
-    """The data of the calibration, and the folder that keeps its statistics. Raises ConditionError for no data."""
+    """The data of the calibration, and the folder that keeps its statistics. Raises ConditionError for no data.
+
+    `prompts` (a text file, or "default") and `negative` make the conditions, instead of arrays.
+    """
 
     samples: int = 32
     batch: int = 8
@@ -87,8 +104,16 @@ class CalibrationOptions:
     unconditional: ConditionSource = None
     seed: int = 0
     cache: str | Path | None = None
+    prompts: str | Path | None = None
+    negative: str | None = None
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Return the cache as an absolute path."""
+        return None if self.cache is None else Path(self.cache).absolute()
 
     def __post_init__(self) -> None:
+        check_prompt_options(self.prompts, self.negative, self.conditions, self.unconditional)
         if self.samples < 1 or self.batch < 1:
             raise ConditionError(
                 f"nothing to calibrate on: {self.samples} samples in batches of {self.batch}",

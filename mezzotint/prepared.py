@@ -6,7 +6,6 @@ any work is done.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,16 +17,17 @@ import numpy as np
 from mezzotint.compiler.bundle.staging import check_target, check_target_file
 from mezzotint.compiler.calibration.conditions import check_rows, named_sizes, random_rows, spread_labels
 from mezzotint.compiler.core.pipeline import CPU, Recipe
-from mezzotint.compiler.errors import ModelError
+from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.compiler.frontend.architectures.row import Input
 from mezzotint.compiler.frontend.channels import network_channels
 from mezzotint.compiler.frontend.conventions import known_prediction, known_unit, with_known_labels
 from mezzotint.compiler.frontend.from_onnx import load_onnx, settle_inputs
 from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.compiler.frontend.roles import infer_signature
+from mezzotint.runtime.bundle.manifest_entries import Calibration
 from mezzotint.runtime.bundle.model_config import CLASS
-from mezzotint.runtime.bundle.pipeline import MODEL_INDEX
 from mezzotint.runtime.errors import CompileWarning
+from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions, null_rows
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
@@ -37,7 +37,9 @@ from .deployed_size import schedule_of_size
 from .io.settings import load_conditions
 from .io.sources import CONFIG_FILE, FolderSource, ModelSource, ModuleSource, OnnxSource, resolve
 from .model_weights import with_weights
-from .options import RANDOM, CompileOptions, DeploymentOptions, ImportRoles, WeightOptions
+from .options import RANDOM, CalibrationOptions, CompileOptions, DeploymentOptions, ImportRoles, WeightOptions
+from .prompts.rows import PromptPlan, prompt_plan, prompt_rows
+from .source_config import network_config, pipeline_sizes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,11 +67,18 @@ class PreparedModel:
 
 @dataclass(frozen=True, eq=False)
 class Prepared(PreparedModel):
-    """A compilation that can begin. `conditions` and `unconditional` are None where random ones are asked for."""
+    """A compilation that can begin. `conditions` and `unconditional` are None where random ones are asked for, and
+    where `prompts` will be encoded."""
 
     recipe: Recipe
     conditions: Conditions | None
     unconditional: Conditions | None
+    prompts: PromptPlan | None = None
+    prompt_facts: Mapping[str, Any] | None = None
+
+    def entry(self, calibration: CalibrationOptions) -> Calibration:
+        """Return the entry of the manifest."""
+        return Calibration(calibration.seed, calibration.samples, calibration.batch, self.prompt_facts or {})
 
 
 def prepare(model: Model, target: Path, options: CompileOptions, device: str = CPU) -> Prepared:
@@ -84,9 +93,41 @@ def prepare(model: Model, target: Path, options: CompileOptions, device: str = C
     check_target(target, force=options.output.force)
     if options.output.export is not None:
         check_target_file(Path(options.output.export), force=options.output.force)
+    plan = _prompt_plan(source, options.calibration)
+    if plan is not None:
+        conditions = unconditional = None
     found, rows = _settled(source, deployment, options.roles, conditions, unconditional, options.calibration.samples)
     facts = {field.name: getattr(found, field.name) for field in fields(found)}
-    return Prepared(recipe=recipe, conditions=rows[0], unconditional=rows[1], **facts)
+    return Prepared(recipe=recipe, conditions=rows[0], unconditional=rows[1], prompts=plan, **facts)
+
+
+def _prompt_plan(source: ModelSource, calibration: CalibrationOptions) -> PromptPlan | None:
+    """Return the prompts with the pipeline around the model, None where no prompts are given. Raises ConditionError."""
+    if calibration.prompts is None:
+        return None
+    if isinstance(source, ModuleSource):
+        raise ConditionError(
+            "prompts are encoded by the pipeline around a model's folder, and this is a module in memory",
+            where="--prompts",
+            hint="give the pipeline's folder, or conditions",
+        )
+    folder = source.path if source.path.is_dir() else source.path.parent
+    return prompt_plan(folder, calibration.prompts, calibration.negative, calibration.samples)
+
+
+def with_prompts(prepared: Prepared, cache: Path | None, progress: Progress) -> Prepared:
+    """Return a compilation with the conditions of its prompts, which are encoded here. Raises ConditionError."""
+    if prepared.prompts is None:
+        return prepared
+    deployment = prepared.deployment
+    rows = prompt_rows(
+        prepared.prompts, guided=deployment.guided, size=prepared.roles.size, cache=cache, progress=progress
+    )
+    both = rows.conditions, rows.unconditional
+    found, settled = _settled(prepared.source, deployment, prepared.roles, *both, 1)
+    facts = {field.name: getattr(found, field.name) for field in fields(found)}
+    facts |= {"conditions": settled[0], "unconditional": settled[1]}
+    return replace(prepared, prompts=None, prompt_facts=rows.facts, **facts)
 
 
 def prepare_model(
@@ -116,7 +157,7 @@ def _source(
 ) -> tuple[ModelSource, Deployment]:
     """Return a model with the schedule for its prediction and size, and the deployment on that schedule."""
     source = with_weights(resolve(model, options.scheduler, weights.config), weights)
-    config = _config(source)
+    config = network_config(source)
     schedule = source.schedule.predicting(roles.prediction or known_prediction(config, source.schedule))
     schedule = schedule_of_size(source, schedule, config, roles)
     return replace(source, schedule=schedule), options.on(schedule)
@@ -135,7 +176,7 @@ def _settled(
     Conditions that are None are not checked.
     """
     sizes = {
-        **_pipeline_sizes(source),
+        **pipeline_sizes(source),
         **{name: rows.shape[1:] for name, rows in (conditions or {}).items() if rows.ndim > 1},
     }
     if isinstance(source, OnnxSource):
@@ -164,8 +205,11 @@ def _settled(
     return found, (conditions, unconditional)
 
 
-def calibration_rows(prepared: Prepared, inputs: Mapping[str, ir.Value], samples: int, seed: int) -> list[Conditions]:
+def calibration_rows(
+    prepared: Prepared, inputs: Mapping[str, ir.Value], calibration: CalibrationOptions
+) -> list[Conditions]:
     """Return (conditions, unconditional) for the inputs of the imported model, random where they were asked for."""
+    samples, seed = calibration.samples, calibration.seed
     rows, without = prepared.conditions, prepared.unconditional
     return [
         _random(prepared, inputs, samples, seed) if rows is None else rows,
@@ -217,7 +261,7 @@ def _onnx_inputs(
 def _torch_inputs(
     source: ModelSource, roles: ImportRoles, sizes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value]]:
-    config = _config(source) or {}
+    config = network_config(source) or {}
     name = str(config.get(CLASS))
     where = str(source.path / CONFIG_FILE) if isinstance(source, FolderSource) else source.name
     module = source.module if isinstance(source, ModuleSource) else None
@@ -240,37 +284,6 @@ def _torch_inputs(
         known.labels,
     )
     return signature, known.shape_with(image), inputs
-
-
-def _config(source: ModelSource) -> dict[str, Any] | None:
-    """Return the configuration of a network with its class, None for an ONNX file that comes without one."""
-    if isinstance(source, FolderSource):
-        return _json(source.path / CONFIG_FILE)
-    if isinstance(source, ModuleSource):
-        return {**dict(getattr(source.module, "config", {})), CLASS: type(source.module).__name__}
-    return None if source.config is None else dict(source.config)
-
-
-def _pipeline_sizes(source: ModelSource) -> dict[str, tuple[int, ...]]:
-    """Return the sizes of conditions that the pipeline around a model's folder says: SDXL's refiner has 5 time ids."""
-    if not isinstance(source, FolderSource):
-        return {}
-    index = source.path.parent / MODEL_INDEX
-    if not index.is_file():
-        return {}
-    return {"time_ids": (5,)} if _json(index).get("requires_aesthetics_score") is True else {}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"cannot read the model's configuration: {error}", where=str(file), hint="download the model again"
-        ) from error
-    if not isinstance(data, dict):
-        raise ModelError("the model's configuration is no JSON object", where=str(file), hint="download it again")
-    return data
 
 
 def _read(conditions: ConditionSource) -> Conditions | None:

@@ -67,14 +67,15 @@ ARROWS = {
     "mezzotint/text": "",
     "mezzotint/bench": "text",
     "mezzotint/shards": "io text",
-    "mezzotint": "bench io pipeline",
+    "mezzotint/prompts": "",
+    "mezzotint": "bench io pipeline prompts",
     "mezzotint/debug": "bench text",
     "mezzotint/evaluate": "bench frechet io shards text",
     "mezzotint/mix": "bench io",
     "mezzotint/inspect": "bench debug io text",
     "mezzotint/interchange": "bench debug io",
     "mezzotint/web": "bench inspect io",
-    "mezzotint/cli": ". bench debug evaluate inspect interchange io mix pipeline shards text web",
+    "mezzotint/cli": ". bench debug evaluate inspect interchange io mix pipeline prompts shards text web",
 }
 
 # Top folder -> the libraries that every file of it may import, beside the standard library.

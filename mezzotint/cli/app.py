@@ -47,8 +47,10 @@ from .options import (
     Json,
     Loras,
     ModelArgument,
+    NegativePrompt,
     PrecisionOfFloats,
     PredictionName,
+    PromptsFile,
     Provider,
     ProviderOptions,
     Quiet,
@@ -99,6 +101,8 @@ def compile_(
     calibration_batch: Annotated[int, number(bounds.MOST_BATCH, "Images in one calibration call.")] = 8,
     conditions: Annotated[str | None, typer.Option(help=".npz with the model's conditions, or `random`.")] = None,
     unconditional: Annotated[str | None, typer.Option(help="The same of the empty prompt, for guidance.")] = None,
+    prompts: PromptsFile = None,
+    negative: NegativePrompt = None,
     seed: Annotated[int, number(bounds.LARGEST_SEED, "Seed of the calibration noise.", least=0)] = 0,
     threads: Threads = None,
     device: Annotated[
@@ -150,7 +154,9 @@ def compile_(
     options = CompileOptions(
         RecipeOptions(recipe, settings.parse_settings(set_ or []), target),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
-        CalibrationOptions(calibration_samples, calibration_batch, conditions, unconditional, seed, cache),
+        CalibrationOptions(
+            calibration_samples, calibration_batch, conditions, unconditional, seed, cache, prompts, negative
+        ),
         ImportRoles(
             settings.parse_roles(input_ or []),
             output_name,

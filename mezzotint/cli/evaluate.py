@@ -13,8 +13,10 @@ from ..progress import shown
 from .options import (
     ConditionsFile,
     Json,
+    NegativePrompt,
     NoiseSeed,
     PrecisionOfFloats,
+    PromptsFile,
     Provider,
     ProviderOptions,
     Quiet,
@@ -51,6 +53,11 @@ def evaluate(
     ] = 1000,
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
+    prompts: PromptsFile = None,
+    negative: NegativePrompt = None,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="The pipeline's folder, whose encoders make the conditions of --prompts.")
+    ] = None,
     threads: Threads = None,
     provider: Provider = "cpu",
     provider_option: ProviderOptions = None,
@@ -59,6 +66,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Compare a bundle's images with those of the float model, with confidence intervals, and the cost of a call."""
+    from mezzotint.compiler.errors import ConditionError
     from mezzotint.runtime.bundle.bundle import open_bundle
 
     from ..evaluate.options import EvaluationOptions
@@ -66,16 +74,27 @@ def evaluate(
     from ..evaluate.run import PAGE_FILE, evaluate_with
     from ..io.networks import with_checked_networks
     from ..io.settings import load_condition_files, parse_engine
+    from ..options import check_prompt_options
+    from ..prompts.rows import bundle_rows
     from ..text import console
 
     engine = parse_engine(provider, provider_option, precision)
+    check_prompt_options(prompts, negative, conditions, unconditional)
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
-    options = EvaluationOptions(
-        pictures, seed, batch, rows, unconditional_rows, features, correction, speed, resamples=resamples
-    )
     with shown(quiet=quiet or json) as report:
+        opened = with_checked_networks(open_bundle(bundle)).on(engine)
+        if prompts is not None:
+            if pipeline is None:
+                raise ConditionError(
+                    "prompts need the encoders of a pipeline", where="--prompts", hint="give --pipeline FOLDER"
+                )
+            encoded = bundle_rows(opened, pipeline, prompts, negative, pictures, report)
+            rows, unconditional_rows = dict(encoded.conditions), dict(encoded.unconditional)
+        options = EvaluationOptions(
+            pictures, seed, batch, rows, unconditional_rows, features, correction, speed, resamples=resamples
+        )
         evaluation = evaluate_with(
-            with_checked_networks(open_bundle(bundle)).on(engine),
+            opened,
             reference,
             options,
             output=output,

@@ -76,6 +76,13 @@ NoiseSeed = Annotated[
     int | None, number(bounds.LARGEST_SEED, "Seed of the noise; an unused one when left out.", "--seed", least=0)
 ]
 ConditionsFile = Annotated[Path | None, typer.Option(help=".npz with the model's conditions, or NAME=1,2,3.")]
+PromptsFile = Annotated[
+    str | None,
+    typer.Option("--prompts", help="Text file of prompts, or `default`: the pipeline's encoders make the conditions."),
+]
+NegativePrompt = Annotated[
+    str | None, typer.Option("--negative", help="The prompt that guidance leads away from; empty when left out.")
+]
 UnconditionalFile = Annotated[Path | None, typer.Option(help="The same of the empty prompt, for guidance.")]
 
 

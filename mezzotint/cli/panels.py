@@ -12,6 +12,7 @@ PANELS = {
     "Deployment": ("scheduler", "sampler", "steps", "eta", "guidance", "timestep_unit"),
     "Calibration": (
         *("calibration_samples", "calibration_batch", "conditions", "unconditional", "seed", "cache"),
+        *("prompts", "negative"),
         *("size",),
     ),
     "ONNX files": ("input_", "output", "prediction", "channels", "channel_axis"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .field_values import declared_sizes, dtype_name, format_name, scale_or_range
@@ -52,18 +52,22 @@ class RecipeEntry:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The samples that calibration drew."""
+    """The samples that calibration drew, and what is known of the prompts that made their conditions: how many, their
+    hash, the pipeline's class, the hash of its encoders' files."""
 
     seed: int
     samples: int
     batch: int
+    prompts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        prompts = {"prompts": dict(self.prompts)} if self.prompts else {}
+        return {"seed": self.seed, "samples": self.samples, "batch": self.batch, **prompts}
 
     @classmethod
     def from_json(cls, fields: Fields) -> Calibration:
-        return cls(fields.integer("seed"), fields.count("samples"), fields.count("batch"))
+        prompts = fields.maybe("prompts", fields.table) or {}
+        return cls(fields.integer("seed"), fields.count("samples"), fields.count("batch"), prompts)
 
 
 @dataclass(frozen=True)

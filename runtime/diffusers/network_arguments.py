@@ -23,6 +23,7 @@ from .network_classes import NETWORK_CLASSES, Arguments
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 _ADDED = "added_cond_kwargs"
+_PROMPT, _PROMPT_MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 _CPU = "bundles run on the CPU: keep the whole pipeline there, or call pipe.to('cpu') before attaching"
 _RESIDUALS = "ControlNets and adapters reach into the layers: compile with their residuals in --conditions, or use the "
 _MASK = (
@@ -73,7 +74,10 @@ class ArgumentReader:
     def read(self, arguments: Arguments) -> tuple[torch.Tensor, Any, dict[str, npt.NDArray[Any]]]:
         """Return the sample, the timestep and the conditions. Raises InputError for what the graph cannot follow."""
         arranged = NETWORK_CLASSES[self._name].arranged
-        arguments = arguments if arranged is None else arranged(arguments, self._bundle)
+        if NETWORK_CLASSES[self._name].pads_prompt:
+            arguments = self._padded(arguments)
+        own = self._bundle.signature.channels(self._bundle.sample_shape)
+        arguments = arguments if arranged is None else arranged(arguments, own)
         sample, time = next(iter(arguments)), "timestep" if "timestep" in arguments else "t"
         if time not in arguments:
             raise InputError("the call gives no timestep", where=self._where)
@@ -81,7 +85,7 @@ class ArgumentReader:
         conditions = {}
         rest = {name: value for name, value in arguments.items() if name not in (sample, time)}
         self._check_fixed(rest)
-        for name, shown, value in _flattened({n: v for n, v in rest.items() if n not in self._fixed}):
+        for name, shown, value in flattened({n: v for n, v in rest.items() if n not in self._fixed}):
             if name in signature.conditions:
                 conditions[name] = self._condition(name, value)
             elif not ("mask" in name and _all_ones(value)):
@@ -90,6 +94,17 @@ class ArgumentReader:
             if name not in conditions and (mask := self._mask_of_ones(name, len(arguments[sample]))) is not None:
                 conditions[name] = mask
         return arguments[sample], arguments[time], conditions
+
+    def _padded(self, arguments: Arguments) -> Arguments:
+        """Return a call whose prompt has the length of the graph: masked tokens change nothing."""
+        prompt, mask = arguments.get(_PROMPT), arguments.get(_PROMPT_MASK)
+        tokens = self._inputs[_PROMPT][1][1] if _PROMPT in self._inputs else None
+        if not isinstance(tokens, int) or prompt is None or _PROMPT_MASK not in self._inputs:
+            return arguments
+        missing = max(tokens - prompt.shape[1], 0)
+        mask = torch.ones(prompt.shape[:2], dtype=torch.int64) if mask is None else mask
+        pad = torch.nn.functional.pad
+        return {**arguments, _PROMPT: pad(prompt, (0, 0, 0, missing)), _PROMPT_MASK: pad(mask, (0, missing))}
 
     def _check_fixed(self, arguments: Arguments) -> None:
         """Raise InputError for an argument that is another than the one that the graph holds."""
@@ -177,13 +192,13 @@ class ArgumentReader:
         return x, conditions
 
 
-def _flattened(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def flattened(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yield the values of nested arguments: (name of the graph's input, name for a message, value)."""
     for name, value in arguments.items():
         if isinstance(value, Mapping):
             for key, part in value.items():
                 if name == _ADDED:
-                    yield from _flattened({key: part})
+                    yield from flattened({key: part})
                 elif part is not None:
                     yield f"{name}.{key}", f"{name}[{key!r}]", part
         elif isinstance(value, (list, tuple)):

@@ -2,10 +2,11 @@
 
     slot        the component of a pipeline that holds it
     output      where diffusers has the class of its output
-    arranged    (arguments, bundle) -> arguments: the call of a pipeline in the form that the graph was exported in,
-                where that form is another one (frontend/architectures, `call` of a row)
+    arranged    (arguments, channels) -> arguments: the call of a pipeline in the form that the graph was exported in,
+                where that is another one (frontend/architectures, `call` of a row); the channels are the sample's
     answered    the prediction in the form that the pipeline reads
     attributes  what pipelines read of the module beside its configuration
+    pads_prompt whether a prompt is as long as the longest of its batch: the graph's length is reached by masked tokens
 
 Arguments that a graph has as inputs need no entry: their names are those of the call.
 """
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 
-from ..bundle.bundle import Bundle
 from ..errors import InputError
 
 Arguments = dict[str, Any]
@@ -33,12 +33,13 @@ class NetworkClass:
 
     slot: str = "transformer"
     output: str = _TRANSFORMER
-    arranged: Callable[[Arguments, Bundle], Arguments] | None = None
+    arranged: Callable[[Arguments, int], Arguments] | None = None
     answered: Callable[[Any], Any] | None = None
     attributes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    pads_prompt: bool = False
 
 
-def _one_row_for_each_video(arguments: Arguments, bundle: Bundle) -> Arguments:
+def _one_row_for_each_video(arguments: Arguments, channels: int) -> Arguments:
     """AnimateDiff's pipeline repeats the prompt for each frame; the graph does that itself."""
     prompt, frames = arguments[_PROMPT], arguments["sample"].shape[2]
     if prompt is None or prompt.shape[0] == arguments["sample"].shape[0]:
@@ -53,14 +54,13 @@ def _one_row_for_each_video(arguments: Arguments, bundle: Bundle) -> Arguments:
     return {**arguments, _PROMPT: rows[:, 0]}
 
 
-def _image_apart(arguments: Arguments, bundle: Bundle) -> Arguments:
+def _image_apart(arguments: Arguments, channels: int) -> Arguments:
     """Stable Video Diffusion's pipeline joins the latents of the noise and those of the image, along the channels."""
-    own = bundle.signature.channels(bundle.sample_shape)
     sample = arguments["sample"]
-    return {**arguments, "sample": sample[:, :, :own], _IMAGE: sample[:, :, own:]}
+    return {**arguments, "sample": sample[:, :, :channels], _IMAGE: sample[:, :, channels:]}
 
 
-def _stacked(arguments: Arguments, bundle: Bundle) -> Arguments:
+def _stacked(arguments: Arguments, channels: int) -> Arguments:
     """Z-Image takes lists of images with one frame, and of prompts, which may have different lengths."""
     images, prompts = arguments["x"], arguments["cap_feats"]
     for name, parts in (("x", images), ("cap_feats", prompts)):
@@ -78,7 +78,7 @@ def _stacked(arguments: Arguments, bundle: Bundle) -> Arguments:
     return {**arguments, "x": torch.stack(list(images))[:, :, 0], "cap_feats": torch.stack(list(prompts))}
 
 
-def _one_size(arguments: Arguments, bundle: Bundle) -> Arguments:
+def _one_size(arguments: Arguments, channels: int) -> Arguments:
     """Qwen-Image's pipeline has a list of sizes for each image of the batch; the graph has one for all."""
     sizes = arguments.get("img_shapes")
     if isinstance(sizes, list) and sizes and all(each == sizes[0] for each in sizes):
@@ -131,7 +131,7 @@ NETWORK_CLASSES: Mapping[str, NetworkClass] = {
     "FluxTransformer2DModel": NetworkClass(),
     "Flux2Transformer2DModel": NetworkClass(output="transformers.transformer_flux2.Flux2Transformer2DModelOutput"),
     "ChromaTransformer2DModel": NetworkClass(),
-    "QwenImageTransformer2DModel": NetworkClass(arranged=_one_size),
+    "QwenImageTransformer2DModel": NetworkClass(arranged=_one_size, pads_prompt=True),
     "Lumina2Transformer2DModel": NetworkClass(),
     "ZImageTransformer2DModel": NetworkClass(
         arranged=_stacked,

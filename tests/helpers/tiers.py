@@ -46,6 +46,7 @@ TORCH = (
     "mezzotint/test_diffusers.py",
     "mezzotint/test_doctor.py",
     "mezzotint/test_recard.py",
+    "mezzotint/test_prompts.py",
     "mezzotint/test_stand_ins.py",
     "passes/test_allocate_steps.py",
     "passes/test_fit_noise.py",

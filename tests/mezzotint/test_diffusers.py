@@ -20,6 +20,7 @@ from PIL import Image
 from mezzotint import Bundle, Schedule, compile_model, find_engine, mix_bundles
 from mezzotint.diffusers import attach, stand_in
 from mezzotint.io.sources import DIGITS
+from mezzotint.prompts.texts import read_prompts
 from mezzotint.runtime.bundle.bundle import MODEL
 from mezzotint.runtime.bundle.model_config import bundle_config
 from mezzotint.runtime.bundle.precisions import Precisions
@@ -27,7 +28,7 @@ from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import BundleError, HalfPipeline, InputError, MixedTimesteps, TimestepNotDeployed
 from mezzotint.runtime.sampling.samplers import initial_noise, seeded_noise
 from tests.helpers import pipelines
-from tests.helpers.models import SMALL, Compiled, hand_written, small_unet, write
+from tests.helpers.models import SMALL, Cli, Compiled, hand_written, small_unet, write
 from tests.helpers.pipelines import LENGTH, SIDE, WIDTH, quiet
 
 STEPS = 3
@@ -47,11 +48,15 @@ class Pair:
     quantized: Bundle
 
 
-def pair(pipe: Any, network: Any, folder: Path, conditions: Any) -> Pair:
+def pair(pipe: Any, network: Any, folder: Path, conditions: Any, model: Path | None = None) -> Pair:
+    """With a `model`, the pipeline's folder, the float bundle is calibrated on the prompts of the package."""
     schedule = Schedule.from_config(pipe.scheduler.config)
     given = {"scheduler": schedule, "conditions": conditions, **OPTIONS}
     exported = folder / "exported" / "model.onnx"
-    bundle = compile_model(network, folder / "float", recipe="float", export=exported, **given)
+    rows = {} if model is None else {"conditions": None, "prompts": "default"}
+    bundle = compile_model(
+        network if model is None else model, folder / "float", recipe="float", export=exported, **{**given, **rows}
+    )
     # As others lay out ONNX models: the graph and the configuration it was exported from in one folder.
     network.save_config(exported.parent)
     quantized = compile_model(exported.parent, folder / "w8a8", recipe="w8a8", size=(SIDE, SIDE), **given)
@@ -62,7 +67,8 @@ def pair(pipe: Any, network: Any, folder: Path, conditions: Any) -> Pair:
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("sd")
     pipe = pipelines.stable_diffusion(folder)
-    return pair(pipe, pipe.unet, folder, "random")
+    pipe.save_pretrained(folder / "pipe")
+    return pair(pipe, pipe.unet, folder, "random", folder / "pipe")
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +215,36 @@ def test_digits_are_those_of_our_own_loop(
     ours = digits.sample(2, sampler=sampler, eta=eta, seed=11, correction=False, threads=1)
     want = np.clip(ours / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
     assert (np.abs(got - want).max() < 1e-5) == (fault == 0)
+
+
+class TestPrompts:
+    """The bundle of `sd` was calibrated on prompts: the first two of the package's own."""
+
+    def test_the_manifest_says_so(self, sd: Pair) -> None:
+        facts = sd.bundle.manifest.calibration.prompts
+
+        assert (facts["count"], facts["pipeline"]) == (2, "StableDiffusionPipeline")
+        assert facts["sha256"] == read_prompts("default").first(2).digest
+        assert len(facts["encoders_sha256"]) == 64
+        assert sd.quantized.manifest.calibration.prompts == {}
+        assert "prompts" not in sd.quantized.manifest.to_json()["calibration"]
+
+    def test_an_evaluation_is_given_them(self, sd: Pair, cli: Cli, tmp_path: Path) -> None:
+        folder = sd.bundle.path.parent
+        reference = folder / "exported" / "model.onnx"
+        call = ["eval", sd.quantized.path, "--reference", reference, "-n", 2, "--batch", 2, "--no-speed"]
+        call += ["--features", "none", "--threads", 1, "--json"]
+        with torch.no_grad():
+            rows = sd.pipe.encode_prompt(list(read_prompts("default").prompts[:2]), "cpu", 1, False)[0].numpy()
+        np.savez(tmp_path / "rows.npz", encoder_hidden_states=rows)
+
+        got = cli(*call, "--prompts", "default", "--pipeline", folder / "pipe")
+        want = cli(*call, "--conditions", tmp_path / "rows.npz")
+
+        assert got.code == want.code == 0, got.err
+        assert json.loads(got.out)["metrics"] == json.loads(want.out)["metrics"]
+        refused = cli(*call, "--prompts", "default")
+        assert refused.code == 2 and "give --pipeline FOLDER" in refused.err
 
 
 class TestAttach:

@@ -1,0 +1,255 @@
+"""The conditions that a pipeline gives its network for prompts: the pipeline runs as far as the network's first call.
+
+How prompts are tokenized, which hidden states are taken, what is pooled, padded and joined, is code of each pipeline in
+diffusers; it runs here as it is, with a module in the network's place that keeps its arguments. The autoencoder is made
+of its configuration alone: pipelines read its scale.
+
+The two halves of guidance are told apart by a run without: the half with its rows is that of the prompts.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mezzotint.compiler.errors import ConditionError
+from mezzotint.compiler.frontend.architectures.row import PROMPT, NetworkInputs, SampleSize
+from mezzotint.compiler.frontend.network_inputs import network_inputs
+from mezzotint.runtime.bundle.model_config import CLASS
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import Progress
+
+from .pipeline import PromptPipeline, json_object
+from .recorder import Recorded, recording_network
+from .texts import PromptTexts
+
+Rows = dict[str, npt.NDArray[Any]]
+_BATCH = 4  # prompts in one run of the encoders
+_GUIDED = 2.0  # any scale at which a pipeline computes both halves
+_FRAMES = ("num_frames", "frames")
+
+
+def encode_prompts(
+    pipeline: PromptPipeline,
+    texts: PromptTexts,
+    *,
+    guided: bool,
+    size: SampleSize | None = None,
+    progress: Progress | None = None,
+) -> tuple[Rows, Rows]:
+    """Return (conditions `[prompts, ...]`, unconditional rows `[1, ...]`, none without guidance) of a network.
+
+    `size` is that of the network's samples, None for the usual one. Raises ConditionError where the pipeline's files
+    cannot be loaded, or where it has no unconditional half.
+    """
+    for library in ("torch", "diffusers", "transformers"):
+        if importlib.util.find_spec(library) is None:
+            raise InputError(
+                f"prompts need {library}, which is not installed",
+                hint="install the extra, and transformers: pip install 'mezzotint[torch]' transformers",
+            )
+    from mezzotint.runtime.diffusers.network_classes import NETWORK_CLASSES
+
+    name = str(pipeline.config.get(CLASS))
+    known = network_inputs(name, pipeline.config, size, {}, str(pipeline.folder / pipeline.slot))
+    run = _Run(pipeline, name, known)
+    with _quiet():
+        pipe = run.load()
+        found: list[Rows] = []
+        for start in range(0, len(texts.prompts), _BATCH):
+            batch = texts.prompts[start : start + _BATCH]
+            found.append(run.rows(pipe, batch, texts.negative, guided=False)[0])
+            if progress is not None:
+                progress("encode prompts", start + len(batch), len(texts.prompts))
+        pads = NETWORK_CLASSES[name].pads_prompt
+        conditions = _joined(found, known, pads)
+        without: Rows = {}
+        if guided:
+            both = run.rows(pipe, texts.prompts[:1], texts.negative, guided=True)
+            without = _joined([_other_half(both, found[0], str(pipeline.folder))], known, pads)
+        del pipe
+    gc.collect()  # the encoders are in cycles, and the denoiser needs their memory
+    return conditions, without
+
+
+class _Run:
+    """A pipeline of diffusers, and its calls up to the network."""
+
+    def __init__(self, pipeline: PromptPipeline, name: str, known: NetworkInputs) -> None:
+        import diffusers
+
+        self._pipeline, self._name, self._known = pipeline, name, known
+        self._kind = getattr(diffusers, pipeline.class_name, None)
+        if self._kind is None:
+            raise ConditionError(
+                f"the installed diffusers {diffusers.__version__} has no {pipeline.class_name}",
+                where=str(pipeline.folder),
+                hint="install the version that the pipeline was saved by, or a later one",
+            )
+        self._takes = inspect.signature(self._kind.__call__).parameters
+
+    def load(self) -> Any:
+        """Return the pipeline with its encoders in float32, and no other weights."""
+        import torch
+
+        recorder = recording_network(self._name, self._pipeline.config, 1, 1)
+        parts = {**dict.fromkeys(self._pipeline.others), self._pipeline.slot: recorder, "vae": self._autoencoder()}
+        options = {"torch_dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+        try:
+            pipe = self._kind.from_pretrained(self._pipeline.folder, **parts, **options)  # type: ignore[union-attr]
+        except Exception as error:  # both libraries raise many kinds of errors for files that are missing or damaged
+            line = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise ConditionError(
+                f"the pipeline's encoders cannot be loaded: {line}",
+                where=str(self._pipeline.folder),
+                hint="check that tokenizers and text encoders (safetensors) are complete, or give --conditions",
+            ) from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _autoencoder(self) -> Any:
+        """Return the autoencoder without its weights, None for a pipeline without one."""
+        import diffusers
+        import torch
+
+        file = self._pipeline.folder / "vae" / "config.json"
+        if not file.is_file():
+            return None
+        config = json_object(file, "the configuration of the autoencoder")
+        kind = getattr(diffusers, str(config.get(CLASS)), None)
+        if kind is None:
+            return None
+        with torch.device("meta"):
+            empty = kind.from_config(config)
+        return empty.to_empty(device="cpu")
+
+    def rows(self, pipe: Any, prompts: Sequence[str], negative: str, *, guided: bool) -> list[Rows]:
+        """Return the rows of each half that the network is called with."""
+        import torch
+
+        halves = 2 if guided else 1
+        recorder = recording_network(self._name, self._pipeline.config, len(prompts), halves)
+        setattr(pipe, self._pipeline.slot, recorder)
+        call = {**self._sizes(pipe), **self._guidance(guided), **self._texts(prompts, negative, guided)}
+        try:
+            with torch.no_grad():
+                pipe(**call, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent")
+        except Recorded:
+            pass
+        except Exception as error:  # whatever a pipeline raises for files that do not belong together
+            line = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise ConditionError(
+                f"the {self._pipeline.class_name} cannot encode a prompt: {line}",
+                where=str(self._pipeline.folder),
+                hint="check that tokenizers and text encoders belong together; or give --conditions FILE.npz",
+            ) from error
+        parts = [part for call in recorder.calls for part in self._conditions(call, len(prompts))]
+        return parts[:halves]
+
+    def _texts(self, prompts: Sequence[str], negative: str, guided: bool) -> dict[str, Any]:
+        takes = guided and "negative_prompt" in self._takes
+        return {"prompt": list(prompts), **({"negative_prompt": [negative] * len(prompts)} if takes else {})}
+
+    def _guidance(self, guided: bool) -> dict[str, Any]:
+        """Return the scale of both halves, or 1; the embedded guidance of Flux keeps the pipeline's usual value."""
+        key = "true_cfg_scale" if "true_cfg_scale" in self._takes else "guidance_scale"
+        return {key: _GUIDED if guided else 1.0}
+
+    def _sizes(self, pipe: Any) -> dict[str, Any]:
+        """Return height and width of the samples in pixels, where the conditions of an image may depend on them."""
+        options: dict[str, Any] = {"use_resolution_binning": False} if "use_resolution_binning" in self._takes else {}
+        scale = getattr(pipe, "vae_scale_factor", None)
+        if scale is None or any(key in self._takes for key in _FRAMES):
+            return options
+        known = self._known
+        sides = [2 * side for side in known.grid] if known.grid else list(known.shape[-2:])
+        return {**options, "height": sides[0] * scale, "width": sides[1] * scale}
+
+    def _conditions(self, arguments: dict[str, Any], count: int) -> Iterator[Rows]:
+        """Yield the rows of each half of a call: the network's conditions by name, in the types of its inputs."""
+        import torch
+
+        from mezzotint.runtime.diffusers.network_arguments import as_array, flattened
+        from mezzotint.runtime.diffusers.network_classes import NETWORK_CLASSES
+
+        arranged = NETWORK_CLASSES[self._name].arranged
+        arguments = arguments if arranged is None else arranged(arguments, self._known.channels)
+        tensors = {
+            name: value
+            for name, _, value in flattened(arguments)
+            if name in self._known.conditions and isinstance(value, torch.Tensor)
+        }
+        batch = len(next(iter(arguments.values())))
+        arrays = {name: as_array(name, tensor) for name, tensor in tensors.items()}
+        for name, value in self._known.conditions.items():
+            if name not in arrays and value.kind in ("mask", "flag") and PROMPT in arrays:
+                arrays[name] = np.ones(arrays[PROMPT].shape[:2])  # left out where it hides nothing (Qwen-Image)
+        whole = {name: np.broadcast_to(array, (batch, *array.shape[1:])) for name, array in arrays.items()}
+        for start in range(0, batch, count):
+            yield {name: self._typed(name, array[start : start + count]) for name, array in whole.items()}
+
+    def _typed(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        dtype = self._known.conditions[name].value(name).dtype
+        return np.array(array if dtype is None else array.astype(dtype.numpy()))
+
+
+def _other_half(halves: Sequence[Rows], conditional: Mapping[str, npt.NDArray[Any]], where: str) -> Rows:
+    """Return the half that is not that of the first prompt."""
+
+    def apart(half: Rows) -> float:
+        return sum(_distance(rows, conditional[name][:1]) for name, rows in half.items() if name in conditional)
+
+    if len(halves) != 2:
+        raise ConditionError(
+            "the pipeline computes no unconditional half for guidance",
+            where=where,
+            hint="leave out --guidance: this network takes its guidance as an input",
+        )
+    return max(halves, key=apart)
+
+
+def _distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+    return float(np.abs(one.astype(np.float64) - other).max()) if one.shape == other.shape else np.inf
+
+
+def _joined(batches: Sequence[Rows], known: NetworkInputs, pads: bool) -> Rows:
+    """Return the rows of all batches. With `pads`, prompts as long as the longest of their batch get one length."""
+    joined = {}
+    for name, first in batches[0].items():
+        arrays = [rows[name] for rows in batches]
+        if pads and name in (PROMPT, f"{PROMPT}_mask"):
+            arrays = [_padded(a, known.conditions[name].sizes[0]) for a in arrays]
+        joined[name] = np.concatenate(arrays) if len(arrays) > 1 else first
+    return joined
+
+
+def _padded(array: npt.NDArray[Any], tokens: int) -> npt.NDArray[Any]:
+    widths = [(0, 0), (0, max(tokens - array.shape[1], 0)), *[(0, 0)] * (array.ndim - 2)]
+    return np.pad(array, widths)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the libraries say about parts that are left out, and their bars."""
+    import diffusers
+    import transformers
+
+    logs = [diffusers.logging, transformers.utils.logging]
+    levels = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (level, bars) in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()
