@@ -5,6 +5,7 @@ from __future__ import annotations
 from mezzotint.compiler.core.pipeline import Recipe
 
 from ..assign_bits import AssignBits
+from ..center_tokens import CenterTokens
 from ..choose_scales import ChooseScales
 from ..clean_qdq import CleanQdq
 from ..group_steps import GroupSteps
@@ -20,6 +21,7 @@ from .parts import EXACT_FLOAT, ISLANDS, PORTABLE, SMOOTHED, static, stepwise
 CONSTANT = "w8a8-constant"
 CONSTANT_SCALES = (
     *PORTABLE,
+    CenterTokens(),
     *SMOOTHED,
     Observe(groups=0),
     ChooseScales(symmetric="products"),

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mezzotint.compiler.core.pipeline import Pass, Recipe
 
+from ..center_tokens import CenterTokens
 from ..channel_scales import ChannelScales
 from ..choose_scales import ChooseScales
 from ..clean_qdq import CleanQdq
@@ -92,6 +93,7 @@ def stepwise(
     )
     return (
         *FAST,
+        CenterTokens(),
         *smoothed,
         Observe(groups=0, channels="outputs"),
         scales,
