@@ -24,12 +24,11 @@ from mezzotint.runtime.streams import prompt_seed
 from .diffusers import load
 from .io.images import check_image_file, save_images, save_picture
 from .pipeline.loading import library, quiet_libraries
+from .prompts.texts import LONGEST_PROMPT
 
 if TYPE_CHECKING:
     from mezzotint.runtime.engine import Engine
     from mezzotint.runtime.signature import Images
-
-LONGEST_PROMPT = 10_000  # characters
 
 
 @dataclass(frozen=True)

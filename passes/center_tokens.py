@@ -87,7 +87,7 @@ def _loud_tokens(condition: ir.Value, arrays: list[npt.NDArray[Any]], ratio: flo
     shape = condition.shape
     if shape is None or len(shape) != 3 or not isinstance(shape[1], int) or condition.dtype != ir.DataType.FLOAT:
         return None
-    rows = np.concatenate(arrays) if arrays else np.zeros((1, *(1, 1)))
+    rows = np.concatenate(arrays) if arrays else np.zeros((1, 1, 1))
     largest = np.abs(rows).max(axis=(0, 2))
     median = float(np.median(largest))
     loud = largest >= ratio * median

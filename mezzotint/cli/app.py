@@ -62,6 +62,7 @@ from .options import (
 )
 from .panels import GroupedCommand
 from .pipelines import Components, NegativeText, PromptText, compile_whole, sample_prompts, wants_whole
+from .recipes import recipes
 from .web import web
 
 app = typer.Typer(
@@ -274,8 +275,6 @@ def sample(
 
 app.command()(mix)
 app.command()(inspect)
-
-
 app.command()(audit)
 app.command()(diff)
 app.command()(debug)
@@ -285,19 +284,7 @@ app.command()(card)
 app.command()(web)
 app.command()(overlay)
 app.command()(overrides)
-
-
-@app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe (printed as YAML) or a pass (its options).")] = None,
-    json: Json = False,
-) -> None:
-    """List the named recipes, print one as YAML, or print a pass with its options."""
-    from ..text.report_recipes import print_recipes
-
-    print_recipes(name, as_json=json)
-
-
+app.command()(recipes)
 app.command()(doctor)
 
 

@@ -30,7 +30,7 @@ from .pipeline import PromptPipeline, json_object
 from .recorder import Recorded, recording_network
 from .texts import PromptTexts
 
-Rows = dict[str, npt.NDArray[Any]]
+NamedRows = dict[str, npt.NDArray[Any]]
 _BATCH = 4  # prompts in one run of the encoders
 _GUIDED = 2.0  # any scale at which a pipeline computes both halves
 _FRAMES = ("num_frames", "frames")
@@ -43,7 +43,7 @@ def encode_prompts(
     guided: bool,
     size: SampleSize | None = None,
     progress: Progress | None = None,
-) -> tuple[Rows, Rows]:
+) -> tuple[NamedRows, NamedRows]:
     """Return (conditions `[prompts, ...]`, unconditional rows `[1, ...]`, none without guidance) of a network.
 
     `size` is that of the network's samples, None for the usual one. Raises ConditionError where the pipeline's files
@@ -62,7 +62,7 @@ def encode_prompts(
     run = _Run(pipeline, name, known)
     with _quiet():
         pipe = run.load()
-        found: list[Rows] = []
+        found: list[NamedRows] = []
         for start in range(0, len(texts.prompts), _BATCH):
             batch = texts.prompts[start : start + _BATCH]
             found.append(run.rows(pipe, batch, texts.negative, guided=False)[0])
@@ -70,7 +70,7 @@ def encode_prompts(
                 progress("encode prompts", start + len(batch), len(texts.prompts))
         pads = NETWORK_CLASSES[name].pads_prompt
         conditions = _joined(found, known, pads)
-        without: Rows = {}
+        without: NamedRows = {}
         if guided:
             both = run.rows(pipe, texts.prompts[:1], texts.negative, guided=True)
             without = _joined([_other_half(both, found[0], str(pipeline.folder))], known, pads)
@@ -130,7 +130,7 @@ class _Run:
             empty = kind.from_config(config)
         return empty.to_empty(device="cpu")
 
-    def rows(self, pipe: Any, prompts: Sequence[str], negative: str, *, guided: bool) -> list[Rows]:
+    def rows(self, pipe: Any, prompts: Sequence[str], negative: str, *, guided: bool) -> list[NamedRows]:
         """Return the rows of each half that the network is called with."""
         import torch
 
@@ -172,7 +172,7 @@ class _Run:
         sides = [2 * side for side in known.grid] if known.grid else list(known.shape[-2:])
         return {**options, "height": sides[0] * scale, "width": sides[1] * scale}
 
-    def _conditions(self, arguments: dict[str, Any], count: int) -> Iterator[Rows]:
+    def _conditions(self, arguments: dict[str, Any], count: int) -> Iterator[NamedRows]:
         """Yield the rows of each half of a call: the network's conditions by name, in the types of its inputs."""
         import torch
 
@@ -200,10 +200,10 @@ class _Run:
         return np.array(array if dtype is None else array.astype(dtype.numpy()))
 
 
-def _other_half(halves: Sequence[Rows], conditional: Mapping[str, npt.NDArray[Any]], where: str) -> Rows:
+def _other_half(halves: Sequence[NamedRows], conditional: Mapping[str, npt.NDArray[Any]], where: str) -> NamedRows:
     """Return the half that is not that of the first prompt."""
 
-    def apart(half: Rows) -> float:
+    def apart(half: NamedRows) -> float:
         return sum(_distance(rows, conditional[name][:1]) for name, rows in half.items() if name in conditional)
 
     if len(halves) != 2:
@@ -219,7 +219,7 @@ def _distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
     return float(np.abs(one.astype(np.float64) - other).max()) if one.shape == other.shape else np.inf
 
 
-def _joined(batches: Sequence[Rows], known: NetworkInputs, pads: bool) -> Rows:
+def _joined(batches: Sequence[NamedRows], known: NetworkInputs, pads: bool) -> NamedRows:
     """Return the rows of all batches. With `pads`, prompts as long as the longest of their batch get one length."""
     joined = {}
     for name, first in batches[0].items():

@@ -108,8 +108,7 @@ class Bundle:
 
     def __repr__(self) -> str:
         """Return the bundle in short, one line for each fact."""
-        facts = self.manifest
-        kernels = facts.kernels
+        facts, kernels = self.manifest, self.manifest.kernels
         lines = {
             "recipe": facts.recipe.name,
             "deployment": str(self.deployment),
