@@ -144,7 +144,7 @@ def prepare_model(
     rows = _read(conditions)
     source, deployed = _source(model, deployment, roles, weights)
     check_target_file(target, force=force)
-    return _settled(source, deployed, roles, rows or None, None, 1)[0]
+    return _settled(source, deployed, roles, rows or None, {}, 1)[0]
 
 
 def deployment_of(model: Model, options: DeploymentOptions, roles: ImportRoles, weights: WeightOptions) -> Deployment:

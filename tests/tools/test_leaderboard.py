@@ -18,6 +18,7 @@ import pytest
 
 from mezzotint.bench import peers
 from mezzotint.passes.recipes.catalog import RECIPES
+from tests.helpers.labels import CLASSES, labelled
 from tests.helpers.tiny import tiny_model
 from tools.leaderboard_options import parsed
 from tools.leaderboard_page import WIDTHS, Row, page
@@ -119,6 +120,27 @@ def test_a_cut_training_is_told_and_a_longer_one_replaces_it(
         row = Row.load(tmp_path / "rows" / "lsq-w4a4.json")
         assert row is not None and row.iterations == max(iterations, 3)
         assert f"| `lsq` cut to {row.iterations} iterations |" in (tmp_path / "page.md").read_text()
+
+
+def test_a_board_of_classes_under_guidance(board: ModuleType, tmp_path: Path) -> None:
+    """Labels of the configuration, and the same ones typed for a file that comes without it."""
+    options = [*FEW, "--scheduler", "cosine", "--guidance", "3", "--recipe", "w8a8", "--width", "w8a8"]
+    options += ["--no-peers", "--no-speed", "--name", "labelled"]
+    alone = tmp_path / "alone" / "net.onnx"
+    alone.parent.mkdir()
+    alone.write_bytes(labelled(tmp_path).read_bytes())
+    typed = ["--conditions", "class_labels=0,1,2", "--unconditional", f"class_labels={CLASSES}"]
+    rows = []
+    for model, more in ((tmp_path / "model.onnx", []), (alone, typed)):
+        folder = tmp_path / model.stem
+        places = ["--model", str(model), "--folder", str(folder), "--page", str(folder / "page.md")]
+        assert board.main([*options, *places, *more]) == 0
+        assert "guidance 3, 2 images" in (folder / "page.md").read_text()
+        rows.append(Row.load(folder / "rows" / "w8a8-w8a8.json"))
+    first, second = rows
+    assert first is not None and second is not None and first.images == second.images
+    assert second.key != first.key, "rows that were given are part of what identifies a measurement"
+    assert board.main([*options, "--model", str(alone), "--folder", str(tmp_path / "none"), "--page", "x.md"]) == 2
 
 
 def test_rows_of_other_options_or_models_are_not_listed(board: ModuleType, other: Path) -> None:
