@@ -20,7 +20,7 @@ from mezzotint.compiler.core.pipeline import CPU, Recipe
 from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.compiler.frontend.architectures.row import Input
 from mezzotint.compiler.frontend.channels import network_channels
-from mezzotint.compiler.frontend.conventions import known_prediction, known_unit, with_known_labels
+from mezzotint.compiler.frontend.conventions import known_prediction, known_unit, usual_guidance, with_known_labels
 from mezzotint.compiler.frontend.from_onnx import load_onnx, settle_inputs
 from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.compiler.frontend.roles import infer_signature
@@ -192,7 +192,8 @@ def _settled(
         signature, shape, inputs = _torch_inputs(source, roles, sizes)
         named = {}
     if conditions is not None:
-        conditions = {**spread_labels(signature, samples), **conditions}
+        known = {**spread_labels(signature, samples), **usual_guidance(signature, network_config(source))}
+        conditions = {**known, **conditions}
     if unconditional == {} and deployment.guided:
         unconditional = null_rows(signature)
     found = PreparedModel(source, deployment, roles, signature, shape, sizes, named)
@@ -219,12 +220,14 @@ def calibration_rows(
 
 def _random(found: PreparedModel, inputs: Mapping[str, ir.Value], rows: int, seed: int) -> Conditions:
     """Return random rows of conditions; class labels, where they are known, are evenly spaced."""
-    return random_rows(inputs, found.shape, rows, seed, found.named, spread_labels(found.signature, rows))
+    known = {**spread_labels(found.signature, rows), **usual_guidance(found.signature, network_config(found.source))}
+    return random_rows(inputs, found.shape, rows, seed, found.named, known)
 
 
 def _random_null(found: PreparedModel, inputs: Mapping[str, ir.Value], seed: int) -> Conditions:
     """Return a random row of the unconditional half; that of class labels, where they are known, is no class."""
-    return random_rows(inputs, found.shape, 1, seed, found.named, null_rows(found.signature))
+    known = {**null_rows(found.signature), **usual_guidance(found.signature, network_config(found.source))}
+    return random_rows(inputs, found.shape, 1, seed, found.named, known)
 
 
 def _onnx_inputs(

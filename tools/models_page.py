@@ -110,6 +110,8 @@ def models_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "kernels in onnxruntime. *SQNR* is that of the prediction beside the float graph, at the worst timestep.",
         "Random weights of this size say that a file is right, and nothing about the fidelity of a trained network.",
         "A class that is not in this table is refused by name; export it to ONNX yourself and compile that file.",
+        "The number of tokens of a prompt is fixed by the compilation: that of its conditions or prompts, else the one",
+        "that the class's pipeline usually has. An embedded guidance that is not given is that of the pipeline.",
         "",
         "| network | parity | integer | float | SQNR, dB | limits |",
         "|---|---|---|---|---|---|",

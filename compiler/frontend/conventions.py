@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.runtime.bundle.model_config import CLASS
@@ -35,6 +37,23 @@ _WITHOUT_ROW: dict[str, TimestepUnit] = {
 _REVERSED_WITHOUT_ROW = frozenset(
     {"HiDreamImageTransformer2DModel", "LuminaNextDiT2DModel", "NucleusMoEImageTransformer2DModel"}
 )
+
+
+_USUAL_GUIDANCE = {
+    "Flux2Transformer2DModel": 4.0,
+    "FluxTransformer2DModel": 3.5,
+    "HunyuanVideoTransformer3DModel": 6000.0,  # its pipeline passes thousandths
+    "SanaTransformer2DModel": 0.45,  # Sana-Sprint's 4.5, times its guidance_embeds_scale
+}
+_GUIDANCE = "guidance"
+
+
+def usual_guidance(signature: Signature, config: Mapping[str, Any] | None) -> dict[str, npt.NDArray[np.float32]]:
+    """Return one row of an embedded guidance: the scale that the pipelines of the class pass, where it is not given."""
+    usual = _USUAL_GUIDANCE.get(str((config or {}).get(CLASS)))
+    if usual is None or _GUIDANCE not in signature.conditions:
+        return {}
+    return {_GUIDANCE: np.full(1, usual, np.float32)}
 
 
 def with_known_labels(signature: Signature, graph: ir.Graph, config: Mapping[str, Any] | None) -> Signature:

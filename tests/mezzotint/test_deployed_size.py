@@ -14,8 +14,9 @@ import torch
 from onnx import TensorProto
 
 from mezzotint.compiler.frontend.architectures.registry import ROWS
-from mezzotint.options import CalibrationOptions, CompileOptions, DeploymentOptions, ImportRoles
-from mezzotint.prepared import Prepared, prepare
+from mezzotint.compiler.frontend.network_inputs import network_inputs
+from mezzotint.options import RANDOM, CalibrationOptions, CompileOptions, DeploymentOptions, ImportRoles
+from mezzotint.prepared import Prepared, calibration_rows, prepare
 from mezzotint.runtime.errors import ScheduleError
 from mezzotint.runtime.sampling.flow_sigmas import IMAGE_TOKENS
 from mezzotint.runtime.sampling.schedule import Schedule
@@ -129,6 +130,26 @@ def test_the_deployed_times_are_those_of_the_pipeline(name: str, tmp_path: Path)
 
 def test_every_class_that_shifts_by_length_is_here() -> None:
     assert {name for name, row in ROWS.items() if row.tokens or row.sigmas != "own"} <= set(PIPES)
+
+
+def test_an_embedded_guidance_has_the_scale_of_the_pipeline(tmp_path: Path) -> None:
+    """Unless it is given; random conditions have it, too."""
+    tiny = TINY["FluxTransformer2DModel"]
+    module: Any = tiny.build()
+    given = tiny.conditions(1)
+    own = given.pop("guidance")
+    found = []
+    for conditions in (given, {**given, "guidance": own}, RANDOM):
+        options = CompileOptions(
+            deployment=DeploymentOptions(steps=STEPS, scheduler=Schedule.from_config(EULER)),
+            calibration=CalibrationOptions(conditions=conditions),
+            roles=ImportRoles(size=tiny.size),
+        )
+        ready = prepare(module, tmp_path / "out", options)
+        values = network_inputs(tiny.cls, module.config, tiny.size, tiny.asked).conditions
+        inputs = {name: value.value(name) for name, value in values.items()}
+        found.append(calibration_rows(ready, inputs, options.calibration)[0]["guidance"].tolist())
+    assert found == [[3.5], own.tolist(), [3.5]]
 
 
 def test_another_size_shifts_otherwise(tmp_path: Path) -> None:
