@@ -80,15 +80,10 @@ def draw_prompt(
     progress("load the pipeline", 1, 1)
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {"prompt": options.prompt, "num_inference_steps": plan.steps, "output_type": "np"}
-    embedded = "guidance" in bundle.signature.conditions and options.guidance is None
-    optional = {
-        "negative_prompt": options.negative,
-        "guidance_scale": None if embedded else plan.guidance,  # None: what the class usually has
-        "eta": plan.eta,
-        "use_resolution_binning": False,
-        **_sides(pipe, bundle.sample_shape),
-    }
-    arguments |= {name: value for name, value in optional.items() if name in taken and value is not None}
+    optional = {**opened.manifest.call, "negative_prompt": options.negative, "eta": plan.eta}
+    if "guidance_scale" in optional or options.guidance is not None:  # else the class has its usual one
+        optional["guidance_scale"] = plan.guidance
+    arguments |= {name: value for name, value in optional.items() if name in taken}
     torch = library("torch")
     drawn: list[Images] = []
     for i in range(options.n):
@@ -117,14 +112,6 @@ def draw_prompt(
         "seed": options.seed,
         "engine": bundle.engine.name if engine is None else engine.name,
     }
-
-
-def _sides(pipe: Any, shape: tuple[int, ...]) -> dict[str, int]:
-    """Return the height and width of images whose latents have the bundle's size, as far as that is known."""
-    scale = getattr(pipe, "vae_scale_factor", None)
-    if len(shape) != 3 or not isinstance(scale, int):
-        return {}
-    return {"height": shape[1] * scale, "width": shape[2] * scale}
 
 
 def _images(answer: Any) -> Images:

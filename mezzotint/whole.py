@@ -129,7 +129,9 @@ def compile_pipeline(
         write_text(out / MODEL_INDEX, json.dumps(written_index(source, scheduler), indent=2) + "\n")
         shutil.move(bundle.path, out / source.denoiser)
         make_slot(out / source.denoiser)
-        manifest = PipelineManifest(__version__, source.class_name, source.denoiser, entries, source.left_out)
+        manifest = PipelineManifest(
+            __version__, source.class_name, source.denoiser, entries, source.left_out, seen.options
+        )
         write_text(out / CARD, pipeline_card(manifest, bundle.manifest, source.path.name))
         seal_pipeline(out, manifest)
     for slot, reason in source.left_out.items():

@@ -61,6 +61,7 @@ COMPONENT_CLASSES: Mapping[str, ComponentClass] = {
         ComponentClass("T5EncoderModel", "transformers", "text encoder", ("last_hidden_state",), islands=_TEXT),
         ComponentClass("UMT5EncoderModel", "transformers", "text encoder", ("last_hidden_state",), islands=_TEXT),
         ComponentClass("AutoencoderKL", "diffusers", "autoencoder", islands=_VAE),
+        ComponentClass("AutoencoderKLWan", "diffusers", "autoencoder", islands=_VAE),
     )
 }
 

@@ -1,17 +1,13 @@
 """A component in torch becomes an ONNX graph: torch.export, the dynamo exporter, and a comparison with torch.
 
-Patches, each with what it is for:
-
-    eager attention of text encoders   with torch's fused attention the exporter fails in T5: "Cannot view a tensor
-                                       with shape ... and strides ..." (torch 2.13: the decomposed operation has
-                                       another layout than the traced one)
+It runs without gradients: with them, torch traces the fused attention of T5 in another layout, and the exporter fails:
+"Cannot view a tensor with shape ... and strides ..." (torch 2.13).
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ from .classes import DECODER, ComponentClass, output_names
 _OPSET = 21
 _PARITY = 2e-3  # as that of denoisers
 _MOST_ROWS = 63
+_IMAGE_RANK = 4
 _LONGEST = 4096  # tokens
 ComponentArrays = Mapping[str, npt.NDArray[Any]]
 
@@ -104,7 +101,7 @@ def export_component(
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _eager(module, row):
+        with torch.no_grad():
             expected = [tensor.numpy() for tensor in call(*tensors)]
             model = _export(call, tensors, tuple(example), names)
     except MezzotintError:
@@ -136,20 +133,6 @@ def torch_outputs(
     return found
 
 
-@contextmanager
-def _eager(module: Any, row: ComponentClass) -> Iterator[None]:
-    """Let a text encoder compute its attention by products and a softmax."""
-    if row.kind != "text encoder":
-        yield
-        return
-    before = module.config._attn_implementation
-    module.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        module.set_attn_implementation(before)
-
-
 def _parameters_of(module: Any, row: ComponentClass, part: str) -> list[torch.nn.Parameter]:
     if row.kind == "text encoder":
         return list(module.parameters())
@@ -163,7 +146,7 @@ def _export(
 ) -> ir.Model:
     """Export with open sizes or, where the model's arithmetic forbids that, with those of the example."""
     error: Exception | None = None
-    for axes in _open_axes(call, names):
+    for axes in _open_axes(call, names, tensors[0].ndim):
         try:
             exported = torch.export.export(call, tensors, dynamic_shapes=(axes,), strict=False)
             with quiet_exporter():
@@ -181,11 +164,14 @@ def _export(
     raise ModelError(f"torch cannot export it: {str(error).splitlines()[0][:300]}") from error
 
 
-def _open_axes(call: ComponentCall, names: tuple[str, ...]) -> list[tuple[dict[int, Any], ...]]:
+def _open_axes(call: ComponentCall, names: tuple[str, ...], rank: int) -> list[tuple[dict[int, Any], ...]]:
     batch = torch.export.Dim("batch", max=_MOST_ROWS)
     if call.row.kind == "text encoder":
         tokens = torch.export.Dim("tokens", min=2, max=_LONGEST)
         return [tuple({0: batch, 1: tokens} for _ in names), tuple({0: batch} for _ in names)]
     height, width = torch.export.Dim("height", min=1, max=1024), torch.export.Dim("width", min=1, max=1024)
-    factor = 1 if call.part == DECODER else 2 ** (len(call.module.config.block_out_channels) - 1)
+    blocks = getattr(call.module.config, "block_out_channels", None)
+    if blocks is None or rank != _IMAGE_RANK:
+        return [({0: batch},), ({},)]
+    factor = 1 if call.part == DECODER else 2 ** (len(blocks) - 1)
     return [({0: batch, 2: factor * height, 3: factor * width},), ({0: batch},)]

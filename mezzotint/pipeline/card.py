@@ -34,7 +34,7 @@ def pipeline_card(manifest: PipelineManifest, denoiser: Manifest, name: str) -> 
     table = "\n".join(f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows)
     data = "\n".join(f"- {slot}: {entry.data}" for slot, entry in manifest.components.items())
     left_out = "\n".join(f"- {slot}: {_plain(reason)}" for slot, reason in manifest.left_out.items()) or "- nothing"
-    scale = "" if "guidance" in denoiser.signature.conditions else f", guidance_scale={denoiser.deployment.guidance:g}"
+    more = "".join(f", {name}={value}" for name, value in manifest.call.items())
     head = "\n".join(["---", *front, "---"])
     return f"""{head}
 
@@ -64,7 +64,7 @@ mezzotint sample . --prompt "a lighthouse" -o image.png
 from mezzotint.diffusers import load
 
 pipe = load(".")
-pipe("a lighthouse", num_inference_steps={denoiser.deployment.steps}{scale}).images[0].save("image.png")
+pipe("a lighthouse", num_inference_steps={denoiser.deployment.steps}{more}).images[0].save("image.png")
 ```
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,18 @@ def weights_part(folder: Path, package: str, name: str) -> Any:
         ) from failure
     check_loaded(info, folder)
     return module.eval()
+
+
+def picture_sizes(pipe: Any, sides: Sequence[int]) -> dict[str, int]:
+    """Return the arguments for pictures whose latents have these sizes: `(height, width)`, behind frames in a video."""
+    scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
+    if not isinstance(scale, int) or len(sides) < len(("height", "width")):
+        return {}
+    found = {"height": sides[-2] * scale, "width": sides[-1] * scale}
+    frames = getattr(pipe, "vae_scale_factor_temporal", None)
+    if len(sides) > len(found) and isinstance(frames, int):
+        found["num_frames"] = (sides[0] - 1) * frames + 1
+    return found
 
 
 def assembled(kind: Any, parts: Mapping[str, Any], index: Mapping[str, Any], where: str) -> Any:

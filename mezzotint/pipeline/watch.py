@@ -18,12 +18,22 @@ from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.streams import FIXED
 
-from .loading import assembled, library, pipeline_class, quiet_libraries, scheduler_from, text_part, weights_part
+from .loading import (
+    assembled,
+    library,
+    picture_sizes,
+    pipeline_class,
+    quiet_libraries,
+    scheduler_from,
+    text_part,
+    weights_part,
+)
 from .source import PipelineSource, pipeline_parts
 
 Rows = dict[str, "np.ndarray[Any, Any]"]
 _ROWS = 4  # of one batch of prompts
 _FEWEST_ROWS = 2  # torch.export takes a batch of one row for a constant
+_PACKED_AXES = 2
 _STEPS = 2  # of the pipeline that shows its conditions
 
 
@@ -110,7 +120,7 @@ def recorded(
         rows = list(prompts[first : first + _ROWS])
         calls: list[dict[str, Any]] = []
         pipe = parts.with_denoiser(recording_denoiser(kind, config, known, calls))
-        options = _call_options(parts.kind, known, deployment, size, getattr(pipe, "vae_scale_factor", 1))
+        options = _call_options(parts.kind, known, deployment, pipe)
         arguments = {**prompts_of(parts.kind, rows, negative), **options, "num_inference_steps": _STEPS}
         with watching(pipe, source.text_encoders) as watched, torch.no_grad():
             pipe(**arguments, output_type="latent", generator=torch.Generator().manual_seed(FIXED))
@@ -152,16 +162,15 @@ def prompts_of(kind: Any, prompts: Sequence[str], negative: str) -> dict[str, An
     return {"prompt": list(prompts), **({"negative_prompt": [negative] * len(prompts)} if takes else {})}
 
 
-def _call_options(
-    kind: Any, known: NetworkInputs, deployment: Deployment, size: tuple[int, ...] | None, scale: int
-) -> dict[str, Any]:
-    """Return the arguments that a deployment decides, as far as the class has them."""
-    options: dict[str, Any] = {}
+def _call_options(kind: Any, known: NetworkInputs, deployment: Deployment, pipe: Any) -> dict[str, Any]:
+    """Return the arguments that network and deployment decide, as far as the class has them."""
+    sides = [side for i, side in enumerate(known.shape) if i != known.channel_axis - 1]
+    if len(known.grid) == _PACKED_AXES:  # tokens of 2x2 latents
+        sides = [2 * side for side in known.grid]
+    # PixArt's pipelines would draw a size of their own, and scale the picture.
+    options: dict[str, Any] = {**picture_sizes(pipe, sides), "use_resolution_binning": False}
     if "guidance" not in known.conditions:  # else it is an input of the network, and the pipeline has its usual value
         options["guidance_scale"] = deployment.guidance
-    if size is not None:
-        options |= {"height": size[-2:][0] * scale, "width": size[-1] * scale}
-    options["use_resolution_binning"] = False  # PixArt's pipelines would draw another size, and scale the picture
     taken = inspect.signature(kind.__call__).parameters
     return {name: value for name, value in options.items() if name in taken}
 

@@ -2,8 +2,7 @@
 
     mezzotint.json                     the manifest: facts of the bundle, how it was made, the hash of every file
     unet/model.onnx (+ model.onnx.data); other precisions of it as model.NAME.onnx, see precisions.py
-    scheduler/scheduler_config.json    as it came from the model
-    correction.safetensors             optional; ranges.safetensors, passes/ and README.md are for display
+    scheduler/scheduler_config.json    as it came from the model; correction.safetensors is optional
 
 The manifest's digest covers everything except times, so the same compilation twice gives the same digest.
 """

@@ -90,13 +90,18 @@ class ComponentEntry:
 
 @dataclass(frozen=True)
 class PipelineManifest:
-    """All facts of a pipeline. `left_out` gives the reason for each part that the source has and the pipeline lacks."""
+    """All facts of a pipeline.
+
+    `left_out` gives the reason for each part that the source has and the pipeline lacks. `call` are the arguments of
+    the pipeline's call, beside texts and steps, that it was compiled for: sizes, the scale of guidance.
+    """
 
     mezzotint: str
     class_name: str
     denoiser: str
     components: Mapping[str, ComponentEntry]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     digest: str = ""
 
@@ -108,6 +113,7 @@ class PipelineManifest:
             "denoiser": self.denoiser,
             "components": {name: entry.to_json() for name, entry in self.components.items()},
             "left_out": dict(self.left_out),
+            "call": dict(self.call),
             "files": {name: entry.to_json() for name, entry in self.files.items()},
             "digest": self.digest,
         }
@@ -121,6 +127,7 @@ class PipelineManifest:
             fields.text("denoiser"),
             fields.named("components", ComponentEntry.from_json),
             fields.texts("left_out"),
+            fields.parsed("call", _plain_arguments),
             fields.named("files", FileEntry.from_json),
             fields.text("digest"),
         )
@@ -145,6 +152,13 @@ class PipelineFolder:
     def component(self, name: str) -> Path | None:
         """Return the ONNX file of a component, None for one that the pipeline lacks."""
         return self.path / name / COMPONENT_MODEL if name in self.manifest.components else None
+
+
+def _plain_arguments(data: Any) -> dict[str, Any]:
+    """Return arguments of a call that are numbers or booleans. Raises ValueError for any others."""
+    if not isinstance(data, dict) or not all(isinstance(value, (bool, int, float)) for value in data.values()):
+        raise ValueError("numbers and booleans by name are expected")
+    return data
 
 
 def seal_pipeline(folder: Path, manifest: PipelineManifest) -> PipelineManifest:

@@ -22,6 +22,7 @@ TORCH_FIXTURES = frozenset({"unet", "conditional", "dit", "whole"})
 TORCH = (
     "compiler/audit/test_fusion.py",
     "compiler/bundle/test_writer.py",
+    "compiler/components/",
     "compiler/frontend/architectures/",
     "compiler/frontend/test_exports.py",
     "compiler/frontend/test_from_torch.py",
@@ -109,6 +110,7 @@ SLOW = (
     "compiler/audit/test_versions.py",
     "compiler/bundle/test_range_rows.py",
     "compiler/bundle/test_storage.py",
+    "compiler/components/",
     "compiler/core/test_islands.py",
     "compiler/frontend/architectures/",
     "compiler/core/test_snapshot.py",
