@@ -147,11 +147,6 @@ def prepare_model(
     return _settled(source, deployed, roles, rows or None, {}, 1)[0]
 
 
-def deployment_of(model: Model, options: DeploymentOptions, roles: ImportRoles, weights: WeightOptions) -> Deployment:
-    """Return the deployment that a compilation of the model will have. Raises ModelError, ScheduleError."""
-    return _source(model, options, roles, weights)[1]
-
-
 def _source(
     model: Model, options: DeploymentOptions, roles: ImportRoles, weights: WeightOptions
 ) -> tuple[ModelSource, Deployment]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,16 +35,14 @@ from mezzotint.runtime.streams import SeedOffset
 from .api import compile_with
 from .diffusers import stand_in
 from .dry_run import plan_compile
-from .options import RANDOM, CompileOptions
+from .options import CompileOptions
 from .pipeline.card import pipeline_card
 from .pipeline.copies import copy_texts, written_index
 from .pipeline.loading import library
-from .pipeline.prompts import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
 from .pipeline.schedulers import sampler_for, scheduler_config, write_scheduler
 from .pipeline.source import PipelineSource, pipeline_source
 from .pipeline.watch import (
     PipelineParts,
-    Recording,
     batches_of,
     check_pipeline_class,
     drawn,
@@ -52,8 +50,8 @@ from .pipeline.watch import (
     prompts_of,
     recorded,
 )
-from .prepared import deployment_of
 from .progress import stage
+from .prompts.texts import DEFAULT_PROMPTS, held_out_prompts, read_prompts
 
 if TYPE_CHECKING:
     from mezzotint.runtime.bundle.bundle import Bundle
@@ -64,14 +62,12 @@ PAIR = 2  # drawn by one call
 
 @dataclass(frozen=True)
 class ComponentOptions:
-    """How the networks beside the denoiser are compiled, and what prompts the pipeline is calibrated with.
+    """How the networks beside the denoiser are compiled.
 
     `floor_db` is the fidelity below which an int8 component keeps further layers in float.
     """
 
     form: ComponentForm = "float"
-    prompts: Sequence[str] = CALIBRATION_PROMPTS
-    negative: str = ""
     floor_db: float = 30.0
 
     def __post_init__(self) -> None:
@@ -95,22 +91,23 @@ def compile_pipeline(
 ) -> PipelineFolder:
     """Compile a diffusers pipeline folder into a folder with all of its networks, and open that.
 
-    The denoiser becomes a bundle, as `compile_with` makes it, in its slot; its conditions come from the pipeline's own
-    encoders unless the options have some. Text encoders and VAE become ONNX files in float or int8.
+    The denoiser becomes a bundle, as `compile_with` makes it, in its slot. Without conditions or prompts in the options
+    it is calibrated on the prompts of the package. Text encoders and VAE become ONNX files in float or int8.
     Raises the errors of compiler/errors.py; a failure leaves no folder, and an existing output as it was.
     """
     wanted = components or ComponentOptions()
     target = Path(output)
     source = pipeline_source(folder)
     kind = check_pipeline_class(source)
-    options = _with_sampler(options or CompileOptions(), source)
+    options = _with_prompts(_with_sampler(options or CompileOptions(), source))
     check_target(target, force=options.output.force)
     with staged(target, force=options.output.force) as (out, work):
+        inner = replace(options, output=replace(options.output, force=False))
+        bundle = compile_with(source.path, work / "denoiser", inner, threads=threads, device=device, progress=progress)
         with stage(progress, "load the pipeline"):
             parts = load_parts(source, kind)
-        bundle, seen, held_out = _denoiser(source, parts, options, wanted, work / "denoiser", threads, device, progress)
         with stage(progress, "draw for the components"):
-            data = _data(parts, bundle, seen, held_out, wanted, options.calibration.seed)
+            data, arguments = _data(parts, bundle, options)
         entries: dict[str, ComponentEntry] = {}
         for slot, row in source.components.items():
             for part in parts_of(slot, row):
@@ -130,7 +127,7 @@ def compile_pipeline(
         shutil.move(bundle.path, out / source.denoiser)
         make_slot(out / source.denoiser)
         manifest = PipelineManifest(
-            __version__, source.class_name, source.denoiser, entries, source.left_out, seen.options
+            __version__, source.class_name, source.denoiser, entries, source.left_out, arguments
         )
         write_text(out / CARD, pipeline_card(manifest, bundle.manifest, source.path.name))
         seal_pipeline(out, manifest)
@@ -154,60 +151,46 @@ def _with_sampler(options: CompileOptions, source: PipelineSource) -> CompileOpt
     return replace(options, deployment=replace(options.deployment, sampler=sampler))
 
 
-def _denoiser(
-    source: PipelineSource,
-    parts: PipelineParts,
-    options: CompileOptions,
-    wanted: ComponentOptions,
-    folder: Path,
-    threads: int | None,
-    device: str,
-    progress: Progress,
-) -> tuple[Bundle, Recording, Recording]:
-    """Return the bundle of the denoiser, and what the pipeline did with the prompts and with those held out."""
-    deployment, size = (
-        deployment_of(source.path, options.deployment, options.roles, options.weights),
-        options.roles.size,
-    )
-    with stage(progress, "encode prompts"):
-        seen = recorded(parts, wanted.prompts, wanted.negative, deployment, size)
-        held_out = recorded(parts, HELD_OUT_PROMPTS, wanted.negative, deployment, size)
+def _with_prompts(options: CompileOptions) -> CompileOptions:
+    """Return the options with the prompts of the package where neither prompts nor conditions were given."""
     calibration = options.calibration
-    if calibration.conditions is None:
-        unconditional = seen.unconditional if deployment.guided else None
-        calibration = replace(calibration, conditions=seen.conditions, unconditional=unconditional)
-    inner = replace(options, calibration=calibration, output=replace(options.output, force=False))
-    bundle = compile_with(source.path, folder, inner, threads=threads, device=device, progress=progress)
-    return bundle, seen, held_out
+    if calibration.prompts is not None or calibration.conditions is not None:
+        return options
+    return replace(options, calibration=replace(calibration, prompts=DEFAULT_PROMPTS))
 
 
 def _data(
-    parts: PipelineParts, bundle: Bundle, seen: Recording, held_out: Recording, wanted: ComponentOptions, seed: int
-) -> dict[str, ComponentData]:
-    """Return the data of each component by its folder: prompts, and latents that the bundle draws."""
+    parts: PipelineParts, bundle: Bundle, options: CompileOptions
+) -> tuple[dict[str, ComponentData], Mapping[str, Any]]:
+    """Return the data of each component by its folder, prompts and latents that the bundle draws; and the arguments of
+    the pipeline's call beside the prompts."""
+    calibration, size = options.calibration, options.roles.size
+    texts, held_out = read_prompts(calibration.prompts or DEFAULT_PROMPTS, calibration.negative), held_out_prompts()
+    prompts = [prompt for prompt in texts.prompts if prompt not in held_out][: calibration.samples]
+    seen, others = (recorded(parts, some, texts.negative, bundle.deployment, size) for some in (prompts, held_out))
     found = {
         slot: ComponentData(
             batches_of(rows),
-            batches_of(held_out.texts[slot]),
-            f"{len(rows['input_ids'])} prompts, measured on {len(held_out.texts[slot]['input_ids'])} others",
+            batches_of(others.texts[slot]),
+            f"{len(rows['input_ids'])} prompts, measured on {len(others.texts[slot]['input_ids'])} others",
         )
         for slot, rows in seen.texts.items()
     }
     denoiser, steps = stand_in(bundle), bundle.deployment.steps
     groups: list[list[dict[str, Any]]] = []
-    for prompts, offset in (
-        (wanted.prompts[:IMAGES_OF_VAE], SeedOffset.COMPONENTS),
-        (HELD_OUT_PROMPTS[:PAIR], SeedOffset.COMPONENTS_HELD_OUT),
+    for some, offset in (
+        (prompts[:IMAGES_OF_VAE], SeedOffset.COMPONENTS),
+        (held_out[:PAIR], SeedOffset.COMPONENTS_HELD_OUT),
     ):
-        generator = library("torch").Generator().manual_seed(offset.after(seed))
-        pairs = [prompts[i : i + PAIR] for i in range(0, len(prompts), PAIR)]
-        calls = [{**prompts_of(parts.kind, pair, wanted.negative), **seen.options} for pair in pairs]
+        generator = library("torch").Generator().manual_seed(offset.after(calibration.seed))
+        pairs = [some[i : i + PAIR] for i in range(0, len(some), PAIR)]
+        calls = [{**prompts_of(parts.kind, pair, texts.negative), **seen.options} for pair in pairs]
         groups.append([drawn(parts, denoiser, call, steps, generator) for call in calls])
-    words = f"latents of {len(wanted.prompts[:IMAGES_OF_VAE])} images, measured on {PAIR} others"
+    words = f"latents of {len(prompts[:IMAGES_OF_VAE])} images, measured on {PAIR} others"
     for part in (DECODER, ENCODER):
-        own, others = ([batch for one in group for batch in batches_of(one[part])] for group in groups)
-        found[part] = ComponentData(own, others, words)
-    return found
+        own, unseen = ([batch for one in group for batch in batches_of(one[part])] for group in groups)
+        found[part] = ComponentData(own, unseen, words)
+    return found, seen.options
 
 
 def plan_pipeline(
@@ -215,11 +198,8 @@ def plan_pipeline(
 ) -> dict[str, Any]:
     """Return what `compile_pipeline` would do, as plain data. Raises what it raises before anything is loaded."""
     source = pipeline_source(folder)
-    options = _with_sampler(options, source)
-    calibration = options.calibration
-    if calibration.conditions is None:
-        calibration = replace(calibration, conditions=RANDOM, unconditional=RANDOM)
-    plan = plan_compile(str(folder), output, replace(options, calibration=calibration), device)
+    options = _with_prompts(_with_sampler(options, source))
+    plan = plan_compile(str(folder), output, options, device)
     rows = {
         part: f"{row.name}, {components.form}"
         for slot, row in source.components.items()

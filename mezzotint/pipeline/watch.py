@@ -1,23 +1,24 @@
-"""The data of a compilation, made by the pipeline itself: conditions of its denoiser, inputs of its other networks."""
+"""The data of the networks beside the denoiser, made by the pipeline itself."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mezzotint.compiler.components.classes import DECODER, ENCODER, LATENTS, PICTURE
-from mezzotint.compiler.errors import ConditionError, ModelError
+from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.architectures.row import NetworkInputs
 from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
-from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.streams import FIXED
 
+from ..prompts.recorder import Recorded, recording_network
 from .loading import (
     assembled,
     library,
@@ -87,13 +88,8 @@ def load_parts(source: PipelineSource, kind: Any) -> PipelineParts:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What a pipeline gave to its networks for some prompts.
+    """The inputs of each text encoder for some prompts, and the arguments of the pipeline's call beside the prompts."""
 
-    `texts` are the inputs of each text encoder, `options` the arguments of the pipeline's call beside the prompts.
-    """
-
-    conditions: Conditions
-    unconditional: Conditions
     texts: Mapping[str, Rows]
     options: Mapping[str, Any]
 
@@ -101,43 +97,26 @@ class Recording:
 def recorded(
     parts: PipelineParts, prompts: Sequence[str], negative: str, deployment: Deployment, size: tuple[int, ...] | None
 ) -> Recording:
-    """Run a pipeline on prompts, without a denoiser. `size` is that of the latents, None for the pipeline's own.
-
-    Raises ConditionError for guidance that the pipeline does not have in two halves.
-    """
-    from mezzotint.compiler.components.recording import conditions_of, recording_denoiser, watching
+    """Run a pipeline on prompts, as far as its denoiser. `size` is that of the latents, None for the usual one."""
+    from mezzotint.compiler.components.recording import watching
 
     source, torch = parts.source, library("torch")
     folder = source.path / source.denoiser
     config = read_json(folder / "config.json", "the configuration of the denoiser", ModelError, infinite=True)
     name = str(config.get("_class_name"))
     known = network_inputs(name, config, size, {}, str(folder))
-    kind = getattr(library("diffusers"), name)
-    halves: list[tuple[Conditions, Conditions]] = []
     seen: dict[str, list[dict[str, Any]]] = {}
     options: dict[str, Any] = {}
     for first in range(0, len(prompts), _ROWS):
         rows = list(prompts[first : first + _ROWS])
-        calls: list[dict[str, Any]] = []
-        pipe = parts.with_denoiser(recording_denoiser(kind, config, known, calls))
+        pipe = parts.with_denoiser(recording_network(name, config, len(rows), 1))
         options = _call_options(parts.kind, known, deployment, pipe)
         arguments = {**prompts_of(parts.kind, rows, negative), **options, "num_inference_steps": _STEPS}
-        with watching(pipe, source.text_encoders) as watched, torch.no_grad():
+        with watching(pipe, source.text_encoders) as watched, torch.no_grad(), suppress(Recorded):
             pipe(**arguments, output_type="latent", generator=torch.Generator().manual_seed(FIXED))
-        halves.append(conditions_of(calls, known, len(rows), str(folder)))
         for slot, found in watched.calls.items():
             seen.setdefault(slot, []).extend(found)
-    if deployment.guided and not halves[0][1]:
-        raise ConditionError(
-            f"the {source.class_name} makes no unconditional half for guidance {deployment.guidance:g}",
-            where=str(source.path),
-            hint="leave out --guidance: this pipeline gives its guidance to the network as an input",
-        )
-    conditions, unconditional = (
-        {key: np.concatenate([rows[key] for rows in half]) for key in half[0]} for half in zip(*halves, strict=True)
-    )
-    texts = {slot: _joined(calls) for slot, calls in seen.items() if slot in source.text_encoders}
-    return Recording(conditions, {key: rows[:1] for key, rows in unconditional.items()}, texts, options)
+    return Recording({slot: _joined(calls) for slot, calls in seen.items() if slot in source.text_encoders}, options)
 
 
 def drawn(

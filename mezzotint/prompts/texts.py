@@ -13,6 +13,7 @@ from mezzotint.runtime.json_text import read_text
 DEFAULT_PROMPTS = "default"
 PROMPTS_FILE = Path(__file__).parents[1] / "assets" / "prompts.txt"
 """128 prompts that were written for this package: people, animals, places, things, styles, words inside of images."""
+HELD_OUT = 4  # at the end of the list, that nothing is calibrated on where components are measured
 MOST_PROMPTS = 4096
 LONGEST_PROMPT = 4000  # characters; text encoders cut prompts off at some hundred tokens
 MOST_TEXT_BYTES = 16 << 20
@@ -67,3 +68,8 @@ def read_prompts(source: str | Path, negative: str | None = None) -> PromptTexts
     )
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     return PromptTexts(lines, negative or "", str(source))
+
+
+def held_out_prompts() -> tuple[str, ...]:
+    """Return the prompts of the package that components are measured on."""
+    return read_prompts(DEFAULT_PROMPTS).prompts[-HELD_OUT:]
