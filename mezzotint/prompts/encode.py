@@ -25,6 +25,7 @@ from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress
+from mezzotint.runtime.streams import FIXED
 
 from .pipeline import PromptPipeline, json_object
 from .recorder import Recorded, recording_network
@@ -140,7 +141,9 @@ class _Run:
         call = {**self._sizes(pipe), **self._guidance(guided), **self._texts(prompts, negative, guided)}
         try:
             with torch.no_grad():
-                pipe(**call, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent")
+                pipe(
+                    **call, num_inference_steps=2, generator=torch.Generator().manual_seed(FIXED), output_type="latent"
+                )
         except Recorded:
             pass
         except Exception as error:  # whatever a pipeline raises for files that do not belong together
