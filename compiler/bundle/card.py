@@ -22,6 +22,7 @@ from mezzotint.runtime.bundle.acceptance import Acceptance
 from mezzotint.runtime.bundle.layout import CONFIG, CORRECTION, MANIFEST, MODEL, SCHEDULER, located_in
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.manifest_entries import Storage
+from mezzotint.runtime.bundle.network_call import CALL
 from mezzotint.runtime.bundle.precisions import Mixture
 from mezzotint.runtime.bundle.ranges import RANGES
 from mezzotint.runtime.compare import db_text
@@ -51,7 +52,7 @@ def card_text(manifest: Manifest, folder: Path) -> str:
         _made(manifest),
         _good(manifest),
         figure_sections(manifest.measured),
-        _run(manifest, network, config, correction),
+        _run(manifest, network, config, not (folder / located_in(folder, CALL)).is_file(), correction),
         _limits(manifest, correction),
         _islands(manifest),
         _files(manifest, folder),
@@ -209,8 +210,8 @@ def _with_unit(value: float | None) -> str:
     return db_text(value) + (" dB" if value is not None else "")
 
 
-def _run(manifest: Manifest, network: str, config: bool, correction: bool) -> str:
-    """Return the programs; all of them run in the bundle's folder."""
+def _run(manifest: Manifest, network: str, config: bool, whole: bool, correction: bool) -> str:
+    """Return the programs; all of them run in the bundle's folder. `whole` is whether the graph has all of a call."""
     drawn = "images.png" if no_image(manifest.sample_shape) is None else "samples.npy"
     parts = [
         "## How to run it\n\nAll of this runs in this folder. On the command line:\n\n"
@@ -222,9 +223,12 @@ def _run(manifest: Manifest, network: str, config: bool, correction: bool) -> st
         plan = manifest.deployment
         call = f"num_inference_steps={plan.steps}" + (f", guidance_scale={plan.guidance!r}" if plan.guided else "")
         call += f", eta={plan.eta!r}" if plan.eta else ""
+        if whole and manifest.signature.sample in code.TENSORS:
+            parts.append(
+                "With a scheduler of diffusers, in the place of the network:\n\n"
+                + _python(code.with_diffusers(manifest, correction))
+            )
         parts += [
-            "With a scheduler of diffusers, in the place of the network:\n\n"
-            + _python(code.with_diffusers(manifest, correction)),
             f"In a pipeline, which is then called with `{call}`:\n\n" + _python(code.in_a_pipeline()),
         ]
     return "\n\n".join(parts)

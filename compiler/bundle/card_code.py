@@ -16,6 +16,11 @@ EXAMPLE_IMAGES = 2
 TOKENS = 77  # the size of an open dimension of a condition: the tokens of a CLIP prompt
 NARROW = frozenset({"int4", "uint4"})  # storage types whose MatMuls onnxruntime computes inexactly by default
 
+UNET_SAMPLE = "sample"
+"""The name of the sample in the call of a U-Net of diffusers; transformers have others, and other orders."""
+TENSORS = (UNET_SAMPLE, "hidden_states")
+"""The names of samples that are one tensor in the call; that of Z-Image is a list."""
+
 # Sampler -> (class of diffusers, arguments in addition to the configuration).
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", ""),
@@ -90,6 +95,7 @@ def with_diffusers(manifest: Manifest, correction: bool) -> str:
     conditions = list(manifest.signature.conditions)
     passes = ["conditional", *(["unconditional"] if deployment.guided else [])] if conditions else []
     flow = deployment.sampler == "flow-euler"
+    velocity = flow or manifest.signature.prediction.endswith("flow_prediction")
     lines = [
         *(["import numpy as np"] if conditions else []),
         "import torch",
@@ -107,7 +113,7 @@ def with_diffusers(manifest: Manifest, correction: bool) -> str:
         lines += [f"{role} = {{", *_keywords(manifest, conditions), "}"]
     size = ", ".join(map(str, _shape(manifest, manifest.signature.sample, None)))
     # Pipelines of flow matching pass the shift of their sequence's length, and some of them sigmas.
-    steps = f"**network.bundle.schedule.timestep_options({deployment.steps})" if flow else f"{deployment.steps}"
+    steps = f"**network.bundle.schedule.timestep_options({deployment.steps})" if velocity else f"{deployment.steps}"
     start = "" if flow else " * scheduler.init_noise_sigma"
     lines += [
         "generator = torch.Generator().manual_seed(0)",
@@ -115,11 +121,11 @@ def with_diffusers(manifest: Manifest, correction: bool) -> str:
         f"x = torch.randn({size}, generator=generator){start}",
         "for t in scheduler.timesteps:",
     ]
-    seen = "x" if flow else "scheduler.scale_model_input(x, t)"
-    lines.append(f"    prediction = network({seen}, t{', **conditional' if conditions else ''}).sample")
+    seen = _called(manifest, "x" if flow else "scheduler.scale_model_input(x, t)")
+    lines.append(f"    prediction = network({seen}{', **conditional' if conditions else ''}).sample")
     if len(passes) > 1:
         lines += [
-            f"    without = network({seen}, t, **unconditional).sample",
+            f"    without = network({seen}, **unconditional).sample",
             f"    prediction = without + {deployment.guidance!r} * (prediction - without)",
         ]
     eta = f", eta={deployment.eta!r}" if deployment.sampler == "ddim" and deployment.eta else ""
@@ -146,9 +152,22 @@ def _only_here(manifest: Manifest) -> bool:
     return (form, sampler) == ("ptqd-released", "ddim")
 
 
+def _called(manifest: Manifest, x: str) -> str:
+    """Return sample and timestep as arguments of a diffusers network, with the timestep that its pipeline gives."""
+    signature = manifest.signature
+    if signature.sample == UNET_SAMPLE:
+        return f"{x}, t"
+    train = signature.num_train_timesteps
+    time = {"steps": "t", "fraction": f"t / {train}", "reversed_fraction": f"1 - t / {train}"}[signature.timestep_unit]
+    rows = _shape(manifest, signature.sample, None)[0]
+    rows_of_time = f"({time}).expand({rows})" if " " in time else f"{time}.expand({rows})"
+    return f"{signature.sample}={x}, {signature.timestep}={rows_of_time}"
+
+
 def _keywords(manifest: Manifest, conditions: Sequence[str]) -> list[str]:
     """Return the conditions as a diffusers network takes them: arguments of its call, and a dict for those of SDXL."""
-    direct = [name for name in conditions if name in ("encoder_hidden_states", "class_labels")]
+    unet = manifest.signature.sample == UNET_SAMPLE
+    direct = [name for name in conditions if not unet or name in ("encoder_hidden_states", "class_labels")]
     added = [name for name in conditions if name not in direct]
     rows = [f"    {_quoted(n)}: torch.from_numpy({_array(manifest, n, None)})," for n in direct]
     if added:
