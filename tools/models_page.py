@@ -23,6 +23,7 @@ from mezzotint.compiler.frontend.architectures.registry import ROWS
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
+from tools.measure_pipelines import PIPELINE_RESULTS
 from tools.rooms import ROOT
 from tools.tiny_models import TINY
 from tools.tiny_network import TinyModel
@@ -50,6 +51,12 @@ LIMITS = {
     "WanTransformer3DModel": "the size is fixed",
     "ZImageTransformer2DModel": "the size is fixed; prompts of one call have one length",
 }
+
+IN_TESTS = {
+    "UNet2DModel": "DDPMPipeline, DDIMPipeline: in the tests",
+    "DiTTransformer2DModel": "DiTPipeline: in the tests",
+}
+"""Pipelines that tests/mezzotint/test_diffusers.py runs; there are Stable Diffusion and SDXL as well."""
 
 
 def measure(tiny: TinyModel) -> dict[str, Any]:
@@ -98,8 +105,18 @@ def _both(want: Any, example: Any, signature: Signature, file: Path, shape: Sequ
     return np.split(want, [image], axis)[0], got
 
 
-def models_page(results: Mapping[str, Mapping[str, Any]]) -> str:
+def pipeline_texts(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return what the pipelines of each network showed, from the results of tools/measure_pipelines.py."""
+    texts: dict[str, list[str]] = {}
+    for name, found in results.items():
+        text = found["error"] if "error" in found else f"{found['float']:.0e}, {found['int8_db']:.0f} dB"
+        texts.setdefault(found["network"], []).append(f"{name} {text}")
+    return {network: "; ".join(shown) for network, shown in texts.items()}
+
+
+def models_page(results: Mapping[str, Mapping[str, Any]], pipelines: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page."""
+    shown = {**IN_TESTS, **pipeline_texts(pipelines)}
     lines = [
         "# Networks that compile",
         "",
@@ -113,8 +130,13 @@ def models_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "The number of tokens of a prompt is fixed by the compilation: that of its conditions or prompts, else the one",
         "that the class's pipeline usually has. An embedded guidance that is not given is that of the pipeline.",
         "",
-        "| network | parity | integer | float | SQNR, dB | limits |",
-        "|---|---|---|---|---|---|",
+        "*Pipeline* is a pipeline of diffusers with a bundle in the network's place, after four steps: the largest",
+        "difference of its latents with a float bundle over the largest latent, and the SQNR of its latents with W8A8",
+        "(`python -m tools.measure_pipelines`). Prompts are random embeddings, and guidance is the usual one of each",
+        "pipeline, up to 9: it multiplies what a network of random weights loses.",
+        "",
+        "| network | parity | integer | float | SQNR, dB | pipeline | limits |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, tiny in TINY.items():
         found = results.get(name)
@@ -124,7 +146,7 @@ def models_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         elif found is not None:
             db = "" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f}"
             figures = [f"{found['parity']:.0e}", str(found["integer"]), str(found["float"]), db]
-        lines.append(f"| {name} | {' | '.join(figures)} | {LIMITS.get(tiny.cls, '')} |")
+        lines.append(f"| {name} | {' | '.join(figures)} | {shown.get(name, '')} | {LIMITS.get(tiny.cls, '')} |")
     return "\n".join(lines) + "\n"
 
 
@@ -146,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(name, results[name], flush=True)
         kept = {key: results[key] for key in TINY if key in results}
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(models_page(results), encoding="utf-8")
+    pipelines = json.loads(PIPELINE_RESULTS.read_text(encoding="utf-8")) if PIPELINE_RESULTS.is_file() else {}
+    PAGE.write_text(models_page(results, pipelines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,98 +1,19 @@
 """Pipelines of diffusers around the tiny networks, without text encoders: prompts are given as embeddings.
 
-They show a bundle in the place of the network: the tests run some, and `tools/models_page.py` all. Each is asked for
-latents, so that no autoencoder is needed either.
+They show a bundle in the place of the network: the tests run some, and `tools/measure_pipelines.py` all. Each is asked
+for latents, so that no autoencoder is needed either.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
-from mezzotint import Schedule
-from tools.tiny_models import TINY
-from tools.tiny_network import TinyModel
+from tools.tiny_pipeline import TinyPipeline
 from tools.tiny_unets import TOKENS
 
-STEPS = 4
-FLOW, DDIM = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
+DDIM = "DDIMScheduler"
 SIDE = 64  # pixels of an image; its latents have 8
-
-
-@dataclass(frozen=True)
-class TinyPipeline:
-    """A pipeline around a network of TINY, whose configuration takes `changes`.
-
-    `prompts` are the shapes of prompt embeddings by argument, without their batch; an array of integers is a mask.
-    `options` are other arguments of the call, `settings` those of the scheduler, and `answer` holds the latents.
-    """
-
-    cls: str
-    network: str
-    prompts: Mapping[str, tuple[int, ...]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: str = FLOW
-    sampler: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    answer: str = "images"
-    adapt: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
-
-    @property
-    def tiny(self) -> TinyModel:
-        """Return the network."""
-        known = TINY[self.network]
-        size = known.size or ((8, 8) if "sample_size" in self.changes else None)
-        return replace(known, config={**known.config, **self.changes}, size=size)
-
-    def build(self, network: Any = None) -> Any:
-        """Return the pipeline, around a new network if none is given."""
-        import diffusers
-
-        kind = getattr(diffusers, self.cls)
-        parameters = inspect.signature(kind.__init__).parameters.values()
-        parts = {p.name: None for p in parameters if p.default is p.empty and p.name != "self"}
-        slot = "unet" if "unet" in parts else "transformer"
-        scheduler = getattr(diffusers, self.scheduler)(**self.settings)
-        flags = {"requires_safety_checker": False} if "requires_safety_checker" in (p.name for p in parameters) else {}
-        pipe = kind(**{**parts, slot: network or self.tiny.build(), "scheduler": scheduler, **flags})
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def schedule(self) -> Schedule:
-        """Return the schedule of its scheduler."""
-        import diffusers
-
-        config = getattr(diffusers, self.scheduler)(**self.settings).config
-        return Schedule.from_config({**config, "_class_name": self.scheduler})
-
-    def call(self, calls: Any = None) -> dict[str, Any]:
-        """Return the arguments of a call with seeded prompts; `calls` are the deployed timesteps."""
-        import torch
-
-        generator = torch.Generator().manual_seed(3)
-        given: dict[str, Any] = {}
-        for name, shape in self.prompts.items():
-            if "mask" in name:
-                given[name] = torch.ones(1, *shape, dtype=torch.int64)
-                given[name][:, -1] = 0
-            else:
-                given[name] = torch.randn(1, *shape, generator=generator)
-        call = {"num_inference_steps": STEPS, "output_type": "latent", **given, **self.options}
-        return call if self.adapt is None else self.adapt(call, calls)
-
-    def latents(self, pipe: Any, calls: Any = None) -> np.ndarray[Any, Any]:
-        """Return what the pipeline draws with a seed, float32."""
-        import torch
-
-        found = getattr(pipe(generator=torch.Generator().manual_seed(1), **self.call(calls)), self.answer)
-        tensor = found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
-        latents: np.ndarray[Any, Any] = tensor.float().numpy()
-        return latents
 
 
 def _with_sigmas(call: dict[str, Any], calls: Any) -> dict[str, Any]:
@@ -131,6 +52,37 @@ def _two(suffix: str, prompt: tuple[int, ...], mask: tuple[int, ...]) -> dict[st
 
 
 _IMAGE = {"height": SIDE, "width": SIDE}
+
+
+def _audio_parts(pipe: Any) -> None:
+    """Give AudioLDM 2 what it reads of its autoencoder and its vocoder: spectrograms of 8 x 8 latents."""
+    pipe.vae_scale_factor = 1
+    pipe.vocoder = SimpleNamespace(config=SimpleNamespace(upsample_rates=[1], sampling_rate=8, model_in_dim=8))
+    pipe.vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+    pipe.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(model_type="t5"))
+
+
+def _stable_audio_parts(pipe: Any) -> None:
+    """Give Stable Audio its projection of durations, and the lengths that it reads of its autoencoder."""
+    import torch
+    from diffusers import StableAudioProjectionModel
+
+    torch.manual_seed(6)
+    pipe.projection_model = StableAudioProjectionModel(12, 12, 0, 4).eval()
+    pipe.vae = SimpleNamespace(hop_length=1, config=SimpleNamespace(sampling_rate=16, audio_channels=2))
+
+
+def _image_parts(pipe: Any) -> None:
+    """Give Stable Video Diffusion the embedding and the latents of an image."""
+    import torch
+
+    generator = torch.Generator().manual_seed(6)
+    embedding, latents = torch.randn(1, 1, 16, generator=generator), torch.randn(1, 4, 8, 8, generator=generator)
+    pipe._encode_image = lambda *args: torch.cat([torch.zeros_like(embedding), embedding])
+    pipe._encode_vae_image = lambda *args, **options: torch.cat([torch.zeros_like(latents), latents])
+    pipe.vae = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(force_upcast=False))
+
+
 _VIDEO = {**_IMAGE, "num_frames": 5}
 _MASKED = {
     "prompt_embeds": (TOKENS, 12),
@@ -264,6 +216,77 @@ TINY_PIPELINES: dict[str, TinyPipeline] = {
             scheduler="CogVideoXDDIMScheduler",
             settings={"snr_shift_scale": 1.0},
             answer="frames",
+        ),
+        TinyPipeline(
+            "AnimateDiffPipeline",
+            "UNetMotionModel",
+            {"prompt_embeds": (TOKENS, 16), "negative_prompt_embeds": (TOKENS, 16)},
+            {**_IMAGE, "num_frames": 2},
+            scheduler=DDIM,
+            settings={"clip_sample": False},
+            answer="frames",
+        ),
+        TinyPipeline(
+            "TextToVideoSDPipeline",
+            "UNet3DConditionModel",
+            {"prompt_embeds": (TOKENS, 16), "negative_prompt_embeds": (TOKENS, 16)},
+            {**_IMAGE, "num_frames": 2},
+            scheduler=DDIM,
+            settings={"clip_sample": False},
+            answer="frames",
+        ),
+        TinyPipeline(
+            "StableVideoDiffusionPipeline",
+            "UNetSpatioTemporalConditionModel",
+            {"image": (3, SIDE, SIDE)},
+            {**_IMAGE, "num_frames": 2},
+            scheduler="EulerDiscreteScheduler",
+            sampler="euler",
+            settings={"prediction_type": "v_prediction"},
+            answer="frames",
+            finish=_image_parts,
+        ),
+        TinyPipeline(
+            "Kandinsky3Pipeline",
+            "Kandinsky3UNet",
+            {
+                "prompt_embeds": (TOKENS, 12),
+                "negative_prompt_embeds": (TOKENS, 12),
+                "attention_mask": (TOKENS,),
+                "negative_attention_mask": (TOKENS,),
+            },
+            _IMAGE,
+            scheduler="DDPMScheduler",
+            sampler="ddpm",
+            settings={"clip_sample": False},
+        ),
+        TinyPipeline(
+            "AudioLDM2Pipeline",
+            "AudioLDM2UNet2DConditionModel",
+            {
+                "prompt_embeds": (3, 16),
+                "negative_prompt_embeds": (3, 16),
+                "generated_prompt_embeds": (TOKENS, 12),
+                "negative_generated_prompt_embeds": (TOKENS, 12),
+                "attention_mask": (3,),
+                "negative_attention_mask": (3,),
+            },
+            {"audio_length_in_s": 1.0},
+            scheduler=DDIM,
+            settings={"clip_sample": False},
+            answer="audios",
+            finish=_audio_parts,
+        ),
+        TinyPipeline(
+            "StableAudioPipeline",
+            "StableAudioDiTModel",
+            {"prompt_embeds": (TOKENS - 2, 12), "negative_prompt_embeds": (TOKENS - 2, 12)},
+            {"audio_end_in_s": 1.0},
+            changes={"global_states_input_dim": 24},
+            scheduler=DDIM,
+            settings={"clip_sample": False},
+            answer="audios",
+            finish=_stable_audio_parts,
         ),
         TinyPipeline(
             "LTXPipeline",

@@ -6,6 +6,7 @@ The pipelines are those of tools/tiny_pipelines.py, of which docs/models.md show
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from mezzotint import Bundle, compile_model
 from mezzotint.diffusers import attach, stand_in
 from mezzotint.runtime.compare import psnr_db
 from mezzotint.runtime.errors import HalfPipeline, InputError, TimestepNotDeployed
-from tools.tiny_pipelines import STEPS, TINY_PIPELINES, TinyPipeline
+from tools.measure_pipelines import PIPELINE_RESULTS
+from tools.tiny_pipeline import STEPS, TinyPipeline
+from tools.tiny_pipelines import TINY_PIPELINES
 
 TOLERANCE = 1e-4  # of the largest latent; 1e-6 was the largest difference seen
 NEAR_DB = 30.0  # of w8a8 beside float on random weights after four steps
@@ -39,7 +42,7 @@ class Made:
     def latents(self, bundle: Bundle | None = None, **changes: Any) -> np.ndarray[Any, Any]:
         """Return what the pipeline draws, with a bundle or its own network."""
         pipe = self.pipe(bundle)
-        call = {**self.tiny.call(self.bundle.deployment.calls), **changes}
+        call = {**self.tiny.call(), **changes}
         return pipe(generator=torch.Generator().manual_seed(1), **call).images.numpy()  # type: ignore[no-any-return]
 
     def pipe(self, bundle: Bundle | None = None) -> Any:
@@ -99,7 +102,7 @@ def test_the_latents_are_those_of_the_network(made: Callable[[str], Made], name:
     pipe = one.pipe(one.bundle)
     exact = pipe.transformer.denoiser
     pipe.transformer.denoiser = lambda x, t, **given: np.float32(1.01) * exact(x, t, **given)
-    call = one.tiny.call(one.bundle.deployment.calls)
+    call = one.tiny.call()
     wrong = pipe(generator=torch.Generator().manual_seed(1), **call).images.numpy()
     assert np.abs(wrong - want).max() > TOLERANCE * peak
 
@@ -110,7 +113,7 @@ def test_a_half_pipeline_is_taken_and_told_once(made: Callable[[str], Made], nam
     one = made(name)
     want = one.latents()
     pipe = one.tiny.build(copy.deepcopy(one.network).to(dtype))
-    call = {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in one.tiny.call(one.bundle.deployment.calls).items()}
+    call = {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in one.tiny.call().items()}
 
     with pytest.warns(HalfPipeline, match=f"the pipeline is in {dtype}") as told:
         attach(pipe, one.bundle, threads=1)
@@ -234,3 +237,14 @@ class TestCall:
         network = stand_in(made(FLUX).bundle, threads=1)
         with pytest.raises(InputError, match="the call leaves out img_ids"):
             network(torch.zeros(1, 16, 16), timestep=torch.ones(1), txt_ids=torch.zeros(5, 3))
+
+
+def test_the_page_of_models_has_what_pipelines_showed() -> None:
+    """A bundle of W8A8 is near where the network is a transformer; guidance multiplies what random U-Nets lose."""
+    kept = json.loads(PIPELINE_RESULTS.read_text(encoding="utf-8"))
+
+    assert {SD3, FLUX, PIXART, "SanaPipeline", "WanPipeline"} <= kept.keys() <= TINY_PIPELINES.keys()
+    for name, found in kept.items():
+        assert found["network"] == TINY_PIPELINES[name].network
+        assert found["float"] < TOLERANCE
+        assert found["int8_db"] > NEAR_DB or "Transformer" not in found["network"]
