@@ -248,3 +248,18 @@ def test_the_page_of_models_has_what_pipelines_showed() -> None:
         assert found["network"] == TINY_PIPELINES[name].network
         assert found["float"] < TOLERANCE
         assert found["int8_db"] > NEAR_DB or "Transformer" not in found["network"]
+
+
+def test_the_card_has_the_loop_of_the_networks_own_call(
+    made: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The graph of Flux holds its ids as constants, which a loop would have to give: its card shows the pipeline."""
+    one = made(SD3).bundle
+    programs = [part.split("```")[0] for part in (one.path / "README.md").read_text().split("```python")[1:]]
+    [loop] = [program for program in programs if "scheduler.step" in program]
+    assert "hidden_states=x, timestep=t.expand(1), **conditional" in loop
+    monkeypatch.chdir(one.path)
+    exec(loop, {"__name__": "__main__"})  # our own card's program
+    assert capsys.readouterr().out.startswith("torch.Size([1, ")
+    card = (made(FLUX).bundle.path / "README.md").read_text()
+    assert "scheduler.step" not in card and "attach(pipe" in card
