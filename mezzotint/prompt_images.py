@@ -24,6 +24,7 @@ from mezzotint.runtime.streams import prompt_seed
 from .diffusers import load
 from .io.images import check_image_file, save_images, save_picture
 from .pipeline.loading import library, quiet_libraries
+from .pipeline.preview import Preview
 from .prompts.texts import LONGEST_PROMPT
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class PromptOptions:
     """What is drawn. None is the number of steps, and the guidance, that the denoiser was compiled for.
 
-    Image i has the noise of seed + i. Raises InputError.
+    Image i has the noise of seed + i. `preview` is a PNG file that shows each step. Raises InputError.
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class PromptOptions:
     guidance: float | None = None
     seed: int = 0
     correction: bool | None = None
+    preview: Path | None = None
 
     def __post_init__(self) -> None:
         for name, text in (("--prompt", self.prompt), ("--negative", self.negative)):
@@ -73,6 +75,7 @@ def draw_prompt(
     bundle = opened.bundle
     plan = bundle.plan(None, options.steps, None, options.guidance)
     claim = claim_file(output)
+    preview = None if options.preview is None else Preview(options.preview)
     progress("load the pipeline", 0, 1)
     quiet_libraries()
     pipe = load(opened, threads=threads, engine=engine, correction=options.correction)
@@ -85,11 +88,15 @@ def draw_prompt(
         optional["guidance_scale"] = plan.guidance
     arguments |= {name: value for name, value in optional.items() if name in taken}
     torch = library("torch")
+    if preview is not None and "callback_on_step_end" not in taken:
+        raise InputError(f"a {type(pipe).__name__} does not show its steps", where="--preview", hint="leave it out")
     drawn: list[Images] = []
     for i in range(options.n):
 
         def step(pipe: Any, index: int, t: Any, state: dict[str, Any], done: int = i) -> dict[str, Any]:
             progress("sample", done * plan.steps + index + 1, options.n * plan.steps)
+            if preview is not None:
+                preview.show(pipe, state["latents"], arguments.get("height"), arguments.get("width"))
             return state
 
         generator = torch.Generator().manual_seed(prompt_seed(options.seed, i))

@@ -72,7 +72,7 @@ def with_nodes(usage: EngineUsage, session: Any, where: str) -> EngineUsage:
         )
     taken = [
         (part.ep_name, node.op_type)
-        for part in session.get_provider_graph_assignmentinfo_of()
+        for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     ]
     return counted(usage, taken, where)

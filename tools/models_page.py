@@ -24,6 +24,7 @@ from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
 from tools.measure_pipelines import PIPELINE_RESULTS
+from tools.measure_wholes import WHOLE_RESULTS
 from tools.rooms import ROOT
 from tools.tiny_models import TINY
 from tools.tiny_network import TinyModel
@@ -114,7 +115,33 @@ def pipeline_texts(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {network: "; ".join(shown) for network, shown in texts.items()}
 
 
-def models_page(results: Mapping[str, Mapping[str, Any]], pipelines: Mapping[str, Mapping[str, Any]]) -> str:
+def whole_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what whole pipelines showed, from the results of tools/measure_wholes.py."""
+    lines = [
+        "## Whole pipelines",
+        "",
+        "`python -m tools.measure_wholes` compiles tiny pipelines from their folders, with text encoders and VAE, and",
+        "draws from a prompt: the largest difference of latents and of pictures from those of diffusers over the",
+        "largest value, all in float; the SQNR of latents with everything in int8 (`w8a8-best`), of the component that",
+        "is worst, layers of the denoiser by their kernels, and what `sample --prompt` drew.",
+        "",
+        "| pipeline | latents | pictures | int8 latents, dB | worst component, dB | integer | float | sample |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        if "error" in found:
+            lines.append(f"| {name} | fails: {found['error']} | | | | | | |")
+            continue
+        near = f"{found['latents']:.0e} | {found['pictures']:.0e} | {found['int8_db']:.1f} | {found['components_db']:.1f}"
+        lines.append(f"| {name} | {near} | {found['integer']} | {found['float']} | {found['sample']} |")
+    return lines
+
+
+def models_page(
+    results: Mapping[str, Mapping[str, Any]],
+    pipelines: Mapping[str, Mapping[str, Any]],
+    wholes: Mapping[str, Mapping[str, Any]],
+) -> str:
     """Return the page."""
     shown = {**IN_TESTS, **pipeline_texts(pipelines)}
     lines = [
@@ -147,7 +174,7 @@ def models_page(results: Mapping[str, Mapping[str, Any]], pipelines: Mapping[str
             db = "" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f}"
             figures = [f"{found['parity']:.0e}", str(found["integer"]), str(found["float"]), db]
         lines.append(f"| {name} | {' | '.join(figures)} | {shown.get(name, '')} | {LIMITS.get(tiny.cls, '')} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *whole_table(wholes)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -168,8 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(name, results[name], flush=True)
         kept = {key: results[key] for key in TINY if key in results}
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    pipelines = json.loads(PIPELINE_RESULTS.read_text(encoding="utf-8")) if PIPELINE_RESULTS.is_file() else {}
-    PAGE.write_text(models_page(results, pipelines), encoding="utf-8")
+    pipelines, wholes = (
+        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for file in (PIPELINE_RESULTS, WHOLE_RESULTS)
+    )
+    PAGE.write_text(models_page(results, pipelines, wholes), encoding="utf-8")
 
 
 if __name__ == "__main__":

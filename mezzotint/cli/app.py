@@ -61,7 +61,7 @@ from .options import (
     number,
 )
 from .panels import GroupedCommand
-from .pipelines import Components, NegativeText, PromptText, compile_whole, sample_prompts, wants_whole
+from .pipelines import Components, NegativeText, PreviewFile, PromptText, compile_whole, sample_prompts, wants_whole
 from .recipes import recipes
 from .web import web
 
@@ -204,6 +204,7 @@ def sample(
     n: Annotated[int | None, number(bounds.MOST_SAMPLES, "Number of images; 16, or 1 of a prompt.", "-n")] = None,
     prompt: PromptText = None,
     negative: NegativeText = None,
+    preview: PreviewFile = None,
     sampler: Annotated[str | None, typer.Option(help="The sampler; the bundle's own when left out.")] = None,
     steps: Annotated[int | None, number(bounds.MOST_STEPS, "Steps; the bundle's own when left out.")] = None,
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, from 0 to 1.")] = None,
@@ -245,13 +246,14 @@ def sample(
         refused = {"--sampler": sampler, "--eta": eta, "--batch": batch, "--conditions": conditions}
         refused |= {"--unconditional": unconditional, "--format": format_, "--shards": shards}
         choices: dict[str, Any] = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "correction": correction}
-        said = {"quiet": quiet, "json": json}
+        said: dict[str, Any] = {"quiet": quiet, "json": json, "preview": preview}
         sample_prompts(
             bundle, output, prompt, negative, threads=threads, engine=engine, refused=refused, **choices, **said
         )
         return
-    if negative is not None:
-        raise InputError("--negative belongs to a prompt", where="--negative", hint="add --prompt TEXT")
+    for name, value in (("--negative", negative), ("--preview", preview)):
+        if value is not None:
+            raise InputError(f"{name} belongs to a prompt", where=name, hint="add --prompt TEXT")
     opened = with_checked_networks(open_bundle(bundle)).on(engine)
     rows, unconditional_rows = load_condition_files(conditions, unconditional)
     options = SamplingOptions(

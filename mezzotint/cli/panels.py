@@ -15,6 +15,7 @@ PANELS = {
         *("prompts", "negative"),
         *("size",),
     ),
+    "Weights of a diffusers model": ("lora", "variant", "config"),
     "ONNX files": ("input_", "output", "prediction", "channels", "channel_axis"),
     "Acceptance of the finished file": ("min_sqnr", "strict", "acceptance_seconds"),
     "This run": ("threads", "device", "quiet", "json", "help"),

@@ -22,6 +22,9 @@ Components = Annotated[
 ]
 PromptText = Annotated[str | None, typer.Option("--prompt", help="Of a compiled pipeline: draw images of this text.")]
 NegativeText = Annotated[str | None, typer.Option("--negative", help="With --prompt: what guidance leads away from.")]
+PreviewFile = Annotated[
+    Path | None, typer.Option("--preview", help="With --prompt: a .png that shows the image while it is denoised.")
+]
 NONE = "none"
 _NO_CONDITIONS = "leave it out: the pipeline's own encoders make the conditions of a prompt"
 
@@ -89,6 +92,7 @@ def sample_prompts(
     guidance: float | None,
     seed: int,
     correction: bool | None,
+    preview: Path | None,
     threads: int | None,
     engine: Engine,
     refused: dict[str, Any],
@@ -102,7 +106,7 @@ def sample_prompts(
     for name, value in refused.items():
         if value is not None:
             raise InputError(f"{name} is for the samples of a bundle", where=name, hint=_NO_CONDITIONS)
-    options = PromptOptions(prompt, negative or "", n or 1, steps, guidance, seed, correction)
+    options = PromptOptions(prompt, negative or "", n or 1, steps, guidance, seed, correction, preview)
     with shown(quiet=quiet or json) as report:
         summary = draw_prompt(folder, output, options, threads=threads, engine=engine, progress=report)
     console.print_json(summary) if json else console.print_pairs("sampled", summary)

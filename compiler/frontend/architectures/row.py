@@ -117,22 +117,24 @@ class Asked:
     def number(self, key: str) -> int:
         """Return a positive integer of the configuration. Raises ModelError for anything else."""
         value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not _is_size(value):
             raise self.error(f"the configuration's {key!r} is {value!r}, not a positive integer")
-        return value
+        return int(value)  # type: ignore[arg-type]
 
     def side(self, usual: int = 32, key: str = "sample_size") -> tuple[int, int]:
         """Return height and width: those asked for, else those of the configuration, else `usual` for both."""
         if self.size is not None:
             return int(self.size[-2:][0]), int(self.size[-1])  # one number is a square
         value = self.config.get(key) or usual
-        height, width = (value, value) if isinstance(value, int) else tuple(value)
-        return int(height), int(width)
+        sides = [value, value] if isinstance(value, int) else value
+        if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(_is_size(side) for side in sides):
+            raise self.error(f"the configuration's {key!r} is {value!r}, not a positive integer or two")
+        return int(sides[0]), int(sides[1])
 
     @property
     def predicted(self) -> int:
         """Return the channels of the output, by default those that the network takes."""
-        return int(self.config.get("out_channels") or self.number("in_channels"))
+        return self.number("out_channels") if self.config.get("out_channels") else self.number("in_channels")
 
     def tokens(self, name: str, usual: int) -> int:
         """Return the known number of tokens of a condition."""
@@ -202,3 +204,7 @@ def kept_of_doubled(channels: int, predicted: int) -> int | None:
 def first(value: Any) -> int:
     """Return a number of the configuration, or the first of several."""
     return int(value if isinstance(value, int) else value[0])
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

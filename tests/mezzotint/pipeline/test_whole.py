@@ -87,7 +87,8 @@ def test_hidden_states_of_a_text_encoder_come_when_they_are_asked_for(whole: Who
 def test_the_command_line_draws_a_prompt(whole: Whole, tmp_path: Path, cli: Cli) -> None:
     image = tmp_path / "image.png"
     arguments = ("sample", whole.floating.path, "--prompt", CALL["prompt"], "--seed", 3, "--threads", 1, "-o", image)
-    summary = json.loads(cli(*arguments, "--json").out)
+    summary = json.loads(cli(*arguments, "--json", "--preview", tmp_path / "preview.png").out)
+    assert (tmp_path / "preview.png").read_bytes() == image.read_bytes()  # the last step's latents are the image's
     assert (summary["steps"], summary["guidance"], summary["size"]) == (STEPS, 3.0, "8x8")
     pixels = np.asarray(Image.open(image), np.float32)
     assert np.abs(pixels - np.rint(drawn(own(whole), "np")[0] * 255)).max() <= 1
