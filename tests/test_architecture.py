@@ -62,7 +62,7 @@ ARROWS = {
     "passes": "",
     "passes/recipes": ".",
     "mezzotint/io": "",
-    "mezzotint/pipeline": "prompts",
+    "mezzotint/pipeline": "io prompts",
     "mezzotint/frechet": "io",
     "mezzotint/text": "",
     "mezzotint/bench": "text",

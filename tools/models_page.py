@@ -132,7 +132,9 @@ def whole_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if "error" in found:
             lines.append(f"| {name} | fails: {found['error']} | | | | | | |")
             continue
-        near = f"{found['latents']:.0e} | {found['pictures']:.0e} | {found['int8_db']:.1f} | {found['components_db']:.1f}"
+        near = (
+            f"{found['latents']:.0e} | {found['pictures']:.0e} | {found['int8_db']:.1f} | {found['components_db']:.1f}"
+        )
         lines.append(f"| {name} | {near} | {found['integer']} | {found['float']} | {found['sample']} |")
     return lines
 

@@ -30,7 +30,8 @@ def sampler_for(config: Mapping[str, Any]) -> str | None:
 def scheduler_config(folder: Path) -> dict[str, Any]:
     """Return the configuration of a pipeline's scheduler. Raises ModelError."""
     file = folder / "scheduler" / FILE
-    data = read_json(file, "the configuration of the scheduler", ModelError, hint="download the pipeline again")
+    hint = "download the pipeline again"
+    data = read_json(file, "the configuration of the scheduler", ModelError, hint=hint, infinite=True)
     if not isinstance(data, dict):
         raise ModelError("the configuration of the scheduler is no JSON object", where=str(file))
     return data

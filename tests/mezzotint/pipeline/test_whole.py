@@ -18,6 +18,7 @@ from mezzotint import open_bundle
 from mezzotint.compiler.bundle.staging import foreign_part
 from mezzotint.compiler.errors import ModelError, OutputError
 from mezzotint.diffusers import load
+from mezzotint.pipeline.schedulers import sampler_for, scheduler_config
 from mezzotint.pipeline.source import is_whole_pipeline, pipeline_source
 from mezzotint.runtime.bundle.pipeline import open_pipeline
 from mezzotint.runtime.compare import sqnr_db
@@ -25,6 +26,7 @@ from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.whole import compile_pipeline
 from tests.helpers.models import Cli
 from tests.helpers.whole import CALL, STEPS, Whole, options
+from tools.measure_wholes import WHOLE_RESULTS, WHOLES
 
 EXACT = 1e-4
 LEAST_DB = 30.0
@@ -180,3 +182,19 @@ def test_which_folders_are_whole_pipelines(whole: Whole, tmp_path: Path) -> None
     assert not is_whole_pipeline(whole.source / "unet") and not is_whole_pipeline("digits")
     found = pipeline_source(edited(whole, tmp_path / "source", safety_checker=["stable_diffusion", "Checker"]))
     assert set(found.left_out) == {"safety_checker"} and found.copied == ("tokenizer",)
+
+
+def test_a_scheduler_that_diffusers_writes_with_an_infinite_bound(tmp_path: Path) -> None:
+    """PixArt's and Sana's pipelines come with one; JSON has no infinity."""
+    diffusers.DPMSolverMultistepScheduler().save_pretrained(tmp_path / "scheduler")
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    assert sampler_for(scheduler_config(tmp_path)) == "dpmpp-2m"
+
+
+def test_the_page_of_models_has_what_whole_pipelines_showed() -> None:
+    kept = json.loads(WHOLE_RESULTS.read_text(encoding="utf-8"))
+    assert set(kept) == set(WHOLES)
+    for name, found in kept.items():
+        assert max(found["latents"], found["pictures"]) <= EXACT, name
+        assert found["int8_db"] > LEAST_DB and found["components_db"] > LEAST_DB, name
+        assert found["integer"] > found["float"] and found["sample"], name
