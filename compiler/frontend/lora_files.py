@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from mezzotint.runtime.json_text import require_file
 
 from ..errors import ModelError
+from .weight_files import PICKLES
 
 _OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA",
@@ -41,7 +42,7 @@ class LoraFile:
     def keys(self) -> list[str]:
         """Return the names of its tensors. Raises ModelError for files that are no LoRAs that can be fused."""
         where, hint = str(self.path), "download the LoRA again"
-        if self.path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        if self.path.suffix.lower() in PICKLES:
             raise ModelError(
                 "the LoRA is a pickle, which may run code when it is loaded",
                 where=where,

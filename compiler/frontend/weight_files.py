@@ -15,6 +15,8 @@ from mezzotint.runtime.errors import CompileWarning
 from ..errors import ModelError
 from .folder_checks import WEIGHTS_STEM
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+"""Endings of files whose loading may run code."""
 _FILE = re.compile(rf"{WEIGHTS_STEM}(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 _INDEX = re.compile(rf"{WEIGHTS_STEM}\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
 

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from mezzotint.compiler.errors import ModelError
+from mezzotint.compiler.frontend.weight_files import PICKLES
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 CHECKPOINT = ".safetensors"
 _CONFIG = "config.json"
 _SLOTS = ("unet", "transformer", ".")

@@ -4,7 +4,7 @@ How prompts are tokenized, which hidden states are taken, what is pooled, padded
 diffusers; it runs here as it is, with a module in the network's place that keeps its arguments. The autoencoder is made
 of its configuration alone: pipelines read its scale.
 
-The two halves of guidance are told apart by a run without: the half with its rows is that of the prompts.
+The two halves of guidance are distinguished by a run without guidance, whose rows are those of the prompts.
 """
 
 from __future__ import annotations

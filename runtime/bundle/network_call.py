@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ..errors import BundleError
 from ..json_text import read_json
+from .layout import located
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -63,9 +64,8 @@ def _sums(array: npt.NDArray[Any]) -> list[float]:
 
 def bundle_call(bundle: Bundle) -> dict[str, dict[str, Any]]:
     """Return the entries of a bundle's file by argument, {} for one without. Raises BundleError."""
-    names = (CALL, CALL.rpartition("/")[2])  # a bundle in the slot of a pipeline has no folder unet/
-    name = next((name for name in names if name in bundle.manifest.files), None)
-    if name is None:
+    name = located(CALL, bundle.manifest.files)
+    if name not in bundle.manifest.files:
         return {}
     file = bundle.path / name
     data = read_json(file, "the record of the network's call", BundleError)

@@ -14,10 +14,10 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ..component import ComponentNetwork
 from ..errors import InputError
-from .text_encoder import check_kept
+from .compiled_module import CompiledModule
 
 
-class AutoencoderStandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderStandIn(CompiledModule, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """The module that a pipeline calls instead of its VAE; float32, on the CPU, without parameters.
 
     `encoder` is None for a pipeline that was compiled without one.
@@ -26,31 +26,11 @@ class AutoencoderStandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
     config_name = "config.json"
 
     def __init__(self, decoder: Path, encoder: Path | None, class_name: str, *, threads: int | None = None) -> None:
-        super().__init__()
-        self.original = class_name
+        super().__init__(class_name)
         self.decoder_network = ComponentNetwork(decoder, threads=threads)
         self.encoder_network = None if encoder is None else ComponentNetwork(encoder, threads=threads)
         values = json.loads((decoder.parent / "config.json").read_text(encoding="utf-8"))
         self.register_to_config(**{name: value for name, value in values.items() if not name.startswith("_")})
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> AutoencoderStandIn:
-        check_kept(fn, "a compiled VAE")
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            what = f"a compiled {self.__dict__.get('original', 'VAE')} has no {name!r}: its layers are compiled"
-            raise AttributeError(what) from None
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
         """Return the pictures of latents `[B, C, h, w]`, float32 `[B, 3, H, W]`."""

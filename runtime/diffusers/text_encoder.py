@@ -14,6 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from ..component import ComponentNetwork
 from ..errors import InputError
+from .compiled_module import CompiledModule
 
 _STATES = "hidden_states"
 _CONFIGS = {
@@ -25,39 +26,17 @@ _CONFIGS = {
 _IGNORED = ("return_dict", "output_hidden_states", "output_attentions")
 
 
-class TextEncoderStandIn(torch.nn.Module):
+class TextEncoderStandIn(CompiledModule):
     """The module that a pipeline calls instead of its text encoder; float32, on the CPU, without parameters."""
 
     def __init__(self, file: Path, class_name: str, *, threads: int | None = None) -> None:
-        super().__init__()
+        super().__init__(class_name)
         if class_name not in _CONFIGS:
             raise InputError(f"no stand-in for a {class_name}", where=str(file), hint="compile the pipeline again")
         config, self.answer = _CONFIGS[class_name]
-        self.original = class_name
         self.network = ComponentNetwork(file, threads=threads)
         values = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
         self.config = getattr(transformers, config)(**values)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TextEncoderStandIn:
-        check_kept(fn, "a compiled text encoder")
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            what = (
-                f"a compiled {self.__dict__.get('original', 'text encoder')} has no {name!r}: its layers are compiled"
-            )
-            raise AttributeError(what) from None
 
     def forward(
         self,
@@ -93,13 +72,3 @@ class TextEncoderStandIn(torch.nn.Module):
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
         raise InputError("a compiled text encoder cannot be saved as a model of transformers", hint="copy the folder")
-
-
-def check_kept(fn: Any, what: str) -> None:
-    """Raise InputError for a change of type or device by `to`, `half`, `cuda` and similar methods."""
-    probe = fn(torch.empty(0))
-    if probe.device.type != "cpu" or probe.dtype != torch.float32:
-        raise InputError(
-            f"{what} cannot become {probe.dtype} on {probe.device}: it is float32 on the CPU",
-            hint="keep the whole pipeline on the CPU in float32",
-        )

@@ -7,7 +7,7 @@ engine holds the weights. network_classes.py says what pipelines expect of each 
 be in a call. Contiguous float32 tensors are passed without copies in both directions.
 
 In a pipeline of half precision the inputs are widened to float32, which is exact, and the prediction is rounded to the
-pipeline's type. A warning tells it once. GPUs and gradients are refused, and so are calls that the graph cannot follow.
+pipeline's type. One warning says so. GPUs and gradients are refused, and so are calls that the graph cannot follow.
 It has no layers, and it cannot be saved as a diffusers model.
 """
 
@@ -59,7 +59,7 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._reader = ArgumentReader(bundle, self.denoiser, self.original, bundle_call(bundle))
         self._of_timestep = _precisions(bundle, threads)
         self._dtype = torch.float32
-        self._told = False
+        self._warned = False
         full, channels = completed(config), self.denoiser.channels_out
         # A network that learned its variances is compiled without their channels, and pipelines read here how many
         # come.
@@ -94,18 +94,18 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self
 
     def take_type(self, dtype: torch.dtype) -> None:
-        """Answer in this type from now on. Raises InputError unless it is float32 or a half, of which a warning tells.
+        """Answer in this type from now on: float32 or, with one warning, a half. Raises InputError for others.
 
         Inputs may have any of these types.
         """
         if dtype not in (torch.float32, *HALF_TYPES):
             raise InputError(f"a bundle cannot become {dtype}", where=str(self.bundle.path), hint=_TYPES)
-        self._tell(dtype)
+        self._warn_of_half(dtype)
         self._dtype = dtype
 
-    def _tell(self, dtype: torch.dtype) -> None:
-        if dtype in HALF_TYPES and not self._told:
-            self._told = True
+    def _warn_of_half(self, dtype: torch.dtype) -> None:
+        if dtype in HALF_TYPES and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"the pipeline is in {dtype}: the bundle computes in its own types on the CPU, its inputs are widened "
                 f"to float32, and each prediction is rounded to {dtype}",
@@ -147,7 +147,7 @@ class StandIn(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Return a prediction in the type of the sample. Raises InputError where it leaves the type's range."""
         if dtype not in HALF_TYPES:
             return prediction
-        self._tell(dtype)
+        self._warn_of_half(dtype)
         rounded = prediction.to(dtype)
         if bool((rounded.isinf() & prediction.isfinite()).any()):
             raise InputError(

@@ -51,9 +51,9 @@ def test_shards_have_the_same_images(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_it_is_measured_without_conditions(bundle: Bundle, network: Path) -> None:
     labels = {"class_labels": np.arange(CLASSES)}
-    mine, told = (compare(bundle, network, 4, conditions=rows) for rows in (None, labels))
-    np.testing.assert_array_equal(mine.float_images, told.float_images)
-    np.testing.assert_array_equal(mine.psnr, told.psnr)
+    mine, named = (compare(bundle, network, 4, conditions=rows) for rows in (None, labels))
+    np.testing.assert_array_equal(mine.float_images, named.float_images)
+    np.testing.assert_array_equal(mine.psnr, named.psnr)
 
 
 def test_debug_calibrates_again_on_the_same_labels(network: Path, tmp_path: Path) -> None:

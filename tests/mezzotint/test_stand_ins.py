@@ -115,11 +115,11 @@ def test_a_half_pipeline_is_taken_and_told_once(made: Callable[[str], Made], nam
     pipe = one.tiny.build(copy.deepcopy(one.network).to(dtype))
     call = {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in one.tiny.call().items()}
 
-    with pytest.warns(HalfPipeline, match=f"the pipeline is in {dtype}") as told:
+    with pytest.warns(HalfPipeline, match=f"the pipeline is in {dtype}") as caught:
         attach(pipe, one.bundle, threads=1)
         got = pipe(generator=torch.Generator().manual_seed(1), **call).images
 
-    assert len([w for w in told if w.category is HalfPipeline]) == 1
+    assert len([w for w in caught if w.category is HalfPipeline]) == 1
     assert got.dtype is dtype and pipe.transformer.dtype is dtype
     native = one.tiny.build(copy.deepcopy(one.network).to(dtype))
     theirs = native(generator=torch.Generator().manual_seed(1), **call).images.float()

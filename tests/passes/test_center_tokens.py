@@ -143,7 +143,7 @@ def denoiser(file: Path, *, outliers: bool, residual: float = 0.0) -> Path:
         keys{i} = MatMul (prompt, k{i}) turned{i} = Transpose <perm = [0, 2, 1]> (keys{i})
         values{i} = MatMul (prompt, v{i})
         scores{i} = MatMul (queries{i}, turned{i}) even{i} = Mul (scores{i}, root) shares{i} = Softmax (even{i})
-        mixed{i} = MatMul (shares{i}, values{i}) told{i} = MatMul (mixed{i}, o{i}) m{i} = Add (h{i}, told{i})
+        mixed{i} = MatMul (shares{i}, values{i}) attended{i} = MatMul (mixed{i}, o{i}) m{i} = Add (h{i}, attended{i})
         l{i} = LayerNormalization (m{i}, g) plain{i} = MatMul (l{i}, up{i}) both{i} = Add (plain{i}, bias{i})
         hidden{i}, gate{i} = Split <axis = -1, num_outputs = 2> (both{i}) open{i} = Gelu (gate{i})
         gated{i} = Mul (hidden{i}, open{i}) low{i} = MatMul (gated{i}, down{i}) h{i + 1} = Add (m{i}, low{i})"""
