@@ -23,8 +23,8 @@ from mezzotint.runtime.streams import prompt_seed
 
 from .diffusers import load
 from .io.images import check_image_file, save_images, save_picture
-from .pipeline.loading import library, quiet_libraries
 from .pipeline.preview import Preview
+from .prompts.calls import library, quiet_libraries
 from .prompts.texts import LONGEST_PROMPT
 
 if TYPE_CHECKING:
@@ -77,8 +77,10 @@ def draw_prompt(
     claim = claim_file(output)
     preview = None if options.preview is None else Preview(options.preview)
     progress("load the pipeline", 0, 1)
-    quiet_libraries()
-    pipe = load(opened, threads=threads, engine=engine, correction=options.correction)
+    for needed in ("torch", "diffusers", "transformers"):
+        library(needed)
+    with quiet_libraries():
+        pipe = load(opened, threads=threads, engine=engine, correction=options.correction)
     pipe.set_progress_bar_config(disable=True)
     progress("load the pipeline", 1, 1)
     taken = inspect.signature(type(pipe).__call__).parameters

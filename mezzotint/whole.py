@@ -38,7 +38,6 @@ from .dry_run import plan_compile
 from .options import CompileOptions
 from .pipeline.card import pipeline_card
 from .pipeline.copies import copy_texts, written_index
-from .pipeline.loading import library
 from .pipeline.schedulers import sampler_for, scheduler_config, write_scheduler
 from .pipeline.source import PipelineSource, pipeline_source
 from .pipeline.watch import (
@@ -47,10 +46,10 @@ from .pipeline.watch import (
     check_pipeline_class,
     drawn,
     load_parts,
-    prompts_of,
     recorded,
 )
 from .progress import stage
+from .prompts.calls import library, prompt_arguments, quiet_libraries
 from .prompts.texts import DEFAULT_PROMPTS, held_out_prompts, read_prompts
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def compile_pipeline(
     with staged(target, force=options.output.force) as (out, work):
         inner = replace(options, output=replace(options.output, force=False))
         bundle = compile_with(source.path, work / "denoiser", inner, threads=threads, device=device, progress=progress)
-        with stage(progress, "load the pipeline"):
+        with stage(progress, "load the pipeline"), quiet_libraries():
             parts = load_parts(source, kind)
         with stage(progress, "draw for the components"):
             data, arguments = _data(parts, bundle, options)
@@ -184,7 +183,7 @@ def _data(
     ):
         generator = library("torch").Generator().manual_seed(offset.after(calibration.seed))
         pairs = [some[i : i + PAIR] for i in range(0, len(some), PAIR)]
-        calls = [{**prompts_of(parts.kind, pair, texts.negative), **seen.options} for pair in pairs]
+        calls = [{**prompt_arguments(parts.kind, pair, texts.negative), **seen.options} for pair in pairs]
         groups.append([drawn(parts, denoiser, call, steps, generator) for call in calls])
     words = f"latents of {len(prompts[:IMAGES_OF_VAE])} images, measured on {PAIR} others"
     for part in (DECODER, ENCODER):

@@ -21,11 +21,6 @@ def _with_sigmas(call: dict[str, Any], calls: Any) -> dict[str, Any]:
     return call if calls is None else {**call, "sigmas": [t / 1000 for t in calls]}
 
 
-def _with_timesteps(call: dict[str, Any], calls: Any) -> dict[str, Any]:
-    """Give LTX's pipeline, which takes no sigmas, the timesteps of the deployment."""
-    return call if calls is None else {**call, "timesteps": list(calls)}
-
-
 def _with_soft_masks(call: dict[str, Any], calls: Any) -> dict[str, Any]:
     """Give Chroma's pipeline its masks in the type in which it makes them."""
     return _with_sigmas({n: v.float() if "mask" in n else v for n, v in call.items()}, calls)
@@ -56,10 +51,13 @@ _IMAGE = {"height": SIDE, "width": SIDE}
 
 def _audio_parts(pipe: Any) -> None:
     """Give AudioLDM 2 what it reads of its autoencoder and its vocoder: spectrograms of 8 x 8 latents."""
+    import torch
+
     pipe.vae_scale_factor = 1
     pipe.vocoder = SimpleNamespace(config=SimpleNamespace(upsample_rates=[1], sampling_rate=8, model_in_dim=8))
     pipe.vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
-    pipe.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(model_type="t5"))
+    pipe.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(model_type="t5"), dtype=torch.float32)
+    pipe.language_model = SimpleNamespace(dtype=torch.float32)
 
 
 def _stable_audio_parts(pipe: Any) -> None:
@@ -294,7 +292,6 @@ TINY_PIPELINES: dict[str, TinyPipeline] = {
             _MASKED,
             {"height": 3 * 32, "width": 4 * 32, "num_frames": 9},
             answer="frames",
-            adapt=_with_timesteps,
         ),
     )
 }

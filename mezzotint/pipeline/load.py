@@ -8,7 +8,8 @@ from typing import Any
 from mezzotint.compiler.components.classes import DECODER, ENCODER
 from mezzotint.runtime.bundle.pipeline import COMPONENT_MODEL, PipelineFolder
 
-from .loading import assembled, library, pipeline_class, scheduler_from, text_part
+from ..prompts.calls import library
+from .loading import assembled, pipeline_class, scheduler_from, text_part
 from .source import pipeline_parts
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,10 @@ from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.folder_checks import check_loaded
 from mezzotint.runtime.errors import InputError, MezzotintError
 
+from ..prompts.calls import library
+
 WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "ImageProcessor", "ImageProcessorFast", "FeatureExtractor")
 """Ends of the names of classes that are copied: loading one of them reads texts and numbers only."""
-_INSTALL = "install the extra: pip install 'mezzotint[pipelines]'"
-
-
-def library(name: str) -> Any:
-    """Return diffusers, transformers or torch. Raises InputError where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise InputError(f"pipelines need {error.name}, which is not installed", hint=_INSTALL) from error
-
-
-def quiet_libraries() -> None:
-    """Let diffusers and transformers tell errors only, and draw no bars."""
-    diffusers, transformers = library("diffusers"), library("transformers")
-    for logging in (diffusers.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def pipeline_class(name: str, where: str, error: type[MezzotintError] = InputError) -> Any:
@@ -94,18 +78,6 @@ def weights_part(folder: Path, package: str, name: str) -> Any:
         ) from failure
     check_loaded(info, folder)
     return module.eval()
-
-
-def picture_sizes(pipe: Any, sides: Sequence[int]) -> dict[str, int]:
-    """Return the arguments for pictures whose latents have these sizes: `(height, width)`, behind frames in a video."""
-    scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
-    if not isinstance(scale, int) or len(sides) < len(("height", "width")):
-        return {}
-    found = {"height": sides[-2] * scale, "width": sides[-1] * scale}
-    frames = getattr(pipe, "vae_scale_factor_temporal", None)
-    if len(sides) > len(found) and isinstance(frames, int):
-        found["num_frames"] = (sides[0] - 1) * frames + 1
-    return found
 
 
 def assembled(kind: Any, parts: Mapping[str, Any], index: Mapping[str, Any], where: str) -> Any:

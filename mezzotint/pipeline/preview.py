@@ -10,7 +10,7 @@ import numpy as np
 from mezzotint.runtime.errors import InputError
 
 from ..io.images import check_image_file, check_place, save_picture
-from .loading import library
+from ..prompts.calls import library
 
 PACKED, IMAGES = 3, 4  # axes of latents: tokens of 2x2 patches, images
 

@@ -10,7 +10,7 @@ from mezzotint.compiler.bundle.card_code import SCHEDULERS
 from mezzotint.compiler.errors import ModelError
 from mezzotint.runtime.json_text import read_json
 
-from .loading import library
+from ..prompts.calls import library
 
 FILE = "scheduler_config.json"
 _MULTISTEP = "DPMSolverMultistepScheduler"

@@ -17,6 +17,7 @@ from mezzotint.runtime.bundle.pipeline import MODEL_INDEX
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.json_text import read_json
 
+from ..prompts.pipeline import index_entry
 from .loading import WITHOUT_WEIGHTS
 
 CLASS_NAME = "_class_name"
@@ -56,7 +57,7 @@ def is_whole_pipeline(model: object) -> bool:
     if not isinstance(model, (str, Path)) or not (Path(model) / MODEL_INDEX).is_file():
         return False
     index = _index(Path(model), ModelError)
-    return any(_entry(index.get(slot)) is not None for slot in _COMPONENTS)
+    return any(index_entry(index.get(slot)) is not None for slot in _COMPONENTS)
 
 
 def pipeline_source(folder: str | Path) -> PipelineSource:
@@ -67,7 +68,7 @@ def pipeline_source(folder: str | Path) -> PipelineSource:
     name = index.get(CLASS_NAME)
     if not isinstance(name, str):
         raise ModelError("the index of the pipeline names no class of diffusers", where=where, hint=_HINT)
-    denoisers = [slot for slot in DENOISERS if _entry(index.get(slot)) is not None]
+    denoisers = [slot for slot in DENOISERS if index_entry(index.get(slot)) is not None]
     if len(denoisers) != 1:
         words = " and ".join(denoisers) or "neither unet nor transformer"
         raise ModelError(f"a pipeline with {words} cannot be compiled", where=where, hint="compile one network alone")
@@ -75,7 +76,7 @@ def pipeline_source(folder: str | Path) -> PipelineSource:
     copied: list[str] = []
     left_out: dict[str, str] = {}
     for slot, value in index.items():
-        entry = _entry(value)
+        entry = index_entry(value)
         if entry is None or slot in (*DENOISERS, "scheduler"):
             continue
         library, class_name = entry
@@ -101,7 +102,7 @@ def pipeline_source(folder: str | Path) -> PipelineSource:
 
 def pipeline_parts(index: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (slot, class name) of every part of an index that is there, in its order."""
-    found = [(slot, _entry(value)) for slot, value in index.items()]
+    found = [(slot, index_entry(value)) for slot, value in index.items()]
     return [(slot, entry[1]) for slot, entry in found if entry is not None]
 
 
@@ -118,10 +119,3 @@ def _index(path: Path, error: type[MezzotintError]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise error("the index of the pipeline is no JSON object", where=str(path / MODEL_INDEX), hint=_HINT)
     return data
-
-
-def _entry(value: Any) -> tuple[str, str] | None:
-    """Return (library, class) of a part, None for one that is absent and for settings."""
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(word, str) for word in value):
-        return None
-    return value[0], value[1]

@@ -18,13 +18,11 @@ from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.streams import FIXED
 
+from ..prompts.calls import library, prompt_arguments, size_arguments
 from ..prompts.recorder import Recorded, recording_network
 from .loading import (
     assembled,
-    library,
-    picture_sizes,
     pipeline_class,
-    quiet_libraries,
     scheduler_from,
     text_part,
     weights_part,
@@ -34,7 +32,6 @@ from .source import PipelineSource, pipeline_parts
 Rows = dict[str, "np.ndarray[Any, Any]"]
 _ROWS = 4  # of one batch of prompts
 _FEWEST_ROWS = 2  # torch.export takes a batch of one row for a constant
-_PACKED_AXES = 2
 _STEPS = 2  # of the pipeline that shows its conditions
 
 
@@ -73,7 +70,6 @@ def check_pipeline_class(source: PipelineSource) -> Any:
 
 def load_parts(source: PipelineSource, kind: Any) -> PipelineParts:
     """Return the parts of a pipeline beside its denoiser, in float32. Raises ModelError."""
-    quiet_libraries()
     parts: dict[str, Any] = {}
     for slot, class_name in pipeline_parts(source.index):
         folder = source.path / slot
@@ -111,7 +107,7 @@ def recorded(
         rows = list(prompts[first : first + _ROWS])
         pipe = parts.with_denoiser(recording_network(name, config, len(rows), 1))
         options = _call_options(parts.kind, known, deployment, pipe)
-        arguments = {**prompts_of(parts.kind, rows, negative), **options, "num_inference_steps": _STEPS}
+        arguments = {**prompt_arguments(parts.kind, rows, negative), **options, "num_inference_steps": _STEPS}
         with watching(pipe, source.text_encoders) as watched, torch.no_grad(), suppress(Recorded):
             pipe(**arguments, output_type="latent", generator=torch.Generator().manual_seed(FIXED))
         for slot, found in watched.calls.items():
@@ -135,23 +131,12 @@ def drawn(
     }
 
 
-def prompts_of(kind: Any, prompts: Sequence[str], negative: str) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call for these prompts."""
-    takes = "negative_prompt" in inspect.signature(kind.__call__).parameters
-    return {"prompt": list(prompts), **({"negative_prompt": [negative] * len(prompts)} if takes else {})}
-
-
 def _call_options(kind: Any, known: NetworkInputs, deployment: Deployment, pipe: Any) -> dict[str, Any]:
     """Return the arguments that network and deployment decide, as far as the class has them."""
-    sides = [side for i, side in enumerate(known.shape) if i != known.channel_axis - 1]
-    if len(known.grid) == _PACKED_AXES:  # tokens of 2x2 latents
-        sides = [2 * side for side in known.grid]
-    # PixArt's pipelines would draw a size of their own, and scale the picture.
-    options: dict[str, Any] = {**picture_sizes(pipe, sides), "use_resolution_binning": False}
-    if "guidance" not in known.conditions:  # else it is an input of the network, and the pipeline has its usual value
-        options["guidance_scale"] = deployment.guidance
-    taken = inspect.signature(kind.__call__).parameters
-    return {name: value for name, value in options.items() if name in taken}
+    options = size_arguments(pipe, known)
+    if "guidance" not in known.conditions and "guidance_scale" in inspect.signature(kind.__call__).parameters:
+        options["guidance_scale"] = deployment.guidance  # else it is an input, and the pipeline has its usual value
+    return options
 
 
 def batches_of(rows: Rows, size: int = _ROWS) -> list[Rows]:

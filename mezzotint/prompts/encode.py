@@ -10,10 +10,8 @@ The two halves of guidance are distinguished by a run without guidance, whose ro
 from __future__ import annotations
 
 import gc
-import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,10 +21,10 @@ from mezzotint.compiler.errors import ConditionError
 from mezzotint.compiler.frontend.architectures.row import PROMPT, NetworkInputs, SampleSize
 from mezzotint.compiler.frontend.network_inputs import network_inputs
 from mezzotint.runtime.bundle.model_config import CLASS
-from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.streams import FIXED
 
+from .calls import library, prompt_arguments, quiet_libraries, size_arguments
 from .pipeline import PromptPipeline, json_object
 from .recorder import Recorded, recording_network
 from .texts import PromptTexts
@@ -34,7 +32,6 @@ from .texts import PromptTexts
 NamedRows = dict[str, npt.NDArray[Any]]
 _BATCH = 4  # prompts in one run of the encoders
 _GUIDED = 2.0  # any scale at which a pipeline computes both halves
-_FRAMES = ("num_frames", "frames")
 
 
 def encode_prompts(
@@ -50,18 +47,14 @@ def encode_prompts(
     `size` is that of the network's samples, None for the usual one. Raises ConditionError where the pipeline's files
     cannot be loaded, or where it has no unconditional half.
     """
-    for library in ("torch", "diffusers", "transformers"):
-        if importlib.util.find_spec(library) is None:
-            raise InputError(
-                f"prompts need {library}, which is not installed",
-                hint="install the extra, and transformers: pip install 'mezzotint[torch]' transformers",
-            )
+    for needed in ("torch", "diffusers", "transformers"):
+        library(needed)
     from mezzotint.runtime.diffusers.network_classes import NETWORK_CLASSES
 
     name = str(pipeline.config.get(CLASS))
     known = network_inputs(name, pipeline.config, size, {}, str(pipeline.folder / pipeline.slot))
     run = _Run(pipeline, name, known)
-    with _quiet():
+    with quiet_libraries():
         pipe = run.load()
         found: list[NamedRows] = []
         for start in range(0, len(texts.prompts), _BATCH):
@@ -138,7 +131,8 @@ class _Run:
         halves = 2 if guided else 1
         recorder = recording_network(self._name, self._pipeline.config, len(prompts), halves)
         setattr(pipe, self._pipeline.slot, recorder)
-        call = {**self._sizes(pipe), **self._guidance(guided), **self._texts(prompts, negative, guided)}
+        texts = prompt_arguments(self._kind, prompts, negative) if guided else {"prompt": list(prompts)}
+        call = {**size_arguments(pipe, self._known), **self._guidance(guided), **texts}
         try:
             with torch.no_grad():
                 pipe(
@@ -156,24 +150,10 @@ class _Run:
         parts = [part for call in recorder.calls for part in self._conditions(call, len(prompts))]
         return parts[:halves]
 
-    def _texts(self, prompts: Sequence[str], negative: str, guided: bool) -> dict[str, Any]:
-        takes = guided and "negative_prompt" in self._takes
-        return {"prompt": list(prompts), **({"negative_prompt": [negative] * len(prompts)} if takes else {})}
-
     def _guidance(self, guided: bool) -> dict[str, Any]:
         """Return the scale of both halves, or 1; the embedded guidance of Flux keeps the pipeline's usual value."""
         key = "true_cfg_scale" if "true_cfg_scale" in self._takes else "guidance_scale"
         return {key: _GUIDED if guided else 1.0}
-
-    def _sizes(self, pipe: Any) -> dict[str, Any]:
-        """Return height and width of the samples in pixels, where the conditions of an image may depend on them."""
-        options: dict[str, Any] = {"use_resolution_binning": False} if "use_resolution_binning" in self._takes else {}
-        scale = getattr(pipe, "vae_scale_factor", None)
-        if scale is None or any(key in self._takes for key in _FRAMES):
-            return options
-        known = self._known
-        sides = [2 * side for side in known.grid] if known.grid else list(known.shape[-2:])
-        return {**options, "height": sides[0] * scale, "width": sides[1] * scale}
 
     def _conditions(self, arguments: dict[str, Any], count: int) -> Iterator[NamedRows]:
         """Yield the rows of each half of a call: the network's conditions by name, in the types of its inputs."""
@@ -236,23 +216,3 @@ def _joined(batches: Sequence[NamedRows], known: NetworkInputs, pads: bool) -> N
 def _padded(array: npt.NDArray[Any], tokens: int) -> npt.NDArray[Any]:
     widths = [(0, 0), (0, max(tokens - array.shape[1], 0)), *[(0, 0)] * (array.ndim - 2)]
     return np.pad(array, widths)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the libraries say about parts that are left out, and their bars."""
-    import diffusers
-    import transformers
-
-    logs = [diffusers.logging, transformers.utils.logging]
-    levels = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, (level, bars) in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-            if bars:
-                log.enable_progress_bar()

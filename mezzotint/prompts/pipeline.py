@@ -14,10 +14,11 @@ from typing import Any
 
 from mezzotint.compiler.errors import ConditionError
 from mezzotint.runtime.bundle.bundle import file_sha256
+from mezzotint.runtime.bundle.layout import DENOISERS
 from mezzotint.runtime.bundle.model_config import CLASS
+from mezzotint.runtime.bundle.pipeline import MODEL_INDEX
 from mezzotint.runtime.json_text import read_json, read_text
 
-INDEX = "model_index.json"
 PROMPT_PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
@@ -33,7 +34,6 @@ PROMPT_PIPELINES = (
     "CogVideoXPipeline",
 )
 """Pipelines whose prompts alone decide the conditions of their network."""
-_SLOTS = ("unet", "transformer")
 _TEXT = ("tokenizer", "text_encoder")
 _LIBRARIES = ("diffusers", "transformers")
 _GIVE = "give arrays instead: --conditions FILE.npz"
@@ -62,15 +62,15 @@ class PromptPipeline:
 
 def prompt_pipeline(folder: Path) -> PromptPipeline:
     """Return the pipeline of a folder, or of the folder around it. Raises ConditionError for one without encoders."""
-    path = next((one for one in (folder, folder.parent) if (one / INDEX).is_file()), None)
+    path = next((one for one in (folder, folder.parent) if (one / MODEL_INDEX).is_file()), None)
     if path is None:
         raise ConditionError(
-            f"prompts need the folder of a pipeline, with {INDEX}, tokenizers and text encoders",
+            f"prompts need the folder of a pipeline, with {MODEL_INDEX}, tokenizers and text encoders",
             where=str(folder),
             hint=_GIVE,
         )
-    where = str(path / INDEX)
-    index = json_object(path / INDEX, "the index of the pipeline")
+    where = str(path / MODEL_INDEX)
+    index = json_object(path / MODEL_INDEX, "the index of the pipeline")
     name = index.get(CLASS)
     if name not in PROMPT_PIPELINES:
         raise ConditionError(
@@ -79,10 +79,10 @@ def prompt_pipeline(folder: Path) -> PromptPipeline:
             where=where,
             hint=_GIVE,
         )
-    parts = {slot: value for slot, value in index.items() if _is_part(value)}
-    slot = next((slot for slot in _SLOTS if slot in parts), None)
+    parts = {slot: entry for slot, value in index.items() if (entry := index_entry(value)) is not None}
+    slot = next((slot for slot in DENOISERS if slot in parts), None)
     if slot is None:
-        raise ConditionError(f"the pipeline has no {' or '.join(_SLOTS)}", where=where, hint=_DOWNLOAD)
+        raise ConditionError(f"the pipeline has no {' or '.join(DENOISERS)}", where=where, hint=_DOWNLOAD)
     encoders = tuple(part for part in parts if part.startswith(_TEXT))
     for kind in _TEXT:
         if not any(part.startswith(kind) for part in encoders):
@@ -94,13 +94,16 @@ def prompt_pipeline(folder: Path) -> PromptPipeline:
     return PromptPipeline(path, str(name), slot, config, encoders, others)
 
 
-def _is_part(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+def index_entry(value: Any) -> tuple[str, str] | None:
+    """Return (library, class) of a part in the index, None for one that is absent and for settings."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(word, str) for word in value):
+        return None
+    return value[0], value[1]
 
 
-def _check_part(folder: Path, slot: str, value: list[str]) -> None:
+def _check_part(folder: Path, slot: str, entry: tuple[str, str]) -> None:
     """Raise ConditionError for a part that is missing, or that brings code of its own."""
-    library, name = value
+    library, name = entry
     if library not in _LIBRARIES:
         raise ConditionError(
             f"the pipeline's {slot} is {library[:100]}.{name[:100]}, and only classes of diffusers and transformers "
