@@ -22,6 +22,8 @@ def plan_compile(model: str, output: Path, options: CompileOptions, device: str 
         "calibration_batch": options.calibration.batch,
         "seed": options.calibration.seed,
         "size": options.roles.size,
+        "prompts": None if options.calibration.prompts is None else str(options.calibration.prompts),
+        "negative": options.calibration.negative,
     }
     return {
         "model": _named(source),

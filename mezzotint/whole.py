@@ -50,7 +50,7 @@ from .pipeline.watch import (
 )
 from .progress import stage
 from .prompts.calls import library, prompt_arguments, quiet_libraries
-from .prompts.texts import DEFAULT_PROMPTS, held_out_prompts, read_prompts
+from .prompts.texts import DEFAULT_PROMPTS, PromptTexts, held_out_prompts, read_prompts
 
 if TYPE_CHECKING:
     from mezzotint.runtime.bundle.bundle import Bundle
@@ -99,6 +99,7 @@ def compile_pipeline(
     source = pipeline_source(folder)
     kind = check_pipeline_class(source)
     options = _with_prompts(_with_sampler(options or CompileOptions(), source))
+    texts = _texts(options)
     check_target(target, force=options.output.force)
     with staged(target, force=options.output.force) as (out, work):
         inner = replace(options, output=replace(options.output, force=False))
@@ -106,7 +107,7 @@ def compile_pipeline(
         with stage(progress, "load the pipeline"), quiet_libraries():
             parts = load_parts(source, kind)
         with stage(progress, "draw for the components"):
-            data, arguments = _data(parts, bundle, options)
+            data, arguments = _data(parts, bundle, texts, options)
         entries: dict[str, ComponentEntry] = {}
         for slot, row in source.components.items():
             for part in parts_of(slot, row):
@@ -158,15 +159,22 @@ def _with_prompts(options: CompileOptions) -> CompileOptions:
     return replace(options, calibration=replace(calibration, prompts=DEFAULT_PROMPTS))
 
 
+def _texts(options: CompileOptions) -> PromptTexts:
+    """Return the prompts that components are calibrated on: none that they are measured on. Raises ConditionError."""
+    calibration, held_out = options.calibration, held_out_prompts()
+    texts = read_prompts(calibration.prompts or DEFAULT_PROMPTS, calibration.negative)
+    return replace(texts, prompts=tuple(p for p in texts.prompts if p not in held_out)).first(calibration.samples)
+
+
 def _data(
-    parts: PipelineParts, bundle: Bundle, options: CompileOptions
+    parts: PipelineParts, bundle: Bundle, texts: PromptTexts, options: CompileOptions
 ) -> tuple[dict[str, ComponentData], Mapping[str, Any]]:
     """Return the data of each component by its folder, prompts and latents that the bundle draws; and the arguments of
     the pipeline's call beside the prompts."""
-    calibration, size = options.calibration, options.roles.size
-    texts, held_out = read_prompts(calibration.prompts or DEFAULT_PROMPTS, calibration.negative), held_out_prompts()
-    prompts = [prompt for prompt in texts.prompts if prompt not in held_out][: calibration.samples]
-    seen, others = (recorded(parts, some, texts.negative, bundle.deployment, size) for some in (prompts, held_out))
+    size, held_out = options.roles.size, held_out_prompts()
+    seen, others = (
+        recorded(parts, some, texts.negative, bundle.deployment, size) for some in (texts.prompts, held_out)
+    )
     found = {
         slot: ComponentData(
             batches_of(rows),
@@ -178,14 +186,14 @@ def _data(
     denoiser, steps = stand_in(bundle), bundle.deployment.steps
     groups: list[list[dict[str, Any]]] = []
     for some, offset in (
-        (prompts[:IMAGES_OF_VAE], SeedOffset.COMPONENTS),
+        (texts.prompts[:IMAGES_OF_VAE], SeedOffset.COMPONENTS),
         (held_out[:PAIR], SeedOffset.COMPONENTS_HELD_OUT),
     ):
-        generator = library("torch").Generator().manual_seed(offset.after(calibration.seed))
+        generator = library("torch").Generator().manual_seed(offset.after(options.calibration.seed))
         pairs = [some[i : i + PAIR] for i in range(0, len(some), PAIR)]
         calls = [{**prompt_arguments(parts.kind, pair, texts.negative), **seen.options} for pair in pairs]
         groups.append([drawn(parts, denoiser, call, steps, generator) for call in calls])
-    words = f"latents of {len(prompts[:IMAGES_OF_VAE])} images, measured on {PAIR} others"
+    words = f"latents of {len(texts.prompts[:IMAGES_OF_VAE])} images, measured on {PAIR} others"
     for part in (DECODER, ENCODER):
         own, unseen = ([batch for one in group for batch in batches_of(one[part])] for group in groups)
         found[part] = ComponentData(own, unseen, words)

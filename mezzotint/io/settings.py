@@ -160,4 +160,6 @@ def load_conditions(path: Path) -> dict[str, npt.NDArray[Any]]:
             return {match[1]: np.array([int(n) for n in numbers], np.int64)}
         except (ValueError, OverflowError):
             return {match[1]: np.array([float(n) for n in numbers], np.float32)}
-    return read_npz(path, "the conditions", ConditionError, hint="write them with numpy.savez(FILE, name=array)")
+    return read_npz(
+        path, "the conditions", ConditionError, hint="write them with numpy.savez(FILE, name=array), or give NAME=1,2,3"
+    )

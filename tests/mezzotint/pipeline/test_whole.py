@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from PIL import Image
 
 from mezzotint import open_bundle
 from mezzotint.compiler.bundle.staging import foreign_part
-from mezzotint.compiler.errors import ModelError, OutputError
+from mezzotint.compiler.errors import ConditionError, ModelError, OutputError
 from mezzotint.diffusers import load
+from mezzotint.options import CalibrationOptions
 from mezzotint.pipeline.schedulers import sampler_for, scheduler_config
 from mezzotint.pipeline.source import is_whole_pipeline, pipeline_source
+from mezzotint.prompts.texts import held_out_prompts
 from mezzotint.runtime.bundle.pipeline import open_pipeline
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.errors import BundleError, InputError
@@ -198,3 +201,12 @@ def test_the_page_of_models_has_what_whole_pipelines_showed() -> None:
         assert max(found["latents"], found["pictures"]) <= EXACT, name
         assert found["int8_db"] > LEAST_DB and found["components_db"] > LEAST_DB, name
         assert found["integer"] > found["float"] and found["sample"], name
+
+
+def test_prompts_that_components_are_measured_on_are_not_calibrated_on(whole: Whole, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(held_out_prompts()))
+    asked = replace(options("w8a8"), calibration=CalibrationOptions(samples=4, batch=4, prompts=file))
+    with pytest.raises(ConditionError, match="there are no prompts"):
+        compile_pipeline(whole.source, tmp_path / "out", asked)
+    assert not (tmp_path / "out").exists()
