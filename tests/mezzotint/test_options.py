@@ -86,7 +86,7 @@ def test_export_has_the_options_of_the_function() -> None:
 
 def test_sample_has_the_options_of_the_functions() -> None:
     command = command_names(app.sample, {"format_": "format", "output": "folder"})
-    command -= {"prompt", "negative"}  # of a compiled pipeline, which mezzotint.diffusers.load opens
+    command -= {"prompt", "negative", "preview"}  # of a compiled pipeline, which mezzotint.diffusers.load opens
 
     engine = {"provider", "provider_option", "precision"}  # a value in Python, which a bundle is put on
 
