@@ -7,6 +7,7 @@ torch takes some seconds, so each is compiled once in a session.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ import pytest
 import typer.main
 from onnx import TensorProto, helper, numpy_helper
 
-from mezzotint import Bundle, compile_model
+from mezzotint import Bundle, compile_model, export_model
 from mezzotint.cli.app import app
+from mezzotint.io.sources import DIGITS
 from mezzotint.text import console
 
 if TYPE_CHECKING:
@@ -203,6 +205,15 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     folder = tmp_path_factory.mktemp("hand")
     source = write(hand_written(), folder / "hand.onnx")
     return Compiled(None, source, compile_model(source, folder / "bundle", recipe="w8a8", **SMALL))
+
+
+@pytest.fixture(scope="session")
+def exported_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded digits, a diffusers folder whose network is an ONNX file: exporting it takes many seconds."""
+    folder = tmp_path_factory.mktemp("exported") / "digits"
+    shutil.copytree(DIGITS, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    export_model("digits", folder / "unet" / "model.onnx")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -85,9 +85,10 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def digits(exported_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """In float: rounding to 8 bits would turn the last bit of a latent into a step of a quantizer."""
-    return compile_model("digits", tmp_path_factory.mktemp("digits") / "bundle", recipe="float", **OPTIONS)
+    folder = tmp_path_factory.mktemp("digits") / "bundle"
+    return compile_model(exported_digits, folder, recipe="float", size=(32, 32), **OPTIONS)
 
 
 def with_bundle(pipe: Any, bundle: Bundle) -> Any:

@@ -82,10 +82,10 @@ def run(program: str, folder: Path, **given: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def digits(exported_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded model, in few steps."""
-    options: dict[str, Any] = {**SMALL, "scheduler": None, "steps": 2}
-    return compile_model("digits", tmp_path_factory.mktemp("digits") / "b", recipe="w8a8", **options)
+    options: dict[str, Any] = {**SMALL, "scheduler": None, "steps": 2, "size": (32, 32)}
+    return compile_model(exported_digits, tmp_path_factory.mktemp("digits") / "b", recipe="w8a8", **options)
 
 
 @pytest.fixture(scope="module")

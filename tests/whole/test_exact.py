@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mezzotint import export_model
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Pass
@@ -73,8 +72,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     deployed: dict[str, Any] = {"schedule": schedule, "deployment": Deployment.of(schedule, "ddim", 2)}
     conditions: dict[str, Any] = {}
     if name == "digits":
-        export_model("digits", folder / "digits.onnx")
-        program = import_onnx(folder / "digits.onnx", folder, **deployed, size=(32, 32))
+        exported = request.getfixturevalue("exported_digits") / "unet" / "model.onnx"
+        program = import_onnx(exported, folder, **deployed, size=(32, 32))
     elif name == "conditional":
         compiled: Compiled = request.getfixturevalue("conditional")
         program = import_onnx(compiled.exported, folder, **deployed, size=(8, 8))

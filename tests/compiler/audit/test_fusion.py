@@ -96,11 +96,11 @@ def remove_quantizer_behind(model: Path, operation: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def digits(exported_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """The embedded model, lowered as `qdq`."""
-    folder = tmp_path_factory.mktemp("digits")
-    exported = folder / "float.onnx"
-    return Compiled(None, exported, compile_model("digits", folder / "b", recipe="w8a8", export=exported, **QUICK))
+    exported = exported_digits / "unet" / "model.onnx"
+    folder = tmp_path_factory.mktemp("digits") / "b"
+    return Compiled(None, exported, compile_model(exported, folder, recipe="w8a8", size=(32, 32), **QUICK))
 
 
 @pytest.mark.parametrize("model", ["digits", "conditional", "unet"])

@@ -31,7 +31,6 @@ from PIL import Image
 
 from mezzotint import compile_model
 from mezzotint.diffusers import attach, correct, stand_in
-from mezzotint.io.sources import DIGITS
 from mezzotint.runtime.bundle.bundle import CORRECTION, SCHEDULER, Bundle
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.errors import InputError, InterpolatedCorrection, ScheduleError, TimestepNotDeployed
@@ -716,9 +715,12 @@ def pair(model: Any, folder: Path, config: Any, **given: Any) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    config = json.loads((DIGITS / "unet" / "config.json").read_text())
-    return pair("digits", tmp_path_factory.mktemp("digits"), config, eta=1.0)
+def digits(exported_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("digits")
+    given: dict[str, Any] = {"size": (32, 32), "eta": 1.0, **SMALL}
+    settings = {"fit_noise.gate": False}
+    bundle = compile_model(exported_digits, folder / "bundle", recipe="d2-dpm", settings=settings, **given)
+    return Pair(bundle, compile_model(exported_digits, folder / "exact", recipe="float", **given))
 
 
 def with_tables(bundle: Bundle, deployment: Deployment, schedule: Schedule | None = None) -> Bundle:
