@@ -1,10 +1,10 @@
-"""Writes the pages of docs/ that come from the code: recipes, passes, commands and modules.
+"""Writes the pages of docs/ that come from the code: recipes, passes, commands, modules and systems.
 
     python -m tools.docs            write them
     python -m tools.docs --check    exit code 1 when a page differs from the code, or has no source any more
 
-A test runs the check, so a docstring and its page stay equal. The figures on the pages of recipes are those of
-docs/leaderboard.md.
+A test runs the check, so a docstring and its page stay equal. The figures on the pages of recipes and
+systems are those of the leaderboards.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mezzotint.compiler.core.pipeline import Pass, Recipe
 from mezzotint.passes.recipes.catalog import DEFAULT, RECIPES
 from mezzotint.passes.recipes.files import make_pass, pass_names, to_yaml
 from tools.rooms import purpose, room_of, sources
+from tools.systems_page import systems_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOPS = ("mezzotint", "passes", "compiler", "runtime", "tools")
@@ -45,6 +46,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "passes/README.md", pass_index()
     yield "commands.md", commands()
     yield "modules.md", modules()
+    yield "systems.md", systems_page(DOCS, GENERATED)
 
 
 def recipe_page(recipe: Recipe, figures: dict[str, list[str]], columns: list[str]) -> str:
