@@ -47,6 +47,7 @@ from .prepared import calibration_rows, prepare, prepare_model, with_prompts
 
 if TYPE_CHECKING:
     from mezzotint.runtime.engine import Engine
+    from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 
     from .io.sources import Model
     from .options import ConditionSource, LoraSource
@@ -72,6 +73,7 @@ def compile_model(
     unconditional: ConditionSource = None,
     prompts: str | Path | None = None,
     negative: str | None = None,
+    condition_network: ConditionNetwork | None = None,
     seed: int = 0,
     threads: int | None = None,
     device: str = CPU,
@@ -104,10 +106,12 @@ def compile_model(
     `steps`, `eta` and `guidance` are the deployment: tables hold the timesteps that it calls.
     `conditions` is a mapping of arrays `[rows, ...]`, an .npz file, or "random", and so is `unconditional`, the rows of
     the empty prompt or of the null class, which guidance needs. In their place `prompts`, a text file or "default", and
-    `negative` are encoded by the pipeline's own encoders. `inputs`, `output_name` and `prediction` name the roles of an
-    ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open, or the sizes of
-    another sample beside its batch and channels. `timestep_unit` says what its timestep counts: "steps", "fraction"
-    (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many channels are the image's; `channel_axis` is theirs.
+    `negative` are encoded by the pipeline's own encoders. `condition_network` computes conditions that change from call
+    to call, as those of a ControlNet (runtime/sampling/condition_network.py). `inputs`, `output_name` and `prediction`
+    name the roles of an ONNX file that cannot be inferred; `size` is (height, width) where the file leaves them open,
+    or the sizes of another sample beside its batch and channels. `timestep_unit` says what its timestep counts:
+    "steps", "fraction" (0 to 1) or "reversed_fraction" (1 to 0); `channels` how many channels are the image's;
+    `channel_axis` is theirs.
     `loras` are safetensors files, or pairs of a file and a weight, which are fused into a diffusers model's weights;
     `variant` says which weights of a folder are read, as "fp16", where it has several. `config` is a diffusers folder
     with the configuration of a checkpoint of one file (.safetensors).
@@ -125,7 +129,15 @@ def compile_model(
         RecipeOptions(recipe, settings or {}, target),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
         CalibrationOptions(
-            calibration_samples, calibration_batch, conditions, unconditional, seed, cache, prompts, negative
+            calibration_samples,
+            calibration_batch,
+            conditions,
+            unconditional,
+            seed,
+            cache,
+            prompts,
+            negative,
+            condition_network,
         ),
         ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels, channel_axis),
         OutputOptions(dump_passes, export, license, force),
@@ -168,6 +180,7 @@ def compile_with(
             unconditional=unconditional,
             progress=progress,
             cache=calibration.cache_folder,
+            condition_network=calibration.condition_network,
         )
         check_conditions(program, context)
         require_finite(program, context)

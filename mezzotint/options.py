@@ -17,6 +17,7 @@ from mezzotint.runtime.targets import ONNXRUNTIME, TARGETS, target_named
 
 if TYPE_CHECKING:
     from mezzotint.compiler.core.pipeline import Recipe
+    from mezzotint.runtime.sampling.condition_network import ConditionNetwork
     from mezzotint.runtime.sampling.deployment import Deployment
     from mezzotint.runtime.sampling.guidance import Conditions
     from mezzotint.runtime.sampling.schedule import Schedule
@@ -95,7 +96,8 @@ def check_prompt_options(prompts: object, negative: str | None, conditions: obje
 class CalibrationOptions:
     """The data of the calibration, and the folder that keeps its statistics. Raises ConditionError for no data.
 
-    `prompts` (a text file, or "default") and `negative` make the conditions, instead of arrays.
+    `prompts` (a text file, or "default") and `negative` make the conditions, instead of arrays. `condition_network`
+    computes conditions that change from call to call, from rows among these and its own.
     """
 
     samples: int = 32
@@ -106,6 +108,7 @@ class CalibrationOptions:
     cache: str | Path | None = None
     prompts: str | Path | None = None
     negative: str | None = None
+    condition_network: ConditionNetwork | None = None
 
     @property
     def cache_folder(self) -> Path | None:

@@ -28,6 +28,7 @@ from mezzotint.runtime.bundle.manifest_entries import Calibration
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.errors import CompileWarning
 from mezzotint.runtime.progress import Progress
+from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions, null_rows
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
@@ -68,13 +69,14 @@ class PreparedModel:
 @dataclass(frozen=True, eq=False)
 class Prepared(PreparedModel):
     """A compilation that can begin. `conditions` and `unconditional` are None where random ones are asked for, and
-    where `prompts` will be encoded."""
+    where `prompts` will be encoded. `condition_network` computes conditions that have no rows."""
 
     recipe: Recipe
     conditions: Conditions | None
     unconditional: Conditions | None
     prompts: PromptPlan | None = None
     prompt_facts: Mapping[str, Any] | None = None
+    condition_network: ConditionNetwork | None = None
 
     def entry(self, calibration: CalibrationOptions) -> Calibration:
         """Return the entry of the manifest."""
@@ -96,9 +98,11 @@ def prepare(model: Model, target: Path, options: CompileOptions, device: str = C
     plan = _prompt_plan(source, options.calibration)
     if plan is not None:
         conditions = unconditional = None
-    found, rows = _settled(source, deployment, options.roles, conditions, unconditional, options.calibration.samples)
+    samples, computing = options.calibration.samples, options.calibration.condition_network
+    found, rows = _settled(source, deployment, options.roles, conditions, unconditional, samples, computing)
     facts = {field.name: getattr(found, field.name) for field in fields(found)}
-    return Prepared(recipe=recipe, conditions=rows[0], unconditional=rows[1], prompts=plan, **facts)
+    facts |= {"prompts": plan, "condition_network": computing}
+    return Prepared(recipe=recipe, conditions=rows[0], unconditional=rows[1], **facts)
 
 
 def _prompt_plan(source: ModelSource, calibration: CalibrationOptions) -> PromptPlan | None:
@@ -124,7 +128,7 @@ def with_prompts(prepared: Prepared, cache: Path | None, progress: Progress) -> 
         prepared.prompts, guided=deployment.guided, size=prepared.roles.size, cache=cache, progress=progress
     )
     both = rows.conditions, rows.unconditional
-    found, settled = _settled(prepared.source, deployment, prepared.roles, *both, 1)
+    found, settled = _settled(prepared.source, deployment, prepared.roles, *both, 1, prepared.condition_network)
     facts = {field.name: getattr(found, field.name) for field in fields(found)}
     facts |= {"conditions": settled[0], "unconditional": settled[1]}
     return replace(prepared, prompts=None, prompt_facts=rows.facts, **facts)
@@ -165,13 +169,15 @@ def _settled(
     conditions: Conditions | None,
     unconditional: Conditions | None,
     samples: int,
+    computing: ConditionNetwork | None = None,
 ) -> tuple[PreparedModel, tuple[Conditions | None, Conditions | None]]:
     """Return what the import will find, and the rows of conditions with those of class labels that were left out.
 
     Conditions that are None are not checked.
     """
-    sizes = {
+    sizes: dict[str, tuple[int, ...]] = {
         **pipeline_sizes(source),
+        **dict.fromkeys(() if computing is None else computing.outputs, ()),  # the network has them as inputs
         **{name: rows.shape[1:] for name, rows in (conditions or {}).items() if rows.ndim > 1},
     }
     if isinstance(source, OnnxSource):
@@ -188,15 +194,16 @@ def _settled(
         named = {}
     if conditions is not None:
         known = {**spread_labels(signature, samples), **usual_guidance(signature, network_config(source))}
-        conditions = {**known, **conditions}
+        conditions = {**known, **({} if computing is None else computing.rows), **conditions}
     if unconditional == {} and deployment.guided:
         unconditional = null_rows(signature)
     found = PreparedModel(source, deployment, roles, signature, shape, sizes, named)
     check_rows(
         inputs,
         deployment,
-        _random(found, inputs, 1, 0) if conditions is None else conditions,
-        _random_null(found, inputs, 0) if unconditional is None else unconditional,
+        _random(found, inputs, 1, 0, computing) if conditions is None else conditions,
+        _random_null(found, inputs, 0, computing) if unconditional is None else unconditional,
+        computing,
     )
     return found, (conditions, unconditional)
 
@@ -205,22 +212,36 @@ def calibration_rows(
     prepared: Prepared, inputs: Mapping[str, ir.Value], calibration: CalibrationOptions
 ) -> list[Conditions]:
     """Return (conditions, unconditional) for the inputs of the imported model, random where they were asked for."""
-    samples, seed = calibration.samples, calibration.seed
+    samples, seed, computing = calibration.samples, calibration.seed, prepared.condition_network
     rows, without = prepared.conditions, prepared.unconditional
+    null_seed = SeedOffset.UNCONDITIONAL.after(seed)
     return [
-        _random(prepared, inputs, samples, seed) if rows is None else rows,
-        _random_null(prepared, inputs, SeedOffset.UNCONDITIONAL.after(seed)) if without is None else without,
+        _random(prepared, inputs, samples, seed, computing) if rows is None else rows,
+        _random_null(prepared, inputs, null_seed, computing) if without is None else without,
     ]
 
 
-def _random(found: PreparedModel, inputs: Mapping[str, ir.Value], rows: int, seed: int) -> Conditions:
+def _given(inputs: Mapping[str, ir.Value], computing: ConditionNetwork | None) -> Mapping[str, ir.Value]:
+    """Return the inputs that no network computes."""
+    computed = () if computing is None else computing.outputs
+    return {name: value for name, value in inputs.items() if name not in computed}
+
+
+def _random(
+    found: PreparedModel, inputs: Mapping[str, ir.Value], rows: int, seed: int, computing: ConditionNetwork | None
+) -> Conditions:
     """Return random rows of conditions; class labels, where they are known, are evenly spaced."""
+    inputs = _given(inputs, computing)
     known = {**spread_labels(found.signature, rows), **usual_guidance(found.signature, network_config(found.source))}
-    return random_rows(inputs, found.shape, rows, seed, found.named, known)
+    drawn = random_rows(inputs, found.shape, rows, seed, found.named, known)
+    return drawn if computing is None else {**drawn, **computing.rows}
 
 
-def _random_null(found: PreparedModel, inputs: Mapping[str, ir.Value], seed: int) -> Conditions:
+def _random_null(
+    found: PreparedModel, inputs: Mapping[str, ir.Value], seed: int, computing: ConditionNetwork | None
+) -> Conditions:
     """Return a random row of the unconditional half; that of class labels, where they are known, is no class."""
+    inputs = _given(inputs, computing)
     known = {**null_rows(found.signature), **usual_guidance(found.signature, network_config(found.source))}
     return random_rows(inputs, found.shape, 1, seed, found.named, known)
 

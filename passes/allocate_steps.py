@@ -41,6 +41,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import consumers, is_op, name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.runtime.arrays import Doubles
+from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images, Timestep
@@ -245,8 +246,9 @@ def _shapes(program: Program, context: Context, names: list[str]) -> dict[str, t
     rows = program.fixed_batch or 1
     with Executor(program.model, context.folder, taps=names, threads=context.threads) as executor:
         x = np.zeros((rows, *program.shape), np.float32)
-        conditions = context.condition_rows(0, rows)
-        outputs = executor.call(program.signature, x, program.deployment.timesteps[0], conditions)
+        t = program.deployment.timesteps[0]
+        conditions = call_conditions(context.condition_network, x, t, context.condition_rows(0, rows))
+        outputs = executor.call(program.signature, x, t, conditions)
     return {name: outputs[name].shape for name in names}
 
 

@@ -42,6 +42,7 @@ from mezzotint.compiler.graph.nodes import (
     replace_value,
 )
 from mezzotint.compiler.graph.require import producer
+from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
 
@@ -90,7 +91,7 @@ def _queries(program: Program, context: Context, found: Sequence[Attention]) -> 
         x, t = np.zeros((batch, *program.shape), np.float32), program.deployment.timesteps[0]
         with Executor(program.model, context.folder, taps=unknown, threads=context.threads, only_taps=True) as executor:
             given = _zeros(program, batch) | context.condition_rows(0, batch)
-            values = executor.call(program.signature, x, t, given)
+            values = executor.call(program.signature, x, t, call_conditions(context.condition_network, x, t, given))
         measured = {name: values[name].shape[1] for name in unknown}
     return {name: measured[name] if size is None else size[0] for name, size in sizes.items()}
 

@@ -23,13 +23,21 @@ from mezzotint.runtime.compare import PEAK, StepSQNR, json_db, psnr_db
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.latency import paired_latencies
 from mezzotint.runtime.sampling import samplers
+from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Predict, Timestep
 from mezzotint.runtime.streams import SeedOffset
 
 from ..audit.suggestions import best_recipe, islands_option
-from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, guided_output, require_same_channels
+from ..calibration.calibrate import (
+    batch_conditions,
+    batch_spans,
+    both_halves,
+    guided_output,
+    network_call,
+    require_same_channels,
+)
 from ..core.execute import Executor
 from ..core.pipeline import Context, Recipe
 from ..core.program import Program
@@ -83,6 +91,7 @@ def accept(
     fresh = replace(context, seed=seed, samples=effort.images, batch=effort.images)
     _, rows = batch_spans(program, fresh)[0]
     conditions = batch_conditions(program, context, context.samples, rows)
+    computing = context.condition_network
     x = samplers.initial_noise(seed, (rows, *program.shape))
     with Executor(imported.model, context.folder, threads=context.threads) as executor:
         with _runs(file):
@@ -90,10 +99,10 @@ def accept(
 
         def compiled(x: Images, t: Timestep) -> Images:
             with _runs(file):
-                return network(x, t, **conditions)
+                return network(x, t, **call_conditions(computing, x, t, conditions))
 
         def floating(x: Images, t: Timestep) -> Images:
-            outputs = executor.call(imported.signature, x, t, conditions)
+            outputs = executor.call(imported.signature, x, t, call_conditions(computing, x, t, conditions))
             return np.asarray(outputs[imported.signature.output], np.float32)
 
         exact, mine = _Network(floating, program, FLOAT_MODEL), _Network(compiled, program, "the compiled file")
@@ -235,7 +244,8 @@ def _worst_layers(
         x = x[:1]
 
     def predict(network: Callable[..., Images]) -> Images:
-        return guided_output(program, network(both_halves(program, x), t, **conditions))
+        seen, _, fed = network_call(program, context, x, t, conditions)
+        return guided_output(program, network(seen, t, **fed))
 
     call = float_call_seconds(program) * len(x)
     return worst_layers(program, file, recipe, context, predict, (index, t), limits.seconds / call if call else 1e6)

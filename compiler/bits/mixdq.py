@@ -28,7 +28,7 @@ from mezzotint.runtime.sampling.solvers import ddim
 from mezzotint.runtime.sampling.steps import Solver, Step
 from mezzotint.runtime.signature import CHANNELS_FIRST, Images, Timestep
 
-from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, guided_output
+from ..calibration.calibrate import batch_conditions, batch_spans, guided_output, network_call
 from ..core.execute import Feeds
 from ..core.pipeline import Context
 from ..core.program import Program
@@ -66,8 +66,8 @@ class ShortTrajectories:
             conditions = batch_conditions(self.program, few, first, rows)
 
             def call(x: Images, t: Timestep, conditions: Conditions = conditions) -> Images:
-                seen = both_halves(self.program, x)
-                output = simulator.output(seen, t, conditions, fed(calls[t]) if fed else None)
+                call = network_call(self.program, few, x, t, conditions)
+                output = simulator.output(*call, fed(calls[t]) if fed else None)
                 return guided_output(self.program, output)
 
             x = initial_noise(few.seed, (rows, *self.program.shape), first=first)

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mezzotint.runtime.sampling.condition_network import call_conditions
+
 from ..core.execute import Executor
 from ..core.formats import Format
 from ..core.pipeline import Context
@@ -124,7 +126,9 @@ def with_macs(units: Sequence[Unit], program: Program, context: Context) -> list
     rows = program.fixed_batch or 1
     with Executor(model, context.folder, taps=list(shapes.values()), threads=context.threads) as executor:
         x = np.zeros((rows, *program.shape), np.float32)
-        seen = executor.call(program.signature, x, program.deployment.timesteps[0], context.condition_rows(0, rows))
+        t = program.deployment.timesteps[0]
+        conditions = call_conditions(context.condition_network, x, t, context.condition_rows(0, rows))
+        seen = executor.call(program.signature, x, t, conditions)
 
     def macs(layer: Layer) -> int:
         out, given = ([int(n) for n in seen[shapes[layer.name, end]]] for end in (True, False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mezzotint.runtime.sampling import samplers
+from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.guidance import Conditions, combine, doubled, doubled_conditions, rows_in_turn
 from mezzotint.runtime.sampling.steps import State
@@ -44,7 +45,7 @@ def follow_trajectories(
 
         def call(x: Images, t: Timestep, conditions: Conditions = conditions) -> Images:
             nonlocal calls
-            output = denoiser(both_halves(program, x), t, conditions)
+            output = denoiser(*network_call(program, context, x, t, conditions))
             calls += 1
             context.progress(stage, calls, total)
             return guided_output(program, output)
@@ -71,11 +72,22 @@ def batch_spans(program: Program, context: Context) -> list[tuple[int, int]]:
 
 
 def batch_conditions(program: Program, context: Context, first: int, rows: int) -> Conditions:
-    """Return the conditions of one call for these samples, under guidance with the unconditional rows before them."""
+    """Return the rows of conditions for these samples, under guidance with the unconditional rows before them."""
     conditions = context.condition_rows(first, rows)
     if not program.deployment.guided:
         return conditions
     return doubled_conditions(conditions, rows_in_turn(context.unconditional, first, rows))
+
+
+def network_call(
+    program: Program, context: Context, x: Images, t: Timestep, rows: Conditions
+) -> tuple[Images, Timestep, Conditions]:
+    """Return what the network is called with for x of the sampler: (both halves under guidance, timestep, conditions).
+
+    `rows` are those of `batch_conditions`; conditions that another network computes are computed here.
+    """
+    seen = both_halves(program, x)
+    return seen, t, call_conditions(context.condition_network, seen, t, rows)
 
 
 def both_halves(program: Program, x: Images) -> Images:
@@ -112,8 +124,12 @@ class LockStep:
 
     def batches(self) -> Iterator[tuple[Images, Conditions]]:
         """Yield (input of the network `[B, ...]`, conditions of the same rows) of each batch for the next call."""
+        program, context = self._program, self._context
+        timestep = self._stepper.solver.steps[self._index].timestep
         for (first, rows), state in zip(self._spans, self._states, strict=True):
-            yield both_halves(self._program, state["x"]), batch_conditions(self._program, self._context, first, rows)
+            given = batch_conditions(program, context, first, rows)
+            x, _, conditions = network_call(program, context, state["x"], timestep, given)
+            yield x, conditions
 
     def advance(self, denoiser: CalibrationDenoiser) -> None:
         """Make the next network call of the sampler with every batch."""
@@ -127,7 +143,8 @@ class LockStep:
 
 def check_conditions(program: Program, context: Context) -> None:
     """Raise ConditionError when conditions or unconditional rows are missing, or do not fit the model's inputs."""
-    check_rows(program.conditions(), program.deployment, context.conditions, context.unconditional)
+    rows = context.conditions, context.unconditional
+    check_rows(program.conditions(), program.deployment, *rows, context.condition_network)
 
 
 def require_same_channels(program: Program) -> None:

@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 from mezzotint.runtime import streams
 from mezzotint.runtime.arrays import AnyArray
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions, not_finite
 from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
@@ -22,8 +24,25 @@ OPEN_TOKENS = 77  # tokens of a prompt of CLIP, for random conditions of an open
 MOST_RANDOM = 1 << 28  # values of one random condition: 1 GB
 
 
-def check_rows(inputs: ConditionInputs, deployment: Deployment, rows: Conditions, unconditional: Conditions) -> None:
-    """Raise ConditionError when conditions or unconditional rows are missing, or do not fit the model's inputs."""
+def check_rows(
+    inputs: ConditionInputs,
+    deployment: Deployment,
+    rows: Conditions,
+    unconditional: Conditions,
+    computing: ConditionNetwork | None = None,
+) -> None:
+    """Raise ConditionError when conditions or unconditional rows are missing, or do not fit the model's inputs.
+
+    Conditions that a network computes have no rows; of the rows that it reads alone, the values are checked.
+    """
+    needed = deployment.guided and not unconditional
+    if computing is not None:
+        inputs = _without_computed(inputs, computing, rows)
+        own = {name: array for name, array in rows.items() if name in computing.own}
+        rows = {name: array for name, array in rows.items() if name not in computing.own}
+        unconditional = {name: array for name, array in unconditional.items() if name not in computing.own}
+        for name, array in own.items():
+            _check_finite(name, array, "")
     for name, value in inputs.items():
         if name not in rows:
             raise ConditionError(
@@ -32,9 +51,9 @@ def check_rows(inputs: ConditionInputs, deployment: Deployment, rows: Conditions
                 hint="give --conditions FILE.npz with an array of that name, [rows, ...]; or --conditions random",
             )
         _check_array(name, value, rows[name], "")
-    if deployment.guided and not inputs:
+    if deployment.guided and not inputs and computing is None:
         raise ConditionError("guidance is for models with a condition", hint="leave out --guidance")
-    if deployment.guided and not unconditional:
+    if needed:
         raise ConditionError(
             f"guidance {deployment.guidance:g} needs unconditional rows (the empty prompt, the null class)",
             hint="give --unconditional FILE.npz with one row for each condition that differs",
@@ -67,6 +86,24 @@ def _check_array(name: str, value: ir.Value, rows: AnyArray, which: str) -> None
             where=f"input {name}",
             hint="the first dimension counts rows, the others must be the model's",
         )
+    _check_finite(name, rows, which)
+
+
+def _without_computed(inputs: ConditionInputs, computing: ConditionNetwork, rows: Conditions) -> ConditionInputs:
+    """Return the inputs that have rows. Raises ConditionError for a network that computes or reads something else."""
+    if unknown := [name for name in (*computing.outputs, *computing.shared) if name not in inputs]:
+        raise ConditionError(
+            f"the model has no condition {unknown[0]!r}, which the network that computes conditions gives or shares",
+            hint=f"its conditions are: {', '.join(inputs) or 'none'}",
+        )
+    try:
+        computing.all_rows(rows)
+    except InputError as error:
+        raise ConditionError(error.what, hint=error.hint) from error
+    return {name: value for name, value in inputs.items() if name not in computing.outputs}
+
+
+def _check_finite(name: str, rows: AnyArray, which: str) -> None:
     if (row := not_finite(rows)) is not None:
         raise ConditionError(
             f"the {which}data for {name!r} has NaN or infinite values in row {row}",

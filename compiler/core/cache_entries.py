@@ -89,6 +89,7 @@ def program_key(program: Program, context: Context, facts: Mapping[str, Any]) ->
         "allocation": list(program.allocation),
         "calibration": [context.samples, context.batch, context.seed],
         "onnxruntime": [running_version(), context.threads],
+        **({} if context.condition_network is None else {"condition_network": context.condition_network.digest}),
         **facts,
     }
     sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.sampling.condition_network import ConditionNetwork, call_conditions
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import rows_in_turn
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
@@ -42,8 +44,8 @@ class Context:
     """What a pass may use besides the program: the working folder, the calibration data, the number of threads.
 
     `conditions` maps each condition to an array `[rows, ...]`; calibration takes the rows in turn. `unconditional` has
-    the rows `[1, ...]` of the unconditional half of a guided call. `cache` is a folder of statistics that compilations
-    share (compiler/calibration/stats_cache.py). `device` is where passes train; all else runs on the CPU.
+    the rows `[1, ...]` of the unconditional half of a guided call; `condition_network` computes what changes from call
+    to call. `cache` is a folder of statistics (calibration/stats_cache.py). Passes train on `device`, a CPU or a GPU.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class Context:
     progress: Progress = silent
     cache: Path | None = None
     device: str = CPU
+    condition_network: ConditionNetwork | None = None
 
     def condition_rows(self, first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
         """Return `rows` rows of each condition from `first` on, starting over after the last one."""
@@ -265,8 +268,9 @@ def _run_one(program: Program, step: Pass, context: Context, checker: verify.Exa
         after = step.run(clone, context)
         verify.structure(after, step.name, before=program)
         if step.tolerance is not None:
-            conditions = context.condition_rows(0, program.fixed_batch or checker.BATCH)
-            checker.compare(program, after, step.name, tolerance=step.tolerance, conditions=conditions)
+            rows = context.condition_rows(0, program.fixed_batch or checker.BATCH)
+            fed = partial(call_conditions, context.condition_network, rows=rows)
+            checker.compare(program, after, step.name, tolerance=step.tolerance, conditions=fed)
     seconds = time.perf_counter() - start
     record = Record(step.name, step.options(), nodes, after.graph.num_nodes(), seconds, memory.peak_mb, note=after.note)
     LOG.debug("%s: %.3f s, %d -> %d nodes: %s", record.name, seconds, nodes, record.nodes_after, record.note)

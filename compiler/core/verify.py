@@ -6,9 +6,8 @@ at several timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,8 @@ import onnx_ir as ir
 
 from mezzotint.runtime import streams
 from mezzotint.runtime.errors import MezzotintError
-from mezzotint.runtime.signature import Timestep
+from mezzotint.runtime.sampling.condition_network import Conditions
+from mezzotint.runtime.signature import Images, Timestep
 
 from ..errors import ModelError, NotExact, PassError
 from ..graph import nodes as graph
@@ -25,6 +25,9 @@ from ..graph import weight_store as store
 from ..graph.nodes import name_of, numpy_of
 from .execute import Executor
 from .program import Program
+
+CallConditions = Callable[[Images, Timestep], Conditions]
+"""The conditions of one call, by its sample and timestep."""
 
 
 def structure(after: Program, name: str, *, before: Program) -> None:
@@ -82,7 +85,7 @@ class ExactChecker:
         name: str,
         *,
         tolerance: float,
-        conditions: Mapping[str, npt.NDArray[Any]],
+        conditions: CallConditions,
     ) -> None:
         """Raise NotExact when the largest difference exceeds `tolerance` times the largest output."""
         try:
@@ -104,9 +107,7 @@ class ExactChecker:
                     where=name,
                 )
 
-    def _outputs(
-        self, program: Program, conditions: Mapping[str, npt.NDArray[Any]]
-    ) -> dict[Timestep, npt.NDArray[np.float32]]:
+    def _outputs(self, program: Program, conditions: CallConditions) -> dict[Timestep, npt.NDArray[np.float32]]:
         digest = graph.digest(program.model)
         if self._last is None or self._last[0] != digest:
             timesteps = program.deployment.timesteps
@@ -115,7 +116,8 @@ class ExactChecker:
             x = rng.standard_normal((program.fixed_batch or self.BATCH, *program.shape)).astype(np.float32)
             with Executor(program.model, self._folder, threads=self._threads) as executor:
                 outputs = {
-                    t: executor.call(program.signature, x, t, conditions)[program.signature.output] for t in chosen
+                    t: executor.call(program.signature, x, t, conditions(x, t))[program.signature.output]
+                    for t in chosen
                 }
             self._last = (digest, outputs)
         return self._last[1]

@@ -14,7 +14,7 @@ from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images, Timestep
 from mezzotint.runtime.streams import SeedOffset
 
-from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, guided_output
+from ..calibration.calibrate import batch_conditions, batch_spans, guided_output, network_call
 from ..core.execute import Executor
 from ..core.pipeline import Context
 from ..core.program import Program
@@ -54,7 +54,7 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
                 nonlocal done
                 done += 1
                 context.progress(stage, done, total)
-                return _output(executor, first, x, t, conditions)
+                return _output(executor, first, fresh, x, t, conditions)
 
             return predict
 
@@ -65,7 +65,7 @@ def compare_programs(programs: Sequence[Program], context: Context, samples: int
 
             def paired(info: samplers.StepInfo, conditions: Conditions = conditions) -> None:
                 for error, trial in zip(errors, trials, strict=True):
-                    error.add(info.index, info.output, _output(trial, first, info.x, info.timestep, conditions))
+                    error.add(info.index, info.output, _output(trial, first, fresh, info.x, info.timestep, conditions))
 
             exact_images, *trial_images = (
                 samplers.sample(
@@ -103,7 +103,7 @@ def _verdict(before: Trial, after: Trial, *, kept: bool) -> str:
     )
 
 
-def _output(executor: Executor, program: Program, x: Images, t: Timestep, conditions: Conditions) -> Images:
+def _output(executor: Executor, program: Program, context: Context, x: Images, t: Timestep, rows: Conditions) -> Images:
     signature = program.signature
-    output = executor.call(signature, both_halves(program, x), t, conditions)[signature.output]
+    output = executor.call(signature, *network_call(program, context, x, t, rows))[signature.output]
     return guided_output(program, np.asarray(output, np.float32))

@@ -24,7 +24,7 @@ from ..calibration.calibrate import batch_conditions, batch_spans, both_halves, 
 from ..core.execute import Executor, feeds
 from ..core.pipeline import Context
 from ..core.program import Program
-from ..errors import PassError
+from ..errors import ConditionError, PassError
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 from .array_files import ArrayFiles
@@ -63,6 +63,12 @@ def float_trajectories(
     Raises PassError for a prediction that is not finite.
     """
     check_conditions(program, context)
+    if context.condition_network is not None:
+        raise ConditionError(
+            "training follows the sampler through latents of its own, for which conditions that another network "
+            "computes at each call are not known",
+            hint="compile with a recipe without training, such as w8a8-best",
+        )
     with Executor(program.require_float_model(), context.folder, threads=context.threads) as exact:
         return [
             _trajectory(program, context, exact, first, rows, files, step)

@@ -140,7 +140,8 @@ def parallel_run(
     `view(info, output)` turns a prediction for `info.x` into the array that is compared; `measure` makes the collector
     of a network's errors.
     """
-    known, without = with_labels(bundle.signature, bundle.deployment, conditions, unconditional, start)
+    computing = bundle.condition_network
+    known, without = with_labels(bundle.signature, bundle.deployment, conditions, unconditional, start, computing)
     all_rows = checked_rows(known), checked_rows(without, "unconditional")
     sqnr = {name: measure() for name in others}
     float_images = []
@@ -151,8 +152,9 @@ def parallel_run(
     for first in range(0, n, batch):
         rows = min(batch, n - first)
         here, other = (rows_in_turn(rows_of_all, first, rows) for rows_of_all in all_rows)
-        predict = predictors([exact], bundle.deployment, here, other)[0]
-        compared = {name: predictors(nets, bundle.deployment, here, other) for name, nets in networks.items()}
+        batch_rows = here, other, computing
+        predict = predictors([exact], bundle.deployment, *batch_rows)[0]
+        compared = {name: predictors(nets, bundle.deployment, *batch_rows) for name, nets in networks.items()}
 
         def paired(info: StepInfo, compared: Mapping[str, Sequence[Predict]] = compared) -> None:
             nonlocal calls
@@ -187,6 +189,8 @@ def latencies(
     x = samplers.initial_noise(FIXED, (batch, *bundle.sample_shape))
     t = middle_timestep(bundle)
     rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in (conditions or {}).items()}
+    if bundle.condition_network is not None and not set(rows) >= set(bundle.condition_network.outputs):
+        rows = dict(bundle.condition_network.at(x, t, rows))
 
     def on_rows(net: Denoiser) -> Predict:
         return lambda x, t: net(x, t, **rows)

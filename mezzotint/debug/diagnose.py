@@ -146,13 +146,16 @@ def diagnose(
         raise InputError(f"{n} images, {calls} calls", hint="ask for at least one of each")
     recipe = checked_recipe(bundle)
     count = len(bundle.deployment.calls)
-    known = with_labels(bundle.signature, bundle.deployment, conditions, unconditional)
+    computing = bundle.condition_network
+    known = with_labels(bundle.signature, bundle.deployment, conditions, unconditional, computing=computing)
     rows, unconditional_rows = (rows_in_turn(checked_rows(one), 0, n) for one in known)
     float_model = ReferenceModel(bundle, reference, threads=threads)
     seed = unseen_seed(bundle) if seed is None else seed
     with scratch() as work:
-        context = Context(work, seed=bundle.manifest.calibration.seed, threads=threads, conditions=rows)
-        program = replayed(bundle, float_model.program(context.folder), recipe, context, conditions, unconditional)
+        seen = bundle.manifest.calibration.seed
+        context = Context(work, seed=seen, threads=threads, conditions=rows, condition_network=computing)
+        given = (conditions, unconditional) if computing is None else known
+        program = replayed(bundle, float_model.program(context.folder), recipe, context, *given)
         compared = put_side_by_side(program, bundle.model_path)
         if not compared.layers:
             raise InputError(
@@ -208,8 +211,9 @@ class _Probe:
         self.costs = {name: StepSQNR() for name in names}
         self.facts = {name: Facts() for name in names}
         deployment = self.bundle.deployment
-        predict = predictor(self.network, deployment, self.conditions, self.unconditional)
-        whole = predictor(self.bundle.denoiser(threads), deployment, self.conditions, self.unconditional)
+        rows = self.conditions, self.unconditional, self.bundle.condition_network
+        predict = predictor(self.network, deployment, *rows)
+        whole = predictor(self.bundle.denoiser(threads), deployment, *rows)
         total, done = len(self.chosen) * (len(names) + 2), 0
 
         def add(measure: StepSQNR, info: StepInfo, output: Images) -> None:

@@ -83,4 +83,5 @@ def _calibration_context(
         batch=calibration.batch,
         conditions=dict(rows),
         unconditional=dict(unconditional),
+        condition_network=None if conditions is None else context.condition_network,
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.latency import Latency, Ratio, in_turns
+from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.session import CPU_ENGINE, Denoiser
@@ -54,7 +55,7 @@ def speed(
     Calls are measured in blocks, forwards and backwards over the networks. For a bundle of several precisions the time
     is the mean over the deployment's calls. Guidance, which doubles both times, is not applied.
     """
-    rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in conditions.items()}
+    rows = first_rows(bundle, batch, conditions)
 
     def on_rows(net: Denoiser) -> Predict:
         return lambda x, t: net(x, t, **rows)
@@ -75,6 +76,14 @@ def speed(
     }
 
 
+def first_rows(bundle: Bundle, batch: int, conditions: Conditions) -> Conditions:
+    """Return the conditions of one call at the middle timestep, `[batch, ...]`: the first row of each, and what a
+    condition network computes for them."""
+    rows = {name: np.repeat(array[:1], batch, axis=0) for name, array in conditions.items()}
+    x = initial_noise(FIXED, (batch, *bundle.sample_shape))
+    return call_conditions(bundle.condition_network, x, middle_timestep(bundle), rows)
+
+
 def _mean(latencies: list[Latency], counts: list[int]) -> tuple[float, Any]:
     """Return (seconds, seconds in each block) of a call, averaged over the networks by their number of calls."""
     median = float(np.average([latency.median for latency in latencies], weights=counts))
@@ -85,6 +94,7 @@ def memory(bundle: Bundle, reference: Path, batch: int, threads: int | None, con
     """Return the memory of one call of each network, measured in a process of its own (memory.py)."""
     files = [bundle.path / name for name in bundle.precisions.files.values()] if bundle.precisions else []
     models = list(dict.fromkeys(files)) or [bundle.model_path]
+    conditions = first_rows(bundle, 1, conditions)
     mine, before = (
         memory_of_one_call(bundle, models, batch, threads=threads, conditions=conditions, engine=engine)
         for models, engine in ((models, bundle.engine), ([reference], CPU_ENGINE))

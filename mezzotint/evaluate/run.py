@@ -28,7 +28,7 @@ from ..bench.pairs import unseen_seed
 from ..bench.reference import ReferenceModel
 from ..frechet import network_digest
 from ..io.files import replacing
-from ..shards.run import Run, belongs, condition_facts, engine_facts
+from ..shards.run import Run, belongs, condition_facts, engine_facts, network_facts
 from . import cost as eval_cost
 from . import metrics as eval_metrics
 from .extractors import NONE, Extractor, default_extractor, open_extractor
@@ -92,7 +92,13 @@ def evaluate_with(
         _batch(bundle, float_model.network, options.batch, options.n, threads),
         threads,
         options.correction,
-        *with_labels(bundle.signature, bundle.deployment, options.conditions, options.unconditional),
+        *with_labels(
+            bundle.signature,
+            bundle.deployment,
+            options.conditions,
+            options.unconditional,
+            computing=bundle.condition_network,
+        ),
     )
     folder = None if output is None else Path(output)
     job = _prepare(sampler, options, folder)
@@ -146,6 +152,7 @@ def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | No
         "conditions": condition_facts("conditions", sampler.conditions),
         "unconditional": condition_facts("unconditional", sampler.unconditional),
         **engine_facts(bundle.engine),
+        **network_facts(bundle.condition_network),
     }
     run = Run(Path() if folder is None else folder, settings)
     begun = folder is not None and belongs(folder, settings)

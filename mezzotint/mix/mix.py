@@ -114,7 +114,8 @@ def mix_bundles(
         raise InputError(f"nothing to measure on: {pictures} images, batches of {batch}, {repeats} repeats")
     with staged(Path(output), force=force) as (folder, _):
         nets = {name: bundle.denoiser(threads) for name, bundle in by_name.items()}
-        mixing = _Mixing(by_name, nets, *with_labels(one.signature, one.deployment, conditions, unconditional), threads)
+        rows = with_labels(one.signature, one.deployment, conditions, unconditional, 0, one.condition_network)
+        mixing = _Mixing(by_name, nets, *rows, threads)
         _check_inputs(nets)
         if seed is None:
             seed = SeedOffset.MIXING.after(max(calibration_seed(bundle) for bundle in by_name.values()))
@@ -240,12 +241,10 @@ def _acceptance(
 def _costs(mixing: _Mixing, repeats: int, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
     """Return the seconds of a call of each precision, and how they were measured."""
     bundle, rows = mixing.first, mixing.fixed or 1
-    conditions, unconditional = (
-        {name: np.repeat(array[:1], rows, axis=0) for name, array in arrays.items()}
-        for arrays in (mixing.conditions, mixing.unconditional)
-    )
+    both = mixing.conditions, mixing.unconditional
+    given = [{name: np.repeat(array[:1], rows, axis=0) for name, array in arrays.items()} for arrays in both]
     progress("cost of a call", 0, 1)
-    calls = predictors(list(mixing.nets.values()), bundle.deployment, conditions, unconditional)
+    calls = predictors([*mixing.nets.values()], bundle.deployment, given[0], given[1], bundle.condition_network)
     x = initial_noise(FIXED, (rows, *bundle.sample_shape))
     latencies = in_turns(calls, x, middle_timestep(bundle), repeats=repeats)
     progress("cost of a call", 1, 1)

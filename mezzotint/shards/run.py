@@ -16,6 +16,7 @@ from mezzotint.compiler.stages import PREFIX
 from mezzotint.runtime.engine import Engine
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_json
+from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 from mezzotint.runtime.sampling.guidance import Conditions, checked_rows
 from mezzotint.runtime.session import CPU_ENGINE
 
@@ -24,6 +25,7 @@ from .files import Shard
 
 RUN = "sampling.json"
 RUN_LAYOUT = 1
+COMPUTED = "condition_network"
 FLAGS = {"pictures": "-n", "bundle": "BUNDLE", "correction": "--correction or --no-correction"}
 """Settings that are not written as `--name` on the command line."""
 
@@ -120,6 +122,11 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
         "provider_option": " --provider-option ".join(options) or None,
         "precision": engine.precision,
     }
+
+
+def network_facts(network: ConditionNetwork | None) -> dict[str, Any]:
+    """Return the setting that names the network which computes conditions; empty for a bundle without one."""
+    return {} if network is None else {COMPUTED: network.digest}
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:

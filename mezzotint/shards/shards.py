@@ -34,7 +34,18 @@ from mezzotint.runtime.signature import Images
 from ..io.images import check_images
 from ..text.report import sample_summary
 from .files import SHARD_FORMATS, Damaged, Foreign, Index, Shard
-from .run import RUN, Run, belongs, condition_facts, engine_facts, numbers_text, read_run, shard_count
+from .run import (
+    COMPUTED,
+    RUN,
+    Run,
+    belongs,
+    condition_facts,
+    engine_facts,
+    network_facts,
+    numbers_text,
+    read_run,
+    shard_count,
+)
 
 IMAGES_PER_SHARD = 256
 
@@ -118,7 +129,8 @@ def sample_shards(
         check_images(bundle.sample_shape, folder)
     summary = sample_summary(bundle, folder, n, options)
     plan = bundle.plan(options.sampler, options.steps, options.eta, options.guidance)
-    rows, without = with_labels(bundle.signature, plan, options.conditions, options.unconditional)
+    computing = bundle.condition_network
+    rows, without = with_labels(bundle.signature, plan, options.conditions, options.unconditional, computing=computing)
     options = replace(options, conditions=rows, unconditional=without)
     settings = {
         "bundle": bundle.manifest.digest,
@@ -135,6 +147,7 @@ def sample_shards(
         "conditions": condition_facts("conditions", options.conditions),
         "unconditional": condition_facts("unconditional", options.unconditional),
         **engine_facts(bundle.engine),
+        **network_facts(computing),
     }
     run = Run(folder, settings)
     chosen = sorted(set(range(run.count) if shard_options.shards is None else shard_options.shards))
@@ -244,7 +257,8 @@ def _incomplete(run: Run, numbers: list[int], what: str) -> InputError:
     words = [f"mezzotint sample BUNDLE -o {run.folder} -n {s['pictures']} --shard-size {s['shard_size']}"]
     words += [f"--{name} {s[name]}" for name in ("format", "seed", "sampler", "steps", "eta", "guidance")]
     words += [f"--{'' if s['correction'] else 'no-'}correction"]
-    for name in list(s)[list(s).index("correction") + 1 :]:  # conditions, and options of later versions
+    others = list(s)[list(s).index("correction") + 1 :]  # conditions, and options of later versions
+    for name in (other for other in others if other != COMPUTED):
         value = "FILE" if s[name] and isinstance(s[name], Mapping) else s[name]
         words += [f"--{name.replace('_', '-')} {value}"] if value else []
     which = "" if len(numbers) == 1 else f": {numbers_text(numbers)}"

@@ -9,18 +9,17 @@ The manifest's digest covers everything except times, so the same compilation tw
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from ..engine import Engine, EngineUsage
 from ..errors import BundleError, InputError, MezzotintError, TimestepNotDeployed
-from ..json_text import read_json
 from ..progress import CallProgress
+from ..sampling.condition_network import ConditionNetwork
 from ..sampling.correction import Correction
 from ..sampling.deployment import Deployment
 from ..sampling.guidance import Conditions, predictors, rows_in_turn, with_labels
@@ -29,21 +28,13 @@ from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
 from ..session import CPU_ENGINE, Denoiser
 from ..signature import Images
+from .file_checks import check_file, file_sha256, read_manifest
 from .layout import CORRECTION, MANIFEST, MODEL, SCHEDULER, bundle_folder, located
-from .manifest import Manifest, check_format, manifest_digest
+from .manifest import Manifest, manifest_digest
 from .manifest_entries import FileEntry
 from .precisions import Precisions
 
 __all__ = ["CORRECTION", "MANIFEST", "MODEL", "SCHEDULER", "Bundle", "check_file", "file_sha256", "open_bundle"]
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def seal_bundle(folder: str | Path, manifest: Manifest) -> Manifest:
@@ -71,7 +62,7 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     folder = bundle_folder(Path(path))
     if not folder.is_dir():
         raise BundleError("there is no such folder", where=str(folder), hint="give the folder that `compile` wrote")
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     for name, entry in manifest.files.items():
         check_file(folder, name, entry, verify)
     networks = () if manifest.mixture is None else [entry.file for entry in manifest.mixture.precisions.values()]
@@ -82,12 +73,22 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 
 
 class Bundle:
-    """An opened bundle; make it with `open_bundle`. Its networks run on `engine`; `on` returns it on another one."""
+    """An opened bundle; make it with `open_bundle`. Its networks run on `engine`; `on` returns it on another one.
 
-    def __init__(self, path: Path, manifest: Manifest, engine: Engine = CPU_ENGINE) -> None:
+    `condition_network` computes conditions that change from call to call; None where all are rows.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        engine: Engine = CPU_ENGINE,
+        condition_network: ConditionNetwork | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.engine = engine
+        self.condition_network = condition_network
         self._model = located(MODEL, manifest.files)
         self.model_path = path / self._model
         self.signature = manifest.signature
@@ -131,7 +132,18 @@ class Bundle:
 
         Nothing is opened before the first network: an engine that cannot run it raises EngineError there.
         """
-        return self if engine == self.engine else Bundle(self.path, self.manifest, engine)
+        return self if engine == self.engine else Bundle(self.path, self.manifest, engine, self.condition_network)
+
+    def fed_by(self, network: ConditionNetwork) -> Bundle:
+        """Return this bundle with conditions that a network computes at each call. Raises InputError for others."""
+        known = self.signature.conditions
+        if unknown := [name for name in (*network.outputs, *network.shared) if name not in known]:
+            raise InputError(
+                f"the bundle has no condition {unknown[0]!r}, which the network computes or shares",
+                where=str(self.path),
+                hint=f"its conditions are: {', '.join(known) or 'none'}",
+            )
+        return Bundle(self.path, self.manifest, self.engine, network)
 
     def usage(self, threads: int | None = None) -> EngineUsage:
         """Return what the network really uses: library, device, threads, precision, nodes that fell back."""
@@ -220,7 +232,8 @@ class Bundle:
         # A graph with a fixed batch size gets whole batches; the surplus images are dropped.
         fixed = networks[0].fixed_batch and networks[0].fixed_batch // (2 if plan.guided else 1)
         size = fixed or min(options.batch, n)
-        both = with_labels(self.signature, plan, options.conditions, options.unconditional, first)
+        computing = self.condition_network
+        both = with_labels(self.signature, plan, options.conditions, options.unconditional, first, computing)
         starts = range(0, n, size)
         done = 0
 
@@ -233,8 +246,8 @@ class Bundle:
         batches = []
         for start in starts:
             width = size if fixed else min(size, n - start)
-            conditions = [rows_in_turn(arrays, start, width) for arrays in both]
-            predict = predictors(networks, plan, *conditions)
+            rows, without = (rows_in_turn(arrays, start, width) for arrays in both)
+            predict = predictors(networks, plan, rows, without, computing)
             x = initial_noise(options.seed, (width, *self.sample_shape), first=first + start)
             noise = seeded_noise(options.seed, first=first + start)
             x = sample(predict, x, self.schedule, plan, noise=noise, correction=table, callback=count)
@@ -296,24 +309,3 @@ class Bundle:
             where=str(self.path),
             hint="sample as it was fitted, compile the bundle for this, or switch it off (--no-correction)",
         )
-
-
-def _read_manifest(file: Path) -> Manifest:
-    if not file.is_file():
-        raise BundleError(f"there is no {MANIFEST}", where=str(file.parent), hint="this folder is not a bundle")
-    data = read_json(file, "the manifest", BundleError)
-    check_format(data, str(file))
-    if data.get("digest") != manifest_digest(data):
-        raise BundleError("the manifest was changed after it was written", where=str(file), hint="compile again")
-    return Manifest.from_json(data, str(file))
-
-
-def check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None:
-    """Raise BundleError for a listed file that is missing, changed, or outside the folder."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise BundleError(f"the manifest names a file outside the bundle: {name}", where=str(folder / MANIFEST))
-    file = folder / name
-    if not file.is_file():
-        raise BundleError("a file of the bundle is missing", where=str(file), hint="copy the whole folder again")
-    if file.stat().st_size != entry.bytes or (verify and file_sha256(file) != entry.sha256):
-        raise BundleError("a file was changed after the bundle was sealed", where=str(file), hint="copy it again")

@@ -9,7 +9,7 @@ the deployed scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,25 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..signature import ClassLabels, Images, Predict, Signature
+from .condition_network import ConditionNetwork, Conditions, Network
 from .deployment import Deployment
 
-Conditions = Mapping[str, npt.NDArray[Any]]
-Network = Callable[..., Images]
-"""`network(x, timestep, **conditions) -> output`."""
+__all__ = [
+    "Conditions",
+    "Network",
+    "checked_rows",
+    "combine",
+    "doubled",
+    "doubled_conditions",
+    "guided",
+    "label_rows",
+    "not_finite",
+    "null_rows",
+    "predictor",
+    "predictors",
+    "rows_in_turn",
+    "with_labels",
+]
 
 
 def doubled_conditions(conditions: Conditions, unconditional: Conditions) -> dict[str, npt.NDArray[Any]]:
@@ -93,13 +107,17 @@ def with_labels(
     conditions: Conditions | None,
     unconditional: Conditions | None,
     first: int = 0,
+    computing: ConditionNetwork | None = None,
 ) -> tuple[Conditions, Conditions]:
     """Return conditions and unconditional rows, with all classes in turn for class labels that were left out.
 
-    For guidance without any unconditional rows these are the null class. Row 0 is that of image `first`.
+    For guidance without any unconditional rows these are the null class. Row 0 is that of image `first`. Rows of the
+    network that computes conditions are among them. Raises InputError where it lacks some.
     """
     classes = {label.name: label_rows(label, first) for label in signature.labels}
-    return {**classes, **(conditions or {})}, unconditional or (null_rows(signature) if plan.guided else {})
+    rows = {**classes, **(conditions or {})}
+    without = unconditional or (null_rows(signature) if plan.guided else {})
+    return rows if computing is None else computing.all_rows(rows), without
 
 
 def doubled(x: Images) -> Images:
@@ -120,16 +138,31 @@ def guided(network: Network, conditions: Conditions, scale: float) -> Predict:
     return lambda x, t: combine(network(doubled(x), t, **conditions), scale)
 
 
-def predictor(network: Network, plan: Deployment, conditions: Conditions, unconditional: Conditions) -> Predict:
-    """Return a denoiser for the sampling loop: the network with these conditions, guided if the deployment is."""
+def predictor(
+    network: Network,
+    plan: Deployment,
+    conditions: Conditions,
+    unconditional: Conditions,
+    computing: ConditionNetwork | None = None,
+) -> Predict:
+    """Return a denoiser for the sampling loop: the network with these conditions, guided if the deployment is.
+
+    `computing` gives the conditions that change from call to call.
+    """
+    fed = network if computing is None else computing.feeding(network)
     if plan.guided:
-        return guided(network, doubled_conditions(conditions, unconditional), plan.guidance)
-    return lambda x, t: network(x, t, **conditions)
+        return guided(fed, doubled_conditions(conditions, unconditional), plan.guidance)
+    return lambda x, t: fed(x, t, **conditions)
 
 
 def predictors(
-    networks: Sequence[Network], plan: Deployment, conditions: Conditions, unconditional: Conditions
+    networks: Sequence[Network],
+    plan: Deployment,
+    conditions: Conditions,
+    unconditional: Conditions,
+    computing: ConditionNetwork | None = None,
 ) -> list[Predict]:
     """Return `predictor` of each call's network; calls of one network share one."""
-    by_network = {network: predictor(network, plan, conditions, unconditional) for network in dict.fromkeys(networks)}
+    rows = conditions, unconditional, computing
+    by_network = {network: predictor(network, plan, *rows) for network in dict.fromkeys(networks)}
     return [by_network[network] for network in networks]

@@ -138,7 +138,7 @@ class Asked:
 
     def tokens(self, name: str, usual: int) -> int:
         """Return the known number of tokens of a condition."""
-        return self.sizes.get(name, (usual,))[0]
+        return (self.sizes.get(name) or (usual,))[0]
 
     def error(self, what: str, hint: str = "check that its configuration belongs to it") -> ModelError:
         """Return an error about this network."""
