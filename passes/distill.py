@@ -12,8 +12,8 @@ Images of held-out noise judge at `checks` points, and the best state is kept; a
 beside the one before, and thrown away if its images are worse.
 
 EfficientDM (arXiv 2310.03270): adapters, steps of the grid as the unit, scales for each call, the output of each call.
-DilateQuant (arXiv 2409.14307) trains weights and scales against the outputs of blocks, QuEST (arXiv 2402.03666) linear
-layers and scales, MPQ-DM (arXiv 2412.11549) relations too.
+QuEST (arXiv 2402.03666) trains linear layers and scales against the outputs of blocks too, MPQ-DM (arXiv 2412.11549)
+with relations. One block behind the other, as DilateQuant (arXiv 2409.14307) does it, is learn_scales.
 
 Measured from GPTQ's 4-bit weights and tables, images of other noise, 20 DDIM steps (epsilon, PSNR median / 10th
 percentile, dB):

@@ -12,6 +12,11 @@ that is no better behind the fit, on all recorded data, keeps its start. A quant
 shares its constants with one of another unit, belongs to no unit and stays; the note says how many. Weights are rounded
 anew on their learned scales, but weights on the grid already (round_weights, reconstruct) keep their integers.
 
+With `weight_steps` the weights themselves move too, with straight-through gradients, as in LSQ's own training
+(compiler/training/moving_weights.py). By blocks this is DilateQuant's distillation: one block behind the other, its
+weights, their scales and all rows of its tables together. `mixed` lets a step take its samples from several calls, as
+DilateQuant's parallel quantizer does, so that more rows move in a step.
+
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
 calibration images. A step takes `batch` samples of one call, so a row has about iterations / rows steps.
 
@@ -66,6 +71,9 @@ class LearnScales(TrainingPass):
     - `through`: the unit whose outputs are compared: `layer`, `block`, or the whole `network`.
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, the share by which a step moves the ends of a
       grid at first (it falls to 0), and samples in a step.
+    - `weight_steps`: how far an iteration moves the weights of these scales at first, in steps of their grids; it falls
+      to 0. 0 leaves weights alone.
+    - `mixed`: calls of the sampler that a step takes its samples from, at most `batch`.
     - `zero_points`: learn both ends of the grids of activations, not the scales alone.
     - `form`: a table's `rows` have offsets of their own, or a small `network` of the timestep gives those of all rows.
     - `inner`: weight of the errors of the layers inside a unit beside that of its outputs.
@@ -82,6 +90,8 @@ class LearnScales(TrainingPass):
     iterations: int = 300
     learning_rate: float = 1e-2
     batch: int = 8
+    weight_steps: float = 0.0
+    mixed: int = 1
     zero_points: bool = True
     form: Literal["rows", "network"] = "rows"
     inner: float = 0.0
@@ -92,8 +102,14 @@ class LearnScales(TrainingPass):
     held_out: int = 16
 
     def __post_init__(self) -> None:
-        self.require_positive("iterations", "learning_rate", "batch", "calls", "samples")
-        self.require_not_negative("inner", "held_out")
+        self.require_positive("iterations", "learning_rate", "batch", "mixed", "calls", "samples")
+        self.require_not_negative("weight_steps", "inner", "held_out")
+        if self.weight_steps and self.what == "activations":
+            raise RecipeError(
+                "learn_scales.weight_steps moves weights, and learn_scales.what leaves their scales alone",
+                where=self.name,
+                hint="learn the scales of weights, or of both",
+            )
         if self.form == "network" and self.what == "weights":
             raise RecipeError(
                 "learn_scales.form is network, and weights have no tables over the timestep",
@@ -130,6 +146,8 @@ class LearnScales(TrainingPass):
             Annealing(*numbers, inner=self.inner, precision=self.precision),
             self.zero_points and program.free_zero_points,
             self.form == "network",
+            self.weight_steps,
+            min(self.mixed, self.batch),
             self.name,
             UnitCache(program, context, {"pass": self.name, **decisive}),
         )

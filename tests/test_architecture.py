@@ -141,6 +141,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/torch_graph/values.py": {"torch"},
     "compiler/training/distillation.py": {"torch"},
     "compiler/training/fit_network.py": {"torch"},
+    "compiler/training/movements.py": {"torch"},
     "compiler/training/network_loss.py": {"torch"},
     "compiler/training/network_state.py": {"torch", "safetensors"},
     "compiler/training/moving_weights.py": {"torch"},

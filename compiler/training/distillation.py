@@ -24,8 +24,9 @@ from .block_data import LossWatcher
 from .fit_network import NetworkResult, fit_network
 from .fit_rounding import curve_of
 from .learned_scales import LearnedScales, learned_grids
+from .movements import Movements, Rates
 from .moving_weights import Moving, MovingWeights
-from .network_loss import Movements, NetworkFit, NetworkLoss
+from .network_loss import NetworkFit, NetworkLoss
 from .network_state import CHECK, CheckCache
 from .torch_device import training_device
 from .trajectories import TorchDenoiser, float_trajectories
@@ -98,7 +99,8 @@ class Distillation:
         row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
         of_weights = [i.weight.quantize.name or "" for i in moves.quantized] if moves.scales == "both" else []
         scales = None if moves.scales == "none" else _scales(program, graph, of_weights)
-        return Movements(weights, scales, row_of, self.fit)
+        rates = Rates(self.fit.weight_steps, self.fit.float_shares, self.fit.scale_shares)
+        return Movements(weights, scales, rates, row_of)
 
     def _cache(self, program: Program) -> CheckCache:
         folder = self.context.cache

@@ -20,7 +20,8 @@ from mezzotint.runtime import streams
 
 from ..errors import PassError
 from .block_data import LossWatcher
-from .network_loss import Movements, NetworkFit, NetworkLoss
+from .movements import Movements
+from .network_loss import NetworkFit, NetworkLoss
 from .network_state import CheckCache, FitState
 from .torch_device import wait_for
 from .units import NETWORK

@@ -63,7 +63,7 @@ def fit_rounding(
     with torch.no_grad():
         for v, soft in zip(variables, soft_start, strict=True):
             v.copy_(soft)
-    groups = [] if batches.learned is None else batches.learned.parameter_groups(schedule.scale_shares)
+    groups = [] if batches.movements is None else batches.movements.groups
     optimizer = torch.optim.Adam([{"params": variables, "lr": schedule.learning_rate}, *groups])
     rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(unit.encode()))
     weights = sum(v.numel() for v in variables)

@@ -1,13 +1,16 @@
-"""The scales and zero points of one unit, learned against the unit's outputs in the float graph (LSQ).
+"""The scales, zero points and weights of one unit, learned against the unit's outputs in the float graph (LSQ).
 
 LSQ (arXiv 1902.08153) lets the gradient reach a scale through rounding: round(v) - v inside of the grid, and its end
 outside (compiler/torch_graph/quantizers.py). The loss of a batch, of one network call, is
 
     sum over outputs |f(x; s, z) - f|^2 / |f|^2  +  inner sum over layers inside of the same,
 
-with f the float output. Adam trains the offsets of compiler/training/learned_scales.py; its steps have the size of the
-learning rate for a gradient of any size, so a step moves the ends of every grid by the same share. The learning rate
-falls to 0 as half a cosine.
+with f the float output. Adam trains the offsets of compiler/training/learned_scales.py, and those of moving_weights.py
+where weights move too; its steps have the size of the learning rate for a gradient of any size, so a step moves the
+ends of every grid by the same share. The learning rates fall to 0 as half a cosine.
+
+With `mixed` a step takes samples of several calls, so that it moves several rows of a table (DilateQuant's temporal
+parallel quantizer, arXiv 2409.14307).
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import is_op, name_of
 from ..graph.ops import layers
-from ..rounding.layer_inputs import Latents
+from ..rounding.layer_inputs import Inputs, Latents
+from ..rounding.weights import find_weights
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer
 from ..torch_graph.write_back import plan_grids, write_back
@@ -36,6 +40,8 @@ from .array_files import ArrayFiles
 from .block_data import Batch, LossWatcher, record
 from .fit_rounding import curve_of
 from .learned_scales import LearnedScales, RowNetworks, learned_grids
+from .movements import Movements, Rates
+from .moving_weights import MovingWeights
 from .range_networks import RangeNetworks
 from .subgraph import Subgraph, cut_out
 from .torch_device import training_device
@@ -48,8 +54,10 @@ from .units import GraphUnit
 class ScaleFit:
     """How units are trained by one run of a pass, whose name is `by`.
 
-    zero_points  learn the zero points of unsigned grids too
-    networks     learn tables as networks of the timestep, else row by row
+    zero_points   learn the zero points of unsigned grids too
+    networks      learn tables as networks of the timestep, else row by row
+    weight_steps  how far an iteration moves weights whose scales are learned, in steps of their grids; 0 leaves them
+    mixed         calls whose samples are in a step, at most as many as samples
     """
 
     context: Context
@@ -57,6 +65,8 @@ class ScaleFit:
     schedule: Annealing
     zero_points: bool
     networks: bool
+    weight_steps: float
+    mixed: int
     by: str
     cache: UnitCache
 
@@ -98,28 +108,41 @@ class ScaleFit:
         data: Sequence[Batch],
         step: LossWatcher,
     ) -> tuple[TrainedUnit, Learned]:
-        """Train the scales in the torch module; return the fit, and what changed if it is better."""
-        groups = program.require_plan().groups
-        row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
-        seen = {row_of[call.timestep] for call in self.latents if call.timestep in row_of}
-        grids = learned_grids(graph, names, rounded_weights(part.model.graph, graph, names), self.zero_points)
-        networks = _networks(program, self.context) if self.networks else None
-        learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
-        batches = Batches(graph, part, program.signature, data, self.schedule, 0, learned=learned, row_of=row_of)
+        """Train what moves in the torch module; return the fit, and what changed if it is better."""
+        movements = self._movements(program, part, graph, names)
+        batches = Batches(graph, part, program.signature, data, self.schedule, 0, self.mixed, movements=movements)
         start, scale = batches.mean_errors()
         if scale == 0:  # the unit computes what the float graph does
             return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, (), kept=False), {}
-        losses = self._descend(batches, learned, scale, unit, step)
+        losses = self._descend(batches, movements, scale, unit, step)
         arrays = batches.settle()
         end, _ = batches.mean_errors()
         kept = end < start
         return TrainedUnit(unit, self.by, start, end, end, curve_of(losses), kept), arrays if kept else {}
 
+    def _movements(self, program: Program, part: Subgraph, graph: TorchGraph, names: Sequence[str]) -> Movements:
+        """Return the scales of these quantizers, and the weights that they round if weights move."""
+        weights, integers = None, rounded_weights(part.model.graph, graph, names)
+        if self.weight_steps:
+            floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
+            own = [w for w in find_weights(program.graph) if w.quantize.name in names]
+            moving = [Inputs.of(weight, floats, self.by) for weight in own]
+            rng = streams.ADAPTERS.generator(self.context.seed)  # of no adapters here
+            weights = MovingWeights(program, graph, moving, moving="all", floats=False, rank=1, rng=rng)
+            integers = {}
+        groups = program.require_plan().groups
+        row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
+        seen = {row_of[call.timestep] for call in self.latents if call.timestep in row_of}
+        grids = learned_grids(graph, names, integers, self.zero_points)
+        networks = _networks(program, self.context) if self.networks else None
+        learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
+        return Movements(weights, learned, Rates(self.weight_steps, 0.0, self.schedule.learning_rate), row_of)
+
     def _descend(
-        self, batches: Batches, learned: LearnedScales, scale: float, unit: str, step: LossWatcher
+        self, batches: Batches, movements: Movements, scale: float, unit: str, step: LossWatcher
     ) -> list[float]:
-        """Train the offsets; return the losses relative to the error of the start."""
-        optimizer = torch.optim.Adam(learned.parameter_groups(self.schedule.learning_rate))
+        """Train what moves; return the losses relative to the error of the start."""
+        optimizer = torch.optim.Adam(movements.groups)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.schedule.iterations)
         rng = streams.TRAINING_BATCHES.generator(self.context.seed, zlib.crc32(unit.encode()))
         losses: list[float] = []

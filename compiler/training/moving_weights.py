@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -85,10 +86,11 @@ class MovingWeights:
         return [{"params": [o for w in weights for o in w.offsets], "lr": rate} for weights, rate in both if weights]
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Write the moved weights into the module."""
+    def settle(self) -> dict[str, npt.NDArray[Any]]:
+        """Write the moved weights into the module; return them by the names of its parameters."""
         for weight in (*self._quantized, *self._floats):
             weight.parameter.copy_(weight.value())
+        return {w.path: w.parameter.detach().cpu().numpy() for w in (*self._quantized, *self._floats)}
 
     def _of(
         self,

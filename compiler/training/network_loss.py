@@ -14,7 +14,7 @@ positions in them. Images of held-out noise judge (fit_network.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -28,12 +28,10 @@ from mezzotint.runtime.signature import Timestep
 
 from ..errors import PassError
 from .block_data import LossWatcher
-from .learned_scales import LearnedScales
-from .moving_weights import MovingWeights
+from .movements import Moved, Movements
 from .torch_device import Precision
 from .trajectories import TorchDenoiser, Trajectory, unroll
 
-Moved = Mapping[str, torch.Tensor]
 SMALLEST_ERROR = 1e-12
 """Mean squared errors below it count as this: a float network's own rounding."""
 
@@ -68,33 +66,6 @@ class NetworkFit:
     checks: int
     minutes: float | None
     precision: Precision = "float32"
-
-
-class Movements:
-    """All that moves: weights, and the scales of quantizers."""
-
-    def __init__(
-        self, weights: MovingWeights, scales: LearnedScales | None, row_of: Mapping[Timestep, int], schedule: NetworkFit
-    ) -> None:
-        self._weights, self._scales, self._row_of = weights, scales, row_of
-        self.groups = weights.parameter_groups(schedule.weight_steps, schedule.float_shares)
-        self.groups += [] if scales is None else scales.parameter_groups(schedule.scale_shares)
-        self.variables = [v for group in self.groups for v in group["params"]]
-
-    def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
-        """Return what takes the places of the module's parameters in a call; `weights` may be computed already."""
-        values = dict(self._weights.values() if weights is None else weights)
-        return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return the moved weights, which all calls of one step share."""
-        return self._weights.values()
-
-    def settle(self) -> None:
-        """Write everything into the module."""
-        self._weights.settle()
-        if self._scales is not None:
-            self._scales.settle()
 
 
 class NetworkLoss:

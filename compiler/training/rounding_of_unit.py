@@ -11,7 +11,6 @@ import torch
 
 from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.training import TrainedUnit
-from mezzotint.runtime.signature import Timestep
 
 from ..core.pipeline import Context
 from ..core.program import Program
@@ -26,6 +25,7 @@ from .array_files import ArrayFiles
 from .block_data import LossWatcher, record
 from .fit_rounding import fit_rounding
 from .learned_scales import LearnedScales, learned_grids
+from .movements import Movements, Rates
 from .subgraph import Subgraph, cut_out
 from .torch_device import training_device
 from .unit_batches import Annealing, Batches
@@ -83,10 +83,8 @@ def learn_rounding(
             if schedule.drop:
                 _drop_elements(part, graph, schedule.drop, seeds)
             seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
-            learned, rows = None, dict[Timestep, int]()
-            if unit.quantizers:
-                learned, rows = _learned(program, graph, unit.quantizers, latents)
-            batches = Batches(graph, part, program.signature, data, schedule, seed, calls, learned=learned, row_of=rows)
+            moving = _scales(program, graph, unit.quantizers, latents, schedule) if unit.quantizers else None
+            batches = Batches(graph, part, program.signature, data, schedule, seed, calls, movements=moving)
             fit, arrays = fit_rounding(batches, rounders, schedule, context.seed, unit.name, by, step)
         cache.keep(unit.name, unit.computed, fit, arrays)
     else:
@@ -103,14 +101,15 @@ def learn_rounding(
     return write_back(program, written, context.folder, by), fit
 
 
-def _learned(
-    program: Program, graph: TorchGraph, names: Sequence[str], latents: Sequence[Latents]
-) -> tuple[LearnedScales, dict[Timestep, int]]:
-    """Return the offsets of the scales of these quantizers, and the rows of tables by timestep."""
+def _scales(
+    program: Program, graph: TorchGraph, names: Sequence[str], latents: Sequence[Latents], schedule: Annealing
+) -> Movements:
+    """Return the scales of these quantizers, which move with the rounding."""
     groups = program.require_plan().groups
     row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
     seen = {row_of[call.timestep] for call in latents if call.timestep in row_of}
-    return LearnedScales(learned_grids(graph, names, {}, False), max(groups, default=-1) + 1, seen), row_of
+    learned = LearnedScales(learned_grids(graph, names, {}, False), max(groups, default=-1) + 1, seen)
+    return Movements(None, learned, Rates(0.0, 0.0, schedule.scale_shares), row_of)
 
 
 def _at_every_timestep(program: Program, latents: Latents) -> list[Latents]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,13 @@ import torch
 from torch.func import functional_call
 
 from mezzotint.runtime.arrays import AnyArray
-from mezzotint.runtime.signature import Signature, Timestep
+from mezzotint.runtime.signature import Signature
 
 from ..core.execute import timestep_feed
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 from .block_data import Batch
-from .learned_scales import LearnedScales
+from .movements import Moved, Movements
 from .subgraph import Subgraph
 from .torch_device import Precision, autocast
 
@@ -65,8 +64,8 @@ class Annealing:
 class Batches:
     """The batches of a block, and the errors of its torch module on them.
 
-    `learned` are scales in the places of the module's own, until they are settled; `row_of` are the rows of tables by
-    timestep.
+    `movements` are weights and scales in the places of the module's own, until they are settled. A step of the fit
+    takes the samples of `calls` batches in equal parts.
     """
 
     def __init__(
@@ -79,8 +78,7 @@ class Batches:
         seed: int,
         calls: int = 1,
         *,
-        learned: LearnedScales | None = None,
-        row_of: Mapping[Timestep, int] = MappingProxyType({}),
+        movements: Movements | None = None,
     ) -> None:
         weights = [batch.weight for batch in data]
         self._chances = None if len(set(weights)) < 2 else [weight / sum(weights) for weight in weights]
@@ -89,14 +87,14 @@ class Batches:
         self._outputs, self._schedule = part.outputs, schedule
         self._inputs = {name_of(value): value for value in part.model.graph.inputs}
         self._mixing = torch.Generator().manual_seed(seed)
-        self.learned, self._row_of = learned, row_of
+        self.movements = movements
 
     def draw(self, rng: np.random.Generator) -> tuple[Batch, slice]:
-        """Return a batch and some successive samples of it, or all where it cannot be divided.
+        """Return a batch and some successive samples of it, or all where it cannot be divided: the part of one call.
 
         A call is drawn as often as the allocation of samples says (allocate_steps).
         """
-        most = self._schedule.batch
+        most = max(self._schedule.batch // self._calls, 1)
         batch = self._batches[int(rng.choice(len(self._batches), p=self._chances))]
         first = int(rng.integers(max(batch.samples - most, 0) + 1))
         return batch, slice(first, first + most) if batch.divisible else slice(None)
@@ -104,30 +102,35 @@ class Batches:
     def loss(self, rng: np.random.Generator) -> torch.Tensor:
         """Return the error with the layers inside, and with elements that are not quantized: of `calls` batches."""
         self._graph.module.train()
-        drawn = [self._weighted(*self._errors(*self.draw(rng))) for _ in range(self._calls)]
+        weights = self._moved_weights()
+        drawn = [self._weighted(*self._errors(*self.draw(rng), weights)) for _ in range(self._calls)]
         return torch.stack(drawn).mean()
 
     @torch.no_grad()
     def mean_errors(self) -> tuple[float, float]:
         """Return the mean error of the outputs over all batches, and the mean with that of the layers inside."""
         self._graph.module.eval()
-        errors = [self._errors(batch, slice(None)) for batch in self._batches]
+        weights = self._moved_weights()
+        errors = [self._errors(batch, slice(None), weights) for batch in self._batches]
         outputs = float(np.mean([float(error) for error, _ in errors]))
         return outputs, float(np.mean([float(self._weighted(*error)) for error in errors]))
 
     def _weighted(self, outputs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         return outputs + self._schedule.inner * inside
 
-    def _errors(self, batch: Batch, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _moved_weights(self) -> Moved:
+        return {} if self.movements is None else self.movements.weights()
+
+    def _errors(self, batch: Batch, samples: slice, weights: Moved) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean squared errors over the mean squares in the float graph, summed: of outputs, and inside."""
         errors = {inside: torch.zeros((), device=self._graph.device) for inside in (True, False)}
-        for name, value in zip(self._graph.outputs, self._call(batch, samples), strict=True):
+        for name, value in zip(self._graph.outputs, self._call(batch, samples, weights), strict=True):
             target = self._on_device(np.array(batch.targets[name][samples]))
             error = (value - target).square().mean() / target.square().mean().clamp_min(1e-12)
             errors[name in self._outputs] = errors[name in self._outputs] + error
         return errors[True], errors[False]
 
-    def _call(self, batch: Batch, samples: slice) -> Sequence[torch.Tensor]:
+    def _call(self, batch: Batch, samples: slice, weights: Moved) -> Sequence[torch.Tensor]:
         fed = {name: np.array(array[samples]) for name, array in batch.inputs.items()}
         if self._signature.timestep in self._inputs:
             count = len(range(*samples.indices(batch.samples)))
@@ -140,18 +143,15 @@ class Batches:
                 given[name] = torch.where(dropped.to(floats.device), floats, given[name])
         precision = self._schedule.precision if self._graph.module.training else "float32"
         with autocast(self._graph.device, precision):
-            return self._run(batch, tuple(given.values()))
+            values = {} if self.movements is None else self.movements.at(batch.timestep, weights)
+            outputs: Sequence[torch.Tensor] = functional_call(self._graph.module, values, tuple(given.values()))
+            return outputs
 
     def _on_device(self, array: AnyArray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._graph.device)
 
     def settle(self) -> dict[str, npt.NDArray[Any]]:
-        """Write the learned scales into the module; return what was written by the names of its parameters."""
-        settled = {} if self.learned is None else self.learned.settle()
-        self.learned = None
+        """Write what moves into the module; return what was written by the names of its parameters."""
+        settled = {} if self.movements is None else self.movements.settle()
+        self.movements = None
         return settled
-
-    def _run(self, batch: Batch, arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        scales = {} if self.learned is None else self.learned.of_row(self._row_of.get(batch.timestep))
-        outputs: Sequence[torch.Tensor] = functional_call(self._graph.module, scales, tuple(arguments))
-        return outputs

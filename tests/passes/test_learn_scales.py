@@ -16,7 +16,9 @@ from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training import training_pass
+from mezzotint.compiler.training.unit_batches import Batches
 from mezzotint.compiler.training.units import find_units, quantizers_of_units
 from mezzotint.passes.learn_scales import LearnScales
 from mezzotint.passes.recipes.catalog import RECIPES
@@ -136,6 +138,45 @@ def test_weights_alone_and_both(compiled: Callable[..., Program], context: Conte
     assert both.training[0].hard < 0.9 * both.training[0].start
 
 
+def test_weights_that_move_too_are_nearer_than_those_rounded_anew(
+    compiled: Callable[..., Program], context: Context, tmp_path: Path
+) -> None:
+    """Block behind block, on the grids of their learned scales; a second run takes all of it from the cache."""
+    program, cached = compiled("w8a8", "weights"), replace(context, cache=tmp_path / "cache")
+    fixed = trained(program, context, what="both")
+    moving, again = (trained(program, cached, what="both", weight_steps=1e-2) for _ in range(2))
+    assert sqnr(moving, context) > sqnr(fixed, context) + 1 > sqnr(program, context) + 1
+    further = []
+    for old, new in zip(find_weights(program.graph), find_weights(moving.graph), strict=True):
+        integers = new.rows() / new.scale()[:, None]
+        np.testing.assert_allclose(integers, np.rint(integers), atol=1e-4)
+        assert np.abs(integers).max() < 3.01
+        further.append(np.abs(new.rows() - old.rows()) > 0.51 * new.scale()[:, None])
+    assert any(map(np.any, further)), "a weight has another integer than the nearest of its scale"
+    assert again.training == moving.training and moved(moving, again) == set()
+
+
+def test_a_step_takes_its_samples_from_several_calls(
+    compiled: Callable[..., Program], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a single step moves several rows of a table."""
+    calls: list[tuple[Any, int]] = []
+
+    def counted(batches: Any, batch: Any, samples: slice, *rest: Any) -> Any:
+        if batches._graph.module.training:
+            calls.append((batch.timestep, len(range(*samples.indices(batch.samples)))))
+        return unmixed(batches, batch, samples, *rest)
+
+    unmixed = Batches._call
+    monkeypatch.setattr(Batches, "_call", counted)
+    program = compiled("w8a8-steps")
+    for mixed in (1, 2):
+        calls.clear()
+        trained(program, context, through="network", mixed=mixed, iterations=4, batch=2)
+        assert [count for _, count in calls] == [2 // mixed] * 4 * mixed
+    assert any(a[0] != b[0] for a, b in zip(calls[::2], calls[1::2], strict=True))
+
+
 @pytest.mark.parametrize(("recipe", "options"), [("w8a8", {"zero_points": False}), ("w8a8-constant", {})])
 def test_zero_points_stay_where_asked_and_where_all_rows_have_one(
     compiled: Callable[..., Program], context: Context, recipe: str, options: dict[str, Any]
@@ -177,6 +218,8 @@ def test_what_cannot_work_is_refused(program: Program, context: Context, monkeyp
         LearnScales(through="network", units=("conv*",))
     with pytest.raises(RecipeError, match=r"learn_scales\.inner is -1"):
         LearnScales(inner=-1.0)
+    with pytest.raises(RecipeError, match=r"learn_scales\.weight_steps moves weights"):
+        LearnScales(weight_steps=1e-2)
     with pytest.raises(RecipeError, match="weights have no tables"):
         LearnScales(form="network", what="weights")
     with pytest.raises(RecipeError, match="the plan has no tables"):

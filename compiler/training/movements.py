@@ -1,0 +1,66 @@
+"""All that moves while a unit or the whole network is trained: weights, and the scales of quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from mezzotint.runtime.signature import Timestep
+
+from .learned_scales import LearnedScales
+from .moving_weights import MovingWeights
+
+Moved = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How far an iteration moves each kind at first.
+
+    weight_steps  quantized weights, in steps of their grids
+    float_shares  other weights, in shares of their size
+    scale_shares  the ends of grids, in shares of their size
+    """
+
+    weight_steps: float
+    float_shares: float
+    scale_shares: float
+
+
+class Movements:
+    """Weights and scales that move, and what an optimizer trains of them, in `groups` with their rates.
+
+    `row_of` are the rows of tables by timestep.
+    """
+
+    def __init__(
+        self,
+        weights: MovingWeights | None,
+        scales: LearnedScales | None,
+        rates: Rates,
+        row_of: Mapping[Timestep, int] = MappingProxyType({}),
+    ) -> None:
+        self._weights, self._scales, self._row_of = weights, scales, row_of
+        moving = [] if weights is None else weights.parameter_groups(rates.weight_steps, rates.float_shares)
+        learned = [] if scales is None else scales.parameter_groups(rates.scale_shares)
+        self.groups: list[dict[str, Any]] = [*moving, *learned]
+        self.variables = [v for group in self.groups for v in group["params"]]
+
+    def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
+        """Return what takes the places of the module's parameters in a call; `weights` may be computed already."""
+        values = dict(self.weights() if weights is None else weights)
+        return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the moved weights, which all calls of one step share."""
+        return {} if self._weights is None else self._weights.values()
+
+    def settle(self) -> dict[str, npt.NDArray[Any]]:
+        """Write everything into the module; return what was written by the names of its parameters."""
+        weights = {} if self._weights is None else self._weights.settle()
+        return weights | ({} if self._scales is None else self._scales.settle())
