@@ -42,6 +42,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     tiers.mark(items)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # or one worker waits for them in the end
     if config.getoption("--quick"):
         items[:] = [item for item in items if item.get_closest_marker("pure") or item.get_closest_marker("onnxruntime")]
 
