@@ -9,11 +9,14 @@ where X are the layer's inputs (unfolded for convolutions, compiler/rounding/gra
 the layers further up are rounded already. The initializer in front of QuantizeLinear becomes s q, so the graph and its
 speed do not change. `float_model` keeps the float weights.
 
-Methods (compiler/rounding/matrix.py has formulas and sources): `nearest`, `gptq`, `gptaq`, `comq`, and `obq`, which
-rounds layers of up to `exact_inputs` inputs by OBQ and larger ones by gptq. Scales: `keep` those of the plan; `mse`
+Methods (compiler/rounding/matrix.py has formulas and sources): `nearest`, `gptq`, `gptaq`, `comq`, and `obq`
+(compiler/rounding/exact.py), which is exact for layers of up to `exact_inputs` inputs and goes through larger ones in
+blocks of that many. Scales: `keep` those of the plan; `mse`
 searches those of each row again by mean square; `output` searches by the diagonal of H and, when q is known, takes the
 best scale for it. With any method, a row stays rounded to nearest with the plan's scale if the method does not lower
 its error. Rows may have widths of their own (assign_bits); each stays inside its grid.
+Weights that are 0 in the float graph, such as those that prune_weights removed, stay 0: the others are rounded to make
+up for them, as if H were restricted to what is left (by obq in each block, by gptq and comq column after column).
 
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
 images of the calibration at each call (whatever allocate_steps chose), and `columns` positions for each layer, shared
@@ -106,9 +109,9 @@ class RoundWeights(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        counts = ("block", "sweeps", "calls", "samples", "columns", "stage")
+        counts = ("block", "sweeps", "calls", "samples", "columns", "stage", "exact_inputs")
         bad = [name for name in counts if getattr(self, name) < 1]
-        bad += [name for name in ("damp", "alpha", "exact_inputs") if not 0 <= getattr(self, name) < np.inf]
+        bad += [name for name in ("damp", "alpha") if not 0 <= getattr(self, name) < np.inf]
         bad += [] if 0 < self.memory_gb < np.inf else ["memory_gb"]
         if bad:
             raise RecipeError(
@@ -219,24 +222,25 @@ class RoundWeights(Pass):
         self, floats: Floats, kept: Floats, gram: Floats, shift: Floats | None, grid: Grid, where: str, report: _Report
     ) -> tuple[Floats, Floats]:
         target: npt.NDArray[np.floating] = floats
-        scale = kept
+        scale, left = kept, floats != 0
+        held = None if left.all() else left
         if self.scales != "keep":
             importance = np.diagonal(gram) if self.scales == "output" else np.ones(gram.shape[1], np.float32)
             scale = search(floats, kept, grid, importance)
         if self.method == "nearest":
             integers = rounding.nearest(floats, scale, grid)
         elif self.method == "comq":
-            integers = rounding.comq(floats, gram, scale, grid, sweeps=self.sweeps, block=self.block)
+            integers = rounding.comq(floats, gram, scale, grid, sweeps=self.sweeps, block=self.block, kept=held)
         else:
             order = rounding.input_order(gram, self.act_order)
             root = rounding.inverse_root(gram, order, self.damp, where)
             report.damped(where, self.damp, root.damp)
             if shift is not None:
                 target = rounding.shifted_target(floats, shift, root, self.alpha).astype(np.float32)
-            if self.exact(gram.shape[1]):
-                integers = obq(target, root, scale, grid)
+            if self.method == "obq":
+                integers = obq(target, root, scale, grid, exact=self.exact_inputs, kept=held)
             else:
-                integers = rounding.gptq(target, root, scale, grid, block=self.block)
+                integers = rounding.gptq(target, root, scale, grid, block=self.block, kept=held)
             del root
         if self.scales == "output":
             scale = refit(target, integers, gram, scale)
@@ -247,10 +251,6 @@ class RoundWeights(Pass):
         better = error < simple
         report.rows(where, np.where(better, error, simple), simple, better)
         return np.where(better[:, None], values, plain), np.where(better, scale, kept)
-
-    def exact(self, inputs: int) -> bool:
-        """Return whether a layer with this number of inputs is rounded by obq."""
-        return self.method == "obq" and inputs <= self.exact_inputs
 
 
 @dataclass
@@ -277,7 +277,9 @@ class _Report:
     def layer(self, values: Floats, weight: QuantizedWeight, inputs: int, step: RoundWeights) -> None:
         if not np.isfinite(values).all():
             raise PassError("rounded weights are not finite", where=weight.name)
-        method = "gptq" if step.method == "obq" and not step.exact(inputs) else step.method
+        method: str = step.method
+        if method == "obq" and inputs > step.exact_inputs:
+            method = f"obq in blocks of {step.exact_inputs}"
         self.methods[method] = self.methods.get(method, 0) + 1
 
     def note(self, count: int, stages: int) -> str:

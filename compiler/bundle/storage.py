@@ -12,7 +12,7 @@ from mezzotint.runtime.bundle.manifest_entries import Storage, StoredType
 from ..core.program import Program
 from ..graph.nodes import is_op
 
-STORAGE_TYPES = ("int2", "int4", "int8", "float16", "float32", "int32")
+STORAGE_TYPES = ("int2", "int4", "int8", "float16", "float32", "int32", "mask")
 _NAMES = {"float": "float32"}
 _STORED = {1: 2, 2: 2, 3: 4, 4: 4}  # bits of a weight -> bits in the file; all others 8
 
@@ -43,6 +43,8 @@ def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
         readers = node.outputs[0].uses() if is_op(node, "Cast") and value.dtype == ir.DataType.UINT8 else ()
         tables = [reader.inputs[0] for reader, index in readers if is_op(reader, "Gather") and index == 1]
         if tables and tables[0] is not None and tables[0].const_value is not None:
+            if tables[0].dtype == ir.DataType.UINT8:  # a bit for each value (compiler/lowering/sparse_packing.py)
+                return "mask", 8 * tensor.size
             count = int(tables[0].const_value.shape.numpy()[1])
             return f"int{8 // count}", tensor.size * count
     name = tensor.dtype.name.lower()

@@ -27,7 +27,7 @@ from ..graph.nodes import counts, name_of, numpy_of
 from ..graph.ops import layers
 from ..graph.require import dtype_of, shape_of
 from ..lowering.any_timestep import take_any_timestep
-from ..lowering.lower import lower
+from ..lowering.lower import lower, lower_float
 from .card import CARD, NOISE_PLOT, card_text
 from .range_rows import range_rows
 from .staging import write_text
@@ -86,7 +86,7 @@ def write_bundle(
     """
     plan = program.plan or Plan()
     quantized = program.float_model is not None
-    lowered = take_any_timestep(lower(program) if quantized else program.model, program.signature)
+    lowered = take_any_timestep(lower(program) if quantized else lower_float(program), program.signature)
     save_model(lowered, bundle / MODEL)
     files = sorted((bundle / MODEL).parent.glob(f"{Path(MODEL).name}*"))
     acceptance = None if accept is None else accept(bundle / MODEL)

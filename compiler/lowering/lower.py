@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from mezzotint.runtime.targets import ONNXRUNTIME
+
 from ..core.program import Lowering, Program
 from ..errors import RecipeError
 from . import packing
@@ -20,6 +22,15 @@ LOWERINGS: Mapping[Lowering, Callable[[Program], ir.Model]] = {
     "integer": lower_integer,
     "constant": lower_constant,
 }
+
+
+def lower_float(program: Program) -> ir.Model:
+    """Return the graph that the target gets of a program in float: its own, with pruned weights stored as such."""
+    if program.target != ONNXRUNTIME or not packing.has_sparse_floats(program.model):
+        return program.model
+    model = program.model.clone()
+    packing.pack_floats(model)
+    return model
 
 
 def lower(program: Program) -> ir.Model:

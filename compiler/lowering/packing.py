@@ -9,11 +9,12 @@ onnxruntime computes these once, when a session is built, and the kernels get th
     weight, only some channels so   Gather(Concat(narrow rows, the other rows), order)
     float32, exact in half          FLOAT16 -> Cast(FLOAT)
     table of integers               INT8 or INT16, less the middle of each column -> Cast -> Add(middle)
+    weight with many zeros          a bit for each value, and the others (sparse_packing.py)
 
-The values alone decide, not the plan; `store_half` is the pass that makes float constants exact in half. Measured on
-onnxruntime 1.31.1 and 1.23.2: all of these are folded, before QLinearConv, MatMulIntegerToFloat and in QDQ form; for
-weights of 2560 x 1280 x 3 x 3 too. INT2 (opset 25) with a Cast is folded by 1.31.1, but 1.23.2 does not open a model
-of that opset, hence the table. Three bits are stored in four, five to seven in eight.
+The values alone decide, not the plan; `store_half` makes float constants exact in half. Measured on onnxruntime 1.31.1
+and 1.23.2: all of these are folded, before QLinearConv, MatMulIntegerToFloat and in QDQ form; for weights of 2560 x
+1280 x 3 x 3 too. INT2 (opset 25) with a Cast is folded by 1.31.1, but 1.23.2 does not open a model of that opset, hence
+the table. Three bits are stored in four, five to seven in eight.
 
 Building a session takes more time and memory, because onnxruntime frees folded constants at the end, and the allocator
 may keep their memory. Ten weights of 14.7 M integers in a separate file: int8 0.3 s and 227 MB at most; INT4 0.9 s and
@@ -24,6 +25,7 @@ the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -34,11 +36,13 @@ from mezzotint.runtime.arrays import Integers
 
 from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
 from ..graph.scopes import CONSTANTS_SCOPE
+from .sparse_packing import SparseForm, Store, unpack_sparse
 
 INT4_OPSET, INT4_IR = 21, 10
 # A node takes 150 to 250 bytes of the file, mostly names, and some time at each start.
 SMALLEST_SAVING = 512
 _INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "MatMulIntegerToFloat")
+_FLOAT_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LOOK_FIRST = 4096  # values of a large float constant that are checked before the others
 _NARROW = (np.int8, np.uint8, np.int16)
 
@@ -59,13 +63,30 @@ def pack(model: ir.Model, weights: WeightStorage = "parts") -> None:
     if weights == "int8":
         return
     packer = _Packer(model)
+    for value in list(model.graph.initializers.values()):
+        if _is_table(value):
+            packer.table(value)
     for value, axis in list(_weights(model.graph)):
         packer.weight(value, axis, whole=weights == "whole")
+    pack_floats(model, packer)
+
+
+def pack_floats(model: ir.Model, packer: _Packer | None = None) -> None:
+    """Store the float constants of a graph that are exact in half precision, or have many zeros; edits the model."""
+    packer = packer or _Packer(model)
     for value in list(model.graph.initializers.values()):
-        if is_half(value):
+        half = is_half(value)
+        form = SparseForm.of(numpy_of(value), 16 if half else 32) if _is_float_weight(value) else None
+        if form is not None:
+            packer.sparse(value, form, packer.in_half if half else packer.in_float)
+        elif half:
             packer.half(value)
-        elif _is_table(value):
-            packer.table(value)
+
+
+def has_sparse_floats(model: ir.Model) -> bool:
+    """Return whether a float weight of a graph is smaller as a bit for each value, and the others."""
+    weights = [value for value in model.graph.initializers.values() if _is_float_weight(value)]
+    return any(SparseForm.of(numpy_of(value), 32) is not None for value in weights)
 
 
 def is_half(value: ir.Value) -> bool:
@@ -83,6 +104,11 @@ def is_float_constant(value: ir.Value) -> bool:
     if not is_constant(value) or value.is_graph_output() or value.dtype != ir.DataType.FLOAT:
         return False
     return bool(value.uses()) and not any(node.op_type in _INTEGER_OPS for node, _ in value.uses())
+
+
+def _is_float_weight(value: ir.Value) -> bool:
+    """Return whether a value is a float constant that only layers read."""
+    return is_float_constant(value) and all(is_op(node, *_FLOAT_LAYERS) for node, _ in value.uses())
 
 
 def rounded_to_half(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -168,6 +194,7 @@ class _Packer:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
         self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS_SCOPE)
+        self._count = 0
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
 
     def weight(self, value: ir.Value, axis: int, *, whole: bool = False) -> None:
@@ -178,19 +205,38 @@ class _Packer:
             int4 = self.model.opset_imports.get("", 0) >= INT4_OPSET and widths.max() <= 4
             widths = np.full_like(widths, 4 if int4 else 8)
         groups = [(int(bits), np.flatnonzero(widths == bits)) for bits in np.unique(widths)]
-        if groups[0][0] == 8:
+        if groups[0][0] == 8 and (whole or SparseForm.of(q, 8) is None):
             return
         parts = []
         for bits, rows in groups:
             part = q if len(groups) == 1 else np.take(q, rows, axis)
-            parts.append(self._stored(part, bits, f"{stem}_int{bits}"))
+            form = None if whole else SparseForm.of(part, bits)
+            if form is None:
+                parts.append(self._stored(bits, part, f"{stem}_int{bits}"))
+            else:
+                parts.append(self._sparse(form, partial(self._stored, bits)))
         self._replace(value, self._joined(parts, [rows for _, rows in groups], axis, stem))
 
     def half(self, value: ir.Value) -> None:
         """Store a float constant in half precision."""
-        stem = name_of(value)
-        stored = self.build.constant(f"{stem}_half", numpy_of(value).astype(np.float16))
-        self._replace(value, self._cast(stored, ir.DataType.FLOAT, f"{stem}_float"))
+        self._replace(value, self.in_half(numpy_of(value), name_of(value)))
+
+    def sparse(self, value: ir.Value, form: SparseForm, stored: Store) -> None:
+        """Store a constant by its values that are not 0."""
+        self._replace(value, self._sparse(form, stored))
+
+    def _sparse(self, form: SparseForm, stored: Store) -> ir.Value:
+        self._count += 1  # a dozen nodes: the name of the weight in each would be a large part of a small file
+        return unpack_sparse(form, self.build, stored, self._once, f"sparse_{self._count}")
+
+    def in_float(self, array: npt.NDArray[Any], stem: str) -> ir.Value:
+        """Store an array as it is."""
+        return self.build.constant(stem, array)
+
+    def in_half(self, array: npt.NDArray[Any], stem: str) -> ir.Value:
+        """Store an array in half precision, and return it in float32."""
+        stored = self.build.constant(f"{stem}_half", array.astype(np.float16))
+        return self._cast(stored, ir.DataType.FLOAT, f"{stem}_float")
 
     def table(self, value: ir.Value) -> None:
         """Store the columns of a table that fit into two bytes, or do so once their middle is subtracted."""
@@ -224,7 +270,7 @@ class _Packer:
             members.append(rest)
         self._replace(value, self._joined(parts, members, 1, stem))
 
-    def _stored(self, q: Integers, bits: int, stem: str) -> ir.Value:
+    def _stored(self, bits: int, q: Integers, stem: str) -> ir.Value:
         """Integers as int8, stored in `bits` bits."""
         if bits == 8:
             return self.build.constant(stem, np.ascontiguousarray(q))

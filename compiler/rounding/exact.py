@@ -1,66 +1,85 @@
-"""obq: the greedy order of Optimal Brain Quantization (arXiv 2208.11580), exact for each row, for small layers.
+"""obq: the greedy order of Optimal Brain Quantization (arXiv 2208.11580), exact for each row.
 
 A row keeps the inverse G = H^-1 of the columns that are still free. Until none is left,
 
     p  = the free column with the least (w_p - s q_p)^2 / G_pp
     w -= (w_p - s q_p) / G_pp G_p,        G -= G_p G_p^T / G_pp,        p is done
 
-and a weight more than half a step beyond the grid is taken first, before it moves further. Every row
-has an order of its own, so that d inputs cost d^3 for each row; many rows go at once, and what is done leaves the
-matrices now and then, which saves two thirds.
+and a weight more than half a step beyond the grid is taken first, before it moves further. Every row has an order of
+its own, so that d inputs cost d^3 for each row (compiler/rounding/downdated.py).
+
+More than `exact` inputs go in blocks of that many, those with the largest inputs first. Inside a block this is OBQ with
+all later columns free: with U^T U = H^-1, the inverse over what is left is U_bb^T U_bb, whatever the order inside. When
+a block is done, the later columns make up for all of it at once, w_j -= (w_b - s q_b) U_bb^-1 U_bj.
+
+Weights that were pruned have q = 0 and are taken before all others of their block, so that those are rounded against H
+restricted to what is left.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+from scipy.linalg import solve_triangular
 
 from mezzotint.runtime.arrays import Floats
 
 from ..core.formats import Grid, ends, of_rows
-from .matrix import Matrix, Root
-
-ROOM = 1 << 26  # bytes of inverses that are worked on at once
-COMPACTIONS = 8  # how often finished columns are removed from the matrices
+from .downdated import DowndatedInverses, at_once, precise
+from .matrix import Kept, Matrix, Root
 
 
-def obq(weight: Matrix, root: Root, scale: Floats, grid: Grid) -> Floats:
-    """Return integers `[rows, d]`, as float32."""
-    upper = root.upper.astype(np.float64)
-    inverse = np.empty_like(upper)
-    inverse[np.ix_(root.order, root.order)] = upper.T @ upper
-    at_once = max(ROOM // inverse.nbytes, 1)
-    parts = [slice(i, i + at_once) for i in range(0, len(weight), at_once)]
-    found = [_rows(weight[part], inverse, scale[part], of_rows(grid, part)) for part in parts]
-    return np.concatenate(found)
+def obq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, exact: int, kept: Kept | None = None) -> Floats:
+    """Return integers `[rows, d]`, as float32; where `kept` `[rows, d]` is given, weights outside it become 0."""
+    rows, inputs = weight.shape
+    upper = root.upper
+    turned = np.array(weight[:, root.order], upper.dtype)
+    held = None if kept is None else kept[:, root.order]
+    integers = np.empty((rows, inputs), np.float32)
+    step = scale.astype(upper.dtype)[:, None]
+    for start in range(0, inputs, exact):
+        stop = min(start + exact, inputs)
+        part = slice(start, stop)
+        corner = np.ascontiguousarray(upper[part, part]).astype(np.float64)
+        block = turned[:, part]
+        rest = None if held is None else held[:, part]
+        integers[:, part] = _in_parts(block, precise(corner.T @ corner), scale, grid, rest)
+        if stop < inputs:
+            wrong = block - step * integers[:, part]
+            passed = solve_triangular(corner, wrong.T.astype(np.float64), trans="T").T.astype(upper.dtype)
+            turned[:, stop:] -= passed @ upper[part, stop:]
+    placed = np.empty_like(integers)
+    placed[:, root.order] = integers
+    return placed
 
 
-def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:
+def _in_parts(weight: Matrix, inverse: Matrix, scale: Floats, grid: Grid, kept: Kept | None) -> Floats:
+    together = at_once(inverse)
+    parts = [slice(i, i + together) for i in range(0, len(weight), together)]
+    return np.concatenate(
+        [_rows(weight[p], inverse, scale[p], of_rows(grid, p), None if kept is None else kept[p]) for p in parts]
+    )
+
+
+def _rows(weight: Matrix, inverse: Matrix, scale: Floats, grid: Grid, kept: Kept | None) -> Floats:
     count, inputs = weight.shape
     low, high = ends(grid, 0, 2)
-    values, step = weight.astype(np.float64), scale.astype(np.float64)[:, None]
-    inverses = np.repeat(inverse[None], count, axis=0)
-    columns = np.tile(np.arange(inputs), (count, 1))  # which column of the weight each one is
-    free = np.ones((count, inputs), bool)
+    state = DowndatedInverses(weight, inverse)
+    step = scale.astype(state.values.dtype)[:, None]
+    pruned = np.zeros((count, inputs), bool) if kept is None else ~kept
     integers = np.empty((count, inputs), np.float32)
     rows = np.arange(count)
-    every = max(inputs // COMPACTIONS, 1)
-    for done in range(inputs):
-        if done and done % every == 0:
-            kept = np.nonzero(free)[1].reshape(count, -1)
-            inverses = inverses[rows[:, None, None], kept[:, :, None], kept[:, None, :]]
-            values, columns = np.take_along_axis(values, kept, 1), np.take_along_axis(columns, kept, 1)
-            free = np.ones(kept.shape, bool)
+    for _ in range(inputs):
+        values = state.values
         rounded = np.clip(np.rint(values / step), low, high)
+        rounded[pruned] = 0
         error = values - step * rounded
-        diagonal = np.where(free, np.einsum("rii->ri", inverses), 1.0)
-        beyond = np.where(free & (np.abs(error) > 0.5001 * step), np.abs(error), 0.0)
-        cost = np.where(free, error**2 / diagonal, np.inf)
-        chosen = np.where(beyond.any(axis=1), beyond.argmax(axis=1), cost.argmin(axis=1))
-        integers[rows, columns[rows, chosen]] = rounded[rows, chosen]
-        column = inverses[rows, chosen]  # [rows, columns]: the matrices are symmetric
-        pivot = diagonal[rows, chosen][:, None]
-        values -= error[rows, chosen][:, None] / pivot * column
-        inverses -= column[:, :, None] * (column / pivot)[:, None, :]
-        free[rows, chosen] = False
+        beyond = np.where(state.live & ~pruned & (np.abs(error) > 0.5001 * step), np.abs(error), 0.0)
+        cost = np.where(state.live, error**2 / np.where(state.live, state.diagonal, 1.0), np.inf)
+        first = state.live & pruned
+        best = np.where(beyond.any(axis=1), beyond.argmax(axis=1), cost.argmin(axis=1))
+        chosen = np.where(first.any(axis=1), first.argmax(axis=1), best)
+        integers[rows, state.columns[rows, chosen]] = rounded[rows, chosen]
+        state.remove(chosen, error[rows, chosen])
+        if (blocks := state.compact()) is not None:
+            pruned = pruned[rows[:, None], blocks]
     return integers

@@ -47,20 +47,51 @@ class Latents:
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class FloatInputs:
+    """A weight of the float graph, with its outputs along `axis`, and the inputs of the layers that read it.
+
+    `key` identifies H: layers that read the same value in the same way share one.
+    """
+
+    floats: ir.Value
+    axis: int
+    taps: tuple[str, ...]
+    unfolds: tuple[Unfold, ...]
+    inputs: int
+
+    def rows(self) -> Floats:
+        """Return the weights, `[outputs, inputs of an output]`."""
+        return weight_rows(self.floats, self.axis)
+
+    @property
+    def read_as_float(self) -> tuple[str, ...]:
+        """The names of the inputs in the float graph."""
+        return self.taps
+
+    @property
+    def key(self) -> GramKey:
+        return tuple(zip(self.taps, self.unfolds, strict=True))
+
+    @property
+    def groups(self) -> int:
+        return self.unfolds[0].groups
+
+    @property
+    def gram_bytes(self) -> float:
+        return 4.0 * self.groups * self.inputs**2
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs(FloatInputs):
     """A weight with the inputs of its layers: `taps` in the quantized graph, `float_taps` in the float one.
 
-    `key` identifies H: layers that read the same value in the same way share one. `floats` is the weight in the
-    float graph: in the quantized one it may be cut off where the grid of a narrow row ends.
+    `floats` is the weight in the float graph: in the quantized one it may be cut off where the grid of a narrow row
+    ends.
     """
 
     weight: QuantizedWeight
-    floats: ir.Value
-    taps: tuple[str, ...]
     float_taps: tuple[str, ...]
     float_weights: tuple[str, ...]
-    unfolds: tuple[Unfold, ...]
-    inputs: int
 
     @staticmethod
     def of(weight: QuantizedWeight, float_layers: Mapping[str, Layer], where: str) -> Inputs:
@@ -82,30 +113,19 @@ class Inputs:
         if floats is None or floats.shape is None or floats.shape.numpy() != shape:
             raise PassError("the weight of a layer has another shape in the float graph", where=weight.name)
         return Inputs(
-            weight,
             floats,
+            weight.axis,
             tuple(name_of(node.inputs[0]) for node in weight.readers),
-            tuple(name_of(layer.activations[0]) for layer in known),
-            tuple(name_of(layer.weight) for layer in known),
             unfolds,
             int(inputs),
+            weight,
+            tuple(name_of(layer.activations[0]) for layer in known),
+            tuple(name_of(layer.weight) for layer in known),
         )
 
-    def rows(self) -> Floats:
-        """Return the weights to round, `[outputs, inputs of an output]`."""
-        return weight_rows(self.floats, self.weight.axis)
-
     @property
-    def key(self) -> GramKey:
-        return tuple(zip(self.taps, self.unfolds, strict=True))
-
-    @property
-    def groups(self) -> int:
-        return self.unfolds[0].groups
-
-    @property
-    def gram_bytes(self) -> float:
-        return 4.0 * self.groups * self.inputs**2
+    def read_as_float(self) -> tuple[str, ...]:
+        return self.float_taps
 
 
 @dataclass(eq=False)
@@ -116,7 +136,7 @@ class Gathered:
     _shifts: dict[int, Floats] = field(default_factory=dict)
     _users: dict[GramKey, int] = field(default_factory=dict)
 
-    def expect(self, inputs: Inputs, shifts: bool) -> None:
+    def expect(self, inputs: FloatInputs, shifts: bool) -> None:
         if inputs.key not in self._grams:
             self._grams[inputs.key] = Gram(inputs.groups, inputs.inputs)
         self._users[inputs.key] = self._users.get(inputs.key, 0) + 1
@@ -126,21 +146,21 @@ class Gathered:
     def add(self, key: GramKey, columns: Floats) -> None:
         self._grams[key].add(columns)
 
-    def add_shift(self, inputs: Inputs, rows: Floats, difference: Floats, columns: Floats) -> None:
+    def add_shift(self, inputs: FloatInputs, rows: Floats, difference: Floats, columns: Floats) -> None:
         """Sum W (X_f - X) X^T over `columns` `[positions, groups, d]`."""
         each = len(rows) // inputs.groups
         for g in range(inputs.groups):
             part = slice(g * each, (g + 1) * each)
             self._shifts[id(inputs)][part] += (difference[:, g] @ rows[part].T).T @ columns[:, g]
 
-    def gram(self, inputs: Inputs) -> Floats:
+    def gram(self, inputs: FloatInputs) -> Floats:
         """H `[groups, d, d]`."""
         return self._grams[inputs.key].matrix()
 
-    def shift(self, inputs: Inputs) -> Floats | None:
+    def shift(self, inputs: FloatInputs) -> Floats | None:
         return self._shifts.get(id(inputs))
 
-    def forget(self, inputs: Inputs) -> None:
+    def forget(self, inputs: FloatInputs) -> None:
         self._shifts.pop(id(inputs), None)
         self._users[inputs.key] -= 1
         if not self._users[inputs.key]:
@@ -222,6 +242,34 @@ def gather(
     return gathered
 
 
+def gather_floats(
+    program: Program,
+    context: Context,
+    stage: Sequence[FloatInputs],
+    latents: Sequence[Latents],
+    *,
+    columns: int,
+    balance: bool,
+    step: Callable[[], None],
+) -> Gathered:
+    """Return H of every weight of a stage in a float graph, as `gather` does for a quantized one."""
+    gathered = Gathered()
+    for inputs in stage:
+        gathered.expect(inputs, shifts=False)
+    graph_inputs = {name_of(v) for v in program.graph.inputs}
+    taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.taps) if t not in graph_inputs]
+    limit = max(columns // len(latents), 1)
+    with Executor(
+        program.model, context.folder, taps=taps, threads=context.threads, spinning=False, only_taps=bool(taps)
+    ) as executor:
+        for batch in latents:
+            seen = executor.call(program.signature, batch.x, batch.timestep, batch.conditions)
+            seen |= {program.signature.sample: batch.x, **batch.conditions}
+            _add_batch(gathered, stage, seen, {}, limit, [context.seed, batch.call, batch.batch], balance)
+            step()
+    return gathered
+
+
 def _read_directly(model: ir.Model, rounded: Collection[str]) -> ir.Model:
     """A clone whose layers read grid points without quantizing them: a session need not hold them a second time."""
     clone = model.clone()
@@ -234,7 +282,7 @@ def _read_directly(model: ir.Model, rounded: Collection[str]) -> ir.Model:
 
 def _add_batch(
     gathered: Gathered,
-    stage: Sequence[Inputs],
+    stage: Sequence[FloatInputs],
     seen: Mapping[str, Floats],
     wanted: Mapping[str, Floats],
     limit: int,
@@ -247,7 +295,7 @@ def _add_batch(
         if inputs.key in added and not wanted:
             continue
         rows = inputs.rows() if wanted else None
-        for tap, float_tap, unfold in zip(inputs.taps, inputs.float_taps, inputs.unfolds, strict=True):
+        for tap, float_tap, unfold in zip(inputs.taps, inputs.read_as_float, inputs.unfolds, strict=True):
             x = seen[tap]
             rng = streams.POSITIONS.generator(*seed, zlib.crc32(tap.encode()))
             chosen = choose_positions(unfold.positions(x.shape), limit, rng)

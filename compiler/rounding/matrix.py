@@ -15,6 +15,8 @@ comq      (arXiv 2403.07134) coordinate descent without an inverse: q_i = rint((
           r = (W - s q) H without column i's own part; several sweeps. Columns are visited by |x_i| mean |w_i|, largest
           first; the paper orders them for each row on its own, which would undo the blocks.
 obq       in compiler/rounding/exact.py.
+
+Weights outside a mask `kept` `[rows, d]` were pruned: gptq, comq and obq give them q = 0; the others make up for it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ..errors import PassError
 
 Matrix = npt.NDArray[np.floating]
 ColumnOrder = npt.NDArray[np.int64]
+Kept = npt.NDArray[np.bool_]
 LARGEST_DAMP = 1.0
 FIRST_RAISE = 1e-4
 
@@ -102,8 +105,9 @@ def nearest(weight: Matrix, scale: Floats, grid: Grid) -> Floats:
     return rounded
 
 
-def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int) -> Floats:
+def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int, kept: Kept | None = None) -> Floats:
     """Integers `[rows, d]`, as float32."""
+    held = None if kept is None else np.ascontiguousarray(kept.T[root.order])
     turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)  # a column of weights lies together
     integers = np.empty(turned.shape, np.float32)
     step, (low, high) = scale.astype(turned.dtype), ends(grid, 0, 1)
@@ -114,6 +118,8 @@ def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int) -
         for i in range(stop - start):
             column = turned[start + i]
             rounded = np.clip(np.rint(column / step), low, high)
+            if held is not None:
+                rounded *= held[start + i]
             integers[start + i] = rounded
             errors[i] = (column - step * rounded) / rows[i, i]
             turned[start + i + 1 : stop] -= rows[i, i + 1 : stop - start, None] * errors[i]
@@ -131,11 +137,14 @@ def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> M
     return target
 
 
-def comq(weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int, block: int) -> Floats:
+def comq(
+    weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int, block: int, kept: Kept | None = None
+) -> Floats:
     """Integers `[rows, d]`, as float32. From the second sweep on no row gets worse."""
     diagonal = np.diagonal(gram)
     order = np.argsort(-np.sqrt(diagonal) * np.abs(weight).mean(axis=0), kind="stable")
     wanted = np.ascontiguousarray(weight.T[order], dtype=gram.dtype)
+    held = None if kept is None else kept.T[order]
     step, (low, high) = scale.astype(gram.dtype), ends(grid, 0, 1)
     now = wanted.copy()
     integers = np.empty(wanted.shape, np.float32)
@@ -149,6 +158,8 @@ def comq(weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int
                 j = start + i
                 optimum = now[j] + residual[j] / columns[i, j]
                 integers[j] = np.clip(np.rint(optimum / step), low, high)
+                if held is not None:
+                    integers[j] *= held[j]
                 value = step * integers[j].astype(gram.dtype)
                 moved[i] = value - now[j]
                 now[j] = value

@@ -26,6 +26,7 @@ from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
 from .distilled import DISTILLED
 from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
+from .pruned import PRUNED
 from .trained import TRAINED
 
 TENSOR = ChooseScales(per_channel=False)
@@ -181,7 +182,8 @@ ROUNDING = (
     against_w8a8(
         "obc",
         "w4a8",
-        "OBC, arXiv 2208.11580 (its quantizer OBQ for layers of up to 320 inputs, GPTQ for larger ones)",
+        "OBC, arXiv 2208.11580 (its quantizer OBQ: exact for layers of up to 320 inputs; in blocks of 320, with all "
+        "later columns free, for larger ones)",
         "w8a8 with weights rounded one by one, the least error first, the remaining ones compensating for it",
         static(behind=(RoundWeights(method="obq"),)),
     ),
@@ -246,4 +248,4 @@ BITS = (
     ),
 )
 
-PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *TRAINED, *SCALES, *BITS, *DISTILLED)
+PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *PRUNED, *TRAINED, *SCALES, *BITS, *DISTILLED)

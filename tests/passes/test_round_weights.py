@@ -161,10 +161,30 @@ def test_only_the_chosen_layers(program: Program, context: Context) -> None:
         rounded(program, context, layers=("nowhere",))
 
 
-def test_obq_leaves_large_layers_to_gptq(program: Program, context: Context) -> None:
-    note = rounded(program, context, method="obq", exact_inputs=16).history[-1].note
-    assert "gptq: " in note and "obq: " in note
-    assert "obq: " not in rounded(program, context, method="obq", exact_inputs=1).history[-1].note
+def test_obq_goes_through_large_layers_in_blocks(program: Program, context: Context) -> None:
+    after = rounded(program, context, method="obq", exact_inputs=16)
+    note = after.history[-1].note
+    assert "obq: " in note and "obq in blocks of 16: " in note and "gptq" not in note
+    whole = rounded(program, context, method="obq")
+    pairs = zip(find_weights(after.graph), find_weights(whole.graph), strict=True)
+    assert any(not np.array_equal(a.rows(), b.rows()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", ["gptq", "comq", "obq"])
+def test_weights_that_were_pruned_stay_zero(context: Context, method: str) -> None:
+    pruned = tiny_program(steps=STEPS)
+    kept = {}
+    for layer in layers(pruned.graph):
+        if layer.weight is not None and layer.name in ("up", "q"):
+            values = np.array(numpy_of(layer.weight))
+            values.reshape(-1)[::2] = 0
+            layer.weight.const_value = ir.tensor(values, name=layer.weight.name)
+            kept[layer.name] = values != 0
+    steps = with_options(RECIPES["w8a8-steps"], {"choose_scales.weight_bits": 4}).passes
+    after = rounded(pipeline.run_passes(pruned, steps, context), context, method=method, exact_inputs=40)
+    for weight in find_weights(after.graph):
+        if weight.name in kept:
+            assert not numpy_of(weight.value)[~kept[weight.name]].any() and numpy_of(weight.value).any()
 
 
 def test_progress_reaches_its_end(program: Program, context: Context) -> None:

@@ -70,7 +70,7 @@ def by_gptq(weight: Floats, gram: npt.NDArray[np.float64], scale: Floats, grid: 
 
 
 def by_obq(weight: Floats, gram: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:
-    return obq(weight, inverse_root(gram, input_order(gram, True), 0.01, "here"), scale, grid)
+    return obq(weight, inverse_root(gram, input_order(gram, True), 0.01, "here"), scale, grid, exact=8)
 
 
 def by_comq(weight: Floats, gram: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:

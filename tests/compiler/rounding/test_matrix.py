@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from mezzotint.compiler.core.formats import INT8, Format
 from mezzotint.compiler.errors import PassError
+from mezzotint.compiler.rounding import downdated
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.matrix import (
+    Kept,
     Root,
     check_gram,
     comq,
@@ -52,7 +55,7 @@ def rounded_by(method: str, weight: Wide, gram: Wide, scale: Floats, fmt: Format
     if method == "comq":
         return comq(weight, gram, scale, fmt, sweeps=4, block=block)
     if method == "obq":
-        return obq(weight, root_of(gram), scale, fmt)
+        return obq(weight, root_of(gram), scale, fmt, exact=len(gram))
     return gptq(weight, root_of(gram), scale, fmt, block=block)
 
 
@@ -104,30 +107,82 @@ def test_the_slow_gptq_is_told_from_another() -> None:
     assert not np.array_equal(other, slow_gptq(weight, damped(gram, 0.01), root.order, scale, INT4))
 
 
-def slow_obq(weight: Wide, gram: Wide, scale: Floats, fmt: Format) -> Wide:
-    """Each row: the inverse of H of the free columns is computed afresh every time."""
+def slow_obq(
+    weight: Wide, gram: Wide, scale: Floats, fmt: Format, blocks: Sequence[Sequence[int]], kept: Kept | None = None
+) -> Wide:
+    """Each row: the inverse of H of the free columns is computed afresh every time; one block after the other."""
     integers = np.zeros_like(weight)
     for r, row in enumerate(weight):
         s, w, free = float(scale[r]), row.copy(), list(range(len(row)))
-        while free:
-            inverse = np.linalg.inv(gram[np.ix_(free, free)])
-            q = np.clip(np.rint(w[free] / s), fmt.qmin, fmt.qmax)
-            e = w[free] - s * q
-            beyond = np.abs(e) > 0.5001 * s
-            cost = e**2 / np.diagonal(inverse)
-            k = int(np.argmax(np.where(beyond, np.abs(e), 0))) if beyond.any() else int(np.argmin(cost))
-            w[free] -= e[k] / inverse[k, k] * inverse[k]
-            integers[r, free[k]] = q[k]
-            free.pop(k)
+        for block in blocks:
+            left = list(block)
+            while left:
+                inverse = np.linalg.inv(gram[np.ix_(free, free)])
+                at = [free.index(c) for c in left]
+                alive = np.ones(len(left), bool) if kept is None else kept[r, left]
+                q = np.where(alive, np.clip(np.rint(w[left] / s), fmt.qmin, fmt.qmax), 0)
+                e = w[left] - s * q
+                beyond = alive & (np.abs(e) > 0.5001 * s)
+                k = int(np.argmin(e**2 / np.diagonal(inverse)[at]))
+                if beyond.any():
+                    k = int(np.argmax(np.where(beyond, np.abs(e), 0)))
+                if not alive.all():
+                    k = int(np.argmin(alive))
+                w[free] -= e[k] / inverse[at[k], at[k]] * inverse[at[k]]
+                integers[r, left[k]] = q[k]
+                free.remove(left.pop(k))
     return integers
 
 
-@given(seed=st.integers(0, 999), inputs=st.integers(1, 20))
+@given(seed=st.integers(0, 999), inputs=st.integers(1, 20), exact=st.integers(1, 20), sparse=st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_obq_is_the_greedy_order(seed: int, inputs: int) -> None:
+def test_obq_is_the_greedy_order_in_each_block(seed: int, inputs: int, exact: int, sparse: bool) -> None:
     weight, gram, scale = problem(seed, inputs=inputs)
-    got = obq(weight, root_of(gram), scale, INT4)
-    np.testing.assert_array_equal(got, slow_obq(weight, damped(gram, 0.01), scale, INT4))
+    root = root_of(gram)
+    blocks = [root.order[i : i + exact].tolist() for i in range(0, inputs, exact)]
+    kept = np.random.default_rng(seed).random(weight.shape) < 0.5 if sparse else None
+    got = obq(weight, root, scale, INT4, exact=exact, kept=kept)
+    np.testing.assert_array_equal(got, slow_obq(weight, damped(gram, 0.01), scale, INT4, blocks, kept))
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_columns_that_left_the_matrices_change_nothing(monkeypatch: pytest.MonkeyPatch, precise: bool) -> None:
+    """More columns than a panel, and some compactions, in both precisions."""
+    monkeypatch.setattr(downdated, "PANEL", 3)
+    monkeypatch.setattr(downdated, "PRECISE", 99 * precise)
+    weight, gram, scale = problem(4, inputs=24)
+    got = obq(weight, root_of(gram), scale, INT4, exact=24)
+    want = slow_obq(weight, damped(gram, 0.01), scale, INT4, [list(range(24))])
+    assert np.mean(got == want) == 1 if precise else np.mean(got == want) > 0.95
+
+
+def test_blocks_of_obq_are_nearer_than_gptq() -> None:
+    weight, gram, scale = problem(1, rows=60, inputs=64, columns=200)
+    gram += np.diagonal(gram).mean() * np.eye(64)
+    root = root_of(gram)
+    errors = [
+        error_of(weight, q, gram, scale).sum()
+        for q in (
+            *(obq(weight, root, scale, INT4, exact=n) for n in (64, 16)),
+            gptq(weight, root, scale, INT4, block=8),
+        )
+    ]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_what_is_left_of_a_row_makes_up_for_what_was_pruned() -> None:
+    """In a row of two weights, one of them pruned, the other is rounded to the nearest point of its regression."""
+    weight, gram, scale = problem(2, inputs=2)
+    kept = np.array([[True, False]] * len(weight))
+    here = damped(gram, 0.01)
+    wanted = weight[:, 0] + weight[:, 1] * here[0, 1] / here[0, 0]
+    for got in (
+        obq(weight, root_of(gram), scale, INT4, exact=2, kept=kept),
+        comq(weight, here, scale, INT4, sweeps=3, block=1, kept=kept),
+    ):
+        np.testing.assert_array_equal(got[:, 0], np.clip(np.rint(wanted / scale), -7, 7))
+        assert not got[:, 1].any()
+    assert not gptq(weight, root_of(gram), scale, INT4, block=2, kept=kept)[:, 1].any()
 
 
 @given(seed=st.integers(0, 999))
@@ -137,7 +192,7 @@ def test_two_weights_are_rounded_as_well_as_can_be_almost(seed: int) -> None:
     weight, gram, scale = problem(seed, inputs=2)
     here = damped(gram, 0.01)
     points = np.array(list(itertools.product(range(-7, 8), repeat=2)), np.float32)
-    got = error_of(weight, obq(weight, root_of(gram), scale, INT4), here, scale)
+    got = error_of(weight, obq(weight, root_of(gram), scale, INT4, exact=len(gram)), here, scale)
     simple = error_of(weight, nearest(weight, scale, INT4), here, scale)
     for r in range(len(weight)):
         every = error_of(np.repeat(weight[r : r + 1], len(points), 0), points, here, np.repeat(scale[r], len(points)))

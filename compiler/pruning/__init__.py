@@ -1,0 +1,1 @@
+"""Weights removed against the inputs of their layers."""

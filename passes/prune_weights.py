@@ -1,0 +1,272 @@
+"""prune_weights: remove weights so that the outputs of their layers change least, and let the others make up for it.
+
+A layer with the inputs X computes W X. Its pruned weight W' with a given share of zeros is chosen to lower
+
+    E = tr((W - W') H (W - W')^T),        H = sum over calls of X X^T / mean(X^2)
+
+by Optimal Brain Surgeon, row after row: ExactOBS of Optimal Brain Compression (OBC, Frantar and Alistarh, arXiv
+2208.11580; compiler/pruning/greedy.py has the formulas). The rows of a layer compete for its share by a heap over them,
+and what stays is solved anew, exactly. Layers with more than `exact_inputs` inputs are pruned in blocks of `block`
+columns, with all later columns free, and what stays is improved by `polish` steps of conjugate gradients. A ridge of
+`damp` times the mean diagonal of H keeps it regular, and is raised tenfold where that is not enough.
+
+- `pattern`: `unstructured`; `N:M`, of which every M consecutive inputs keep N (TensorRT's sparse kernels take 2:4);
+  `blocks` of 4 consecutive inputs. Inputs are consecutive along the input channels (compiler/pruning/patterns.py).
+  Layers whose channels are no multiple of M or 4 stay dense.
+- `method`: `obs`; `magnitude` is the baseline, in which the smallest weights go and the others stay as they are.
+
+How much goes: exactly one of these is given, and N:M needs none.
+
+- `sparsity`: the same share of zeros for each layer, above 0 and below 1.
+- `size`: of the file, as a share of all parameters in fp32, with a bit for each weight (or block) of a sparse layer.
+- `flops`: multiplications by weights that stay, as a share of all.
+- `bops`: the same times the bits of both factors, relative to W8A8; activations count 8.
+
+The last three choose the sparsity of each layer among `levels` (N:M: pruned or dense) by the integer program of
+assign_bits, which takes the place of OBC's dynamic program (compiler/pruning/levels.py). `bits` is the width that the
+weights will have. `score`: how much the error of a layer matters is measured in epsilon, or by its own outputs alone.
+
+The pass stands in front of observe: inputs are those of the dense network, as in OBC, scales are then searched on what
+stays, and round_weights keeps zeros (`obc-compound`). The file stores what stays and a bit for each weight, unpacked
+when a session is built (compiler/lowering/sparse_packing.py). No kernel of onnxruntime skips zeros: the gain is size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, get_args
+
+import numpy as np
+
+from mezzotint.compiler.bits.units import with_macs
+from mezzotint.compiler.core.pipeline import Context, GraphPass, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph import weight_store as store
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.pruning.layer_pruning import LayerPruner, PrunedLayer, PruningMethod
+from mezzotint.compiler.pruning.levels import LayerLevels, SparsityBudget, SparsityProgram
+from mezzotint.compiler.pruning.patterns import PruningPattern
+from mezzotint.compiler.pruning.prunable import PrunableWeight, find_prunable
+from mezzotint.compiler.pruning.sparsity_profile import epsilon_shares
+from mezzotint.compiler.rounding.layer_inputs import Gathered, chosen_latents, gather_floats
+from mezzotint.runtime.arrays import Floats
+from mezzotint.runtime.sampling.deployment import Deployment
+
+LEVELS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+
+
+@dataclass(frozen=True)
+class PruneWeights(GraphPass):
+    """Weights pruned against the inputs of their layers.
+
+    - `pattern`, `method`, the budgets, `levels`, `bits`, `score`, `exact_inputs`, `block`, `polish`, `damp`: as above.
+    - `calls`, `samples`, `columns`, `balance`, `memory_gb` (GB): as in round_weights. `islands`: as in insert_qdq; they
+      stay dense.
+    """
+
+    pattern: str = "unstructured"
+    method: PruningMethod = "obs"
+    sparsity: float | None = None
+    size: float | None = None
+    flops: float | None = None
+    bops: float | None = None
+    levels: tuple[float, ...] = LEVELS
+    bits: Literal[2, 3, 4, 5, 6, 7, 8, 32] = 32
+    score: Literal["output", "layer"] = "output"
+    exact_inputs: int = 1500
+    block: int = 128
+    polish: int = 8
+    damp: float = 0.01
+    calls: int = 10
+    samples: int = 8
+    columns: int = 8192
+    balance: bool = True
+    memory_gb: float = 3.0
+    islands: tuple[str, ...] = ("first", "last")
+
+    def __post_init__(self) -> None:
+        PruningPattern.of(self.pattern, self.name)
+        counts = ("exact_inputs", "block", "calls", "samples", "columns")
+        bad = [name for name in counts if getattr(self, name) < 1]
+        bad += [name for name in ("polish", "damp") if not 0 <= getattr(self, name) < np.inf]
+        bad += [] if 0 < self.memory_gb < np.inf else ["memory_gb"]
+        if bad:
+            raise RecipeError(f"prune_weights.{bad[0]} is {getattr(self, bad[0])}", where=self.name, hint="choose more")
+        for share in (self.sparsity, *self.levels):
+            if share is not None and not 0 <= share < 1:
+                raise RecipeError(
+                    f"a sparsity is {share:g}",
+                    where=self.name,
+                    hint="choose below 1: a layer of zeros computes nothing",
+                )
+        if not self.levels or len(set(self.levels)) < len(self.levels):
+            raise RecipeError("prune_weights.levels are not different", where=self.name, hint="such as [0, 0.5, 0.75]")
+
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        given = [name for name in ("sparsity", *get_args(SparsityBudget)) if getattr(self, name) is not None]
+        bad = [name for name in given if not getattr(self, name) > 0]
+        if bad:
+            raise RecipeError(
+                f"{self.name}.{bad[0]} is {getattr(self, bad[0])}", where=self.name, hint="choose above 0"
+            )
+        fixed = PruningPattern.of(self.pattern, self.name).sparsity
+        if fixed is not None and self.sparsity is not None:
+            raise RecipeError(
+                f"the pattern {self.pattern} has a sparsity of {fixed:g}, and another one is given",
+                where=f"{self.name}.sparsity",
+                hint="set prune_weights.sparsity to null, or choose the pattern unstructured",
+            )
+        if len(given) > 1 or (fixed is None and not given):
+            raise RecipeError(
+                f"prune_weights has {len(given)} budgets" + (f": {', '.join(given)}" if given else ""),
+                where=self.name,
+                hint="give one of sparsity, size, flops and bops, such as --set prune_weights.sparsity=0.5",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        self.check((), program.deployment)
+        pattern = PruningPattern.of(self.pattern, self.name)
+        weights, dense = find_prunable(program, self.islands, pattern, self.name)
+        if not weights:
+            raise RecipeError(
+                f"no layer can be pruned by the pattern {self.pattern}: {next(iter(dense.values()), 'there is none')}",
+                where=f"{self.name}.pattern",
+                hint="choose the pattern unstructured, or fewer islands",
+            )
+        return _Work(self, program, context, pattern, weights, dense).run()
+
+
+@dataclass(eq=False)
+class _Work:
+    """One run of the pass. H is measured on `source`, which stays dense."""
+
+    options: PruneWeights
+    program: Program
+    context: Context
+    pattern: PruningPattern
+    weights: Sequence[PrunableWeight]
+    dense: Mapping[str, str]
+    damps: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> Program:
+        o = self.options
+        self.source = replace(self.program, model=self.program.model.clone())
+        few = replace(self.context, samples=min(o.samples, self.context.samples))
+        self.latents = chosen_latents(replace(self.program, float_model=self.source.model), few, o.calls)
+        self.pruner = LayerPruner(self.pattern, o.method, o.exact_inputs, o.block, o.polish, o.damp)
+        kind = next((kind for kind in get_args(SparsityBudget) if getattr(o, kind) is not None), None)
+        same = o.sparsity if self.pattern.sparsity is None else self.pattern.sparsity
+        chosen, words = {weight.name: float(same or 0) for weight in self.weights}, ""
+        if kind is not None:
+            chosen, words = self._allocated(kind, few)
+        errors: list[float] = []
+        gone = 0
+
+        def prune(weight: PrunableWeight, gathered: Gathered) -> None:
+            nonlocal gone
+            if chosen[weight.name] > 0:
+                layer = self._pruned(self.pruner, weight, gathered, chosen[weight.name])
+                values = weight.shaped(layer.values)
+                weight.inputs.floats.const_value = store.kept(
+                    values, name_of(weight.inputs.floats), self.context.folder
+                )
+                gone += int(np.count_nonzero(values == 0))
+                errors.append(layer.share)
+
+        self._through(self.weights, o.name, prune)
+        return replace(self.program, note=self._note(chosen, errors, gone, words))
+
+    def _through(
+        self, weights: Sequence[PrunableWeight], stage: str, work: Callable[[PrunableWeight, Gathered], None]
+    ) -> None:
+        """Call `work` for each weight, with the matrices H of its part of the graph, as many as the memory holds."""
+        o, done = self.options, 0
+        parts = list(_parts(weights, o.memory_gb * 1e9))
+        total = len(parts) * len(self.latents) + len(weights)
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.context.progress(stage, done, total)
+
+        for part in parts:
+            inputs = [weight.inputs for weight in part]
+            gathered = gather_floats(
+                self.source, self.context, inputs, self.latents, columns=o.columns, balance=o.balance, step=step
+            )
+            for weight in part:
+                work(weight, gathered)
+                gathered.forget(weight.inputs)
+                step()
+
+    def _pruned(self, pruner: LayerPruner, weight: PrunableWeight, gathered: Gathered, sparsity: float) -> PrunedLayer:
+        layer = pruner.prune_groups(
+            weight.inputs.rows(), gathered.gram(weight.inputs), weight.channels, sparsity, weight.name
+        )
+        if layer.damp > self.options.damp:
+            self.damps[weight.name] = layer.damp
+        return layer
+
+    def _allocated(self, kind: SparsityBudget, few: Context) -> tuple[dict[str, float], str]:
+        """Return (the sparsity of each layer, the budget that it takes, in words)."""
+        o, fixed = self.options, self.pattern.sparsity
+        levels = [0.0, fixed] if fixed is not None else sorted({0.0, *o.levels})
+        middle = levels[len(levels) // 2]
+        fast = replace(self.pruner, exact=0)  # the profile needs errors, not the best weights
+        errors: dict[str, dict[float, float]] = {}
+        samples: dict[str, Callable[[], Floats]] = {}
+
+        def profile(weight: PrunableWeight, gathered: Gathered) -> None:
+            found = errors[weight.name] = {0.0: 0.0}
+            for level in levels[1:]:
+                layer = self._pruned(fast, weight, gathered, level)
+                found[level] = layer.share
+                if level == middle:
+                    samples[weight.name] = partial(weight.shaped, layer.values)
+
+        self._through(self.weights, f"{o.name}: levels", profile)
+        if o.score == "output":
+            shares = epsilon_shares(self.source, few, self.weights, samples, o.calls, o.name)
+            for name, found in errors.items():
+                factor = shares[name] / found[middle] if found[middle] > 0 else 0.0
+                errors[name] = {level: factor * error for level, error in found.items()}
+        units = [weight.unit for weight in self.weights]
+        units = units if kind == "size" else with_macs(units, self.source, self.context)
+        layers = [LayerLevels(unit.name, unit.size, unit.macs, errors[unit.name]) for unit in units]
+        parameters = int(self.program.source.get("parameter_bytes", store.parameter_bytes(self.program.model)))
+        others = store.parameter_bytes(self.program.model) - 4 * sum(unit.size for unit in units)
+        amount = float(getattr(o, kind))
+        allocation = SparsityProgram(kind, amount, self.pattern, o.bits, others, parameters)
+        chosen, taken = allocation.choose(layers, o.name)
+        return chosen, f"; {allocation.words(taken)}"
+
+    def _note(self, chosen: Mapping[str, float], errors: Sequence[float], gone: int, words: str) -> str:
+        total = sum(weight.size for weight in self.weights)
+        levels = sorted({s for s in chosen.values() if s > 0})
+        spread = f" ({levels[0]:.0%} to {levels[-1]:.0%} of a layer)" if len(levels) > 1 else ""
+        mean = float(np.mean(errors)) if errors else 0.0
+        damps = ", ".join(f"{name} ({damp:g})" for name, damp in self.damps.items())
+        return (
+            f"{len(errors)} of {len(self.weights) + len(self.dense)} weights pruned, {self.options.pattern}: {gone} of "
+            f"{total} values are 0{spread}; squared error of their outputs {mean:.2%} of the power (mean){words}"
+            + (f"; damping raised: {damps}" if damps else "")
+        )
+
+
+def _parts(weights: Sequence[PrunableWeight], room: float) -> Iterator[list[PrunableWeight]]:
+    """Yield runs of weights whose matrices H fit into `room` bytes; a run has at least one."""
+    part: list[PrunableWeight] = []
+    keys: set[object] = set()
+    size = 0.0
+    for weight in weights:
+        new = 0.0 if weight.inputs.key in keys else weight.inputs.gram_bytes
+        if part and size + new > room:
+            yield part
+            part, keys, size, new = [], set(), 0.0, weight.inputs.gram_bytes
+        part.append(weight)
+        keys.add(weight.inputs.key)
+        size += new
+    yield part
