@@ -147,7 +147,7 @@ def _line(system: System, name: str, effects: Mapping[str, Sequence[Effect]], re
         link,
         f"[`{name}`](recipes/{name}.md)",
         passes,
-        "<br>".join(said) or f"not measured at {recipe.claim.upper()}",
+        "<br>".join(said) or (f"not measured at {recipe.claim.upper()}" if recipe.claim else "not on the boards"),
         "; ".join(part for part in (deviation, system.missing) if part),
     )
 
