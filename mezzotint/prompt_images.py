@@ -8,6 +8,7 @@ would follow every one of them. The networks need none of torch's kernels; loadi
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,15 @@ import numpy as np
 
 from mezzotint.compiler.bundle.staging import claim_file
 from mezzotint.runtime import bounds
-from mezzotint.runtime.bundle.pipeline import open_pipeline
+from mezzotint.runtime.bundle.layout import CONTROLNET
+from mezzotint.runtime.bundle.pipeline import PipelineFolder, open_pipeline
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.streams import prompt_seed
 
 from .diffusers import load
 from .io.images import check_image_file, save_images, save_picture
+from .pipeline.control import read_control
 from .pipeline.preview import Preview
 from .prompts.calls import library, quiet_libraries
 from .prompts.texts import LONGEST_PROMPT
@@ -36,7 +39,8 @@ if TYPE_CHECKING:
 class PromptOptions:
     """What is drawn. None is the number of steps, and the guidance, that the denoiser was compiled for.
 
-    Image i has the noise of seed + i. `preview` is a PNG file that shows each step. Raises InputError.
+    Image i has the noise of seed + i. `preview` is a PNG file that shows each step. `control_image` is a file that the
+    pipeline's ControlNet reads, and `control_scale` multiplies its residuals. Raises InputError.
     """
 
     prompt: str
@@ -47,6 +51,8 @@ class PromptOptions:
     seed: int = 0
     correction: bool | None = None
     preview: Path | None = None
+    control_image: Path | None = None
+    control_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, text in (("--prompt", self.prompt), ("--negative", self.negative)):
@@ -54,6 +60,8 @@ class PromptOptions:
                 raise InputError(f"a text of {len(text)} characters", where=name, hint="encoders read some hundred")
         bounds.check_number("images", self.n, bounds.MOST_SAMPLES)
         bounds.check_seed(self.seed)
+        if not math.isfinite(self.control_scale):
+            raise InputError(f"the scale is {self.control_scale}", where="--control-scale", hint="1 is usual")
 
 
 def draw_prompt(
@@ -74,6 +82,7 @@ def draw_prompt(
     opened = open_pipeline(folder)
     bundle = opened.bundle
     plan = bundle.plan(None, options.steps, None, options.guidance)
+    control = _control_arguments(opened, options)
     claim = claim_file(output)
     preview = None if options.preview is None else Preview(options.preview)
     progress("load the pipeline", 0, 1)
@@ -85,7 +94,9 @@ def draw_prompt(
     progress("load the pipeline", 1, 1)
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {"prompt": options.prompt, "num_inference_steps": plan.steps, "output_type": "np"}
+    arguments |= {name: library("torch").from_numpy(value) for name, value in control.items()}
     optional = {**opened.manifest.call, "negative_prompt": options.negative, "eta": plan.eta}
+    optional["controlnet_conditioning_scale"] = options.control_scale
     if "guidance_scale" in optional or options.guidance is not None:  # else the class has its usual one
         optional["guidance_scale"] = plan.guidance
     arguments |= {name: value for name, value in optional.items() if name in taken}
@@ -121,6 +132,19 @@ def draw_prompt(
         "seed": options.seed,
         "engine": bundle.engine.name if engine is None else engine.name,
     }
+
+
+def _control_arguments(opened: PipelineFolder, options: PromptOptions) -> dict[str, Any]:
+    """Return the image that a ControlNet reads, `[1, 3, height, width]`, as an argument of the pipeline's call."""
+    wanted, where = opened.component(CONTROLNET) is not None, "--control-image"
+    if options.control_image is None:
+        if wanted:
+            raise InputError("the pipeline has a ControlNet, which reads an image", where=where, hint="give one")
+        return {}
+    if not wanted:
+        raise InputError(f"a {opened.manifest.class_name} has no ControlNet", where=where, hint="leave the option out")
+    height, width = (int(opened.manifest.call[side]) for side in ("height", "width"))
+    return {"image": read_control(options.control_image, height, width)[None]}
 
 
 def _images(answer: Any) -> Images:

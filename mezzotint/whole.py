@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 from mezzotint.compiler.bundle.card import CARD
 from mezzotint.compiler.bundle.slot import make_slot
 from mezzotint.compiler.bundle.staging import check_target, staged, write_text
-from mezzotint.compiler.components.classes import DECODER, ENCODER, parts_of
+from mezzotint.compiler.components.classes import parts_of
 from mezzotint.compiler.components.compile import compile_component
 from mezzotint.compiler.components.data import COMPONENT_FORMS, ComponentData, ComponentForm, ComponentPasses
 from mezzotint.compiler.core.pipeline import CPU, Context
-from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.errors import ConditionError, RecipeError
 from mezzotint.passes.recipes.components import EXACT_PICTURE, EXACT_TEXT, static_passes
 from mezzotint.runtime import __version__
+from mezzotint.runtime.bundle.layout import CONTROLNET
 from mezzotint.runtime.bundle.pipeline import (
+    COMPONENT_MODEL,
     MODEL_INDEX,
     ComponentEntry,
     PipelineFolder,
@@ -37,6 +39,7 @@ from .diffusers import stand_in
 from .dry_run import plan_compile
 from .options import CompileOptions
 from .pipeline.card import pipeline_card
+from .pipeline.controlnet import PipelineControl, pipeline_control
 from .pipeline.copies import copy_texts, written_index
 from .pipeline.schedulers import sampler_for, scheduler_config, write_scheduler
 from .pipeline.source import PipelineSource, pipeline_source
@@ -48,6 +51,7 @@ from .pipeline.watch import (
     load_parts,
     recorded,
 )
+from .prepared import prepare
 from .progress import stage
 from .prompts.calls import library, prompt_arguments, quiet_libraries
 from .prompts.texts import DEFAULT_PROMPTS, PromptTexts, held_out_prompts, read_prompts
@@ -63,11 +67,13 @@ PAIR = 2  # drawn by one call
 class ComponentOptions:
     """How the networks beside the denoiser are compiled.
 
-    `floor_db` is the fidelity below which an int8 component keeps further layers in float.
+    `floor_db` is the fidelity below which an int8 component keeps further layers in float. `control_images` is a
+    folder of images for a ControlNet to be calibrated on, or one file; None for line drawings.
     """
 
     form: ComponentForm = "float"
     floor_db: float = 30.0
+    control_images: Path | None = None
 
     def __post_init__(self) -> None:
         if self.form not in COMPONENT_FORMS:
@@ -103,21 +109,36 @@ def compile_pipeline(
     check_target(target, force=options.output.force)
     with staged(target, force=options.output.force) as (out, work):
         inner = replace(options, output=replace(options.output, force=False))
+        control, exported = _control(source, wanted, options, work / "residuals" / COMPONENT_MODEL, threads), None
+        if control is not None:
+            inner = replace(inner, calibration=replace(inner.calibration, condition_network=control.network))
+            prepare(source.path, work / "denoiser", inner, device)  # what it refuses needs no export
+            (work / CONTROLNET).mkdir()
+            with stage(progress, f"export {CONTROLNET}"):
+                exported = control.export(work / CONTROLNET, threads)
         bundle = compile_with(source.path, work / "denoiser", inner, threads=threads, device=device, progress=progress)
         with stage(progress, "load the pipeline"), quiet_libraries():
-            parts = load_parts(source, kind)
+            parts = load_parts(source, kind, None if control is None else control.images)
         with stage(progress, "draw for the components"):
             data, arguments = _data(parts, bundle, texts, options)
         entries: dict[str, ComponentEntry] = {}
         for slot, row in source.components.items():
             for part in parts_of(slot, row):
-                (work / part).mkdir()
+                (work / part).mkdir(exist_ok=True)
                 exact = EXACT_TEXT if row.kind == "text encoder" else EXACT_PICTURE
                 passes = ComponentPasses(exact, static_passes, wanted.floor_db)
                 context = Context(work / part, threads=threads, progress=progress)
                 with stage(progress, f"compile {part}"):
                     entries[part] = compile_component(
-                        parts.parts[slot], row, part, data[part], passes, wanted.form, out / part, context
+                        parts.parts[slot],
+                        row,
+                        part,
+                        data[part],
+                        passes,
+                        wanted.form,
+                        out / part,
+                        context,
+                        exported if part == CONTROLNET else None,
                     )
                 shutil.rmtree(work / part)
         scheduler = write_scheduler(bundle.schedule.config, bundle.deployment.sampler, out / "scheduler")
@@ -134,6 +155,25 @@ def compile_pipeline(
     for slot, reason in source.left_out.items():
         warnings.warn(f"the compiled pipeline has no {slot}: {reason}", CompileWarning, stacklevel=2)
     return open_pipeline(target, verify=False)
+
+
+def _control(
+    source: PipelineSource, wanted: ComponentOptions, options: CompileOptions, file: Path, threads: int | None
+) -> PipelineControl | None:
+    """Return a pipeline's ControlNet, None for one without. Raises ConditionError for images that nothing reads."""
+    if source.has_controlnet:
+        if wanted.control_images is None:
+            warnings.warn(
+                "the ControlNet is calibrated on line drawings; images of the kind that it reads: --control-images",
+                CompileWarning,
+                stacklevel=3,
+            )
+        return pipeline_control(source, wanted.control_images, options.roles.size, file, threads)
+    if wanted.control_images is not None:
+        raise ConditionError(
+            f"a {source.class_name} has no ControlNet", where="--control-images", hint="leave the option out"
+        )
+    return None
 
 
 def _with_sampler(options: CompileOptions, source: PipelineSource) -> CompileOptions:
@@ -185,18 +225,28 @@ def _data(
     }
     denoiser, steps = stand_in(bundle), bundle.deployment.steps
     groups: list[list[dict[str, Any]]] = []
-    for some, offset in (
-        (texts.prompts[:IMAGES_OF_VAE], SeedOffset.COMPONENTS),
-        (held_out[:PAIR], SeedOffset.COMPONENTS_HELD_OUT),
+    for some, offset, other in (
+        (texts.prompts[:IMAGES_OF_VAE], SeedOffset.COMPONENTS, False),
+        (held_out[:PAIR], SeedOffset.COMPONENTS_HELD_OUT, True),
     ):
         generator = library("torch").Generator().manual_seed(offset.after(options.calibration.seed))
         pairs = [some[i : i + PAIR] for i in range(0, len(some), PAIR)]
-        calls = [{**prompt_arguments(parts.kind, pair, texts.negative), **seen.options} for pair in pairs]
+        calls = [
+            {
+                **prompt_arguments(parts.kind, pair, texts.negative),
+                **seen.options,
+                **parts.image_arguments(len(pair), held_out=other),
+            }
+            for pair in pairs
+        ]
         groups.append([drawn(parts, denoiser, call, steps, generator) for call in calls])
     words = f"latents of {len(texts.prompts[:IMAGES_OF_VAE])} images, measured on {PAIR} others"
-    for part in (DECODER, ENCODER):
+    for part in groups[0][0]:
         own, unseen = ([batch for one in group for batch in batches_of(one[part])] for group in groups)
         found[part] = ComponentData(own, unseen, words)
+    if parts.control is not None:
+        said = f"calls for the {words}; {parts.control.words}"
+        found[CONTROLNET] = replace(found[CONTROLNET], words=said)
     return found, seen.options
 
 

@@ -93,6 +93,7 @@ DOORS: dict[str, set[str]] = {
     "runtime/sampling/flow_sigmas.py": {"scipy"},
     "runtime/diffusers/autoencoder.py": {"torch", "diffusers"},
     "runtime/diffusers/compiled_module.py": {"torch"},
+    "runtime/diffusers/controlnet.py": {"torch", "diffusers"},
     "runtime/diffusers/text_encoder.py": {"torch", "transformers"},
     "runtime/diffusers/unet.py": {"torch", "diffusers"},
     "runtime/diffusers/network_arguments.py": {"torch"},

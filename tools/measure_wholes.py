@@ -20,14 +20,17 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from PIL import Image
 
 from mezzotint.diffusers import load
 from mezzotint.options import CalibrationOptions, CompileOptions, DeploymentOptions, ImportRoles, RecipeOptions
+from mezzotint.pipeline.control import line_drawing
 from mezzotint.prompt_images import PromptOptions, draw_prompt
+from mezzotint.prompts.pipeline import CONTROL_PIPELINES
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.whole import ComponentOptions, compile_pipeline
-from tests.helpers.pipelines import autoencoder
+from tests.helpers.pipelines import autoencoder, controlled
 from tests.helpers.prompt_pipelines import prompt_pipeline_of
 from tools.rooms import ROOT
 
@@ -35,6 +38,7 @@ WHOLE_RESULTS = ROOT / "docs" / "models_wholes.json"
 WHOLES = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
+    "StableDiffusionControlNetPipeline",
     "StableDiffusion3Pipeline",
     "FluxPipeline",
     "PixArtSigmaPipeline",
@@ -44,13 +48,18 @@ NO_HALVES = ("FluxPipeline",)  # its guidance is an input of the network
 SIZES = {"WanPipeline": (2, 8, 8)}  # of the latents; the others' usual size is small
 STEPS, GUIDANCE, SAMPLES = 3, 3.0, 16
 PROMPT = "a lighthouse at dusk"
+DRAWING = 30  # that a ControlNet reads; the first ones are calibrated on
 
 
 def tiny_folder(name: str, folder: Path) -> tuple[Path, Any]:
     """Write a pipeline with all of its parts, and return its folder and itself."""
     words = folder / "words"
     words.mkdir()
-    pipe = prompt_pipeline_of(name, words)
+    pipe = prompt_pipeline_of(CONTROL_PIPELINES.get(name, name), words)
+    if name in CONTROL_PIPELINES:
+        pipe = controlled(pipe)
+        pipe.save_pretrained(folder / "source")
+        return folder / "source", pipe
     parts = dict(pipe.components)
     channels = pipe.transformer.config.in_channels if "transformer" in parts else 0
     if name == "WanPipeline":
@@ -83,6 +92,11 @@ def measure_whole(name: str) -> dict[str, Any]:
             parts = ComponentOptions(form)  # type: ignore[arg-type]
             made[form] = compile_pipeline(source, folder / form, options, parts, threads=1)
         call = {**made["float"].manifest.call}
+        drawing, control = folder / "lines.png", None
+        if name in CONTROL_PIPELINES:
+            pixels = line_drawing(DRAWING, call["height"], call["width"])
+            Image.fromarray(np.uint8(255 * pixels.transpose(1, 2, 0))).save(drawing)
+            call["image"], control = torch.from_numpy(pixels[None]), drawing
         pipes = {"own": own, **{form: load(one.path, threads=1) for form, one in made.items()}}
         drawn = {
             (form, kind): _drawn(pipe, kind, call, guidance)
@@ -90,7 +104,9 @@ def measure_whole(name: str) -> dict[str, Any]:
             for kind in ("latent", "np")
         }
         worst = min(entry.worst_db for entry in made["int8"].manifest.components.values())
-        picture = draw_prompt(made["int8"].path, folder / "image.png", PromptOptions(PROMPT), threads=1)
+        picture = draw_prompt(
+            made["int8"].path, folder / "image.png", PromptOptions(PROMPT, control_image=control), threads=1
+        )
     found = {
         kind: float(np.abs(drawn["float", kind] - drawn["own", kind]).max() / np.abs(drawn["own", kind]).max())
         for kind in ("latent", "np")

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mezzotint.runtime.bundle.controlnet import residual_names
+
 from ..errors import ModelError
 
-ComponentKind = Literal["text encoder", "autoencoder"]
+ComponentKind = Literal["text encoder", "autoencoder", "controlnet"]
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 LATENTS, PICTURE, MOMENTS = "latent_sample", "sample", "latent_parameters"
 
@@ -38,6 +40,7 @@ class ComponentClass:
 
 _TEXT = ("attention",)  # 77 tokens: products of activations gain nothing, and their factors have the widest ranges
 _VAE = ("first", "last")
+_CONTROLNET = ("first", "last")  # the last ones are 1x1 convolutions, one for each residual
 
 COMPONENT_CLASSES: Mapping[str, ComponentClass] = {
     row.name: row
@@ -62,6 +65,7 @@ COMPONENT_CLASSES: Mapping[str, ComponentClass] = {
         ComponentClass("UMT5EncoderModel", "transformers", "text encoder", ("last_hidden_state",), islands=_TEXT),
         ComponentClass("AutoencoderKL", "diffusers", "autoencoder", islands=_VAE),
         ComponentClass("AutoencoderKLWan", "diffusers", "autoencoder", islands=_VAE),
+        ComponentClass("ControlNetModel", "diffusers", "controlnet", islands=_CONTROLNET),
     )
 }
 
@@ -84,6 +88,8 @@ def parts_of(slot: str, row: ComponentClass) -> tuple[str, ...]:
 
 def output_names(row: ComponentClass, part: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of a graph's outputs, in their order."""
+    if row.kind == "controlnet":
+        return residual_names(config)
     if row.kind == "autoencoder":
         return (PICTURE,) if part == DECODER else (MOMENTS if row.moments else LATENTS,)
     states = int(config["num_hidden_layers"]) + 1 if row.hidden else 0

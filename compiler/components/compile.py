@@ -24,7 +24,7 @@ from ..graph.ops import layers
 from ..lowering.lower import lower
 from .classes import ComponentClass
 from .data import ComponentData, ComponentForm, ComponentPasses
-from .export import export_component, torch_outputs
+from .export import ComponentArrays, ExportedComponent, export_component, torch_outputs
 from .fidelity import compared, file_outputs
 from .fragile import quantize_robustly
 from .program import component_program, run_on
@@ -42,15 +42,15 @@ def compile_component(
     form: ComponentForm,
     folder: Path,
     context: Context,
+    exported: ExportedComponent | None = None,
 ) -> ComponentEntry:
     """Write `folder` with model.onnx and config.json, and return what is known of the component.
 
-    `context.folder` is an empty folder for files of this component. Raises ModelError for a module that cannot be
-    exported, PassError for a pass that fails.
+    `context.folder` is an empty folder for files of this component, or that of `exported_component`, which made
+    `exported`. Raises ModelError for a module that cannot be exported, PassError for a pass that fails.
     """
-    where = f"{part} ({row.name})"
-    exported = export_component(module, row, part, data.calibration[0], where)
-    exported.check(context.folder, context.threads, where)
+    if exported is None:
+        exported = exported_component(module, row, part, data.calibration[0], context)
     imported = component_program(exported, part, context.folder)
     expected = torch_outputs(module, row, part, exported.outputs, data.held_out)
     program = run_on(imported, passes.exact, context, exported.example)
@@ -75,6 +75,16 @@ def compile_component(
         },
         data=data.words,
     )
+
+
+def exported_component(
+    module: torch.nn.Module, row: ComponentClass, part: str, example: ComponentArrays, context: Context
+) -> ExportedComponent:
+    """Return a component's graph, compared with torch; its weights lie in `context.folder`. Raises ModelError."""
+    where = f"{part} ({row.name})"
+    exported = export_component(module, row, part, example, where)
+    exported.check(context.folder, context.threads, where)
+    return exported
 
 
 def component_config(module: Any, row: ComponentClass) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from mezzotint.runtime.bundle.controlnet import SHARED_ROWS
 from mezzotint.runtime.errors import MezzotintError
 
 from ..core.execute import Executor
@@ -26,6 +27,7 @@ from ..frontend.torch_example import quiet_exporter
 from ..graph import weight_store as store
 from ..graph.require import required
 from .classes import DECODER, ComponentClass, output_names
+from .controlnet import called_controlnet
 
 _OPSET = 21
 _PARITY = 2e-3  # as that of denoisers
@@ -78,6 +80,8 @@ class ComponentCall(torch.nn.Module):
             answer = self.module(**arguments, output_hidden_states=self.row.hidden)
             states = answer.hidden_states if self.row.hidden else ()
             return (*(getattr(answer, name) for name in self.row.outputs), *states)
+        if self.row.kind == "controlnet":
+            return called_controlnet(self.module, dict(zip(self.names, tensors, strict=True)))
         if self.part == DECODER:
             return (self.module.decode(tensors[0], return_dict=False)[0],)
         answer = self.module.encode(tensors[0])
@@ -134,7 +138,7 @@ def torch_outputs(
 
 
 def _parameters_of(module: Any, row: ComponentClass, part: str) -> list[torch.nn.Parameter]:
-    if row.kind == "text encoder":
+    if row.kind != "autoencoder":
         return list(module.parameters())
     halves = ("decoder", "post_quant_conv") if part == DECODER else ("encoder", "quant_conv")
     found = [getattr(module, half, None) for half in halves]
@@ -169,6 +173,10 @@ def _open_axes(call: ComponentCall, names: tuple[str, ...], rank: int) -> list[t
     if call.row.kind == "text encoder":
         tokens = torch.export.Dim("tokens", min=2, max=_LONGEST)
         return [tuple({0: batch, 1: tokens} for _ in names), tuple({0: batch} for _ in names)]
+    if call.row.kind == "controlnet":
+        words = torch.export.Dim("tokens", min=2, max=_LONGEST)
+        longer = tuple({0: batch, 1: words} if name == SHARED_ROWS[0] else {0: batch} for name in names)
+        return [longer, tuple({0: batch} for _ in names)]
     height, width = torch.export.Dim("height", min=1, max=1024), torch.export.Dim("width", min=1, max=1024)
     blocks = getattr(call.module.config, "block_out_channels", None)
     if blocks is None or rank != _IMAGE_RANK:

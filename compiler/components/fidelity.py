@@ -1,12 +1,13 @@
 """How near a finished component is to the float one: decibels for each output, on data that it was not calibrated on.
 
 A prompt's first token has a norm far above the others', so a ratio of sums would tell about that token alone. The error
-of a prompt's embedding is therefore relative to each token, and averaged over them. Of the hidden states the worst one
-is told.
+of a prompt's embedding is therefore relative to each token, and averaged over them. Of the hidden states, and of
+the residuals of a ControlNet, the worst one is told.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def compared(expected: Outputs, found: Outputs) -> dict[str, float]:
             for a, b in zip(expected, found, strict=True)
         ]
         db = min(_decibels(pairs), LARGEST_DB)
-        key = name.partition(".")[0]
+        key = re.sub(r"(\.|_)\d+$", "", name)  # hidden states by layer, residuals by skip connection
         ratios[key] = min(db, ratios.get(key, db)) if not np.isnan(db) else db
     return ratios
 

@@ -26,14 +26,16 @@ class Watched:
     calls: dict[str, list[dict[str, Array]]] = field(default_factory=dict)
 
     def add(self, slot: str, arguments: Mapping[str, Any]) -> None:
-        """Add a call. What is no tensor is left out."""
+        """Add a call, with the arguments inside of mappings beside the others. What is no tensor is left out."""
+        inner = {n: v for value in arguments.values() if isinstance(value, Mapping) for n, v in value.items()}
+        arguments = {**arguments, **inner}
         tensors = {n: v.detach().cpu().numpy().copy() for n, v in arguments.items() if isinstance(v, torch.Tensor)}
         self.calls.setdefault(slot, []).append(tensors)
 
 
 @contextmanager
 def watching(pipe: Any, encoders: Sequence[str]) -> Iterator[Watched]:
-    """Record the calls of text encoders, and those of `vae.decode`, as long as the context lasts."""
+    """Record the calls of these networks, and those of `vae.decode`, as long as the context lasts."""
     seen = Watched()
     handles = []
     for slot in encoders:

@@ -12,7 +12,7 @@ PANELS = {
     "Deployment": ("scheduler", "sampler", "steps", "eta", "guidance", "timestep_unit"),
     "Calibration": (
         *("calibration_samples", "calibration_batch", "conditions", "unconditional", "seed", "cache"),
-        *("prompts", "negative"),
+        *("prompts", "negative", "control_images"),
         *("size",),
     ),
     "Weights of a diffusers model": ("lora", "variant", "config"),

@@ -25,17 +25,30 @@ NegativeText = Annotated[str | None, typer.Option("--negative", help="With --pro
 PreviewFile = Annotated[
     Path | None, typer.Option("--preview", help="With --prompt: a .png that shows the image while it is denoised.")
 ]
+ControlFolder = Annotated[
+    Path | None, typer.Option(help="Of a pipeline with a ControlNet: a folder of images for it to be calibrated on.")
+]
+ControlFile = Annotated[
+    Path | None, typer.Option("--control-image", help="With --prompt: the image that the pipeline's ControlNet reads.")
+]
+ControlScale = Annotated[
+    float | None, typer.Option("--control-scale", help="With --prompt: the weight of the ControlNet; 1.")
+]
 NONE = "none"
 _NO_CONDITIONS = "leave it out: the pipeline's own encoders make the conditions of a prompt"
 
 
-def wants_whole(model: str, components: str | None) -> bool:
+def wants_whole(model: str, components: str | None, control_images: Path | None) -> bool:
     """Return whether a whole pipeline is to be compiled. Raises InputError for components of anything else."""
-    if components == NONE:
-        return False
     from ..pipeline.source import is_whole_pipeline
 
-    whole = is_whole_pipeline(model)
+    whole = components != NONE and is_whole_pipeline(model)
+    if control_images is not None and not whole:
+        raise InputError(
+            "control images are for a whole pipeline with a ControlNet", where="--control-images", hint="leave it out"
+        )
+    if components == NONE:
+        return False
     if components is not None and not whole:
         raise InputError(
             "only the folder of a pipeline has components: text encoders or a VAE beside its denoiser",
@@ -50,6 +63,7 @@ def compile_whole(
     output: Path,
     options: CompileOptions,
     form: str | None,
+    control_images: Path | None,
     *,
     dry_run: bool,
     threads: int | None,
@@ -62,7 +76,7 @@ def compile_whole(
     from ..text import console
     from ..whole import ComponentOptions, compile_pipeline, plan_pipeline
 
-    components = ComponentOptions(form or "float")  # type: ignore[arg-type]
+    components = ComponentOptions(form or "float", control_images=control_images)  # type: ignore[arg-type]
     if dry_run:
         plan = plan_pipeline(model, output, options, components, device)
         console.print_json(plan) if json else console.print_pairs("would compile", plan)
@@ -93,6 +107,8 @@ def sample_prompts(
     seed: int,
     correction: bool | None,
     preview: Path | None,
+    control_image: Path | None,
+    control_scale: float | None,
     threads: int | None,
     engine: Engine,
     refused: dict[str, Any],
@@ -106,7 +122,9 @@ def sample_prompts(
     for name, value in refused.items():
         if value is not None:
             raise InputError(f"{name} is for the samples of a bundle", where=name, hint=_NO_CONDITIONS)
-    options = PromptOptions(prompt, negative or "", n or 1, steps, guidance, seed, correction, preview)
+    scale = 1.0 if control_scale is None else control_scale
+    plan = (steps, guidance, seed, correction)
+    options = PromptOptions(prompt, negative or "", n or 1, *plan, preview, control_image, scale)
     with shown(quiet=quiet or json) as report:
         summary = draw_prompt(folder, output, options, threads=threads, engine=engine, progress=report)
     console.print_json(summary) if json else console.print_pairs("sampled", summary)

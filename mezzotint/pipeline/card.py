@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mezzotint.runtime.bundle.layout import CONTROLNET
 from mezzotint.runtime.bundle.manifest import Manifest
 from mezzotint.runtime.bundle.pipeline import PipelineManifest
 from mezzotint.runtime.visible import one_line
@@ -35,6 +36,9 @@ def pipeline_card(manifest: PipelineManifest, denoiser: Manifest, name: str) -> 
     data = "\n".join(f"- {slot}: {entry.data}" for slot, entry in manifest.components.items())
     left_out = "\n".join(f"- {slot}: {_plain(reason)}" for slot, reason in manifest.left_out.items()) or "- nothing"
     more = "".join(f", {name}={value}" for name, value in manifest.call.items())
+    control = CONTROLNET in manifest.components
+    flag, image = (" --control-image edges.png", ", image=edges") if control else ("", "")
+    edges = '\nfrom PIL import Image\n\nedges = Image.open("edges.png").convert("RGB")' if control else ""
     head = "\n".join(["---", *front, "---"])
     return f"""{head}
 
@@ -57,14 +61,14 @@ Left out of the source:
 ## Use
 
 ```text
-mezzotint sample . --prompt "a lighthouse" -o image.png
+mezzotint sample . --prompt "a lighthouse"{flag} -o image.png
 ```
 
 ```text
-from mezzotint.diffusers import load
+from mezzotint.diffusers import load{edges}
 
 pipe = load(".")
-pipe("a lighthouse", num_inference_steps={denoiser.deployment.steps}{more}).images[0].save("image.png")
+pipe("a lighthouse"{image}, num_inference_steps={denoiser.deployment.steps}{more}).images[0].save("image.png")
 ```
 """
 

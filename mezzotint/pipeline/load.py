@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from mezzotint.compiler.components.classes import DECODER, ENCODER
+from mezzotint.runtime.bundle.layout import CONTROLNET
 from mezzotint.runtime.bundle.pipeline import COMPONENT_MODEL, PipelineFolder
 
 from ..prompts.calls import library
@@ -26,6 +27,8 @@ def load_pipeline(opened: PipelineFolder, denoiser: Any, *, threads: int | None 
             decoder = opened.path / DECODER / COMPONENT_MODEL
             encoder = opened.component(ENCODER)
             parts[slot] = _stand_ins("autoencoder").AutoencoderStandIn(decoder, encoder, class_name, threads=threads)
+        elif slot == CONTROLNET and (file := opened.component(slot)) is not None:
+            parts[slot] = _stand_ins("controlnet").ControlNetStandIn(file, class_name, threads=threads)
         elif (file := opened.component(slot)) is not None:
             parts[slot] = _stand_ins("text_encoder").TextEncoderStandIn(file, class_name, threads=threads)
         elif slot not in parts:

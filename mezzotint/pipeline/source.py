@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.compiler.components.classes import ComponentClass, component_class
+from mezzotint.compiler.components.controlnet import check_controlnet
 from mezzotint.compiler.errors import ModelError
-from mezzotint.runtime.bundle.layout import DENOISERS
+from mezzotint.runtime.bundle.layout import CONTROLNET, DENOISERS
 from mezzotint.runtime.bundle.pipeline import MODEL_INDEX
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.json_text import read_json
 
-from ..prompts.pipeline import index_entry
+from ..prompts.pipeline import CONTROL_PIPELINES, index_entry
 from .loading import WITHOUT_WEIGHTS
 
 CLASS_NAME = "_class_name"
@@ -46,6 +47,10 @@ class PipelineSource:
     components: Mapping[str, ComponentClass]
     copied: tuple[str, ...]
     left_out: Mapping[str, str]
+
+    @property
+    def has_controlnet(self) -> bool:
+        return CONTROLNET in self.components
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -87,14 +92,16 @@ def pipeline_source(folder: str | Path) -> PipelineSource:
             raise _refused(slot, f"{library}.{class_name}", where)
         if slot in _COPIED and class_name.endswith(WITHOUT_WEIGHTS):
             copied.append(slot)
-        elif slot in _COMPONENTS:
+        elif slot in _COMPONENTS or (slot == CONTROLNET and name in CONTROL_PIPELINES):
             components[slot] = component_class(class_name, slot, where)
-            if components[slot].library != library:
+            if components[slot].library != library or (components[slot].kind == "controlnet") != (slot == CONTROLNET):
                 raise _refused(slot, f"{library}.{class_name}", where)
         else:
             raise _refused(slot, class_name, where)
         if not (path / slot).is_dir():
             raise ModelError(f"the pipeline has no folder {slot}/", where=str(path), hint=_HINT)
+        if slot == CONTROLNET:
+            check_controlnet(part_config(path / slot), str(path / slot))
     if "vae" not in components:
         raise ModelError("the pipeline has no VAE", where=where, hint="compile the denoiser alone: --components none")
     return PipelineSource(path, index, name, denoisers[0], components, tuple(copied), left_out)
@@ -104,6 +111,14 @@ def pipeline_parts(index: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (slot, class name) of every part of an index that is there, in its order."""
     found = [(slot, index_entry(value)) for slot, value in index.items()]
     return [(slot, entry[1]) for slot, entry in found if entry is not None]
+
+
+def part_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a part of a pipeline. Raises ModelError."""
+    data = read_json(folder / "config.json", f"the configuration of the {folder.name}", ModelError, infinite=True)
+    if not isinstance(data, dict):
+        raise ModelError("the configuration is no JSON object", where=str(folder / "config.json"), hint=_HINT)
+    return data
 
 
 def _refused(slot: str, class_name: str, where: str) -> ModelError:

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from mezzotint.compiler.components.classes import DECODER, ENCODER, LATENTS, PICTURE
+from mezzotint.compiler.components.controlnet import controlnet_rows
 from mezzotint.compiler.errors import ModelError
 from mezzotint.compiler.frontend.architectures.row import NetworkInputs
 from mezzotint.compiler.frontend.network_inputs import network_inputs
+from mezzotint.runtime.bundle.layout import CONTROLNET
 from mezzotint.runtime.json_text import read_json
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.streams import FIXED
 
 from ..prompts.calls import library, prompt_arguments, size_arguments
 from ..prompts.recorder import Recorded, recording_network
+from .control import ControlImages
 from .loading import (
     assembled,
     pipeline_class,
@@ -32,16 +35,25 @@ from .source import PipelineSource, pipeline_parts
 Rows = dict[str, "np.ndarray[Any, Any]"]
 _ROWS = 4  # of one batch of prompts
 _FEWEST_ROWS = 2  # torch.export takes a batch of one row for a constant
+_CALLS = 8  # of a ControlNet in one run
 _STEPS = 2  # of the pipeline that shows its conditions
 
 
 @dataclass(frozen=True, eq=False)
 class PipelineParts:
-    """A pipeline without its denoiser: its class, its parts by slot, and its text encoders."""
+    """A pipeline without its denoiser: its class, its parts by slot, and the images of its ControlNet if it has one."""
 
     source: PipelineSource
     kind: Any
     parts: Mapping[str, Any]
+    control: ControlImages | None = None
+
+    def image_arguments(self, rows: int, *, held_out: bool = False) -> dict[str, Any]:
+        """Return the argument of a call for `rows` prompts that is the images of the ControlNet; {} without one."""
+        if self.control is None:
+            return {}
+        images = self.control.held_out if held_out else self.control.own
+        return {"image": library("torch").from_numpy(images[np.arange(rows) % len(images)])}
 
     def with_denoiser(self, denoiser: Any) -> Any:
         """Return a pipeline of diffusers with this network. Its scheduler is a new one."""
@@ -68,8 +80,11 @@ def check_pipeline_class(source: PipelineSource) -> Any:
     return kind
 
 
-def load_parts(source: PipelineSource, kind: Any) -> PipelineParts:
-    """Return the parts of a pipeline beside its denoiser, in float32. Raises ModelError."""
+def load_parts(source: PipelineSource, kind: Any, control: ControlImages | None = None) -> PipelineParts:
+    """Return the parts of a pipeline beside its denoiser, in float32; `control` are images for a ControlNet.
+
+    Raises ModelError.
+    """
     parts: dict[str, Any] = {}
     for slot, class_name in pipeline_parts(source.index):
         folder = source.path / slot
@@ -79,7 +94,7 @@ def load_parts(source: PipelineSource, kind: Any) -> PipelineParts:
             parts[slot] = weights_part(folder, source.components[slot].library, class_name)
         elif slot in source.copied:
             parts[slot] = text_part(folder, class_name, ModelError)
-    return PipelineParts(source, kind, parts)
+    return PipelineParts(source, kind, parts, control)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +106,11 @@ class Recording:
 
 
 def recorded(
-    parts: PipelineParts, prompts: Sequence[str], negative: str, deployment: Deployment, size: tuple[int, ...] | None
+    parts: PipelineParts,
+    prompts: Sequence[str],
+    negative: str,
+    deployment: Deployment,
+    size: tuple[int, ...] | None,
 ) -> Recording:
     """Run a pipeline on prompts, as far as its denoiser. `size` is that of the latents, None for the usual one."""
     from mezzotint.compiler.components.recording import watching
@@ -108,6 +127,7 @@ def recorded(
         pipe = parts.with_denoiser(recording_network(name, config, len(rows), 1))
         options = _call_options(parts.kind, known, deployment, pipe)
         arguments = {**prompt_arguments(parts.kind, rows, negative), **options, "num_inference_steps": _STEPS}
+        arguments |= parts.image_arguments(len(rows))
         with watching(pipe, source.text_encoders) as watched, torch.no_grad(), suppress(Recorded):
             pipe(**arguments, output_type="latent", generator=torch.Generator().manual_seed(FIXED))
         for slot, found in watched.calls.items():
@@ -118,16 +138,20 @@ def recorded(
 def drawn(
     parts: PipelineParts, denoiser: Any, arguments: Mapping[str, Any], steps: int, generator: Any
 ) -> dict[str, Rows]:
-    """Return the inputs of the two halves of the VAE: latents that the denoiser made, and the pictures of them."""
+    """Return the inputs of the two halves of the VAE, latents that the denoiser made and the pictures of them, and
+    those of a ControlNet at some of its calls."""
     from mezzotint.compiler.components.recording import watching
 
     pipe = parts.with_denoiser(denoiser)
-    with watching(pipe, ()) as watched, library("torch").no_grad():
+    with watching(pipe, (CONTROLNET,) if parts.source.has_controlnet else ()) as watched, library("torch").no_grad():
         pipe(**arguments, num_inference_steps=steps, output_type="np", generator=generator)
+    called = watched.calls.get(CONTROLNET, [])
+    chosen = np.unique(np.linspace(0, len(called) - 1, min(_CALLS, len(called))).round().astype(int))
     latents, pictures = ([call[key] for call in watched.calls["vae"]] for key in ("z", "decoded"))
     return {
         DECODER: {LATENTS: np.concatenate(latents)},
         ENCODER: {PICTURE: np.clip(np.concatenate(pictures), -1, 1)},
+        **({CONTROLNET: controlnet_rows([called[i] for i in chosen])} if called else {}),
     }
 
 

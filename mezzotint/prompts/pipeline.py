@@ -14,7 +14,7 @@ from typing import Any
 
 from mezzotint.compiler.errors import ConditionError
 from mezzotint.runtime.bundle.bundle import file_sha256
-from mezzotint.runtime.bundle.layout import DENOISERS
+from mezzotint.runtime.bundle.layout import CONTROLNET, DENOISERS
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.bundle.pipeline import MODEL_INDEX
 from mezzotint.runtime.json_text import read_json, read_text
@@ -34,6 +34,11 @@ PROMPT_PIPELINES = (
     "CogVideoXPipeline",
 )
 """Pipelines whose prompts alone decide the conditions of their network."""
+CONTROL_PIPELINES = {
+    "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLControlNetPipeline": "StableDiffusionXLPipeline",
+}
+"""Pipelines with a ControlNet, and those without it that encode prompts in the same way."""
 _TEXT = ("tokenizer", "text_encoder")
 _LIBRARIES = ("diffusers", "transformers")
 _GIVE = "give arrays instead: --conditions FILE.npz"
@@ -72,6 +77,7 @@ def prompt_pipeline(folder: Path) -> PromptPipeline:
     where = str(path / MODEL_INDEX)
     index = json_object(path / MODEL_INDEX, "the index of the pipeline")
     name = index.get(CLASS)
+    name = CONTROL_PIPELINES.get(str(name), name)
     if name not in PROMPT_PIPELINES:
         raise ConditionError(
             f"no conditions can be made of prompts by a {str(name)[:100]}; these pipelines do it: "
@@ -90,7 +96,7 @@ def prompt_pipeline(folder: Path) -> PromptPipeline:
     for part in (*encoders, *(part for part in ("scheduler", "vae") if part in parts)):
         _check_part(path / part, part, parts[part])
     config = json_object(path / slot / "config.json", "the configuration of the network")
-    others = tuple(part for part in parts if part not in (*encoders, slot, "scheduler", "vae"))
+    others = tuple(part for part in parts if part not in (*encoders, slot, "scheduler", "vae", CONTROLNET))
     return PromptPipeline(path, str(name), slot, config, encoders, others)
 
 

@@ -28,6 +28,7 @@ from ..sampling.samplers import StepInfo, initial_noise, sample, seeded_noise
 from ..sampling.schedule import Schedule
 from ..session import CPU_ENGINE, Denoiser
 from ..signature import Images
+from .controlnet import pipeline_controlnet
 from .file_checks import check_file, file_sha256, read_manifest
 from .layout import CORRECTION, MANIFEST, MODEL, SCHEDULER, bundle_folder, located
 from .manifest import Manifest, manifest_digest
@@ -54,7 +55,7 @@ def seal_bundle(folder: str | Path, manifest: Manifest) -> Manifest:
 
 
 def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
-    """Open a bundle folder, or the denoiser of a pipeline's folder (layout.py).
+    """Open a bundle folder, or the denoiser of a pipeline's folder (layout.py), with its ControlNet if it has one.
 
     `verify` reads every file and compares its hash; the manifest is always checked.
     Raises BundleError: no folder, no manifest, unreadable, of another format, a file missing or changed.
@@ -69,7 +70,8 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     for name in (located(MODEL, manifest.files), SCHEDULER, *networks):
         if name not in manifest.files:
             raise BundleError(f"the manifest does not list {name}", where=str(folder / MANIFEST))
-    return Bundle(folder, manifest)
+    computing = None if folder == Path(path) else pipeline_controlnet(Path(path), verify=verify)
+    return Bundle(folder, manifest, condition_network=computing)
 
 
 class Bundle:

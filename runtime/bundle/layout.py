@@ -27,6 +27,8 @@ PIPELINE_FORMAT = "pipeline_format"
 """The key that the manifest of a pipeline has, and that of a bundle lacks."""
 DENOISERS = ("unet", "transformer")
 """The slots of denoisers in a pipeline's folder."""
+CONTROLNET = "controlnet"
+"""The slot of the network that computes conditions of the denoiser at each call."""
 
 
 def located(name: str, files: Container[str]) -> str:

@@ -5,6 +5,7 @@
     unet/ or transformer/              the bundle of the denoiser, which has a manifest of its own (layout.py)
     text_encoder/, text_encoder_2/     model.onnx (+ .data) and config.json
     vae_decoder/, vae_encoder/         the same: the two halves of `vae`
+    controlnet/                        the same, of pipelines that have one (controlnet.py)
     scheduler/, tokenizer/, ...        copies
     README.md                          the card
 
@@ -213,4 +214,4 @@ def open_pipeline(path: str | Path, *, verify: bool = True) -> PipelineFolder:
     for name in (MODEL_INDEX, *(f"{part}/{COMPONENT_MODEL}" for part in manifest.components)):
         if name not in manifest.files:
             raise BundleError(f"the manifest does not list {name}", where=str(file), hint="compile it again")
-    return PipelineFolder(folder, manifest, open_bundle(folder / manifest.denoiser, verify=verify))
+    return PipelineFolder(folder, manifest, open_bundle(folder, verify=verify))

@@ -25,7 +25,10 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 _ADDED = "added_cond_kwargs"
 _PROMPT, _PROMPT_MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 _CPU = "bundles run on the CPU: keep the whole pipeline there, or call pipe.to('cpu') before attaching"
-_RESIDUALS = "ControlNets and adapters reach into the layers: compile with their residuals in --conditions, or use the "
+_RESIDUALS = (
+    "ControlNets and adapters reach into the layers: compile a pipeline with its ControlNet, or with residuals in "
+    "--conditions, or use the "
+)
 _MASK = (
     "the graph has no input for it, and a mask that is not all ones changes the prediction: leave it out, or compile "
 )

@@ -112,6 +112,37 @@ def smallest(folder: Path) -> Any:
     return quiet(pipe)
 
 
+def controlnet(network: Any, channels: tuple[int, ...]) -> Any:
+    """A ControlNet for a U-Net; each of the channels but the first halves its images.
+
+    The last convolutions, of the residuals and of the image, are zeros before training; they have random weights.
+    """
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(3)
+    made = ControlNetModel.from_unet(network, conditioning_embedding_out_channels=channels)
+    residuals = (*made.controlnet_down_blocks, made.controlnet_mid_block)
+    for last in (*residuals, made.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(last.weight, std=0.1)
+    return made.eval()
+
+
+def controlled(pipe: Any) -> Any:
+    """The same pipeline with a ControlNet, and with the middle block in its U-Net that a ControlNet needs."""
+    import diffusers
+
+    torch.manual_seed(0)
+    network: Any = UNet2DConditionModel.from_config({**pipe.unet.config, "mid_block_type": "UNetMidBlock2D"})
+    kind = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "ControlNetPipeline"))
+    settings = {"requires_safety_checker": False} if "XL" not in kind.__name__ else {}
+    parts = {
+        **pipe.components,
+        "unet": network.eval(),
+        "controlnet": controlnet(network, pipe.vae.config.block_out_channels),
+    }
+    return quiet(kind(**parts, **settings))
+
+
 def stable_diffusion_xl(folder: Path) -> Any:
     """StableDiffusionXLPipeline: two text encoders, whose embeddings lie side by side, and the sizes as conditions."""
     time = 8

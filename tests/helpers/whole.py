@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,30 @@ CALL: dict[str, Any] = {"prompt": "a cat on a mat", "num_inference_steps": STEPS
 
 @dataclass(frozen=True)
 class Whole:
-    """The folder of diffusers' own pipeline, and what was compiled from it: in float, and in int8."""
+    """The folder of diffusers' own pipeline, and what was compiled from it: in float, and in int8.
+
+    `exported` are the graphs of its components, which pipelines with the same parts may use again.
+    """
 
     source: Path
     floating: PipelineFolder
     quantized: PipelineFolder
+    exported: dict[str, Any]
+
+
+@contextmanager
+def exports(kept: dict[str, Any]) -> Iterator[None]:
+    """Export each component once, as long as the context lasts; `kept` holds the graphs by part."""
+    export = export_component
+
+    def once(module: Any, row: Any, part: str, example: Any, where: str) -> Any:
+        if part not in kept:
+            kept[part] = export(module, row, part, example, where)
+        return replace(kept[part], model=kept[part].model.clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "export_component", once)
+        yield
 
 
 def options(recipe: str, size: tuple[int, ...] | None = None) -> CompileOptions:
@@ -43,23 +63,15 @@ def options(recipe: str, size: tuple[int, ...] | None = None) -> CompileOptions:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
-    """A StableDiffusionPipeline of one block each, latents 4x8x8, pictures 3x16x16."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A StableDiffusionPipeline of one block each, latents 4x8x8, pictures 3x8x8."""
     from tests.helpers import pipelines
 
     folder = tmp_path_factory.mktemp("whole")
     source = folder / "source"
     pipelines.smallest(folder).save_pretrained(source)
     kept: dict[str, Any] = {}
-    export = export_component
-
-    def once(module: Any, row: Any, part: str, example: Any, where: str) -> Any:
-        if part not in kept:
-            kept[part] = export(module, row, part, example, where)
-        return replace(kept[part], model=kept[part].model.clone())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "export_component", once)
+    with exports(kept):
         floating = compile_pipeline(source, folder / "float", options("float"), threads=1)
         again = folder / "again"
         shutil.copytree(source, again, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
@@ -68,4 +80,4 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
         quantized = compile_pipeline(
             again, folder / "int8", options("w8a8-best", (8, 8)), ComponentOptions("int8"), threads=1
         )
-        yield Whole(source, floating, quantized)
+    return Whole(source, floating, quantized, kept)

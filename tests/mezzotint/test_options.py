@@ -16,6 +16,7 @@ import pytest
 import mezzotint
 from mezzotint import Bundle, compile_model, export_model, mix_bundles, sample, sample_to_folder
 from mezzotint.cli import app, export, mix
+from mezzotint.cli import sample as sample_command
 from mezzotint.cli.options import SAMPLER_NAMES
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.evaluate.run import evaluate_bundle
@@ -74,7 +75,7 @@ def test_the_probe_sees_open_ended_options() -> None:
 
 
 def test_compile_has_the_options_of_the_function() -> None:
-    whole = {"components"}  # of a pipeline, which compile_pipeline takes
+    whole = {"components", "control_images"}  # of a pipeline, which compile_pipeline takes
     objects = {"export", "progress", "condition_network"}  # what no command line can say
     assert command_names(app.compile_, RENAMED) - whole == names(compile_model) - objects
 
@@ -86,8 +87,9 @@ def test_export_has_the_options_of_the_function() -> None:
 
 
 def test_sample_has_the_options_of_the_functions() -> None:
-    command = command_names(app.sample, {"format_": "format", "output": "folder"})
+    command = command_names(sample_command.sample, {"format_": "format", "output": "folder"})
     command -= {"prompt", "negative", "preview"}  # of a compiled pipeline, which mezzotint.diffusers.load opens
+    command -= {"control_image", "control_scale"}  # of one with a ControlNet
 
     engine = {"provider", "provider_option", "precision"}  # a value in Python, which a bundle is put on
 
