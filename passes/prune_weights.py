@@ -29,6 +29,20 @@ weights will have. `score`: how much the error of a layer matters is measured in
 The pass stands in front of observe: inputs are those of the dense network, as in OBC, scales are then searched on what
 stays, and round_weights keeps zeros (`obc-compound`). The file stores what stays and a bit for each weight, unpacked
 when a session is built (compiler/lowering/sparse_packing.py). No kernel of onnxruntime skips zeros: the gain is size.
+
+Measured on mnist-onnx in float (14 of 17 weights pruned; DDIM, 20 steps, 16 calibration samples, 16 images from other
+noise; SQNR of epsilon, and median and p10 of the images' PSNR, in dB):
+
+                     magnitude               obs
+    50 %             12.7   11.6 /  9.9      27.4   22.8 / 17.2
+    60 %             12.9   13.3 / 11.1      24.9   20.1 / 16.0
+    2:4              11.7   13.6 / 11.6      23.2   18.9 / 14.7
+    blocks, 50 %      9.9    5.9 /  5.1      22.4   17.7 / 15.8
+
+With layers of their own sparsity (`size` 0.5, 48 % of the values 0; 8 images) epsilon is at 34.7 and images at 26.4 dB.
+In 4 bits and 8-bit activations by obq: dense 25.5, 22.9 / 18.4; 2:4 first 21.4, 18.6 / 14.6, in 0.84 of its file.
+Exact rows cost 35 ms of one core at 1152 inputs and half of the weights; in blocks of 128 columns 0.24 ms for each
+block of a row, in blocks of 64 0.07 ms.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ class _Packer:
 
     def _sparse(self, form: SparseForm, stored: Store) -> ir.Value:
         self._count += 1  # a dozen nodes: the name of the weight in each would be a large part of a small file
-        return unpack_sparse(form, self.build, stored, self._once, f"sparse_{self._count}")
+        return unpack_sparse(form, self.build, stored, self._once, f"z{self._count}")
 
     def in_float(self, array: npt.NDArray[Any], stem: str) -> ir.Value:
         """Store an array as it is."""

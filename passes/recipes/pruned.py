@@ -9,6 +9,7 @@ from mezzotint.compiler.core.pipeline import Recipe
 
 from ..choose_scales import ChooseScales
 from ..prune_weights import PruneWeights
+from ..remove_channels import RemoveChannels
 from ..round_weights import RoundWeights
 from .parts import EXACT_FLOAT, static
 
@@ -26,6 +27,13 @@ PRUNED = (
         (*EXACT_FLOAT, PruneWeights(sparsity=0.5)),
         paper="OBC, arXiv 2208.11580 (ExactOBS; exact for layers of up to 1500 inputs, in blocks for larger ones; its "
         "budgets by the integer program of assign_bits; no statistics of batch normalization to correct)",
+    ),
+    Recipe(
+        "obc-channels",
+        "the float model with a quarter of the channels inside feed-forward networks removed, which makes it faster",
+        (*EXACT_FLOAT, RemoveChannels()),
+        paper="OBC, arXiv 2208.11580, and ZipLM, arXiv 2302.04089 (the step of both for whole channels; a heap over "
+        "all sites in place of ZipLM's table of latencies; no training)",
     ),
     Recipe(
         "obc-compound",
