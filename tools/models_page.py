@@ -45,7 +45,7 @@ LIMITS = {
     "QwenImageTransformer2DModel": "the size is fixed; no editing, no layers",
     "StableAudioDiTModel": "the length is fixed",
     "UNet1DModel": "the length is fixed",
-    "UNet2DConditionModel": "a ControlNet with its pipeline; a ControlNet, an adapter or a mask where --conditions has their arrays",
+    "UNet2DConditionModel": "a ControlNet with its pipeline, or by --conditions, as adapters and masks",
     "UNet3DConditionModel": "the size is fixed",
     "UNetMotionModel": "the size is fixed; no SDXL, no IP-Adapter",
     "UNetSpatioTemporalConditionModel": "the size is fixed; the image is the condition `image_latents`",
