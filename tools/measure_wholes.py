@@ -39,6 +39,7 @@ WHOLES = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLControlNetPipeline",
     "StableDiffusion3Pipeline",
     "FluxPipeline",
     "PixArtSigmaPipeline",
