@@ -15,6 +15,7 @@ from mezzotint.compiler.acceptance.accept import AcceptanceLimits, accept
 from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions
+from mezzotint.compiler.calibration.conditions import sizes_of_rows
 from mezzotint.compiler.calibration.finite import require_finite
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import CPU, Context, Recipe
@@ -194,7 +195,7 @@ def compile_with(
         compilation = Compilation(
             mezzotint=__version__,
             recipe=RecipeEntry(recipe.to_json()),
-            calibration=prepared.entry(calibration),
+            calibration=prepared.entry(calibration, sizes_of_rows(program.conditions(), conditions)),
             versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
             card=card,
         )

@@ -54,7 +54,7 @@ class PreparedModel:
     """A model whose options and data fit together.
 
     `source` has the schedule for what the network predicts. `signature` and `shape` are what the import will find.
-    `sizes` are known sizes of conditions, `named` those of the sample's open dimensions by their names.
+    `sizes` are known sizes of conditions, `named` those of open dimensions by their names.
     """
 
     source: ModelSource
@@ -78,9 +78,9 @@ class Prepared(PreparedModel):
     prompt_facts: Mapping[str, Any] | None = None
     condition_network: ConditionNetwork | None = None
 
-    def entry(self, calibration: CalibrationOptions) -> Calibration:
-        """Return the entry of the manifest."""
-        return Calibration(calibration.seed, calibration.samples, calibration.batch, self.prompt_facts or {})
+    def entry(self, calibration: CalibrationOptions, sizes: Mapping[str, int]) -> Calibration:
+        """Return the entry of the manifest; `sizes` are those of the conditions' open dimensions."""
+        return Calibration(calibration.seed, calibration.samples, calibration.batch, self.prompt_facts or {}, sizes)
 
 
 def prepare(model: Model, target: Path, options: CompileOptions, device: str = CPU) -> Prepared:
@@ -190,8 +190,7 @@ def _settled(
                 "roles of inputs and outputs are for ONNX files",
                 hint="a diffusers model knows its own; leave them out",
             )
-        signature, shape, inputs = _torch_inputs(source, roles, sizes)
-        named = {}
+        signature, shape, inputs, named = _torch_inputs(source, roles, sizes)
     if conditions is not None:
         known = {**spread_labels(signature, samples), **usual_guidance(signature, network_config(source))}
         conditions = {**known, **({} if computing is None else computing.rows), **conditions}
@@ -279,7 +278,7 @@ def _onnx_inputs(
 
 def _torch_inputs(
     source: ModelSource, roles: ImportRoles, sizes: Mapping[str, tuple[int, ...]]
-) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value]]:
+) -> tuple[Signature, tuple[int, ...], dict[str, ir.Value], dict[str, int]]:
     config = network_config(source) or {}
     name = str(config.get(CLASS))
     where = str(source.path / CONFIG_FILE) if isinstance(source, FolderSource) else source.name
@@ -302,7 +301,7 @@ def _torch_inputs(
         known.channel_axis,
         known.labels,
     )
-    return signature, known.shape_with(image), inputs
+    return signature, known.shape_with(image), inputs, known.lengths
 
 
 def _read(conditions: ConditionSource) -> Conditions | None:

@@ -42,6 +42,7 @@ from mezzotint.compiler.graph.nodes import (
     replace_value,
 )
 from mezzotint.compiler.graph.require import producer
+from mezzotint.runtime.open_sizes import open_size
 from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
@@ -101,7 +102,7 @@ def _zeros(program: Program, batch: int) -> dict[str, npt.NDArray[Any]]:
     found = {}
     for value in program.graph.inputs:
         if value.name in program.signature.conditions and value.shape is not None and value.dtype is not None:
-            sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+            sizes = [size if isinstance(size, int) else open_size(size.value, {}, 1) for size in value.shape]
             if sizes and not isinstance(value.shape[0], int):
                 sizes[0] = batch
             found[value.name] = np.zeros(sizes, value.dtype.numpy())

@@ -14,6 +14,7 @@ The exporter's notes are dropped, because they name files of its machine. The na
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,7 @@ from mezzotint.compiler.graph.scopes import SCOPES, name_by_module
 
 KEPT_METADATA = (SCOPES, "pkg.torch.onnx.class_hierarchy")
 DIMENSIONS = ("batch", "channels", "height", "width")
+LENGTH = re.compile(r"tokens(_\d+)?( \+ \d+)?")
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,18 @@ def _drop_notes(model: ir.Model) -> None:
 
 
 def _name_dimensions(graph: ir.Graph, program: Program) -> None:
-    """Name the open dimensions of the inputs and outputs, independently of the exporter's run."""
+    """Name the open dimensions of the inputs and outputs, independently of the exporter's run.
+
+    The names of open lengths stay: a prompt and its mask share one (frontend/architectures).
+    """
     batch_like = {program.signature.sample: DIMENSIONS, program.signature.output: DIMENSIONS}
     for value in [*graph.inputs, *graph.outputs]:
         if value.shape is None:
             continue
         preferred = batch_like.get(name_of(value), ("batch",))
         value.shape = ir.Shape(
-            dim if isinstance(dim, int) else (preferred[i] if i < len(preferred) else f"{name_of(value)}_{i}")
+            dim
+            if isinstance(dim, int) or LENGTH.fullmatch(dim.value or "")
+            else (preferred[i] if i < len(preferred) else f"{name_of(value)}_{i}")
             for i, dim in enumerate(value.shape)
         )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .arrays import shared_row
 from .engine import TensorInfo
 from .errors import InputError, MixedTimesteps, TimestepNotDeployed
+from .open_sizes import known_size
 from .signature import Signature, Timestep, whole
 
 
@@ -53,7 +54,9 @@ class CallInputs:
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != len(value.shape):
             raise InputError(f"input {name!r} is {array_kind(array)}, expected a numpy array {expected}")
         for axis, (size, declared) in enumerate(zip(array.shape, value.shape, strict=True)):
-            known = sizes.setdefault(declared, size) if isinstance(declared, str) else declared
+            known = known_size(declared, sizes) if isinstance(declared, str) else declared
+            if isinstance(declared, str) and known is None:
+                known = sizes[declared] = size
             if size == 0 or (known is not None and size != known):
                 raise InputError(
                     f"input {name!r} is {array_kind(array)}, expected {expected}",

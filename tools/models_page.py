@@ -15,22 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mezzotint import compile_model
-from mezzotint.compiler.core.verify import relative_difference
 from mezzotint.compiler.frontend.architectures.registry import ROWS
 from mezzotint.runtime.errors import MezzotintError
-from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import EXTRA_CHANNELS, Signature
 from tools.measure_pipelines import PIPELINE_RESULTS
 from tools.measure_wholes import WHOLE_RESULTS
+from tools.other_lengths import STEP, example_and_prediction, graph_parity, other_lengths
 from tools.rooms import ROOT
 from tools.tiny_models import TINY
 from tools.tiny_network import TinyModel
 
 RESULTS, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
-STEP = 499  # the timestep of the parity
 CALIBRATION = 16  # samples; with 2 the ranges of random networks are too narrow by up to 10 dB
 LIMITS = {
     "ChromaTransformer2DModel": "the size is fixed; the mask covers prompt and image",
@@ -41,7 +36,7 @@ LIMITS = {
     "HunyuanDiT2DModel": "the size is fixed; no ControlNet",
     "HunyuanVideoTransformer3DModel": "the size is fixed; text to video only",
     "LTXVideoTransformer3DModel": "the size is fixed; 25 frames a second",
-    "Lumina2Transformer2DModel": "the size is fixed; prompts are padded to one length",
+    "Lumina2Transformer2DModel": "the size is fixed; prompts of one call are padded to one length",
     "QwenImageTransformer2DModel": "the size is fixed; no editing, no layers",
     "StableAudioDiTModel": "the length is fixed",
     "UNet1DModel": "the length is fixed",
@@ -53,6 +48,16 @@ LIMITS = {
     "ZImageTransformer2DModel": "the size is fixed; prompts of one call have one length",
 }
 
+FIXED_LENGTHS = {
+    "HunyuanDiT2DModel": "fixed: a weight has a row for each token",
+    "UNet2DConditionModel, DeepFloyd IF": "fixed: the mask is padded by the tokens of the image",
+    "UNetSpatioTemporalConditionModel": "fixed: the prompt is the one token of an image",
+}
+"""Why the exporter cannot leave the length of a network's prompt open."""
+NO_PROMPT = (
+    *("UNet2DModel", "UNet1DModel", "DiTTransformer2DModel", "UNet2DConditionModel, AudioLDM"),
+    *("UNet2DConditionModel, Kandinsky 2.2 with a hint", "UNet2DConditionModel, Kandinsky 2.2"),
+)
 IN_TESTS = {
     "UNet2DModel": "DDPMPipeline, DDIMPipeline: in the tests",
     "DiTTransformer2DModel": "DiTPipeline: in the tests",
@@ -62,10 +67,6 @@ IN_TESTS = {
 
 def measure(tiny: TinyModel) -> dict[str, Any]:
     """Return what became of a network: parity of the export, layers by kernels, SQNR of the prediction in dB."""
-    import torch
-
-    from mezzotint.compiler.frontend.torch_example import example_of
-
     module, scheduler = tiny.build(), "flow" if tiny.flow else "ddpm-linear"
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "float.onnx"
@@ -85,25 +86,13 @@ def measure(tiny: TinyModel) -> dict[str, Any]:
             export=exported,
             **options,
         )
-        signature = bundle.signature
-        example = example_of(module, tiny.size, torch.float32, tiny.asked)
-        time = torch.full((2,), float(signature.network_time(STEP)))
-        with torch.no_grad():
-            want = example.denoiser(module)(*{**example.tensors, example.timestep: time}.values()).numpy()
-        parity = relative_difference(*_both(want, example, signature, exported, bundle.sample_shape))
+        example, want = example_and_prediction(module, tiny, bundle.signature)
+        parity = graph_parity(want, example, bundle.signature, exported, bundle.sample_shape)
+        lengths = other_lengths(module, tiny, bundle, exported)
         kernels, acceptance = bundle.manifest.kernels, bundle.manifest.acceptance
         db = [g.sqnr_db for g in acceptance.groups if g.sqnr_db is not None] if acceptance is not None else []
-    return {"parity": parity, "integer": kernels.integer, "float": kernels.floating, "sqnr_db": min(db, default=None)}
-
-
-def _both(want: Any, example: Any, signature: Signature, file: Path, shape: Sequence[int]) -> tuple[Any, Any]:
-    """Return the predictions of torch and of the exported graph for the example, cut to the image's channels."""
-    arrays = {name: tensor.numpy() for name, tensor in example.tensors.items() if name != example.timestep}
-    sample, image, axis = arrays.pop(example.sample), signature.channels(shape), signature.channel_axis
-    if EXTRA_CHANNELS in signature.conditions:
-        sample, arrays[EXTRA_CHANNELS] = np.split(sample, [image], axis)
-    got = Denoiser(file, signature, threads=1)(np.ascontiguousarray(sample), STEP, **arrays)
-    return np.split(want, [image], axis)[0], got
+    found = {"parity": parity, "integer": kernels.integer, "float": kernels.floating, "sqnr_db": min(db, default=None)}
+    return found | lengths
 
 
 def pipeline_texts(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -139,6 +128,14 @@ def whole_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _lengths(name: str, found: Mapping[str, Any]) -> str:
+    """Return what other lengths of a prompt showed, or why there are none."""
+    if "lengths" not in found:
+        return FIXED_LENGTHS.get(name, "no prompt" if name in NO_PROMPT else "open, not measured")
+    own, other = found["length_db"]
+    return f"{found['length_parity']:.0e}, {other:.1f} dB ({own:.1f})"
+
+
 def models_page(
     results: Mapping[str, Mapping[str, Any]],
     pipelines: Mapping[str, Mapping[str, Any]],
@@ -156,16 +153,21 @@ def models_page(
         "kernels in onnxruntime. *SQNR* is that of the prediction beside the float graph, at the worst timestep.",
         "Random weights of this size say that a file is right, and nothing about the fidelity of a trained network.",
         "A class that is not in this table is refused by name; export it to ONNX yourself and compile that file.",
-        "The number of tokens of a prompt is fixed by the compilation: that of its conditions or prompts, else the one",
-        "that the class's pipeline usually has. An embedded guidance that is not given is that of the pipeline.",
+        "An embedded guidance that is not given is that of the pipeline.",
+        "",
+        "*Other lengths*: prompts of most classes have an open length. A bundle is calibrated with the tokens of its",
+        "conditions or prompts, else with as many as the class's pipeline usually has, and takes any other number.",
+        "Shown are the largest parity at two other lengths, and the SQNR of the W8A8 file at one of them (9 tokens",
+        "more) beside that at the calibrated length, both on noise at the worst timestep. Where a length is fixed, a",
+        "call with another one is refused, and the shapes are named.",
         "",
         "*Pipeline* is a pipeline of diffusers with a bundle in the network's place, after four steps: the largest",
         "difference of its latents with a float bundle over the largest latent, and the SQNR of its latents with W8A8",
         "(`python -m tools.measure_pipelines`). Prompts are random embeddings, and guidance is the usual one of each",
         "pipeline, up to 9: it multiplies what a network of random weights loses.",
         "",
-        "| network | parity | integer | float | SQNR, dB | pipeline | limits |",
-        "|---|---|---|---|---|---|---|",
+        "| network | parity | integer | float | SQNR, dB | other lengths | pipeline | limits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, tiny in TINY.items():
         found = results.get(name)
@@ -175,7 +177,8 @@ def models_page(
         elif found is not None:
             db = "" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f}"
             figures = [f"{found['parity']:.0e}", str(found["integer"]), str(found["float"]), db]
-        lines.append(f"| {name} | {' | '.join(figures)} | {shown.get(name, '')} | {LIMITS.get(tiny.cls, '')} |")
+        figures += [_lengths(name, found or {}), shown.get(name, ""), LIMITS.get(tiny.cls, "")]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
     return "\n".join([*lines, "", *whole_table(wholes)]) + "\n"
 
 

@@ -253,6 +253,9 @@ def _limits(manifest: Manifest, correction: bool) -> str:
     sides = manifest.signature.sides(declared)
     if all(sides):
         limits.append(f"Samples have {' x '.join(map(str, sides))} values in each channel, no other size.")
+    if known := manifest.calibration.sizes:
+        sizes = ", ".join(f"{name} {size}" for name, size in known.items())
+        limits.append(f"Conditions may have other lengths than in calibration, which had {sizes}.")
     if correction:
         limits.append(
             f"The noise correction is valid for {manifest.deployment} only; other numbers of steps are interpolated."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mezzotint.runtime.bundle.manifest import Manifest
+from mezzotint.runtime.open_sizes import open_size
 from mezzotint.runtime.visible import visible
 
 EXAMPLE_BATCH = 1  # rows in an example where the graph does not fix them
@@ -200,14 +201,15 @@ def _shape(manifest: Manifest, name: str, rows: int | None) -> list[int]:
     """Return the sizes of an input in an example. The first is `rows`; for None that of the graph, or EXAMPLE_BATCH."""
     sample = manifest.require_inputs()[manifest.signature.sample].shape
     batch = sample[0] if isinstance(sample[0], int) else EXAMPLE_BATCH
-    known = {d: n for d, n in zip(sample, (batch, *manifest.sample_shape), strict=True) if isinstance(d, str)}
+    known = dict(manifest.calibration.sizes)
+    known |= {d: n for d, n in zip(sample, (batch, *manifest.sample_shape), strict=True) if isinstance(d, str)}
     declared = manifest.require_inputs()[name].shape
     if not declared:
         return [] if rows is None else [rows]
     first, *rest = declared
     sizes = manifest.sample_shape if name == manifest.signature.sample else rest
     front = rows if rows is not None else first if isinstance(first, int) else batch
-    return [front, *(n if isinstance(n, int) else known.get(n or "", TOKENS) for n in sizes)]
+    return [front, *(n if isinstance(n, int) else open_size(n, known, TOKENS) for n in sizes)]
 
 
 def _quoted(name: str) -> str:

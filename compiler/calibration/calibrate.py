@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.condition_network import call_conditions
@@ -160,8 +160,12 @@ def require_same_channels(program: Program) -> None:
         )
 
 
-def random_conditions(program: Program, rows: int, seed: int) -> Conditions:
-    """Return `random_rows` for the conditions of a program, `spread_labels` for class labels among them."""
+def random_conditions(program: Program, rows: int, seed: int, lengths: Mapping[str, int] | None = None) -> Conditions:
+    """Return `random_rows` for the conditions of a program, `spread_labels` for class labels among them.
+
+    `lengths` are sizes of open dimensions that the sample does not have.
+    """
     sample = next(v for v in program.graph.inputs if v.name == program.signature.sample)
-    sizes, labels = named_sizes(sample, program.shape), spread_labels(program.signature, rows)
+    sizes = {**(lengths or {}), **named_sizes(sample, program.shape)}
+    labels = spread_labels(program.signature, rows)
     return random_rows(program.conditions(), program.shape, rows, seed, sizes, labels)

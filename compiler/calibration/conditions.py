@@ -11,6 +11,7 @@ import onnx_ir as ir
 from mezzotint.runtime import streams
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.open_sizes import open_size
 from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions, not_finite
@@ -112,11 +113,19 @@ def _check_finite(name: str, rows: AnyArray, which: str) -> None:
         )
 
 
-def named_sizes(sample: ir.Value, shape: Sequence[int]) -> dict[str, int]:
-    """Return the sizes of the sample's open dimensions behind its batch, by their names in the graph."""
-    dims = list(sample.shape or ())[1:]
+def named_sizes(value: ir.Value, shape: Sequence[int]) -> dict[str, int]:
+    """Return the sizes of an input's open dimensions behind its batch, by their names in the graph."""
+    dims = list(value.shape or ())[1:]
     pairs = zip(dims, shape, strict=False)
     return {size.value: known for size, known in pairs if isinstance(size, ir.SymbolicDim) and size.value is not None}
+
+
+def sizes_of_rows(inputs: ConditionInputs, rows: Conditions) -> dict[str, int]:
+    """Return the sizes of open dimensions behind the rows, by their names in the graph."""
+    found: dict[str, int] = {}
+    for name, array in rows.items():
+        found |= named_sizes(inputs[name], array.shape[1:])
+    return {name: size for name, size in found.items() if name.isidentifier()}
 
 
 def random_rows(
@@ -165,4 +174,4 @@ def spread_labels(signature: Signature, rows: int) -> Conditions:
 
 
 def _size(size: int | ir.SymbolicDim, named: Mapping[str, int]) -> int:
-    return size if isinstance(size, int) else named.get(size.value or "", OPEN_TOKENS)
+    return size if isinstance(size, int) else open_size(size.value, named, OPEN_TOKENS)

@@ -14,10 +14,11 @@ import onnx_ir as ir
 from mezzotint.runtime.bundle.network_call import METADATA, call_record, is_record
 
 from ..errors import ModelError
+from .architectures.row import TokenRows
 
 
 def note_call(model: ir.Model, arguments: Mapping[str, Any]) -> None:
-    """Note arguments of a network's call that are plain values, tensors of torch, or sequences of them."""
+    """Note arguments of a network's call: plain values, tensors of torch, sequences of them, TokenRows."""
     if arguments:
         record = call_record({name: _as_arrays(value) for name, value in arguments.items()})
         model.metadata_props[METADATA] = json.dumps(record, sort_keys=True, allow_nan=False)
@@ -26,6 +27,8 @@ def note_call(model: ir.Model, arguments: Mapping[str, Any]) -> None:
 def _as_arrays(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_as_arrays(part) for part in value]
+    if isinstance(value, TokenRows):
+        return {"first": list(value.first), "step": list(value.step)}
     return value.detach().numpy() if hasattr(value, "detach") else value
 
 

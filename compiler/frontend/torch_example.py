@@ -15,7 +15,17 @@ import torch
 from mezzotint.runtime.streams import FIXED
 
 from .architectures.registry import architecture_row
-from .architectures.row import Architecture, ConditionSizes, Input, NetworkCall, NetworkInputs, Path, SampleSize
+from .architectures.row import (
+    PROMPT,
+    Architecture,
+    ConditionSizes,
+    Input,
+    NetworkCall,
+    NetworkInputs,
+    Path,
+    SampleSize,
+    TokenRows,
+)
 from .network_inputs import network_inputs
 
 
@@ -44,11 +54,16 @@ class PositionalModel(torch.nn.Module):
         self.call = call or _answer
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        arguments = dict(self.fixed)
+        arguments = {**self.fixed, **self._of_prompt(tensors)}
         for name, tensor in zip(self.names, tensors, strict=True):
             _put(arguments, self.paths.get(name) or (name,), tensor)
         output: torch.Tensor = self.call(self.model, arguments)
         return output if self.channels is None else output[:, : self.channels]
+
+    def _of_prompt(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """Return the arguments that have a row for each token of the prompt."""
+        rows = {name: value for name, value in self.fixed.items() if isinstance(value, TokenRows)}
+        return {name: value.of(tensors[self.names.index(PROMPT)].shape[1]) for name, value in rows.items()}
 
 
 def _answer(model: Any, arguments: dict[str, Any]) -> Any:

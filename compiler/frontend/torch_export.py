@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import onnx_ir as ir
 import torch
 
 from ..errors import ModelError
+from ..graph.nodes import name_of
 from ..graph.require import required
 from .torch_example import Example, PositionalModel, quiet_exporter
 
 OPSET = 21
 OUTPUT = "out_sample"
+LONGEST_PROMPT = 1 << 14  # the range of lengths that torch proves an export for
+_Axes = dict[str, dict[int, Any]]
 
 
 def export_network(denoiser: PositionalModel, example: Example) -> tuple[ir.Model, str, list[str]]:
@@ -26,26 +32,66 @@ def export_network(denoiser: PositionalModel, example: Example) -> tuple[ir.Mode
             output_names=[OUTPUT],
         )
     model = required(program, "the ONNX program", "torch.onnx.export").model
+    _name_lengths(model, example)
     return model, _readable(exported), _unread_parameters(exported, denoiser.model)
 
 
 def _export_fx(denoiser: PositionalModel, example: Example) -> torch.export.ExportedProgram:
-    """Export with open height and width or, where the model's arithmetic forbids that, with those of the example."""
+    """Export with open lengths, height and width or, where the model's arithmetic forbids that, the example's."""
     batch = torch.export.Dim("batch", max=63)
     height, width = torch.export.Dim("height", min=1, max=512), torch.export.Dim("width", min=1, max=512)
-    spatial = {
+    sides = {
         name: {axis: factor * side for (axis, factor), side in zip(axes.items(), (height, width), strict=True)}
         for name, axes in example.spatial().items()
     }
+    lengths = _open_lengths(example)
     tensors = tuple(example.tensors.values())
     error: Exception | None = None
-    for extra in (spatial, {}) if spatial else ({},):
-        shapes = tuple({0: batch, **extra.get(name, {})} for name in example.tensors)
+    tried: list[_Axes] = []
+    for length, side in ((lengths, sides), ({}, sides), (lengths, {}), ({}, {})):
+        axes = {name: {**length.get(name, {}), **side.get(name, {})} for name in example.tensors}
+        if axes in tried:
+            continue
+        tried.append(axes)
+        shapes = tuple({0: batch, **axes[name]} for name in example.tensors)
         try:
             return torch.export.export(denoiser, tensors, dynamic_shapes=(shapes,), strict=False)
         except Exception as problem:  # torch.export reports failing guards by many kinds of errors
             error = problem
     raise ModelError(f"torch.export cannot trace the model: {str(error).splitlines()[0]}") from error
+
+
+def _open_lengths(example: Example) -> _Axes:
+    """Return the open length of each condition that has one, by the axis behind the batch."""
+    named: dict[str, Any] = {}
+    found: _Axes = {}
+    for name, (length, more) in example.known.open_lengths.items():
+        dim = named.setdefault(length, torch.export.Dim(length, min=1, max=LONGEST_PROMPT))
+        found[name] = {1: dim + more if more else dim}
+    return found
+
+
+def _name_lengths(model: ir.Model, example: Example) -> None:
+    """Give open lengths their names, also where other dimensions are computed from them: torch calls them s0, s1."""
+    inputs = {name_of(value): value for value in model.graph.inputs}
+    names = {}
+    for name, (length, more) in example.known.open_lengths.items():
+        size = None if (value := inputs.get(name)) is None or value.shape is None else value.shape[1]
+        if not more and isinstance(size, ir.SymbolicDim) and size.value is not None:
+            names[size.value] = length
+    if not names:
+        return
+    symbols = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, symbols, names) for size in value.shape])
+
+
+def _renamed(size: int | ir.SymbolicDim, symbols: re.Pattern[str], names: dict[str, str]) -> int | str | None:
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return symbols.sub(lambda found: names[found[0]], size.value)
 
 
 def _readable(exported: torch.export.ExportedProgram) -> str:

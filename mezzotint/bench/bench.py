@@ -25,6 +25,7 @@ from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.latency import Latency, in_turns, ratio
+from mezzotint.runtime.open_sizes import open_size
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.providers.openvino import OpenVino, OpenVinoNetwork
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -191,16 +192,17 @@ def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tupl
     """Return for each condition an array `[batch, ...]` with equal rows, and how it was made.
 
     The values are good for timing only. Open dimensions with the name of one of the sample's take its size, others
-    OPEN_SIZE.
+    that of the calibration, or OPEN_SIZE.
     """
     declared = net.inputs[bundle.signature.sample][1]
-    sizes = {d: n for d, n in zip(declared, (batch, *bundle.sample_shape), strict=True) if isinstance(d, str)}
+    sizes = dict(bundle.manifest.calibration.sizes)
+    sizes |= {d: n for d, n in zip(declared, (batch, *bundle.sample_shape), strict=True) if isinstance(d, str)}
     rng = streams.BENCH_CONDITIONS.generator(FIXED)
     conditions: dict[str, tuple[npt.NDArray[Any], str]] = {}
     for name in bundle.signature.conditions:
         dtype, shape = net.inputs[name]
         # Another name for the batch is still the batch: a condition's first dimension counts samples.
-        rest = [d if isinstance(d, int) else sizes.get(d, OPEN_SIZE) if d else OPEN_SIZE for d in shape[1:]]
+        rest = [d if isinstance(d, int) else open_size(d, sizes, OPEN_SIZE) for d in shape[1:]]
         if dtype.kind == "f":
             row, how = rng.standard_normal((1, *rest)).astype(dtype), "random normal"
         elif dtype.kind == "b":

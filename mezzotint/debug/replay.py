@@ -69,11 +69,12 @@ def _calibration_context(
     program = replace(program, signature=signature)  # the reference may come without the configuration of its labels
     seed, guided = calibration.seed, bundle.deployment.guided
     if conditions is None:
-        rows = random_conditions(program, calibration.samples, seed)
+        rows = random_conditions(program, calibration.samples, seed, calibration.sizes)
     else:
         rows = {**spread_labels(signature, calibration.samples), **conditions}
     if unconditional is None:
-        drawn = random_conditions(program, 1, SeedOffset.UNCONDITIONAL.after(seed)) if guided else {}
+        after = SeedOffset.UNCONDITIONAL.after(seed)
+        drawn = random_conditions(program, 1, after, calibration.sizes) if guided else {}
         unconditional = {**drawn, **(null_rows(signature) if guided else {})}
     elif guided and not unconditional:
         unconditional = null_rows(signature)

@@ -53,21 +53,25 @@ class RecipeEntry:
 @dataclass(frozen=True)
 class Calibration:
     """The samples that calibration drew, and what is known of the prompts that made their conditions: how many, their
-    hash, the pipeline's class, the hash of its encoders' files."""
+    hash, the pipeline's class, the hash of its encoders' files. `sizes` are those of the conditions' open dimensions,
+    by their names in the graph."""
 
     seed: int
     samples: int
     batch: int
     prompts: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         prompts = {"prompts": dict(self.prompts)} if self.prompts else {}
-        return {"seed": self.seed, "samples": self.samples, "batch": self.batch, **prompts}
+        sizes = {"sizes": dict(self.sizes)} if self.sizes else {}
+        return {"seed": self.seed, "samples": self.samples, "batch": self.batch, **prompts, **sizes}
 
     @classmethod
     def from_json(cls, fields: Fields) -> Calibration:
         prompts = fields.maybe("prompts", fields.table) or {}
-        return cls(fields.integer("seed"), fields.count("samples"), fields.count("batch"), prompts)
+        sizes = fields.maybe("sizes", fields.counts) or {}
+        return cls(fields.integer("seed"), fields.count("samples"), fields.count("batch"), prompts, sizes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ stand-in can tell a call that means the same from one that the graph cannot foll
     {"arguments": {"height": {"value": 16}, "img_ids": {"shape": [4096, 3], "sums": [...], "values": [...]}}}
 
 A plain value is kept as it is. Of a tensor there are its shape, its sum, its sum of squares, and 256 of its values,
-evenly apart: rotary positions of a video have millions. Several tensors in one argument are a list of `parts`.
+evenly apart: rotary positions of a video have millions. Several tensors in one argument are a list of `parts`. A
+tensor with a row for each token of a prompt, of any length, has the `first` row and the `step` to the next one.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ _NEAR = 1e-5
 
 
 def call_record(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the file for arguments that are plain values, arrays, or sequences of arrays."""
+    """Return the content of the file for arguments that are plain values, arrays, sequences of arrays, or
+    {"first": row, "step": row}."""
     return {"arguments": {name: _entry(value) for name, value in arguments.items()}}
 
 
 def _entry(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
     if isinstance(value, np.ndarray):
         return {"shape": list(value.shape), "sums": _sums(value), "values": _some(value)}
     if isinstance(value, (list, tuple)) and value and all(isinstance(part, np.ndarray) for part in value):
@@ -86,6 +90,9 @@ def _is_entry(entry: Any) -> bool:
         return False
     if "parts" in entry:
         return isinstance(entry["parts"], list) and all(_is_tensor(part) for part in entry["parts"])
+    if "first" in entry:
+        first, step = entry["first"], entry.get("step", [])
+        return _all(first, (int, float)) and _all(step, (int, float)) and len(first) == len(step)
     return "value" in entry or _is_tensor(entry)
 
 
@@ -119,11 +126,20 @@ def difference(entry: Mapping[str, Any], value: Any, precision: float = 0.0) -> 
         return None if _same(entry["value"], value) else f"is {_short(value)}, and was {_short(entry['value'])}"
     if not isinstance(value, np.ndarray):
         return "is no tensor"
-    if value.ndim == len(entry["shape"]) + 1 and len(value) and bool((value == value[:1]).all()):
+    rank = 2 if "first" in entry else len(entry["shape"])
+    if value.ndim == rank + 1 and len(value) and bool((value == value[:1]).all()):
         value = value[0]
-    if list(value.shape) != entry["shape"]:
-        return f"has the shape {list(value.shape)}, and had {entry['shape']}"
-    return None if _near(entry, value, precision) else "has other values than it had"
+    shape = ["tokens", len(entry["first"])] if "first" in entry else entry["shape"]
+    if value.ndim != rank or any(want not in (own, "tokens") for own, want in zip(value.shape, shape, strict=True)):
+        return f"has the shape {list(value.shape)}, and had {shape}".replace("'", "")
+    near = _near_rows if "first" in entry else _near
+    return None if near(entry, value, precision) else "has other values than it had"
+
+
+def _near_rows(entry: Mapping[str, Any], value: npt.NDArray[Any], precision: float) -> bool:
+    want = np.array(entry["first"]) + np.arange(len(value))[:, None] * np.array(entry["step"])
+    peak = max(float(np.abs(want).max(initial=0)), 1.0)
+    return bool((np.abs(want - value) <= (_NEAR + precision) * peak).all())
 
 
 def _near(entry: Mapping[str, Any], value: npt.NDArray[Any], precision: float) -> bool:

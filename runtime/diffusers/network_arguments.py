@@ -17,6 +17,7 @@ import torch
 from ..bundle.bundle import Bundle
 from ..bundle.network_call import difference
 from ..errors import InputError
+from ..open_sizes import known_size
 from ..session import Denoiser
 from ..signature import EXTRA_CHANNELS
 from .network_classes import NETWORK_CLASSES, Arguments
@@ -94,12 +95,12 @@ class ArgumentReader:
             elif not ("mask" in name and _all_ones(value)):
                 raise self._refusal(name, shown)
         for name in signature.conditions:
-            if name not in conditions and (mask := self._mask_of_ones(name, len(arguments[sample]))) is not None:
-                conditions[name] = mask
+            if name not in conditions and (mask := self._mask_of_ones(name, conditions)) is not None:
+                conditions[name] = np.repeat(mask, len(arguments[sample]), axis=0)
         return arguments[sample], arguments[time], conditions
 
     def _padded(self, arguments: Arguments) -> Arguments:
-        """Return a call whose prompt has the length of the graph: masked tokens change nothing."""
+        """Return a call whose prompt has the length that the graph fixes: masked tokens change nothing."""
         prompt, mask = arguments.get(_PROMPT), arguments.get(_PROMPT_MASK)
         tokens = self._inputs[_PROMPT][1][1] if _PROMPT in self._inputs else None
         if not isinstance(tokens, int) or prompt is None or _PROMPT_MASK not in self._inputs:
@@ -166,12 +167,21 @@ class ArgumentReader:
             "or compile it with conditions of this length",
         )
 
-    def _mask_of_ones(self, name: str, batch: int) -> npt.NDArray[Any] | None:
-        """Return the mask that hides nothing, for a pipeline that leaves such a mask out (Qwen-Image)."""
+    def _mask_of_ones(self, name: str, conditions: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any] | None:
+        """Return one row of the mask that hides nothing, for a pipeline that leaves such a mask out (Qwen-Image).
+
+        An open length is that of the other conditions of the call.
+        """
         dtype, (_, *sizes) = self._inputs[name]
-        if "mask" not in name or not all(isinstance(size, int) for size in sizes):
-            return None
-        return np.ones([batch, *(size for size in sizes if isinstance(size, int))], dtype)
+        known = {
+            size: own
+            for other, array in conditions.items()
+            for size, own in zip(self._inputs[other][1][1:], array.shape[1:], strict=False)
+            if isinstance(size, str)
+        }
+        found = [size if isinstance(size, int) else known_size(size, known) for size in sizes]
+        whole = [size for size in found if size is not None]
+        return np.ones([1, *whole], dtype) if "mask" in name and len(whole) == len(sizes) else None
 
     def split_sample(
         self, sample: torch.Tensor, conditions: dict[str, npt.NDArray[Any]]

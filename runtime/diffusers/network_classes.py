@@ -71,7 +71,7 @@ def _stacked(arguments: Arguments, channels: int) -> Arguments:
             raise InputError(
                 f"{name!r} holds tensors of different shapes: {shapes}",
                 where=f"input {name}",
-                hint="the bundle was compiled for one length: give prompt embeddings of that many tokens",
+                hint="the rows of a call have one length: call with one prompt at a time, or embeddings of one length",
             )
     if images[0].ndim != 4 or images[0].shape[1] != 1:
         raise InputError(f"'x' holds {list(images[0].shape)}, not images with one frame", where="input x")

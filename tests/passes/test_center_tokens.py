@@ -86,11 +86,22 @@ def test_a_loud_token_that_varies_has_a_factor_besides(context: Context) -> None
     np.testing.assert_allclose(outputs(after, context, rows), outputs(before, context, rows), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("rows", "tokens"), [(prompts(1.0), 4), (prompts(60.0), "tokens"), (0 * prompts(1.0), 4)], ids=["even", "open", "0"]
-)
-def test_others_stay(context: Context, rows: np.ndarray[Any, Any], tokens: int | str) -> None:
-    before, after = scaled(context, rows, tokens)
+@pytest.mark.parametrize("token", [0, 2])
+def test_prompts_of_an_open_length(context: Context, token: int) -> None:
+    """The function stays at every length, also at one that ends in front of the loud token."""
+    rows = prompts(60.0, token)
+    before, after = scaled(context, rows, "tokens")
+    tables = [numpy_of(after.graph.initializers[f"prompt_{name}"]) for name in ("means", "factors")]
+    assert [table.shape[1] for table in tables] == [token + 2] * 2
+    assert not tables[0][0, -1].any() and tables[1].reshape(-1)[[token, -1]].tolist() in ([64, 1], [32, 1])
+    for tokens in (1, 3, 4, 7):
+        other = np.resize(rows, (2, tokens, 3))
+        np.testing.assert_allclose(outputs(after, context, other), outputs(before, context, other), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [prompts(1.0), 0 * prompts(1.0)], ids=["even", "0"])
+def test_others_stay(context: Context, rows: np.ndarray[Any, Any]) -> None:
+    before, after = scaled(context, rows)
     assert counts(after.graph) == counts(before.graph) and "no token is louder" in after.history[-1].note
 
 

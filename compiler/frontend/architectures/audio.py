@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .row import Architecture, Asked, Input, NetworkInputs
+from .row import PROMPT, PROMPT_LENGTH, Architecture, Asked, Input, NetworkInputs
 from .unet import class_input
 
-_PROMPT, _SECOND, _SECOND_MASK = "encoder_hidden_states", "encoder_hidden_states_1", "encoder_attention_mask_1"
+_SECOND, _SECOND_MASK, _SECOND_TOKENS = "encoder_hidden_states_1", "encoder_attention_mask_1", "tokens_1"
 _GLOBAL = "global_hidden_states"
 
 
@@ -21,9 +21,9 @@ def _unet(asked: Asked) -> NetworkInputs:
 
 
 def _stable_audio(asked: Asked) -> NetworkInputs:
-    channels, tokens = asked.number("in_channels"), asked.tokens(_PROMPT, 130)
+    channels, tokens = asked.number("in_channels"), asked.tokens(PROMPT, 130)
     conditions = {
-        _PROMPT: Input((tokens, asked.number("cross_attention_input_dim"))),
+        PROMPT: Input((tokens, asked.number("cross_attention_input_dim")), length=PROMPT_LENGTH),
         _GLOBAL: Input((1, asked.number("global_states_input_dim"))),
     }
     return NetworkInputs("hidden_states", (channels, _length(asked)), conditions, None, channels)
@@ -45,9 +45,9 @@ def _audioldm2(asked: Asked) -> NetworkInputs:
         raise asked.error(f"prompts of an AudioLDM 2 with cross_attention_dim {widths!r} are not known")
     tokens = asked.tokens(_SECOND, 77)
     conditions = {
-        _PROMPT: Input((asked.tokens(_PROMPT, 8), int(widths[0][1]))),
-        _SECOND: Input((tokens, int(widths[0][2]))),
-        _SECOND_MASK: Input((tokens,), kind="mask"),
+        PROMPT: Input((asked.tokens(PROMPT, 8), int(widths[0][1])), length=PROMPT_LENGTH),
+        _SECOND: Input((tokens, int(widths[0][2])), length=_SECOND_TOKENS),
+        _SECOND_MASK: Input((tokens,), kind="mask", length=_SECOND_TOKENS),
         **class_input(asked),
     }
     multiple = 2 ** (len(config["block_out_channels"]) - 1)

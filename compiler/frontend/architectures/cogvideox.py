@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .positions import centred_region
-from .row import Architecture, Asked, Input, NetworkInputs
+from .row import PROMPT, PROMPT_LENGTH, Architecture, Asked, Input, NetworkInputs
 from .video import frames_of
-
-_PROMPT = "encoder_hidden_states"
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
@@ -20,8 +18,10 @@ def _inputs(asked: Asked) -> NetworkInputs:
     frames = frames_of(asked, (asked.number("sample_frames") - 1) // asked.number("temporal_compression_ratio") + 1)
     if not config["use_rotary_positional_embeddings"] and (height, width) != own:
         raise asked.error(f"the model's positions are for {own[0]}x{own[1]}, not {height}x{width}", "drop --size")
-    tokens = asked.tokens(_PROMPT, asked.number("max_text_seq_length"))
-    conditions = {_PROMPT: Input((tokens, asked.number("text_embed_dim")))}
+    tokens = asked.tokens(PROMPT, asked.number("max_text_seq_length"))
+    # Positions that are learned, or added, are those of one length.
+    rotary = config["use_rotary_positional_embeddings"] and not config.get("use_learned_positional_embeddings")
+    conditions = {PROMPT: Input((tokens, asked.number("text_embed_dim")), length=PROMPT_LENGTH if rotary else None)}
     shape = (frames, channels, height, width)
     return NetworkInputs("hidden_states", shape, conditions, None, channels, channel_axis=2)
 

@@ -13,9 +13,20 @@ from typing import Any
 from mezzotint.runtime.sampling.flow_sigmas import BY_LENGTH_AND_STEPS
 
 from .positions import packed_ids
-from .row import Architecture, Asked, Input, NetworkInputs, tokens_of_grid
+from .row import (
+    PROMPT,
+    PROMPT_LENGTH,
+    Architecture,
+    Asked,
+    Input,
+    NetworkCall,
+    NetworkInputs,
+    TokenRows,
+    tokens_of_grid,
+)
 
-_PROMPT, _MASK, _GUIDANCE = "encoder_hidden_states", "attention_mask", "guidance"
+_MASK, _GUIDANCE = "attention_mask", "guidance"
+MOST_TOKENS = 4096  # of a prompt whose positions count its tokens
 USUAL_SIDE = 128  # latents of an image of 1024 pixels
 PACKED = 2
 
@@ -31,25 +42,25 @@ def packed_grid(asked: Asked) -> tuple[int, int]:
 def _packed(asked: Asked, tokens: int, conditions: dict[str, Input]) -> NetworkInputs:
     """Return the inputs of a network whose prompt has so many tokens."""
     channels, grid = asked.number("in_channels"), packed_grid(asked)
-    prompt = {_PROMPT: Input((tokens, asked.number("joint_attention_dim")))}
+    prompt = {PROMPT: Input((tokens, asked.number("joint_attention_dim")), length=PROMPT_LENGTH)}
     shape = (grid[0] * grid[1], channels)
     return NetworkInputs("hidden_states", shape, prompt | conditions, None, asked.predicted, grid=grid, channel_axis=2)
 
 
 def _flux(asked: Asked) -> NetworkInputs:
     conditions = {"pooled_projections": Input((asked.number("pooled_projection_dim"),)), **_guidance(asked)}
-    return _packed(asked, asked.tokens(_PROMPT, 512), conditions)
+    return _packed(asked, asked.tokens(PROMPT, 512), conditions)
 
 
 def _flux2(asked: Asked) -> NetworkInputs:
-    return _packed(asked, asked.tokens(_PROMPT, 512), _guidance(asked))
+    return _packed(asked, asked.tokens(PROMPT, 512), _guidance(asked))
 
 
 def _chroma(asked: Asked) -> NetworkInputs:
     """The pipeline of Chroma gives the mask as float32 ones and zeros, which attention adds to its scores."""
-    tokens = asked.tokens(_PROMPT, 512)
+    tokens = asked.tokens(PROMPT, 512)
     known = _packed(asked, tokens, {})
-    mask = Input((tokens + known.shape[0],), kind="soft_mask", hidden=tokens - 1)
+    mask = Input((tokens + known.shape[0],), kind="soft_mask", hidden=tokens - 1, length=PROMPT_LENGTH)
     return _packed(asked, tokens, {_MASK: mask})
 
 
@@ -61,18 +72,60 @@ def _ids(module: Any, known: NetworkInputs) -> dict[str, Any]:
     """Return the ids of Flux: zeros for a prompt, (0, row, column) for an image."""
     import torch
 
-    tokens = known.conditions[_PROMPT].sizes[0]
-    return {"txt_ids": torch.zeros(tokens, 3), "img_ids": torch.tensor(packed_ids(known.grid))}
+    return {"txt_ids": TokenRows((0.0,) * 3, (0.0,) * 3), "img_ids": torch.tensor(packed_ids(known.grid))}
 
 
 def _ids_of_four(module: Any, known: NetworkInputs) -> dict[str, Any]:
     """Return the ids of Flux 2: (0, 0, 0, token) for a prompt, (0, row, column, 0) for an image."""
     import torch
 
-    tokens = known.conditions[_PROMPT].sizes[0]
-    text = torch.zeros(tokens, 4)
-    text[:, 3] = torch.arange(tokens)
+    text = TokenRows((0.0,) * 4, (0.0, 0.0, 0.0, 1.0))
     return {"txt_ids": text, "img_ids": torch.tensor(packed_ids(known.grid, axes=4))}
+
+
+def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
+    """Return a call whose positions are constants: those of an image, and one row for all tokens of its prompt.
+
+    The positions of ids that follow an open length are computed in every call else, in float64.
+    """
+    import torch
+
+    ids = _ids(module, known)
+    image, text = module.pos_embed(ids["img_ids"]), module.pos_embed(ids["txt_ids"].of(1))
+
+    def call(network: Any, arguments: dict[str, Any]) -> Any:
+        tokens = arguments[PROMPT].shape[1]
+        joined = tuple(torch.cat([t.expand(tokens, -1), i]) for t, i in zip(text, image, strict=True))
+        with _answering(network.pos_embed, joined):
+            return network(**arguments, return_dict=False)[0]
+
+    return call
+
+
+def _traced_of_four(module: Any, known: NetworkInputs) -> NetworkCall:
+    """Return a call whose positions are constants: those of an image, and a table of which the prompt has some rows."""
+    import torch
+
+    ids = _ids_of_four(module, known)
+    image, text = module.pos_embed(ids["img_ids"]), module.pos_embed(ids["txt_ids"].of(MOST_TOKENS))
+
+    def call(network: Any, arguments: dict[str, Any]) -> Any:
+        tokens = arguments[PROMPT].shape[1]
+        with _answering(network.pos_embed, image, tuple(part[torch.arange(tokens)] for part in text)):
+            return network(**arguments, return_dict=False)[0]
+
+    return call
+
+
+@contextmanager
+def _answering(module: Any, *answers: Any) -> Iterator[None]:
+    """Let a module return these answers, in turn."""
+    left = iter(answers)
+    module.forward = lambda *arguments, **options: next(left)
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager
@@ -108,6 +161,7 @@ FLUX = Architecture(
     sigmas="even, but own with use_flow_sigmas",
     tokens=tokens_of_grid,
     constants=_ids,
+    traced=_traced,
 )
 FLUX2 = Architecture(
     "Flux2Transformer2DModel",
@@ -118,6 +172,7 @@ FLUX2 = Architecture(
     tokens=tokens_of_grid,
     shift_by=BY_LENGTH_AND_STEPS,
     constants=_ids_of_four,
+    traced=_traced_of_four,
 )
 CHROMA = Architecture(
     "ChromaTransformer2DModel",
@@ -127,5 +182,6 @@ CHROMA = Architecture(
     sigmas="even",
     tokens=tokens_of_grid,
     constants=_ids,
+    traced=_traced,
     patches=(open_batch,),
 )

@@ -26,14 +26,14 @@ def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
     patch = int(module.config.patch_size)
     rows, columns = height // patch, width // patch
     first, *rest = (Rotation.of(table) for table in module.rope_embedder.freqs_cis)
-    tokens = torch.arange(known.conditions[PROMPT].sizes[0])
-    text = _at(first, tokens, *(Rotation(t.real[0], t.imaginary[0]) for t in rest))
+    origin = [table.at(0) for table in rest]
     row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-    places = [Rotation(t.real[at], t.imaginary[at]) for t, at in zip(rest, (row, column), strict=True)]
+    places = [table.at(index) for table, index in zip(rest, (row, column), strict=True)]
 
     def call(network: Any, arguments: dict[str, Any]) -> Any:
         image, mask = arguments["hidden_states"], arguments[MASK]
         batch = image.shape[0]
+        text = _of_text(first.at(torch.arange(mask.shape[1])), origin)
         temb, prompt = network.time_caption_embed(image, arguments["timestep"], arguments[PROMPT])
         positions = _of_image(first, mask.sum(dim=1), places)
         words = Rotation(text.real.expand(batch, -1, -1), text.imaginary.expand(batch, -1, -1))
@@ -52,14 +52,15 @@ def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
     return call
 
 
-def _at(first: Rotation, tokens: Any, *rest: Rotation) -> Rotation:
+def _of_text(tokens: Rotation, origin: list[Rotation]) -> Rotation:
     """Return the positions of a prompt `[1, N, D]`: its tokens along the first axis, zero along the others."""
     import torch
 
-    parts = [[first.real[tokens], *(r.real.expand(len(tokens), -1) for r in rest)]]
-    parts.append([first.imaginary[tokens], *(r.imaginary.expand(len(tokens), -1) for r in rest)])
-    real, imaginary = (torch.cat(part, dim=-1)[None] for part in parts)
-    return Rotation(real, imaginary)
+    both = []
+    for name in ("real", "imaginary"):
+        start = getattr(tokens, name)
+        both.append(torch.cat([start, *(getattr(o, name).expand(start.shape[0], -1) for o in origin)], dim=-1)[None])
+    return Rotation(*both)
 
 
 def _of_image(first: Rotation, lengths: Any, places: list[Rotation]) -> Rotation:

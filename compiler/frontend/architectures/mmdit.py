@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from .row import Architecture, Asked, Input, NetworkInputs
-
-_PROMPT = "encoder_hidden_states"
+from .row import PROMPT, PROMPT_LENGTH, Architecture, Asked, Input, NetworkInputs
 
 
 def _sd3(asked: Asked) -> NetworkInputs:
     conditions = {
-        _PROMPT: Input((asked.tokens(_PROMPT, 77 + 256), asked.number("joint_attention_dim"))),
+        PROMPT: Input((asked.tokens(PROMPT, 77 + 256), asked.number("joint_attention_dim")), length=PROMPT_LENGTH),
         "pooled_projections": Input((asked.number("pooled_projection_dim"),)),
     }
     return _latents(asked, conditions)
@@ -22,7 +20,8 @@ def _patches(known: NetworkInputs) -> int:
 
 
 def _auraflow(asked: Asked) -> NetworkInputs:
-    return _latents(asked, {_PROMPT: Input((asked.tokens(_PROMPT, 256), asked.number("joint_attention_dim")))})
+    tokens, width = asked.tokens(PROMPT, 256), asked.number("joint_attention_dim")
+    return _latents(asked, {PROMPT: Input((tokens, width), length=PROMPT_LENGTH)})
 
 
 def _latents(asked: Asked, conditions: dict[str, Input]) -> NetworkInputs:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from .flux import PACKED, packed_grid
+from .flux import MOST_TOKENS, PACKED, packed_grid
 from .rotary import Rotation, real_rotary
-from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs, tokens_of_grid
+from .row import PROMPT, PROMPT_LENGTH, Architecture, Asked, Input, NetworkCall, NetworkInputs, tokens_of_grid
 
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
+_MASK = "encoder_hidden_states_mask"
 
 
 def _inputs(asked: Asked) -> NetworkInputs:
     if asked.config.get("zero_cond_t") or asked.config.get("use_additional_t_cond"):
         raise asked.error("a Qwen-Image that edits or layers images cannot be exported yet", "use the base model")
-    grid, tokens = packed_grid(asked), asked.tokens(_PROMPT, 512)
+    grid, tokens = packed_grid(asked), asked.tokens(PROMPT, 512)
     conditions = {
-        _PROMPT: Input((tokens, asked.number("joint_attention_dim"))),
-        _MASK: Input((tokens,), kind="mask"),
+        PROMPT: Input((tokens, asked.number("joint_attention_dim")), length=PROMPT_LENGTH),
+        _MASK: Input((tokens,), kind="mask", length=PROMPT_LENGTH),
     }
     if asked.config.get("guidance_embeds"):
         conditions["guidance"] = Input(())
@@ -38,11 +40,11 @@ def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
     """Return a call whose positions are constants in real arithmetic; diffusers keeps them as complex tables."""
     import torch
 
-    tokens = known.conditions[_PROMPT].sizes[0]
-    tables = module.pos_embed(known.fixed["img_shapes"], max_txt_seq_len=tokens, device=torch.device("cpu"))
-    positions = tuple(Rotation.of(table) for table in tables)
+    tables = module.pos_embed(known.fixed["img_shapes"], max_txt_seq_len=MOST_TOKENS, device=torch.device("cpu"))
+    image, text = (Rotation.of(table) for table in tables)
 
     def call(network: Any, arguments: dict[str, Any]) -> Any:
+        positions = image, text.at(torch.arange(arguments[PROMPT].shape[1]))
         network.pos_embed.forward = lambda *sizes, **options: positions
         try:
             return network(**arguments, return_dict=False)[0]
@@ -52,6 +54,27 @@ def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
     return call
 
 
+@contextmanager
+def open_length(module: Any) -> Iterator[None]:
+    """Leave out what diffusers computes of a prompt's mask and does not use: the length of each row.
+
+    It makes a tensor of the number of tokens, which torch.export fixes: "You marked tokens as dynamic but your code
+    specialized it to be a constant".
+    """
+    from diffusers.models.transformers import transformer_qwenimage as library
+
+    computed = library.compute_text_seq_len_from_mask
+
+    def length(prompt: Any, mask: Any) -> tuple[Any, None, Any]:
+        return prompt.shape[1], None, None if mask is None else mask.bool()
+
+    library.compute_text_seq_len_from_mask = length
+    try:
+        yield
+    finally:
+        library.compute_text_seq_len_from_mask = computed
+
+
 QWEN_IMAGE = Architecture(
     "QwenImageTransformer2DModel",
     _inputs,
@@ -59,6 +82,6 @@ QWEN_IMAGE = Architecture(
     unit="fraction",
     sigmas="even",
     tokens=tokens_of_grid,
-    patches=(real_rotary,),
+    patches=(real_rotary, open_length),
     traced=_traced,
 )

@@ -28,6 +28,10 @@ class Rotation:
     def unsqueeze(self, axis: int) -> Rotation:
         return Rotation(self.real.unsqueeze(axis), self.imaginary.unsqueeze(axis))
 
+    def at(self, rows: Any) -> Rotation:
+        """Return rows of a table."""
+        return Rotation(self.real[rows], self.imaginary[rows])
+
     def __mul__(self, other: Rotation) -> Rotation:
         a, b, c, d = self.real, self.imaginary, other.real, other.imaginary
         return Rotation(a * c - b * d, a * d + b * c)

@@ -24,6 +24,8 @@ ConditionSizes = Mapping[str, tuple[int, ...]]
 SampleSize = tuple[int, ...]
 PROMPT, MASK = "encoder_hidden_states", "encoder_attention_mask"
 """Names of the arguments that most networks have for a prompt and for the mask of its tokens."""
+PROMPT_LENGTH = "tokens"
+"""The name of the open length of a prompt."""
 Path = tuple[str | int, ...]
 """Where the keyword arguments of a call hold a tensor: ("added_cond_kwargs", "image_embeds", 0)."""
 Kind = Literal["number", "label", "mask", "flag", "soft_mask"]
@@ -44,7 +46,8 @@ class Input:
 
     `path` is where the call has it, () for an argument of its own name. The last two axes of an input with `shrunk`
     follow height and width of the sample, which are so many times larger. `hidden` is the token that the mask of an
-    example hides.
+    example hides. The first of the sizes stays open in the export if `length` names it: inputs of one name have one
+    length, or differ by a fixed number.
     """
 
     sizes: tuple[int, ...]
@@ -54,11 +57,26 @@ class Input:
     path: Path = ()
     shrunk: int | None = None
     hidden: int = -1
+    length: str | None = None
 
     def value(self, name: str) -> ir.Value:
         """Return it as a graph input with an open batch."""
         dtype = ir.DataType.INT64 if self.classes is not None else _TYPES[self.kind]
         return ir.Value(name=name, shape=ir.Shape(["batch", *self.sizes]), type=ir.TensorType(dtype))
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """An argument with a row for each token of the prompt, `[tokens, numbers]`: row i is `first + i * step`."""
+
+    first: tuple[float, ...]
+    step: tuple[float, ...]
+
+    def of(self, tokens: Any) -> Any:
+        """Return the tensor for so many tokens, which may be a symbol of torch's exporter."""
+        import torch
+
+        return torch.tensor(self.first) + torch.arange(tokens)[:, None] * torch.tensor(self.step)
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,24 @@ class NetworkInputs:
         """Return the conditions that are class labels with a label of no class."""
         found = ((name, value.classes, value.null) for name, value in self.conditions.items())
         return tuple(ClassLabels(name, classes, null) for name, classes, null in found if classes and null is not None)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Return the known sizes of the open lengths, by their names."""
+        return {
+            length: self.conditions[name].sizes[0] for name, (length, more) in self.open_lengths.items() if not more
+        }
+
+    @property
+    def open_lengths(self) -> dict[str, tuple[str, int]]:
+        """Return the name of each condition's open length, and how much more than the length of that name it is."""
+        base: dict[str, int] = {}
+        found = {}
+        for name, value in self.conditions.items():
+            if value.length is not None:
+                size = value.sizes[0]
+                found[name] = (value.length, size - base.setdefault(value.length, size))
+        return found
 
     @property
     def channels(self) -> int:
@@ -164,7 +200,8 @@ class Architecture:
     shift_by  how, see runtime/sampling/flow_sigmas.py
     float_time  whether the timestep is a floating number under every schedule
     patches   what the exporter needs
-    constants `(module, inputs) -> arguments`: tensors that depend on the size alone, which the export keeps
+    constants `(module, inputs) -> arguments`: tensors that depend on the size alone, which the export keeps, and
+              TokenRows
     call      `(module, arguments) -> tensor`, for a network that is not called with keywords and answers a tuple
     traced    `(module, inputs) -> call`: the call that is exported where the exporter cannot trace `call`. Its
               outputs are compared with those of `call` like every other export
@@ -191,9 +228,12 @@ def tokens_of_grid(known: NetworkInputs) -> int:
 
 
 def masked_prompt(asked: Asked, usual: int, width: int) -> dict[str, Input]:
-    """Return a prompt of so many tokens, if the caller knows no other number, with the mask of its tokens."""
+    """Return a prompt of an open length with the mask of its tokens; so many tokens if the caller knows no number."""
     tokens = asked.tokens(PROMPT, usual)
-    return {PROMPT: Input((tokens, width)), MASK: Input((tokens,), kind="mask")}
+    return {
+        PROMPT: Input((tokens, width), length=PROMPT_LENGTH),
+        MASK: Input((tokens,), kind="mask", length=PROMPT_LENGTH),
+    }
 
 
 def kept_of_doubled(channels: int, predicted: int) -> int | None:

@@ -11,10 +11,11 @@ inputs where the caller has conditions of these names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .residuals import residual_inputs
-from .row import Architecture, Asked, Input, NetworkInputs, first
+from .row import MASK, PROMPT, PROMPT_LENGTH, Architecture, Asked, Input, NetworkInputs, first
 from .unet import CONDITIONAL, class_input
 
 _USUAL_TOKENS = 77
@@ -22,7 +23,6 @@ _TIME_IDS = 6  # of SDXL's base model; its refiner has 5
 _HINT_CHANNELS = 4  # that Kandinsky's network makes of a hint, and puts behind those of the sample
 _HINT_SCALE = 8
 _ADAPTER = "ip_image_proj"
-_PROMPT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 def _projection(asked: Asked) -> Any:
@@ -37,9 +37,11 @@ def _inputs(asked: Asked) -> NetworkInputs:
     conditions: dict[str, Input] = {}
     width = _prompt_width(asked)
     if width is not None:
-        conditions[_PROMPT] = Input((asked.tokens(_PROMPT, _USUAL_TOKENS), width))
-        if _MASK in asked.sizes:
-            conditions[_MASK] = Input(conditions[_PROMPT].sizes[:1], kind="mask")
+        masked = MASK in asked.sizes
+        length = None if masked and _adds_prompts(config) else PROMPT_LENGTH
+        conditions[PROMPT] = Input((asked.tokens(PROMPT, _USUAL_TOKENS), width), length=length)
+        if masked:
+            conditions[MASK] = Input(conditions[PROMPT].sizes[:1], kind="mask", length=length)
     if config.get("time_cond_proj_dim") is not None:
         conditions["timestep_cond"] = Input((asked.number("time_cond_proj_dim"),))
     height, side = asked.side()
@@ -48,8 +50,18 @@ def _inputs(asked: Asked) -> NetworkInputs:
         sizes = (3, _HINT_SCALE * height, _HINT_SCALE * side)
         conditions["hint"] = Input(sizes, path=("added_cond_kwargs", "hint"))
     conditions |= _added(asked) | _image(asked) | class_input(asked) | residual_inputs(asked, height, side)
-    fixed = {} if width is not None else {_PROMPT: None}
+    fixed = {} if width is not None else {PROMPT: None}
     return NetworkInputs("sample", (channels, height, side), conditions, multiple, asked.predicted, fixed=fixed)
+
+
+def _adds_prompts(config: Mapping[str, Any]) -> bool:
+    """Return whether blocks attend to prompt and image at once (DeepFloyd IF): their mask has no open length.
+
+    diffusers pads it by the tokens of the image, and torch.export finds "Not all values of tokens [...] satisfy the
+    generated guard".
+    """
+    kinds = (*config["down_block_types"], *(config.get("up_block_types") or ()), str(config.get("mid_block_type")))
+    return any("SimpleCrossAttn" in str(kind) for kind in kinds)
 
 
 def _prompt_width(asked: Asked) -> int | None:

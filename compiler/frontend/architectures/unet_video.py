@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .row import Architecture, Asked, Input, NetworkInputs, first
+from .row import PROMPT, PROMPT_LENGTH, Architecture, Asked, Input, NetworkInputs, first
 from .video import frames_of
 
-_PROMPT, _IMAGE = "encoder_hidden_states", "image_latents"
+_IMAGE = "image_latents"
 
 
 def _animated(asked: Asked) -> NetworkInputs:
@@ -15,7 +15,7 @@ def _animated(asked: Asked) -> NetworkInputs:
     for key in ("addition_embed_type", "encoder_hid_dim_type"):
         if config.get(key) is not None:
             raise asked.error(f"a {asked.name} with {key} {config[key]!r} cannot be exported yet")
-    conditions = {_PROMPT: Input((asked.tokens(_PROMPT, 77), first(config["cross_attention_dim"])))}
+    conditions = {PROMPT: Input((asked.tokens(PROMPT, 77), first(config["cross_attention_dim"])), length=PROMPT_LENGTH)}
     if config.get("time_cond_proj_dim") is not None:
         conditions["timestep_cond"] = Input((asked.number("time_cond_proj_dim"),))
     shape = (channels, frames_of(asked, 16), *asked.side(64))
@@ -29,7 +29,7 @@ def _stable_video(asked: Asked) -> NetworkInputs:
     height, width = asked.side(96)
     extra = asked.number("in_channels") - image
     conditions = {
-        _PROMPT: Input((asked.tokens(_PROMPT, 1), first(config["cross_attention_dim"]))),
+        PROMPT: Input((asked.tokens(PROMPT, 1), first(config["cross_attention_dim"]))),  # the one token of an image
         "added_time_ids": Input(
             (asked.number("projection_class_embeddings_input_dim") // asked.number("addition_time_embed_dim"),)
         ),
@@ -48,7 +48,7 @@ def _joined(module: Any, arguments: dict[str, Any]) -> Any:
 def _repeated(module: Any, arguments: dict[str, Any]) -> Any:
     """Call AnimateDiff's network, whose pipeline repeats the prompt for each frame."""
     frames = arguments["sample"].shape[2]
-    arguments[_PROMPT] = arguments[_PROMPT].repeat_interleave(frames, dim=0)
+    arguments[PROMPT] = arguments[PROMPT].repeat_interleave(frames, dim=0)
     return module(**arguments, return_dict=False)[0]
 
 

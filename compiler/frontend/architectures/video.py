@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .patches import fill_flags
-from .row import PROMPT, Architecture, Asked, Input, NetworkInputs, masked_prompt
+from .row import PROMPT, PROMPT_LENGTH, Architecture, Asked, Input, NetworkInputs, masked_prompt
 
 _USUAL = (60, 104)  # latents of a video of 480 x 832 pixels
 
@@ -20,7 +20,7 @@ def _latents(asked: Asked, frames: int, conditions: dict[str, Input]) -> Network
 
 
 def _wan(asked: Asked) -> NetworkInputs:
-    conditions = {PROMPT: Input((asked.tokens(PROMPT, 512), asked.number("text_dim")))}
+    conditions = {PROMPT: Input((asked.tokens(PROMPT, 512), asked.number("text_dim")), length=PROMPT_LENGTH)}
     if asked.config.get("image_dim") is not None:
         image = "encoder_hidden_states_image"
         conditions[image] = Input((asked.tokens(image, 257), asked.number("image_dim")))

@@ -10,7 +10,7 @@ from typing import Any
 
 from .image_tokens import image_to_tokens, tokens_to_image
 from .rotary import Rotation, joined_positions, real_rotary
-from .row import Architecture, Asked, Input, NetworkCall, NetworkInputs
+from .row import PROMPT_LENGTH, Architecture, Asked, Input, NetworkCall, NetworkInputs
 
 _PROMPT = "cap_feats"
 _MULTIPLE = 32  # of tokens
@@ -21,7 +21,7 @@ def _inputs(asked: Asked) -> NetworkInputs:
     channels, config = asked.number("in_channels"), asked.config
     if _PATCH not in config["all_patch_size"] or 1 not in config["all_f_patch_size"]:
         raise asked.error(f"a Z-Image with patches of {config['all_patch_size']} is not known")
-    conditions = {_PROMPT: Input((asked.tokens(_PROMPT, 512), asked.number("cap_feat_dim")))}
+    conditions = {_PROMPT: Input((asked.tokens(_PROMPT, 512), asked.number("cap_feat_dim")), length=PROMPT_LENGTH)}
     return NetworkInputs("x", (channels, *asked.side(128)), conditions, None, channels, timestep="t")
 
 
@@ -33,29 +33,51 @@ def _lists(module: Any, arguments: dict[str, Any]) -> Any:
     return torch.stack(module(images, arguments["t"], prompts, return_dict=False)[0])[:, :, 0]
 
 
+def _ids(tokens: Any) -> Any:
+    """Return the ids of a prompt's tokens: their place, and zeros."""
+    import torch
+
+    return torch.cat([tokens[:, None], torch.zeros(tokens.shape[0], 2, dtype=torch.int64)], dim=1)
+
+
 def _traced(module: Any, known: NetworkInputs) -> NetworkCall:
     import torch
 
     _, height, width = known.shape
-    rows, columns, tokens = height // _PATCH, width // _PATCH, known.conditions[_PROMPT].sizes[0]
-    text_pad, image_pad = -tokens % _MULTIPLE, -(rows * columns) % _MULTIPLE
-    total = tokens + text_pad
-    words = torch.cat([torch.arange(1, total + 1)[:, None], torch.zeros(total, 2, dtype=torch.int64)], dim=1)
-    places = torch.cartesian_prod(torch.tensor([total + 1]), torch.arange(rows), torch.arange(columns))
-    places = torch.cat([places, torch.zeros(image_pad, 3, dtype=places.dtype)])
-    text = Rotation.of(module.rope_embedder(words)[None])
-    image = Rotation.of(module.rope_embedder(places)[None])
+    rows, columns = height // _PATCH, width // _PATCH
+    pad = -(rows * columns) % _MULTIPLE
+    most = int(module.config.axes_lens[0])
+    # Tokens of the prompt stand along the first axis from 1 on, and those of the image behind them.
+    words = Rotation.of(module.rope_embedder(_ids(torch.arange(most))))
+    places = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns))
+    places = torch.cat([places, torch.zeros(pad, 3, dtype=places.dtype)])
+    image_at_zero = Rotation.of(module.rope_embedder(places))
+    first = int(module.config.axes_dims[0]) // 2  # numbers of a position that stand for the first axis
 
     def padded(hidden: Any, count: int, token: Any) -> Any:
         return hidden if not count else torch.cat([hidden, token.expand(hidden.shape[0], count, -1)], dim=1)
 
+    def behind(total: Any) -> Rotation:
+        """Return the positions of the image behind so many tokens; those of its padding are zero."""
+        both = []
+        for name in ("real", "imaginary"):
+            own, start = getattr(image_at_zero, name), getattr(words, name)[torch.arange(1) + total + 1, :first]
+            front = torch.cat([start.expand(rows * columns, -1), own[rows * columns :, :first]])
+            both.append(torch.cat([front, own[:, first:]], dim=1)[None])
+        return Rotation(*both)
+
     def call(network: Any, arguments: dict[str, Any]) -> Any:
+        tokens = arguments[_PROMPT].shape[1]
+        total = (tokens + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
+        text, image = words.at(torch.arange(total) + 1).unsqueeze(0), behind(total)
         time = network.t_embedder(arguments["t"] * network.t_scale)
         hidden = network.all_x_embedder[f"{_PATCH}-1"](image_to_tokens(arguments["x"], _PATCH))
-        hidden = padded(hidden, image_pad, network.x_pad_token)
+        hidden = padded(hidden, pad, network.x_pad_token)
         for layer in network.noise_refiner:
             hidden = layer(hidden, None, image, time)
-        prompt = padded(network.cap_embedder(arguments[_PROMPT]), text_pad, network.cap_pad_token)
+        # One token less than a multiple is enough for any length. A slice to that length would have a guard.
+        prompt = padded(network.cap_embedder(arguments[_PROMPT]), _MULTIPLE - 1, network.cap_pad_token)
+        prompt = prompt.index_select(1, torch.arange(total))
         for layer in network.context_refiner:
             prompt = layer(prompt, None, text)
         hidden = torch.cat([hidden, prompt], dim=1)

@@ -98,6 +98,23 @@ class TestForms:
         with pytest.raises(InputError, match="a boolean mask, and the bundle was compiled for numbers"):
             one.read({**call, "attention_mask": flags})
 
+    def test_a_mask_that_is_left_out_has_the_length_of_the_prompt(self) -> None:
+        prompt, mask = ("f4", ("tokens", 5)), ("f4", ("tokens + 3",))
+        one = reader("ChromaTransformer2DModel", "hidden_states", (3, 8), 2, encoder_hidden_states=prompt, mask=mask)
+        call = {"hidden_states": torch.zeros(2, 3, 8), "timestep": torch.ones(2)}
+
+        for tokens in (4, 9):
+            found = one.read({**call, "encoder_hidden_states": torch.zeros(2, tokens, 5)})[2]
+            assert found["mask"].shape == (2, tokens + 3) and found["mask"].all()
+        assert "mask" not in one.read(call)[2], "no prompt says its length"
+
+    def test_a_length_that_the_graph_fixes(self) -> None:
+        one = reader("HunyuanDiT2DModel", "hidden_states", (4, 8, 8), encoder_hidden_states=("f4", (5, 12)))
+        call = {"hidden_states": torch.zeros(1, 4, 8, 8), "timestep": torch.ones(1)}
+        with pytest.raises(InputError, match=r"shape \[1, 3, 12\], and .* \['batch', 5, 12\]") as caught:
+            one.read({**call, "encoder_hidden_states": torch.zeros(1, 3, 12)})
+        assert "max_sequence_length" in (caught.value.hint or "")
+
 
 UNITS: list[tuple[TimestepUnit, float, float]] = [
     ("steps", 857.6923, 857.6923),
@@ -123,6 +140,10 @@ def test_a_timestep_is_that_of_the_nearest_row_within_its_rounding(
     far = training_time(t * 0.97, signature, rows)
     assert not np.isin(far, rows).any(), "another timestep stays one, and is refused"
     assert training_time(t, signature, None).shape == (2,)
+
+
+COUNTED = {"first": [4, 0], "step": [0, 1]}
+"""A row for each token of a prompt."""
 
 
 def entry(value: Any) -> dict[str, Any]:
@@ -153,6 +174,10 @@ def entry(value: Any) -> dict[str, Any]:
         ((np.zeros(3), np.ones(3)), (np.zeros(3), np.ones(3)), None),
         ((np.zeros(3), np.ones(3)), (np.ones(3), np.ones(3)), "other values"),
         ((np.zeros(3), np.ones(3)), np.ones(3), "not the 2 tensors"),
+        (COUNTED, np.array([[4.0, 0], [4, 1], [4, 2]]), None),
+        (COUNTED, np.array([[[4.0, 0], [4, 1]]] * 2), None),
+        (COUNTED, np.array([[4.0, 0], [4, 1], [4, 3]]), "other values"),
+        (COUNTED, np.zeros((3, 3)), r"shape \[3, 3\], and had \[tokens, 2\]"),
     ],
 )
 def test_what_an_export_kept_is_compared(kept: Any, given: Any, complaint: str | None) -> None:
@@ -171,7 +196,11 @@ def test_rounded_positions_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [None, [], {}, {"arguments": {"a": 1}}, {"arguments": {"a": {"parts": [{"value": 1}]}}}]
+    "data",
+    [
+        *(None, [], {}, {"arguments": {"a": 1}}, {"arguments": {"a": {"parts": [{"value": 1}]}}}),
+        {"arguments": {"a": {"first": [1, 2], "step": [1]}}},
+    ],
 )
 def test_other_data_is_no_record(data: Any) -> None:
     assert not is_record(data)

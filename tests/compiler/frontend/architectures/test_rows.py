@@ -21,6 +21,7 @@ from mezzotint.compiler.frontend.torch_example import example_of
 from tests.helpers.models import SMALL
 from tools.models_page import RESULTS
 from tools.tiny_models import TINY
+from tools.tiny_unets import TOKENS
 
 COMPILED = (
     "UNet2DConditionModel, SDXL with LCM, ControlNet and T2I-Adapter",
@@ -79,6 +80,41 @@ def test_the_inputs_of_a_row_are_those_of_its_module(name: str, tmp_path: Path) 
     assert network_inputs(tiny.cls, config, tiny.size, tiny.asked) == known
 
 
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if ROWS[tiny.cls].traced])
+def test_the_call_that_is_exported_follows_prompts_of_any_length(name: str) -> None:
+    """It is made for one length, and computes with torch what the module does at others."""
+    tiny = TINY[name]
+    module = tiny.build()
+    example = example_of(module, tiny.size, torch.float32, tiny.asked)
+    traced, known = example.traceable(module), example.known
+    for more in (-3, 0, 20):
+        sizes = {n: (known.conditions[n].sizes[0] + more, *known.conditions[n].sizes[1:]) for n in known.open_lengths}
+        other = example_of(module, tiny.size, torch.float32, {**tiny.asked, **sizes})
+        with torch.no_grad():
+            want = other.denoiser(module)(*other.tensors.values())
+            with example.patched(module):
+                got = traced(*other.tensors.values())
+        assert torch.allclose(got, want, rtol=0, atol=PARITY / 20 * float(want.abs().max())), more
+
+
+FIXED = ("UNetSpatioTemporalConditionModel", "HunyuanDiT2DModel", "UNet2DConditionModel, DeepFloyd IF")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_prompts_have_an_open_length_where_the_exporter_allows_it(name: str) -> None:
+    """docs/models.json has the parities at two other lengths, and the SQNR at one."""
+    tiny = TINY[name]
+    known = example_of(tiny.build(), tiny.size, torch.float32, tiny.asked).known
+    texts = {n for n, value in known.conditions.items() if len(value.sizes) == 2 and n.startswith(("encoder", "cap_"))}
+    assert bool(known.open_lengths) == (bool(texts) and name not in FIXED)
+    assert name in FIXED or texts <= known.open_lengths.keys()
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))[name]
+    assert known.open_lengths or "lengths" not in found
+    if "lengths" in found:
+        own, other = found["length_db"]
+        assert found["length_parity"] < PARITY and other > own - 6
+
+
 @pytest.mark.filterwarnings("ignore::mezzotint.runtime.errors.CompileWarning")  # parameters that no output needs
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_row_is_exported_and_runs_on_integer_kernels(name: str, tmp_path: Path) -> None:
@@ -94,6 +130,8 @@ def test_a_row_is_exported_and_runs_on_integer_kernels(name: str, tmp_path: Path
     kernels, acceptance = bundle.manifest.kernels, bundle.manifest.acceptance
     assert kernels.integer > kernels.floating, kernels
     assert set(bundle.signature.conditions) == set(conditions)
+    lengths = bundle.manifest.calibration.sizes
+    assert lengths == ({"tokens": TOKENS} if "encoder_hidden_states" in conditions else {})
     if name in TIME_ALONE | {"SD3Transformer2DModel", "FluxTransformer2DModel"}:  # a row an image is a Gemm
         rows = [node.name for node in onnx.load(bundle.model_path).graph.node if node.op_type == "Gemm"]
         assert bool(rows) == (name not in TIME_ALONE), "modulation by the timestep alone is a table"
