@@ -15,7 +15,7 @@ from .torch_example import Example, PositionalModel, quiet_exporter
 
 OPSET = 21
 OUTPUT = "out_sample"
-LONGEST_PROMPT = 1 << 14  # the range of lengths that torch proves an export for
+_MOST_TOKENS = 1 << 14  # the range of lengths that torch proves an export for
 _Axes = dict[str, dict[int, Any]]
 
 
@@ -66,7 +66,7 @@ def _open_lengths(example: Example) -> _Axes:
     named: dict[str, Any] = {}
     found: _Axes = {}
     for name, (length, more) in example.known.open_lengths.items():
-        dim = named.setdefault(length, torch.export.Dim(length, min=1, max=LONGEST_PROMPT))
+        dim = named.setdefault(length, torch.export.Dim(length, min=1, max=_MOST_TOKENS))
         found[name] = {1: dim + more if more else dim}
     return found
 
