@@ -124,6 +124,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/graph/topology.py": {"networkx"},
     "compiler/graph/blocks.py": {"networkx"},
     "compiler/graph/residuals.py": {"networkx"},
+    "compiler/pruning/blocked.py": {"scipy"},
     "compiler/pruning/channel_order.py": {"scipy"},
     "compiler/pruning/restoration.py": {"scipy"},
     "compiler/rounding/downdated.py": {"scipy"},

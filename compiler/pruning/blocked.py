@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import solve_triangular
 
 from ..rounding.downdated import at_once
 from ..rounding.matrix import Kept, Matrix, Root
-from .greedy import removed
+from .greedy import removed, trace
 from .patterns import PruningPattern
 
 
@@ -35,12 +36,17 @@ def swept(weight: Matrix, root: Root, count: int, pattern: PruningPattern, width
         corner = np.ascontiguousarray(upper[part, part])
         inverse = corner.T @ corner
         block = values[:, part]
-        mask = removed(block, inverse, wanted, pattern)
-        factors = _factors(block, inverse, mask)
-        values[:, part] = np.where(mask, block - factors @ inverse, 0)
+        if pattern.group:  # all rows lose as many: the trace ends with their values, and c G is what they changed by
+            found = trace(block, inverse, pattern.removals((1, block.shape[1]), 0), pattern).values
+            passed = solve_triangular(corner, (block - found).T, trans="T").T
+            mask = found != 0
+        else:
+            mask = removed(block, inverse, wanted, pattern)
+            factors = _factors(block, inverse, mask)
+            found, passed = np.where(mask, block - factors @ inverse, 0), factors @ corner.T
         if part.stop < weight.shape[1]:
-            values[:, part.stop :] -= (factors @ corner.T) @ upper[part, part.stop :]
-        kept[:, part] = mask
+            values[:, part.stop :] -= passed @ upper[part, part.stop :]
+        values[:, part], kept[:, part] = found, mask
     return kept, values
 
 

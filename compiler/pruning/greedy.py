@@ -31,10 +31,14 @@ DEEPER = 1.3  # how much deeper than the last time a row is traced that must be
 
 @dataclass(frozen=True, eq=False)
 class RemovalTrace:
-    """`order` `[rows, depth]`: the column, or block of columns, of each removal; `errors` `[rows, depth]`: its e."""
+    """`order` `[rows, depth]`: the column, or block of columns, of each removal; `errors` `[rows, depth]`: its e.
+
+    `values` `[rows, d]` are the weights after all of a row's removals.
+    """
 
     order: npt.NDArray[np.int64]
     errors: Doubles
+    values: Matrix
 
     @property
     def highest(self) -> Doubles:
@@ -53,7 +57,7 @@ def trace(weight: Matrix, inverse: Matrix, depth: int, pattern: PruningPattern) 
 
 def _traced(
     weight: Matrix, inverse: Matrix, depth: int, pattern: PruningPattern
-) -> tuple[npt.NDArray[np.int64], Doubles]:
+) -> tuple[npt.NDArray[np.int64], Doubles, Matrix]:
     count, block = len(weight), pattern.block
     state = DowndatedInverses(weight, inverse, block)
     order = np.empty((count, depth), np.int64)
@@ -73,7 +77,9 @@ def _traced(
         for i in range(block):
             state.remove(chosen * block + i)
         state.compact()
-    return order, errors
+    values = np.zeros(weight.shape, state.values.dtype)
+    np.put_along_axis(values, state.columns, np.where(state.live, state.values, 0), axis=1)
+    return order, errors, values
 
 
 def _costs(state: DowndatedInverses, live: Kept) -> Matrix:
@@ -136,9 +142,9 @@ def _deeper(
     rows, before = known.order.shape
     order, errors = np.zeros((rows, depth), np.int64), np.full((rows, depth), np.inf)
     order[:, :before], errors[:, :before] = known.order, known.errors
-    longer = trace(weight[short], inverse, depth, pattern)
-    order[short], errors[short] = longer.order, longer.errors
-    return RemovalTrace(order, errors)
+    longer, values = trace(weight[short], inverse, depth, pattern), known.values.copy()
+    order[short], errors[short], values[short] = longer.order, longer.errors, longer.values
+    return RemovalTrace(order, errors, values)
 
 
 def mask_of(traced: RemovalTrace, taken: npt.NDArray[np.int64], width: int, pattern: PruningPattern) -> Kept:
