@@ -13,7 +13,9 @@ Methods (compiler/rounding/matrix.py has formulas and sources): `nearest`, `gptq
 rounds layers of up to `exact_inputs` inputs by OBQ and larger ones by gptq. Scales: `keep` those of the plan; `mse`
 searches those of each row again by mean square; `output` searches by the diagonal of H and, when q is known, takes the
 best scale for it. With any method, a row stays rounded to nearest with the plan's scale if the method does not lower
-its error. Rows may have widths of their own (assign_bits); each stays inside its grid.
+its error. Rows may have widths of their own (assign_bits) or a codebook (choose_levels); each stays on its grid.
+`refits` times, the levels of each row's codebook are fitted to the codes and the row is rounded to the new ones
+(compiler/rounding/codebook.py, GANQ); the best of all rounds stays.
 
 Statistics: latents of the float trajectory at `calls` network calls spread evenly over it, of the first `samples`
 images of the calibration at each call (whatever allocate_steps chose), and `columns` positions for each layer, shared
@@ -46,18 +48,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import Grid, of_rows
+from mezzotint.compiler.core.formats import Grid, Levels, of_rows
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding import matrix as rounding
+from mezzotint.compiler.rounding.codebook import fitted_in_turns
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, chosen_latents, gather
 from mezzotint.compiler.rounding.row_scales import refit, search
@@ -67,7 +71,7 @@ from mezzotint.compiler.rounding.weights import (
     grid_of,
     layer_name,
     replace_weight,
-    with_scales,
+    with_grids,
 )
 from mezzotint.runtime.arrays import Floats
 
@@ -81,6 +85,7 @@ class RoundWeights(Pass):
     - `method`, `scales`: as above.
     - `damp` (of the mean diagonal of H), `act_order` (largest inputs first) and `block` (columns): those of gptq.
     - `alpha`: the share of the inputs' error that gptaq undoes. `sweeps`: of comq over all columns.
+    - `refits`: of the codebooks' levels, 0 for those of the plan.
     - `exact_inputs`, `calls`, `samples`, `columns`, `balance`, `stage` (layers), `memory_gb` (GB): as above.
     - `layers`: patterns of node names (as in a shell: `*`, `?`); empty means all. Other layers stay at nearest.
     """
@@ -92,6 +97,7 @@ class RoundWeights(Pass):
     block: int = 128
     alpha: float = 0.25
     sweeps: int = 3
+    refits: int = 0
     exact_inputs: int = 320
     calls: int = 10
     samples: int = 8
@@ -108,7 +114,7 @@ class RoundWeights(Pass):
     def __post_init__(self) -> None:
         counts = ("block", "sweeps", "calls", "samples", "columns", "stage")
         bad = [name for name in counts if getattr(self, name) < 1]
-        bad += [name for name in ("damp", "alpha", "exact_inputs") if not 0 <= getattr(self, name) < np.inf]
+        bad += [name for name in ("damp", "alpha", "exact_inputs", "refits") if not 0 <= getattr(self, name) < np.inf]
         bad += [] if 0 < self.memory_gb < np.inf else ["memory_gb"]
         if bad:
             raise RecipeError(
@@ -129,7 +135,7 @@ class RoundWeights(Pass):
         total, done = len(stages) * len(latents) + len(every_input), 0
         report = _Report()
         rounded: set[str] = set()
-        changed: dict[str, tuple[QuantizedWeight, str, Floats]] = {}
+        changed: dict[str, tuple[QuantizedWeight, str, Floats, Grid]] = {}
 
         def step() -> None:
             nonlocal done
@@ -150,17 +156,16 @@ class RoundWeights(Pass):
             )
             for inputs in stage:
                 weight = inputs.weight
-                rows, scale = self._round(
-                    inputs, grid_of(inputs.float_weights[0], inputs.weight, program.plan), gathered, report
-                )
+                planned = grid_of(inputs.float_weights[0], inputs.weight, program.plan)
+                rows, scale, grid = self._round(inputs, planned, gathered, report)
                 for node, name in zip(weight.readers, inputs.float_weights, strict=True):
-                    if not np.array_equal(scale, weight.scale()):
-                        changed[layer_name(node)] = (weight, name, scale)
+                    if grid is not planned or not np.array_equal(scale, weight.scale()):
+                        changed[layer_name(node)] = (weight, name, scale, grid)
                 replace_weight(program, weight, rows, scale, context.folder, self.name)
                 rounded.add(name_of(weight.value))
                 gathered.forget(inputs)
                 step()
-        plan = with_scales(program.plan, changed, self.name) if changed else program.plan
+        plan = with_grids(program.plan, changed, self.name) if changed else program.plan
         return replace(program, plan=plan, note=report.note(len(every_input), len(stages)))
 
     def _chosen(self, program: Program) -> list[QuantizedWeight]:
@@ -192,8 +197,8 @@ class RoundWeights(Pass):
             size += new
         yield stage
 
-    def _round(self, inputs: Inputs, grid: Grid, gathered: Gathered, report: _Report) -> tuple[Floats, Floats]:
-        """Return (rounded rows, scales) of one weight, group by group of its convolution."""
+    def _round(self, inputs: Inputs, grid: Grid, gathered: Gathered, report: _Report) -> tuple[Floats, Floats, Grid]:
+        """Return (rounded rows, scales, grid) of one weight, group by group of its convolution."""
         weight = inputs.weight
         if self.scales != "keep" and not weight.per_row:
             raise RecipeError(
@@ -204,40 +209,40 @@ class RoundWeights(Pass):
         floats, scale = inputs.rows(), weight.scale().copy()
         grams, shift = gathered.gram(inputs), gathered.shift(inputs)
         values = np.empty_like(floats)
+        table = grid.table.copy() if self.refits and isinstance(grid, Levels) else None
         each = len(floats) // len(grams)
         for g, gram in enumerate(grams):
             part = slice(g * each, (g + 1) * each)
             rounding.check_gram(gram, weight.name)
             moved = None if shift is None else shift[part]
-            values[part], scale[part] = self._part(
+            values[part], scale[part], chosen = self._part(
                 floats[part], scale[part], gram, moved, of_rows(grid, part), weight.name, report
             )
+            if table is not None and isinstance(chosen, Levels):
+                table[part] = chosen.table
         report.layer(values, weight, grams.shape[2], self)
-        return values, scale
+        return values, scale, grid if table is None else Levels(table)
 
     def _part(
         self, floats: Floats, kept: Floats, gram: Floats, shift: Floats | None, grid: Grid, where: str, report: _Report
-    ) -> tuple[Floats, Floats]:
+    ) -> tuple[Floats, Floats, Grid]:
         target: npt.NDArray[np.floating] = floats
-        scale = kept
+        scale, best = kept, grid
         if self.scales != "keep":
             importance = np.diagonal(gram) if self.scales == "output" else np.ones(gram.shape[1], np.float32)
             scale = search(floats, kept, grid, importance)
-        if self.method == "nearest":
-            integers = rounding.nearest(floats, scale, grid)
-        elif self.method == "comq":
-            integers = rounding.comq(floats, gram, scale, grid, sweeps=self.sweeps, block=self.block)
-        else:
-            order = rounding.input_order(gram, self.act_order)
-            root = rounding.inverse_root(gram, order, self.damp, where)
+        root = None
+        if self.method not in ("nearest", "comq"):
+            root = rounding.inverse_root(gram, rounding.input_order(gram, self.act_order), self.damp, where)
             report.damped(where, self.damp, root.damp)
             if shift is not None:
                 target = rounding.shifted_target(floats, shift, root, self.alpha).astype(np.float32)
-            if self.exact(gram.shape[1]):
-                integers = obq(target, root, scale, grid)
-            else:
-                integers = rounding.gptq(target, root, scale, grid, block=self.block)
-            del root
+        if isinstance(grid, Levels) and self.refits:
+            again = partial(self._integers, target, gram, root, scale)
+            best, integers = fitted_in_turns(target, gram, scale, grid, again, self.refits, where)
+        else:
+            integers = self._integers(target, gram, root, scale, grid)
+        del root
         if self.scales == "output":
             scale = refit(target, integers, gram, scale)
         values = scale[:, None] * integers
@@ -246,7 +251,20 @@ class RoundWeights(Pass):
         simple = rounding.row_errors(plain - target, gram)
         better = error < simple
         report.rows(where, np.where(better, error, simple), simple, better)
-        return np.where(better[:, None], values, plain), np.where(better, scale, kept)
+        if isinstance(best, Levels) and isinstance(grid, Levels) and best is not grid:
+            best = Levels(np.where(better[:, None], best.table, grid.table))
+        return np.where(better[:, None], values, plain), np.where(better, scale, kept), best
+
+    def _integers(
+        self, target: npt.NDArray[np.floating], gram: Floats, root: rounding.Root | None, scale: Floats, grid: Grid
+    ) -> Floats:
+        if self.method == "comq":
+            return rounding.comq(target, gram, scale, grid, sweeps=self.sweeps, block=self.block)
+        if root is None:
+            return rounding.nearest(target, scale, grid)
+        if self.exact(gram.shape[1]):
+            return obq(target, root, scale, grid)
+        return rounding.gptq(target, root, scale, grid, block=self.block)
 
     def exact(self, inputs: int) -> bool:
         """Return whether a layer with this number of inputs is rounded by obq."""

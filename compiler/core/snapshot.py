@@ -188,6 +188,8 @@ def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
         arrays[f"{i}.scale"], arrays[f"{i}.zero_point"] = np.atleast_1d(q.scale), np.atleast_1d(q.zero_point)
         if q.row_bits is not None:
             arrays[f"{i}.row_bits"] = q.row_bits
+        if q.levels is not None:
+            arrays[f"{i}.levels"] = q.levels
         f = q.format
         grid = [f.bits, f.signed, f.symmetric]
         entries.append([site.value, site.consumer, grid, q.axis, q.by, q.scale.ndim, q.table])
@@ -207,6 +209,6 @@ def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
         scale, zero = arrays[f"{i}.scale"], arrays[f"{i}.zero_point"]
         if rank == 0:
             scale, zero = scale.reshape(()), zero.reshape(())
-        row_bits = arrays.get(f"{i}.row_bits")
-        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table, row_bits)
+        rows = arrays.get(f"{i}.row_bits"), arrays.get(f"{i}.levels")
+        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table, *rows)
     return Plan(quantizers, data["islands"], tuple(data["groups"]), data["report"])

@@ -7,13 +7,15 @@ onnxruntime computes these once, when a session is built, and the kernels get th
     weight, integers in -8 .. 7     INT4 -> Cast(INT8); opset < 21 has no INT4: as below, two to a byte
     weight, integers in -2 .. 1     UINT8, four to a byte -> Gather(table [256, 4], Cast(INT32)) -> Reshape
     weight, only some channels so   Gather(Concat(narrow rows, the other rows), order)
+    weight, few different integers  codes of 1 to 4 bits and a table (compiler/lowering/codes.py)
     float32, exact in half          FLOAT16 -> Cast(FLOAT)
     table of integers               INT8 or INT16, less the middle of each column -> Cast -> Add(middle)
 
 The values alone decide, not the plan; `store_half` is the pass that makes float constants exact in half. Measured on
 onnxruntime 1.31.1 and 1.23.2: all of these are folded, before QLinearConv, MatMulIntegerToFloat and in QDQ form; for
 weights of 2560 x 1280 x 3 x 3 too. INT2 (opset 25) with a Cast is folded by 1.31.1, but 1.23.2 does not open a model
-of that opset, hence the table. Three bits are stored in four, five to seven in eight.
+of that opset, hence the table. Three bits are stored in four, five to seven in eight; a codebook (choose_levels) in
+those of its codes.
 
 Building a session takes more time and memory, because onnxruntime frees folded constants at the end, and the allocator
 may keep their memory. Ten weights of 14.7 M integers in a separate file: int8 0.3 s and 227 MB at most; INT4 0.9 s and
@@ -34,10 +36,12 @@ from mezzotint.runtime.arrays import Integers
 
 from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
 from ..graph.scopes import CONSTANTS_SCOPE
+from .codes import bits_of_bytes, coded, unpacked
 
 INT4_OPSET, INT4_IR = 21, 10
 # A node takes 150 to 250 bytes of the file, mostly names, and some time at each start.
 SMALLEST_SAVING = 512
+CODES_COST = 2048  # of the nodes that unpack codes
 _INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "MatMulIntegerToFloat")
 _LOOK_FIRST = 4096  # values of a large float constant that are checked before the others
 _NARROW = (np.int8, np.uint8, np.int16)
@@ -178,6 +182,12 @@ class _Packer:
             int4 = self.model.opset_imports.get("", 0) >= INT4_OPSET and widths.max() <= 4
             widths = np.full_like(widths, 4 if int4 else 8)
         groups = [(int(bits), np.flatnonzero(widths == bits)) for bits in np.unique(widths)]
+        if groups[-1][0] == 8 and q.size and not whole:
+            size = sum(bits * len(rows) * q.size // len(widths) // 8 for bits, rows in groups)
+            if (by_code := coded(q, axis)) is not None and by_code.nbytes + CODES_COST <= size:
+                table = self._table_of_codes(by_code.bits)
+                self._replace(value, unpacked(self.build, self._once, table, by_code, q.shape, axis, stem))
+                return
         if groups[0][0] == 8:
             return
         parts = []
@@ -243,6 +253,13 @@ class _Packer:
         return self.build.op(
             "Reshape", [unpacked, self._vector(*q.shape)], f"{stem}_unpacked", dtype=ir.DataType.INT8, shape=q.shape
         )
+
+    def _table_of_codes(self, bits: int) -> ir.Value:
+        key = "unpack_codes_int32", (bits,)
+        if key not in self._shared:
+            narrow = self.build.constant("unpack_codes", bits_of_bytes(bits))
+            self._shared[key] = self._cast(narrow, ir.DataType.INT32, key[0])
+        return self._shared[key]
 
     def _joined(
         self, parts: Sequence[ir.Value], members: Sequence[npt.NDArray[np.int64]], axis: int, stem: str

@@ -5,9 +5,9 @@ A row keeps the inverse G = H^-1 of the columns that are still free. Until none 
     p  = the free column with the least (w_p - s q_p)^2 / G_pp
     w -= (w_p - s q_p) / G_pp G_p,        G -= G_p G_p^T / G_pp,        p is done
 
-and a weight more than half a step beyond the grid is taken first, before it moves further. Every row
-has an order of its own, so that d inputs cost d^3 for each row; many rows go at once, and what is done leaves the
-matrices now and then, which saves two thirds.
+and a weight more than half a step (of a codebook: half of its widest gap) beyond the grid is taken first, before it
+moves further. Every row has an order of its own, so that d inputs cost d^3 for each row; many rows go at once, and what
+is done leaves the matrices now and then, which saves two thirds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import Grid, ends, of_rows
+from ..core.formats import Grid, of_rows, round_on, widest_gap
 from .matrix import Matrix, Root
 
 ROOM = 1 << 26  # bytes of inverses that are worked on at once
@@ -37,7 +37,7 @@ def obq(weight: Matrix, root: Root, scale: Floats, grid: Grid) -> Floats:
 
 def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Floats, grid: Grid) -> Floats:
     count, inputs = weight.shape
-    low, high = ends(grid, 0, 2)
+    gap = widest_gap(grid, 0, 2)
     values, step = weight.astype(np.float64), scale.astype(np.float64)[:, None]
     inverses = np.repeat(inverse[None], count, axis=0)
     columns = np.tile(np.arange(inputs), (count, 1))  # which column of the weight each one is
@@ -51,10 +51,10 @@ def _rows(weight: Matrix, inverse: npt.NDArray[np.float64], scale: Floats, grid:
             inverses = inverses[rows[:, None, None], kept[:, :, None], kept[:, None, :]]
             values, columns = np.take_along_axis(values, kept, 1), np.take_along_axis(columns, kept, 1)
             free = np.ones(kept.shape, bool)
-        rounded = np.clip(np.rint(values / step), low, high)
+        rounded = round_on(values / step, grid, 0)
         error = values - step * rounded
         diagonal = np.where(free, np.einsum("rii->ri", inverses), 1.0)
-        beyond = np.where(free & (np.abs(error) > 0.5001 * step), np.abs(error), 0.0)
+        beyond = np.where(free & (np.abs(error) > 0.5001 * gap * step), np.abs(error), 0.0)
         cost = np.where(free, error**2 / diagonal, np.inf)
         chosen = np.where(beyond.any(axis=1), beyond.argmax(axis=1), cost.argmin(axis=1))
         integers[rows, columns[rows, chosen]] = rounded[rows, chosen]

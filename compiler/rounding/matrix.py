@@ -1,6 +1,7 @@
 """Rounding one weight matrix against its inputs: integers q for W `[rows, d]`, H = X X^T and a scale for each row.
 
-All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is clamped to its row's grid.
+All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is a point of its row's grid, which
+may be a codebook. Where a formula says rint, the nearest point of the grid is meant.
 
 nearest   rint(w / s): the optimum if H is diagonal.
 gptq      (arXiv 2210.17323) column after column; later columns compensate the error of each. With
@@ -27,7 +28,7 @@ from scipy.linalg.lapack import get_lapack_funcs
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import Grid, ends
+from ..core.formats import Grid, round_on
 from ..errors import PassError
 
 Matrix = npt.NDArray[np.floating]
@@ -98,7 +99,7 @@ def inverse_root(gram: Matrix, order: ColumnOrder, damp: float, where: str) -> R
 
 def nearest(weight: Matrix, scale: Floats, grid: Grid) -> Floats:
     """Integers `[rows, d]`, as float32."""
-    rounded: Floats = np.clip(np.rint(weight / scale[:, None]), *ends(grid, 0, 2)).astype(np.float32)
+    rounded: Floats = round_on(weight / scale[:, None], grid, 0).astype(np.float32)
     return rounded
 
 
@@ -106,14 +107,14 @@ def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int) -
     """Integers `[rows, d]`, as float32."""
     turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)  # a column of weights lies together
     integers = np.empty(turned.shape, np.float32)
-    step, (low, high) = scale.astype(turned.dtype), ends(grid, 0, 1)
+    step = scale.astype(turned.dtype)
     for start in range(0, len(turned), block):
         stop = min(start + block, len(turned))
         rows = np.ascontiguousarray(root.upper[start:stop, start:])
         errors = np.empty((stop - start, turned.shape[1]), turned.dtype)
         for i in range(stop - start):
             column = turned[start + i]
-            rounded = np.clip(np.rint(column / step), low, high)
+            rounded = round_on(column / step, grid, 0)
             integers[start + i] = rounded
             errors[i] = (column - step * rounded) / rows[i, i]
             turned[start + i + 1 : stop] -= rows[i, i + 1 : stop - start, None] * errors[i]
@@ -136,7 +137,7 @@ def comq(weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int
     diagonal = np.diagonal(gram)
     order = np.argsort(-np.sqrt(diagonal) * np.abs(weight).mean(axis=0), kind="stable")
     wanted = np.ascontiguousarray(weight.T[order], dtype=gram.dtype)
-    step, (low, high) = scale.astype(gram.dtype), ends(grid, 0, 1)
+    step = scale.astype(gram.dtype)
     now = wanted.copy()
     integers = np.empty(wanted.shape, np.float32)
     residual = np.zeros_like(wanted)  # H (W - s q)^T, in that order
@@ -148,7 +149,7 @@ def comq(weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int
             for i in range(part.stop - start):
                 j = start + i
                 optimum = now[j] + residual[j] / columns[i, j]
-                integers[j] = np.clip(np.rint(optimum / step), low, high)
+                integers[j] = round_on(optimum / step, grid, 0)
                 value = step * integers[j].astype(gram.dtype)
                 moved[i] = value - now[j]
                 now[j] = value

@@ -258,7 +258,8 @@ class Storage:
 class QuantizerEntry:
     """A quantizer of the plan. `scale` is the only one, or (smallest, largest); `zero_point` the different ones.
 
-    `row_bits` counts output channels by their bits where they differ. `by` is the pass that chose it.
+    `row_bits` counts output channels by their bits where they differ, `levels` the integers of a weight's codebook.
+    `by` is the pass that chose it.
     """
 
     site: str
@@ -270,6 +271,7 @@ class QuantizerEntry:
     zero_point: tuple[int, ...]
     by: str
     row_bits: Mapping[str, int] | None = None
+    levels: int | None = None
 
     @property
     def value(self) -> str:
@@ -291,6 +293,7 @@ class QuantizerEntry:
             "zero_point": list(self.zero_point),
             "by": self.by,
             **({"row_bits": dict(self.row_bits)} if self.row_bits else {}),
+            **({"levels": self.levels} if self.levels else {}),
         }
 
     @classmethod
@@ -305,4 +308,5 @@ class QuantizerEntry:
             fields.parsed("zero_point", lambda values: tuple(map(int, values))),
             fields.text("by"),
             fields.maybe("row_bits", fields.counts),
+            fields.maybe("levels", fields.count),
         )

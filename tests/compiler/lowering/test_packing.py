@@ -194,12 +194,13 @@ def test_any_number_of_integers(
 
 
 def test_the_oldest_onnxruntime_builds_the_same_kernels(tmp_path: Path) -> None:
-    """Each form in 4 bits, in 2, and by rows: the kernel runs, no unpacking node is left, the numbers agree."""
+    """Each form in 4 bits, by rows and by code: the kernel runs, no unpacking node is left, the numbers agree."""
     models, wanted = {}, {}
     for form in FORMS:
-        for bits, wide_rows in ((4, 0), (2, 5)):
-            name = f"{form}-{bits}"
-            plain = layer(form, integers(form, bits, wide_rows))
+        weights = {"4": integers(form, 4), "2": integers(form, 2, 5), "codes": by_code(form, 8, own=form[0] != "c")}
+        for case, q in weights.items():
+            name = f"{form}-{case}"
+            plain = layer(form, q)
             wanted[name] = run(plain, tmp_path, f"{name}-plain")
             models[name] = tmp_path / f"{name}.onnx"
             save_model(packed(plain), models[name])
@@ -212,7 +213,7 @@ def test_the_oldest_onnxruntime_builds_the_same_kernels(tmp_path: Path) -> None:
         built = onnx.load(tmp_path / "oldest" / f"{name}.onnx", load_external_data=False)
         found = Counter(node.op_type for node in built.graph.node)
         assert found[kernel(name.partition("-")[0])] == 1
-        assert not {"Cast", "Gather", "Concat"} & set(found)
+        assert not {"Cast", "Gather", "GatherElements", "ReduceSum", "Concat"} & set(found)
         assert sum(found.values()) == sum(operations.values())
         np.testing.assert_allclose(np.load(tmp_path / "oldest" / f"{name}.npy"), want, rtol=0, atol=1e-4 * np.ptp(want))
 
@@ -241,3 +242,30 @@ def test_a_weight_that_a_session_must_see_as_it_is_stays() -> None:
     weight = model.graph.initializers["w"]
     model.graph.outputs.append(weight)
     assert "w" in packed(model).graph.initializers
+
+
+def by_code(form: str, levels: int, own: bool) -> AnyArray:
+    """A weight of a form with so many integers, the same ones or others (`own`) for each output channel."""
+    rng = np.random.default_rng(levels)
+    shape = (ROWS, 19, 3, 3) if form.startswith("conv") else (ROWS, 4 * INPUTS + 1)
+    tables = [np.sort(rng.choice(np.arange(-127, 128), levels, replace=False)) for _ in range(ROWS)]
+    rows = [rng.choice(tables[row if own else 0], shape[1:]) for row in range(ROWS)]
+    q = np.stack(rows).astype(np.int8)
+    return q.T.copy() if form.startswith("matmul") else q
+
+
+@pytest.mark.parametrize(("form", "levels", "own"), [(f, n, o) for f in FORMS for n, o in ((2, False), (8, True))])
+def test_a_codebook_gives_the_same_numbers_from_the_same_kernel(
+    form: str, levels: int, own: bool, tmp_path: Path
+) -> None:
+    plain = layer(form, by_code(form, levels, own))
+    narrow = packed(plain)
+    bits = (levels - 1).bit_length()
+    size = plain.graph.initializers["w"].const_value.size  # type: ignore[union-attr]
+    assert stored(narrow)["UINT8"] - stored(plain)["UINT8"] == -(-size // 8) * bits
+    table = narrow.graph.initializers["w_levels"].const_value
+    assert table is not None and table.size == levels * (ROWS if own else 1)
+    want, operations = run(plain, tmp_path, "plain")
+    got, same = run(narrow, tmp_path, "narrow")
+    assert operations[kernel(form)] == 1 and same == operations
+    np.testing.assert_array_equal(got, want)
