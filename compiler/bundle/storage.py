@@ -41,7 +41,7 @@ def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> Stora
 def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
     """Return the storage type of a constant and the number of its values; codes of a codebook are integers, too."""
     if (bits := code_bits(value)) is not None:
-        return f"int{bits}", tensor.size * 8 // bits
+        return f"int{bits}", tensor.size if value.dtype == ir.DataType.UINT4 else tensor.size * 8 // bits
     for node, _ in value.uses():  # packed values, which index a table after a Cast: compiler/lowering/packing.py
         readers = node.outputs[0].uses() if is_op(node, "Cast") and value.dtype == ir.DataType.UINT8 else ()
         tables = [reader.inputs[0] for reader, index in readers if is_op(reader, "Gather") and index == 1]

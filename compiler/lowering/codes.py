@@ -1,12 +1,13 @@
 """Weights of few different integers, stored by code: the bits of a code for each weight, and a table of integers.
 
-    codes     `[m, bits]` bytes: bit i of byte k of a row is bit k of the code of its weight i, eight weights to a row
+    codes     4 bits: UINT4. Others, and opsets without it: `[m, bits]` bytes, eight weights to a row; bit i of byte k
+              is bit k of the code of weight i
     table     int8 `[levels]` for the whole weight, or `[rows, levels]` for its output channels
 
 The operations that unpack them read constants alone, so that onnxruntime computes them once, when it builds a session
 (measured on 1.23.2 and 1.32.0):
 
-    Cast(INT32) -> Add([0, 256, ..]) -> Gather(bits of a byte, times 2^k) -> ReduceSum -> Gather(table)
+    Cast(INT32) [-> Gather(bits of a byte) -> Mul(2^k) -> ReduceSum] -> Gather(table) -> Reshape
 
 Rows with tables of their own use GatherElements in the last step.
 """
@@ -28,6 +29,9 @@ from ..graph.nodes import Builder, consumers, is_op
 CODE_BITS = 4
 _CHUNK = 1 << 20  # weights whose integers are counted at once
 _BYTE = 8
+
+BITS_OF_BYTES: npt.NDArray[np.int8] = (np.arange(256)[:, None] >> np.arange(_BYTE) & 1).astype(np.int8)
+"""The bits of each byte `[256, 8]`, the lowest one first."""
 
 Once = Callable[[str, tuple[int, ...], Callable[[], npt.NDArray[Any]]], ir.Value]
 """(preferred name, key, make): a constant that the unpacking of several weights shares."""
@@ -78,56 +82,69 @@ def coded(q: Integers, axis: int) -> Coded | None:
 
 def code_bits(value: ir.Value) -> int | None:
     """Return the bits of a code where a constant has the codes of a weight, else None."""
-    cast = next((node for node, _ in value.uses() if is_op(node, "Cast")), None)
-    if value.dtype != ir.DataType.UINT8 or cast is None or value.shape is None:
+    casts = [node for node, _ in value.uses() if is_op(node, "Cast")]
+    readers = [node for cast in casts for node in consumers(cast.outputs[0])]
+    if value.dtype == ir.DataType.UINT4:
+        return 4 if readers else None
+    tables = [node.inputs[0] for node in readers if is_op(node, "Gather") and node.inputs[1] is casts[0].outputs[0]]
+    of_codes = value.dtype == ir.DataType.UINT8 and tables and tables[0] is not None
+    if not of_codes or tables[0] is None or tables[0].dtype != ir.DataType.INT32 or value.shape is None:
         return None
-    readers = [node for node, _ in cast.outputs[0].uses()]
-    readers = [
-        node for reader in readers for node in ([reader] if is_op(reader, "Gather") else consumers(reader.outputs[0]))
-    ]
-    tables = [node.inputs[0] for node in readers if is_op(node, "Gather")]
-    of_codes = tables and tables[0] is not None and tables[0].dtype == ir.DataType.INT32
-    return int(value.shape.numpy()[-1]) if of_codes else None
+    return int(value.shape.numpy()[-1])
 
 
 def unpacked(
-    build: Builder, once: Once, table: ir.Value, weight: Coded, shape: tuple[int, ...], axis: int, stem: str
+    build: Builder,
+    once: Once,
+    once_table: Callable[[], ir.Value],
+    weight: Coded,
+    shape: tuple[int, ...],
+    axis: int,
+    stem: str,
+    *,
+    whole: bool,
 ) -> ir.Value:
     """Write the codes and the nodes that unpack them. Return the int8 weight of this shape.
 
-    `table` has the numbers of `bits_of_bytes` as int32.
+    `once_table` gives BITS_OF_BYTES as int32. Codes are stored `whole`, as UINT4, or bit by bit. Names of what a
+    session folds are short: they are most of the bytes that a small weight adds.
     """
     count, bits = weight.codes.size, weight.bits
     int8, int32 = ir.DataType.INT8, ir.DataType.INT32
-    stored = build.constant(f"{stem}_codes", _planes(weight.codes.reshape(-1), bits))
-    index = build.op("Cast", [stored], f"{stem}_bytes", dtype=int32, attributes={"to": int(int32)})
-    if bits > 1:
-        places = once("code_planes", (bits,), lambda: np.arange(bits, dtype=np.int32) * 256)
-        index = build.op("Add", [index, places], f"{stem}_places", dtype=int32)
-    looked_up = build.op("Gather", [table, index], f"{stem}_bits", dtype=int32)
-    one = once("code_axis", (1,), lambda: np.array([1], np.int64))
-    codes = build.op("ReduceSum", [looked_up, one], f"{stem}_index", dtype=int32, attributes={"keepdims": 0})
 
     def numbers(*values: int) -> ir.Value:
         return once("unpacked_shape", values, lambda: np.array(values, np.int64))
 
-    if count % _BYTE:
-        codes = build.op("Reshape", [codes, numbers(-1)], f"{stem}_flat", dtype=int32)
-        codes = build.op("Slice", [codes, numbers(0), numbers(count)], f"{stem}_cut", dtype=int32)
+    if whole:
+        tensor = ir.PackedTensor(_halves(weight.codes.reshape(-1)), ir.DataType.UINT4, shape=ir.Shape([count]))
+        codes = build.op(
+            "Cast", [build.constant(f"{stem}_codes", tensor)], "code_index", dtype=int32, attributes={"to": int(int32)}
+        )
+    else:
+        stored = build.constant(f"{stem}_codes", _planes(weight.codes.reshape(-1), bits))
+        index = build.op("Cast", [stored], "code_bytes", dtype=int32, attributes={"to": int(int32)})
+        looked_up = build.op("Gather", [once_table(), index], "code_bits", dtype=int32)
+        if bits > 1:
+            powers = once("code_powers", (bits,), lambda: np.left_shift(1, np.arange(bits, dtype=np.int32))[:, None])
+            looked_up = build.op("Mul", [looked_up, powers], "code_parts", dtype=int32)
+        codes = build.op("ReduceSum", [looked_up, numbers(1)], "code_index", dtype=int32, attributes={"keepdims": 0})
+        if count % _BYTE:
+            codes = build.op("Reshape", [codes, numbers(-1)], "code_flat", dtype=int32)
+            codes = build.op("Slice", [codes, numbers(0), numbers(count)], "code_cut", dtype=int32)
     levels = build.constant(f"{stem}_levels", weight.table)
     if weight.table.ndim == 1:
-        values = build.op("Gather", [levels, codes], f"{stem}_rows", dtype=int8)
+        values = build.op("Gather", [levels, codes], "code_values", dtype=int8)
         turned = shape
     else:
-        codes = build.op("Reshape", [codes, numbers(*weight.codes.shape)], f"{stem}_turned", dtype=int32)
-        values = build.op("GatherElements", [levels, codes], f"{stem}_rows", dtype=int8, attributes={"axis": 1})
+        codes = build.op("Reshape", [codes, numbers(*weight.codes.shape)], "code_rows", dtype=int32)
+        values = build.op("GatherElements", [levels, codes], "code_values", dtype=int8, attributes={"axis": 1})
         turned = (shape[axis], *(n for i, n in enumerate(shape) if i != axis))
-    values = build.op("Reshape", [values, numbers(*turned)], f"{stem}_unpacked", dtype=int8, shape=ir.Shape(turned))
+    values = build.op("Reshape", [values, numbers(*turned)], "code_weight", dtype=int8, shape=ir.Shape(turned))
     if turned != shape:
         back = [i + (i < axis) for i in range(len(shape))]
         back[axis] = 0
         values = build.op(
-            "Transpose", [values], f"{stem}_as_read", dtype=int8, shape=ir.Shape(shape), attributes={"perm": back}
+            "Transpose", [values], f"{stem}_unpacked", dtype=int8, shape=ir.Shape(shape), attributes={"perm": back}
         )
     return values
 
@@ -136,14 +153,14 @@ def _bits(count: int) -> int:
     return max((count - 1).bit_length(), 1)
 
 
+def _halves(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return codes of 4 bits `[n]`, two to a byte, the first one in the low half."""
+    pairs = np.concatenate([codes, np.zeros(len(codes) % 2, np.uint8)]).reshape(-1, 2)
+    return pairs[:, 0] | pairs[:, 1] << 4
+
+
 def _planes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Return `[m, bits]` bytes of codes `[n]`, eight to a row, the first one in the low bits."""
     rows = np.concatenate([codes, np.zeros(-len(codes) % _BYTE, np.uint8)]).reshape(-1, 1, _BYTE)
     planes = rows >> np.arange(bits, dtype=np.uint8)[:, None] & 1
     return np.packbits(planes, axis=2, bitorder="little")[:, :, 0]
-
-
-def bits_of_bytes(bits: int) -> npt.NDArray[np.int8]:
-    """Return 2^k times each bit of each byte `[bits * 256, 8]`, the table of plane k behind that of plane k - 1."""
-    whole = np.arange(256)[:, None] >> np.arange(_BYTE) & 1
-    return np.concatenate([whole << k for k in range(bits)]).astype(np.int8)

@@ -36,7 +36,7 @@ from mezzotint.runtime.arrays import Integers
 
 from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
 from ..graph.scopes import CONSTANTS_SCOPE
-from .codes import bits_of_bytes, coded, unpacked
+from .codes import BITS_OF_BYTES, Coded, coded, unpacked
 
 INT4_OPSET, INT4_IR = 21, 10
 # A node takes 150 to 250 bytes of the file, mostly names, and some time at each start.
@@ -185,8 +185,7 @@ class _Packer:
         if groups[-1][0] == 8 and q.size and not whole:
             size = sum(bits * len(rows) * q.size // len(widths) // 8 for bits, rows in groups)
             if (by_code := coded(q, axis)) is not None and by_code.nbytes + CODES_COST <= size:
-                table = self._table_of_codes(by_code.bits)
-                self._replace(value, unpacked(self.build, self._once, table, by_code, q.shape, axis, stem))
+                self._replace(value, self._decoded(by_code, q.shape, axis, stem))
                 return
         if groups[0][0] == 8:
             return
@@ -254,12 +253,20 @@ class _Packer:
             "Reshape", [unpacked, self._vector(*q.shape)], f"{stem}_unpacked", dtype=ir.DataType.INT8, shape=q.shape
         )
 
-    def _table_of_codes(self, bits: int) -> ir.Value:
-        key = "unpack_codes_int32", (bits,)
-        if key not in self._shared:
-            narrow = self.build.constant("unpack_codes", bits_of_bytes(bits))
-            self._shared[key] = self._cast(narrow, ir.DataType.INT32, key[0])
-        return self._shared[key]
+    def _decoded(self, weight: Coded, shape: tuple[int, ...], axis: int, stem: str) -> ir.Value:
+        """Int8 integers that are stored by code."""
+        whole = weight.bits == 4 and self.model.opset_imports.get("", 0) >= INT4_OPSET
+        if whole:
+            self.model.ir_version = max(self.model.ir_version or 0, INT4_IR)
+
+        def table() -> ir.Value:
+            key: tuple[str, tuple[int, ...]] = "unpack_codes_int32", ()
+            if key not in self._shared:
+                narrow = self.build.constant("unpack_codes", BITS_OF_BYTES)
+                self._shared[key] = self._cast(narrow, ir.DataType.INT32, key[0])
+            return self._shared[key]
+
+        return unpacked(self.build, self._once, table, weight, shape, axis, stem, whole=whole)
 
     def _joined(
         self, parts: Sequence[ir.Value], members: Sequence[npt.NDArray[np.int64]], axis: int, stem: str
