@@ -16,6 +16,9 @@ the diagonal of GPTQ's H, but for the borders of images. Methods:
   or E1M1; `form` names it, or best takes the one of least error for each weight. A format of b bits has 2^b - 1 values.
 - `log`: two logarithmic grids, for the negative and the positive weights of a row, as in LRQ-DiT (arXiv 2508.03485).
   eta and the share of the magnitudes below the end are searched for each row.
+- `vectors`: 2^(bits size) vectors of `size` neighbouring inputs for each weight, by weighted k-means, as in GPTVQ
+  (arXiv 2402.15319); `bits size` is at most 8 (compiler/scales/vector_codebooks.py). A weight whose number of inputs
+  `size` does not divide keeps its grid. `nearest`, `gptq` and `gptaq` round to vectors (compiler/rounding/vectors.py).
 
 `normal` and `float` have one table for all weights; the scale of a row is searched among 29 fractions of its largest
 magnitude (compiler/rounding/row_scales.py). compiler/scales/codebooks.py has the formulas.
@@ -24,7 +27,7 @@ A table of a row costs 2^bits bytes: at 3 bits 2 % of a row of 1,152 inputs, 30 
 have different widths (assign_bits), and weights of more bits, keep their uniform grids.
 
 Errors: StatsError if the graph changed after observe, or if inputs were not measured by channel; RecipeError for a
-float format of another width.
+float format of another width, and for vectors of too many bits.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import INT8, Grid, Levels, round_on
+from mezzotint.compiler.core.formats import INT8, Grid, Levels, Vectors, round_on
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Stats
@@ -50,9 +53,11 @@ from mezzotint.compiler.rounding.row_scales import search
 from mezzotint.compiler.rounding.weights import weight_rows
 from mezzotint.compiler.scales import kmeans
 from mezzotint.compiler.scales.codebooks import FLOAT_FORMS, float_levels, normal_levels, twin_log_levels
+from mezzotint.compiler.scales.vector_codebooks import vector_table
 from mezzotint.runtime.arrays import Floats
 
 LEVEL_BITS = 4
+VECTOR_BITS = 8  # of the code of a vector
 LOG_ETAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 LOG_SHARES = (1.0, 0.99, 0.98)
 TURNS = 3  # of scales and a shared table
@@ -64,13 +69,14 @@ _Table = npt.NDArray[np.int8]
 class ChooseLevels(Pass):
     """Codebooks for weights of 2 to 4 bits.
 
-    - `method`, `tables` (of kmeans), `form` (of float): as above.
+    - `method`, `tables` (of kmeans), `form` (of float), `size` (of vectors): as above.
     - `weighted`: errors are weighted by the inputs, which observe.channels=inputs measures; otherwise all count alike.
     """
 
-    method: Literal["kmeans", "normal", "float", "log"] = "kmeans"
+    method: Literal["kmeans", "normal", "float", "log", "vectors"] = "kmeans"
     tables: Literal["row", "tensor"] = "row"
     form: Literal["best", "e2m1", "e1m2", "e3m0", "e2m0", "e1m1"] = "best"
+    size: Literal[2, 4] = 2
     weighted: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan"})
@@ -100,7 +106,10 @@ class ChooseLevels(Pass):
             quantizers[site], share = self._with_levels(quantizer, readers[site], stats)
             shares.append(share)
             context.progress(self.name, done, len(chosen))
-        note = f"{len(chosen)} weights have codebooks; error {np.mean(shares):.0%} of the uniform grids' (mean)"
+        found = sum(not quantizers[site].uniform for site in chosen)
+        note = (
+            f"{found} of {len(chosen)} weights have codebooks; error {np.mean(shares):.0%} of the uniform grids' (mean)"
+        )
         return replace(program, plan=replace(plan, quantizers=quantizers), note=note)
 
     def _with_levels(self, quantizer: Quantizer, readers: list[Layer], stats: Stats) -> tuple[Quantizer, float]:
@@ -110,17 +119,28 @@ class ChooseLevels(Pass):
         rows = weight_rows(weight, axis)
         importance = self._importance(readers, rows.shape[1], stats)
         bits = quantizer.format.bits
+        if self.method == "vectors":
+            if bits * self.size > VECTOR_BITS:
+                raise RecipeError(
+                    f"a code of {self.size} weights of {bits} bits has more than {VECTOR_BITS} bits",
+                    where=first.name,
+                    hint="set choose_levels.size to 2, or fewer bits",
+                )
+            if rows.shape[1] % self.size:
+                return quantizer, 1.0
         table, scale = self._fit(rows, importance, bits, first.name)
+        codebook = Vectors(table) if self.method == "vectors" else Levels(table)
         old = np.broadcast_to(quantizer.scale.reshape(-1), len(rows))
         before = sum(_errors(rows, old, quantizer.grid, importance))
-        after = sum(_errors(rows, scale, Levels(table), importance))
+        after = sum(_errors(rows, scale, codebook, importance))
         new = replace(
             quantizer,
             format=INT8,
             scale=scale,
             zero_point=np.zeros(len(scale), np.int8),
             by=self.name,
-            levels=table,
+            levels=table if isinstance(codebook, Levels) else None,
+            vectors=table if isinstance(codebook, Vectors) else None,
         )
         return new, float(after / before) if before else 1.0
 
@@ -153,19 +173,25 @@ class ChooseLevels(Pass):
             scale = kmeans.own_scales(rows)
             tables = [kmeans.best_levels(rows[p], scale[p], h, count) for p, h in _parts(rows, importance)]
             return np.concatenate(tables), scale
-        if self.method == "kmeans":
+        if self.method in ("kmeans", "vectors"):
             scale = kmeans.own_scales(rows)
             each = np.repeat(importance, len(rows) // len(importance), axis=0)
-            table = kmeans.shared_levels(rows, scale, each, count)
+            table = self._shared(rows, scale, each, count)
             for _ in range(TURNS - 1):
-                scale = _searched(rows, scale, table, importance)
-                table = kmeans.shared_levels(rows, scale, each, count)
+                grid = Vectors(table) if self.method == "vectors" else Levels(table)
+                scale = _searched(rows, scale, grid, importance)
+                table = self._shared(rows, scale, each, count)
             return table, scale
         if self.method == "log":
             return _best_log(rows, importance, bits)
         tables = [normal_levels(bits)] if self.method == "normal" else self._float_tables(bits, where)
-        fitted = [(table, _searched(rows, kmeans.own_scales(rows), table, importance)) for table in tables]
+        fitted = [(table, _searched(rows, kmeans.own_scales(rows), Levels(table), importance)) for table in tables]
         return min(fitted, key=lambda one: sum(_errors(rows, one[1], Levels(one[0]), importance)))
+
+    def _shared(self, rows: Floats, scale: Floats, importance: Floats, count: int) -> _Table:
+        if self.method == "vectors":
+            return vector_table(rows, scale, importance, count**self.size, self.size)
+        return kmeans.shared_levels(rows, scale, importance, count)
 
     def _float_tables(self, bits: int, where: str) -> list[_Table]:
         forms = FLOAT_FORMS.get(bits, {})
@@ -180,8 +206,7 @@ class ChooseLevels(Pass):
 
 
 def _narrow(quantizer: Quantizer) -> bool:
-    whole = quantizer.row_bits is None and quantizer.levels is None
-    return whole and quantizer.format.bits <= LEVEL_BITS
+    return quantizer.uniform and quantizer.format.bits <= LEVEL_BITS
 
 
 def _groups(layer: Layer) -> int:
@@ -195,8 +220,8 @@ def _parts(rows: Floats, importance: Floats) -> Iterator[tuple[slice, Floats]]:
         yield slice(g * each, (g + 1) * each), h
 
 
-def _searched(rows: Floats, scale: Floats, table: _Table, importance: Floats) -> Floats:
-    found = [search(rows[p], scale[p], Levels(table), h) for p, h in _parts(rows, importance)]
+def _searched(rows: Floats, scale: Floats, grid: Grid, importance: Floats) -> Floats:
+    found = [search(rows[p], scale[p], grid, h) for p, h in _parts(rows, importance)]
     return np.concatenate(found)
 
 

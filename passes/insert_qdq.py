@@ -46,7 +46,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from mezzotint.compiler.core.formats import Levels, along, ends
+from mezzotint.compiler.core.formats import Levels, Vectors, along, ends
 from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer
@@ -276,7 +276,7 @@ class _Writer:
         else:
             scale = build.constant(f"{stem}_scale", quantizer.scale)
             zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
-        if quantizer.row_bits is not None or quantizer.levels is not None:  # case 5
+        if not quantizer.uniform:  # case 5
             value = self._cut_off(value, quantizer)
         return pair_nodes(build, value, quantizer, scale, zero)
 
@@ -290,7 +290,7 @@ class _Writer:
             )
         array = numpy_of(value)
         scale = along(quantizer.scale, quantizer.axis, array.ndim)
-        if isinstance(quantizer.grid, Levels):
+        if isinstance(quantizer.grid, Levels | Vectors):
             array = rounded_weight(array, quantizer)
         else:
             low, high = ends(quantizer.grid, quantizer.axis, array.ndim)

@@ -54,7 +54,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import Grid, Levels, of_rows
+from mezzotint.compiler.core.formats import Grid, Levels, Vectors, of_rows
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
@@ -65,6 +65,7 @@ from mezzotint.compiler.rounding.codebook import fitted_in_turns
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, chosen_latents, gather
 from mezzotint.compiler.rounding.row_scales import refit, search
+from mezzotint.compiler.rounding.vectors import gptq_vectors, vector_order
 from mezzotint.compiler.rounding.weights import (
     QuantizedWeight,
     find_weights,
@@ -226,6 +227,8 @@ class RoundWeights(Pass):
     def _part(
         self, floats: Floats, kept: Floats, gram: Floats, shift: Floats | None, grid: Grid, where: str, report: _Report
     ) -> tuple[Floats, Floats, Grid]:
+        if isinstance(grid, Vectors) and self.method in ("comq", "obq"):
+            raise RecipeError(f"{self.method} rounds no vectors", where=where, hint="set round_weights.method to gptq")
         target: npt.NDArray[np.floating] = floats
         scale, best = kept, grid
         if self.scales != "keep":
@@ -233,7 +236,10 @@ class RoundWeights(Pass):
             scale = search(floats, kept, grid, importance)
         root = None
         if self.method not in ("nearest", "comq"):
-            root = rounding.inverse_root(gram, rounding.input_order(gram, self.act_order), self.damp, where)
+            order = rounding.input_order(gram, self.act_order)
+            if isinstance(grid, Vectors):
+                order = vector_order(gram, grid.table.shape[1], self.act_order)
+            root = rounding.inverse_root(gram, order, self.damp, where)
             report.damped(where, self.damp, root.damp)
             if shift is not None:
                 target = rounding.shifted_target(floats, shift, root, self.alpha).astype(np.float32)
@@ -258,6 +264,8 @@ class RoundWeights(Pass):
     def _integers(
         self, target: npt.NDArray[np.floating], gram: Floats, root: rounding.Root | None, scale: Floats, grid: Grid
     ) -> Floats:
+        if isinstance(grid, Vectors) and root is not None:
+            return gptq_vectors(target, root, scale, grid, block=self.block)
         if self.method == "comq":
             return rounding.comq(target, gram, scale, grid, sweeps=self.sweeps, block=self.block)
         if root is None:

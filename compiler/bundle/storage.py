@@ -11,7 +11,7 @@ from mezzotint.runtime.bundle.manifest_entries import Storage, StoredType
 
 from ..core.program import Program
 from ..graph.nodes import is_op
-from ..lowering.codes import code_bits
+from ..lowering.codes import code_facts
 
 STORAGE_TYPES = ("int1", "int2", "int3", "int4", "int8", "float16", "float32", "int32")
 _NAMES = {"float": "float32"}
@@ -40,8 +40,8 @@ def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> Stora
 
 def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
     """Return the storage type of a constant and the number of its values; codes of a codebook are integers, too."""
-    if (bits := code_bits(value)) is not None:
-        return f"int{bits}", tensor.size if value.dtype == ir.DataType.UINT4 else tensor.size * 8 // bits
+    if (facts := code_facts(value)) is not None:
+        return f"int{facts[0]}", facts[1]
     for node, _ in value.uses():  # packed values, which index a table after a Cast: compiler/lowering/packing.py
         readers = node.outputs[0].uses() if is_op(node, "Cast") and value.dtype == ir.DataType.UINT8 else ()
         tables = [reader.inputs[0] for reader, index in readers if is_op(reader, "Gather") and index == 1]

@@ -26,7 +26,7 @@ from mezzotint.runtime.targets import ONNXRUNTIME, Target
 from ..errors import PassError
 from ..graph.nodes import name_of
 from ..graph.ops import Layer
-from .formats import Format, Grid, Levels, RowFormats, along
+from .formats import Format, Grid, Levels, RowFormats, Vectors, along
 from .stats import Stats
 
 __all__ = ["Lowering", "Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
@@ -56,7 +56,8 @@ class Quantizer:
     `scale` (float32) and `zero_point` are scalars, or `[C]` along `axis`. With `table` they have one row for each group
     of timesteps, `[groups]` or `[groups, C]`, and each network call uses one row. `row_bits` `[C]` are the widths of a
     weight's output channels where they differ; `format` is then the format of the widest channel. `levels`, int8
-    `[count]` or `[C, count]`, are the integers of a weight's codebook; `format` is then int8, as the kernel has it.
+    `[count]` or `[C, count]`, are the integers of a weight's codebook; `format` is then int8, as the kernel has it. So
+    are `vectors`, int8 `[count, size]`, of `size` neighbouring inputs at once.
     """
 
     format: Format
@@ -67,12 +68,20 @@ class Quantizer:
     table: bool = False
     row_bits: npt.NDArray[np.int8] | None = None
     levels: npt.NDArray[np.int8] | None = None
+    vectors: npt.NDArray[np.int8] | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Return whether the grid is that of `format`: one width, and no codebook."""
+        return self.row_bits is None and self.levels is None and self.vectors is None
 
     @property
     def grid(self) -> Grid:
         """Return the grid that values are rounded to."""
         if self.levels is not None:
             return Levels(self.levels)
+        if self.vectors is not None:
+            return Vectors(self.vectors)
         return self.format if self.row_bits is None else RowFormats(self.row_bits)
 
     @property
@@ -105,6 +114,7 @@ class Quantizer:
             by=self.by,
             row_bits={str(b): n for b, n in self.widths.items()} or None,
             levels=None if self.levels is None else self.levels.shape[-1],
+            vectors=None if self.vectors is None else self.vectors.shape[:2],
         )
 
 

@@ -15,7 +15,7 @@ gptaq     (arXiv 2504.02692) gptq that also compensates the error of the quantiz
 comq      (arXiv 2403.07134) coordinate descent without an inverse: q_i = rint((w_i + (r_i / H_ii)) / s), where
           r = (W - s q) H without column i's own part; several sweeps. Columns are visited by |x_i| mean |w_i|, largest
           first; the paper orders them for each row on its own, which would undo the blocks.
-obq       in compiler/rounding/exact.py.
+obq       in compiler/rounding/exact.py; gptq of vectors in compiler/rounding/vectors.py.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int) -
             turned[start + i + 1 : stop] -= rows[i, i + 1 : stop - start, None] * errors[i]
         if stop < len(turned):
             turned[stop:] -= rows[:, stop - start :].T @ errors
-    return _in_place_of(integers, root.order)
+    return in_place_of(integers, root.order)
 
 
 def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> Matrix:
@@ -156,7 +156,7 @@ def comq(weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int
                 residual[part] -= columns[i, part, None] * moved[i]
             residual[:start] -= columns[:, :start].T @ moved
             residual[part.stop :] -= columns[:, part.stop :].T @ moved
-    return _in_place_of(integers, order)
+    return in_place_of(integers, order)
 
 
 def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
@@ -165,8 +165,8 @@ def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
     return errors
 
 
-def _in_place_of(integers: Floats, order: ColumnOrder) -> Floats:
-    """`[d, rows]` in an order, as `[rows, d]` in the weights' own."""
+def in_place_of(integers: Floats, order: ColumnOrder) -> Floats:
+    """Return `[d, rows]` in an order as `[rows, d]` in the weights' own."""
     placed = np.empty_like(integers)
     placed[order] = integers
     return np.ascontiguousarray(placed.T)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import SMALLEST_SCALE, Grid, Levels, ends, of_rows, reach
+from ..core.formats import SMALLEST_SCALE, Grid, Levels, Vectors, ends, of_rows, reach
 from .matrix import Matrix
 
 SCALE_FACTORS = np.linspace(1.0, 0.3, 29)
@@ -50,7 +50,7 @@ def refit(weight: Matrix, integers: Floats, gram: Matrix, scale: Floats) -> Floa
 
 def _error(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> npt.NDArray[np.float64]:
     difference = weight / scale[:, None]
-    if isinstance(grid, Levels):
+    if isinstance(grid, Levels | Vectors):
         difference = grid.nearest(difference, 0)
     else:  # without copies
         np.rint(difference, out=difference)

@@ -125,8 +125,7 @@ def grid_of(planned: str, weight: QuantizedWeight, plan: Plan) -> Grid:
     A codebook is in the plan alone.
     """
     quantizer = plan.of(planned, weight.name)
-    plain = quantizer is None or (quantizer.row_bits is None and quantizer.levels is None)
-    return weight.format if quantizer is None or plain else quantizer.grid
+    return weight.format if quantizer is None or quantizer.uniform else quantizer.grid
 
 
 def replace_weight(

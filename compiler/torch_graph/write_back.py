@@ -43,13 +43,15 @@ _Array = npt.NDArray[Any]
 def plan_grids(program: Program, graph: TorchGraph) -> None:
     """Give each module the grid of the plan, which is narrower than that of the graph's nodes for weights.
 
-    A weight has a symmetric grid, its rows may have widths of their own, or it has a codebook. Call it before training.
+    A weight has a symmetric grid, rows with widths of their own, or a codebook of levels. Call it before training.
     """
     plan = program.require_plan()
     for node, sites in _sites(program, program.graph).items():
         part = graph.quantizers.get(node.name or "")
         if isinstance(part, Quantizer):
-            planned = plan.quantizers[next(iter(sites.values()))]
+            site, planned = next((site, plan.quantizers[site]) for site in sites.values())
+            if planned.vectors is not None:
+                raise PassError("vectors of a codebook are not trained", where=str(site), hint="train with levels")
             if planned.levels is not None:
                 part.use_levels(planned.levels)
                 continue

@@ -52,4 +52,21 @@ CODEBOOKS = (
         "w8a8 with weights of 3 bits on two logarithmic grids, one for each sign",
         static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="log"),)),
     ),
+    Recipe(
+        "gptvq",
+        "gptq with weights of 3 bits, rounded in pairs of inputs to a table of 64 vectors for each weight",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="vectors"),), behind=(RoundWeights(),)),
+        paper="GPTVQ, arXiv 2402.15319 (one table for each weight, a scale for each row; its codebook's start and "
+        "distance; no update of the table behind the codes, no compression of the table)",
+        baseline="gptq",
+        claim="w3a8",
+    ),
+    against_w8a8(
+        "vq-t2i",
+        "w3a8",
+        "Accurate Compression of Text-to-Image Diffusion Models via Vector Quantization, arXiv 2409.00492 (tables by "
+        "k-means; not additive, and without its fine-tuning)",
+        "w8a8 with weights of 3 bits, rounded in pairs of inputs to the nearest of 64 vectors",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="vectors"),)),
+    ),
 )

@@ -81,6 +81,7 @@ PURE = (
     "compiler/rescaling/test_smoothing.py",
     "compiler/rounding/test_codebook.py",
     "compiler/rounding/test_matrix.py",
+    "compiler/rounding/test_vectors.py",
     "compiler/scales/test_codebooks.py",
     "compiler/scales/test_ranges.py",
     "compiler/scales/test_tdq.py",

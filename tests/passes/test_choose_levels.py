@@ -118,6 +118,29 @@ def test_rounded_weights_stay_on_their_levels(inserted: Program, context: Contex
     assert any(refitted) == ("refits" in options)
 
 
+def test_pairs_of_inputs_are_rounded_together(observed: Program, context: Context, tmp_path: Path) -> None:
+    chosen = ChooseLevels("vectors")
+    program = pipeline.run_passes(observed, [THREE, chosen, InsertQdq()], context)
+    after = pipeline.run_passes(program, [RoundWeights(calls=2, samples=2)], context)
+    assert int(after.history[-1].note.split("outputs ")[1].partition("%")[0]) < 90
+    for current in (program, after):
+        for weight in find_weights(current.graph):
+            planned = current.require_plan().of(name_of(weight.value).removesuffix("_rows"))
+            assert planned is not None and planned.vectors is not None and planned.vectors.shape == (64, 2)
+            pairs = np.rint(weight.rows() / weight.scale()[:, None]).astype(int).reshape(-1, 2)
+            assert {tuple(pair) for pair in pairs.tolist()} <= {tuple(pair) for pair in planned.vectors.tolist()}
+    with pytest.raises(RecipeError, match="comq rounds no vectors"):
+        pipeline.run_passes(program, [RoundWeights(calls=2, samples=2, method="comq")], context)
+    with pytest.raises(RecipeError, match="has more than 8 bits"):
+        pipeline.run_passes(observed, [THREE, ChooseLevels("vectors", size=4)], context)
+    snapshot.save_program(program, tmp_path)
+    loaded, _ = snapshot.load_program(tmp_path)
+    for name, quantizer in weights(program).items():
+        np.testing.assert_array_equal(quantizer.vectors, weights(loaded)[name].vectors)
+        # The first layer has 27 inputs.
+        assert quantizer.entry(Site(name)).vectors == (None if name == "in_w" else (64, 2))
+
+
 def test_snapshots_keep_the_levels(inserted: Program, tmp_path: Path) -> None:
     snapshot.save_program(inserted, tmp_path)
     loaded, _ = snapshot.load_program(tmp_path)

@@ -17,6 +17,7 @@ from mezzotint.compiler.bundle.writer import save_model
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.lowering import packing
+from mezzotint.compiler.lowering.codes import code_facts
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import open_session
 from tests.compiler.audit.test_versions import OLDEST, OLDEST_FOLDER, build_and_run
@@ -272,6 +273,24 @@ def test_a_codebook_gives_the_same_numbers_from_the_same_kernel(
     assert codes is not None and codes.nbytes == -(-size * bits // 8) + (0 if bits == 4 else -size % 8 * bits // 8)
     table = narrow.graph.initializers["w_levels"].const_value
     assert table is not None and table.size == levels * (ROWS if own else 1)
+    want, operations = run(plain, tmp_path, "plain")
+    got, same = run(narrow, tmp_path, "narrow")
+    assert operations[kernel(form)] == 1 and same == operations
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("form", "size", "count"), [("conv", 2, 64), ("matmul", 2, 16), ("gemm_qdq", 4, 200)])
+def test_vectors_give_the_same_numbers_from_the_same_kernel(form: str, size: int, count: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(size)
+    shape = (ROWS, 24, 3, 3) if form == "conv" else (ROWS, 4 * INPUTS)
+    table = rng.integers(-127, 128, (count, size)).astype(np.int8)
+    q = table[rng.integers(0, count, int(np.prod(shape)) // size)].reshape(shape)
+    plain = layer(form, q.T.copy() if form == "matmul" else q)
+    narrow = packed(plain)
+    codes, levels = (narrow.graph.initializers[f"w_{part}"].const_value for part in ("codes", "levels"))
+    assert codes is not None and levels is not None and levels.shape.numpy() == (count, size)
+    assert codes.nbytes == -(-q.size * (count - 1).bit_length() // size // 8)
+    assert code_facts(narrow.graph.initializers["w_codes"]) == ((count - 1).bit_length() // size, q.size)
     want, operations = run(plain, tmp_path, "plain")
     got, same = run(narrow, tmp_path, "narrow")
     assert operations[kernel(form)] == 1 and same == operations
