@@ -76,6 +76,13 @@ class Quantizer:
         return self.row_bits is None and self.levels is None and self.vectors is None
 
     @property
+    def bits(self) -> int:
+        """Return the bits of a point of the grid; where rows have different widths, those of the widest."""
+        if self.vectors is not None:
+            return (len(self.vectors) - 1).bit_length() // self.vectors.shape[1]
+        return self.format.bits if self.levels is None else (self.levels.shape[-1] - 1).bit_length()
+
+    @property
     def grid(self) -> Grid:
         """Return the grid that values are rounded to."""
         if self.levels is not None:

@@ -58,7 +58,7 @@ def test_each_weight_has_the_levels_of_its_bits(observed: Program, context: Cont
     after = pipeline.run_passes(observed, [THREE, ChooseLevels(method)], context)
     assert {q.format for q in weights(after).values()} == {INT8}
     for quantizer in weights(after).values():
-        assert quantizer.levels is not None and quantizer.by == "choose_levels"
+        assert quantizer.levels is not None and quantizer.by == "choose_levels" and quantizer.bits == 3
         assert quantizer.levels.shape[-1] == (7 if method == "float" else 8)
         assert quantizer.levels.ndim == (2 if method in ("kmeans", "log") else 1)
         assert quantizer.entry(Site("w")).levels == quantizer.levels.shape[-1]
@@ -137,6 +137,7 @@ def test_pairs_of_inputs_are_rounded_together(observed: Program, context: Contex
     loaded, _ = snapshot.load_program(tmp_path)
     for name, quantizer in weights(program).items():
         np.testing.assert_array_equal(quantizer.vectors, weights(loaded)[name].vectors)
+        assert quantizer.bits == 3
         # The first layer has 27 inputs.
         assert quantizer.entry(Site(name)).vectors == (None if name == "in_w" else (64, 2))
 
