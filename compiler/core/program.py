@@ -79,8 +79,8 @@ class Quantizer:
     def bits(self) -> int:
         """Return the bits of a point of the grid; where rows have different widths, those of the widest."""
         if self.vectors is not None:
-            return (len(self.vectors) - 1).bit_length() // self.vectors.shape[1]
-        return self.format.bits if self.levels is None else (self.levels.shape[-1] - 1).bit_length()
+            return (len(self.vectors) - 1).bit_length() // int(self.vectors.shape[1])
+        return self.format.bits if self.levels is None else int(self.levels.shape[-1] - 1).bit_length()
 
     @property
     def grid(self) -> Grid:
