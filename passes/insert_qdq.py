@@ -15,7 +15,8 @@ Each layer that is not an island is rewritten by its kind:
 4. Formats of fewer than 8 bits are simulated on the 8-bit kernels: a Clip behind Q keeps the integers inside the
    narrower grid.
 5. Weights whose rows have different widths (assign_bits): a Clip has the same ends for all rows, so Q reads a copy of
-   the weight that is clipped at the ends of each row's grid.
+   the weight that is clipped at the ends of each row's grid. Of weights with a codebook (choose_levels) it reads a copy
+   on the levels, because QuantizeLinear knows the int8 grid alone.
 6. Weights alone (activations in float): no pair but that of the weight. The file stores integers, the kernel is float.
 
 onnxruntime has an integer convolution only if the output is quantized with one quantizer and nothing reads the raw
@@ -45,7 +46,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from mezzotint.compiler.core.formats import along, ends
+from mezzotint.compiler.core.formats import Levels, Vectors, along, ends
 from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program, Quantizer
@@ -68,6 +69,7 @@ from mezzotint.compiler.lowering.bias_room import Room, make_room
 from mezzotint.compiler.lowering.limits import check_passes, check_tables, lowering_for
 from mezzotint.compiler.lowering.quantizer_nodes import pair_nodes, table_rows
 from mezzotint.compiler.scales.timetable import deployed_rows
+from mezzotint.compiler.scales.weights import rounded_weight
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.targets import Target
 
@@ -274,24 +276,28 @@ class _Writer:
         else:
             scale = build.constant(f"{stem}_scale", quantizer.scale)
             zero = build.constant(f"{stem}_zero_point", quantizer.zero_point)
-        if quantizer.row_bits is not None:  # case 5
+        if not quantizer.uniform:  # case 5
             value = self._cut_off(value, quantizer)
         return pair_nodes(build, value, quantizer, scale, zero)
 
     def _cut_off(self, value: ir.Value, quantizer: Quantizer) -> ir.Value:
-        """Return a copy of a weight, clipped at the ends of each row's grid; large ones go to the weight store."""
+        """Return a copy of a weight on its levels, or inside each row's grid; large ones go to the weight store."""
         if not is_constant(value) or quantizer.axis is None:
             raise PassError(
-                "only the output channels of a weight have widths of their own",
+                "only the output channels of a weight have widths of their own, and only weights a codebook",
                 where=name_of(value),
-                hint="leave row_bits out of the quantizers of activations",
+                hint="leave row_bits and levels out of the quantizers of activations",
             )
         array = numpy_of(value)
         scale = along(quantizer.scale, quantizer.axis, array.ndim)
-        low, high = ends(quantizer.grid, quantizer.axis, array.ndim)
+        if isinstance(quantizer.grid, Levels | Vectors):
+            array = rounded_weight(array, quantizer)
+        else:
+            low, high = ends(quantizer.grid, quantizer.axis, array.ndim)
+            array = np.clip(array, low * scale, high * scale)
         name = self.names.unique(f"{name_of(value)}_rows")
         self._cut.append(value)
-        return initializer(self.graph, name, store.kept(np.clip(array, low * scale, high * scale), name, self.folder))
+        return initializer(self.graph, name, store.kept(array, name, self.folder))
 
     def drop_unread(self) -> None:
         """Remove the weights that only their clipped copies replaced (case 5)."""

@@ -14,7 +14,9 @@ Methods (compiler/rounding/matrix.py has formulas and sources): `nearest`, `gptq
 blocks of that many. Scales: `keep` those of the plan; `mse`
 searches those of each row again by mean square; `output` searches by the diagonal of H and, when q is known, takes the
 best scale for it. With any method, a row stays rounded to nearest with the plan's scale if the method does not lower
-its error. Rows may have widths of their own (assign_bits); each stays inside its grid.
+its error. Rows may have widths of their own (assign_bits) or a codebook (choose_levels); each stays on its grid.
+`refits` times, the levels of each row's codebook are fitted to the codes and the row is rounded to the new ones
+(compiler/rounding/codebook.py, GANQ); the best of all rounds stays.
 Weights that are 0 in the float graph, such as those that prune_weights removed, stay 0: the others are rounded to make
 up for them, as if H were restricted to what is left (by obq in each block, by gptq and comq column after column).
 
@@ -47,30 +49,34 @@ four calls; the whole compilation peaks at 11.9 GB.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import Grid, of_rows
+from mezzotint.compiler.core.formats import Grid, Levels, Vectors, of_rows
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.errors import PassError, RecipeError, StatsError
+from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding import matrix as rounding
+from mezzotint.compiler.rounding.codebook import fitted_in_turns
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, chosen_latents, gather
+from mezzotint.compiler.rounding.report import RoundingReport
 from mezzotint.compiler.rounding.row_scales import refit, search
+from mezzotint.compiler.rounding.vectors import gptq_vectors, vector_order
 from mezzotint.compiler.rounding.weights import (
     QuantizedWeight,
     find_weights,
     grid_of,
     layer_name,
     replace_weight,
-    with_scales,
+    with_grids,
 )
 from mezzotint.runtime.arrays import Floats
 
@@ -84,6 +90,7 @@ class RoundWeights(Pass):
     - `method`, `scales`: as above.
     - `damp` (of the mean diagonal of H), `act_order` (largest inputs first) and `block` (columns): those of gptq.
     - `alpha`: the share of the inputs' error that gptaq undoes. `sweeps`: of comq over all columns.
+    - `refits`: of the codebooks' levels, 0 for those of the plan.
     - `exact_inputs`, `calls`, `samples`, `columns`, `balance`, `stage` (layers), `memory_gb` (GB): as above.
     - `layers`: patterns of node names (as in a shell: `*`, `?`); empty means all. Other layers stay at nearest.
     """
@@ -95,6 +102,7 @@ class RoundWeights(Pass):
     block: int = 128
     alpha: float = 0.25
     sweeps: int = 3
+    refits: int = 0
     exact_inputs: int = 320
     calls: int = 10
     samples: int = 8
@@ -111,7 +119,7 @@ class RoundWeights(Pass):
     def __post_init__(self) -> None:
         counts = ("block", "sweeps", "calls", "samples", "columns", "stage", "exact_inputs")
         bad = [name for name in counts if getattr(self, name) < 1]
-        bad += [name for name in ("damp", "alpha") if not 0 <= getattr(self, name) < np.inf]
+        bad += [name for name in ("damp", "alpha", "refits") if not 0 <= getattr(self, name) < np.inf]
         bad += [] if 0 < self.memory_gb < np.inf else ["memory_gb"]
         if bad:
             raise RecipeError(
@@ -130,9 +138,9 @@ class RoundWeights(Pass):
         latents = chosen_latents(program, few, self.calls)
         stages = list(self._stages(every_input))
         total, done = len(stages) * len(latents) + len(every_input), 0
-        report = _Report()
+        report = RoundingReport()
         rounded: set[str] = set()
-        changed: dict[str, tuple[QuantizedWeight, str, Floats]] = {}
+        changed: dict[str, tuple[QuantizedWeight, str, Floats, Grid]] = {}
 
         def step() -> None:
             nonlocal done
@@ -153,17 +161,16 @@ class RoundWeights(Pass):
             )
             for inputs in stage:
                 weight = inputs.weight
-                rows, scale = self._round(
-                    inputs, grid_of(inputs.float_weights[0], inputs.weight, program.plan), gathered, report
-                )
+                planned = grid_of(inputs.float_weights[0], inputs.weight, program.plan)
+                rows, scale, grid = self._round(inputs, planned, gathered, report)
                 for node, name in zip(weight.readers, inputs.float_weights, strict=True):
-                    if not np.array_equal(scale, weight.scale()):
-                        changed[layer_name(node)] = (weight, name, scale)
+                    if grid is not planned or not np.array_equal(scale, weight.scale()):
+                        changed[layer_name(node)] = (weight, name, scale, grid)
                 replace_weight(program, weight, rows, scale, context.folder, self.name)
                 rounded.add(name_of(weight.value))
                 gathered.forget(inputs)
                 step()
-        plan = with_scales(program.plan, changed, self.name) if changed else program.plan
+        plan = with_grids(program.plan, changed, self.name) if changed else program.plan
         return replace(program, plan=plan, note=report.note(len(every_input), len(stages)))
 
     def _chosen(self, program: Program) -> list[QuantizedWeight]:
@@ -195,8 +202,10 @@ class RoundWeights(Pass):
             size += new
         yield stage
 
-    def _round(self, inputs: Inputs, grid: Grid, gathered: Gathered, report: _Report) -> tuple[Floats, Floats]:
-        """Return (rounded rows, scales) of one weight, group by group of its convolution."""
+    def _round(
+        self, inputs: Inputs, grid: Grid, gathered: Gathered, report: RoundingReport
+    ) -> tuple[Floats, Floats, Grid]:
+        """Return (rounded rows, scales, grid) of one weight, group by group of its convolution."""
         weight = inputs.weight
         if self.scales != "keep" and not weight.per_row:
             raise RecipeError(
@@ -207,41 +216,53 @@ class RoundWeights(Pass):
         floats, scale = inputs.rows(), weight.scale().copy()
         grams, shift = gathered.gram(inputs), gathered.shift(inputs)
         values = np.empty_like(floats)
+        table = grid.table.copy() if self.refits and isinstance(grid, Levels) else None
         each = len(floats) // len(grams)
         for g, gram in enumerate(grams):
             part = slice(g * each, (g + 1) * each)
             rounding.check_gram(gram, weight.name)
             moved = None if shift is None else shift[part]
-            values[part], scale[part] = self._part(
+            values[part], scale[part], chosen = self._part(
                 floats[part], scale[part], gram, moved, of_rows(grid, part), weight.name, report
             )
-        report.layer(values, weight, grams.shape[2], self)
-        return values, scale
+            if table is not None and isinstance(chosen, Levels):
+                table[part] = chosen.table
+        report.layer(values, weight.name, self._form(grams.shape[2]))
+        return values, scale, grid if table is None else Levels(table)
 
     def _part(
-        self, floats: Floats, kept: Floats, gram: Floats, shift: Floats | None, grid: Grid, where: str, report: _Report
-    ) -> tuple[Floats, Floats]:
+        self,
+        floats: Floats,
+        kept: Floats,
+        gram: Floats,
+        shift: Floats | None,
+        grid: Grid,
+        where: str,
+        report: RoundingReport,
+    ) -> tuple[Floats, Floats, Grid]:
+        if isinstance(grid, Vectors) and self.method in ("comq", "obq"):
+            raise RecipeError(f"{self.method} rounds no vectors", where=where, hint="set round_weights.method to gptq")
         target: npt.NDArray[np.floating] = floats
-        scale, left = kept, floats != 0
+        scale, best, left = kept, grid, floats != 0
         held = None if left.all() else left
         if self.scales != "keep":
             importance = np.diagonal(gram) if self.scales == "output" else np.ones(gram.shape[1], np.float32)
             scale = search(floats, kept, grid, importance)
-        if self.method == "nearest":
-            integers = rounding.nearest(floats, scale, grid)
-        elif self.method == "comq":
-            integers = rounding.comq(floats, gram, scale, grid, sweeps=self.sweeps, block=self.block, kept=held)
-        else:
+        root = None
+        if self.method not in ("nearest", "comq"):
             order = rounding.input_order(gram, self.act_order)
+            if isinstance(grid, Vectors):
+                order = vector_order(gram, grid.table.shape[1], self.act_order)
             root = rounding.inverse_root(gram, order, self.damp, where)
             report.damped(where, self.damp, root.damp)
             if shift is not None:
                 target = rounding.shifted_target(floats, shift, root, self.alpha).astype(np.float32)
-            if self.method == "obq":
-                integers = obq(target, root, scale, grid, exact=self.exact_inputs, kept=held)
-            else:
-                integers = rounding.gptq(target, root, scale, grid, block=self.block, kept=held)
-            del root
+        if isinstance(grid, Levels) and self.refits:
+            again = partial(self._integers, target, gram, root, held, scale)
+            best, integers = fitted_in_turns(target, gram, scale, grid, again, self.refits, where)
+        else:
+            integers = self._integers(target, gram, root, held, scale, grid)
+        del root
         if self.scales == "output":
             scale = refit(target, integers, gram, scale)
         values = scale[:, None] * integers
@@ -250,45 +271,30 @@ class RoundWeights(Pass):
         simple = rounding.row_errors(plain - target, gram)
         better = error < simple
         report.rows(where, np.where(better, error, simple), simple, better)
-        return np.where(better[:, None], values, plain), np.where(better, scale, kept)
+        if isinstance(best, Levels) and isinstance(grid, Levels) and best is not grid:
+            best = Levels(np.where(better[:, None], best.table, grid.table))
+        return np.where(better[:, None], values, plain), np.where(better, scale, kept), best
 
+    def _form(self, inputs: int) -> str:
+        """Return how a layer with so many inputs is rounded, in words."""
+        in_blocks = self.method == "obq" and inputs > self.exact_inputs
+        return f"obq in blocks of {self.exact_inputs}" if in_blocks else self.method
 
-@dataclass
-class _Report:
-    """Errors, dampings and methods of the rounded weights, for the note."""
-
-    errors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    damps: dict[str, float] = field(default_factory=dict)
-    methods: dict[str, int] = field(default_factory=dict)
-    kept: int = 0
-    count: int = 0
-
-    def rows(
-        self, where: str, error: npt.NDArray[np.float64], simple: npt.NDArray[np.float64], better: npt.NDArray[np.bool_]
-    ) -> None:
-        self.errors[where] = self.errors.get(where, 0.0) + np.array([error.sum(), simple.sum()])
-        self.kept += int((~better).sum())
-        self.count += len(better)
-
-    def damped(self, where: str, wanted: float, used: float) -> None:
-        if used != wanted:
-            self.damps[where] = max(used, self.damps.get(where, 0.0))
-
-    def layer(self, values: Floats, weight: QuantizedWeight, inputs: int, step: RoundWeights) -> None:
-        if not np.isfinite(values).all():
-            raise PassError("rounded weights are not finite", where=weight.name)
-        method: str = step.method
-        if method == "obq" and inputs > step.exact_inputs:
-            method = f"obq in blocks of {step.exact_inputs}"
-        self.methods[method] = self.methods.get(method, 0) + 1
-
-    def note(self, count: int, stages: int) -> str:
-        methods = ", ".join(f"{method}: {n}" for method, n in sorted(self.methods.items()))
-        shares = [error / simple for error, simple in self.errors.values() if simple > 0]
-        share = float(np.mean(shares)) if shares else 1.0
-        damps = ", ".join(f"{name} ({damp:g})" for name, damp in self.damps.items())
-        return (
-            f"{methods} of {count} weights in {stages} stages; error of their outputs {share:.0%} of nearest's (mean); "
-            f"{self.kept} of {self.count} rows stayed at nearest, which was no worse"
-            + (f"; damping raised: {damps}" if damps else "")
-        )
+    def _integers(
+        self,
+        target: npt.NDArray[np.floating],
+        gram: Floats,
+        root: rounding.Root | None,
+        held: rounding.Kept | None,
+        scale: Floats,
+        grid: Grid,
+    ) -> Floats:
+        if isinstance(grid, Vectors) and root is not None:
+            return gptq_vectors(target, root, scale, grid, block=self.block)
+        if self.method == "comq":
+            return rounding.comq(target, gram, scale, grid, sweeps=self.sweeps, block=self.block, kept=held)
+        if root is None:
+            return rounding.nearest(target, scale, grid)
+        if self.method == "obq":
+            return obq(target, root, scale, grid, exact=self.exact_inputs, kept=held)
+        return rounding.gptq(target, root, scale, grid, block=self.block, kept=held)

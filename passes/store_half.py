@@ -27,7 +27,7 @@ from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import is_op, name_of, numpy_of
-from mezzotint.compiler.lowering.packing import SMALLEST_SAVING, is_float_constant, rounded_to_half
+from mezzotint.compiler.lowering.packable import SMALLEST_SAVING, is_float_constant, rounded_to_half
 
 _PASSED_ON = ("Gather", "Split", "Squeeze", "Reshape")  # the nodes between a table and its readers
 

@@ -61,7 +61,7 @@ def worst_layers(
             context.progress("worst layers", done, len(tried))
     noise = {name: sum(costs[name].noise().values()) for name in tried}
     everything = sum(noise.values())
-    bits = {str(site): quantizer.format.bits for site, quantizer in (program.plan or Plan()).quantizers.items()}
+    bits = {str(site): quantizer.bits for site, quantizer in (program.plan or Plan()).quantizers.items()}
     found = []
     for name in sorted(noise, key=lambda name: -noise[name])[:NAMED]:
         share = noise[name] / everything if everything else 0.0

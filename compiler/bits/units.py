@@ -167,7 +167,7 @@ class WeightQuantizers:
 
 
 def _has_width(quantizer: Quantizer, bits: int) -> bool:
-    return quantizer.format == weight_format(bits) and quantizer.row_bits is None
+    return quantizer.format == weight_format(bits) and quantizer.uniform
 
 
 def joined(units: Sequence[Unit], chosen: Sequence[BitChoice]) -> list[tuple[Unit, BitChoice, RowBits | None]]:

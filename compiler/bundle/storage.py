@@ -11,8 +11,9 @@ from mezzotint.runtime.bundle.manifest_entries import Storage, StoredType
 
 from ..core.program import Program
 from ..graph.nodes import is_op
+from ..lowering.codes import code_facts
 
-STORAGE_TYPES = ("int2", "int4", "int8", "float16", "float32", "int32", "mask")
+STORAGE_TYPES = ("int1", "int2", "int3", "int4", "int8", "float16", "float32", "int32", "mask")
 _NAMES = {"float": "float32"}
 _STORED = {1: 2, 2: 2, 3: 4, 4: 4}  # bits of a weight -> bits in the file; all others 8
 
@@ -38,7 +39,9 @@ def storage(program: Program, lowered: ir.Model, files: Iterable[Path]) -> Stora
 
 
 def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
-    """Return the storage type of a constant and the number of its values."""
+    """Return the storage type of a constant and the number of its values; codes of a codebook are integers, too."""
+    if (facts := code_facts(value)) is not None:
+        return f"int{facts[0]}", facts[1]
     for node, _ in value.uses():  # packed values, which index a table after a Cast: compiler/lowering/packing.py
         readers = node.outputs[0].uses() if is_op(node, "Cast") and value.dtype == ir.DataType.UINT8 else ()
         tables = [reader.inputs[0] for reader, index in readers if is_op(reader, "Gather") and index == 1]

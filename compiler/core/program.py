@@ -26,7 +26,7 @@ from mezzotint.runtime.targets import ONNXRUNTIME, Target
 from ..errors import PassError
 from ..graph.nodes import name_of
 from ..graph.ops import Layer
-from .formats import Format, Grid, RowFormats
+from .formats import Format, Grid, Levels, RowFormats, Vectors, along
 from .stats import Stats
 
 __all__ = ["Lowering", "Plan", "Program", "Quantizer", "Record", "Schedule", "Signature", "Site"]
@@ -55,7 +55,9 @@ class Quantizer:
 
     `scale` (float32) and `zero_point` are scalars, or `[C]` along `axis`. With `table` they have one row for each group
     of timesteps, `[groups]` or `[groups, C]`, and each network call uses one row. `row_bits` `[C]` are the widths of a
-    weight's output channels where they differ; `format` is then the format of the widest channel.
+    weight's output channels where they differ; `format` is then the format of the widest channel. `levels`, int8
+    `[count]` or `[C, count]`, are the integers of a weight's codebook; `format` is then int8, as the kernel has it. So
+    are `vectors`, int8 `[count, size]`, of `size` neighbouring inputs at once.
     """
 
     format: Format
@@ -65,10 +67,28 @@ class Quantizer:
     axis: int | None = None
     table: bool = False
     row_bits: npt.NDArray[np.int8] | None = None
+    levels: npt.NDArray[np.int8] | None = None
+    vectors: npt.NDArray[np.int8] | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Return whether the grid is that of `format`: one width, and no codebook."""
+        return self.row_bits is None and self.levels is None and self.vectors is None
+
+    @property
+    def bits(self) -> int:
+        """Return the bits of a point of the grid; where rows have different widths, those of the widest."""
+        if self.vectors is not None:
+            return (len(self.vectors) - 1).bit_length() // int(self.vectors.shape[1])
+        return self.format.bits if self.levels is None else int(self.levels.shape[-1] - 1).bit_length()
 
     @property
     def grid(self) -> Grid:
         """Return the grid that values are rounded to."""
+        if self.levels is not None:
+            return Levels(self.levels)
+        if self.vectors is not None:
+            return Vectors(self.vectors)
         return self.format if self.row_bits is None else RowFormats(self.row_bits)
 
     @property
@@ -78,6 +98,13 @@ class Quantizer:
             return {}
         widths, counts = np.unique(self.row_bits, return_counts=True)
         return {int(b): int(n) for b, n in zip(widths, counts, strict=True)}
+
+    def raised(self, scale: Floats) -> Quantizer:
+        """Return a weight's quantizer whose integers q became rint(q s / scale): its levels are then coarser too."""
+        if self.levels is None:
+            return replace(self, scale=scale)
+        ratio = along(np.broadcast_to(self.scale / scale, np.shape(scale)), 0, 2)
+        return replace(self, scale=scale, levels=np.rint(self.levels * ratio).astype(np.int8))
 
     def entry(self, site: Site) -> QuantizerEntry:
         """Return the manifest's entry of this quantizer."""
@@ -93,6 +120,8 @@ class Quantizer:
             zero_point=tuple(sorted({int(z) for z in self.zero_point.reshape(-1)})),
             by=self.by,
             row_bits={str(b): n for b, n in self.widths.items()} or None,
+            levels=None if self.levels is None else self.levels.shape[-1],
+            vectors=None if self.vectors is None else self.vectors.shape[:2],
         )
 
 

@@ -188,6 +188,10 @@ def _save_plan(plan: Plan, folder: Path) -> dict[str, Any]:
         arrays[f"{i}.scale"], arrays[f"{i}.zero_point"] = np.atleast_1d(q.scale), np.atleast_1d(q.zero_point)
         if q.row_bits is not None:
             arrays[f"{i}.row_bits"] = q.row_bits
+        if q.levels is not None:
+            arrays[f"{i}.levels"] = q.levels
+        if q.vectors is not None:
+            arrays[f"{i}.vectors"] = q.vectors
         f = q.format
         grid = [f.bits, f.signed, f.symmetric]
         entries.append([site.value, site.consumer, grid, q.axis, q.by, q.scale.ndim, q.table])
@@ -207,6 +211,6 @@ def _load_plan(data: Mapping[str, Any], folder: Path) -> Plan:
         scale, zero = arrays[f"{i}.scale"], arrays[f"{i}.zero_point"]
         if rank == 0:
             scale, zero = scale.reshape(()), zero.reshape(())
-        row_bits = arrays.get(f"{i}.row_bits")
-        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table, row_bits)
+        grid = (arrays.get(f"{i}.{part}") for part in ("row_bits", "levels", "vectors"))
+        quantizers[Site(value, consumer)] = Quantizer(Format(*fmt), scale, zero, by, axis, table, *grid)
     return Plan(quantizers, data["islands"], tuple(data["groups"]), data["report"])

@@ -52,7 +52,7 @@ class Room:
                 shared = sum(other.weight is layer.weight for other in every_layer) > 1
                 site = own if shared or own in quantizers else Site(value)
                 old = quantizers.get(own) or quantizers[Site(value)]
-                quantizers[site] = replace(old, scale=self.raised[layer.name])
+                quantizers[site] = old.raised(self.raised[layer.name])
         return replace(plan, quantizers=quantizers)
 
 

@@ -15,6 +15,7 @@ from .bias_room import with_room
 from .constant import lower_constant
 from .float_islands import keep_islands, unpack_transposed
 from .integer import lower_integer
+from .packable import has_sparse_floats
 from .qdq import lower_qdq
 
 LOWERINGS: Mapping[Lowering, Callable[[Program], ir.Model]] = {
@@ -26,7 +27,7 @@ LOWERINGS: Mapping[Lowering, Callable[[Program], ir.Model]] = {
 
 def lower_float(program: Program) -> ir.Model:
     """Return the graph that the target gets of a program in float: its own, with pruned weights stored as such."""
-    if program.target != ONNXRUNTIME or not packing.has_sparse_floats(program.model):
+    if program.target != ONNXRUNTIME or not has_sparse_floats(program.model):
         return program.model
     model = program.model.clone()
     packing.pack_floats(model)

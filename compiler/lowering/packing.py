@@ -7,6 +7,7 @@ onnxruntime computes these once, when a session is built, and the kernels get th
     weight, integers in -8 .. 7     INT4 -> Cast(INT8); opset < 21 has no INT4: as below, two to a byte
     weight, integers in -2 .. 1     UINT8, four to a byte -> Gather(table [256, 4], Cast(INT32)) -> Reshape
     weight, only some channels so   Gather(Concat(narrow rows, the other rows), order)
+    weight, few different integers  codes of 1 to 4 bits and a table (compiler/lowering/codes.py)
     float32, exact in half          FLOAT16 -> Cast(FLOAT)
     table of integers               INT8 or INT16, less the middle of each column -> Cast -> Add(middle)
     weight with many zeros          a bit for each value, and the others (sparse_packing.py)
@@ -14,7 +15,7 @@ onnxruntime computes these once, when a session is built, and the kernels get th
 The values alone decide, not the plan; `store_half` makes float constants exact in half. Measured on onnxruntime 1.31.1
 and 1.23.2: all of these are folded, before QLinearConv, MatMulIntegerToFloat and in QDQ form; for weights of 2560 x
 1280 x 3 x 3 too. INT2 (opset 25) with a Cast is folded by 1.31.1, but 1.23.2 does not open a model of that opset, hence
-the table. Three bits are stored in four, five to seven in eight.
+the table. Three bits are stored in four, five to seven in eight; a codebook (choose_levels) in those of its codes.
 
 Building a session takes more time and memory, because onnxruntime frees folded constants at the end, and the allocator
 may keep their memory. Ten weights of 14.7 M integers in a separate file: int8 0.3 s and 227 MB at most; INT4 0.9 s and
@@ -24,7 +25,7 @@ the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -34,16 +35,14 @@ import onnx_ir as ir
 
 from mezzotint.runtime.arrays import Integers
 
-from ..graph.nodes import Builder, Names, is_constant, is_op, name_of, numpy_of
+from ..graph.nodes import Builder, Names, name_of, numpy_of
 from ..graph.scopes import CONSTANTS_SCOPE
+from .codes import BITS_OF_BYTES, Coded, coded, unpacked
+from .packable import SMALLEST_SAVING, integer_weights, is_float_weight, is_half, is_table
 from .sparse_packing import SparseForm, Store, unpack_sparse
 
 INT4_OPSET, INT4_IR = 21, 10
-# A node takes 150 to 250 bytes of the file, mostly names, and some time at each start.
-SMALLEST_SAVING = 512
-_INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "MatMulIntegerToFloat")
-_FLOAT_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_LOOK_FIRST = 4096  # values of a large float constant that are checked before the others
+CODES_COST = 2048  # of the nodes that unpack codes
 _NARROW = (np.int8, np.uint8, np.int16)
 
 WeightStorage = Literal["parts", "whole", "int8"]
@@ -64,9 +63,9 @@ def pack(model: ir.Model, weights: WeightStorage = "parts") -> None:
         return
     packer = _Packer(model)
     for value in list(model.graph.initializers.values()):
-        if _is_table(value):
+        if is_table(value):
             packer.table(value)
-    for value, axis in list(_weights(model.graph)):
+    for value, axis in list(integer_weights(model.graph)):
         packer.weight(value, axis, whole=weights == "whole")
     pack_floats(model, packer)
 
@@ -76,78 +75,11 @@ def pack_floats(model: ir.Model, packer: _Packer | None = None) -> None:
     packer = packer or _Packer(model)
     for value in list(model.graph.initializers.values()):
         half = is_half(value)
-        form = SparseForm.of(numpy_of(value), 16 if half else 32) if _is_float_weight(value) else None
+        form = SparseForm.of(numpy_of(value), 16 if half else 32) if is_float_weight(value) else None
         if form is not None:
             packer.sparse(value, form, packer.in_half if half else packer.in_float)
         elif half:
             packer.half(value)
-
-
-def has_sparse_floats(model: ir.Model) -> bool:
-    """Return whether a float weight of a graph is smaller as a bit for each value, and the others."""
-    weights = [value for value in model.graph.initializers.values() if _is_float_weight(value)]
-    return any(SparseForm.of(numpy_of(value), 32) is not None for value in weights)
-
-
-def is_half(value: ir.Value) -> bool:
-    """Return whether a constant is a large enough float constant that is exact in half precision."""
-    tensor = value.const_value
-    if tensor is None or not is_float_constant(value) or tensor.nbytes // 2 < SMALLEST_SAVING:
-        return False
-    array = numpy_of(value)
-    first = array.reshape(-1)[:_LOOK_FIRST]
-    return all(np.array_equal(part, rounded_to_half(part)) for part in (first, array))
-
-
-def is_float_constant(value: ir.Value) -> bool:
-    """Return whether a value is a float32 constant that no integer operation reads (as scale, bias or weight)."""
-    if not is_constant(value) or value.is_graph_output() or value.dtype != ir.DataType.FLOAT:
-        return False
-    return bool(value.uses()) and not any(node.op_type in _INTEGER_OPS for node, _ in value.uses())
-
-
-def _is_float_weight(value: ir.Value) -> bool:
-    """Return whether a value is a float constant that only layers read."""
-    return is_float_constant(value) and all(is_op(node, *_FLOAT_LAYERS) for node, _ in value.uses())
-
-
-def rounded_to_half(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the nearest values of half precision, as float32; infinite beyond 65504."""
-    with np.errstate(over="ignore"):
-        return array.astype(np.float16).astype(np.float32)
-
-
-def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, int]]:
-    """Yield the int8 weights of integer layers, with the axis of their output channels."""
-    for value in graph.initializers.values():
-        if not is_constant(value) or value.dtype != ir.DataType.INT8 or value.is_graph_output():
-            continue
-        axes = {_weight_axis(node, index, value) for node, index in value.uses()}
-        axis = axes.pop() if len(axes) == 1 else None  # None if readers disagree on the axis
-        if axis is not None:
-            yield value, axis
-
-
-def _weight_axis(node: ir.Node, index: int, value: ir.Value) -> int | None:
-    """Return the axis of the output channels if a node's input is a layer's weight, else None."""
-    rank = 0 if value.shape is None else len(value.shape)
-    if is_op(node, "DequantizeLinear") and index == 0:
-        axes = {_weight_axis(reader, at, value) for reader, at in node.outputs[0].uses()}
-        return axes.pop() if len(axes) == 1 else None
-    if (is_op(node, "QLinearConv") and index == 3) or (is_op(node, "Conv") and index == 1):
-        return 0
-    if is_op(node, "Gemm") and index == 1 and "transB" in node.attributes and node.attributes["transB"].as_int():
-        return 0
-    if index == 1 and (is_op(node, "MatMul", "Gemm") or node.op_type == "MatMulIntegerToFloat"):
-        return rank - 1
-    return None
-
-
-def _is_table(value: ir.Value) -> bool:
-    """Return whether a value is a constant of wide integers that only Gathers read."""
-    if not is_constant(value) or value.dtype not in (ir.DataType.INT32, ir.DataType.INT64):
-        return False
-    return bool(value.uses()) and all(is_op(node, "Gather") and index == 0 for node, index in value.uses())
 
 
 def _widths(q: Integers, axis: int) -> npt.NDArray[np.int64]:
@@ -205,6 +137,11 @@ class _Packer:
             int4 = self.model.opset_imports.get("", 0) >= INT4_OPSET and widths.max() <= 4
             widths = np.full_like(widths, 4 if int4 else 8)
         groups = [(int(bits), np.flatnonzero(widths == bits)) for bits in np.unique(widths)]
+        if groups[-1][0] == 8 and q.size and not whole:
+            size = sum(bits * len(rows) * q.size // len(widths) // 8 for bits, rows in groups)
+            if (by_code := coded(q, axis)) is not None and by_code.nbytes + CODES_COST <= size:
+                self._replace(value, self._decoded(by_code, q.shape, axis, stem))
+                return
         if groups[0][0] == 8 and (whole or SparseForm.of(q, 8) is None):
             return
         parts = []
@@ -289,6 +226,21 @@ class _Packer:
         return self.build.op(
             "Reshape", [unpacked, self._vector(*q.shape)], f"{stem}_unpacked", dtype=ir.DataType.INT8, shape=q.shape
         )
+
+    def _decoded(self, weight: Coded, shape: tuple[int, ...], axis: int, stem: str) -> ir.Value:
+        """Int8 integers that are stored by code."""
+        whole = weight.bits == 4 and self.model.opset_imports.get("", 0) >= INT4_OPSET
+        if whole:
+            self.model.ir_version = max(self.model.ir_version or 0, INT4_IR)
+
+        def table() -> ir.Value:
+            key: tuple[str, tuple[int, ...]] = "unpack_codes_int32", ()
+            if key not in self._shared:
+                narrow = self.build.constant("unpack_codes", BITS_OF_BYTES)
+                self._shared[key] = self._cast(narrow, ir.DataType.INT32, key[0])
+            return self._shared[key]
+
+        return unpacked(self.build, self._once, table, weight, shape, axis, stem, whole=whole)
 
     def _joined(
         self, parts: Sequence[ir.Value], members: Sequence[npt.NDArray[np.int64]], axis: int, stem: str

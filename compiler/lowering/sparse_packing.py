@@ -22,14 +22,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..graph.nodes import Builder
+from .codes import Once
 
 GROUP = 4  # values that one bit may stand for
 NODES = 1200  # bytes of the nodes that unpack a constant
 
 Store = Callable[[npt.NDArray[Any], str], ir.Value]
 """Stores values, and returns them as they were: (values, a name)."""
-Once = Callable[[str, tuple[int, ...], Callable[[], npt.NDArray[Any]]], ir.Value]
-"""Returns a constant that the graph has once: (a name, what tells it from others, how to make it)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ A row keeps the inverse G = H^-1 of the columns that are still free. Until none 
     p  = the free column with the least (w_p - s q_p)^2 / G_pp
     w -= (w_p - s q_p) / G_pp G_p,        G -= G_p G_p^T / G_pp,        p is done
 
-and a weight more than half a step beyond the grid is taken first, before it moves further. Every row has an order of
-its own, so that d inputs cost d^3 for each row (compiler/rounding/downdated.py).
+and a weight more than half a step (of a codebook: half of its widest gap) beyond the grid is taken first, before it
+moves further. Every row has an order of its own, so that d inputs cost d^3 for each row (downdated.py).
 
 More than `exact` inputs go in blocks of that many, those with the largest inputs first. Inside a block this is OBQ with
 all later columns free: with U^T U = H^-1, the inverse over what is left is U_bb^T U_bb, whatever the order inside. When
@@ -23,7 +23,7 @@ from scipy.linalg import solve_triangular
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import Grid, ends, of_rows
+from ..core.formats import Grid, of_rows, round_on, widest_gap
 from .downdated import DowndatedInverses, at_once, precise
 from .matrix import Kept, Matrix, Root
 
@@ -62,7 +62,7 @@ def _in_parts(weight: Matrix, inverse: Matrix, scale: Floats, grid: Grid, kept: 
 
 def _rows(weight: Matrix, inverse: Matrix, scale: Floats, grid: Grid, kept: Kept | None) -> Floats:
     count, inputs = weight.shape
-    low, high = ends(grid, 0, 2)
+    gap = widest_gap(grid, 0, 2)
     state = DowndatedInverses(weight, inverse)
     step = scale.astype(state.values.dtype)[:, None]
     pruned = np.zeros((count, inputs), bool) if kept is None else ~kept
@@ -70,10 +70,10 @@ def _rows(weight: Matrix, inverse: Matrix, scale: Floats, grid: Grid, kept: Kept
     rows = np.arange(count)
     for _ in range(inputs):
         values = state.values
-        rounded = np.clip(np.rint(values / step), low, high)
+        rounded = round_on(values / step, grid, 0)
         rounded[pruned] = 0
         error = values - step * rounded
-        beyond = np.where(state.live & ~pruned & (np.abs(error) > 0.5001 * step), np.abs(error), 0.0)
+        beyond = np.where(state.live & ~pruned & (np.abs(error) > 0.5001 * gap * step), np.abs(error), 0.0)
         cost = np.where(state.live, error**2 / np.where(state.live, state.diagonal, 1.0), np.inf)
         first = state.live & pruned
         best = np.where(beyond.any(axis=1), beyond.argmax(axis=1), cost.argmin(axis=1))

@@ -1,6 +1,7 @@
 """Rounding one weight matrix against its inputs: integers q for W `[rows, d]`, H = X X^T and a scale for each row.
 
-All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is clamped to its row's grid.
+All methods lower E(q) = tr((W - s q) H (W - s q)^T), whose rows are independent; q is a point of its row's grid, which
+may be a codebook. Where a formula says rint, the nearest point of the grid is meant.
 
 nearest   rint(w / s): the optimum if H is diagonal.
 gptq      (arXiv 2210.17323) column after column; later columns compensate the error of each. With
@@ -14,7 +15,7 @@ gptaq     (arXiv 2504.02692) gptq that also compensates the error of the quantiz
 comq      (arXiv 2403.07134) coordinate descent without an inverse: q_i = rint((w_i + (r_i / H_ii)) / s), where
           r = (W - s q) H without column i's own part; several sweeps. Columns are visited by |x_i| mean |w_i|, largest
           first; the paper orders them for each row on its own, which would undo the blocks.
-obq       in compiler/rounding/exact.py.
+obq       in compiler/rounding/exact.py; gptq of vectors in compiler/rounding/vectors.py.
 
 Weights outside a mask `kept` `[rows, d]` were pruned: gptq, comq and obq give them q = 0; the others make up for it.
 """
@@ -29,7 +30,7 @@ from scipy.linalg.lapack import get_lapack_funcs
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import Grid, ends
+from ..core.formats import Grid, round_on
 from ..errors import PassError
 
 Matrix = npt.NDArray[np.floating]
@@ -101,7 +102,7 @@ def inverse_root(gram: Matrix, order: ColumnOrder, damp: float, where: str) -> R
 
 def nearest(weight: Matrix, scale: Floats, grid: Grid) -> Floats:
     """Integers `[rows, d]`, as float32."""
-    rounded: Floats = np.clip(np.rint(weight / scale[:, None]), *ends(grid, 0, 2)).astype(np.float32)
+    rounded: Floats = round_on(weight / scale[:, None], grid, 0).astype(np.float32)
     return rounded
 
 
@@ -110,14 +111,14 @@ def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int, k
     held = None if kept is None else np.ascontiguousarray(kept.T[root.order])
     turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)  # a column of weights lies together
     integers = np.empty(turned.shape, np.float32)
-    step, (low, high) = scale.astype(turned.dtype), ends(grid, 0, 1)
+    step = scale.astype(turned.dtype)
     for start in range(0, len(turned), block):
         stop = min(start + block, len(turned))
         rows = np.ascontiguousarray(root.upper[start:stop, start:])
         errors = np.empty((stop - start, turned.shape[1]), turned.dtype)
         for i in range(stop - start):
             column = turned[start + i]
-            rounded = np.clip(np.rint(column / step), low, high)
+            rounded = round_on(column / step, grid, 0)
             if held is not None:
                 rounded *= held[start + i]
             integers[start + i] = rounded
@@ -125,7 +126,7 @@ def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int, k
             turned[start + i + 1 : stop] -= rows[i, i + 1 : stop - start, None] * errors[i]
         if stop < len(turned):
             turned[stop:] -= rows[:, stop - start :].T @ errors
-    return _in_place_of(integers, root.order)
+    return in_place_of(integers, root.order)
 
 
 def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> Matrix:
@@ -145,7 +146,7 @@ def comq(
     order = np.argsort(-np.sqrt(diagonal) * np.abs(weight).mean(axis=0), kind="stable")
     wanted = np.ascontiguousarray(weight.T[order], dtype=gram.dtype)
     held = None if kept is None else kept.T[order]
-    step, (low, high) = scale.astype(gram.dtype), ends(grid, 0, 1)
+    step = scale.astype(gram.dtype)
     now = wanted.copy()
     integers = np.empty(wanted.shape, np.float32)
     residual = np.zeros_like(wanted)  # H (W - s q)^T, in that order
@@ -157,7 +158,7 @@ def comq(
             for i in range(part.stop - start):
                 j = start + i
                 optimum = now[j] + residual[j] / columns[i, j]
-                integers[j] = np.clip(np.rint(optimum / step), low, high)
+                integers[j] = round_on(optimum / step, grid, 0)
                 if held is not None:
                     integers[j] *= held[j]
                 value = step * integers[j].astype(gram.dtype)
@@ -166,7 +167,7 @@ def comq(
                 residual[part] -= columns[i, part, None] * moved[i]
             residual[:start] -= columns[:, :start].T @ moved
             residual[part.stop :] -= columns[:, part.stop :].T @ moved
-    return _in_place_of(integers, order)
+    return in_place_of(integers, order)
 
 
 def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
@@ -175,8 +176,8 @@ def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
     return errors
 
 
-def _in_place_of(integers: Floats, order: ColumnOrder) -> Floats:
-    """`[d, rows]` in an order, as `[rows, d]` in the weights' own."""
+def in_place_of(integers: Floats, order: ColumnOrder) -> Floats:
+    """Return `[d, rows]` in an order as `[rows, d]` in the weights' own."""
     placed = np.empty_like(integers)
     placed[order] = integers
     return np.ascontiguousarray(placed.T)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import SMALLEST_SCALE, Grid, ends, of_rows
+from ..core.formats import SMALLEST_SCALE, Grid, Levels, Vectors, ends, of_rows, reach
 from .matrix import Matrix
 
 SCALE_FACTORS = np.linspace(1.0, 0.3, 29)
@@ -28,7 +28,7 @@ def search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Flo
 
 
 def _search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Floats:
-    limit = np.abs(weight).max(axis=1) / grid.qmax
+    limit = np.abs(weight).max(axis=1) / reach(grid)
     best = scale.astype(np.float32)
     error = _error(weight, best, grid, importance)
     for shrink in SCALE_FACTORS:
@@ -50,8 +50,11 @@ def refit(weight: Matrix, integers: Floats, gram: Matrix, scale: Floats) -> Floa
 
 def _error(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> npt.NDArray[np.float64]:
     difference = weight / scale[:, None]
-    np.rint(difference, out=difference)
-    np.clip(difference, *ends(grid, 0, 2), out=difference)
+    if isinstance(grid, Levels | Vectors):
+        difference = grid.nearest(difference, 0)
+    else:  # without copies
+        np.rint(difference, out=difference)
+        np.clip(difference, *ends(grid, 0, 2), out=difference)
     difference *= scale[:, None]
     difference -= weight
     np.square(difference, out=difference)

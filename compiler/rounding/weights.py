@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import Format, Grid
+from ..core.formats import Format, Grid, Levels
 from ..core.program import Plan, Program, Quantizer, Site
 from ..errors import PassError
 from ..graph import weight_store as store
@@ -120,9 +120,12 @@ def _checked(quantize: ir.Node, pairs: list[ir.Node], readers: list[ir.Node], ax
 
 
 def grid_of(planned: str, weight: QuantizedWeight, plan: Plan) -> Grid:
-    """Return the grid of a weight: the graph has the widest row's, the plan, under the name `planned`, all rows'."""
+    """Return the grid of a weight: the graph has the widest row's, the plan, under the name `planned`, all rows'.
+
+    A codebook is in the plan alone.
+    """
     quantizer = plan.of(planned, weight.name)
-    return weight.format if quantizer is None or quantizer.row_bits is None else quantizer.grid
+    return weight.format if quantizer is None or quantizer.uniform else quantizer.grid
 
 
 def replace_weight(
@@ -149,12 +152,16 @@ def replace_weight(
     value.const_value = ir.tensor(scale.reshape(shape_of(value).numpy()), name=name_of(value))
 
 
-def with_scales(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Floats]], by: str) -> Plan:
-    """Return the plan with the new scales of weights: for each layer's name (weight, its name in the plan, scales)."""
+def with_grids(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Floats, Grid]], by: str) -> Plan:
+    """Return the plan with new scales and levels of weights.
+
+    `changed` has, for each layer's name, (weight, its name in the plan, scales, grid).
+    """
     quantizers: dict[Site, Quantizer] = dict(plan.quantizers)
-    for layer, (weight, value, scale) in changed.items():
+    for layer, (weight, value, scale, grid) in changed.items():
         site = Site(value, layer) if Site(value, layer) in quantizers else Site(value)
         if site not in quantizers:
             raise PassError(f"the plan has no quantizer for the weight {value!r}", where=weight.name)
-        quantizers[site] = replace(quantizers[site], scale=scale.reshape(quantizers[site].scale.shape), by=by)
+        old, levels = quantizers[site], grid.table if isinstance(grid, Levels) else None
+        quantizers[site] = replace(old, scale=scale.reshape(old.scale.shape), by=by, levels=levels)
     return replace(plan, quantizers=quantizers)

@@ -32,10 +32,13 @@ class Quantizer(nn.Module):
     The zero point is a float that is rounded and clamped to the grid in each call, so that what is trained is what is
     written. The gradients of both parameters are multiplied by 1 / sqrt(n qmax), as LSQ does, where n is the number of
     elements that share a scale; with tables, of those of one sample.
+
+    `use_levels` puts a codebook in the place of the integers: round(v) is then the nearest level.
     """
 
     qmin: torch.Tensor
     qmax: torch.Tensor
+    levels: torch.Tensor | None
 
     def __init__(
         self,
@@ -62,8 +65,80 @@ class Quantizer(nn.Module):
         self.zero_point = nn.Parameter(zero_point.detach().clone().to(dtype))
         self.register_buffer("qmin", torch.as_tensor(qmin, dtype=dtype).clone())
         self.register_buffer("qmax", torch.as_tensor(qmax, dtype=dtype).clone())
+        self.register_buffer("levels", None, persistent=False)
         self.drop_probability = 0.0
         self.drop_generator: torch.Generator | None = None
+
+    def use_levels(self, table: npt.NDArray[np.int8]) -> None:
+        """Round to these levels `[count]` or `[C, count]`, ascending. Raise PassError for a zero point or a table."""
+        if self.rows or (table.ndim > 1 and self.axis is None) or bool(self.zero_points().any()):
+            raise PassError("only a weight on a symmetric grid has a codebook", hint="leave levels to weights")
+        self.levels = torch.as_tensor(table.astype(np.float32), dtype=self.qmin.dtype, device=self.qmin.device)
+        self.qmin, self.qmax = self.levels[..., 0].clone(), self.levels[..., -1].clone()
+
+    @torch.no_grad()
+    def levels_at(self, scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int8] | None:
+        """Return the levels, in units of `scale` where that was raised behind the training; None without a codebook."""
+        if self.levels is None:
+            return None
+        trained = self.scales().cpu().numpy()
+        ratio = (trained / scale.reshape(trained.shape))[..., None]
+        levels = self.levels.cpu().numpy()
+        table: npt.NDArray[np.int8] = np.rint(levels if np.all(ratio == 1) else levels * ratio).astype(np.int8)
+        return table
+
+    def mean_gap(self, rank: int) -> torch.Tensor:
+        """Return the mean distance of neighbours on the grid, as it broadcasts over values of that rank."""
+        if self.levels is None:
+            return torch.ones_like(self.qmin.max())
+        gap = (self.qmax - self.qmin).clamp(min=1) / (self.levels.shape[-1] - 1)
+        return self._shaped(gap, rank, gap.ndim > 0)
+
+    def nearest(self, v: torch.Tensor) -> torch.Tensor:
+        """Return the nearest integers, or levels, of values in units of the scale; the grid's ends are not applied."""
+        if self.levels is None:
+            return torch.round(v)
+        middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2
+        return self._at(self.levels, self._above(v, middles, strictly=True))
+
+    def around(
+        self, v: torch.Tensor, zero: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the lower one of two neighbours on the grid around each value, and their distance.
+
+        Values, neighbours and `chosen` are in units of the scale, without the zero point. `chosen` are points of the
+        grid, each of which is one of the two; its neighbour is the one towards the value.
+        """
+        if self.levels is None:
+            low, high = self._shaped_end(self.qmin, v), self._shaped_end(self.qmax, v)
+            base = torch.clamp(torch.floor(v), low - zero, high - zero - 1)
+            if chosen is not None:
+                base = torch.where(chosen > base + 1, chosen - 1, torch.where(chosen < base, chosen, base))
+            return base, torch.ones((), dtype=v.dtype, device=v.device)
+        last = self.levels.shape[-1] - 2
+        index = self._above(v, self.levels[..., 1:], strictly=False).clamp(max=last)
+        if chosen is not None:
+            own = self._above(chosen, self.levels[..., 1:], strictly=False)
+            index = torch.where(own > index + 1, own - 1, torch.where(own < index, own, index)).clamp(max=last)
+        base = self._at(self.levels, index)
+        return base, self._at(self.levels, index + 1) - base
+
+    def _above(self, v: torch.Tensor, ends: torch.Tensor, *, strictly: bool) -> torch.Tensor:
+        """Return how many ends `[n]` or `[C, n]` each value is above, or not below."""
+        count = torch.zeros(v.shape, dtype=torch.int64, device=v.device)
+        for k in range(ends.shape[-1]):
+            end = self._shaped_end(ends[..., k], v)
+            count = count + (v > end if strictly else v >= end)
+        return count
+
+    def _at(self, levels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        if levels.ndim == 1:
+            return levels[index]
+        rows = torch.arange(levels.shape[0], device=index.device)
+        return levels[self._shaped(rows, index.ndim, True), index]
+
+    def _shaped_end(self, end: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self._shaped(end, v.ndim, end.ndim > 0)
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
         """Return the values of `x` on the grid.
@@ -75,7 +150,8 @@ class Quantizer(nn.Module):
             x = x.to(self.scale.dtype)  # autocast computes in 16 bits; the grid is that of float32
         scale, zero, low, high = self.parameters_for(x, row)
         v = x / scale
-        q = torch.clamp(with_gradient_of(torch.round(v), v) + zero, low, high)
+        through = v if self.levels is None else torch.clamp(v, low, high)  # the nearest level is inside already
+        q = torch.clamp(with_gradient_of(self.nearest(v), through) + zero, low, high)
         quantized = (q - zero) * scale
         if self.training and self.drop_probability > 0:
             chance = torch.rand(x.shape, generator=self.drop_generator, device=x.device)
@@ -86,7 +162,7 @@ class Quantizer(nn.Module):
     def integers(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
         """Return the integers of `x`, as floats of the same shape."""
         scale, zero, low, high = self.parameters_for(x, row)
-        return torch.clamp(torch.round(x / scale) + zero, low, high)
+        return torch.clamp(self.nearest(x / scale) + zero, low, high)
 
     def parameters_for(self, x: torch.Tensor, row: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Return scale, zero point, lowest and highest integer, shaped to broadcast over `x`."""
@@ -111,7 +187,9 @@ class Quantizer(nn.Module):
         return with_gradient_of(torch.clamp(self.scale, min=float(SMALLEST_SCALE)), self.scale)
 
     def zero_points(self) -> torch.Tensor:
-        """Return the zero points as they are used and written: integers of the grid."""
+        """Return the zero points as they are used and written: integers of the grid; 0 with a codebook."""
+        if self.levels is not None:
+            return self.zero_point * 0
         return with_gradient_of(torch.clamp(torch.round(self.zero_point), self.qmin, self.qmax), self.zero_point)
 
     def drop_elements(self, probability: float, seed: int) -> None:
@@ -148,7 +226,9 @@ class Quantizer(nn.Module):
 class SoftRounding(nn.Module):
     """The weights of a layer between the two grid points around each (AdaRound; Nagel et al., 2020).
 
-        w = (base + h(V)) s        h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1)
+        w = (base + h(V) gap) s        h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1)
+
+    The gap is 1, or the distance of the two levels of a codebook, so that a V moves by its own step (FP4DiT).
 
     It takes the place of a weight's quantizer, and its forward ignores the weight that it is called with.
 
@@ -164,6 +244,7 @@ class SoftRounding(nn.Module):
     MARGIN = 0.02  # beyond 1/2, on the side of an integer that another method chose
 
     base: torch.Tensor
+    gap: torch.Tensor
 
     def __init__(
         self, quantizer: Quantizer, weight: torch.Tensor, integers: torch.Tensor | None = None, pull: float = 0.5
@@ -175,17 +256,16 @@ class SoftRounding(nn.Module):
             raise PassError(f"the pull towards the given integers is {pull}", hint="choose one from 0 to 1")
         self.quantizer = quantizer
         with torch.no_grad():
-            scale, zero, low, high = quantizer.parameters_for(weight)
-            v = weight / scale
-            base = torch.clamp(torch.floor(v), low - zero, high - zero - 1)
-            h = torch.clamp(v - base, 0, 1)
-            if integers is not None:
-                chosen = integers.to(v.dtype) - zero
-                base = torch.where(chosen > base + 1, chosen - 1, torch.where(chosen < base, chosen, base))
-                h = torch.clamp(v - base, 0, 1)
-                up = chosen - base
+            scale, zero, _, _ = quantizer.parameters_for(weight)
+            v, chosen = weight / scale, None if integers is None else integers.to(weight.dtype) - zero
+            base, gap = quantizer.around(v, zero, chosen)
+            step = gap.clamp(min=self.EDGE)  # two levels may be equal
+            h = torch.clamp((v - base) / step, 0, 1)
+            if chosen is not None:
+                up = (chosen - base) / step
                 h = h + pull * (up - h)
                 h = torch.where(up > 0.5, h.clamp(min=0.5 + self.MARGIN), h.clamp(max=0.5 - self.MARGIN))
+            self.register_buffer("gap", gap)
             self.register_buffer("base", base)
             share = (h.clamp(self.EDGE, 1 - self.EDGE) + self.SHIFT) / self.STRETCH
             self.v = nn.Parameter(torch.logit(share))
@@ -223,8 +303,8 @@ class SoftRounding(nn.Module):
     def integers(self) -> torch.Tensor:
         """Return the integers of the nearer grid points, as floats of the weight's shape."""
         _, zero, low, high = self.quantizer.parameters_for(self.base)
-        return torch.clamp(self.base + (self.v >= 0).to(self.v.dtype) + zero, low, high)
+        return torch.clamp(self.base + (self.v >= 0).to(self.v.dtype) * self.gap + zero, low, high)
 
     def _weights(self, fractions: torch.Tensor) -> torch.Tensor:
         scale, zero, low, high = self.quantizer.parameters_for(self.base)
-        return (torch.clamp(self.base + fractions + zero, low, high) - zero) * scale
+        return (torch.clamp(self.base + fractions * self.gap + zero, low, high) - zero) * scale

@@ -23,7 +23,7 @@ import torch
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.formats import along, ends
+from ..core.formats import Levels, along, ends
 from ..core.program import Plan, Program, Site
 from ..core.program import Quantizer as Planned
 from ..errors import PassError
@@ -43,13 +43,19 @@ _Array = npt.NDArray[Any]
 def plan_grids(program: Program, graph: TorchGraph) -> None:
     """Give each module the grid of the plan, which is narrower than that of the graph's nodes for weights.
 
-    A weight has a symmetric grid, and its rows may have widths of their own. Call it before training.
+    A weight has a symmetric grid, rows with widths of their own, or a codebook of levels. Call it before training.
     """
     plan = program.require_plan()
     for node, sites in _sites(program, program.graph).items():
         part = graph.quantizers.get(node.name or "")
         if isinstance(part, Quantizer):
-            grid = plan.quantizers[next(iter(sites.values()))].grid
+            site, planned = next((site, plan.quantizers[site]) for site in sites.values())
+            if planned.vectors is not None:
+                raise PassError("vectors of a codebook are not trained", where=str(site), hint="train with levels")
+            if planned.levels is not None:
+                part.use_levels(planned.levels)
+                continue
+            grid = planned.grid
             part.qmin = torch.as_tensor(grid.qmin, dtype=part.qmin.dtype, device=part.qmin.device)
             part.qmax = torch.as_tensor(grid.qmax, dtype=part.qmax.dtype, device=part.qmax.device)
 
@@ -200,10 +206,15 @@ class _Writer:
         axis, rank = quantizer.axis, old.ndim
         s, z = along(scale, axis, rank), along(zero.astype(np.float32), axis, rank)
         low, high = (along(_array(end, name), axis, rank) for end in (quantizer.qmin, quantizer.qmax))
-        q = np.clip(np.rint(trained / s) + z, low, high)
+        if (levels := quantizer.levels_at(scale)) is not None:
+            q = Levels(levels).nearest(trained / s, axis)
+        else:
+            q = np.clip(np.rint(trained / s) + z, low, high)
         for site in sites.values():
-            lowest, highest = ends(self.program.require_plan().quantizers[site].grid, axis, rank)
-            if np.any(q < lowest) or np.any(q > highest):
+            planned = self.program.require_plan().quantizers[site]
+            lowest, highest = ends(planned.grid, axis, rank)
+            uniform = planned.levels is not None and levels is None
+            if uniform or np.any(q < lowest) or np.any(q > highest):
                 raise PassError(
                     "a trained weight is not on the grid of the plan", where=str(site), hint="call plan_grids first"
                 )
@@ -224,6 +235,8 @@ class _Writer:
                     zero_point=zero.reshape(old.zero_point.shape).astype(old.zero_point.dtype),
                     by=by,
                 )
+                if old.levels is not None and node in self.modules:
+                    new = replace(new, levels=_quantizer(self.modules[node]).levels_at(scale))
                 if _same(old, new):
                     continue
                 # Layers that shared a quantizer have different ones where room was made for the bias of one.

@@ -6,9 +6,10 @@ to, with a straight-through gradient:
     all         w = w_0 + s d               d: an offset for each element
     adapters    w = w_0 + s (B A)           rank r: A is random, B is 0 (EfficientDM's QALoRA, arXiv 2310.03270)
 
-s is the scale that the weight has at the start; a step of its size is what EfficientDM calls scale-aware. The start
-w_0 is the float weight, moved into the cell of the integer that the graph has, CELL of a step around it: behind
-round_weights the rounding is that of GPTQ, and the elements that GPTQ rounded the other way are near their boundary.
+s is the scale that the weight has at the start (of a codebook, times the mean distance of its levels); a step of its
+size is what EfficientDM calls scale-aware. The start w_0 is the float weight, moved into the cell of the integer that
+the graph has, CELL of a step around it: behind round_weights the rounding is that of GPTQ, and the elements that GPTQ
+rounded the other way are near their boundary.
 
 Weights that are not quantized (biases, rows of tables of biases, factors and offsets of norms) move by shares of their
 root mean square: w = w_0 + rms d. They cost nothing at run time. Weights of layers that stay in float do not move.
@@ -109,7 +110,10 @@ class MovingWeights:
             floats = torch.tensor(numpy_of(inputs.floats), dtype=parameter.dtype, device=parameter.device)
             scale, zero, _, _ = quantizer.parameters_for(parameter)
             integers = quantizer.integers(parameter) - zero
-            start = torch.clamp(floats / scale, integers - CELL, integers + CELL) * scale
+            v = floats / scale
+            _, gap = quantizer.around(v, zero, integers)
+            start = torch.clamp(v, integers - CELL * gap, integers + CELL * gap) * scale
+            unit = scale * quantizer.mean_gap(start.ndim)
         shape = (start.shape[0], start[0].numel())
         offsets: tuple[nn.Parameter, ...] = (nn.Parameter(torch.zeros_like(start)),)
         if moving == "adapters":
@@ -117,7 +121,7 @@ class MovingWeights:
             right = rng.standard_normal((r, shape[1]), dtype=np.float32) / np.float32(np.sqrt(r))
             factors = torch.zeros(shape[0], r), torch.from_numpy(right)
             offsets = tuple(nn.Parameter(factor.to(start.device)) for factor in factors)
-        return _Moving(paths[id(parameter)], parameter, start, scale.detach().expand_as(start), offsets)
+        return _Moving(paths[id(parameter)], parameter, start, unit.detach().expand_as(start), offsets)
 
 
 def _float_weights(program: Program, graph: TorchGraph, paths: Mapping[int, str]) -> list[_Moving]:

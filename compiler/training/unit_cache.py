@@ -97,6 +97,7 @@ def _grids(plan: Plan) -> list[str]:
     """Return the grid of each quantizer as text."""
     return sorted(
         f"{site} {q.axis} {np.asarray(q.grid.qmin).tobytes().hex()} {np.asarray(q.grid.qmax).tobytes().hex()}"
+        + ("" if q.levels is None else f" {q.levels.shape} {q.levels.tobytes().hex()}")
         for site, q in plan.quantizers.items()
     )
 

@@ -141,7 +141,7 @@ def quantizer_rows(bundle: Bundle) -> list[PageData]:
         rows.append(
             {
                 "site": q.site,
-                "format": q.format,
+                "format": f"{q.format}, {q.levels} levels" if q.levels else q.format,
                 "axis": q.axis,
                 "channels": q.channels,
                 "rows": q.rows,

@@ -107,7 +107,9 @@ def _precisions(bundle: Bundle, graph: Any) -> dict[str, Value]:
     """Return the weight format of layers, and for other nodes the type of their output where the file has it."""
     manifest = bundle.manifest
     formats = {  # of weights: activations are unsigned
-        q.value: ("mixed widths" if q.row_bits else q.format)
+        q.value: (
+            "mixed widths" if q.row_bits else f"{q.levels} levels" if q.levels else "vectors" if q.vectors else q.format
+        )
         for q in manifest.quantizers
         if not q.format.startswith("u")
     }

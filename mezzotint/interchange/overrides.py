@@ -185,6 +185,8 @@ def _weight_problem(raw: Any, weight: Any, quantizer: QuantizerEntry | None) -> 
     width = quantizer.bits
     if quantizer.row_bits:
         return "its channels have several widths"
+    if quantizer.levels or quantizer.vectors:
+        return "its integers are those of a codebook"
     if width not in WEIGHT_TYPES:
         return f"it has {width} bits, and onnxruntime's quantizer has 8 and 4"
     if raw is None:

@@ -245,7 +245,11 @@ def _layers(counted: dict[str, int]) -> str:
 
 
 def _format(quantizer: QuantizerEntry) -> str:
-    """Return `int8`, or `int8 (4 bits: 115, 8 bits: 13)` with the number of channels of each width."""
+    """Return `int8`, `int8 (8 levels)`, or `int8 (4 bits: 115, 8 bits: 13)` with the channels of each width."""
+    if quantizer.levels:
+        return f"{quantizer.format} ({quantizer.levels} levels)"
+    if quantizer.vectors:
+        return f"{quantizer.format} ({quantizer.vectors[0]} vectors of {quantizer.vectors[1]})"
     widths = ", ".join(f"{bits} bits: {n}" for bits, n in (quantizer.row_bits or {}).items())
     return f"{quantizer.format} ({widths})" if widths else quantizer.format
 

@@ -24,6 +24,7 @@ from ..settle_scales import SettleScales
 from ..smooth_scales import SmoothScales
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
+from .codebooks import CODEBOOKS
 from .distilled import DISTILLED
 from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .pruned import PRUNED
@@ -248,4 +249,7 @@ BITS = (
     ),
 )
 
-PAPERS = (*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *PRUNED, *TRAINED, *SCALES, *BITS, *DISTILLED)
+PAPERS = (
+    *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *PRUNED, *CODEBOOKS),
+    *(*TRAINED, *SCALES, *BITS, *DISTILLED),
+)

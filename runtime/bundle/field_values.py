@@ -32,6 +32,12 @@ def format_name(value: Any) -> str:
     return value
 
 
+def number_and_size(value: Any) -> tuple[int, int]:
+    """Return the two integers of a list."""
+    number, size = (int(n) for n in value)
+    return number, size
+
+
 def scale_or_range(value: Any) -> float | tuple[float, float]:
     """Return the only scale, or (smallest, largest)."""
     if isinstance(value, list):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .field_values import declared_sizes, dtype_name, format_name, scale_or_range
+from .field_values import declared_sizes, dtype_name, format_name, number_and_size, scale_or_range
 from .json_fields import Fields
 from .lora_entry import LoraEntry
 
@@ -262,7 +262,8 @@ class Storage:
 class QuantizerEntry:
     """A quantizer of the plan. `scale` is the only one, or (smallest, largest); `zero_point` the different ones.
 
-    `row_bits` counts output channels by their bits where they differ. `by` is the pass that chose it.
+    `row_bits` counts output channels by their bits where they differ, `levels` the integers of a weight's codebook;
+    `vectors` is (number, size) of a codebook of vectors. `by` is the pass that chose it.
     """
 
     site: str
@@ -274,6 +275,8 @@ class QuantizerEntry:
     zero_point: tuple[int, ...]
     by: str
     row_bits: Mapping[str, int] | None = None
+    levels: int | None = None
+    vectors: tuple[int, int] | None = None
 
     @property
     def value(self) -> str:
@@ -295,6 +298,8 @@ class QuantizerEntry:
             "zero_point": list(self.zero_point),
             "by": self.by,
             **({"row_bits": dict(self.row_bits)} if self.row_bits else {}),
+            **({"levels": self.levels} if self.levels else {}),
+            **({"vectors": list(self.vectors)} if self.vectors else {}),
         }
 
     @classmethod
@@ -309,4 +314,6 @@ class QuantizerEntry:
             fields.parsed("zero_point", lambda values: tuple(map(int, values))),
             fields.text("by"),
             fields.maybe("row_bits", fields.counts),
+            fields.maybe("levels", fields.count),
+            fields.maybe("vectors", lambda key: fields.parsed(key, number_and_size)),
         )

@@ -96,6 +96,27 @@ def test_golden_row_widths(check_golden: Check) -> None:
     assert weight[1].tolist() == [0, 0.5, 0.5, 0] and weight[3].tolist() == [-3.5, 0, 0, 1]
 
 
+def test_golden_codebook(check_golden: Check) -> None:
+    """Weights go to the levels of their codebook, one for all of a weight or one for each row."""
+
+    def prepare(program: Program) -> Program:
+        plan = planned(program).plan
+        assert plan is not None
+        quantizers, eight = dict(plan.quantizers), Format(8, signed=True, symmetric=True)
+        rows = [[-9, 0, 6], [-4, -1, 2], [-1, 0, 1], [-7, 0, 3]]
+        for name, levels in (("kernel", [-5, 1, 7]), ("weight", rows)):
+            scale = np.full(2 if name == "kernel" else 4, 0.5, np.float32)
+            quantizers[Site(name)] = replace(
+                plan.quantizers[Site(name)], format=eight, scale=scale, levels=np.array(levels, np.int8)
+            )
+        return replace(program, plan=Plan(quantizers))
+
+    after = check_golden(InsertQdq(islands=()), "codebook", prepare=prepare)
+    kernel, weight = (numpy_of(after.graph.initializers[f"{name}_rows"]) for name in ("kernel", "weight"))
+    assert set(kernel.reshape(-1).tolist()) <= {-2.5, 0.5, 3.5}
+    assert set(weight[:, 1].tolist()) <= {-2, -0.5, 1} and set(weight[:, 2].tolist()) <= {-0.5, 0, 0.5}
+
+
 def test_an_island_that_matches_nothing_is_refused(tiny: Program, context: Context) -> None:
     with pytest.raises(RecipeError, match="'upper\\*' matches no layer") as caught:
         InsertQdq(islands=("first", "upper*")).run(planned(tiny), context)

@@ -15,7 +15,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.lowering.lower import lower
-from mezzotint.compiler.lowering.packing import rounded_to_half
+from mezzotint.compiler.lowering.packable import rounded_to_half
 from mezzotint.passes import store_half
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.recipes.catalog import RECIPES

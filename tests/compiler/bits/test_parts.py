@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mezzotint.compiler.bits.allocation import RELATIVE_GAP, allocate
 from mezzotint.compiler.bits.parts import Parts, cut, cuttable, joined_bytes, kurtosis, pieces_of, shares_of
 from mezzotint.compiler.bits.units import BitChoice, Unit, joined, units_of
-from mezzotint.compiler.core.formats import Format, Grid, RowFormats, quantize
+from mezzotint.compiler.core.formats import Format, Grid, Levels, RowFormats, quantize
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
@@ -106,6 +106,25 @@ def test_rows_of_different_widths_are_rounded_each_as_alone(method: str, seed: i
     for i, width in enumerate(bits.tolist()):
         np.testing.assert_array_equal(got[i], METHODS[method](weight, gram, scale, one(width))[i])
     assert not np.array_equal(got, METHODS[method](weight, gram, scale, one(8)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_codebook_of_the_formats_integers_rounds_as_the_format(method: str) -> None:
+    """The twin: other levels give other integers, which are levels; rows are rounded each as alone."""
+    weight, gram, scale = problem(1)
+    made = METHODS[method]
+    same = np.tile(np.arange(-3, 4, dtype=np.int8), (5, 1))
+    want = made(weight, gram, scale, one(3))
+    np.testing.assert_array_equal(made(weight, gram, scale, Levels(same)), want)
+    np.testing.assert_array_equal(made(weight, gram, scale, Levels(same[0])), want)
+    other = np.sort(np.random.default_rng(0).integers(-5, 6, (5, 6)), axis=1).astype(np.int8)
+    got = made(weight, gram, scale, Levels(other))
+    assert not np.array_equal(got, want)
+    if method != "search":
+        assert all(set(row) <= set(table) for row, table in zip(got.tolist(), other.tolist(), strict=True))
+    if method != "comq":
+        alone = [made(weight, gram, scale, Levels(table))[i] for i, table in enumerate(other)]
+        np.testing.assert_array_equal(got, alone)
 
 
 def test_comq_stays_inside_every_rows_grid() -> None:

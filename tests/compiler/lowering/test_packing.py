@@ -17,6 +17,7 @@ from mezzotint.compiler.bundle.writer import save_model
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.lowering import packing
+from mezzotint.compiler.lowering.codes import code_facts
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import open_session
 from tests.compiler.audit.test_versions import OLDEST, OLDEST_FOLDER, build_and_run
@@ -33,6 +34,7 @@ MATMUL_QDQ = """q = QuantizeLinear (x, xs, xz) d = DequantizeLinear (q, xs, xz)
     wd = DequantizeLinear <axis = 1> (w, ws, wz) y = MatMul (d, wd)"""
 GEMM_QDQ = """q = QuantizeLinear (x, xs, xz) d = DequantizeLinear (q, xs, xz)
     wd = DequantizeLinear <axis = 0> (w, ws, wz) y = Gemm <transB = 1> (d, wd)"""
+UNPACKING = {"Cast", "Gather", "GatherElements", "ReduceSum", "Concat", "CumSum", "ReduceMax", "Min", "Mul"}
 FORMS = {"conv": CONV, "conv_qdq": CONV_QDQ, "matmul": MATMUL, "matmul_qdq": MATMUL_QDQ, "gemm_qdq": GEMM_QDQ}
 KERNELS = {"conv": "QLinearConv", "matmul": "MatMulIntegerToFloat", "gemm": "QGemm"}
 
@@ -194,13 +196,19 @@ def test_any_number_of_integers(
 
 
 def test_the_oldest_onnxruntime_builds_the_same_kernels(tmp_path: Path) -> None:
-    """Each form in 4 bits, in 2, by rows, and sparse: the kernel runs, no unpacking node is left, the numbers agree."""
+    """In 4 bits, in 2, by rows, by code and sparse: the kernel runs, no unpacking node is left, the numbers agree."""
     models, wanted = {}, {}
     for form in FORMS:
-        for bits, wide_rows in ((4, 0), (2, 5), (8, 0)):
-            name = f"{form}-{bits}"
-            q = integers(form, bits, wide_rows)
-            q[np.random.default_rng(1).random(q.shape) < 0.7 * (bits == 8)] = 0
+        sparse = integers(form, 8)
+        sparse[np.random.default_rng(1).random(sparse.shape) < 0.7] = 0
+        weights = {
+            "4": integers(form, 4),
+            "2": integers(form, 2, 5),
+            "codes": by_code(form, 15 if form.endswith("qdq") else 8, own=form[0] != "c"),
+            "sparse": sparse,
+        }
+        for case, q in weights.items():
+            name = f"{form}-{case}"
             plain = layer(form, q)
             wanted[name] = run(plain, tmp_path, f"{name}-plain")
             models[name] = tmp_path / f"{name}.onnx"
@@ -214,7 +222,17 @@ def test_the_oldest_onnxruntime_builds_the_same_kernels(tmp_path: Path) -> None:
         built = onnx.load(tmp_path / "oldest" / f"{name}.onnx", load_external_data=False)
         found = Counter(node.op_type for node in built.graph.node)
         assert found[kernel(name.partition("-")[0])] == 1
-        assert not {"Cast", "Gather", "Concat", "CumSum", "ReduceMax", "Min", "Mul"} & set(found)
+        assert not {
+            "Cast",
+            "Gather",
+            "GatherElements",
+            "ReduceSum",
+            "Concat",
+            "CumSum",
+            "ReduceMax",
+            "Min",
+            "Mul",
+        } & set(found)
         assert sum(found.values()) == sum(operations.values())
         np.testing.assert_allclose(np.load(tmp_path / "oldest" / f"{name}.npy"), want, rtol=0, atol=1e-4 * np.ptp(want))
 
@@ -243,3 +261,51 @@ def test_a_weight_that_a_session_must_see_as_it_is_stays() -> None:
     weight = model.graph.initializers["w"]
     model.graph.outputs.append(weight)
     assert "w" in packed(model).graph.initializers
+
+
+def by_code(form: str, levels: int, own: bool) -> AnyArray:
+    """A weight of a form with so many integers, the same ones or others (`own`) for each output channel."""
+    rng = np.random.default_rng(levels)
+    shape = (ROWS, 19, 3, 3) if form.startswith("conv") else (ROWS, 4 * INPUTS + 1)
+    tables = [np.sort(rng.choice(np.arange(-127, 128), levels, replace=False)) for _ in range(ROWS)]
+    rows = [rng.choice(tables[row if own else 0], shape[1:]) for row in range(ROWS)]
+    q = np.stack(rows).astype(np.int8)
+    return q.T.copy() if form.startswith("matmul") else q
+
+
+@pytest.mark.parametrize(
+    ("form", "levels", "own"), [(f, n, o) for f in FORMS for n, o in ((2, False), (8, True), (15, False))]
+)
+def test_a_codebook_gives_the_same_numbers_from_the_same_kernel(
+    form: str, levels: int, own: bool, tmp_path: Path
+) -> None:
+    plain = layer(form, by_code(form, levels, own))
+    narrow = packed(plain)
+    bits = (levels - 1).bit_length()
+    size = plain.graph.initializers["w"].const_value.size  # type: ignore[union-attr]
+    codes = narrow.graph.initializers["w_codes"].const_value
+    assert codes is not None and codes.nbytes == -(-size * bits // 8) + (0 if bits == 4 else -size % 8 * bits // 8)
+    table = narrow.graph.initializers["w_levels"].const_value
+    assert table is not None and table.size == levels * (ROWS if own else 1)
+    want, operations = run(plain, tmp_path, "plain")
+    got, same = run(narrow, tmp_path, "narrow")
+    assert operations[kernel(form)] == 1 and same == operations
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("form", "size", "count"), [("conv", 2, 64), ("matmul", 2, 16), ("gemm_qdq", 4, 200)])
+def test_vectors_give_the_same_numbers_from_the_same_kernel(form: str, size: int, count: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(size)
+    shape = (ROWS, 24, 3, 3) if form == "conv" else (ROWS, 4 * INPUTS)
+    table = rng.integers(-127, 128, (count, size)).astype(np.int8)
+    q = table[rng.integers(0, count, int(np.prod(shape)) // size)].reshape(shape)
+    plain = layer(form, q.T.copy() if form == "matmul" else q)
+    narrow = packed(plain)
+    codes, levels = (narrow.graph.initializers[f"w_{part}"].const_value for part in ("codes", "levels"))
+    assert codes is not None and levels is not None and levels.shape.numpy() == (count, size)
+    assert codes.nbytes == -(-q.size * (count - 1).bit_length() // size // 8)
+    assert code_facts(narrow.graph.initializers["w_codes"]) == ((count - 1).bit_length() // size, q.size)
+    want, operations = run(plain, tmp_path, "plain")
+    got, same = run(narrow, tmp_path, "narrow")
+    assert operations[kernel(form)] == 1 and same == operations
+    np.testing.assert_array_equal(got, want)

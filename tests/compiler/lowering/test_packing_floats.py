@@ -13,7 +13,7 @@ import pytest
 
 from mezzotint.compiler.bundle.writer import save_model
 from mezzotint.compiler.graph.nodes import name_of
-from mezzotint.compiler.lowering import packing
+from mezzotint.compiler.lowering import packable
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import open_session
 from tests.compiler.audit.test_versions import OLDEST, OLDEST_FOLDER, build_and_run
@@ -181,5 +181,5 @@ def test_the_oldest_onnxruntime_folds_them_too(tmp_path: Path) -> None:
 
 
 def test_a_value_is_half_or_not() -> None:
-    assert np.array_equal(packing.rounded_to_half(np.array([1.5, 65504], np.float32)), [1.5, 65504])
-    assert np.isinf(packing.rounded_to_half(np.array([65520], np.float32))).all()
+    assert np.array_equal(packable.rounded_to_half(np.array([1.5, 65504], np.float32)), [1.5, 65504])
+    assert np.isinf(packable.rounded_to_half(np.array([65520], np.float32))).all()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mezzotint.compiler.lowering import packing, sparse_packing
+from mezzotint.compiler.lowering import packable, packing, sparse_packing
 from mezzotint.compiler.lowering.sparse_packing import SparseForm
 from mezzotint.runtime.arrays import AnyArray
 from tests.compiler.lowering.test_packing import integers, kernel, layer, packed, run, stored, unpacked_by_onnxruntime
@@ -72,7 +72,7 @@ def test_any_number_of_values(
 def floats(half: bool = False) -> ir.Model:
     rng = np.random.default_rng(0)
     w = (rng.standard_normal((64, 96)) * (rng.random((64, 96)) < 0.4)).astype(np.float32)
-    w = packing.rounded_to_half(w) if half else w
+    w = packable.rounded_to_half(w) if half else w
     model = ir.from_onnx_text(FLOAT.format(inputs=64, rows=96))
     value = model.graph.initializers["w"] if "w" in model.graph.initializers else model.graph.node(0).inputs[1]
     assert value is not None
@@ -91,7 +91,7 @@ def test_float_weights(half: bool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(got, want)
     assert set(operations) <= {"MatMul", "FusedMatMul"}
     assert stored(small)["FLOAT16" if half else "FLOAT"] < (2 if half else 4) * 64 * 96 * 0.45
-    assert packing.has_sparse_floats(plain)
+    assert packable.has_sparse_floats(plain)
 
 
 def test_dense_constants_have_no_sparse_form() -> None:

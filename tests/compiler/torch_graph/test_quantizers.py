@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from mezzotint.compiler.core.formats import Format, Grid, RowFormats, dequantize, quantize, scale_for_range
+from mezzotint.compiler.core.formats import Format, Grid, Levels, RowFormats, dequantize, quantize, scale_for_range
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.torch_graph.quantizers import Quantizer, SoftRounding
 
@@ -66,6 +66,59 @@ def test_rows_of_mixed_widths(axis: int) -> None:
     integers = quantize(w, scale, zero, grid, axis)
     built = module(scale, zero, grid, axis)
     np.testing.assert_array_equal(built(torch.from_numpy(w)).detach().numpy(), dequantize(integers, scale, zero, axis))
+
+
+def with_levels(axis: int) -> tuple[Quantizer, np.ndarray, Levels]:
+    """(quantizer, weight, levels) of six channels along an axis."""
+    rng = np.random.default_rng(axis)
+    grid = Levels(np.sort(rng.integers(-90, 91, (6, 5)), axis=1).astype(np.int8))
+    w = rng.normal(size=(6, 6, 3)).astype(np.float32)
+    scale = (np.abs(np.moveaxis(w, axis, 0)).reshape(6, -1).max(1) / 79.7).astype(np.float32)
+    built = module(scale, np.zeros(6, np.int8), Format(8, True, True), axis)
+    built.use_levels(grid.table)
+    return built, w, grid
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_codebook(axis: int) -> None:
+    """Values of the numpy arithmetic; gradients of LSQ, with the nearest level as round(v)."""
+    built, w, grid = with_levels(axis)
+    scale, zero = built.scale.detach().numpy(), np.zeros(6, np.int8)
+    x = torch.from_numpy(w).requires_grad_()
+    out = built(x)
+    q = quantize(w, scale, zero, grid, axis)
+    np.testing.assert_array_equal(out.detach().numpy(), dequantize(q, scale, zero, axis))
+    np.testing.assert_array_equal(built.integers(x).numpy(), q)
+    out.sum().backward()
+    assert x.grad is not None and built.scale.grad is not None
+    v, rows = np.moveaxis(w, axis, 0).reshape(6, -1) / scale[:, None], np.moveaxis(q, axis, 0).reshape(6, -1)
+    inside = (v >= grid.qmin[:, None]) & (v <= grid.qmax[:, None])
+    factor = 1 / np.sqrt(w.size / 6 * np.maximum(grid.qmax, 1))
+    assert not inside.all()
+    want = np.where(inside, rows - v, rows).sum(1)
+    np.testing.assert_allclose(built.scale.grad.numpy(), want * factor, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(np.moveaxis(x.grad.numpy(), axis, 0).reshape(6, -1), inside, atol=1e-6)
+    with pytest.raises(PassError, match="only a weight"):
+        module(np.ones(ROWS, np.float32), np.zeros(ROWS), Format(8), None, rows=True).use_levels(grid.table[0])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_soft_rounding_between_two_levels(axis: int) -> None:
+    built, w, grid = with_levels(axis)
+    weight, scale, zero = torch.from_numpy(w), built.scale.detach().numpy(), np.zeros(6, np.int8)
+    nearest = quantize(w, scale, zero, grid, axis)
+    soft = SoftRounding(built, weight)
+    np.testing.assert_array_equal(soft.integers().numpy(), nearest)
+    np.testing.assert_array_equal(soft.hard().numpy(), dequantize(nearest, scale, zero, axis))
+    low, high = (np.moveaxis(np.broadcast_to(e, (6, 3, 6)), 2, axis) for e in (grid.qmin * scale, grid.qmax * scale))
+    gaps = np.diff(grid.table.astype(float), axis=1).max() * scale.max()
+    soft_weights = soft().detach().numpy()
+    np.testing.assert_allclose(soft_weights, np.clip(w, low, high), atol=2 * SoftRounding.EDGE * gaps + 1e-5)
+    for row, table in zip(np.moveaxis(soft.base.numpy(), axis, 0), grid.table, strict=True):
+        assert set(row.reshape(-1).tolist()) <= set(table.tolist())
+    other = np.moveaxis(np.moveaxis(nearest, axis, 0)[:, ::-1], 0, axis).copy()  # of other weights: still levels
+    chosen = SoftRounding(built, weight, torch.from_numpy(other.astype(np.float32)))
+    np.testing.assert_array_equal(chosen.integers().numpy(), other)
 
 
 @pytest.mark.parametrize("channels", [(), (CHANNELS,)])

@@ -195,6 +195,21 @@ def test_a_weight_of_mixed_widths_stays_on_the_grid_of_each_row(static: Program,
     assert np.all(rows <= ((1 << (bits - 1)) - 1) * written.require_plan().quantizers[site].scale * 1.0001)
 
 
+def test_a_weight_of_a_codebook_stays_on_its_levels(static: Program, tmp_path: Path) -> None:
+    program = static
+    plan, site = program.require_plan(), Site("b1_w2")
+    levels = np.sort(np.random.default_rng(0).integers(-127, 128, (16, 8)), axis=1).astype(np.int8)
+    quantizers = {**plan.quantizers, site: replace(plan.quantizers[site], levels=levels)}
+    program = replace(program, plan=replace(plan, quantizers=quantizers))
+    with pytest.raises(PassError, match="not on the grid of the plan"):
+        write_back(program, moved(to_torch(program.model, signature=program.signature)), tmp_path, "test")
+    written = write_back(program, moved(converted(program)), tmp_path, "test")
+    after = written.require_plan().quantizers[site]
+    rows = numpy_of(written.graph.initializers["b1_w2"]).reshape(16, -1) / after.scale[:, None]
+    np.testing.assert_allclose(np.abs(rows[:, :, None] - levels[:, None]).min(axis=2), 0, atol=1e-4)
+    np.testing.assert_array_equal(after.levels, levels)
+
+
 def moved(graph: TorchGraph) -> TorchGraph:
     with torch.no_grad():
         graph.weights["b1_w2"].mul_(1.01)

@@ -59,11 +59,11 @@ def test_every_key_of_format_3_comes_back(old: dict[str, Any]) -> None:
         precision_of_call=["high"] * 10,
         shared_bytes=7,
         precision_choice={"rule": "schedule"},
-        quantizers=[{**old["quantizers"][-1], "row_bits": {"4": 3, "8": 5}}],
+        quantizers=[{**old["quantizers"][-1], "row_bits": {"4": 3, "8": 5}, "levels": 8, "vectors": [64, 2]}],
     )
     assert Manifest.from_json(manifest.to_json(), "again") == manifest
     assert manifest.require_mixture().precisions["high"].recipe.name == "w8a8"
-    assert manifest.quantizers[0].value == "h4" and manifest.quantizers[0].bits == 8
+    assert manifest.quantizers[0].value == "h4" and manifest.quantizers[0].bits == manifest.quantizers[0].levels == 8
 
 
 @pytest.mark.parametrize("name", ["inputs", "storage"])

@@ -1,0 +1,72 @@
+"""Recipes whose weights are rounded to a codebook: levels on the int8 grid, stored by code.
+
+The papers that store weights in 3 or 4 bits compute in half precision; here the kernels are those of w8a8. Each recipe
+has the bits of its paper's claim, and `--set choose_scales.weight_bits` takes 2, 3 and 4.
+"""
+
+from __future__ import annotations
+
+from mezzotint.compiler.core.pipeline import Recipe
+
+from ..choose_levels import ChooseLevels
+from ..choose_scales import ChooseScales
+from ..observe import Observe
+from ..round_weights import RoundWeights
+from .parts import against_w8a8, static
+
+_MEASURED = Observe(channels="inputs")
+_THREE, _FOUR = ChooseScales(weight_bits=3), ChooseScales(weight_bits=4)
+
+CODEBOOKS = (
+    Recipe(
+        "ganq",
+        "gptq with weights of 3 bits, a table of levels for each output channel, fitted to the layer's output in turns "
+        "with the codes",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(),), behind=(RoundWeights(refits=4),)),
+        paper="GANQ, arXiv 2501.12956 (its table by least squares, in turns with GPTQ's rounding in place of its own; "
+        "the first table by k-means; no outliers kept apart)",
+        baseline="gptq",
+        claim="w3a8",
+    ),
+    against_w8a8(
+        "higgs",
+        "w3a8",
+        "HIGGS, arXiv 2411.17525 (its grids of one dimension; scales of rows by least error, not by their norm; "
+        "without the Hadamard rotation and the allocation of bits)",
+        "w8a8 with weights of 3 bits on the levels that are best for normally distributed numbers",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="normal"),)),
+    ),
+    against_w8a8(
+        "fp4dit",
+        "w4a8",
+        "FP4DiT, arXiv 2503.15465 (the float format of each weight by its error, not by its place; without its "
+        "AdaRound and its float activations for each token)",
+        "w8a8 with weights of 4 bits in small float formats, exact on the int8 grid",
+        static(observe=_MEASURED, scales=_FOUR, plan=(ChooseLevels(method="float"),)),
+    ),
+    against_w8a8(
+        "lrq-dit",
+        "w3a8",
+        "LRQ-DiT, arXiv 2508.03485 (its twin logarithmic levels; static activations of 8 bits, not 4; without its "
+        "rotations)",
+        "w8a8 with weights of 3 bits on two logarithmic grids, one for each sign",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="log"),)),
+    ),
+    Recipe(
+        "gptvq",
+        "gptq with weights of 3 bits, rounded in pairs of inputs to a table of 64 vectors for each weight",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="vectors"),), behind=(RoundWeights(),)),
+        paper="GPTVQ, arXiv 2402.15319 (one table for each weight, a scale for each row; its codebook's start and "
+        "distance; no update of the table behind the codes, no compression of the table)",
+        baseline="gptq",
+        claim="w3a8",
+    ),
+    against_w8a8(
+        "vq-t2i",
+        "w3a8",
+        "Accurate Compression of Text-to-Image Diffusion Models via Vector Quantization, arXiv 2409.00492 (tables by "
+        "k-means; not additive, and without its fine-tuning)",
+        "w8a8 with weights of 3 bits, rounded in pairs of inputs to the nearest of 64 vectors",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="vectors"),)),
+    ),
+)
