@@ -849,8 +849,8 @@ class TestStableDiffusion:
 
         got = pipe(latents=x, output_type="latent", **TEXT).images.numpy()
 
-        conditions = [{"encoder_hidden_states": part.detach().numpy()} for part in (prompt, empty)]
-        denoise = predictor(bundle.denoiser(1), bundle.deployment, *conditions)
+        known, without = ({"encoder_hidden_states": part.detach().numpy()} for part in (prompt, empty))
+        denoise = predictor(bundle.denoiser(1), bundle.deployment, known, without)
 
         def mine(correction: Correction | None) -> list[Images]:
             return [sample(denoise, x.numpy(), bundle.schedule, bundle.deployment, correction=correction)]
