@@ -121,10 +121,14 @@ def named_sizes(value: ir.Value, shape: Sequence[int]) -> dict[str, int]:
 
 
 def sizes_of_rows(inputs: ConditionInputs, rows: Conditions) -> dict[str, int]:
-    """Return the sizes of open dimensions behind the rows, by their names in the graph."""
+    """Return the sizes of open dimensions behind the rows, by their names in the graph.
+
+    Rows that only a network reads which computes conditions have none there.
+    """
     found: dict[str, int] = {}
     for name, array in rows.items():
-        found |= named_sizes(inputs[name], array.shape[1:])
+        if name in inputs:
+            found |= named_sizes(inputs[name], array.shape[1:])
     return {name: size for name, size in found.items() if name.isidentifier()}
 
 

