@@ -196,9 +196,9 @@ def test_an_absurd_number(part: int, battery: Battery, world: Path) -> None:
     start = len(battery.outcomes)
     for i, (command, option) in enumerate(SIZES):
         for j, number in enumerate(NUMBERS):
-            if (i + j) % 4 == part and (TIMES > 1 or (i + j // 4) % 2 == 0):
+            if (i + j) % 4 == part and (TIMES > 1 or (i + j // 4) % 4 == 0):
                 _run(battery, world, *command, f"{option}={number}" if option.startswith("--") else option + number)
-    _check(battery, start, refused=40)
+    _check(battery, start, refused=20)
 
 
 OF_WORDS = {
@@ -226,13 +226,13 @@ def test_a_nasty_word(part: int, battery: Battery, world: Path) -> None:
     start = len(battery.outcomes)
     for i, (command, option) in enumerate(WORDS):
         for j, word in enumerate(NASTY):
-            if (i + j) % 3 != part:
+            if (i + j) % 3 != part or (TIMES == 1 and (i + j // 3) % 2):
                 continue
             value = {"--set": f"observe.groups={word}", "--cost": f"{word}=1", "--input": f"sample={word}"}.get(
                 option, word
             )
             _run(battery, world, *(w for w in command if w), f"{option}={value}" if option else value)
-    _check(battery, start, refused=80)
+    _check(battery, start, refused=40)
 
 
 def test_odd_places(battery: Battery, world: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_pictures_stay_close_to_float(bundle: Bundle, float_model: Path) -> None
 
 
 def test_coarser_activations_fall_below_the_bound(cli: Cli, folder: Path, float_model: Path) -> None:
-    words = ["--scheduler", DIGITS / "scheduler", "--size", "32x32", "--recipe", "w8a8-steps"]
+    words = ["--scheduler", DIGITS / "scheduler", "--size", "32x32", "--recipe", "w8a8"]
     words += ["--set", "choose_scales.activation_bits=4"]
     options = ["--steps", STEPS, "--calibration-samples", CALIBRATION, "--threads", THREADS, "--json"]
     answer = cli("compile", float_model, "-o", folder / "coarse", *words, *options)

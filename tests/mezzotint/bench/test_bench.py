@@ -216,7 +216,8 @@ class TestMeasure:
         }
         names = tuple(inputs)[1:]
         signature = SimpleNamespace(sample="x", conditions=names)
-        bundle: Any = SimpleNamespace(signature=signature, sample_shape=(4, 8, 16))
+        manifest = SimpleNamespace(calibration=SimpleNamespace(sizes={}))
+        bundle: Any = SimpleNamespace(signature=signature, sample_shape=(4, 8, 16), manifest=manifest)
         net: Any = SimpleNamespace(inputs=inputs)
 
         made = bench.make_conditions(net, bundle, 2)

@@ -26,7 +26,6 @@ from tools.tiny_unets import TOKENS
 COMPILED = (
     "UNet2DConditionModel, SDXL with LCM, ControlNet and T2I-Adapter",
     "UNet1DModel",
-    "ChromaTransformer2DModel",
     "QwenImageTransformer2DModel",
     "WanTransformer3DModel",
     "HunyuanVideoTransformer3DModel",
@@ -130,8 +129,8 @@ def test_a_row_is_exported_and_runs_on_integer_kernels(name: str, tmp_path: Path
     kernels, acceptance = bundle.manifest.kernels, bundle.manifest.acceptance
     assert kernels.integer > kernels.floating, kernels
     assert set(bundle.signature.conditions) == set(conditions)
-    lengths = bundle.manifest.calibration.sizes
-    assert lengths == ({"tokens": TOKENS} if "encoder_hidden_states" in conditions else {})
+    lengths = bundle.manifest.calibration.sizes  # residuals of a ControlNet have open heights and widths, too
+    assert lengths.get("tokens") == (TOKENS if "encoder_hidden_states" in conditions else None)
     if name in TIME_ALONE | {"SD3Transformer2DModel", "FluxTransformer2DModel"}:  # a row an image is a Gemm
         rows = [node.name for node in onnx.load(bundle.model_path).graph.node if node.op_type == "Gemm"]
         assert bool(rows) == (name not in TIME_ALONE), "modulation by the timestep alone is a table"
