@@ -23,8 +23,19 @@ LONGEST_NUMBER = 64  # characters
 _WRONG_VALUES = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_TEXT = "tag:yaml.org,2002:str"
+
+
 class _Loader(yaml.SafeLoader):
-    """A loader without keys that are there twice, numbers that are not finite, and integers above 64 bits."""
+    """A loader without keys that are there twice, numbers that are not finite, and integers above 64 bits.
+
+    `2:4` is text: YAML 1.1 reads it as minutes and seconds, YAML 1.2 does not.
+    """
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return _TEXT if tag in _NUMBERS and kind is yaml.ScalarNode and ":" in value else tag
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -47,8 +58,8 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.add_constructor(_NUMBERS[0], _Loader.construct_yaml_int)
+_Loader.add_constructor(_NUMBERS[1], _Loader.construct_yaml_float)
 
 
 def read_yaml(path: Path, what: str, error: type[MezzotintError]) -> Any:

@@ -88,7 +88,8 @@ class ChooseLevels(Pass):
     """Codebooks for weights of 2 to 4 bits.
 
     - `method`, `tables` (of kmeans), `form` (of float), `size` (of vectors): as above.
-    - `weighted`: errors are weighted by the inputs, which observe.channels=inputs measures; otherwise all count alike.
+    - `weighted`: errors are weighted by the inputs, which observe.channels=inputs measures; otherwise their weights are
+      equal.
     """
 
     method: Literal["kmeans", "normal", "float", "log", "vectors"] = "kmeans"

@@ -42,6 +42,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -92,11 +93,11 @@ class Distill(TrainingPass):
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        self.require_positive(
-            "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
+        require_positive(
+            self, "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
         )
-        self.require_positive("held_out", "checks", *(() if self.minutes is None else ("minutes",)))
-        self.require_not_negative("blocks", "relations")
+        require_positive(self, "held_out", "checks", *(() if self.minutes is None else ("minutes",)))
+        require_not_negative(self, "blocks", "relations")
         if self.weights == "none" and not self.floats and self.scales == "none":
             raise RecipeError("nothing moves", where=self.name, hint="let weights, floats or scales move")
 

@@ -65,6 +65,7 @@ from typing import Literal
 
 import numpy as np
 
+from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -113,8 +114,8 @@ class LearnScales(TrainingPass):
     held_out: int = 16
 
     def __post_init__(self) -> None:
-        self.require_positive("iterations", "learning_rate", "batch", "mixed", "calls", "samples")
-        self.require_not_negative("weight_steps", "inner", "held_out")
+        require_positive(self, "iterations", "learning_rate", "batch", "mixed", "calls", "samples")
+        require_not_negative(self, "weight_steps", "inner", "held_out")
         if self.weight_steps and self.what == "activations":
             raise RecipeError(
                 "learn_scales.weight_steps moves weights, and learn_scales.what leaves their scales alone",

@@ -51,7 +51,7 @@ correlated inputs), and blocks of 128 gain nothing more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, get_args
@@ -59,6 +59,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mezzotint.compiler.bits.units import with_macs
+from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -70,6 +71,8 @@ from mezzotint.compiler.pruning.patterns import PruningPattern
 from mezzotint.compiler.pruning.prunable import PrunableWeight, find_prunable
 from mezzotint.compiler.pruning.sparsity_profile import epsilon_shares
 from mezzotint.compiler.rounding.layer_inputs import Gathered, chosen_latents, gather_floats
+from mezzotint.compiler.rounding.parts import parts_in_memory
+from mezzotint.compiler.rounding.report import damped_words
 from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.sampling.deployment import Deployment
 
@@ -107,12 +110,8 @@ class PruneWeights(GraphPass):
 
     def __post_init__(self) -> None:
         PruningPattern.of(self.pattern, self.name)
-        counts = ("exact_inputs", "block", "calls", "samples", "columns")
-        bad = [name for name in counts if getattr(self, name) < 1]
-        bad += [name for name in ("polish", "damp") if not 0 <= getattr(self, name) < np.inf]
-        bad += [] if 0 < self.memory_gb < np.inf else ["memory_gb"]
-        if bad:
-            raise RecipeError(f"prune_weights.{bad[0]} is {getattr(self, bad[0])}", where=self.name, hint="choose more")
+        require_positive(self, "exact_inputs", "block", "calls", "samples", "columns", "memory_gb")
+        require_not_negative(self, "polish", "damp")
         for share in (self.sparsity, *self.levels):
             if share is not None and not 0 <= share < 1:
                 raise RecipeError(
@@ -131,9 +130,9 @@ class PruneWeights(GraphPass):
                 f"{self.name}.{bad[0]} is {getattr(self, bad[0])}", where=self.name, hint="choose above 0"
             )
         fixed = PruningPattern.of(self.pattern, self.name).sparsity
-        if fixed is not None and self.sparsity is not None:
+        if fixed is not None and self.sparsity not in (None, fixed):
             raise RecipeError(
-                f"the pattern {self.pattern} has a sparsity of {fixed:g}, and another one is given",
+                f"the pattern {self.pattern} has a sparsity of {fixed:g}, and {self.sparsity:g} is given",
                 where=f"{self.name}.sparsity",
                 hint="set prune_weights.sparsity to null, or choose the pattern unstructured",
             )
@@ -202,7 +201,7 @@ class _Work:
     ) -> None:
         """Call `work` for each weight, with the matrices H of its part of the graph, as many as the memory holds."""
         o, done = self.options, 0
-        parts = list(_parts(weights, o.memory_gb * 1e9))
+        parts = list(parts_in_memory(weights, lambda weight: weight.inputs, o.memory_gb))
         total = len(parts) * len(self.latents) + len(weights)
 
         def step() -> None:
@@ -266,25 +265,8 @@ class _Work:
         levels = sorted({s for s in chosen.values() if s > 0})
         spread = f" ({levels[0]:.0%} to {levels[-1]:.0%} of a layer)" if len(levels) > 1 else ""
         mean = float(np.mean(errors)) if errors else 0.0
-        damps = ", ".join(f"{name} ({damp:g})" for name, damp in self.damps.items())
         return (
             f"{len(errors)} of {len(self.weights) + len(self.dense)} weights pruned, {self.options.pattern}: {gone} of "
             f"{total} values are 0{spread}; squared error of their outputs {mean:.2%} of the power (mean){words}"
-            + (f"; damping raised: {damps}" if damps else "")
+            + damped_words(self.damps)
         )
-
-
-def _parts(weights: Sequence[PrunableWeight], room: float) -> Iterator[list[PrunableWeight]]:
-    """Yield runs of weights whose matrices H fit into `room` bytes; a run has at least one."""
-    part: list[PrunableWeight] = []
-    keys: set[object] = set()
-    size = 0.0
-    for weight in weights:
-        new = 0.0 if weight.inputs.key in keys else weight.inputs.gram_bytes
-        if part and size + new > room:
-            yield part
-            part, keys, size, new = [], set(), 0.0, weight.inputs.gram_bytes
-        part.append(weight)
-        keys.add(weight.inputs.key)
-        size += new
-    yield part

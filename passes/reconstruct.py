@@ -50,6 +50,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -98,8 +99,8 @@ class Reconstruct(TrainingPass):
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        self.require_positive("iterations", "learning_rate", "regularization", "batch", "calls", "samples")
-        self.require_not_negative("inner", "held_out", "scale_shares")
+        require_positive(self, "iterations", "learning_rate", "regularization", "batch", "calls", "samples")
+        require_not_negative(self, "inner", "held_out", "scale_shares")
         if not 0 <= self.drop < 1:
             raise RecipeError(
                 f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"

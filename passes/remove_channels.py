@@ -26,6 +26,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mezzotint.compiler.core.islands import Islands
+from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
 from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -62,12 +63,12 @@ class RemoveChannels(GraphPass):
     islands: tuple[str, ...] = ("first", "last")
 
     def __post_init__(self) -> None:
-        bad = [name for name in ("multiple", "calls", "samples", "columns") if getattr(self, name) < 1]
-        bad += [] if 0 < self.share < 1 else ["share"]
-        bad += [] if 0 <= self.damp < np.inf else ["damp"]
-        if bad:
-            hint = "choose a share above 0 and below 1, and positive numbers"
-            raise RecipeError(f"remove_channels.{bad[0]} is {getattr(self, bad[0])}", where=self.name, hint=hint)
+        require_positive(self, "share", "multiple", "calls", "samples", "columns")
+        require_not_negative(self, "damp")
+        if self.share >= 1:
+            raise RecipeError(
+                f"remove_channels.share is {self.share:g}", where=self.name, hint="choose a share below 1"
+            )
 
     def run(self, program: Program, context: Context) -> Program:
         sites, refused = self._sites(program)

@@ -48,7 +48,6 @@ four calls; the whole compilation peaks at 11.9 GB.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -58,6 +57,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.compiler.core.formats import Grid, Levels, Vectors, of_rows
+from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
@@ -67,6 +67,7 @@ from mezzotint.compiler.rounding import matrix as rounding
 from mezzotint.compiler.rounding.codebook import fitted_in_turns
 from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, chosen_latents, gather
+from mezzotint.compiler.rounding.parts import parts_in_memory
 from mezzotint.compiler.rounding.report import RoundingReport
 from mezzotint.compiler.rounding.row_scales import refit, search
 from mezzotint.compiler.rounding.vectors import gptq_vectors, vector_order
@@ -117,14 +118,8 @@ class RoundWeights(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        counts = ("block", "sweeps", "calls", "samples", "columns", "stage", "exact_inputs")
-        bad = [name for name in counts if getattr(self, name) < 1]
-        bad += [name for name in ("damp", "alpha", "refits") if not 0 <= getattr(self, name) < np.inf]
-        bad += [] if 0 < self.memory_gb < np.inf else ["memory_gb"]
-        if bad:
-            raise RecipeError(
-                f"round_weights.{bad[0]} is {getattr(self, bad[0])}", where=self.name, hint="choose a positive number"
-            )
+        require_positive(self, "block", "sweeps", "exact_inputs", "calls", "samples", "columns", "memory_gb", "stage")
+        require_not_negative(self, "damp", "alpha", "refits")
 
     def run(self, program: Program, context: Context) -> Program:
         if program.float_model is None or program.plan is None:
@@ -136,7 +131,7 @@ class RoundWeights(Pass):
         every_input = [Inputs.of(weight, float_layers, self.name) for weight in weights]
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
-        stages = list(self._stages(every_input))
+        stages = list(parts_in_memory(every_input, lambda inputs: inputs, self.memory_gb, self.stage))
         total, done = len(stages) * len(latents) + len(every_input), 0
         report = RoundingReport()
         rounded: set[str] = set()
@@ -186,21 +181,6 @@ class RoundWeights(Pass):
                 )
         patterns = self.layers or ("*",)
         return [w for w in weights if any(fnmatchcase(name, p) for p in patterns for name in names[id(w)])]
-
-    def _stages(self, every_input: list[Inputs]) -> Iterator[list[Inputs]]:
-        """Yield runs of layers whose matrices fit into the memory; layers with the same input share one matrix."""
-        stage: list[Inputs] = []
-        keys: set[object] = set()
-        size = 0.0
-        for inputs in every_input:
-            new = 0.0 if inputs.key in keys else inputs.gram_bytes
-            if stage and (size + new > self.memory_gb * 1e9 or len(stage) == self.stage):
-                yield stage
-                stage, keys, size, new = [], set(), 0.0, inputs.gram_bytes
-            stage.append(inputs)
-            keys.add(inputs.key)
-            size += new
-        yield stage
 
     def _round(
         self, inputs: Inputs, grid: Grid, gathered: Gathered, report: RoundingReport

@@ -2,7 +2,7 @@
 
 A prompt's first token has a norm far above the others', so a ratio of sums would tell about that token alone. The error
 of a prompt's embedding is therefore relative to each token, and averaged over them. Of the hidden states, and of
-the residuals of a ControlNet, the worst one is told.
+the residuals of a ControlNet, the worst one is reported.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,9 +43,13 @@ class RoundingReport:
         methods = ", ".join(f"{method}: {n}" for method, n in sorted(self.methods.items()))
         shares = [error / simple for error, simple in self.errors.values() if simple > 0]
         share = float(np.mean(shares)) if shares else 1.0
-        damps = ", ".join(f"{name} ({damp:g})" for name, damp in self.damps.items())
         return (
             f"{methods} of {count} weights in {stages} stages; error of their outputs {share:.0%} of nearest's (mean); "
-            f"{self.kept} of {self.count} rows stayed at nearest, which was no worse"
-            + (f"; damping raised: {damps}" if damps else "")
+            f"{self.kept} of {self.count} rows stayed at nearest, which was no worse" + damped_words(self.damps)
         )
+
+
+def damped_words(damps: Mapping[str, float]) -> str:
+    """Return the layers whose H needed more damping than the option says, in words that end a note."""
+    raised = ", ".join(f"{name} ({damp:g})" for name, damp in damps.items())
+    return f"; damping raised: {raised}" if raised else ""

@@ -9,8 +9,6 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import ClassVar
 
-import numpy as np
-
 from mezzotint.runtime.progress import DETAIL, Progress
 from mezzotint.runtime.sampling.deployment import Deployment
 
@@ -49,22 +47,6 @@ class TrainingPass(Pass):
         from ..torch_graph.convert import to_torch
 
         return str(to_torch(program.model, signature=program.signature).module.code)
-
-    def require_positive(self, *options: str) -> None:
-        """Raise RecipeError for an option that is not a positive number."""
-        for option in options:
-            value = getattr(self, option)
-            if not 0 < value < np.inf:
-                raise RecipeError(f"{self.name}.{option} is {value}", where=self.name, hint="choose a positive number")
-
-    def require_not_negative(self, *options: str) -> None:
-        """Raise RecipeError for an option that is not 0 or a positive number."""
-        for option in options:
-            value = getattr(self, option)
-            if not 0 <= value < np.inf:
-                raise RecipeError(
-                    f"{self.name}.{option} is {value}", where=self.name, hint="choose 0 or a positive number"
-                )
 
     def plan_of(self, program: Program) -> Plan:
         """Return the plan. Raise StatsError where it or the float graph is gone."""

@@ -26,6 +26,13 @@ def test_plain_data_is_read_as_pyyaml_reads_it(data: Any) -> None:
     assert parse_yaml(text) == yaml.safe_load(text)
 
 
+@pytest.mark.parametrize("text", ["2:4", "1:30.5", "-1:00"])
+def test_numbers_with_colons_are_text(text: str) -> None:
+    assert yaml.safe_load(text) != text, "YAML 1.1 counts minutes and seconds"
+    assert parse_yaml(f"pattern: {text}") == {"pattern": text}
+    assert parse_yaml(yaml.safe_dump({"pattern": text})) == {"pattern": text}
+
+
 def test_aliases_and_merges_that_are_small() -> None:
     assert parse_yaml("a: &x {b: 1, c: 2}\nd: {<<: *x, b: 3}\ne: *x") == {
         "a": {"b": 1, "c": 2},
@@ -46,7 +53,7 @@ def test_aliases_and_merges_that_are_small() -> None:
             ".nan",
             "-.inf",
             "9" * 5_000,
-            "1:" * 50 + "1",
+            "!!int " + "1:" * 50 + "1",
         ),
         *(
             "0x" + "f" * 60,

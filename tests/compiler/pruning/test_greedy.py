@@ -193,10 +193,10 @@ def pruner(pattern: PruningPattern, exact: int = 99) -> LayerPruner:
 
 @pytest.mark.parametrize("exact", [99, 1])
 def test_singular_inputs_get_a_larger_ridge(exact: int) -> None:
-    """Channels that are all alike: any one of them can take the place of the others."""
+    """Channels that are all equal: any one of them can take the place of the others."""
     weight, _ = problem(0)
-    alike = np.ones((8, 8), np.float32)
-    layer = LayerPruner(FREE, "obs", exact, 4, 8, 0.0).prune_groups(weight, alike[None], 8, 0.5, "here")
+    equal = np.ones((8, 8), np.float32)
+    layer = LayerPruner(FREE, "obs", exact, 4, 8, 0.0).prune_groups(weight, equal[None], 8, 0.5, "here")
     assert layer.damp > 0 and layer.share < 0.01 and np.count_nonzero(layer.values) == 16
     dead = np.zeros((1, 8, 8), np.float32)
     assert np.isfinite(pruner(FREE, exact).prune_groups(weight, dead, 8, 0.5, "here").values).all()
