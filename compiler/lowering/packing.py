@@ -62,24 +62,21 @@ def pack(model: ir.Model, weights: WeightStorage = "parts") -> None:
     if weights == "int8":
         return
     packer = _Packer(model)
-    for value in list(model.graph.initializers.values()):
-        if is_table(value):
-            packer.table(value)
+    given = list(model.graph.initializers.values())  # not the tables that unpack weights
     for value, axis in list(integer_weights(model.graph)):
         packer.weight(value, axis, whole=weights == "whole")
-    pack_floats(model, packer)
+    for value in given:
+        if is_table(value):
+            packer.table(value)
+        else:
+            packer.floats(value)
 
 
-def pack_floats(model: ir.Model, packer: _Packer | None = None) -> None:
+def pack_floats(model: ir.Model) -> None:
     """Store the float constants of a graph that are exact in half precision, or have many zeros; edits the model."""
-    packer = packer or _Packer(model)
+    packer = _Packer(model)
     for value in list(model.graph.initializers.values()):
-        half = is_half(value)
-        form = SparseForm.of(numpy_of(value), 16 if half else 32) if is_float_weight(value) else None
-        if form is not None:
-            packer.sparse(value, form, packer.in_half if half else packer.in_float)
-        elif half:
-            packer.half(value)
+        packer.floats(value)
 
 
 def _widths(q: Integers, axis: int) -> npt.NDArray[np.int64]:
@@ -149,28 +146,25 @@ class _Packer:
             part = q if len(groups) == 1 else np.take(q, rows, axis)
             form = None if whole else SparseForm.of(part, bits)
             if form is None:
-                parts.append(self._stored(bits, part, f"{stem}_int{bits}"))
+                parts.append(self._stored(bits, f"{stem}_int{bits}", part))
             else:
                 parts.append(self._sparse(form, partial(self._stored, bits)))
         self._replace(value, self._joined(parts, [rows for _, rows in groups], axis, stem))
 
-    def half(self, value: ir.Value) -> None:
-        """Store a float constant in half precision."""
-        self._replace(value, self.in_half(numpy_of(value), name_of(value)))
-
-    def sparse(self, value: ir.Value, form: SparseForm, stored: Store) -> None:
-        """Store a constant by its values that are not 0."""
-        self._replace(value, self._sparse(form, stored))
+    def floats(self, value: ir.Value) -> None:
+        """Store a float constant in half precision where it is exact, and by its values that are not 0 if few are."""
+        half = is_half(value)
+        form = SparseForm.of(numpy_of(value), 16 if half else 32) if is_float_weight(value) else None
+        if form is not None:
+            self._replace(value, self._sparse(form, self._in_half if half else self.build.constant))
+        elif half:
+            self._replace(value, self._in_half(name_of(value), numpy_of(value)))
 
     def _sparse(self, form: SparseForm, stored: Store) -> ir.Value:
         self._count += 1  # a dozen nodes: the name of the weight in each would be a large part of a small file
         return unpack_sparse(form, self.build, stored, self._once, f"z{self._count}")
 
-    def in_float(self, array: npt.NDArray[Any], stem: str) -> ir.Value:
-        """Store an array as it is."""
-        return self.build.constant(stem, array)
-
-    def in_half(self, array: npt.NDArray[Any], stem: str) -> ir.Value:
+    def _in_half(self, stem: str, array: npt.NDArray[Any]) -> ir.Value:
         """Store an array in half precision, and return it in float32."""
         stored = self.build.constant(f"{stem}_half", array.astype(np.float16))
         return self._cast(stored, ir.DataType.FLOAT, f"{stem}_float")
@@ -207,7 +201,7 @@ class _Packer:
             members.append(rest)
         self._replace(value, self._joined(parts, members, 1, stem))
 
-    def _stored(self, bits: int, q: Integers, stem: str) -> ir.Value:
+    def _stored(self, bits: int, stem: str, q: Integers) -> ir.Value:
         """Integers as int8, stored in `bits` bits."""
         if bits == 8:
             return self.build.constant(stem, np.ascontiguousarray(q))

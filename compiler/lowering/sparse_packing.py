@@ -27,8 +27,8 @@ from .codes import Once
 GROUP = 4  # values that one bit may stand for
 NODES = 1200  # bytes of the nodes that unpack a constant
 
-Store = Callable[[npt.NDArray[Any], str], ir.Value]
-"""Stores values, and returns them as they were: (values, a name)."""
+Store = Callable[[str, npt.NDArray[Any]], ir.Value]
+"""Stores values, and returns them as they were: (a name, values)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ def unpack_sparse(form: SparseForm, build: Builder, store: Store, once: Once, st
         start = once("unpacked_shape", (0,), lambda: np.array([0], np.int64))
         end = once("unpacked_shape", (count,), lambda: np.array([count], np.int64))
         places = build.op("Slice", [places, start, end], f"{stem}_cut", dtype=integer)
-    values = store(form.values if run > 1 else form.values[:, 0], f"{stem}_kept")
+    values = store(f"{stem}_kept", form.values if run > 1 else form.values[:, 0])
     found = build.op("Gather", [values, places], f"{stem}_all", dtype=dtype)
     moved = form.shape if form.axis is None else _moved(form.shape, form.axis)
     shape = once("unpacked_shape", moved, lambda: np.array(moved, np.int64))
