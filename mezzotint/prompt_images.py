@@ -25,7 +25,7 @@ from mezzotint.runtime.streams import prompt_seed
 
 from .diffusers import load
 from .io.images import check_image_file, save_images, save_picture
-from .pipeline.control import read_control
+from .pipeline.control_images import read_control
 from .pipeline.preview import Preview
 from .prompts.calls import library, quiet_libraries
 from .prompts.texts import LONGEST_PROMPT

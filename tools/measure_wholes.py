@@ -24,7 +24,7 @@ from PIL import Image
 
 from mezzotint.diffusers import load
 from mezzotint.options import CalibrationOptions, CompileOptions, DeploymentOptions, ImportRoles, RecipeOptions
-from mezzotint.pipeline.control import line_drawing
+from mezzotint.pipeline.control_images import line_drawing
 from mezzotint.prompt_images import PromptOptions, draw_prompt
 from mezzotint.prompts.pipeline import CONTROL_PIPELINES
 from mezzotint.runtime.compare import sqnr_db

@@ -132,6 +132,8 @@ def _inaccurate(entry: Acceptance, layers: Sequence[WorstLayer]) -> str:
 
 def _remedies(layers: Sequence[WorstLayer], recipe: Recipe) -> str:
     """Return what helps: the remedies of the layers, and the options that keep all of them in float."""
+    if not layers and not any(step.name == "insert_qdq" for step in recipe.passes):
+        return "a smaller share of pruned weights or channels, or more calibration samples"
     if not layers:
         other = "" if recipe.name == best_recipe(recipe) else f"--recipe {best_recipe(recipe)}, "
         return f"{other}more calibration samples, or wider weights and activations; `mezzotint debug` may name layers"

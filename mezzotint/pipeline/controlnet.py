@@ -25,7 +25,7 @@ from mezzotint.runtime.bundle.layout import CONTROLNET
 from mezzotint.runtime.bundle.model_config import CLASS
 from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 
-from .control import ControlImages, control_images
+from .control_images import ControlImages, control_images
 from .loading import weights_part
 from .source import PipelineSource, part_config
 

@@ -22,7 +22,7 @@ from mezzotint.runtime.streams import FIXED
 
 from ..prompts.calls import library, prompt_arguments, size_arguments
 from ..prompts.recorder import Recorded, recording_network
-from .control import ControlImages
+from .control_images import ControlImages
 from .loading import (
     assembled,
     pipeline_class,

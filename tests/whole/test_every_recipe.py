@@ -50,6 +50,10 @@ def test_it_compiles_and_draws(source: Path, tmp_path: Path, name: str) -> None:
     found = compare(bundle, source, 2, threads=THREADS)
     assert np.isfinite(found.quantized_images).all()
     assert found.sqnr.pooled() > BARS.get(name, LEAST)
+    if name == "magnitude-prune":  # below the decibels of --min-sqnr, and nothing is quantized
+        assert "What helps: a smaller share of pruned weights" in str(
+            getattr(bundle.manifest.acceptance, "warning", "")
+        )
     kernels = bundle.manifest.kernels
     assert kernels.integer + kernels.floating >= OLD_CONVS
     if any(step.name == "insert_qdq" for step in recipe.passes) and recipe.target == "onnxruntime":

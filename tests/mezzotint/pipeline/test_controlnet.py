@@ -19,7 +19,7 @@ from PIL import Image
 from mezzotint import open_bundle
 from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.diffusers import load
-from mezzotint.pipeline.control import control_images, line_drawing, read_control
+from mezzotint.pipeline.control_images import control_images, line_drawing, read_control
 from mezzotint.pipeline.controlnet import pipeline_control
 from mezzotint.pipeline.source import pipeline_source
 from mezzotint.prompts.pipeline import prompt_pipeline
