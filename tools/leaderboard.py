@@ -6,11 +6,12 @@
     python -m tools.leaderboard --write-only                 the page again, from the rows that are there
 
 Each row is a file in the working folder (out/leaderboard, or out/leaderboard-NAME), written when it is done: a run that
-was stopped goes on where it stopped. A row counts as done when it was measured on the same model with the same passes,
-width, sampler and numbers of images; the page lists only such rows. --again measures them anew after a change of the
-code. Calibration is measured once for all recipes that share it. Speeds come last, from the bundles that are kept
-beside the rows: --no-speed leaves them to a run on a machine that is quiet. --iterations cuts the recipes that train
-for longer, and their rows say so; a row that trained for more iterations than were asked for counts as done.
+was stopped goes on where it stopped. The rows of a page are also in docs/leaderboard-NAME.json, from which a new folder
+starts. A row counts as done when it was measured on the same model with the same passes, width, sampler and numbers of
+images; the page lists only such rows. --again measures them anew after a change of the code. Calibration is measured
+once for all recipes that share it. Speeds come last, from the bundles that are kept beside the rows: --no-speed leaves
+them to a run on a machine that is quiet. --iterations cuts the recipes that train for longer, and their rows say so; a
+row that trained for more iterations than were asked for counts as done.
 
 Everything is paired: the same noise for float and quantized images, the prediction compared on the latents of the float
 trajectory, speed against fp32 onnxruntime in the same minute, threads pinned. A bundle with a correction is drawn and
@@ -20,6 +21,7 @@ judged with it, at the eta for which its paper claims something (`claim_eta`), a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -51,6 +53,7 @@ from tools.leaderboard_model import FloatModel, corrected
 from tools.leaderboard_options import parsed
 from tools.leaderboard_page import Row, page
 from tools.leaderboard_recipes import at_width, cut
+from tools.leaderboard_record import read_record, write_record
 
 SAME = ("images", "calibration", "steps", "threads", "batch")  # options that two rows of a page have in common
 Job = tuple[Path, Callable[[], Row], bool]  # the row's file, how to measure it, whether it is there
@@ -63,6 +66,9 @@ class Board:
         self.args, self.folder = args, Path(args.folder)
         self.rows = self.folder / "rows"
         self.rows.mkdir(parents=True, exist_ok=True)
+        for row in read_record(args.page):
+            if not (file := self.rows / f"{self.stem(*row.place)}.json").exists():
+                row.save(file)
         self.model = FloatModel(
             args.model,
             self.folder,
@@ -86,7 +92,8 @@ class Board:
         numbers = {name: getattr(self.args, name) for name in SAME}
         model = {"model": self.model.digest, "schedule": self.model.schedule.digest(), "deployment": plan}
         model |= self.model.given
-        return json.dumps({"recipe": what, **model, **numbers, "onnxruntime": running_version()}, sort_keys=True)
+        facts = {"recipe": what, **model, **numbers, "onnxruntime": running_version()}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def recipe_key(self, name: str, width: str, eta: float, iterations: int | None = None) -> str:
         recipe = cut(RECIPES[name], iterations)
@@ -166,7 +173,7 @@ class Board:
     def add_speeds(self) -> None:
         """Measure the speeds of all rows that have none, one after the other: nothing else runs in between."""
         for file, row in self.listed():
-            if row.speed is None and not row.refused:
+            if row.speed is None and self.bundle(*row.place).exists():
                 bundle = open_bundle(self.bundle(*row.place))
                 replace(row, speed=self.speed(bundle, bundle.denoiser(self.args.threads))).save(file)
                 print(f"speed of {file.stem}", flush=True)
@@ -302,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     about += f"calibration, onnxruntime {running_version()}, {args.threads} threads, batch {args.batch}"
     text = page(rows, args.name, about, RECIPES, args.eta)
     args.page.parent.mkdir(parents=True, exist_ok=True)
+    write_record(args.page, rows, RECIPES)
     partial = args.page.with_suffix(f".{os.getpid()}")
     partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(args.page)

@@ -41,7 +41,7 @@ class Row:
 
     `images` is the PSNR of each image, None for an identical one. `corrected` says that the images and the predictions
     are those behind the bundle's correction. `iterations` is how many each pass that trains was cut to, None for a
-    recipe that ran whole.
+    recipe that ran whole. `gain` is that of the images over the baseline's, as it is in the record of a board.
     """
 
     recipe: str
@@ -61,17 +61,23 @@ class Row:
     kernels: str = ""
     islands: int | None = None
     refused: str = ""
+    gain: Difference | None = None
 
     @staticmethod
     def load(file: Path) -> Row | None:
         """Return a row that was measured before; None where there is none, or one of another shape."""
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            return Row.of_json(json.loads(file.read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError):
             return None
+
+    @staticmethod
+    def of_json(data: object) -> Row:
+        """Return the row. Raise ValueError for one of another shape."""
         if not isinstance(data, dict) or set(data) != {f.name for f in fields(Row)}:
-            return None
-        return Row(**{**data, "images": tuple(data["images"])})
+            raise ValueError("this is no row of a leaderboard")
+        gain = data["gain"] and Difference(Metric(**data["gain"]["median"]), Metric(**data["gain"]["p10"]))
+        return Row(**{**data, "images": tuple(data["images"]), "gain": gain})
 
     def save(self, file: Path) -> None:
         partial = file.with_suffix(f".{os.getpid()}")
@@ -208,9 +214,14 @@ def _gain(row: Row, base: Row) -> str:
     return "" if row.sqnr is None or base.sqnr is None else f"{row.sqnr - base.sqnr:+.1f}"
 
 
-def _beside(row: Row, known: Known, recipes: Recipes) -> str:
+def gain_of(row: Row, known: Known, recipes: Recipes) -> Difference | None:
+    """Return what the images gained over the baseline's: by the images of both, else what the record says."""
     base = _baseline(row, known, recipes)
-    difference = None if base is None else Difference.of(row, base)
+    return None if base is None else Difference.of(row, base) or row.gain
+
+
+def _beside(row: Row, known: Known, recipes: Recipes) -> str:
+    base, difference = _baseline(row, known, recipes), gain_of(row, known, recipes)
     if base is None or difference is None:
         return ""
     return f"{_with_ends(difference.median)} / {_gain(row, base)} `{base.recipe}`"
@@ -228,8 +239,7 @@ def _claims(known: Known, recipes: Recipes, eta: float) -> list[str]:
         for row in known.values():
             if (row.recipe, row.width) != (recipe.name, recipe.claim):
                 continue
-            base = _baseline(row, known, recipes)
-            difference = None if base is None else Difference.of(row, base)
+            base, difference = _baseline(row, known, recipes), gain_of(row, known, recipes)
             if base is None or difference is None:
                 continue
             lines.append(

@@ -22,6 +22,7 @@ from tests.helpers.labels import CLASSES, labelled
 from tests.helpers.tiny import tiny_model
 from tools.leaderboard_options import parsed
 from tools.leaderboard_page import WIDTHS, Row, page
+from tools.leaderboard_record import read_record, record_of, write_record
 
 TOOL = Path(__file__).parents[2] / "tools" / "leaderboard.py"
 FEW = ["--images", "2", "--calibration", "2", "--steps", "3", "--batch", "2"]
@@ -67,6 +68,7 @@ def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: 
     """What is there is not measured again, what is missing is; the page says the same."""
     page = (measured / "page.md").read_text()
     (measured / "rows" / "w8a8-w4a8.json").unlink()
+    record_of(measured / "page.md").unlink()
     kept = (measured / "rows" / "w8a8-w8a8.json").stat().st_mtime_ns
     options = [*WIDE, "--model", str(measured / "unet.onnx"), "--scheduler", "cosine"]
     assert board.main([*options, "--folder", str(measured), "--page", str(measured / "page.md")]) == 0
@@ -240,6 +242,31 @@ def test_tables_are_sorted_by_images() -> None:
     assert "- `gptq` at W4A8: worse than `w8a8`" in text
     apart = page([a_row("gptq", BASE[:8]), a_row("w8a8", BASE)], "digits", "", RECIPES)
     assert "- `gptq`" not in apart, "not the same images"
+
+
+def test_a_new_folder_starts_from_the_record_of_the_page(
+    board: ModuleType, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page is the same from a folder that has measured nothing, and no row is measured again."""
+    options = [*WIDE, "--no-speed", "--no-peers", "--model", str(measured / "unet.onnx"), "--scheduler", "cosine"]
+    page = measured / "page.md"
+    text = page.read_text()
+    assert board.main([*options, "--folder", str(tmp_path), "--page", str(page)]) == 0
+    assert page.read_text() == text and "[1/" not in capsys.readouterr().out
+    rows = read_record(page)
+    assert len(rows) == len(list((measured / "rows").iterdir())) and all(row.refused or row.images for row in rows)
+
+
+def test_a_gain_is_that_of_the_record_where_images_are_gone(tmp_path: Path) -> None:
+    recipes = {
+        "w8a8": RECIPES["w8a8"],
+        "method": replace(RECIPES["w8a8"], name="method", baseline="w8a8", claim="w4a8"),
+    }
+    rows, file = [a_row("w8a8", BASE), a_row("method", BASE + 2 + NOISE)], tmp_path / "page.md"
+    write_record(file, rows, recipes)
+    kept = [replace(row, images=()) for row in read_record(file)]
+    assert page(kept, "digits", "", recipes) == page(rows, "digits", "", recipes)
+    assert page([replace(row, gain=None) for row in kept], "digits", "", recipes).count("better") == 0
 
 
 def test_rows_of_another_shape_are_measured_anew(tmp_path: Path) -> None:
