@@ -28,6 +28,7 @@ from .codebooks import CODEBOOKS
 from .distilled import DISTILLED
 from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .pruned import PRUNED
+from .tokens import TOKEN_WISE
 from .trained import TRAINED
 
 TENSOR = ChooseScales(per_channel=False)
@@ -250,6 +251,6 @@ BITS = (
 )
 
 PAPERS = (
-    *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *PRUNED, *CODEBOOKS),
+    *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *PRUNED, *CODEBOOKS, *TOKEN_WISE),
     *(*TRAINED, *SCALES, *BITS, *DISTILLED),
 )
