@@ -9,7 +9,7 @@
   writes 8 bits whatever its inputs have, so that 256 levels cost nothing where the inputs have 16.
 - Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
   channel (compiler/scales/weights.py). Without `per_channel` the channels of a weight have one scale in common, as in
-  DFQ (arXiv 1906.04721).
+  DFQ (arXiv 1906.04721). Layers for which split_ranks chose a width have that one.
 - Weights of transposed convolutions that lower_transposed left: 8 bits, whatever the width of the others. Their kernel
   is float, so fewer bits would cost accuracy and gain no speed. Per output channel, or per input channel with groups.
 
@@ -76,12 +76,12 @@ class ChooseScales(Pass):
     def run(self, program: Program, context: Context) -> Program:
         stats = program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
-        of_weights = weight_format(self.weight_bits)
         every_layer = list(layers(program.graph))
         quantizers = {} if self.activation_bits == "float" else self._of_activations(every_layer, stats)
         for i, layer in enumerate(every_layer):
             if layer.weight is not None:
-                self._add_weight(quantizers, layer, of_weights)
+                bits = program.widths.get(layer.name, self.weight_bits)
+                self._add_weight(quantizers, layer, weight_format(bits))
             context.progress(self.name, i + 1, len(every_layer))
         for node in program.graph:
             if (transposed := transposed_layer(node)) is not None:

@@ -195,6 +195,7 @@ class Program:
     target        the engine that gets it
     allocation    the number of calibration samples used at each timestep of the deployment, in the order of first
                   calls; empty: every sample at every timestep
+    widths        the bits of weights that a pass in front of choose_scales chose, by the names of their layers
     refused       the values and nodes that a rewriting pass left unchanged, with the reason
     noise_report  the measurements of fit_noise, as plain data for display
     training      the layers and blocks that passes trained, in the order of training
@@ -216,6 +217,7 @@ class Program:
     lowering: Lowering = "qdq"
     target: Target = ONNXRUNTIME
     allocation: tuple[int, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     history: tuple[Record, ...] = ()
     training: tuple[TrainedUnit, ...] = ()

@@ -18,6 +18,10 @@ from .require import required
 
 LayerKind = Literal["conv", "linear", "attention"]
 
+BRANCH = "mezzotint.branch"
+"""A node's metadata: the name of the layer that it computes a part of low rank for, in float. It is no layer itself."""
+BRANCH_REASON = "branch of low rank"
+
 # Operations that move data: they run on 8-bit values, and quantizing before or after them gives the same numbers.
 MOVERS = ("Transpose", "Reshape", "Resize", "Squeeze", "Unsqueeze", "Flatten")
 
@@ -94,6 +98,8 @@ def transposed_layer(node: ir.Node) -> Layer | None:
 
 def layer_of(node: ir.Node) -> Layer | None:
     """Return the layer of a node, or None for a node that cannot become an integer kernel."""
+    if BRANCH in node.metadata_props:
+        return None
     if is_op(node, "Conv"):
         return _conv(node)
     if is_op(node, "Gemm"):
@@ -176,6 +182,8 @@ def _bias_behind(node: ir.Node, weight: ir.Value) -> tuple[ir.Node | None, ir.Va
 
 def float_reason(node: ir.Node) -> str | None:
     """Return why a matrix multiplication cannot become an integer kernel, or None for every other node."""
+    if BRANCH in node.metadata_props:
+        return f"{BRANCH_REASON} beside {node.metadata_props[BRANCH]!r}"
     if is_op(node, "Conv", "Gemm", "MatMul") and layer_of(node) is None:
         return "its weights are not constant, or its attributes have no integer kernel"
     if is_op(node, "ConvTranspose"):

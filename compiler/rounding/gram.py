@@ -100,14 +100,32 @@ def choose_positions(sizes: Sequence[int], limit: int, rng: np.random.Generator)
     return np.repeat(samples, share), np.concatenate(rows)
 
 
+@dataclass(frozen=True)
+class Extent:
+    """The number of columns that a matrix H was summed over, and their least and largest value; 0 is among them."""
+
+    columns: int = 0
+    low: float = 0.0
+    high: float = 0.0
+
+    def rounding_noise(self, bits: int) -> float:
+        """Return the expected squared rounding error of one input, summed over the columns, on a grid of 2^bits."""
+        step = (self.high - self.low) / (2**bits - 1)
+        noise: float = self.columns * step**2 / 12
+        return noise
+
+
 class Gram:
     """H `[groups, d, d]` float32, summed over columns `[positions, groups, d]` as they come."""
 
     def __init__(self, groups: int, inputs: int) -> None:
+        self.extent = Extent()
         self._matrix = np.zeros((groups, inputs, inputs), np.float32)
         self._syrk = get_blas_funcs("syrk", dtype=np.float32)
 
     def add(self, columns: Floats) -> None:
+        low, high = min(self.extent.low, float(columns.min())), max(self.extent.high, float(columns.max()))
+        self.extent = Extent(self.extent.columns + len(columns), low, high)
         if len(self._matrix) > 1:  # many small ones
             turned = columns.transpose(1, 2, 0)
             self._matrix += turned @ turned.transpose(0, 2, 1)

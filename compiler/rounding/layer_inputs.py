@@ -29,7 +29,7 @@ from ..errors import PassError
 from ..graph.nodes import name_of
 from ..graph.ops import Layer
 from ..graph.require import shape_of
-from .gram import Gram, Unfold, choose_positions
+from .gram import Extent, Gram, Unfold, choose_positions
 from .weights import QuantizedWeight, find_weights, layer_name, weight_rows
 
 GramKey = tuple[tuple[str, Unfold], ...]
@@ -156,6 +156,10 @@ class Gathered:
     def gram(self, inputs: FloatInputs) -> Floats:
         """H `[groups, d, d]`."""
         return self._grams[inputs.key].matrix()
+
+    def extent(self, inputs: FloatInputs) -> Extent:
+        """The number and the range of the columns of H."""
+        return self._grams[inputs.key].extent
 
     def shift(self, inputs: FloatInputs) -> Floats | None:
         return self._shifts.get(id(inputs))

@@ -39,12 +39,15 @@ def weight_quantizer(
     axis = required(layer.weight_axis, "the output axis of the weight", layer.node)
     weight = np.moveaxis(numpy_of(required(layer.weight, "the weight", layer.node)), axis, 0)
     rows = weight.reshape(len(weight) if per_channel else 1, -1)
-    limit = np.abs(rows).max(axis=1)
-    if method == "mse":
-        limit = limit * _best_shrinks(rows, limit, fmt)
-    limit = np.broadcast_to(limit, len(weight))
+    limit = np.broadcast_to(row_limits(rows, fmt, method), len(weight))
     scale, zero = scale_for_range(-limit, limit, fmt)
     return Quantizer(fmt, scale, zero, by, axis=axis)
+
+
+def row_limits(rows: npt.NDArray[np.float32], fmt: Format, method: WeightMethod) -> npt.NDArray[np.float32]:
+    """Return the magnitude `[rows]` that each row of `[rows, inputs]` is cut off at: its grid ends there."""
+    limit: npt.NDArray[np.float32] = np.abs(rows).max(axis=1)
+    return limit * _best_shrinks(rows, limit, fmt) if method == "mse" else limit
 
 
 def rounded_weight(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Floats:

@@ -20,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from mezzotint.compiler.graph.ops import BRANCH_REASON
 from mezzotint.compiler.stages import scratch
 from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.bundle import Bundle
@@ -72,6 +73,8 @@ class Bench:
         """Times in milliseconds for one call; shares are of all kernel time, 0 to 1."""
         breakdown, total = self.breakdown, self.breakdown.kernel_seconds
         floating = self.floating
+        islands = self.bundle.manifest.islands
+        branches = {name for name, reason in islands.items() if reason.startswith(BRANCH_REASON)}
 
         def cost(nodes: int, seconds: float) -> dict[str, Any]:
             return {"nodes": nodes, "ms": _ms(seconds), "share": round(seconds / total, 6) if total else 0.0}
@@ -107,6 +110,7 @@ class Bench:
                 "kernels_ms": _ms(total),
                 "nodes": sum(o.nodes for o in breakdown.operations),
             },
+            "branches": cost(*breakdown.named(branches)) if branches else None,
             "groups": [{"group": group, **cost(*both)} for group, both in breakdown.groups().items()],
             "operations": [{"op": o.op, "group": o.group, **cost(o.nodes, o.seconds)} for o in breakdown.operations],
             "notes": list(NOTES),

@@ -39,6 +39,10 @@ def print_bench(found: dict[str, Any]) -> None:
         f"{floor['share']:.1%} of the kernel time ({floor['integer_kernels_ms']:.3f} ms profiled); "
         f"the floor of the call is {floor['call_ms']:.3f} ms"
     )
+    if (branches := found["branches"]) is not None:
+        pairs["branches of low rank"] = (
+            f"{branches['nodes']} nodes in float, {branches['share']:.1%} of the kernel time ({branches['ms']:.3f} ms)"
+        )
     pairs["profiled call"] = f"{traced['call_ms']:.3f} ms, {traced['kernels_ms']:.3f} ms of it in kernels"
     console.print_pairs(found["bundle"], pairs)
     if found["peers"]:

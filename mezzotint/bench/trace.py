@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,11 @@ class Breakdown:
     def integer_share(self) -> float:
         """The share of integer convolutions and matmuls in all kernel time, 0 to 1."""
         return self.integer_seconds / self.kernel_seconds if self.kernel_seconds else 0.0
+
+    def named(self, names: Collection[str]) -> tuple[int, float]:
+        """Return (nodes, seconds) of the nodes that had one of these names before onnxruntime rewrote them."""
+        found = [seconds for name, seconds in node_seconds(self).items() if name in names]
+        return len(found), sum(found)
 
     def groups(self) -> dict[str, tuple[int, float]]:
         """Return (nodes, seconds) of each group that occurs, in the order of GROUPS."""

@@ -22,10 +22,12 @@ from ..reparameterize_norms import ReparameterizeNorms
 from ..round_weights import RoundWeights
 from ..settle_scales import SettleScales
 from ..smooth_scales import SmoothScales
+from ..split_ranks import SplitRanks
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
 from .codebooks import CODEBOOKS
 from .distilled import DISTILLED
+from .low_rank import LOW_RANK
 from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .pruned import PRUNED
 from .tokens import TOKEN_WISE
@@ -159,9 +161,15 @@ FACTORS = (
     against_w8a8(
         "ditas",
         "w4a8",
-        "DiTAS, arXiv 2409.07756 (alpha by expected error, static activation scales; without its low-rank weights)",
-        "w8a8 smoothed by maxima over all steps, alpha chosen for each layer, at run time where no exact place exists",
-        static(BY_CHANNEL, SmoothScales(run_time=True, run_time_gain=0.1, timed=False)),
+        "DiTAS, arXiv 2409.07756 (alpha by expected error, static activation scales; branches of rank 32 at most, and "
+        "5 % of a weight's values, where layers are small)",
+        "w8a8 smoothed by maxima over all steps, alpha chosen for each layer, at run time where no exact place exists; "
+        "a float branch of low rank takes what the rounding of a weight leaves",
+        static(
+            BY_CHANNEL,
+            SmoothScales(run_time=True, run_time_gain=0.1, timed=False),
+            SplitRanks(weighting="inputs", weight_bits=8, iterations=10),
+        ),
     ),
     against_w8a8(
         "repq",
@@ -251,6 +259,7 @@ BITS = (
 )
 
 PAPERS = (
-    *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING, *PRUNED, *CODEBOOKS, *TOKEN_WISE),
+    *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING),
+    *(*PRUNED, *CODEBOOKS, *LOW_RANK, *TOKEN_WISE),
     *(*TRAINED, *SCALES, *BITS, *DISTILLED),
 )

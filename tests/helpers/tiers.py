@@ -77,6 +77,7 @@ PURE = (
     "compiler/graph/",
     "compiler/mixing/test_choice.py",
     "compiler/mixing/test_noise.py",
+    "compiler/low_rank/",
     "compiler/pruning/",
     "compiler/rescaling/test_axes.py",
     "compiler/rescaling/test_smoothing.py",

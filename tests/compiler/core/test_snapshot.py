@@ -34,7 +34,8 @@ def finished(request: pytest.FixtureRequest, tiny: Program, context: Context) ->
     assert program.plan is not None
     extra = {Site("start", "b1_conv1"): Quantizer(UINT8, np.array(0.5, np.float32), np.array(3, np.uint8), "test")}
     plan = Plan({**program.plan.quantizers, **extra}, program.plan.islands)
-    return replace(program, plan=plan, allocation=(4, 0, 2), refused={"start": "an Add reads it, too"})
+    program = replace(program, refused={"start": "an Add reads it, too"}, widths={"down": 4})
+    return replace(program, plan=plan, allocation=(4, 0, 2))
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def loaded(finished: Program, tmp_path: Path) -> Program:
 
 
 def test_facts(finished: Program, loaded: Program) -> None:
-    for name in ("signature", "deployment", "shape", "source", "frozen", "lowering", "allocation", "refused"):
+    for name in ("signature", "deployment", "shape", "source", "frozen", "lowering", "allocation", "refused", "widths"):
         assert getattr(loaded, name) == getattr(finished, name), name
     assert loaded.schedule.digest() == finished.schedule.digest()
     for got, want in zip(loaded.history, finished.history, strict=True):

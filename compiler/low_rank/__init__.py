@@ -1,0 +1,1 @@
+"""A weight as a quantized residual and a float branch of low rank beside it."""
