@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.graph.attention import attention_of
+from mezzotint.compiler.graph.attention import BATCH, HEADS, TOKENS, WIDTH, attention_of
 from mezzotint.compiler.graph.nodes import (
     Builder,
     Names,
@@ -119,11 +119,12 @@ def _reshape(graph: ir.Graph, names: Names, node: ir.Node) -> bool:
 def _move_once(graph: ir.Graph, names: Names, softmax: ir.Node) -> bool:
     found = attention_of(softmax)
     keys = None if found is None else found.product.inputs[1]
-    if found is None or keys is None or found.key.moves < 3 or keys.shape is None or len(keys.shape) != 4:
+    if found is None or keys is None or found.key.moves < 2 or keys.shape is None or len(keys.shape) != 4:
         return False
     build = Builder(graph, names, found.product)
     stem = name_of(keys)
-    moved = build.op("Transpose", [found.key.split], f"{stem}_once", like=keys, attributes={"perm": [0, 2, 3, 1]})
+    order = [found.key.dims.index((dim,)) for dim in (BATCH, HEADS, WIDTH, TOKENS)]
+    moved = build.op("Transpose", [found.key.split], f"{stem}_once", like=keys, attributes={"perm": order})
     if found.key.factor != 1:
         factor = build.constant(f"{stem}_factor", np.float32(found.key.factor))
         moved = build.op("Mul", [moved, factor], f"{stem}_scaled", like=keys)

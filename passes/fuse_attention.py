@@ -30,7 +30,8 @@ from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, GraphPass, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.graph.attention import Attention, attention_of
+from mezzotint.compiler.graph.attention import SPLIT, TOKENS, Attention, Heads, attention_of
+from mezzotint.compiler.graph.attention_bias import ScoreBias
 from mezzotint.compiler.graph.nodes import (
     MICROSOFT,
     Builder,
@@ -41,10 +42,13 @@ from mezzotint.compiler.graph.nodes import (
     remove_dead,
     replace_value,
 )
-from mezzotint.compiler.graph.require import producer
+from mezzotint.compiler.graph.require import producer, shape_of
 from mezzotint.runtime.open_sizes import open_size
 from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
+
+LOWEST = -1e30
+"""What is added to the scores of a masked key, at the least: far below all scores, and finite for every scale."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class FuseAttention(GraphPass):
         queries = _queries(program, context, found)
         names = Names(graph)
         for attention in found:
-            if queries[name_of(attention.query.rows)] >= self.tokens:
+            if queries[name_of(attention.query.split)] >= self.tokens:
                 _fuse(graph, names, attention)
                 fused += 1
         remove_dead(graph)
@@ -84,7 +88,8 @@ class FuseAttention(GraphPass):
 
 def _queries(program: Program, context: Context, found: Sequence[Attention]) -> dict[str, int]:
     """Return the number of tokens of each query at the program's sample size: one call tells what no shape states."""
-    sizes = {name_of(one.query.rows): known_ints(one.query.rows.shape, [1]) for one in found}
+    axes = {name_of(one.query.split): one.query.dims.index((TOKENS,)) for one in found}
+    sizes = {name_of(one.query.split): _known(one.query) for one in found}
     unknown = [name for name, size in sizes.items() if size is None]
     measured: dict[str, int] = {}
     if unknown:
@@ -93,8 +98,8 @@ def _queries(program: Program, context: Context, found: Sequence[Attention]) -> 
         with Executor(program.model, context.folder, taps=unknown, threads=context.threads, only_taps=True) as executor:
             given = _zeros(program, batch) | context.condition_rows(0, batch)
             values = executor.call(program.signature, x, t, call_conditions(context.condition_network, x, t, given))
-        measured = {name: values[name].shape[1] for name in unknown}
-    return {name: measured[name] if size is None else size[0] for name, size in sizes.items()}
+        measured = {name: values[name].shape[axes[name]] for name in unknown}
+    return {name: measured[name] if size is None else size for name, size in sizes.items()}
 
 
 def _zeros(program: Program, batch: int) -> dict[str, npt.NDArray[Any]]:
@@ -109,16 +114,77 @@ def _zeros(program: Program, batch: int) -> dict[str, npt.NDArray[Any]]:
     return found
 
 
+def _known(query: Heads) -> int | None:
+    """Return the number of tokens of a query where its shape states it."""
+    stated = known_ints(query.split.shape, [query.dims.index((TOKENS,))])
+    return None if stated is None else stated[0]
+
+
 def _fuse(graph: ir.Graph, names: Names, found: Attention) -> None:
     graph.opset_imports.setdefault(MICROSOFT, 1)
     output = found.output
     build = Builder(graph, names, producer(output))
+    columns: tuple[ir.Value | None, ir.Value | None] = (None, None)
+    if found.bias is not None:
+        columns = _query_column(build, found, found.bias), _key_column(build, found.bias)
     fused = build.op(
         "MultiHeadAttention",
-        [found.query.rows, found.key.rows, found.value.rows],
+        [
+            _rows(build, found.query, columns[0]),
+            _rows(build, found.key, columns[1]),
+            _rows(build, found.value, None),
+        ],
         f"{name_of(output)}_fused",
         like=output,
         attributes={"num_heads": found.query.heads, "scale": found.scale},
         domain=MICROSOFT,
     )
     replace_value(output, fused)
+
+
+def _query_column(build: Builder, found: Attention, bias: ScoreBias) -> ir.Value:
+    """Return what multiplies the keys' column, `[b, queries or 1, h, 1]`; the operation scales it as any other."""
+    share = build.constant(f"{name_of(found.output)}_share", np.full((1, 1, 1, 1), 1 / found.scale, np.float32))
+    if bias.query is None:
+        return share
+    stem = name_of(bias.query)
+    turned = _turned(build, bias.query, [0, 2, 1, 3], f"{stem}_column")
+    return build.op("Mul", [turned, share], f"{stem}_share", like=turned)
+
+
+def _key_column(build: Builder, bias: ScoreBias) -> ir.Value:
+    """Return the bias of each key `[b, keys, h, 1]`, above a number that the scale cannot make infinite."""
+    stem = name_of(bias.key)
+    lowest = build.constant(f"{stem}_lowest", np.float32(LOWEST))
+    finite = build.op("Max", [bias.key, lowest], f"{stem}_finite", like=bias.key)
+    return _turned(build, finite, [0, 3, 1, 2], f"{stem}_column")
+
+
+def _rows(build: Builder, heads: Heads, column: ir.Value | None) -> ir.Value:
+    """Return queries, keys or values as `[batch, tokens, heads * width]`, with one more channel for each head."""
+    if heads.rows is not None and column is None:
+        return heads.rows
+    value, stem = heads.split, name_of(heads.split)
+    order = [heads.dims.index(dim) for dim in SPLIT]
+    if order != sorted(order):
+        value = _turned(build, value, order, f"{stem}_split")
+    sizes, width = list(shape_of(value)), heads.width
+    if column is not None:
+        ends = {"start": 0, "end": 3}
+        count = build.op("Shape", [value], f"{stem}_sizes", dtype=ir.DataType.INT64, shape=[3], attributes=ends)
+        one = build.constant(f"{stem}_one", np.array([1]))
+        whole = build.op(
+            "Concat", [count, one], f"{stem}_column_sizes", dtype=ir.DataType.INT64, shape=[4], attributes={"axis": 0}
+        )
+        spread = build.op("Expand", [column, whole], f"{stem}_column", like=value, shape=[*sizes[:3], 1])
+        width += 1
+        value = build.op(
+            "Concat", [value, spread], f"{stem}_more", like=value, shape=[*sizes[:3], width], attributes={"axis": -1}
+        )
+    merged = build.constant(f"{stem}_merged", np.array([0, 0, heads.heads * width]))
+    return build.op("Reshape", [value, merged], f"{stem}_rows", like=value, shape=[*sizes[:2], heads.heads * width])
+
+
+def _turned(build: Builder, value: ir.Value, order: Sequence[int], name: str) -> ir.Value:
+    sizes = [shape_of(value)[axis] for axis in order]
+    return build.op("Transpose", [value], name, like=value, shape=sizes, attributes={"perm": list(order)})

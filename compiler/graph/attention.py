@@ -7,16 +7,20 @@
 
 Exporters write the moves in many ways (torch's dynamo exporter brings the keys to three dimensions and back), and
 factors stand in front of the first product or behind it. So the dimensions are followed through the moves, whatever
-these are.
+these are. In transformers a norm of each head, rotary embeddings or the concatenation of text and image stand between
+the split into heads and the product: the moves are followed back to these, where the heads have four dimensions in any
+order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import onnx_ir as ir
 
+from .attention_bias import ScoreBias, score_bias, unguarded
 from .nodes import consumers, is_constant, is_op, known_ints, numpy_of
 
 MergedDim = tuple[str, ...]
@@ -24,6 +28,7 @@ MergedDim = tuple[str, ...]
 
 BATCH, TOKENS, HEADS, WIDTH = "batch", "tokens", "heads", "width"
 _ROWS: tuple[MergedDim, ...] = ((BATCH,), (TOKENS,), (HEADS, WIDTH))
+SPLIT: tuple[MergedDim, ...] = ((BATCH,), (TOKENS,), (HEADS,), (WIDTH,))
 _HEAD_FIRST: tuple[MergedDim, ...] = ((BATCH,), (HEADS,), (TOKENS,), (WIDTH,))
 _TRANSPOSED: tuple[MergedDim, ...] = ((BATCH,), (HEADS,), (WIDTH,), (TOKENS,))
 
@@ -32,14 +37,15 @@ _TRANSPOSED: tuple[MergedDim, ...] = ((BATCH,), (HEADS,), (WIDTH,), (TOKENS,))
 class Heads:
     """Queries, keys or values on their way into heads.
 
-    rows    the value `[batch, tokens, heads * width]`
-    split   the same as `[batch, tokens, heads, width]`
+    split   the value with the four dimensions `dims`, as far in front of the moves as these can be followed
+    rows    the same as `[batch, tokens, heads * width]`, where a Reshape splits it; then `dims` are in this order
     factor  the product of the Muls and Divs behind it
-    moves   how many Reshapes and Transposes there are
+    moves   how many Reshapes and Transposes are behind `split`
     """
 
-    rows: ir.Value
+    rows: ir.Value | None
     split: ir.Value
+    dims: tuple[MergedDim, ...]
     heads: int
     width: int
     factor: float
@@ -48,11 +54,12 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """An attention without a mask.
+    """An attention.
 
     product  the MatMul of queries and keys
     output   the value `[batch, queries, heads * width]` where the heads are rows again
     scale    the factor of the scores
+    bias     what is added to the scaled scores: a mask
     """
 
     query: Heads
@@ -61,17 +68,18 @@ class Attention:
     product: ir.Node
     output: ir.Value
     scale: float
+    bias: ScoreBias | None = None
 
 
 def attention_of(softmax: ir.Node) -> Attention | None:
     """Return the attention that a softmax belongs to, or None where it is no attention, or one of another form."""
-    weights = softmax.outputs[0]
     scores, scale = _unscaled(softmax.inputs[0])
-    product = scores.producer() if scores is not None else None
-    readers = consumers(weights)
-    if not is_op(product, "MatMul") or len(readers) != 1 or not is_op(readers[0], "MatMul"):
+    product, bias, before = _product(scores, scale)
+    weights = unguarded(softmax, bias)
+    readers = [] if weights is None else consumers(weights)
+    if product is None or weights is None or len(readers) != 1 or not is_op(readers[0], "MatMul"):
         return None
-    if product is None or readers[0].inputs[0] is not weights or weights.is_graph_output() or not _over_keys(softmax):
+    if readers[0].inputs[0] is not weights or weights.is_graph_output() or not _over_keys(softmax):
         return None
     query = _source(product.inputs[0], _HEAD_FIRST)
     key = _source(product.inputs[1], _TRANSPOSED)
@@ -81,7 +89,23 @@ def attention_of(softmax: ir.Node) -> Attention | None:
     output = _joined(readers[0].outputs[0], query.heads, value.width)
     if output is None or len({query.heads, key.heads, value.heads}) != 1 or query.width != key.width:
         return None
-    return Attention(query, key, value, product, output, scale * query.factor * key.factor)
+    return Attention(query, key, value, product, output, before * query.factor * key.factor, bias)
+
+
+def _product(scores: ir.Value | None, scale: float) -> tuple[ir.Node | None, ScoreBias | None, float]:
+    """Return the product of queries and keys behind scores, what is added to it, and its factor in all."""
+    node = None if scores is None else scores.producer()
+    if is_op(node, "MatMul"):
+        return node, None, scale
+    if node is None or not is_op(node, "Add") or scale != 1:
+        return None, None, scale
+    for value, other in (tuple(node.inputs), tuple(node.inputs)[::-1]):
+        inner, factor = _unscaled(value)
+        product = None if inner is None else inner.producer()
+        bias = score_bias(other)
+        if is_op(product, "MatMul") and bias is not None:
+            return product, bias, factor
+    return None, None, scale
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
@@ -108,21 +132,39 @@ def _over_keys(softmax: ir.Node) -> bool:
 
 
 def _source(value: ir.Value | None, wanted: Sequence[MergedDim]) -> Heads | None:
-    """Follow a value of these dimensions, or with the first two merged, back to where its tokens are whole rows."""
+    """Follow a value of these dimensions, or with the first two merged, back to where its tokens are whole rows.
+
+    Return where it has four dimensions last on the way if something else than moves stands in front of that.
+    """
     moves: list[ir.Node] = []
-    factor = 1.0
+    factor, found = 1.0, None
     while value is not None:
         value, here = _unscaled(value)
         factor *= here
-        node = None if value is None else value.producer()
-        if node is None or not is_op(node, "Reshape", "Transpose") or value is None:
-            return None
+        if value is None:
+            break
+        found = _parted(value, moves, wanted, factor) or found
+        node = value.producer()
+        if node is None or not is_op(node, "Reshape", "Transpose"):
+            break
+        rows, sizes = node.inputs[0], _split_sizes(node)
+        dims = None if sizes is None else _follow(_ROWS, [node, *moves], *sizes)
+        if rows is not None and sizes is not None and dims is not None and _as_heads(dims) == tuple(wanted):
+            return Heads(rows, value, SPLIT, *sizes, factor, len(moves))
         moves.insert(0, node)
-        rows, split = node.inputs[0], node.outputs[0]
-        sizes = _split_sizes(node)
-        if rows is not None and sizes is not None and (dims := _follow(_ROWS, moves, *sizes)) is not None:
-            return Heads(rows, split, *sizes, factor, len(moves)) if _as_heads(dims) == tuple(wanted) else None
         value = rows
+    return found
+
+
+def _parted(value: ir.Value, moves: Sequence[ir.Node], wanted: Sequence[MergedDim], factor: float) -> Heads | None:
+    """Return a value with four dimensions as heads, if the moves turn some order of these into the wanted one."""
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    for dims in permutations(SPLIT):
+        sizes = known_ints(value.shape, [dims.index((HEADS,)), dims.index((WIDTH,))])
+        after = None if sizes is None else _follow(dims, moves, *sizes)
+        if sizes is not None and after is not None and _as_heads(after) == tuple(wanted):
+            return Heads(None, value, dims, sizes[0], sizes[1], factor, len(moves))
     return None
 
 

@@ -37,7 +37,20 @@ PLAIN = "weights = Softmax <axis = -1> (scores)"
 SCALED = "smaller = Mul (scores, half) less = Div (smaller, two) weights = Softmax <axis = 3> (less)"
 MASKED = "seen = Add (scores, mask) weights = Softmax <axis = -1> (seen)"
 OVER_QUERIES = "weights = Softmax <axis = 2> (scores)"
-HEADS_AFTER_WIDTH = "k = Transpose <perm = [0, 3, 2, 1]> (keys)"  # width and heads change places
+NORMED = "loud = Mul (keys, loudness) k = Transpose <perm = [0, 2, 3, 1]> (loud)"  # as a norm or rotary embedding does
+LAST = """outer = Transpose <perm = [3, 1, 2, 0]> (keys) rotated = Mul (outer, scalars)
+    k = Transpose <perm = [3, 2, 0, 1]> (rotated)"""
+HEADS_AFTER_WIDTH = "wrong = Transpose <perm = [0, 3, 2, 1]> (keys) k = Reshape (wrong, parted)"  # some other keys
+GUARD = """seen = Add (scores, bias) bare = Softmax <axis = -1> (seen) empty = IsNaN (bare)
+    weights = Where (empty, zero, bare)"""
+HIDDEN = f"bias = Where (visible, zero, lowest) {GUARD}"
+INFINITE = f"number = Cast <to = 1> (visible) bias = Log (number) {GUARD}"
+BY_HEAD = "seen = Add (by_head, scores) weights = Softmax <axis = -1> (seen)"
+OF_BOTH = "bias = Mul (known, asked) seen = Add (scores, bias) weights = Softmax <axis = -1> (seen)"
+
+
+def _some(count: int) -> str:
+    return ", ".join(str(n % 5 - 2) for n in range(count))
 
 
 def network(keys: str, scaled: str, other: str = "more") -> ir.Model:
@@ -45,7 +58,11 @@ def network(keys: str, scaled: str, other: str = "more") -> ir.Model:
     g (float[batch,8,4,4] sample, int64[batch] timestep) => (float[batch,8,4,4] epsilon)
     <int64[3] flattened = {{0, 8, 16}}, int64[4] apart = {{0, 16, 2, 4}}, int64[3] merged = {{-1, 16, 4}},
      int64[4] parted = {{-1, 2, 4, 16}}, int64[3] whole = {{0, 16, 8}}, int64[4] images = {{0, 8, 4, 4}},
-     float half = {{0.5}}, float two = {{2.0}}, float[16] mask = {{{", ".join(["0"] * 8 + ["-3"] * 8)}}}>
+     float half = {{0.5}}, float two = {{2.0}}, float zero = {{0.0}}, float lowest = {{-3e38}},
+     float[16] mask = {{{", ".join(["0"] * 8 + ["-3"] * 8)}}},
+     bool[1,1,1,16] visible = {{{", ".join(["1"] * 5 + ["0"] * 11)}}}, float[1,2,1,16] by_head = {{{_some(32)}}},
+     float[1,1,1,16] known = {{{_some(16)}}}, float[1,2,16,1] asked = {{{_some(32)}}},
+     float[1,1,2,4] loudness = {{{_some(8)}}}, float[4,1,1,1] scalars = {{{_some(4)}}}>
     {{ pixels = Reshape (sample, flattened) rows = Transpose <perm = [0, 2, 1]> (pixels) more = Mul (rows, two)
        {SPLIT.replace("other", other)} {keys} {OUT.format(scaled=scaled)} out = Reshape (joined, whole)
        back = Transpose <perm = [0, 2, 1]> (out) epsilon = Reshape (back, images) }}"""
@@ -67,19 +84,32 @@ def test_each_form_becomes_one_operation(context: Context, keys: str, scaled: st
 
 
 @pytest.mark.parametrize(
-    ("keys", "scaled"), [(DIRECT, MASKED), (DIRECT, OVER_QUERIES), (HEADS_AFTER_WIDTH.replace("k =", "wrong ="), "")]
+    ("keys", "scaled"),
+    [
+        (NORMED, PLAIN),
+        (LAST, SCALED),
+        (HEADS_AFTER_WIDTH, PLAIN),
+        *((DIRECT, bias) for bias in (HIDDEN, BY_HEAD, OF_BOTH)),
+        (THREE_DIMENSIONAL, OF_BOTH),
+    ],
 )
-def test_other_softmaxes_stay(context: Context, keys: str, scaled: str) -> None:
-    if not scaled:  # a product of keys whose width and heads changed places has no meaning, so it is not computed
-        model = network(f"{keys} k = Reshape (wrong, parted)", PLAIN)
-    else:
-        model = network(keys, scaled)
+def test_heads_behind_other_operations_and_masks(context: Context, keys: str, scaled: str) -> None:
+    """What stands between the split into heads and the product stays in front of the operation."""
+    after = pipeline.run_passes(program_of(network(keys, scaled), shape=(8, 4, 4)), [FuseAttention(tokens=16)], context)
+    found = counts(after.graph)
+    assert found[FUSED] == 1 and not found["Softmax"] and not found["MatMul"]
+
+
+@pytest.mark.parametrize("scaled", [MASKED, OVER_QUERIES, INFINITE])
+def test_other_softmaxes_stay(context: Context, scaled: str) -> None:
+    """A guard of the softmax acts where a mask is minus infinity for all keys."""
+    model = network(DIRECT, scaled)
     after = pipeline.run_passes(program_of(model, shape=(8, 4, 4)), [FuseAttention(tokens=1)], context)
     assert FUSED not in counts(after.graph) and counts(after.graph)["Softmax"] == 1
     assert attention_of(next(node for node in model.graph if is_op(node, "Softmax"))) is None
 
 
-@pytest.mark.parametrize(("keys", "moved"), [(THREE_DIMENSIONAL, True), (DIRECT, False)])
+@pytest.mark.parametrize(("keys", "moved"), [(THREE_DIMENSIONAL, True), (DIRECT, False), (LAST, False)])
 def test_keys_of_an_attention_that_stays_are_moved_once(context: Context, keys: str, moved: bool) -> None:
     """The factor behind the moves stays a Mul here: no layer makes these keys."""
     program = program_of(network(keys, PLAIN), shape=(8, 4, 4))

@@ -35,6 +35,14 @@ COMPILED = (
 
 `tools/models_page.py --measure` compiles all.
 """
+ATTENTIONS = {
+    "QwenImageTransformer2DModel": (8, "1 of 1"),
+    "WanTransformer3DModel": (8, "2 of 2"),
+    "HunyuanVideoTransformer3DModel": (1024, "0 of 2"),
+    "Lumina2Transformer2DModel": (1024, "0 of 3"),
+}
+"""The tokens from which fuse_attention takes an attention in this test, and how many it finds behind rotary embeddings,
+norms of the heads, concatenations and masks."""
 TIME_ALONE = {"QwenImageTransformer2DModel", "WanTransformer3DModel"}
 """Their modulation depends on the timestep alone; that of SD 3 and Flux on pooled text, too."""
 NEVER_IN_A_FOLDER = {"UNet2DConditionModel, IP-Adapter"}  # its weights are another file
@@ -121,10 +129,15 @@ def test_a_row_is_exported_and_runs_on_integer_kernels(name: str, tmp_path: Path
     tiny = TINY[name]
     options: dict[str, Any] = {**SMALL, "scheduler": "flow" if tiny.flow else "ddpm-linear", "steps": 2, "threads": 1}
     conditions = tiny.conditions(2)
+    tokens, fused = ATTENTIONS.get(name, (1024, None))
+    options["settings"] = {"fuse_attention.tokens": tokens}
 
     bundle = compile_model(
         tiny.build(), tmp_path / "b", recipe="w8a8", conditions=conditions, size=tiny.size, **options
     )
+
+    note = next(record.note for record in bundle.manifest.history if record.name == "fuse_attention")
+    assert fused is None or note == f"{fused} attentions fused"
 
     kernels, acceptance = bundle.manifest.kernels, bundle.manifest.acceptance
     assert kernels.integer > kernels.floating, kernels
