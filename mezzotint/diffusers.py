@@ -32,6 +32,8 @@ from mezzotint.runtime.bundle.model_config import CLASS, bundle_config, config_h
 from mezzotint.runtime.bundle.pipeline import PipelineFolder, open_pipeline
 from mezzotint.runtime.errors import InputError, ScheduleError
 
+from .prompts.guidance import guidance_of_call, normalizes_guidance
+
 if TYPE_CHECKING:
     from mezzotint.runtime.diffusers.scheduler import Guidance
     from mezzotint.runtime.diffusers.unet import StandIn
@@ -139,6 +141,11 @@ def _scheduler(pipe: Any, bundle: Bundle, correction: bool | None) -> Any:
                 f"a {type(pipe).__name__} has no guidance_scale, which the correction depends on",
                 hint="attach with correction=False, and use correct(scheduler, bundle, guidance_scale=...)",
             )
+        if bundle.deployment.guided and normalizes_guidance(type(pipe)):
+            raise InputError(
+                f"the guidance of a {type(pipe).__name__} is not the one that the correction was fitted to",
+                hint="attach with correction=False",
+            )
         return correct(present, bundle, guidance_scale=lambda: _guidance_of(pipe))
     except (InputError, ScheduleError):
         if correction:
@@ -150,7 +157,7 @@ def _guidance_of(pipe: Any) -> float:
     """Return the scale of the current run, 1 where the two halves are not combined."""
     if getattr(pipe, "guidance_rescale", 0.0):
         raise InputError("guidance_rescale changes what the correction was fitted to", hint="leave it at 0")
-    return float(pipe.guidance_scale) if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
+    return guidance_of_call(pipe)
 
 
 def _slot_of(pipe: object, network: StandIn) -> str:

@@ -28,6 +28,7 @@ from .io.images import check_image_file, save_images, save_picture
 from .pipeline.control_images import read_control
 from .pipeline.preview import Preview
 from .prompts.calls import library, quiet_libraries
+from .prompts.guidance import TRUE, USUAL, guidance_arguments
 from .prompts.texts import LONGEST_PROMPT
 
 if TYPE_CHECKING:
@@ -97,8 +98,10 @@ def draw_prompt(
     arguments |= {name: library("torch").from_numpy(value) for name, value in control.items()}
     optional = {**opened.manifest.call, "negative_prompt": options.negative, "eta": plan.eta}
     optional["controlnet_conditioning_scale"] = options.control_scale
-    if "guidance_scale" in optional or options.guidance is not None:  # else the class has its usual one
-        optional["guidance_scale"] = plan.guidance
+    embedded = "guidance" in bundle.signature.conditions
+    optional |= guidance_arguments(type(pipe), plan.guidance, embedded=embedded)
+    if embedded and options.guidance is not None:  # else the class has its usual one
+        optional |= {USUAL: plan.guidance, TRUE: bundle.deployment.guidance}
     arguments |= {name: value for name, value in optional.items() if name in taken}
     torch = library("torch")
     if preview is not None and "callback_on_step_end" not in taken:
@@ -128,7 +131,7 @@ def draw_prompt(
         "size": f"{pictures.shape[3]}x{pictures.shape[2]}",
         "scheduler": type(pipe.scheduler).__name__,
         "steps": plan.steps,
-        "guidance": arguments.get("guidance_scale"),
+        "guidance": arguments.get(USUAL) if embedded else plan.guidance,
         "seed": options.seed,
         "engine": bundle.engine.name if engine is None else engine.name,
     }

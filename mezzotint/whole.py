@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mezzotint.compiler.bundle.card import CARD
 from mezzotint.compiler.bundle.slot import make_slot
 from mezzotint.compiler.bundle.staging import check_target, staged, write_text
-from mezzotint.compiler.components.classes import parts_of
+from mezzotint.compiler.components.classes import parts_of, with_states
 from mezzotint.compiler.components.compile import compile_component
 from mezzotint.compiler.components.data import COMPONENT_FORMS, ComponentData, ComponentForm, ComponentPasses
 from mezzotint.compiler.core.pipeline import CPU, Context
@@ -120,9 +120,10 @@ def compile_pipeline(
         with stage(progress, "load the pipeline"), quiet_libraries():
             parts = load_parts(source, kind, None if control is None else control.images)
         with stage(progress, "draw for the components"):
-            data, arguments = _data(parts, bundle, texts, options)
+            data, arguments, states = _data(parts, bundle, texts, options)
         entries: dict[str, ComponentEntry] = {}
-        for slot, row in source.components.items():
+        for slot, known in source.components.items():
+            row = with_states(known, slot, states, str(source.path))
             for part in parts_of(slot, row):
                 (work / part).mkdir(exist_ok=True)
                 exact = EXACT_TEXT if row.kind == "text encoder" else EXACT_PICTURE
@@ -208,20 +209,20 @@ def _texts(options: CompileOptions) -> PromptTexts:
 
 def _data(
     parts: PipelineParts, bundle: Bundle, texts: PromptTexts, options: CompileOptions
-) -> tuple[dict[str, ComponentData], Mapping[str, Any]]:
-    """Return the data of each component by its folder, prompts and latents that the bundle draws; and the arguments of
-    the pipeline's call beside the prompts."""
+) -> tuple[dict[str, ComponentData], Mapping[str, Any], Mapping[str, tuple[int, ...]]]:
+    """Return the data of each component by its folder, prompts and latents that the bundle draws; the arguments of
+    the pipeline's call beside the prompts; and the hidden states that it reads of each text encoder."""
     size, held_out = options.roles.size, held_out_prompts()
     seen, others = (
         recorded(parts, some, texts.negative, bundle.deployment, size) for some in (texts.prompts, held_out)
     )
     found = {
         slot: ComponentData(
-            batches_of(rows),
-            batches_of(others.texts[slot]),
-            f"{len(rows['input_ids'])} prompts, measured on {len(others.texts[slot]['input_ids'])} others",
+            seen.batches(slot),
+            others.batches(slot),
+            f"{seen.count(slot)} prompts, measured on {others.count(slot)} others",
         )
-        for slot, rows in seen.texts.items()
+        for slot in seen.texts
     }
     denoiser, steps = stand_in(bundle), bundle.deployment.steps
     groups: list[list[dict[str, Any]]] = []
@@ -247,7 +248,7 @@ def _data(
     if parts.control is not None:
         said = f"calls for the {words}; {parts.control.words}"
         found[CONTROLNET] = replace(found[CONTROLNET], words=said)
-    return found, seen.options
+    return found, seen.options, seen.states
 
 
 def plan_pipeline(

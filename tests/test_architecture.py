@@ -44,7 +44,7 @@ ARROWS = {
     "compiler/core": ". graph",
     "compiler/audit": ". core graph",
     "compiler/calibration": ". core",
-    "compiler/components": ". audit bundle calibration core frontend graph lowering",
+    "compiler/components": ". audit bundle calibration core frontend frontend/architectures graph lowering",
     "compiler/frontend": ". core frontend/architectures graph",
     "compiler/frontend/architectures": ".",
     "compiler/rescaling": ". core graph",

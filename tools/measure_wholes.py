@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mezzotint.diffusers import load
 from mezzotint.options import CalibrationOptions, CompileOptions, DeploymentOptions, ImportRoles, RecipeOptions
 from mezzotint.pipeline.control_images import line_drawing
 from mezzotint.prompt_images import PromptOptions, draw_prompt
+from mezzotint.prompts.guidance import TRUE
 from mezzotint.prompts.pipeline import CONTROL_PIPELINES
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.errors import MezzotintError
@@ -44,12 +46,48 @@ WHOLES = (
     "FluxPipeline",
     "PixArtSigmaPipeline",
     "WanPipeline",
+    "SanaPipeline",
+    "Lumina2Pipeline",
+    "QwenImagePipeline",
+    "ZImagePipeline",
 )
 NO_HALVES = ("FluxPipeline",)  # its guidance is an input of the network
-SIZES = {"WanPipeline": (2, 8, 8)}  # of the latents; the others' usual size is small
+SIZES = {  # of the latents; the others' usual size is small
+    "WanPipeline": (2, 8, 8),
+    "SanaPipeline": (16, 16),
+    "QwenImagePipeline": (8, 8),
+    "ZImagePipeline": (8, 8),
+}
 STEPS, GUIDANCE, SAMPLES = 3, 3.0, 16
 PROMPT = "a lighthouse at dusk"
 DRAWING = 30  # that a ControlNet reads; the first ones are calibrated on
+
+
+def _of_videos(kind: Any, channels: int) -> Any:
+    torch.manual_seed(2)
+    mean, deviation = 0.0, 1.0
+    if kind is diffusers.AutoencoderKLQwenImage:
+        channels, mean, deviation = channels // 4, 0.1, 1.5  # the channels are those of packed tokens
+    ones: dict[str, Any] = {"latents_mean": [mean] * channels, "latents_std": [deviation] * channels}
+    sizes: dict[str, Any] = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return kind(z_dim=channels, temperal_downsample=[False, True, True], **sizes, **ones).eval()
+
+
+def _deep_compression(channels: int) -> Any:
+    """Two levels, of which the inner one has linear attention."""
+    torch.manual_seed(2)
+    sizes: dict[str, Any] = {"attention_head_dim": 4}
+    for half in ("encoder", "decoder"):
+        sizes |= {f"{half}_block_types": ("ResBlock", "EfficientViTBlock"), f"{half}_block_out_channels": (8, 16)}
+        sizes |= {f"{half}_layers_per_block": (1, 1), f"{half}_qkv_multiscales": ((), (5,))}
+    return diffusers.AutoencoderDC(latent_channels=channels, scaling_factor=0.5, **sizes).eval()
+
+
+VAES = {
+    "WanPipeline": partial(_of_videos, diffusers.AutoencoderKLWan),
+    "QwenImagePipeline": partial(_of_videos, diffusers.AutoencoderKLQwenImage),
+    "SanaPipeline": _deep_compression,
+}
 
 
 def tiny_folder(name: str, folder: Path) -> tuple[Path, Any]:
@@ -63,12 +101,8 @@ def tiny_folder(name: str, folder: Path) -> tuple[Path, Any]:
         return folder / "source", pipe
     parts = dict(pipe.components)
     channels = pipe.transformer.config.in_channels if "transformer" in parts else 0
-    if name == "WanPipeline":
-        torch.manual_seed(2)
-        ones: dict[str, Any] = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
-        sizes: dict[str, Any] = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-        halved = [False, True, True]
-        parts["vae"] = diffusers.AutoencoderKLWan(z_dim=channels, temperal_downsample=halved, **sizes, **ones).eval()
+    if name in VAES:
+        parts["vae"] = VAES[name](channels)
     elif "transformer" in parts:
         parts["vae"] = autoencoder((8,))
         parts["vae"].register_to_config(scaling_factor=1.5, shift_factor=0.05)
@@ -99,11 +133,7 @@ def measure_whole(name: str) -> dict[str, Any]:
             Image.fromarray(np.uint8(255 * pixels.transpose(1, 2, 0))).save(drawing)
             call["image"], control = torch.from_numpy(pixels[None]), drawing
         pipes = {"own": own, **{form: load(one.path, threads=1) for form, one in made.items()}}
-        drawn = {
-            (form, kind): _drawn(pipe, kind, call, guidance)
-            for form, pipe in pipes.items()
-            for kind in ("latent", "np")
-        }
+        drawn = {(form, kind): _drawn(pipe, kind, call) for form, pipe in pipes.items() for kind in ("latent", "np")}
         worst = min(entry.worst_db for entry in made["int8"].manifest.components.values())
         picture = draw_prompt(
             made["int8"].path, folder / "image.png", PromptOptions(PROMPT, control_image=control), threads=1
@@ -124,11 +154,11 @@ def measure_whole(name: str) -> dict[str, Any]:
     }
 
 
-def _drawn(pipe: Any, kind: str, call: dict[str, Any], guidance: float) -> np.ndarray[Any, Any]:
+def _drawn(pipe: Any, kind: str, call: dict[str, Any]) -> np.ndarray[Any, Any]:
     pipe.set_progress_bar_config(disable=True)
     taken = inspect.signature(type(pipe).__call__).parameters
-    options = {**call, **({"guidance_scale": guidance} if guidance != 1 else {})}
-    options = {key: value for key, value in options.items() if key in taken}
+    more = {"negative_prompt": ""} if TRUE in taken else {}  # without one, such a class does not guide
+    options = {key: value for key, value in {**call, **more}.items() if key in taken}
     generator = torch.Generator().manual_seed(3)
     answer = pipe(PROMPT, num_inference_steps=STEPS, output_type=kind, generator=generator, **options)
     return np.asarray(answer.images if hasattr(answer, "images") else answer.frames, np.float32)

@@ -45,7 +45,7 @@ LIMITS = {
     "UNetMotionModel": "the size is fixed; no SDXL, no IP-Adapter",
     "UNetSpatioTemporalConditionModel": "the size is fixed; the image is the condition `image_latents`",
     "WanTransformer3DModel": "the size is fixed",
-    "ZImageTransformer2DModel": "the size is fixed; prompts of one call have one length",
+    "ZImageTransformer2DModel": "the size is fixed",
 }
 
 FIXED_LENGTHS = {

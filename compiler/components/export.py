@@ -7,7 +7,9 @@ It runs without gradients: with them, torch traces the fused attention of T5 in 
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +79,19 @@ class ComponentCall(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.row.kind == "text encoder":
             arguments = dict(zip(self.names, tensors, strict=True))
-            answer = self.module(**arguments, output_hidden_states=self.row.hidden)
-            states = answer.hidden_states if self.row.hidden else ()
-            return (*(getattr(answer, name) for name in self.row.outputs), *states)
+            hidden = self.row.hidden == "all" or bool(self.row.states)
+            if "use_cache" in inspect.signature(self.module.forward).parameters:
+                arguments["use_cache"] = False  # a cache of keys is for generating text
+            answer = self.module(**arguments, output_hidden_states=hidden)
+            if self.row.states:
+                return tuple(answer.hidden_states[i] for i in self.row.states)
+            return (*(getattr(answer, name) for name in self.row.outputs), *(answer.hidden_states if hidden else ()))
         if self.row.kind == "controlnet":
             return called_controlnet(self.module, dict(zip(self.names, tensors, strict=True)))
         if self.part == DECODER:
             return (self.module.decode(tensors[0], return_dict=False)[0],)
         answer = self.module.encode(tensors[0])
-        return (answer.latent_dist.parameters if self.row.moments else answer.latents,)
+        return (answer.latent_dist.parameters if self.row.moments else answer.latent,)
 
 
 def export_component(
@@ -105,8 +111,10 @@ def export_component(
     training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as patched:
             expected = [tensor.numpy() for tensor in call(*tensors)]
+            for patch in row.patches:
+                patched.enter_context(patch(module))
             model = _export(call, tensors, tuple(example), names)
     except MezzotintError:
         raise
@@ -178,7 +186,8 @@ def _open_axes(call: ComponentCall, names: tuple[str, ...], rank: int) -> list[t
         longer = tuple({0: batch, 1: words} if name == SHARED_ROWS[0] else {0: batch} for name in names)
         return [longer, tuple({0: batch} for _ in names)]
     height, width = torch.export.Dim("height", min=1, max=1024), torch.export.Dim("width", min=1, max=1024)
-    blocks = getattr(call.module.config, "block_out_channels", None)
+    config = call.module.config
+    blocks = getattr(config, "block_out_channels", None) or getattr(config, "encoder_block_out_channels", None)
     if blocks is None or rank != _IMAGE_RANK:
         return [({0: batch},), ({},)]
     factor = 1 if call.part == DECODER else 2 ** (len(blocks) - 1)

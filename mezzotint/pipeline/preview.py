@@ -12,7 +12,7 @@ from mezzotint.runtime.errors import InputError
 from ..io.images import check_image_file, check_place, save_picture
 from ..prompts.calls import library
 
-PACKED, IMAGES = 3, 4  # axes of latents: tokens of 2x2 patches, images
+PACKED, IMAGES, FRAMES = 3, 4, 5  # axes of latents: tokens of 2x2 patches, images, images of one frame
 
 
 class Preview:
@@ -33,14 +33,22 @@ class Preview:
         one = latents[:1]
         if one.ndim == PACKED and hasattr(pipe, "_unpack_latents") and height and width:
             one = pipe._unpack_latents(one, height, width, pipe.vae_scale_factor)
-        if one.ndim != IMAGES:
+        if one.ndim not in (IMAGES, FRAMES) or (one.ndim == FRAMES and one.shape[2] != 1):
             raise InputError(
                 f"a {type(pipe).__name__} has latents of {latents.ndim} axes, of which no preview is made",
                 where="--preview",
                 hint="leave it out",
             )
-        config = pipe.vae.config
-        scaled = one / config.scaling_factor + (config.get("shift_factor") or 0.0)
         with library("torch").no_grad():
-            [decoded] = pipe.vae.decode(scaled, return_dict=False)
-        save_picture(np.asarray(decoded[0].numpy(), np.float32), self._file)
+            [decoded] = pipe.vae.decode(_scaled(one, pipe.vae.config), return_dict=False)
+        picture = decoded[0] if one.ndim == IMAGES else decoded[0, :, 0]
+        save_picture(np.asarray(picture.numpy(), np.float32), self._file)
+
+
+def _scaled(latents: Any, config: Any) -> Any:
+    """Return latents in the scale of the VAE: of one factor, or of a mean and a deviation for each channel."""
+    if "scaling_factor" in config:
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    mean, deviation = (library("torch").tensor(config[f"latents_{name}"]).view(shape) for name in ("mean", "std"))
+    return latents * deviation + mean

@@ -21,6 +21,7 @@ from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.streams import FIXED
 
 from ..prompts.calls import library, prompt_arguments, size_arguments
+from ..prompts.guidance import guidance_arguments
 from ..prompts.recorder import Recorded, recording_network
 from .control_images import ControlImages
 from .loading import (
@@ -99,10 +100,22 @@ def load_parts(source: PipelineSource, kind: Any, control: ControlImages | None 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """The inputs of each text encoder for some prompts, and the arguments of the pipeline's call beside the prompts."""
+    """The inputs of each text encoder for some prompts, and the arguments of the pipeline's call beside the prompts.
 
-    texts: Mapping[str, Rows]
+    The rows of an encoder are in groups of one length. `states` are the indices of the hidden states that are read.
+    """
+
+    texts: Mapping[str, list[Rows]]
+    states: Mapping[str, tuple[int, ...]]
     options: Mapping[str, Any]
+
+    def batches(self, slot: str) -> list[Rows]:
+        """Return the rows of an encoder in batches."""
+        return [batch for rows in self.texts[slot] for batch in batches_of(rows)]
+
+    def count(self, slot: str) -> int:
+        """Return the number of an encoder's rows."""
+        return sum(len(rows["input_ids"]) for rows in self.texts[slot])
 
 
 def recorded(
@@ -122,6 +135,7 @@ def recorded(
     known = network_inputs(name, config, size, {}, str(folder))
     seen: dict[str, list[dict[str, Any]]] = {}
     options: dict[str, Any] = {}
+    states: dict[str, set[int]] = {}
     for first in range(0, len(prompts), _ROWS):
         rows = list(prompts[first : first + _ROWS])
         pipe = parts.with_denoiser(recording_network(name, config, len(rows), 1))
@@ -132,7 +146,10 @@ def recorded(
             pipe(**arguments, output_type="latent", generator=torch.Generator().manual_seed(FIXED))
         for slot, found in watched.calls.items():
             seen.setdefault(slot, []).extend(found)
-    return Recording({slot: _joined(calls) for slot, calls in seen.items() if slot in source.text_encoders}, options)
+        for slot, read in watched.states.items():
+            states.setdefault(slot, set()).update(read)
+    texts = {slot: joined_rows(calls) for slot, calls in seen.items() if slot in source.text_encoders}
+    return Recording(texts, {slot: tuple(sorted(read)) for slot, read in states.items()}, options)
 
 
 def drawn(
@@ -157,10 +174,8 @@ def drawn(
 
 def _call_options(kind: Any, known: NetworkInputs, deployment: Deployment, pipe: Any) -> dict[str, Any]:
     """Return the arguments that network and deployment decide, as far as the class has them."""
-    options = size_arguments(pipe, known)
-    if "guidance" not in known.conditions and "guidance_scale" in inspect.signature(kind.__call__).parameters:
-        options["guidance_scale"] = deployment.guidance  # else it is an input, and the pipeline has its usual value
-    return options
+    embedded = "guidance" in known.conditions  # then the pipeline gives it its usual value
+    return {**size_arguments(pipe, known), **guidance_arguments(kind, deployment.guidance, embedded=embedded)}
 
 
 def batches_of(rows: Rows, size: int = _ROWS) -> list[Rows]:
@@ -173,9 +188,13 @@ def batches_of(rows: Rows, size: int = _ROWS) -> list[Rows]:
     return [{name: array[a:b] for name, array in rows.items()} for a, b in zip(starts, ends, strict=True)]
 
 
-def _joined(calls: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return the rows of all calls, each once: the empty prompt comes with every one."""
-    names = ("input_ids", "attention_mask")
-    joined = {name: np.concatenate([call[name] for call in calls]) for name in names if name in calls[0]}
-    _, index = np.unique(joined["input_ids"], axis=0, return_index=True)
-    return {name: array[np.sort(index)] for name, array in joined.items()}
+def joined_rows(calls: Sequence[Mapping[str, Any]]) -> list[Rows]:
+    """Return the rows of all calls by their length, each once: the empty prompt comes with every one."""
+    names, groups = ("input_ids", "attention_mask"), []
+    lengths = dict.fromkeys(call["input_ids"].shape[1] for call in calls)
+    for length in lengths:
+        some = [call for call in calls if call["input_ids"].shape[1] == length]
+        joined = {name: np.concatenate([call[name] for call in some]) for name in names if name in some[0]}
+        _, index = np.unique(joined["input_ids"], axis=0, return_index=True)
+        groups.append({name: array[np.sort(index)] for name, array in joined.items()})
+    return groups

@@ -10,7 +10,6 @@ The two halves of guidance are distinguished by a run without guidance, whose ro
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.streams import FIXED
 
 from .calls import library, prompt_arguments, quiet_libraries, size_arguments
+from .guidance import guidance_arguments
 from .pipeline import PromptPipeline, json_object
 from .recorder import Recorded, recording_network
 from .texts import PromptTexts
@@ -62,12 +62,13 @@ def encode_prompts(
             found.append(run.rows(pipe, batch, texts.negative, guided=False)[0])
             if progress is not None:
                 progress("encode prompts", start + len(batch), len(texts.prompts))
-        pads = NETWORK_CLASSES[name].pads_prompt
+        pads = NETWORK_CLASSES[name].prompt
         conditions = _joined(found, known, pads)
         without: NamedRows = {}
         if guided:
             both = run.rows(pipe, texts.prompts[:1], texts.negative, guided=True)
-            without = _joined([_other_half(both, found[0], str(pipeline.folder))], known, pads)
+            alone = run.rows(pipe, texts.prompts[:1], texts.negative, guided=False)[0] if pads else found[0]
+            without = _joined([_other_half(both, alone, str(pipeline.folder))], known, pads)
         del pipe
     gc.collect()  # the encoders are in cycles, and the denoiser needs their memory
     return conditions, without
@@ -87,7 +88,6 @@ class _Run:
                 where=str(pipeline.folder),
                 hint="install the version that the pipeline was saved by, or a later one",
             )
-        self._takes = inspect.signature(self._kind.__call__).parameters
 
     def load(self) -> Any:
         """Return the pipeline with its encoders in float32, and no other weights."""
@@ -152,8 +152,7 @@ class _Run:
 
     def _guidance(self, guided: bool) -> dict[str, Any]:
         """Return the scale of both halves, or 1; the embedded guidance of Flux keeps the pipeline's usual value."""
-        key = "true_cfg_scale" if "true_cfg_scale" in self._takes else "guidance_scale"
-        return {key: _GUIDED if guided else 1.0}
+        return guidance_arguments(self._kind, _GUIDED if guided else 1.0)
 
     def _conditions(self, arguments: dict[str, Any], count: int) -> Iterator[NamedRows]:
         """Yield the rows of each half of a call: the network's conditions by name, in the types of its inputs."""
@@ -202,14 +201,15 @@ def _distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
     return float(np.abs(one.astype(np.float64) - other).max()) if one.shape == other.shape else np.inf
 
 
-def _joined(batches: Sequence[NamedRows], known: NetworkInputs, pads: bool) -> NamedRows:
-    """Return the rows of all batches. With `pads`, prompts as long as the longest of their batch get one length."""
+def _joined(batches: Sequence[NamedRows], known: NetworkInputs, pads: str) -> NamedRows:
+    """Return the rows of all batches. Prompts by the name `pads`, as long as the longest of their batch, get the length
+    that the network usually takes."""
     joined = {}
-    for name, first in batches[0].items():
+    for name in batches[0]:
         arrays = [rows[name] for rows in batches]
-        if pads and name in (PROMPT, f"{PROMPT}_mask"):
+        if pads and name in (pads, f"{pads}_mask"):
             arrays = [_padded(a, known.conditions[name].sizes[0]) for a in arrays]
-        joined[name] = np.concatenate(arrays) if len(arrays) > 1 else first
+        joined[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
     return joined
 
 

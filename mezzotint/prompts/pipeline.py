@@ -32,6 +32,9 @@ PROMPT_PIPELINES = (
     "WanPipeline",
     "LTXPipeline",
     "CogVideoXPipeline",
+    "Lumina2Pipeline",
+    "QwenImagePipeline",
+    "ZImagePipeline",
 )
 """Pipelines whose prompts alone decide the conditions of their network."""
 CONTROL_PIPELINES = {

@@ -8,13 +8,16 @@ from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..component import ComponentNetwork
 from ..errors import InputError
 from .compiled_module import CompiledModule
+
+_LATENTS_ONLY = ("AutoencoderDC",)
+_ATTRIBUTES = {"AutoencoderKLQwenImage": "temperal_downsample"}  # which its pipeline reads beside the configuration
 
 
 class AutoencoderStandIn(CompiledModule, ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -31,6 +34,8 @@ class AutoencoderStandIn(CompiledModule, ModelMixin, ConfigMixin):  # type: igno
         self.encoder_network = None if encoder is None else ComponentNetwork(encoder, threads=threads)
         values = json.loads((decoder.parent / "config.json").read_text(encoding="utf-8"))
         self.register_to_config(**{name: value for name, value in values.items() if not name.startswith("_")})
+        if class_name in _ATTRIBUTES:
+            setattr(self, _ATTRIBUTES[class_name], values[_ATTRIBUTES[class_name]])
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
         """Return the pictures of latents `[B, C, h, w]`, float32 `[B, 3, H, W]`."""
@@ -39,12 +44,16 @@ class AutoencoderStandIn(CompiledModule, ModelMixin, ConfigMixin):  # type: igno
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
-        """Return the distribution of the latents of pictures `[B, 3, H, W]`. Raises InputError without an encoder."""
+        """Return the distribution of the latents of pictures `[B, 3, H, W]`, or the latents where the class has no
+        distribution. Raises InputError without an encoder."""
         if self.encoder_network is None:
             raise InputError(
                 "the pipeline was compiled without the encoder of its VAE", where=str(self.decoder_network.file)
             )
         [moments] = self.encoder_network({"sample": x.detach().numpy()}).values()
+        if self.original in _LATENTS_ONLY:
+            latents = torch.from_numpy(moments)
+            return EncoderOutput(latent=latents) if return_dict else (latents,)
         found = DiagonalGaussianDistribution(torch.from_numpy(moments))
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 

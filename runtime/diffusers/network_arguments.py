@@ -24,7 +24,6 @@ from .network_classes import NETWORK_CLASSES, Arguments
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 _ADDED = "added_cond_kwargs"
-_PROMPT, _PROMPT_MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 _CPU = "bundles run on the CPU: keep the whole pipeline there, or call pipe.to('cpu') before attaching"
 _RESIDUALS = (
     "ControlNets and adapters reach into the layers: compile a pipeline with its ControlNet, or with residuals in "
@@ -77,11 +76,11 @@ class ArgumentReader:
 
     def read(self, arguments: Arguments) -> tuple[torch.Tensor, Any, dict[str, npt.NDArray[Any]]]:
         """Return the sample, the timestep and the conditions. Raises InputError for what the graph cannot follow."""
-        arranged = NETWORK_CLASSES[self._name].arranged
-        if NETWORK_CLASSES[self._name].pads_prompt:
-            arguments = self._padded(arguments)
+        facts = NETWORK_CLASSES[self._name]
         own = self._bundle.signature.channels(self._bundle.sample_shape)
-        arguments = arguments if arranged is None else arranged(arguments, own)
+        arguments = arguments if facts.arranged is None else facts.arranged(arguments, own)
+        if facts.prompt:
+            arguments = self._padded(arguments, facts.prompt)
         sample, time = next(iter(arguments)), "timestep" if "timestep" in arguments else "t"
         if time not in arguments:
             raise InputError("the call gives no timestep", where=self._where)
@@ -99,16 +98,17 @@ class ArgumentReader:
                 conditions[name] = np.repeat(mask, len(arguments[sample]), axis=0)
         return arguments[sample], arguments[time], conditions
 
-    def _padded(self, arguments: Arguments) -> Arguments:
+    def _padded(self, arguments: Arguments, name: str) -> Arguments:
         """Return a call whose prompt has the length that the graph fixes: masked tokens change nothing."""
-        prompt, mask = arguments.get(_PROMPT), arguments.get(_PROMPT_MASK)
-        tokens = self._inputs[_PROMPT][1][1] if _PROMPT in self._inputs else None
-        if not isinstance(tokens, int) or prompt is None or _PROMPT_MASK not in self._inputs:
+        hides = f"{name}_mask"
+        prompt, mask = arguments.get(name), arguments.get(hides)
+        tokens = self._inputs[name][1][1] if name in self._inputs else None
+        if not isinstance(tokens, int) or prompt is None or hides not in self._inputs:
             return arguments
         missing = max(tokens - prompt.shape[1], 0)
         mask = torch.ones(prompt.shape[:2], dtype=torch.int64) if mask is None else mask
         pad = torch.nn.functional.pad
-        return {**arguments, _PROMPT: pad(prompt, (0, 0, 0, missing)), _PROMPT_MASK: pad(mask, (0, missing))}
+        return {**arguments, name: pad(prompt, (0, 0, 0, missing)), hides: pad(mask, (0, missing))}
 
     def _check_fixed(self, arguments: Arguments) -> None:
         """Raise InputError for an argument that is another than the one that the graph holds."""

@@ -6,7 +6,8 @@
                 where that is another one (frontend/architectures, `call` of a row); the channels are the sample's
     answered    the prediction in the form that the pipeline reads
     attributes  what pipelines read of the module beside its configuration
-    pads_prompt whether a prompt is as long as the longest of its batch: the graph's length is reached by masked tokens
+    prompt      the argument of prompts that are as long as the longest of their batch: a graph's length is reached by
+                tokens that `{prompt}_mask` hides. "" for prompts of one length
 
 Arguments that a graph has as inputs need no entry: their names are those of the call.
 """
@@ -24,7 +25,7 @@ from ..errors import InputError
 
 Arguments = dict[str, Any]
 _TRANSFORMER = "modeling_outputs.Transformer2DModelOutput"
-_PROMPT, _IMAGE = "encoder_hidden_states", "image_latents"
+_PROMPT, _CAPTIONS, _IMAGE = "encoder_hidden_states", "cap_feats", "image_latents"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class NetworkClass:
     arranged: Callable[[Arguments, int], Arguments] | None = None
     answered: Callable[[Any], Any] | None = None
     attributes: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
-    pads_prompt: bool = False
+    prompt: str = ""
 
 
 def _one_row_for_each_video(arguments: Arguments, channels: int) -> Arguments:
@@ -62,20 +63,22 @@ def _image_apart(arguments: Arguments, channels: int) -> Arguments:
 
 def _stacked(arguments: Arguments, channels: int) -> Arguments:
     """Z-Image takes lists of images with one frame, and of prompts, which may have different lengths."""
-    images, prompts = arguments["x"], arguments["cap_feats"]
-    for name, parts in (("x", images), ("cap_feats", prompts)):
+    images, prompts = arguments["x"], arguments[_CAPTIONS]
+    for name, parts, axes in (("x", images, slice(None)), (_CAPTIONS, prompts, slice(1, None))):
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, torch.Tensor) for part in parts):
             raise InputError(f"{name!r} is no list of tensors, which this network takes", where=f"input {name}")
-        if len({tuple(part.shape) for part in parts}) != 1:
+        if len({tuple(part.shape[axes]) for part in parts}) != 1:
             shapes = ", ".join(str(list(part.shape)) for part in parts[:4])
             raise InputError(
                 f"{name!r} holds tensors of different shapes: {shapes}",
                 where=f"input {name}",
-                hint="the rows of a call have one length: call with one prompt at a time, or embeddings of one length",
+                hint="the images of a call have one size, and prompts one width",
             )
     if images[0].ndim != 4 or images[0].shape[1] != 1:
         raise InputError(f"'x' holds {list(images[0].shape)}, not images with one frame", where="input x")
-    return {**arguments, "x": torch.stack(list(images))[:, :, 0], "cap_feats": torch.stack(list(prompts))}
+    mask = [torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts]
+    rows, mask = (torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in (prompts, mask))
+    return {**arguments, "x": torch.stack(list(images))[:, :, 0], _CAPTIONS: rows, f"{_CAPTIONS}_mask": mask}
 
 
 def _one_size(arguments: Arguments, channels: int) -> Arguments:
@@ -131,10 +134,11 @@ NETWORK_CLASSES: Mapping[str, NetworkClass] = {
     "FluxTransformer2DModel": NetworkClass(),
     "Flux2Transformer2DModel": NetworkClass(output="transformers.transformer_flux2.Flux2Transformer2DModelOutput"),
     "ChromaTransformer2DModel": NetworkClass(),
-    "QwenImageTransformer2DModel": NetworkClass(arranged=_one_size, pads_prompt=True),
+    "QwenImageTransformer2DModel": NetworkClass(arranged=_one_size, prompt=_PROMPT),
     "Lumina2Transformer2DModel": NetworkClass(),
     "ZImageTransformer2DModel": NetworkClass(
         arranged=_stacked,
+        prompt=_CAPTIONS,
         answered=lambda prediction: list(prediction[:, :, None]),
         attributes=lambda config: {"in_channels": config["in_channels"]},
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +23,38 @@ _CONFIGS = {
     "CLIPTextModelWithProjection": ("CLIPTextConfig", CLIPTextModelOutput),
     "T5EncoderModel": ("T5Config", BaseModelOutput),
     "UMT5EncoderModel": ("UMT5Config", BaseModelOutput),
+    "Gemma2Model": ("Gemma2Config", BaseModelOutput),
+    "Gemma2ForCausalLM": ("Gemma2Config", BaseModelOutput),
+    "Qwen3Model": ("Qwen3Config", BaseModelOutput),
+    "Qwen3ForCausalLM": ("Qwen3Config", BaseModelOutput),
+    "Qwen2_5_VLForConditionalGeneration": ("Qwen2_5_VLConfig", BaseModelOutput),
 }
-_IGNORED = ("return_dict", "output_hidden_states", "output_attentions")
+_IGNORED = ("return_dict", "output_hidden_states", "output_attentions", "use_cache")
+
+
+class CompiledStates(tuple[Any, ...]):
+    """The hidden states of an encoder: those that were compiled, at their indices. Others raise InputError."""
+
+    where: str
+
+    def __new__(cls, states: Mapping[int, Any], count: int, where: str) -> CompiledStates:
+        made = super().__new__(cls, (states.get(i) for i in range(count)))
+        made.where = where
+        return made
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if any(state is None for state in (found if isinstance(index, slice) else (found,))):
+            kept = ", ".join(str(i) for i, state in enumerate(tuple.__iter__(self)) if state is not None)
+            raise InputError(
+                f"the hidden state {index} was not compiled: the pipeline read {kept}",
+                where=self.where,
+                hint="call the pipeline as its class does, or compile it again",
+            )
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
 
 
 class TextEncoderStandIn(CompiledModule):
@@ -62,13 +93,19 @@ class TextEncoderStandIn(CompiledModule):
         outputs: dict[str, Any] = {
             name: torch.from_numpy(np.asarray(array)) for name, array in self.network(feeds).items()
         }
-        states = tuple(outputs.pop(name) for name in list(outputs) if name.startswith(f"{_STATES}."))
+        states = {
+            int(name.rpartition(".")[2]): outputs.pop(name) for name in list(outputs) if name.startswith(f"{_STATES}.")
+        }
         if options.get("output_hidden_states"):
             if not states:
                 raise InputError("the compiled text encoder gives no hidden states", where=str(self.network.file))
-            outputs[_STATES] = states
+            outputs[_STATES] = CompiledStates(states, self._state_count(), str(self.network.file))
         answer = self.answer(**outputs)
         return answer if options.get("return_dict") is not False else answer.to_tuple()
+
+    def _state_count(self) -> int:
+        """Return how many hidden states the original has: that of its embeddings, and one for each layer."""
+        return int(self.config.get_text_config().num_hidden_layers) + 1
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
         raise InputError("a compiled text encoder cannot be saved as a model of transformers", hint="copy the folder")

@@ -7,15 +7,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from mezzotint.compiler.errors import ConditionError
 from mezzotint.options import CalibrationOptions, CompileOptions, DeploymentOptions
+from mezzotint.pipeline.watch import Recording, joined_rows
 from mezzotint.prepared import prepare, with_prompts
+from mezzotint.prompts.guidance import guidance_arguments, guidance_of_call, normalizes_guidance
 from mezzotint.prompts.pipeline import prompt_pipeline
 from mezzotint.prompts.rows import prompt_plan, prompt_rows
 from mezzotint.prompts.texts import MOST_PROMPTS, read_prompts
@@ -102,6 +106,36 @@ def chroma(pipe: Any, text: list[str], negative: list[str]) -> Halves:
     return halves[0], halves[1]
 
 
+def lumina2(pipe: Any, text: list[str], negative: list[str]) -> Halves:
+    """The pipeline puts its system prompt in front of its prompts, and none in front of the negative one."""
+    found = pipe.encode_prompt(text, True, negative, device="cpu")
+    names = ("encoder_hidden_states", "encoder_attention_mask")
+    return dict(zip(names, found[:2], strict=True)), dict(zip(names, found[2:], strict=True))
+
+
+def padded(name: str, rows: Any, lengths: list[int]) -> Rows:
+    """Prompts of these lengths in 512 tokens, with a mask."""
+    mask = (torch.arange(512) < torch.tensor(lengths)[:, None]).long()
+    return {name: torch.nn.functional.pad(rows, (0, 0, 0, 512 - rows.shape[1])), f"{name}_mask": mask}
+
+
+def qwen_image(pipe: Any, text: list[str], negative: list[str]) -> Halves:
+    halves = []
+    for half in (text, negative):
+        rows, mask = pipe.encode_prompt(half, device="cpu", max_sequence_length=512)
+        lengths = [rows.shape[1]] * len(rows) if mask is None else mask.sum(dim=1).tolist()
+        halves.append(padded("encoder_hidden_states", rows, lengths))
+    return halves[0], halves[1]
+
+
+def z_image(pipe: Any, text: list[str], negative: list[str]) -> Halves:
+    halves = []
+    for rows in pipe.encode_prompt(list(text), device="cpu", negative_prompt=list(negative)):
+        stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        halves.append(padded("cap_feats", stacked, [len(row) for row in rows]))
+    return halves[0], halves[1]
+
+
 EXPECTED: dict[str, Callable[[Any, list[str], list[str]], Halves]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionXLPipeline": sdxl,
@@ -114,6 +148,9 @@ EXPECTED: dict[str, Callable[[Any, list[str], list[str]], Halves]] = {
     "CogVideoXPipeline": cogvideox,
     "SanaPipeline": sana,
     "ChromaPipeline": chroma,
+    "Lumina2Pipeline": lumina2,
+    "QwenImagePipeline": qwen_image,
+    "ZImagePipeline": z_image,
 }
 
 
@@ -136,7 +173,7 @@ def test_conditions_are_those_of_the_pipelines_encoders(name: str, tmp_path: Pat
             assert len(array) == count and array.dtype in (np.float32, np.int64)
             near = expected[key][:count].float().numpy()
             assert np.abs(array - near).max() <= 1e-5 * max(1.0, float(np.abs(near).max())), key
-    rows = got.conditions["encoder_hidden_states"]
+    rows = next(array for name, array in got.conditions.items() if name in ("encoder_hidden_states", "cap_feats"))
     assert len({row.tobytes() for row in rows}) == 5
     assert prompt_rows(plan, guided=False, size=(8, 8)).unconditional == {}
 
@@ -170,6 +207,42 @@ def test_a_compilation_encodes_as_many_prompts_as_it_has_samples(folder: Path, t
     again = with_prompts(prepared, tmp_path / "cache", _refuse)
     assert again.conditions is not None
     assert all(np.array_equal(found.conditions[k], again.conditions[k]) for k in found.conditions)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "expected"),
+    [
+        ("StableDiffusionPipeline", 3.0, {"guidance_scale": 3.0}),
+        ("FluxPipeline", 1.0, {"true_cfg_scale": 1.0}),
+        ("QwenImagePipeline", 4.0, {"true_cfg_scale": 4.0}),
+        ("ZImagePipeline", 3.0, {"guidance_scale": 2.0}),
+        ("ZImagePipeline", 1.0, {"guidance_scale": 0.0}),
+    ],
+)
+def test_each_class_takes_the_scale_of_guidance_in_its_own_way(
+    name: str, scale: float, expected: dict[str, float]
+) -> None:
+    kind = getattr(diffusers, name)
+    assert guidance_arguments(kind, scale) == expected
+    assert guidance_arguments(diffusers.SanaSprintPipeline, scale, embedded=True) == {}
+    if "guidance_scale" in expected:
+        pipe = object.__new__(kind)
+        pipe._guidance_scale = expected["guidance_scale"]
+        pipe.register_to_config()
+        pipe.unet = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=None))
+        assert guidance_of_call(pipe) == scale
+    assert normalizes_guidance(kind) == (name in ("FluxPipeline", "QwenImagePipeline"))
+    assert normalizes_guidance(diffusers.Lumina2Pipeline)
+
+
+def test_prompts_of_several_lengths_are_rows_of_several_groups() -> None:
+    """Each prompt once, with its mask, in batches of at least two rows."""
+    long, short = np.arange(12).reshape(2, 6), np.arange(8).reshape(2, 4)
+    calls = [{"input_ids": ids, "attention_mask": ids > 1} for ids in (long, short, long[:1], short + 1)]
+    found = Recording({"text_encoder": joined_rows(calls)}, {}, {})
+    batches = found.batches("text_encoder")
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 6), (4, 4)] and found.count("text_encoder") == 6
+    assert all(np.array_equal(batch["attention_mask"], batch["input_ids"] > 1) for batch in batches)
 
 
 def _refuse(*progress: Any) -> None:

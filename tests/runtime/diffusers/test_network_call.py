@@ -50,18 +50,21 @@ class TestForms:
         assert np.array_equal(conditions["image_latents"], joined[:, :, 4:])
 
     def test_z_image_has_lists(self) -> None:
-        one = reader("ZImageTransformer2DModel", "x", (4, 8, 8), cap_feats=("f4", (5, 12)))
-        images, prompts = list(torch.randn(2, 4, 1, 8, 8)), list(torch.randn(2, 5, 12))
+        mask = {"cap_feats_mask": ("i8", (5,))}
+        one = reader("ZImageTransformer2DModel", "x", (4, 8, 8), cap_feats=("f4", (5, 12)), **mask)
+        images, prompts = list(torch.randn(2, 4, 1, 8, 8)), [torch.randn(4, 12), torch.randn(2, 12)]
 
         sample, time, conditions = one.read({"x": images, "t": torch.ones(2), "cap_feats": prompts})
 
         assert torch.equal(sample, torch.stack(images)[:, :, 0]) and len(time) == 2
-        assert np.array_equal(conditions["cap_feats"], torch.stack(prompts))
+        assert conditions["cap_feats_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+        for row, prompt in zip(conditions["cap_feats"], prompts, strict=True):
+            assert np.array_equal(row[: len(prompt)], prompt) and not row[len(prompt) :].any()
         answered = NETWORK_CLASSES["ZImageTransformer2DModel"].answered
         assert answered is not None
         assert [tuple(part.shape) for part in answered(sample)] == [(4, 1, 8, 8)] * 2
-        with pytest.raises(InputError, match=r"different shapes: \[5, 12\], \[3, 12\]"):
-            one.read({"x": images, "t": torch.ones(2), "cap_feats": [prompts[0], prompts[1][:3]]})
+        with pytest.raises(InputError, match=r"different shapes: \[4, 12\], \[2, 3\]"):
+            one.read({"x": images, "t": torch.ones(2), "cap_feats": [prompts[0], prompts[1][:, :3]]})
         with pytest.raises(InputError, match="not images with one frame"):
             one.read({"x": [i.repeat(1, 2, 1, 1) for i in images], "t": torch.ones(2), "cap_feats": prompts})
         with pytest.raises(InputError, match="'x' is no list"):
