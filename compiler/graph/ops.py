@@ -21,6 +21,8 @@ LayerKind = Literal["conv", "linear", "attention"]
 BRANCH = "mezzotint.branch"
 """A node's metadata: the name of the layer that it computes a part of low rank for, in float. It is no layer itself."""
 BRANCH_REASON = "branch of low rank"
+ROTATION = "mezzotint.rotation"
+"""A node's metadata: the name of a layer whose input it rotates, in float. It is no layer itself."""
 
 # Operations that move data: they run on 8-bit values, and quantizing before or after them gives the same numbers.
 MOVERS = ("Transpose", "Reshape", "Resize", "Squeeze", "Unsqueeze", "Flatten")
@@ -98,7 +100,7 @@ def transposed_layer(node: ir.Node) -> Layer | None:
 
 def layer_of(node: ir.Node) -> Layer | None:
     """Return the layer of a node, or None for a node that cannot become an integer kernel."""
-    if BRANCH in node.metadata_props:
+    if BRANCH in node.metadata_props or ROTATION in node.metadata_props:
         return None
     if is_op(node, "Conv"):
         return _conv(node)
@@ -184,6 +186,8 @@ def float_reason(node: ir.Node) -> str | None:
     """Return why a matrix multiplication cannot become an integer kernel, or None for every other node."""
     if BRANCH in node.metadata_props:
         return f"{BRANCH_REASON} beside {node.metadata_props[BRANCH]!r}"
+    if ROTATION in node.metadata_props:
+        return f"rotation of the channels that {node.metadata_props[ROTATION]!r} reads"
     if is_op(node, "Conv", "Gemm", "MatMul") and layer_of(node) is None:
         return "its weights are not constant, or its attributes have no integer kernel"
     if is_op(node, "ConvTranspose"):

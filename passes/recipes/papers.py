@@ -30,6 +30,7 @@ from .distilled import DISTILLED
 from .low_rank import LOW_RANK
 from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .pruned import PRUNED
+from .rotated import ROTATED
 from .tokens import TOKEN_WISE
 from .trained import TRAINED
 
@@ -260,6 +261,6 @@ BITS = (
 
 PAPERS = (
     *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING),
-    *(*PRUNED, *CODEBOOKS, *LOW_RANK, *TOKEN_WISE),
+    *(*PRUNED, *CODEBOOKS, *LOW_RANK, *TOKEN_WISE, *ROTATED),
     *(*TRAINED, *SCALES, *BITS, *DISTILLED),
 )
