@@ -78,10 +78,11 @@ def stepwise(
     *,
     weight_bits: Literal[4, 6, 8] = 8,
     scales: ChooseScales | None = None,
+    rewrites: Sequence[Pass] = (),
     plan: Sequence[Pass] = (),
     behind: Sequence[Pass] = (),
 ) -> tuple[Pass, ...]:
-    """Return the passes of w8a8-steps, with further ones on the plan and on the quantized graph.
+    """Return the passes of w8a8-steps, with further ones on the float graph, the plan and the quantized graph.
 
     Ranges of tables are chosen as those of `scales`.
     """
@@ -95,6 +96,7 @@ def stepwise(
         *FAST,
         CenterTokens(),
         *smoothed,
+        *rewrites,
         Observe(groups=0, channels="outputs"),
         scales,
         GroupSteps(),

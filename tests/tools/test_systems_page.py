@@ -13,7 +13,7 @@ from tests.helpers.docs_examples import ROOT
 from tools.systems_page import BOARDS, own_passes, read_effects, read_systems, systems_page
 
 DOCS = ROOT / "docs"
-OURS = {"w8a8-steps", "w8a8-constant", "w8a8-best", "w4a8", "w4a8-best", "w6a6-best", "w4a4"}
+OURS = {"w8a8-steps", "w8a8-constant", "w8a8-best", "w8a8-tokens", "w4a8", "w4a8-best", "w6a6-best", "w4a4"}
 COMMANDS = {"debug", "mix"}
 
 
