@@ -70,7 +70,7 @@ class SplitRanks(GraphPass):
     share: float = 0.05
     spread: Literal["even", "errors"] = "even"
     mean_bits: float | None = None
-    widths: tuple[int, ...] = (2, 3, 4, 8)
+    widths: tuple[int, ...] = (2, 4, 8)
     weighting: FitWeighting = "output"
     rounding: SplitRounding = "nearest"
     weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4

@@ -17,9 +17,9 @@ from mezzotint.runtime.arrays import Floats
 
 from ..core.formats import scale_for_range
 from ..graph import weight_store as store
-from ..graph.nodes import Builder, Names, name_of
+from ..graph.nodes import Builder, Names, is_op, name_of
 from ..graph.ops import Layer
-from ..graph.require import producer
+from ..graph.require import producer, shape_of
 from ..rounding.matrix import nearest
 from ..scales.weights import WeightMethod, row_limits, weight_format
 from .branches import add_beside
@@ -51,9 +51,11 @@ def write_terms(graph: ir.Graph, names: Names, layers: Sequence[Layer], terms: S
             build = Builder(graph, names, after=layer.bias_add or node)
             attributes = {name: a.value for name, a in node.attributes.items()}
             stem = f"{name_of(node.outputs[0])}_term_{k + 1}"
+            read: list[ir.Value | None] = [node.inputs[0], value]
+            if is_op(node, "Gemm"):  # onnxruntime's QGemm has scales for each output channel with a bias only
+                rows = int(shape_of(value).numpy()[layer.require_weight_axis()])
+                read.append(build.constant(f"{stem}_bias", np.zeros(rows, np.float32)))
             name = names.unique(f"{layer.name}_term_{k + 1}")
-            out = build.op(
-                node.op_type, [node.inputs[0], value], stem, like=node.outputs[0], attributes=attributes, name=name
-            )
+            out = build.op(node.op_type, read, stem, like=node.outputs[0], attributes=attributes, name=name)
             producer(out).metadata_props.update(node.metadata_props)
             add_beside(graph, names, layer, build, out)

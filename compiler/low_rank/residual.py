@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, eigh
+from scipy.linalg import cholesky, eigh, solve_triangular
 
 from mezzotint.runtime.arrays import Floats
 
@@ -34,6 +34,8 @@ FitWeighting = Literal["output", "inputs", "none"]
 Rounder = Callable[[Floats], Floats]
 """Returns a residual `[rows, d]` on its grid, as float32."""
 
+CHECKED_ROWS = 512
+SMALLEST_NOISE = 1e-6  # of the mean diagonal of H, where M needs an inverse
 GAIN = 1e-3  # an iteration that lowers the error by a smaller share is the last one
 
 
@@ -101,14 +103,15 @@ def alternated(
 ) -> SplitWeight:
     """Return the split of a weight `[rows, d]` with the least E of at most so many iterations.
 
-    `half`: the branch has the values of half precision, and the residual makes up for their rounding.
+    `half`: the branch has the values of half precision, and the residual makes up for their rounding. Errors of layers
+    with more than CHECKED_ROWS outputs are those of so many of them, spread evenly, unless the fit needs all.
     """
     fit = _Fit(weight, metric, half)
-    power = metric.power(weight)
+    checked = fit.checked
+    power = metric.power(weight[checked])
     left = weight - rounder(weight)
-    error, moved = metric.error(left, weight)
-    whole = best = error
-    alone = metric.weight_error(left, moved)
+    whole, moved = metric.error(left[checked], weight[checked])
+    best, alone = whole, metric.weight_error(left[checked], moved)
     branch, done = None, 0
     for found in fit.rounds(rank, rounder):
         done += 1
@@ -128,24 +131,26 @@ class _Round:
 
 
 class _Fit:
-    """The fits of branches to one weight."""
+    """The fits of branches to one weight. `checked` are the rows whose errors count."""
 
     def __init__(self, weight: Floats, metric: LayerMetric, half: bool) -> None:
-        self._weight, self._metric, self._half = weight, metric, half
+        self._weight, self._metric, self._half, self._noise = weight, metric, half, metric.noise
         diagonal = np.diagonal(metric.gram).astype(np.float64)
         self._diagonal: Matrix | None = None
         if metric.weighting != "output":
             self._diagonal = diagonal if metric.weighting == "inputs" else np.full_like(diagonal, diagonal.mean())
-        self._factor = None
-        if self._diagonal is None and metric.noise > 0:
+        self.checked = slice(None, None, 1 if self._diagonal is None else -(-len(weight) // CHECKED_ROWS))
+        self._wide = len(weight) > len(diagonal)
+        self._lower: Matrix | None = None  # C C^T = M, where the fit needs it
+        if self._diagonal is None and (self._noise > 0 or self._wide):
+            self._noise = max(self._noise, SMALLEST_NOISE * float(diagonal.mean()))
             regular = metric.gram.astype(np.float64)
-            np.einsum("ii->i", regular)[...] += metric.noise
+            np.einsum("ii->i", regular)[...] += self._noise
             try:
-                self._factor = cho_factor(regular, lower=True, overwrite_a=True, check_finite=False)
+                self._lower = cholesky(regular, lower=True, overwrite_a=True, check_finite=False)
             except np.linalg.LinAlgError as error:
-                raise PassError(
-                    "the products of a layer's inputs have no inverse", hint="choose another weighting"
-                ) from error
+                hint = "choose the weighting inputs"
+                raise PassError("the products of a layer's inputs have no inverse", hint=hint) from error
 
     def rounds(self, rank: int, rounder: Rounder) -> Iterator[_Round]:
         """Yield fits: the first to the weight, each further one to what the rounding of the one before left."""
@@ -156,38 +161,66 @@ class _Fit:
             branch = self.fitted(target, moved, rank)
             residual = weight - branch.product
             left = residual - rounder(residual)
-            error, product = metric.error(left, residual)
-            yield _Round(branch, error, metric.weight_error(left, product))
+            error, product = metric.error(left[self.checked], residual[self.checked])
+            yield _Round(branch, error, metric.weight_error(left[self.checked], product))
             target = left + branch.product  # W - Q
-            moved = product + branch.up @ (branch.down @ metric.gram)
+            if self._diagonal is None:
+                moved = product + branch.up @ (branch.down @ metric.gram)
 
     def fitted(self, target: Matrix, moved: Matrix | None, rank: int) -> Branch:
-        """Return L of the module's docstring for `target` = W - Q, with `moved` = (W - Q) H where it is known."""
-        weight, noise = self._weight, self._metric.noise
-        if self._diagonal is not None:
-            values = (target * self._diagonal + noise * weight) / np.maximum(self._diagonal + noise, 1e-30)
-            scatter = (values * (self._diagonal + noise)) @ values.T
-        else:
-            pulled = target @ self._metric.gram if moved is None else moved
-            if self._factor is None:
-                values, scatter = target, pulled @ target.T
-            else:
-                pulled = pulled.astype(np.float64) + noise * weight
-                values = cho_solve(self._factor, pulled.T, check_finite=False).T
-                scatter = pulled @ values.T
-        return self._projected(values, scatter, rank)
+        """Return L of the module's docstring for `target` = W - Q, with `moved` = (W - Q) H where it is known.
 
-    def _projected(self, values: Matrix, scatter: Matrix, rank: int) -> Branch:
-        rows = len(scatter)
-        even = (scatter.astype(np.float64) + scatter.T) / 2
-        _, vectors = eigh(even, subset_by_index=(rows - rank, rows - 1), overwrite_a=True)
-        up = np.ascontiguousarray(vectors[:, ::-1])
-        largest = np.take_along_axis(up, np.abs(up).argmax(axis=0)[None], axis=0)
-        up *= np.where(largest < 0, -1, 1)  # an eigenvector has no sign: the same file everywhere needs one
-        down = up.T @ values
-        length = np.sqrt(np.linalg.norm(down, axis=1))  # both factors get the same length: halves are relative
-        length = np.where(length > 0, length, 1)
-        up, down = up * length, down / length[:, None]
+        A weight with more outputs than inputs is projected on the right, L = T C V V^T C^-1: the smaller eigenproblem.
+        """
+        weight, noise = self._weight, self._noise
+        if self._diagonal is not None:
+            sums = np.maximum(self._diagonal + noise, 1e-30)
+            values = (target * self._diagonal + noise * weight) / sums
+            if self._wide:
+                root = np.sqrt(sums)
+                return self._right(values * root, lambda rows: rows / root, rank)
+            return self._left(values, (values * sums) @ values.T, rank)
+        pulled = target @ self._metric.gram if moved is None else moved
+        if self._lower is None:
+            return self._left(target, pulled @ target.T, rank)
+        lower, pulled = self._lower, pulled.astype(np.float64) + noise * weight
+        half_way = solve_triangular(lower, pulled.T, lower=True, check_finite=False)  # (T C)^T
+
+        def back(rows: Matrix) -> Matrix:
+            solved: Matrix = solve_triangular(lower, rows.T, lower=True, trans="T", check_finite=False).T
+            return solved
+
+        if self._wide:
+            return self._right(half_way.T, back, rank)
+        vectors = _first_vectors(half_way.T @ half_way, rank)
+        return self._branch(vectors, back((half_way @ vectors).T))
+
+    def _left(self, values: Matrix, scatter: Matrix, rank: int) -> Branch:
+        """Return U U^T T for `values` = T and `scatter` = T M T^T."""
+        vectors = _first_vectors(scatter, rank)
+        return self._branch(vectors, vectors.T @ values)
+
+    def _right(self, scaled: Matrix, back: Callable[[Matrix], Matrix], rank: int) -> Branch:
+        """Return T C V V^T C^-1 for `scaled` = T C; `back` multiplies rows by C^-1."""
+        vectors = _first_vectors(scaled.T @ scaled, rank)
+        return self._branch(scaled @ vectors, back(vectors.T))
+
+    def _branch(self, up: Matrix, down: Matrix) -> Branch:
+        """Return the branch with columns and rows of equal length, of one sign, and of half precision if wanted."""
+        lengths = np.linalg.norm(up, axis=0), np.linalg.norm(down, axis=1)
+        ratio = np.sqrt(np.maximum(lengths[1], 1e-30) / np.maximum(lengths[0], 1e-30))
+        largest = np.take_along_axis(up, np.abs(up).argmax(axis=0)[None], axis=0)[0]
+        ratio *= np.where(largest < 0, -1, 1)  # an eigenvector has no sign: the same file everywhere needs one
+        up, down = up * ratio, down / ratio[:, None]
         if self._half:
             up, down = up.astype(np.float16), down.astype(np.float16)
         return Branch(up.astype(np.float32), down.astype(np.float32))
+
+
+def _first_vectors(scatter: Matrix, rank: int) -> Matrix:
+    """Return the eigenvectors `[n, rank]` of a symmetric matrix with the largest eigenvalues, the first in front."""
+    size = len(scatter)
+    even = (scatter.astype(np.float64) + scatter.T) / 2
+    _, vectors = eigh(even, subset_by_index=(size - rank, size - 1), overwrite_a=True, check_finite=False)
+    first: Matrix = np.ascontiguousarray(vectors[:, ::-1])
+    return first

@@ -102,16 +102,16 @@ def choose_positions(sizes: Sequence[int], limit: int, rng: np.random.Generator)
 
 @dataclass(frozen=True)
 class Extent:
-    """The number of columns that a matrix H was summed over, and their least and largest value; 0 is among them."""
+    """The range of a layer's inputs, with 0 in it, and the sum of the squared factors of their columns in H."""
 
-    columns: int = 0
+    factors: float = 0.0
     low: float = 0.0
     high: float = 0.0
 
     def rounding_noise(self, bits: int) -> float:
-        """Return the expected squared rounding error of one input, summed over the columns, on a grid of 2^bits."""
+        """Return the expected squared rounding error of an input on one grid of 2^bits points, as H sums it."""
         step = (self.high - self.low) / (2**bits - 1)
-        noise: float = self.columns * step**2 / 12
+        noise: float = self.factors * step**2 / 12
         return noise
 
 
@@ -123,9 +123,11 @@ class Gram:
         self._matrix = np.zeros((groups, inputs, inputs), np.float32)
         self._syrk = get_blas_funcs("syrk", dtype=np.float32)
 
-    def add(self, columns: Floats) -> None:
-        low, high = min(self.extent.low, float(columns.min())), max(self.extent.high, float(columns.max()))
-        self.extent = Extent(self.extent.columns + len(columns), low, high)
+    def add(self, columns: Floats, factor: float = 1.0) -> None:
+        """Add columns that are `factor` times the layer's inputs."""
+        low, high = float(columns.min()) / factor, float(columns.max()) / factor
+        before = self.extent
+        self.extent = Extent(before.factors + len(columns) * factor**2, min(before.low, low), max(before.high, high))
         if len(self._matrix) > 1:  # many small ones
             turned = columns.transpose(1, 2, 0)
             self._matrix += turned @ turned.transpose(0, 2, 1)

@@ -143,8 +143,8 @@ class Gathered:
         if shifts:
             self._shifts[id(inputs)] = np.zeros(inputs.rows().shape, np.float32)
 
-    def add(self, key: GramKey, columns: Floats) -> None:
-        self._grams[key].add(columns)
+    def add(self, key: GramKey, columns: Floats, factor: float) -> None:
+        self._grams[key].add(columns, factor)
 
     def add_shift(self, inputs: FloatInputs, rows: Floats, difference: Floats, columns: Floats) -> None:
         """Sum W (X_f - X) X^T over `columns` `[positions, groups, d]`."""
@@ -158,7 +158,7 @@ class Gathered:
         return self._grams[inputs.key].matrix()
 
     def extent(self, inputs: FloatInputs) -> Extent:
-        """The number and the range of the columns of H."""
+        """The range of the inputs whose products H has."""
         return self._grams[inputs.key].extent
 
     def shift(self, inputs: FloatInputs) -> Floats | None:
@@ -308,7 +308,7 @@ def _add_batch(
             factor = np.float32(1 / np.sqrt(mean)) if balance and mean > 0 else np.float32(1)
             found *= factor
             if inputs.key not in added:
-                gathered.add(inputs.key, found)
+                gathered.add(inputs.key, found, float(factor))
             if rows is not None:
                 difference = unfold.columns(wanted[float_tap], chosen) * factor - found
                 gathered.add_shift(inputs, rows, difference, found)

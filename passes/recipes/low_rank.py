@@ -28,14 +28,13 @@ LOW_RANK = (
         static(
             BY_CHANNEL,
             SmoothScales(weight_bits=4, run_time=True, run_time_gain=0.1, timed=False),
-            SplitRanks(rounding="gptq"),
+            SplitRanks(weighting="none"),
             scales=_FOUR,
             behind=(RoundWeights(),),
         ),
         paper="SVDQuant, arXiv 2411.05007 (rank 32 at most, and 5 % of a weight's values, since layers are small here; "
-        "singular vectors as the inputs weigh them, in turns with GPTQ; one scale for an output channel, and static "
-        "ones for activations, where it has groups of 64; smoothing by expected error; a branch of layers of its own, "
-        "in no fused kernel; the first and the last layer in float)",
+        "one scale for an output channel, and static ones for activations, where it has groups of 64; smoothing by "
+        "expected error; a branch of layers of its own, in no fused kernel; the first and the last layer in float)",
         baseline="gptq",
         claim="w4a4",
     ),
@@ -61,7 +60,7 @@ LOW_RANK = (
     ),
     Recipe(
         "mlorq",
-        "gptq with 2, 3, 4 or 8 bits for each layer and a float branch of low rank beside it, 4 bits for each weight "
+        "gptq with 2, 4 or 8 bits for each layer and a float branch of low rank beside it, 4 bits for each weight "
         "with the branch, by one integer program",
         static(
             SplitRanks(mean_bits=4.0, rounding="gptq"),

@@ -72,6 +72,19 @@ def test_weightings_that_see_less_of_the_inputs_are_singular_vectors() -> None:
     assert product(fitted(zero, 0.0, "inputs")) == pytest.approx((u[:, :RANK] * s[:RANK]) @ v[:RANK] / length, abs=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["output", "inputs", "none"])
+def test_more_outputs_than_inputs_make_no_difference(weighting: FitWeighting) -> None:
+    """The same branch, from the eigenproblem of the other side."""
+    tall = np.tile(weight(), (3, 1)) + 0.1 * np.random.default_rng(5).standard_normal((3 * ROWS, INPUTS))
+    for noise in (0.0, 3.0):
+        fit = _Fit(tall.astype(np.float32), LayerMetric(gram(), noise, weighting), half=False)
+        right = product(fit.fitted(tall, None, RANK))
+        metric = gram() if weighting == "output" else np.diag(np.diagonal(gram()))
+        metric = np.eye(INPUTS) if weighting == "none" else metric + noise * np.eye(INPUTS)
+        u = np.linalg.svd(tall @ np.linalg.cholesky(metric))[0][:, :RANK]
+        assert right == pytest.approx(u @ u.T @ tall, abs=3e-3)  # a ridge of 1e-6
+
+
 def split(noise: float = 0.0, iterations: int = 20, *, half: bool = False, rank: int = RANK) -> SplitWeight:
     return alternated(weight(), LayerMetric(gram(), noise), rank, on_grid, iterations, half=half)
 

@@ -132,6 +132,16 @@ def test_sums_of_products(groups: int) -> None:
         check_gram(gram.matrix() * np.float32(1.01), columns)
 
 
+def test_the_noise_is_what_rounding_to_one_grid_makes() -> None:
+    rng = np.random.default_rng(1)
+    gram, parts = Gram(1, 4), [(rng.uniform(-1, 3, (4000, 1, 4)), 0.5), (rng.uniform(-0.3, 0.2, (4000, 1, 4)), 4.0)]
+    for x, factor in parts:
+        gram.add((x * factor).astype(np.float32), factor)
+    step = 4 / (2**4 - 1)
+    squares = [factor**2 * (x - np.rint(x / step) * step) ** 2 for x, factor in parts]
+    assert gram.extent.rounding_noise(4) == pytest.approx(np.concatenate(squares).sum(axis=(0, 1)).mean(), rel=0.1)
+
+
 def test_large_matrices_are_mirrored_in_parts() -> None:
     size = MIRROR + 5
     whole = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
