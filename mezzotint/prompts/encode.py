@@ -66,9 +66,10 @@ def encode_prompts(
         conditions = _joined(found, known, pads)
         without: NamedRows = {}
         if guided:
-            both = run.rows(pipe, texts.prompts[:1], texts.negative, guided=True)
-            alone = run.rows(pipe, texts.prompts[:1], texts.negative, guided=False)[0] if pads else found[0]
-            without = _joined([_other_half(both, alone, str(pipeline.folder))], known, pads)
+            first = texts.prompts[:1]
+            both = [_joined([half], known, pads) for half in run.rows(pipe, first, texts.negative, guided=True)]
+            alone = run.rows(pipe, first, texts.negative, guided=False)[0] if pads else found[0]
+            without = _other_half(both, _joined([alone], known, pads), str(pipeline.folder))
         del pipe
     gc.collect()  # the encoders are in cycles, and the denoiser needs their memory
     return conditions, without

@@ -27,7 +27,7 @@ from mezzotint.runtime.progress import silent
 from tests.helpers.prompt_pipelines import prompt_pipeline_of
 
 PROMPTS = ("a red fox", "two boats at dusk, calm water", "cat", "a door", "a letter that says hello")
-NEGATIVE = "blurry"
+NEGATIVE = "blurry, dull, out of focus"  # longer than the first prompt
 Rows = dict[str, Any]
 Halves = tuple[Rows, Rows]
 
