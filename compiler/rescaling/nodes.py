@@ -135,6 +135,22 @@ def changed_axes(node: ir.Node, rank: int) -> list[int]:
     return list(range(2, rank))
 
 
+def before_cut(node: ir.Node, layout: Layout) -> Layout | Refusal:
+    """Return the layout in front of a Split or Slice that takes parts of axes without channels, such as tokens."""
+    if is_op(node, "Split"):
+        axes: list[int] | None = [node.attributes["axis"].as_int() if "axis" in node.attributes else 0]
+    else:
+        axes = _numbers(node, 3) if len(node.inputs) > 3 else None
+    sizes = None if node.inputs[0] is None else sizes_of(node.inputs[0])
+    if axes is None or sizes is None or len(sizes) != layout.rank:
+        return Refusal(f"{op_and_name(node)} takes a part that is not known")
+    for axis in axes:
+        if layout.on(axis % layout.rank):
+            return Refusal(f"{op_and_name(node)} parts the channels")
+        layout = layout.without_channels(axis % layout.rank, sizes[axis])
+    return layout
+
+
 def part_of(node: ir.Node, value: ir.Value) -> tuple[int, int, int, int] | None:
     """Return (axis, start, length, total) of the part that a Split, Slice or Gather takes, or None if parts differ."""
     whole = node.inputs[0] if node.inputs else None

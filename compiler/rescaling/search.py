@@ -98,8 +98,7 @@ class ScaledInputs(GraphPass):
         late = site.kind == "run_time"
         if late and not self.run_time:
             return NO_PLACE
-        read, axis = name_of(quantized[0].activations[0]), channel_axis(quantized[0])
-        extremes, squares = stats.extremes(read, axis), stats.mean_squares(read, axis)
+        extremes, squares = _measured(stats, quantized)
         if extremes is None or squares is None:
             return NO_AXIS
         weights = [GroupedWeight(layer) for layer in quantized]
@@ -147,6 +146,18 @@ class Tally:
 
 def _counted(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(counter.items()))
+
+
+def _measured(stats: Stats, quantized: list[Layer]) -> tuple[Factors | None, Factors | None]:
+    """Return the extremes `[groups, 2, C]` and mean squares `[C]` of what layers read of one value, or None twice."""
+    axes = {name_of(layer.activations[0]): channel_axis(layer) for layer in quantized}
+    peaks = [stats.extremes(name, axis) for name, axis in axes.items()]
+    squares = [stats.mean_squares(name, axis) for name, axis in axes.items()]
+    some_peaks, some_squares = [p for p in peaks if p is not None], [s for s in squares if s is not None]
+    if len(some_peaks) < len(peaks) or len(some_squares) < len(squares):
+        return None, None
+    lows, highs = (np.stack([p[:, end] for p in some_peaks]) for end in (0, 1))
+    return np.stack([lows.min(axis=0), highs.max(axis=0)], axis=1), np.mean(some_squares, axis=0)
 
 
 def _numbers(stats: Stats, layer: Layer) -> int:

@@ -36,7 +36,7 @@ from ..graph.require import inputs, required
 from .axes import Atom, AxisSize, Layout, sizes_of
 from .edits import Edit, add_to_bias, apply_edit, other_readers
 from .ends import Request, Route
-from .nodes import before_mover, eventual, op_and_name
+from .nodes import before_cut, before_mover, eventual, op_and_name
 from .refusal import Refusal
 from .scaling import Factors, channel_axis, divide_value, input_channels, multiplied_weight, multiply_weight
 from .trace import Tracer
@@ -151,15 +151,20 @@ def _now(layer: Layer) -> Layer:
 
 
 def _source(layer: Layer) -> tuple[ir.Value, int, set[ir.Node]]:
-    """Return (value, channel axis, movers passed): a layer's input, traced back while one axis holds its channels."""
+    """Return (value, channel axis, movers passed): a layer's input, traced back while one axis holds its channels.
+
+    Parts of a value, such as the tokens of the text and of the image, are views of it like those that movers give.
+    """
     value, axis = layer.activations[0], channel_axis(layer)
     sizes, passed = sizes_of(value), set()
     if sizes is None:
         return value, axis, set()
     channels = input_channels(layer)
     layout = Layout.of(sizes, axis).with_axis(axis % len(sizes), (Atom(channels, 1),) if channels > 1 else ())
-    while (node := value.producer()) is not None and is_mover(node) and node.inputs[0] is not None:
-        before = before_mover(node, layout)
+    while (node := value.producer()) is not None and node.inputs[0] is not None:
+        if not is_mover(node) and not is_op(node, "Split", "Slice"):
+            break
+        before = before_mover(node, layout) if is_mover(node) else before_cut(node, layout)
         if isinstance(before, Refusal) or not any(before.whole(d, channels) for d in range(before.rank)):
             break
         passed.add(node)
@@ -174,7 +179,7 @@ def _sites_of(
     """Return one site for a value that only layers read, else a run-time site for each view that they have of it."""
     known = movers | {layer.node for layer in readers}
     reason = ""
-    for seen in dict.fromkeys([value, *(node.outputs[0] for node in movers)]):
+    for seen in dict.fromkeys([value, *(out for node in movers for out in node.outputs)]):
         if seen.is_graph_output():
             reason = f"{name_of(seen)!r} is an output of the graph"
         elif others := other_readers(seen, known):

@@ -58,6 +58,7 @@ INTEGERS: dict[str, list[int]] = {
     "four": [4],
     "last": [2],
     "eight": [8],
+    "sixteen": [16],
     "hw": [2, 3],
     "pads": [0, 0, 1, 1, 0, 0, 1, 1],
     "thirds": [4, 8],

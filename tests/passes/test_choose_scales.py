@@ -11,10 +11,11 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.formats import INT8, UINT8, dequantize, quantize, scale_for_range
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program, Site
-from mezzotint.compiler.errors import StatsError
+from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.scales.ranges import RangeMethod, least_error_range
@@ -23,6 +24,7 @@ from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
 from mezzotint.runtime.arrays import Floats
+from mezzotint.runtime.compare import sqnr_db
 
 
 @pytest.fixture
@@ -170,6 +172,49 @@ def test_the_channels_of_a_weight_may_have_one_scale(observed: Program, context:
     assert weight_error(best, name, axis).sum() <= weight_error(widest, name, axis).sum()
     apart = planned(observed, context, ChooseScales())
     assert weight_error(best, name, axis).sum() > weight_error(apart, name, axis).sum()
+
+
+@pytest.mark.parametrize(
+    ("loud", "quiet", "product"), [("k_w", "q_w", "scores"), ("q_w", "k_w", "scores"), ("v_w", "proj_w", "mix")]
+)
+def test_a_loud_channel_of_keys_or_values_keeps_its_product_in_float(
+    tiny: Program, context: Context, loud: str, quiet: str, product: str
+) -> None:
+    """The function stays: what one layer multiplies the other divides. 8 bits over the loud channel ruin the rest."""
+    for name, factor, rows in ((loud, 60.0, False), (quiet, 1 / 60, product == "mix")):
+        weight = tiny.graph.initializers[name]
+        array = numpy_of(weight).copy()
+        array[3 if rows else slice(None), slice(None) if rows else 3] *= np.float32(factor)
+        weight.const_value = ir.tensor(array, name=name)
+    program = pipeline.run_passes(tiny, [Normalize(), Observe()], context)
+
+    def quantized(levels: float) -> Program:
+        return pipeline.run_passes(program, [ChooseScales(product_levels=levels), InsertQdq()], context)
+
+    with_island, without = quantized(3.0), quantized(0.0)
+    assert with_island.plan is not None and without.plan is not None
+    kept = {name: why for name, why in with_island.plan.islands.items() if "loud" in why}
+    assert list(kept) == [product] and "levels up to its typical value" in kept[product]
+    assert product not in without.plan.islands
+    taps = ["mixed"] if product == "mix" else ["scaled"]
+    x = np.random.default_rng(1).standard_normal((2, *program.shape)).astype(np.float32)
+    errors = []
+    for each in (with_island, without):
+        values = []
+        for model in (program.model, each.model):
+            with Executor(model, context.folder, taps=taps, threads=1) as executor:
+                values.append(executor.call(program.signature, x, program.deployment.timesteps[0])[taps[0]])
+        if product == "mix":  # its loud channel is the larger part of the output, and as exact as ever
+            values = [np.delete(value, 3, axis=-1) for value in values]
+        errors.append(sqnr_db(*values))
+    assert errors[0] > errors[1] + 6, errors
+
+
+def test_products_of_even_activations_are_quantized(observed: Program, context: Context) -> None:
+    after = planned(observed, context, ChooseScales())
+    assert after.plan is not None and not after.plan.islands
+    with pytest.raises(RecipeError, match="product_levels"):
+        ChooseScales(product_levels=-1)
 
 
 def test_statistics_of_another_graph_are_refused(observed: Program, context: Context) -> None:
