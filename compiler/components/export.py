@@ -78,7 +78,7 @@ class ComponentCall(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.row.kind == "text encoder":
-            arguments = dict(zip(self.names, tensors, strict=True))
+            arguments: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
             hidden = self.row.hidden == "all" or bool(self.row.states)
             if "use_cache" in inspect.signature(self.module.forward).parameters:
                 arguments["use_cache"] = False  # a cache of keys is for generating text

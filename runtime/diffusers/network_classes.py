@@ -76,8 +76,8 @@ def _stacked(arguments: Arguments, channels: int) -> Arguments:
             )
     if images[0].ndim != 4 or images[0].shape[1] != 1:
         raise InputError(f"'x' holds {list(images[0].shape)}, not images with one frame", where="input x")
-    mask = [torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts]
-    rows, mask = (torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in (prompts, mask))
+    ones = [torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts]
+    rows, mask = (torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in (prompts, ones))
     return {**arguments, "x": torch.stack(list(images))[:, :, 0], _CAPTIONS: rows, f"{_CAPTIONS}_mask": mask}
 
 

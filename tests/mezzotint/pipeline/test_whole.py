@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from mezzotint import open_bundle
@@ -20,6 +22,7 @@ from mezzotint.compiler.bundle.staging import foreign_part
 from mezzotint.compiler.errors import ConditionError, ModelError, OutputError
 from mezzotint.diffusers import load
 from mezzotint.options import CalibrationOptions
+from mezzotint.pipeline.preview import Preview
 from mezzotint.pipeline.schedulers import sampler_for, scheduler_config
 from mezzotint.pipeline.source import is_whole_pipeline, pipeline_source
 from mezzotint.prompts.texts import held_out_prompts
@@ -201,6 +204,24 @@ def test_the_page_of_models_has_what_whole_pipelines_showed() -> None:
         assert max(found["latents"], found["pictures"]) <= EXACT, name
         assert found["int8_db"] > LEAST_DB and found["components_db"] > LEAST_DB, name
         assert found["integer"] > found["float"] and found["sample"], name
+
+
+def test_a_preview_scales_latents_as_their_vae_needs(tmp_path: Path) -> None:
+    """Those of Qwen-Image have a mean and a deviation for each channel, and one frame."""
+    seen: list[torch.Tensor] = []
+
+    def decode(z: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        seen.append(z)
+        return (torch.zeros(1, 3, 1, 4, 4),)
+
+    config = FrozenDict(latents_mean=[1.0, 2.0], latents_std=[2.0, 3.0])
+    pipe = SimpleNamespace(vae=SimpleNamespace(config=config, decode=decode))
+    Preview(tmp_path / "preview.png").show(pipe, torch.ones(2, 2, 1, 4, 4), None, None)
+    assert seen[0].shape == (1, 2, 1, 4, 4) and seen[0][0, :, 0, 0, 0].tolist() == [3.0, 5.0]
+    with Image.open(tmp_path / "preview.png") as shown:
+        assert shown.size == (4, 4)
+    with pytest.raises(InputError, match="latents of 5 axes"):
+        Preview(tmp_path / "preview.png").show(pipe, torch.ones(1, 2, 2, 4, 4), None, None)
 
 
 def test_prompts_that_components_are_measured_on_are_not_calibrated_on(whole: Whole, tmp_path: Path) -> None:
