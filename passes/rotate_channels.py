@@ -34,7 +34,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.attention import attention_of
 from mezzotint.compiler.graph.nodes import Builder, Names, consumers, is_op, name_of, numpy_of, remove_dead
 from mezzotint.compiler.graph.ops import ROTATION, Layer, layers
-from mezzotint.compiler.graph.require import producer, shape_of
+from mezzotint.compiler.graph.require import producer, required, shape_of
 from mezzotint.runtime.arrays import Doubles, Floats
 
 
@@ -70,7 +70,7 @@ class RotateChannels(GraphPass):
             turned = _rotated(graph, names, x, mine[0], size)
             for layer in mine:
                 layer.node.replace_input_with(0, turned)
-                _write(graph, names, layer, _turned_rows(numpy_of(layer.node.inputs[1]), size))
+                _write(graph, names, layer, _turned_rows(_weight(layer), size))
             rotated += 1
         remove_dead(graph)
         said = f"{len(done)} outputs of attention rotated by the layers around it, {rotated} values at run time"
@@ -91,11 +91,11 @@ class RotateChannels(GraphPass):
             whole = len(mine) == len(consumers(found.output)) and not found.output.is_graph_output()
             if maker is None or not mine or not alone or not whole or size < 2:
                 continue
-            _write(graph, names, maker, _turned_columns(numpy_of(maker.node.inputs[1]), size))
+            _write(graph, names, maker, _turned_columns(_weight(maker), size))
             if maker.bias is not None:
                 _write_bias(graph, names, maker, _turned_columns(numpy_of(maker.bias), size))
             for layer in mine:
-                _write(graph, names, layer, _turned_rows(numpy_of(layer.node.inputs[1]), size))
+                _write(graph, names, layer, _turned_rows(_weight(layer), size))
             yield found.output
 
 
@@ -130,6 +130,11 @@ def _turned_columns(weight: Floats, size: int) -> Floats:
     """Return w H for a weight `[inputs, outputs]` or a bias `[outputs]`."""
     blocks = weight.astype(np.float64).reshape(*weight.shape[:-1], -1, size)
     return (blocks @ _hadamard(size)).reshape(weight.shape).astype(np.float32)
+
+
+def _weight(layer: Layer) -> Floats:
+    """Return the weight as it is now: one layer may be rotated on both sides."""
+    return numpy_of(required(layer.node.inputs[1], "a constant weight", layer.node))
 
 
 def _write(graph: ir.Graph, names: Names, layer: Layer, weight: Floats) -> None:

@@ -114,7 +114,8 @@ LEGAL: dict[str, tuple[str, str, str]] = {  # case: the site's value, its kind, 
         "mix",
         "value",
         f"{BLOCK} first = Slice (x, zero, four, axis1) second = Slice (x, four, sixteen, axis1) "
-        f"v1 = MatMul (first, w2) v2 = MatMul (second, w4) v_raw = Concat <axis = 1> (v1, v2) q = MatMul (x, w0) k = MatMul (x, w1) "
+        f"v1 = MatMul (first, w2) v2 = MatMul (second, w4) v_raw = Concat <axis = 1> (v1, v2) q = MatMul (x, w0) "
+        f"k = MatMul (x, w1) "
         f"v = Add (v_raw, b0) {ATTENTION.partition(' [proj]')[0]} text = Slice (mix, zero, four, axis1) "
         f"pixels = Slice (mix, four, sixteen, axis1) p = MatMul (text, w3) r = MatMul (pixels, w5) "
         f"y = Concat <axis = 1> (p, r) {END}",
