@@ -10,6 +10,10 @@ The graph computes the same as before: W_1 lies on the grid that choose_scales f
 last term is what is left, in float until then. The pass stands in front of observe, because each convolution among the
 terms has an output of its own; their sum is float.
 
+Measured at W4A8 (DDIM, 20 steps, 32 images; epsilon, and median / p10 of the images' PSNR, in dB; one term, then two):
+digits 23.6, 26.4 / 20.6 and 29.0, 43.0 / 31.8; digits-dit 24.3, 29.1 / 24.4 and 34.3, 48.1 / 44.4; mnist-onnx 19.3,
+14.7 / 11.3 and 26.8, 40.7 / 29.8. Files are 1.8 to 1.9 times as large, about as those of 8 bits.
+
 Deviations: all output channels have all terms, where the paper may leave out those that err least; no ensembles of
 terms.
 """

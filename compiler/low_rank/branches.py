@@ -76,11 +76,10 @@ def _beside(graph: ir.Graph, names: Names, layer: Layer, parts: Sequence[ir.Valu
         made = build.op(
             op,
             [made, part],
-            f"{name_of(out)}_{end}",
+            f"{layer.name}_branch_{end}",  # of value and node: onnxruntime's own layout names nodes by their outputs
             dtype=out.dtype,
             shape=shape,
             attributes=attributes,
-            name=names.unique(f"{layer.name}_branch_{end}"),
         )
         producer(made).metadata_props[BRANCH] = layer.name
     add_beside(graph, names, layer, build, made)

@@ -152,6 +152,11 @@ class TestTrace:
         assert found.call_seconds == pytest.approx(8e-3, rel=1e-9)
         assert found.integer_share == pytest.approx(2 / 3, rel=1e-9)
 
+    def test_nodes_are_found_by_the_names_that_they_had(self) -> None:
+        spent = {"a_branch_up_nchwc": 1.0, "b_branch_up": 2.0, "b_branch_up_2": 4.0, "a": 8.0}
+        found = Breakdown((), 1, 15.0, spent)
+        assert found.named({"a_branch_up", "b_branch_up", "gone"}) == (2, 3.0)
+
     @pytest.mark.parametrize("text", ["", "[", "[]", "{}", "[1]", '[{"name": "model_run", "ts": 1}]'])
     def test_a_trace_that_was_cut_off(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "t.json").write_text(text)
