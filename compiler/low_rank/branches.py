@@ -20,7 +20,7 @@ from mezzotint.runtime.arrays import Floats
 from ..graph import weight_store as store
 from ..graph.nodes import Builder, Names, consumers, name_of, replace_use
 from ..graph.ops import BRANCH, Layer
-from ..graph.require import producer, shape_of
+from ..graph.require import inputs, producer, shape_of
 from .residual import Branch
 
 KERNEL_ATTRIBUTES = ("strides", "pads", "dilations", "kernel_shape", "auto_pad")
@@ -62,7 +62,7 @@ def add_beside(graph: ir.Graph, names: Names, layer: Layer, build: Builder, othe
 
 
 def _beside(graph: ir.Graph, names: Names, layer: Layer, parts: Sequence[ir.Value], rank: int) -> None:
-    node, x = layer.node, layer.activations[0]
+    node = layer.node
     build = Builder(graph, names, after=layer.bias_add or node)
     out = node.outputs[0]
     kernel = {k: a.value for k, a in node.attributes.items() if k in KERNEL_ATTRIBUTES} if layer.kind == "conv" else {}
@@ -71,7 +71,7 @@ def _beside(graph: ir.Graph, names: Names, layer: Layer, parts: Sequence[ir.Valu
     if out.shape is not None:
         axis = 1 if layer.kind == "conv" else len(out.shape) - 1
         narrow = [rank if d == axis else n for d, n in enumerate(out.shape)]
-    made = x
+    made = inputs(node, 1)[0]  # now: a branch beside the layer in front may have replaced it
     for end, part, attributes, shape in (("down", parts[0], kernel, narrow), ("up", parts[1], {}, out.shape)):
         made = build.op(
             op,

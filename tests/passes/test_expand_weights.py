@@ -38,7 +38,7 @@ def test_each_term_is_what_the_ones_before_leave() -> None:
 
 def test_both_kinds_of_layers_are_expanded(check_golden: Check) -> None:
     after = check_golden(ExpandWeights(weight_bits=3, weights="minmax"), "both_kinds")
-    assert after.history[-1].note == "2 weights became 2 of 3 bits each; 2 stay single"
+    assert after.history[-1].note == "3 weights became 2 of 3 bits each; 2 stay single"
 
 
 def test_terms_are_rounded_where_the_pass_expected_it(context: Context) -> None:

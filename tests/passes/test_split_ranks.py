@@ -49,8 +49,8 @@ def sqnr(program: Program, context: Context) -> float:
 def test_both_kinds_of_layers_are_split(check_golden: Check) -> None:
     step = SplitRanks(rank=1, share=0.6, weight_bits=3, calls=3, activation_bits="float", weighting="none")
     after = check_golden(step, "both_kinds")
-    assert after.history[-1].note.startswith("2 of 2 weights have a branch of rank 1 to 1")
-    assert len(list(layers(after.graph))) == 4  # as before: branches are no layers
+    assert after.history[-1].note.startswith("3 of 3 weights have a branch of rank 1 to 1")
+    assert len(list(layers(after.graph))) == 5  # as before: branches are no layers
 
 
 def test_residuals_are_rounded_and_branches_are_islands(context: Context) -> None:
