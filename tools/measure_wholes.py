@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _deep_compression(channels: int) -> Any:
     return diffusers.AutoencoderDC(latent_channels=channels, scaling_factor=0.5, **sizes).eval()
 
 
-VAES = {
+VAES: dict[str, Callable[[int], Any]] = {
     "WanPipeline": partial(_of_videos, diffusers.AutoencoderKLWan),
     "QwenImagePipeline": partial(_of_videos, diffusers.AutoencoderKLQwenImage),
     "SanaPipeline": _deep_compression,

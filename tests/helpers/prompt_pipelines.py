@@ -68,11 +68,13 @@ def qwen(width: int, kind: Any) -> Any:
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 3, "vocab_size": 259}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": 0}
     if kind is Qwen3Model:
-        return kind(Qwen3Config(head_dim=4, **sizes)).eval()
+        model: Any = kind(Qwen3Config(head_dim=4, **sizes))
+        return model.eval()
     eyes = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": width}
     rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]}
     config = Qwen2_5_VLConfig(text_config={**sizes, "rope_parameters": rotary}, vision_config=eyes)
-    return kind(config).eval()
+    made: Any = kind(config)
+    return made.eval()
 
 
 def prompt_pipeline_of(name: str, folder: Path) -> Any:

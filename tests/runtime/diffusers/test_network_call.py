@@ -50,8 +50,8 @@ class TestForms:
         assert np.array_equal(conditions["image_latents"], joined[:, :, 4:])
 
     def test_z_image_has_lists(self) -> None:
-        mask = {"cap_feats_mask": ("i8", (5,))}
-        one = reader("ZImageTransformer2DModel", "x", (4, 8, 8), cap_feats=("f4", (5, 12)), **mask)
+        inputs: dict[str, Any] = {"cap_feats": ("f4", (5, 12)), "cap_feats_mask": ("i8", (5,))}
+        one = reader("ZImageTransformer2DModel", "x", (4, 8, 8), 1, **inputs)
         images, prompts = list(torch.randn(2, 4, 1, 8, 8)), [torch.randn(4, 12), torch.randn(2, 12)]
 
         sample, time, conditions = one.read({"x": images, "t": torch.ones(2), "cap_feats": prompts})
