@@ -10,8 +10,9 @@
 - Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
   channel (compiler/scales/weights.py). Without `per_channel` the channels of a weight have one scale in common, as in
   DFQ (arXiv 1906.04721). Layers for which split_ranks chose a width have that one.
-- Products of two activations stay in float where one of them has fewer than `product_levels` levels up to its typical
-  value: a loud channel or token takes the others (compiler/scales/loud_products.py). The plan's islands say which.
+- Products of two activations, and layers of the prompt, stay in float where an input has fewer than `levels` levels up
+  to its typical value: a loud channel or token takes the others (compiler/scales/loud_layers.py). The plan's islands
+  say which.
 - Weights of transposed convolutions that lower_transposed left: 8 bits, whatever the width of the others. Their kernel
   is float, so fewer bits would cost accuracy and gain no speed. Per output channel, or per input channel with groups.
 
@@ -34,7 +35,7 @@ from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import is_constant, name_of
 from mezzotint.compiler.graph.ops import Layer, layers, transposed_layer
-from mezzotint.compiler.scales.loud_products import loud_products
+from mezzotint.compiler.scales.loud_layers import loud_layers
 from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, range_of
 from mezzotint.compiler.scales.weights import WeightMethod, weight_format, weight_quantizer
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
@@ -52,7 +53,8 @@ class ChooseScales(Pass):
     - `output_bits`: the width of outputs of convolutions that no layer reads directly.
     - `symmetric`: the activations that have zero point 0 and a signed grid: none, factors of products of two
       activations, or all. `--target` chooses.
-    - `product_levels`: the fewest levels of 8 bits that the typical key or value needs; 0 keeps no product in float.
+    - `levels`: the fewest levels of 8 bits up to the typical key, value or number of a prompt; 0 keeps no layer in
+      float.
     """
 
     activations: RangeMethod = "percentile"
@@ -63,7 +65,7 @@ class ChooseScales(Pass):
     output_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     per_channel: bool = True
     symmetric: Literal["none", "products", "all"] = "none"
-    product_levels: float = 3.0
+    levels: float = 3.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats"})
     gives: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -71,10 +73,8 @@ class ChooseScales(Pass):
 
     def __post_init__(self) -> None:
         check_percentile(self.percentile, self.name)
-        if not 0 <= self.product_levels <= 127:
-            raise RecipeError(
-                f"{self.name}.product_levels is {self.product_levels}", where=self.name, hint="choose 0 to 127"
-            )
+        if not 0 <= self.levels <= 127:
+            raise RecipeError(f"{self.name}.levels is {self.levels}", where=self.name, hint="choose 0 to 127")
 
     def for_target(self, target: Target, passes: Sequence[Pass]) -> ChooseScales:
         """Return this pass with the symmetric activations that a target demands, beside those that it has already."""
@@ -87,7 +87,7 @@ class ChooseScales(Pass):
         stats.check_graph(graphs.digest(program.model), self.name)
         every_layer = list(layers(program.graph))
         quantizers = {} if self.activation_bits == "float" else self._of_activations(every_layer, stats)
-        loud = loud_products(every_layer, quantizers, stats, self.product_levels)
+        loud = loud_layers(program, every_layer, quantizers, stats, self.levels)
         for i, layer in enumerate(every_layer):
             if layer.weight is not None:
                 bits = program.widths.get(layer.name, self.weight_bits)
@@ -96,7 +96,7 @@ class ChooseScales(Pass):
         for node in program.graph:
             if (transposed := transposed_layer(node)) is not None:
                 self._add_weight(quantizers, transposed, INT8)
-        note = f"{len(quantizers)} quantizers" + (f", {len(loud)} products of loud activations" if loud else "")
+        note = f"{len(quantizers)} quantizers" + (f", {len(loud)} layers of loud activations" if loud else "")
         return replace(program, plan=Plan(quantizers, loud), note=note)
 
     def _of_activations(self, every_layer: Sequence[Layer], stats: Stats) -> dict[Site, Quantizer]:

@@ -13,6 +13,12 @@ other work ran (with nothing else, 4096 tokens take 0.27 s in MultiHeadAttention
     1024, 1024       0.16   0.36 GB       0.16   0.11 GB         0.21   0.43 GB
     4096, 77         0.06   0.18 GB       0.04   0.11 GB         0.06   0.21 GB
 
+In transformers a norm of each head, rotary embeddings, and the concatenation of text and image stand between the split
+into heads and the first product. They stay where they are: what they make is merged into rows again. A mask of the keys
+`[b, h, 1, keys]` becomes one more channel of each head, 1 / scale in the queries and the mask in the keys, because with
+an input for it the operation stores the matrix after all. So does one number for each key times one for each query.
+Keys and values that groups of queries share are repeated in front, as exporters write them.
+
 Only onnxruntime knows the operation, so other targets keep the products.
 """
 

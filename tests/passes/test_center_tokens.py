@@ -212,7 +212,7 @@ def test_outliers_that_users_know(tmp_path: Path) -> None:
     for name, outliers, recipe, settings in (
         ("without", False, "w8a8-steps", {}),
         ("both", True, "w8a8-steps", {}),
-        ("token", True, "w8a8-steps", {"center_tokens.ratio": 1e9}),
+        ("token", True, "w8a8-steps", {"center_tokens.ratio": 1e9, "choose_scales.levels": 0}),
         ("channel", True, "w8a8-steps", {"smooth_scales.gain": 1e9}),
     ):
         options = {**OPTIONS, "conditions": {"prompt": spoken(outliers=outliers)}}

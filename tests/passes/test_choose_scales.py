@@ -189,7 +189,7 @@ def test_a_loud_channel_of_keys_or_values_keeps_its_product_in_float(
     program = pipeline.run_passes(tiny, [Normalize(), Observe()], context)
 
     def quantized(levels: float) -> Program:
-        return pipeline.run_passes(program, [ChooseScales(product_levels=levels), InsertQdq()], context)
+        return pipeline.run_passes(program, [ChooseScales(levels=levels), InsertQdq()], context)
 
     with_island, without = quantized(3.0), quantized(0.0)
     assert with_island.plan is not None and without.plan is not None
@@ -213,8 +213,8 @@ def test_a_loud_channel_of_keys_or_values_keeps_its_product_in_float(
 def test_products_of_even_activations_are_quantized(observed: Program, context: Context) -> None:
     after = planned(observed, context, ChooseScales())
     assert after.plan is not None and not after.plan.islands
-    with pytest.raises(RecipeError, match="product_levels"):
-        ChooseScales(product_levels=-1)
+    with pytest.raises(RecipeError, match="levels"):
+        ChooseScales(levels=-1)
 
 
 def test_statistics_of_another_graph_are_refused(observed: Program, context: Context) -> None:
