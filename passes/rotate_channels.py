@@ -25,7 +25,6 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from scipy.linalg import hadamard
 
 from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import Context, GraphPass
@@ -115,8 +114,9 @@ def _block_of(x: ir.Value, limit: int) -> int:
 
 
 def _hadamard(size: int) -> Doubles:
-    """Return the symmetric matrix `[size, size]` of signs over the root of its size: it is its own inverse."""
-    matrix: Doubles = hadamard(size) / np.sqrt(size)
+    """Return Sylvester's symmetric matrix `[size, size]` of signs over the root of its size: its own inverse."""
+    signs = [[1 - 2 * ((row & column).bit_count() % 2) for column in range(size)] for row in range(size)]
+    matrix: Doubles = np.array(signs, np.float64) / np.sqrt(size)
     return matrix
 
 
