@@ -17,7 +17,9 @@ In transformers a norm of each head, rotary embeddings, and the concatenation of
 into heads and the first product. They stay where they are: what they make is merged into rows again. A mask of the keys
 `[b, h, 1, keys]` becomes one more channel of each head, 1 / scale in the queries and the mask in the keys, because with
 an input for it the operation stores the matrix after all. So does one number for each key times one for each query.
-Keys and values that groups of queries share are repeated in front, as exporters write them.
+Keys and values that groups of queries share are repeated in front, as exporters write them. With heads as wide as those
+of Flux (128), integer products are 3 to 8 % faster than the operation, and need 2.7 times the memory at 1536 tokens,
+6.7 times at 4608 (docs/measurements.md).
 
 Only onnxruntime knows the operation, so other targets keep the products.
 """
