@@ -138,6 +138,7 @@ def test_islands_are_those_of_the_passes() -> None:
         "float": (),
         "w8a8-steps": four,
         "w8a8-best": four,
+        "w8a8-tokens": four,
         "w8a8-constant": four,
         "w4a8": four,
         "w4a4": four,
