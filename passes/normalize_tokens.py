@@ -16,6 +16,11 @@ zero point one for all, that of x / r over the calibration; c is measured in adv
 
 A layer with one row for each sample has one token, and stays; so do products of two activations, convolutions, and the
 layers of `islands`.
+
+Measured on digits-dit (W8A8, guidance 3, 20 steps, 32 images): w8a8-best with it (w8a8-tokens) has 32.8 dB of epsilon,
+and images of 48.5 dB in the median and 42.5 in the 10th percentile, w8a8-best 28.0, 46.6 and 39.5. A call takes 1.21
+times as long (two threads, batch 16): 1.45 times as fast as fp32, and not 1.79. At W4A4 w8a8 goes from 4.4 dB of
+epsilon and 16.8 of images to 9.5 and 19.8.
 """
 
 from __future__ import annotations
