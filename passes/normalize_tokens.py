@@ -26,6 +26,7 @@ epsilon and 16.8 of images to 9.5 and 19.8.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,21 +34,21 @@ import numpy as np
 import onnx_ir as ir
 
 from mezzotint.compiler.core.islands import Islands
-from mezzotint.compiler.core.pipeline import Context, GraphPass
+from mezzotint.compiler.core.pipeline import Context, GraphPass, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import (
     Builder,
     Names,
-    is_op,
     name_of,
     numpy_of,
     remove_dead,
     replace_value,
 )
-from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.graph.ops import Layer, layers, over_tokens
 from mezzotint.compiler.rescaling.scaling import channel_axis
 from mezzotint.runtime.arrays import Doubles
+from mezzotint.runtime.sampling.deployment import Deployment
 
 TINY = 1e-12  # a token of zeros is divided by it, and stays zero
 SILENT = 1e-5  # of the loudest channel: a silent one would be divided by nothing
@@ -70,6 +71,16 @@ class NormalizeTokens(GraphPass):
                 hint = "choose 0 to 1; rows=1 and columns=0 are scales of tokens alone"
                 raise RecipeError(f"normalize_tokens.{name} is {power}", where=self.name, hint=hint)
 
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        """Raise RecipeError where no earlier pass measures the channels that `columns` needs."""
+        ahead = passes[: next(i for i, step in enumerate(passes) if step is self)]
+        if self.columns and not any(step.options().get("channels") == "inputs" for step in ahead):
+            raise RecipeError(
+                f"{self.name}.columns needs the sizes of channels, which no earlier pass measures",
+                where=f"{self.name}.columns",
+                hint="put observe with channels=inputs in front of it: --set observe.channels=inputs",
+            )
+
     def run(self, program: Program, context: Context) -> Program:
         graph, names = program.graph, Names(program.graph)
         every_layer = list(layers(graph))
@@ -78,9 +89,8 @@ class NormalizeTokens(GraphPass):
         left: Counter[str] = Counter()
         changed = 0
         for layer in every_layer:
-            reason = _reason(layer) or ("islands" if islands.reason(layer) is not None else None)
-            if reason is not None:
-                left[reason] += 1
+            if not over_tokens(layer) or islands.reason(layer) is not None:
+                left["islands" if over_tokens(layer) else "not over tokens"] += 1
                 continue
             x = layer.activations[0]
             if x not in known:
@@ -135,14 +145,6 @@ class _Even:
     value: ir.Value
     tokens: ir.Value
     channels: Doubles | None
-
-
-def _reason(layer: Layer) -> str | None:
-    """Return why a layer has no tokens to normalize, or None."""
-    if layer.kind != "linear" or not is_op(layer.node, "MatMul"):
-        return {"conv": "convolutions", "attention": "products of two activations"}.get(layer.kind, "of one row")
-    shape = layer.activations[0].shape
-    return "of one row" if shape is None or len(shape) < 3 else None
 
 
 def _normalize(graph: ir.Graph, names: Names, layer: Layer, even: _Even) -> None:

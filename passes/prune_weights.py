@@ -70,8 +70,8 @@ from mezzotint.compiler.pruning.levels import LayerLevels, SparsityBudget, Spars
 from mezzotint.compiler.pruning.patterns import PruningPattern
 from mezzotint.compiler.pruning.prunable import PrunableWeight, find_prunable
 from mezzotint.compiler.pruning.sparsity_profile import epsilon_shares
-from mezzotint.compiler.rounding.layer_inputs import Gathered, chosen_latents, gather_floats
-from mezzotint.compiler.rounding.parts import parts_in_memory
+from mezzotint.compiler.pruning.weight_inputs import WeightInputs
+from mezzotint.compiler.rounding.layer_inputs import Gathered
 from mezzotint.compiler.rounding.report import damped_words
 from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.sampling.deployment import Deployment
@@ -158,7 +158,7 @@ class PruneWeights(GraphPass):
 
 @dataclass(eq=False)
 class _Work:
-    """One run of the pass. H is measured on `source`, which stays dense."""
+    """One run of the pass. H is measured on the dense graph."""
 
     options: PruneWeights
     program: Program
@@ -170,54 +170,33 @@ class _Work:
 
     def run(self) -> Program:
         o = self.options
-        self.source = replace(self.program, model=self.program.model.clone())
-        few = replace(self.context, samples=min(o.samples, self.context.samples))
-        self.latents = chosen_latents(replace(self.program, float_model=self.source.model), few, o.calls)
+        self.inputs = WeightInputs.of(
+            self.program,
+            self.context,
+            calls=o.calls,
+            samples=o.samples,
+            columns=o.columns,
+            balance=o.balance,
+            memory_gb=o.memory_gb,
+        )
         self.pruner = LayerPruner(self.pattern, o.method, o.exact_inputs, o.block, o.polish, o.damp)
         kind = next((kind for kind in get_args(SparsityBudget) if getattr(o, kind) is not None), None)
         same = o.sparsity if self.pattern.sparsity is None else self.pattern.sparsity
         chosen, words = {weight.name: float(same or 0) for weight in self.weights}, ""
         if kind is not None:
-            chosen, words = self._allocated(kind, few)
+            chosen, words = self._allocated(kind)
         errors: list[float] = []
         gone = 0
 
-        def prune(weight: PrunableWeight, gathered: Gathered) -> None:
-            nonlocal gone
+        for weight, gathered in self.inputs.each(self.weights, o.name):
             if chosen[weight.name] > 0:
                 layer = self._pruned(self.pruner, weight, gathered, chosen[weight.name])
                 values = weight.shaped(layer.values)
-                weight.inputs.floats.const_value = store.kept(
-                    values, name_of(weight.inputs.floats), self.context.folder
-                )
+                floats = weight.inputs.floats
+                floats.const_value = store.kept(values, name_of(floats), self.context.folder)
                 gone += int(np.count_nonzero(values == 0))
                 errors.append(layer.share)
-
-        self._through(self.weights, o.name, prune)
         return replace(self.program, note=self._note(chosen, errors, gone, words))
-
-    def _through(
-        self, weights: Sequence[PrunableWeight], stage: str, work: Callable[[PrunableWeight, Gathered], None]
-    ) -> None:
-        """Call `work` for each weight, with the matrices H of its part of the graph, as many as the memory holds."""
-        o, done = self.options, 0
-        parts = list(parts_in_memory(weights, lambda weight: weight.inputs, o.memory_gb))
-        total = len(parts) * len(self.latents) + len(weights)
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            self.context.progress(stage, done, total)
-
-        for part in parts:
-            inputs = [weight.inputs for weight in part]
-            gathered = gather_floats(
-                self.source, self.context, inputs, self.latents, columns=o.columns, balance=o.balance, step=step
-            )
-            for weight in part:
-                work(weight, gathered)
-                gathered.forget(weight.inputs)
-                step()
 
     def _pruned(self, pruner: LayerPruner, weight: PrunableWeight, gathered: Gathered, sparsity: float) -> PrunedLayer:
         layer = pruner.prune_groups(
@@ -227,7 +206,7 @@ class _Work:
             self.damps[weight.name] = layer.damp
         return layer
 
-    def _allocated(self, kind: SparsityBudget, few: Context) -> tuple[dict[str, float], str]:
+    def _allocated(self, kind: SparsityBudget) -> tuple[dict[str, float], str]:
         """Return (the sparsity of each layer, the budget that it takes, in words)."""
         o, fixed = self.options, self.pattern.sparsity
         levels = [0.0, fixed] if fixed is not None else sorted({0.0, *o.levels})
@@ -236,22 +215,20 @@ class _Work:
         errors: dict[str, dict[float, float]] = {}
         samples: dict[str, Callable[[], Floats]] = {}
 
-        def profile(weight: PrunableWeight, gathered: Gathered) -> None:
+        for weight, gathered in self.inputs.each(self.weights, f"{o.name}: levels"):
             found = errors[weight.name] = {0.0: 0.0}
             for level in levels[1:]:
                 layer = self._pruned(fast, weight, gathered, level)
                 found[level] = layer.share
                 if level == middle:
                     samples[weight.name] = partial(weight.shaped, layer.values)
-
-        self._through(self.weights, f"{o.name}: levels", profile)
         if o.score == "output":
-            shares = epsilon_shares(self.source, few, self.weights, samples, o.calls, o.name)
+            shares = epsilon_shares(self.inputs.source, self.inputs.few, self.weights, samples, o.calls, o.name)
             for name, found in errors.items():
                 factor = shares[name] / found[middle] if found[middle] > 0 else 0.0
                 errors[name] = {level: factor * error for level, error in found.items()}
         units = [weight.unit for weight in self.weights]
-        units = units if kind == "size" else with_macs(units, self.source, self.context)
+        units = units if kind == "size" else with_macs(units, self.inputs.source, self.context)
         layers = [LayerLevels(unit.name, unit.size, unit.macs, errors[unit.name]) for unit in units]
         parameters = int(self.program.source.get("parameter_bytes", store.parameter_bytes(self.program.model)))
         others = store.parameter_bytes(self.program.model) - 4 * sum(unit.size for unit in units)

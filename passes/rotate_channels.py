@@ -3,7 +3,7 @@
     MatMul(x, w)    ->    MatMul(x H, H w)        H: Hadamard matrices of `block` channels side by side, H H = I
 
 This is exact. A number of x H is a sum of `block` channels with signs: an outlier of one channel is spread over all of
-them, and so is one of a row of w, whose values become more alike too. It is QuaRot's rotation (arXiv 2404.00456) in the
+them, and so is one of a row of w. It is QuaRot's rotation (arXiv 2404.00456) in the
 places where a diffusion transformer has room for it:
 
 - The values of an attention come from a layer, and its output goes into layers. Both of them take the rotation, head by
@@ -31,8 +31,8 @@ from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.attention import attention_of
-from mezzotint.compiler.graph.nodes import Builder, Names, consumers, is_op, name_of, numpy_of, remove_dead
-from mezzotint.compiler.graph.ops import ROTATION, Layer, layers
+from mezzotint.compiler.graph.nodes import Builder, Names, consumers, is_op, name_of, numpy_of, remove_dead, replace_use
+from mezzotint.compiler.graph.ops import ROTATION, Layer, layers, over_tokens
 from mezzotint.compiler.graph.require import producer, required, shape_of
 from mezzotint.runtime.arrays import Doubles, Floats
 
@@ -56,7 +56,7 @@ class RotateChannels(GraphPass):
         graph, names = program.graph, Names(program.graph)
         every_layer = list(layers(graph))
         islands = Islands(program, every_layer, self.islands, self.name)
-        wanted = [layer for layer in every_layer if _has_tokens(layer) and islands.reason(layer) is None]
+        wanted = [layer for layer in every_layer if over_tokens(layer) and islands.reason(layer) is None]
         readers: dict[ir.Value, list[Layer]] = {}
         for layer in wanted:
             readers.setdefault(layer.activations[0], []).append(layer)
@@ -96,11 +96,6 @@ class RotateChannels(GraphPass):
             for layer in mine:
                 _write(graph, names, layer, _turned_rows(_weight(layer), size))
             yield found.output
-
-
-def _has_tokens(layer: Layer) -> bool:
-    shape = layer.activations[0].shape
-    return layer.kind == "linear" and is_op(layer.node, "MatMul") and shape is not None and len(shape) > 2
 
 
 def _power_of_two(channels: int, limit: int) -> int:
@@ -144,13 +139,8 @@ def _write(graph: ir.Graph, names: Names, layer: Layer, weight: Floats) -> None:
 
 
 def _write_bias(graph: ir.Graph, names: Names, layer: Layer, bias: Floats) -> None:
-    add = layer.bias_add
-    if add is None or layer.bias is None:
-        return
-    turned = Builder(graph, names, add).constant(f"{name_of(layer.bias)}_rotated", bias)
-    for i, value in enumerate(add.inputs):
-        if value is layer.bias:
-            add.replace_input_with(i, turned)
+    add, old = required(layer.bias_add, "the Add of its bias", layer.node), required(layer.bias, "a bias", layer.node)
+    replace_use(add, old, Builder(graph, names, add).constant(f"{name_of(old)}_rotated", bias))
 
 
 def _rotated(graph: ir.Graph, names: Names, x: ir.Value, layer: Layer, size: int) -> ir.Value:

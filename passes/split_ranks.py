@@ -46,7 +46,7 @@ quarters of the time of all integer kernels, on digits-dit (linear layers) a sev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -66,8 +66,7 @@ from mezzotint.compiler.low_rank.residual import FitWeighting, SplitWeight
 from mezzotint.compiler.pruning.patterns import PruningPattern
 from mezzotint.compiler.pruning.prunable import PrunableWeight, find_prunable
 from mezzotint.compiler.pruning.sparsity_profile import epsilon_shares
-from mezzotint.compiler.rounding.layer_inputs import Gathered, chosen_latents, gather_floats
-from mezzotint.compiler.rounding.parts import parts_in_memory
+from mezzotint.compiler.pruning.weight_inputs import WeightInputs
 from mezzotint.compiler.scales.weights import WeightMethod
 from mezzotint.runtime.arrays import Floats
 
@@ -136,7 +135,7 @@ class SplitRanks(GraphPass):
 
 @dataclass(eq=False)
 class _Work:
-    """One run of the pass. H is measured on `source`, which stays whole."""
+    """One run of the pass. H is measured on the graph without branches."""
 
     options: SplitRanks
     program: Program
@@ -147,56 +146,44 @@ class _Work:
 
     def run(self) -> Program:
         o = self.options
-        self.source = replace(self.program, model=self.program.model.clone())
-        self.few = replace(self.context, samples=min(o.samples, self.context.samples))
-        self.latents = chosen_latents(replace(self.program, float_model=self.source.model), self.few, o.calls)
+        self.inputs = WeightInputs.of(
+            self.program,
+            self.context,
+            calls=o.calls,
+            samples=o.samples,
+            columns=o.columns,
+            balance=o.balance,
+            memory_gb=o.memory_gb,
+        )
         self.splitter = LayerSplitter(o.weighting, o.rounding, o.weights, o.iterations, o.half, o.damp)
         self.shapes = [LayerShape(w.name, w.size // w.inputs.inputs, w.inputs.inputs) for w in self.weights]
         chosen = self._chosen()
         names = Names(self.program.graph)
 
-        def split(weight: PrunableWeight, view: LayerView) -> None:
+        for weight, view in self._views(o.name):
             choice = chosen[weight.name]
             if not choice.rank:
                 self.whole[weight.name] = f"{o.name}: a branch of rank 0 is none"
-                return
+                continue
             found = self.splits[weight.name] = self.splitter.split(view, choice.rank, choice.bits)
             if found.branch is None:
                 self.whole[weight.name] = f"{o.name}: no branch lowers its error"
-                return
+                continue
             value = weight.inputs.floats
             residual = weight.shaped(view.rows - found.branch.product)
             value.const_value = store.kept(residual, name_of(value), self.context.folder)
             write_branch(self.program.graph, names, weight.unit.layers, found.branch, self.context.folder)
-
-        self._through(o.name, split)
         widths = dict(self.program.widths)
         if o.mean_bits is not None:
             widths |= {layer.name: chosen[w.name].bits for w in self.weights for layer in w.unit.layers}
         refused = {**self.program.refused, **self.whole}
         return replace(self.program, refused=refused, widths=widths, note=self._note(chosen))
 
-    def _through(self, stage: str, work: Callable[[PrunableWeight, LayerView], None]) -> None:
-        """Call `work` for each weight, with the matrices H of its part of the graph, as many as the memory holds."""
-        o, done = self.options, 0
-        bits = None if o.activation_bits == "float" else int(o.activation_bits)
-        parts = list(parts_in_memory(self.weights, lambda weight: weight.inputs, o.memory_gb))
-        total = len(parts) * len(self.latents) + len(self.weights)
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            self.context.progress(stage, done, total)
-
-        for part in parts:
-            inputs = [weight.inputs for weight in part]
-            gathered: Gathered = gather_floats(
-                self.source, self.context, inputs, self.latents, columns=o.columns, balance=o.balance, step=step
-            )
-            for weight in part:
-                work(weight, LayerView.of(weight.name, weight.inputs, gathered, bits))
-                gathered.forget(weight.inputs)
-                step()
+    def _views(self, stage: str) -> Iterator[tuple[PrunableWeight, LayerView]]:
+        """Yield each weight with what a fit needs of it."""
+        bits = None if self.options.activation_bits == "float" else int(self.options.activation_bits)
+        for weight, gathered in self.inputs.each(self.weights, stage):
+            yield weight, LayerView.of(weight.name, weight.inputs, gathered, bits)
 
     def _chosen(self) -> dict[str, RankChoice]:
         """Return the width and the rank of each layer."""
@@ -210,7 +197,7 @@ class _Work:
         rounded: dict[str, Callable[[], Floats]] = {}
         quick = replace(self.splitter, iterations=min(o.iterations, 2), rounding="nearest")
 
-        def profile(weight: PrunableWeight, view: LayerView) -> None:
+        for weight, view in self._views(f"{o.name}: ranks"):
             ranks = shapes[weight.name].ranks(o.share, o.rank)
             errors[weight.name] = {
                 RankChoice(bits, rank): error
@@ -221,9 +208,7 @@ class _Work:
             alone[weight.name] = quick.errors(silent, (0,), PROFILE_BITS)[0]
             rows = quick.rounder(view, PROFILE_BITS)(view.rows)
             rounded[weight.name] = partial(weight.shaped, rows)
-
-        self._through(f"{o.name}: ranks", profile)
-        shares = epsilon_shares(self.source, self.few, self.weights, rounded, o.calls, o.name)
+        shares = epsilon_shares(self.inputs.source, self.inputs.few, self.weights, rounded, o.calls, o.name)
         for name, found in errors.items():
             factor = shares[name] / alone[name] if alone[name] > 0 else 0.0
             errors[name] = {choice: factor * error for choice, error in found.items()}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from mezzotint.runtime.errors import InputError
 from tools.leaderboard_page import Recipes, Row, gain_of
 
 
@@ -22,13 +23,17 @@ def record_of(page: Path) -> Path:
 def read_record(page: Path) -> list[Row]:
     """Return the rows that the page was written from; none where it has no record.
 
-    Raise ValueError for a record of another shape.
+    Raise InputError for a file that is no record.
     """
     try:
-        data = json.loads(record_of(page).read_text(encoding="utf-8"))
+        return [Row.of_json(row) for row in json.loads(record_of(page).read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
-    return [Row.of_json(row) for row in data]
+    except (ValueError, TypeError) as error:
+        hint = "take it from the repository again, or delete it with its page"
+        raise InputError(
+            f"the record of the page cannot be read: {error}", where=str(record_of(page)), hint=hint
+        ) from error
 
 
 def write_record(page: Path, rows: Sequence[Row], recipes: Recipes) -> None:

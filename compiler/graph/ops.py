@@ -66,6 +66,12 @@ class Layer:
         return required(self.weight_axis, "the axis of the weight's output channels", self.node)
 
 
+def over_tokens(layer: Layer) -> bool:
+    """Return whether a layer multiplies tokens `[batch, ..., tokens, channels]` by a constant weight."""
+    shape = layer.activations[0].shape
+    return layer.kind == "linear" and is_op(layer.node, "MatMul") and shape is not None and len(shape) > 2
+
+
 def is_mover(node: ir.Node) -> bool:
     """Return whether a node only moves 8-bit values. Resize does so when it repeats the nearest value."""
     if not is_op(node, *MOVERS):

@@ -71,6 +71,9 @@ def test_channels_are_divided_by_what_the_calibration_measured(context: Context)
     np.testing.assert_allclose(weight * shares[:, None], before, rtol=1e-5)
     with pytest.raises(StatsError, match="were not measured"):
         pipeline.run_passes(network(), [NormalizeTokens(columns=0.5, islands=())], context)
+    unmeasured: list[Pass] = [Observe(), NormalizeTokens(columns=0.5)]
+    with pytest.raises(RecipeError, match="which no earlier pass measures"):
+        unmeasured[1].check(unmeasured, network().deployment)
 
 
 def test_convolutions_single_rows_and_islands_stay(context: Context) -> None:
@@ -78,7 +81,7 @@ def test_convolutions_single_rows_and_islands_stay(context: Context) -> None:
     assert "0 layers" in after.history[-1].note and "1 islands" in after.history[-1].note
     assert counts(after.graph) == counts(network().graph)
     conv = pipeline.run_passes(tiny_program(), [NormalizeTokens()], context)
-    assert "convolutions" in conv.history[-1].note and "Div" not in counts(conv.graph)
+    assert "not over tokens" in conv.history[-1].note and "Div" not in counts(conv.graph)
 
 
 def test_powers_outside_0_to_1_are_refused() -> None:

@@ -269,6 +269,13 @@ def test_a_gain_is_that_of_the_record_where_images_are_gone(tmp_path: Path) -> N
     assert page([replace(row, gain=None) for row in kept], "digits", "", recipes).count("better") == 0
 
 
+def test_what_is_no_record_is_one_error(board: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ('{"a": 1}', "[", "[1]", "3"):
+        (tmp_path / "page.json").write_text(text)
+        assert board.main(["--write-only", "--folder", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 2
+        assert "record of the page cannot be read" in capsys.readouterr().err
+
+
 def test_rows_of_another_shape_are_measured_anew(tmp_path: Path) -> None:
     row, file = a_row("gptq", BASE), tmp_path / "row.json"
     row.save(file)
