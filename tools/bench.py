@@ -5,6 +5,8 @@
     python -m tools.bench sd15                the Stable Diffusion 1.5 UNet configuration, random weights
     python -m tools.bench sd15-speed          the same, 64x64 latents: speed and memory of a call, ours and peers'
     python -m tools.bench sd15-gptq           the same, with 4-bit weights rounded by GPTQ
+    python -m tools.bench sd15-pruned         the same, 2 of every 4 inputs removed before GPTQ
+    python -m tools.bench sd15-svdquant       the same, with branches of low rank beside weights of 4 bits
     python -m tools.bench sd15-training       the same, two of its blocks trained for 20 iterations
     python -m tools.bench digits --peer       onnxruntime's own quantizer too
     python -m tools.bench gpu                 on a GPU: parity with the CPU, nodes by provider, speed, memory
@@ -16,21 +18,15 @@ was missed, 2 when it cannot be measured here (`gpu` without a usable GPU provid
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import numpy as np
-import onnx_ir as ir
 
 from mezzotint.api import compile_model
 from mezzotint.bench import peers
 from mezzotint.bench.pairs import compare, folder_bytes, latency_ratio
-from mezzotint.compiler.core.memory import PeakMemory
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle
 from mezzotint.runtime.errors import MezzotintError
@@ -38,25 +34,11 @@ from mezzotint.runtime.latency import call_ratio
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
-from tools import bench_calls, bench_gpu
-from tools.bench_models import CIFAR10, SD15, random_model
+from tools import bench_gpu, bench_sd15
+from tools.bench_bars import Bars
+from tools.bench_models import CIFAR10, random_model
 
 TRAINED_BLOCKS = ("down_blocks.2/resnets.1", "down_blocks.2/attentions.1/transformer_blocks.0")
-
-
-class Bars:
-    """Collects rows of (what, measured, bar) and remembers whether one was missed."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, what: str, value: float, bar: str, good: bool) -> None:
-        self.rows.append({"what": what, "measured": round(value, 4), "bar": bar, "reached": good})
-        print(json.dumps(self.rows[-1]), flush=True)
-
-    @property
-    def reached(self) -> bool:
-        return all(row["reached"] for row in self.rows)
 
 
 def digits(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
@@ -97,125 +79,6 @@ def cifar10(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
     _speed_and_size(bundle, exported, 4, args.threads, bars, speed=2.9, size=0.3)
     if args.peer:
         _peer(bundle, exported, 4, args.threads, folder)
-
-
-def sd15(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
-    """The Stable Diffusion 1.5 UNet configuration: 859 M random parameters, 32x32 latents, two random prompts."""
-    bundle = _sd15(args, folder, bars, gigabytes=12, minutes=20, steps=2, calibration_samples=2)
-    _size_of_parameters(bundle, bars, 0.27)
-    share = table_bytes(bundle) / folder_bytes(bundle.path / MODEL)
-    bars.add("timestep tables, of the file", share, "<= 0.01", share <= 0.01)
-
-
-def sd15_speed(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
-    """The same with 64x64 latents: a call of two samples on each engine, one process after the other.
-
-    What was compiled into the folder of --keep before is measured as it is.
-    """
-    exported = folder / "float.onnx"
-    options: dict[str, Any] = {"steps": 1, "calibration_samples": 1, "latents": 64}
-    bundles = [folder / "onnxruntime", folder / "openvino"]
-    for path, recipe, target in zip(bundles, ("w8a8-steps", "w8a8"), ("onnxruntime", "openvino"), strict=True):
-        if path.exists():
-            continue
-        export: dict[str, Any] = {} if exported.exists() else {"export": exported}
-        bundle = _sd15(
-            args,
-            folder,
-            bars,
-            gigabytes=18,
-            minutes=40,
-            name=path.name,
-            recipe=recipe,
-            target=target,
-            **options,
-            **export,
-        )
-        del bundle
-        gc.collect()
-    jobs = bench_calls.jobs_of(exported, bundles, folder, with_peers=True)
-    found = bench_calls.measure_calls(jobs, folder, batch=2, threads=args.threads, calls=3)
-    print(bench_calls.calls_table(found))
-    floating, integer = found[bench_calls.FLOAT], found[bench_calls.own_name(bundles[0], "onnxruntime")]
-    ratio = float(np.median(floating.seconds) / np.median(integer.seconds))
-    bars.add(f"speed-up of one call, batch 2, {args.threads} threads", ratio, ">= 2.4", ratio >= 2.4)
-    share = integer.memory_mb / floating.memory_mb
-    bars.add("memory of the call, of that of fp32", share, "<= 0.5", share <= 0.5)
-
-
-def sd15_gptq(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
-    """The same with 4-bit weights rounded by GPTQ, four samples at four calls: layers of up to 23,040 inputs."""
-    options: dict[str, Any] = {"recipe": "gptq", "settings": {"choose_scales.weight_bits": 4}, "steps": 4}
-    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=45, calibration_samples=4, **options)
-    _size_of_parameters(bundle, bars, 0.15)
-    print(next(record.note for record in bundle.manifest.history if record.name == "round_weights"))
-
-
-def sd15_training(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
-    """The same with 4-bit weights; the rounding of a residual block and of a transformer block is trained."""
-    trained = {"unit": "block", "iterations": 20, "samples": 2, "batch": 2, "calls": 2, "units": TRAINED_BLOCKS}
-    settings = {"choose_scales.weight_bits": 4, **{f"reconstruct.{key}": value for key, value in trained.items()}}
-    options: dict[str, Any] = {"settings": settings, "steps": 2, "calibration_samples": 2}
-    bundle = _sd15(args, folder, bars, gigabytes=14, minutes=30, recipe="adaround", **options)
-    fits = bundle.manifest.training
-    bars.add("trained blocks", len(fits), "2", len(fits) == 2)
-    for fit in fits:
-        bars.add(f"error of {fit.unit}, of that of nearest rounding", fit.hard / fit.start, "< 1", fit.hard < fit.start)
-    print(next(record.note for record in bundle.manifest.history if record.name == "reconstruct"))
-
-
-def _sd15(
-    args: argparse.Namespace,
-    folder: Path,
-    bars: Bars,
-    *,
-    gigabytes: float,
-    minutes: float,
-    latents: int = 32,
-    name: str = "bundle",
-    **options: Any,
-) -> Bundle:
-    source = folder / "source"
-    if not source.exists():
-        print("writing the model with random weights", flush=True)
-        random_model("UNet2DConditionModel", SD15)().save_pretrained(source)
-    gc.collect()  # modules hold themselves in cycles; what is left of this one is not the compiler's memory
-    start = time.perf_counter()
-    with PeakMemory() as memory, shown() as report:
-        bundle = compile_model(
-            source,
-            folder / name,
-            scheduler="sd",
-            size=(latents, latents),
-            calibration_batch=2,
-            conditions="random",
-            threads=args.threads,
-            progress=report,
-            **options,
-        )
-    took = (time.perf_counter() - start) / 60
-    bars.add("compile peak memory, GB", memory.peak_mb / 1e3, f"<= {gigabytes}", memory.peak_mb <= gigabytes * 1e3)
-    bars.add("compile wall time, minutes", took, f"<= {minutes}", took <= minutes)
-    x = samplers.initial_noise(0, (1, *bundle.sample_shape))
-    rng = np.random.default_rng(0)
-    prompt = rng.standard_normal((1, 77, 768)).astype(np.float32)
-    output = bundle.denoiser(args.threads)(x, bundle.deployment.timesteps[0], encoder_hidden_states=prompt)
-    finite = bool(np.isfinite(output).all())
-    bars.add("one call returns finite values", float(finite), "1", finite)
-    print(json.dumps({"integer": bundle.manifest.kernels.integer, "float": bundle.manifest.kernels.floating}))
-    return bundle
-
-
-def _size_of_parameters(bundle: Bundle, bars: Bars, limit: float) -> None:
-    size = folder_bytes(bundle.path / MODEL) / bundle.manifest.source.parameter_bytes
-    bars.add("size of fp32 parameters", size, f"<= {limit}", size <= limit)
-
-
-def table_bytes(bundle: Bundle) -> int:
-    """Bytes of all constants of which a call reads one row: what the rows of scales, zero points and biases take."""
-    graph = ir.load(bundle.path / MODEL).graph
-    read = (node.inputs[0] for node in graph if node.op_type == "Gather")
-    return sum(v.const_value.nbytes for v in read if v is not None and v.const_value is not None)
 
 
 def loop_share(bundle: Bundle, batch: int, threads: int | None) -> float:
@@ -279,10 +142,12 @@ def gpu(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 MODELS = {
     "digits": digits,
     "cifar10": cifar10,
-    "sd15": sd15,
-    "sd15-speed": sd15_speed,
-    "sd15-gptq": sd15_gptq,
-    "sd15-training": sd15_training,
+    "sd15": bench_sd15.steps,
+    "sd15-speed": bench_sd15.speed,
+    "sd15-gptq": bench_sd15.gptq,
+    "sd15-pruned": bench_sd15.pruned,
+    "sd15-svdquant": bench_sd15.svdquant,
+    "sd15-training": bench_sd15.training,
     "gpu": gpu,
 }
 

@@ -24,6 +24,7 @@ from typing import Any
 from mezzotint.compiler.core.pipeline import Pass, Recipe
 from mezzotint.passes.recipes.catalog import DEFAULT, RECIPES
 from mezzotint.passes.recipes.files import make_pass, pass_names, to_yaml
+from tools.leaderboard_recipes import changed_options
 from tools.rooms import purpose, room_of, sources
 from tools.systems_page import systems_page
 
@@ -164,8 +165,7 @@ def heading(name: str) -> str:
 
 
 def changed(step: Pass) -> str:
-    defaults = make_pass(step.name).options()
-    return ", ".join(f"`{key}={value}`" for key, value in step.options().items() if value != defaults[key]) or "-"
+    return ", ".join(f"`{key}={value}`" for key, value in changed_options(step).items()) or "-"
 
 
 def order(step: Pass) -> list[tuple[str, Any]]:

@@ -52,7 +52,7 @@ from mezzotint.runtime.signature import Images, Timestep
 from tools.leaderboard_model import FloatModel, corrected
 from tools.leaderboard_options import parsed
 from tools.leaderboard_page import Row, page
-from tools.leaderboard_recipes import at_width, cut
+from tools.leaderboard_recipes import at_width, chosen_options, cut
 from tools.leaderboard_record import read_record, write_record
 
 SAME = ("images", "calibration", "steps", "threads", "batch")  # options that two rows of a page have in common
@@ -97,7 +97,7 @@ class Board:
 
     def recipe_key(self, name: str, width: str, eta: float, iterations: int | None = None) -> str:
         recipe = cut(RECIPES[name], iterations)
-        return self.key([width, recipe.claim, recipe.to_json()["passes"]], eta)
+        return self.key([width, recipe.claim, chosen_options(recipe)], eta)
 
     def is_done(self, row: Row | None, place: tuple[str, str, float]) -> bool:
         """Return whether the row is of today's recipe, trained for the iterations asked for or for more."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from mezzotint.compiler.core.pipeline import Recipe
-from mezzotint.passes.recipes.files import with_options
+from mezzotint.compiler.core.pipeline import Pass, Recipe
+from mezzotint.passes.recipes.files import make_pass, with_options
 from tools.leaderboard_page import WIDTHS
 
 
@@ -25,6 +27,20 @@ def at_width(recipe: Recipe, width: str) -> Recipe:
         if step.options().get(option) is not None and not (bits == "float" and step.name != "choose_scales")
     }
     return with_options(recipe, settings)
+
+
+def chosen_options(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name of each pass with the options that are not its defaults.
+
+    A pass that gets a new option, whose default is what it did before, leaves the rows of a board as they are.
+    """
+    return [(step.name, changed_options(step)) for step in recipe.passes]
+
+
+def changed_options(step: Pass) -> dict[str, Any]:
+    """Return the options of a pass that are not its defaults."""
+    usual = make_pass(step.name).options()
+    return {name: value for name, value in step.options().items() if value != usual[name]}
 
 
 def cut(recipe: Recipe, iterations: int | None) -> Recipe:

@@ -17,7 +17,7 @@ from mezzotint.runtime.providers.names import KNOWN
 from mezzotint.runtime.session import Denoiser
 from tests.helpers.models import Compiled
 from tools import bench_calls, bench_gpu
-from tools.bench import Bars
+from tools.bench_bars import Bars
 from tools.rooms import ROOT
 
 NO_GPU = not {KNOWN[name].provider for name in bench_gpu.GPU_PROVIDERS} & set(onnxruntime.get_available_providers())
