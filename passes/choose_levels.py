@@ -16,6 +16,8 @@ the diagonal of GPTQ's H, but for the borders of images. Methods:
   or E1M1; `form` names it, or best takes the one of least error for each weight. A format of b bits has 2^b - 1 values.
 - `log`: two logarithmic grids, for the negative and the positive weights of a row, as in LRQ-DiT (arXiv 2508.03485).
   eta and the share of the magnitudes below the end are searched for each row.
+- `affine`: equally spaced levels with a scale and a zero point for each row, as in NeUQI (arXiv 2505.17595;
+  compiler/scales/affine_levels.py).
 - `vectors`: 2^(bits size) vectors of `size` neighbouring inputs for each weight, by weighted k-means, as in GPTVQ
   (arXiv 2402.15319); `bits size` is at most 8 (compiler/scales/vector_codebooks.py). A weight whose number of inputs
   `size` does not divide keeps its grid. `nearest`, `gptq` and `gptaq` round to vectors (compiler/rounding/vectors.py).
@@ -70,6 +72,7 @@ from mezzotint.compiler.rescaling.scaling import channel_axis
 from mezzotint.compiler.rounding.row_scales import search
 from mezzotint.compiler.rounding.weights import weight_rows
 from mezzotint.compiler.scales import kmeans
+from mezzotint.compiler.scales.affine_levels import affine_levels
 from mezzotint.compiler.scales.codebooks import FLOAT_FORMS, float_levels, normal_levels, twin_log_levels
 from mezzotint.compiler.scales.vector_codebooks import vector_table
 from mezzotint.runtime.arrays import Floats
@@ -92,7 +95,7 @@ class ChooseLevels(Pass):
       equal.
     """
 
-    method: Literal["kmeans", "normal", "float", "log", "vectors"] = "kmeans"
+    method: Literal["kmeans", "normal", "float", "log", "affine", "vectors"] = "kmeans"
     tables: Literal["row", "tensor"] = "row"
     form: Literal["best", "e2m1", "e1m2", "e3m0", "e2m0", "e1m1"] = "best"
     size: Literal[2, 4] = 2
@@ -203,6 +206,9 @@ class ChooseLevels(Pass):
             return table, scale
         if self.method == "log":
             return _best_log(rows, importance, bits)
+        if self.method == "affine":
+            found = [affine_levels(rows[p], h, bits) for p, h in _parts(rows, importance)]
+            return np.concatenate([table for table, _ in found]), np.concatenate([scale for _, scale in found])
         tables = [normal_levels(bits)] if self.method == "normal" else self._float_tables(bits, where)
         fitted = [(table, _searched(rows, kmeans.own_scales(rows), Levels(table), importance)) for table in tables]
         return min(fitted, key=lambda one: sum(_errors(rows, one[1], Levels(one[0]), importance)))

@@ -89,7 +89,8 @@ class RoundWeights(Pass):
     """Weights rounded against the inputs of their layers.
 
     - `method`, `scales`: as above.
-    - `damp` (of the mean diagonal of H), `act_order` (largest inputs first) and `block` (columns): those of gptq.
+    - `damp` (of the mean diagonal of H) and `block` (columns): those of gptq. `act_order`: the largest inputs first,
+      for comq the loudest columns; otherwise columns in their own order.
     - `alpha`: the share of the inputs' error that gptaq undoes. `sweeps`: of comq over all columns.
     - `refits`: of the codebooks' levels, 0 for those of the plan.
     - `exact_inputs`, `calls`, `samples`, `columns`, `balance`, `stage` (layers), `memory_gb` (GB): as above.
@@ -272,7 +273,9 @@ class RoundWeights(Pass):
         if isinstance(grid, Vectors) and root is not None:
             return gptq_vectors(target, root, scale, grid, block=self.block)
         if self.method == "comq":
-            return rounding.comq(target, gram, scale, grid, sweeps=self.sweeps, block=self.block, kept=held)
+            return rounding.comq(
+                target, gram, scale, grid, sweeps=self.sweeps, block=self.block, kept=held, sort=self.act_order
+            )
         if root is None:
             return rounding.nearest(target, scale, grid)
         if self.method == "obq":

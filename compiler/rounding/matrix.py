@@ -139,11 +139,19 @@ def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> M
 
 
 def comq(
-    weight: Matrix, gram: Matrix, scale: Floats, grid: Grid, *, sweeps: int, block: int, kept: Kept | None = None
+    weight: Matrix,
+    gram: Matrix,
+    scale: Floats,
+    grid: Grid,
+    *,
+    sweeps: int,
+    block: int,
+    kept: Kept | None = None,
+    sort: bool = True,
 ) -> Floats:
-    """Integers `[rows, d]`, as float32. From the second sweep on no row gets worse."""
-    diagonal = np.diagonal(gram)
-    order = np.argsort(-np.sqrt(diagonal) * np.abs(weight).mean(axis=0), kind="stable")
+    """Integers `[rows, d]`, as float32. From the second sweep on no row gets worse. Without `sort` columns stay."""
+    loud = np.sqrt(np.diagonal(gram)) * np.abs(weight).mean(axis=0)
+    order = np.argsort(-loud, kind="stable") if sort else np.arange(len(loud))
     wanted = np.ascontiguousarray(weight.T[order], dtype=gram.dtype)
     held = None if kept is None else kept.T[order]
     step = scale.astype(gram.dtype)

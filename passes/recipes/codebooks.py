@@ -53,6 +53,15 @@ CODEBOOKS = (
         static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="log"),)),
     ),
     Recipe(
+        "neuqi",
+        "gptq with weights of 3 bits on equally spaced levels, with a scale and a zero point for each output channel",
+        static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="affine"),), behind=(RoundWeights(),)),
+        paper="NeUQI, arXiv 2505.17595 (scale and zero point by weighted regression from several starts, in place of "
+        "its exact search of the zero point; no distillation)",
+        baseline="gptq",
+        claim="w3a8",
+    ),
+    Recipe(
         "gptvq",
         "gptq with weights of 3 bits, rounded in pairs of inputs to a table of 64 vectors for each weight",
         static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="vectors"),), behind=(RoundWeights(),)),

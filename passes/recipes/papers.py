@@ -9,32 +9,26 @@ from __future__ import annotations
 from mezzotint.compiler.core.pipeline import Recipe
 
 from ..assign_bits import AssignBits
-from ..choose_scales import ChooseScales
-from ..correct_bias import CorrectBias
 from ..correct_softmax import CorrectSoftmax
-from ..dilate_weights import DilateWeights
-from ..equalize_weights import EqualizeWeights
 from ..fit_noise import FitNoise
 from ..group_steps import GroupSteps
 from ..learn_scales import LearnScales
 from ..observe import Observe
-from ..reparameterize_norms import ReparameterizeNorms
+from ..round_scales import RoundScales
 from ..round_weights import RoundWeights
 from ..settle_scales import SettleScales
-from ..smooth_scales import SmoothScales
-from ..split_ranks import SplitRanks
+from ..share_bits import ShareBits
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
 from .codebooks import CODEBOOKS
 from .distilled import DISTILLED
+from .factors import FACTORS, TENSOR
 from .low_rank import LOW_RANK
-from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
+from .parts import EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .pruned import PRUNED
 from .rotated import ROTATED
 from .tokens import TOKEN_WISE
 from .trained import TRAINED
-
-TENSOR = ChooseScales(per_channel=False)
 
 BASELINES = (
     Recipe(
@@ -141,54 +135,6 @@ SHORTCUTS = (
     ),
 )
 
-FACTORS = (
-    Recipe(
-        "dfq",
-        "w8a8-tensor with equal ranges of the channels between two layers, and biases corrected by the mean error of "
-        "their layer",
-        static(EqualizeWeights(), scales=TENSOR, behind=(CorrectBias(steps="mean"),)),
-        paper="DFQ, arXiv 1906.04721 (one scale for each weight; no absorption of biases; means are measured, since "
-        "there is no batch normalization)",
-        baseline="w8a8-tensor",
-        claim="w8a8",
-    ),
-    against_w8a8(
-        "smoothquant",
-        "w8a8",
-        "SmoothQuant, arXiv 2211.10438 (alpha 0.5; only where the expected error falls)",
-        "w8a8 with smaller loud channels and larger weights that read them; exact in the weights, no cost at run time",
-        static(BY_CHANNEL, SmoothScales(alphas=0.5, timed=False)),
-    ),
-    against_w8a8(
-        "ditas",
-        "w4a8",
-        "DiTAS, arXiv 2409.07756 (alpha by expected error, static activation scales; branches of rank 32 at most, and "
-        "5 % of a weight's values, where layers are small)",
-        "w8a8 smoothed by maxima over all steps, alpha chosen for each layer, at run time where no exact place exists; "
-        "a float branch of low rank takes what the rounding of a weight leaves",
-        static(
-            BY_CHANNEL,
-            SmoothScales(run_time=True, run_time_gain=0.1, timed=False),
-            SplitRanks(weighting="inputs", weight_bits=8, iterations=10),
-        ),
-    ),
-    against_w8a8(
-        "repq",
-        "w6a6",
-        "RepQ-ViT, arXiv 2212.08254 (without its logarithmic softmax, for which there is no integer kernel)",
-        "w8a8 with a quantizer for each channel behind norms, its scales and shifts moved into the norm and the "
-        "weights",
-        static(Observe(channels="inputs"), ReparameterizeNorms()),
-    ),
-    against_w8a8(
-        "dilate",
-        "w4a8",
-        "DilateQuant, arXiv 2409.14307 (weight dilation only; without its training)",
-        "w8a8 with weight columns enlarged to the range of their rows, at run time where no exact place exists",
-        static(BY_CHANNEL, DilateWeights(run_time=True, run_time_gain=0.1, timed=False)),
-    ),
-)
-
 ROUNDING = (
     against_w8a8(
         "obc",
@@ -219,6 +165,13 @@ ROUNDING = (
         "COMQ, arXiv 2403.07134 (one order of columns for all rows)",
         "w8a8 with weights rounded by coordinate descent",
         static(behind=(RoundWeights(method="comq"),)),
+    ),
+    against_w8a8(
+        "gpfq",
+        "w4a8",
+        "GPFQ, arXiv 2201.11113 (one scale for each output channel; the inputs of the quantized graph on both sides)",
+        "w8a8 with weights rounded in one sweep, each to what the columns before it left of the output",
+        static(behind=(RoundWeights(method="comq", sweeps=1, act_order=False),)),
     ),
     against_w8a8(
         "softmax-bias",
@@ -256,6 +209,32 @@ BITS = (
         "random probes, without gradients)",
         "2, 4 or 8 bits for each layer, 4 on average, by an integer program over the traces of their Hessians",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="hawq"),)),
+    ),
+    Recipe(
+        "hawq-v3",
+        "hawq with scales that are integers of 8 bits times powers of two",
+        static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="hawq"), RoundScales())),
+        paper="HAWQ-V3, arXiv 2011.10680 (its dyadic scales, each rounded by itself; onnxruntime multiplies by them in "
+        "float, so nothing is faster; no training)",
+        baseline="hawq",
+        claim="w4a8",
+    ),
+    Recipe(
+        "baq",
+        "gptq with 2 to 8 bits for each layer, 4 on average, so that all weights err equally",
+        static(observe=Observe(channels="inputs"), plan=(ShareBits(),), behind=(RoundWeights(),)),
+        paper="BAQ, arXiv 2506.05664 (bits for layers, not for the columns of a weight; errors by the diagonal of H)",
+        baseline="gptq",
+        claim="w4a8",
+    ),
+    Recipe(
+        "layer-wise",
+        "gptq with 8 bits for the layers with the most weights far above their mean, 2 for the others, 4 on average",
+        static(plan=(ShareBits(widths=(2, 8), method="outliers"),), behind=(RoundWeights(),)),
+        paper="Layer-Wise Quantization, arXiv 2406.17415 (its score by outliers; the layers by an integer program; not "
+        "its score by how far a layer turns its input)",
+        baseline="gptq",
+        claim="w4a8",
     ),
 )
 

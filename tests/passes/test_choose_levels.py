@@ -25,7 +25,7 @@ from mezzotint.passes.round_weights import RoundWeights
 from tests.helpers.tiny import context_in, tiny_program
 
 THREE = ChooseScales(weight_bits=3)
-Chosen = Literal["kmeans", "normal", "float", "log"]
+Chosen = Literal["kmeans", "normal", "float", "log", "affine"]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,14 @@ def error(program: Program) -> float:
     return float(note.split("error ")[1].partition("%")[0]) / 100
 
 
-@pytest.mark.parametrize("method", ["kmeans", "normal", "float", "log"])
+@pytest.mark.parametrize("method", ["kmeans", "normal", "float", "log", "affine"])
 def test_each_weight_has_the_levels_of_its_bits(observed: Program, context: Context, method: Chosen) -> None:
     after = pipeline.run_passes(observed, [THREE, ChooseLevels(method)], context)
     assert {q.format for q in weights(after).values()} == {INT8}
     for quantizer in weights(after).values():
         assert quantizer.levels is not None and quantizer.by == "choose_levels" and quantizer.bits == 3
         assert quantizer.levels.shape[-1] == (7 if method == "float" else 8)
-        assert quantizer.levels.ndim == (2 if method in ("kmeans", "log") else 1)
+        assert quantizer.levels.ndim == (2 if method in ("kmeans", "log", "affine") else 1)
         assert quantizer.entry(Site("w")).levels == quantizer.levels.shape[-1]
     if method == "kmeans":
         assert error(after) < 0.75  # of a uniform grid of 7 points

@@ -254,6 +254,23 @@ def test_comq_is_coordinate_descent(seed: int, block: int) -> None:
     np.testing.assert_array_equal(got, slow_comq(weight, gram, scale, 2))
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000), st.sampled_from([1, 3, 64]))
+def test_one_sweep_in_order_is_path_following(seed: int, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, weight = rng.standard_normal((12, 40)), rng.uniform(-1, 1, (3, 12))
+    scale = np.full(3, 0.25, np.float32)
+    got = comq(weight, x @ x.T, scale, Format(8, signed=True, symmetric=True), sweeps=1, block=block, sort=False)
+    for row, found in zip(weight, got, strict=True):
+        left, bound = np.zeros(40), 0.0  # u of the paper, and what its theorem allows it
+        for w, q, column in zip(row, found, x, strict=True):
+            power = column @ column
+            assert q == np.rint((left + w * column) @ column / power / 0.25)
+            left += (w - 0.25 * q) * column
+            bound += (0.25 / 2) ** 2 * power
+            assert left @ left <= bound * (1 + 1e-9)
+
+
 def check_target(
     target: npt.NDArray[np.floating], weight: Wide, x: Wide, floats: Wide, damp: float, alpha: float
 ) -> None:

@@ -1,0 +1,145 @@
+"""share_bits: share bits out among the layers by a closed form, from weights and statistics alone.
+
+assign_bits runs the network for each layer and width. Here nothing runs: the pass takes seconds for a network of any
+size, and judges each layer by itself. Methods:
+
+- `equal_loss` (BAQ, arXiv 2506.05664): a weight of b bits errs by c 4^-b, so that under a budget of bits the sum over
+  all weights is least where each of them errs equally:
+
+      b_u = t + log2(c_u) / 2            c_u = 4^8 E_u / n_u
+
+  E_u is the error sum_i h_i (w_i - w'_i)^2 of the n_u weights of a layer in 8 bits, h_i the mean square of the weight's
+  input over all calls, relative to the layer's output without the error. Each layer gets the nearest of `widths`, with
+  the largest t that the budget allows.
+- `outliers` (layer-wise quantization, arXiv 2406.17415): the share of a layer's weights that are more than one standard
+  deviation above their mean. The layers with the largest shares get the widest width, all others the narrowest; which
+  layers fit into the budget is an integer program (compiler/bits/allocation.py). The paper goes down its list.
+
+`mean_bits` counts each weight of the layers that are not `islands`. Deviations: BAQ shares bits among the columns of a
+weight, which one integer kernel cannot have; here it is among layers. The other score of layer-wise quantization, how
+far a layer turns its input, asks for layers whose output has the size of the input: few have, in these networks.
+
+Errors: StatsError if the graph changed after observe, or if `equal_loss` finds inputs that were not measured by
+channel; RecipeError for a budget below the narrowest width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from mezzotint.compiler.bits.allocation import allocate
+from mezzotint.compiler.bits.budget import Budget
+from mezzotint.compiler.bits.units import BitChoice, Unit, WeightQuantizers, free_layers, units_of, with_choices
+from mezzotint.compiler.core.islands import Islands
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.core.stats import Stats
+from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph import nodes as graphs
+from mezzotint.compiler.graph.nodes import name_of, numpy_of
+from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.graph.require import required
+from mezzotint.compiler.rescaling.scaling import channel_axis
+from mezzotint.compiler.scales.weights import rounded_weight
+from mezzotint.runtime.arrays import Doubles, Floats
+
+REFERENCE_BITS = 8
+FINE = 2.0**-20  # of a bit: how near t is to its largest value
+
+
+@dataclass(frozen=True)
+class ShareBits(Pass):
+    """Widths of layers under a budget of `mean_bits` for each weight; `method` and `islands` as above."""
+
+    mean_bits: float = 4.0
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    method: Literal["equal_loss", "outliers"] = "equal_loss"
+    islands: tuple[str, ...] = ("first", "last")
+
+    needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan"})
+    before: ClassVar[frozenset[str]] = frozenset({"qdq"})
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(set(self.widths)) < len(self.widths) or not all(2 <= b <= 8 for b in self.widths):
+            hint = "choose different widths from 2 to 8"
+            raise RecipeError(f"{self.name}.widths is {self.widths}", where=self.name, hint=hint)
+        if not min(self.widths) <= self.mean_bits < np.inf:
+            hint = f"choose {min(self.widths)} or more, the smallest of {self.name}.widths"
+            raise RecipeError(f"{self.name}.mean_bits is {self.mean_bits}", where=self.name, hint=hint)
+
+    def run(self, program: Program, context: Context) -> Program:
+        plan, stats, every_layer = program.require_plan(), program.require_stats(), list(layers(program.graph))
+        stats.check_graph(graphs.digest(program.model), self.name)
+        islands = Islands(program, every_layer, self.islands, self.name)
+        kept = {layer.name: reason for layer in every_layer if (reason := islands.reason(layer)) is not None}
+        units = units_of(free_layers(every_layer, kept, plan, with_attention=False))
+        if not units:
+            return program.noted("no layer to choose for")
+        quantizers = WeightQuantizers(plan, "mse", self.name)
+        widths = self._equal(units, quantizers, stats) if self.method == "equal_loss" else self._widest(units, program)
+        chosen = with_choices(units, [BitChoice(bits) for bits in widths], quantizers)
+        taken = sum(unit.size * bits for unit, bits in zip(units, widths, strict=True)) / sum(u.size for u in units)
+        counts = ", ".join(f"{widths.count(bits)} of {bits} bits" for bits in sorted(set(widths)))
+        return replace(
+            program,
+            plan=replace(chosen, islands={**kept, **chosen.islands}),
+            note=f"{counts}: {taken:.3f} bits a weight",
+        )
+
+    def _equal(self, units: Sequence[Unit], quantizers: WeightQuantizers, stats: Stats) -> list[int]:
+        """Return the widths of equal loss."""
+        costs = np.array([_loss(unit, quantizers, stats, self.name) for unit in units])
+        wished = np.log2(np.maximum(costs, 1e-300)) / 2
+        sizes, widths = np.array([unit.size for unit in units]), np.array(sorted(self.widths))
+        middles = (widths[1:] + widths[:-1]) / 2
+
+        def at(t: float) -> list[int]:
+            return [int(b) for b in widths[np.searchsorted(middles, wished + t)]]
+
+        low, high = float(-wished.max()), float(widths[-1] - wished.min())  # all the narrowest, all the widest
+        while high - low > FINE:
+            middle = (low + high) / 2
+            fits = float(sizes @ at(middle)) <= self.mean_bits * sizes.sum()
+            low, high = (middle, high) if fits else (low, middle)
+        return at(low)
+
+    def _widest(self, units: Sequence[Unit], program: Program) -> list[int]:
+        """Return the widest width for the layers of the most outliers, the narrowest for the others."""
+        choices = [BitChoice(b) for b in sorted({min(self.widths), max(self.widths)})]
+        budget = Budget.of("mean_bits", self.mean_bits, units, [choices] * len(units), program, 1.0)
+        scores = [outliers(numpy_of(unit.require_weight())) for unit in units]
+        missed = [[score * unit.size] + [0.0] * (len(choices) - 1) for score, unit in zip(scores, units, strict=True)]
+        found = required(allocate(missed, budget.costs, budget.limit), "an allocation within the budget", self.name)
+        return [choices[k].weight for k in found.chosen]
+
+
+def outliers(weight: Floats) -> float:
+    """Return the share of the weights that are more than a standard deviation above their mean."""
+    return float((weight > weight.mean(dtype=np.float64) + weight.std(dtype=np.float64)).mean())
+
+
+def _loss(unit: Unit, quantizers: WeightQuantizers, stats: Stats, where: str) -> float:
+    """Return c of a unit: the mean error of one of its weights in 8 bits, times 4^8, relative to the outputs' power."""
+    error = power = 0.0
+    for layer in unit.layers:
+        squares = stats.mean_squares(name_of(layer.activations[0]), channel_axis(layer))
+        if squares is None:
+            hint = "measure the inputs of layers: --set observe.channels=inputs"
+            raise StatsError("its input was not measured by channel", where=layer.name, hint=hint)
+        weight = numpy_of(unit.require_weight())
+        rounded = rounded_weight(weight, quantizers(layer, REFERENCE_BITS))
+        error += _power(layer, weight - rounded, squares)
+        power += _power(layer, weight, squares)
+    return float(4.0**REFERENCE_BITS * error / max(power, 1e-300) / unit.size)
+
+
+def _power(layer: Layer, weight: Floats, squares: Doubles) -> float:
+    """Return sum_i h_i w_i^2 over all rows of a layer's weight, or of its error; h is of its input channels `[C]`."""
+    rows = np.moveaxis(weight, layer.require_weight_axis(), 0)
+    groups = len(squares) // rows.shape[1]
+    parts = rows.reshape(groups, len(rows) // groups, rows.shape[1], -1)
+    return float(np.einsum("grct,grct,gc->", parts, parts, squares.reshape(groups, -1), optimize=True))
