@@ -52,14 +52,11 @@ float format of another width, and for vectors of too many bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import INT8, Grid, Levels, Vectors, round_on
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Stats
@@ -68,22 +65,12 @@ from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import Layer, layers
 from mezzotint.compiler.graph.require import required
-from mezzotint.compiler.rescaling.scaling import channel_axis
-from mezzotint.compiler.rounding.row_scales import search
+from mezzotint.compiler.rescaling.importance import input_importance
+from mezzotint.compiler.rounding.level_fits import FloatForm, LevelFit, LevelMethod, LevelTables, level_errors
 from mezzotint.compiler.rounding.weights import weight_rows
-from mezzotint.compiler.scales import kmeans
-from mezzotint.compiler.scales.affine_levels import affine_levels
-from mezzotint.compiler.scales.codebooks import FLOAT_FORMS, float_levels, normal_levels, twin_log_levels
-from mezzotint.compiler.scales.vector_codebooks import vector_table
-from mezzotint.runtime.arrays import Floats
 
 LEVEL_BITS = 4
 VECTOR_BITS = 8  # of the code of a vector
-LOG_ETAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
-LOG_SHARES = (1.0, 0.99, 0.98)
-TURNS = 3  # of scales and a shared table
-
-_Table = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -95,9 +82,9 @@ class ChooseLevels(Pass):
       equal.
     """
 
-    method: Literal["kmeans", "normal", "float", "log", "affine", "vectors"] = "kmeans"
-    tables: Literal["row", "tensor"] = "row"
-    form: Literal["best", "e2m1", "e1m2", "e3m0", "e2m0", "e1m1"] = "best"
+    method: LevelMethod = "kmeans"
+    tables: LevelTables = "row"
+    form: FloatForm = "best"
     size: Literal[2, 4] = 2
     weighted: bool = True
 
@@ -139,7 +126,7 @@ class ChooseLevels(Pass):
         first = readers[0]
         weight, axis = required(first.weight, "the weight", first.node), required(quantizer.axis, "an axis", first.node)
         rows = weight_rows(weight, axis)
-        importance = self._importance(readers, rows.shape[1], stats)
+        importance = input_importance(readers, rows.shape[1], stats if self.weighted else None, self.name)
         bits = quantizer.format.bits
         if self.method == "vectors":
             if bits * self.size > VECTOR_BITS:
@@ -150,120 +137,13 @@ class ChooseLevels(Pass):
                 )
             if rows.shape[1] % self.size:
                 return quantizer, 1.0
-        table, scale = self._fit(rows, importance, bits, first.name)
-        codebook = Vectors(table) if self.method == "vectors" else Levels(table)
+        fit = LevelFit(self.method, self.tables, self.form, self.size)
+        new = fit.quantizer(quantizer, rows, importance, self.name, first.name)
         old = np.broadcast_to(quantizer.scale.reshape(-1), len(rows))
-        before = sum(_errors(rows, old, quantizer.grid, importance))
-        after = sum(_errors(rows, scale, codebook, importance))
-        new = replace(
-            quantizer,
-            format=INT8,
-            scale=scale,
-            zero_point=np.zeros(len(scale), np.int8),
-            by=self.name,
-            levels=table if isinstance(codebook, Levels) else None,
-            vectors=table if isinstance(codebook, Vectors) else None,
-        )
+        before = sum(level_errors(rows, old, quantizer.grid, importance))
+        after = sum(level_errors(rows, new.scale, new.grid, importance))
         return new, float(after / before) if before else 1.0
-
-    def _importance(self, readers: list[Layer], inputs: int, stats: Stats) -> Floats:
-        """Return the mean square of each input `[groups, inputs]`, summed over the layers that read a weight."""
-        groups = {_groups(layer) for layer in readers}
-        if len(groups) > 1:
-            raise StatsError("one weight is read by convolutions of different groups", where=readers[0].name)
-        total = np.zeros((groups.pop(), inputs))
-        for layer in readers:
-            squares = stats.mean_squares(name_of(layer.activations[0]), channel_axis(layer)) if self.weighted else None
-            if squares is None:
-                if self.weighted:
-                    raise StatsError(
-                        "its input was not measured by channel",
-                        where=layer.name,
-                        hint="--set choose_levels.weighted=false",
-                    )
-                total += 1.0
-            else:
-                parts = squares.reshape(len(total), -1)
-                total += np.repeat(parts, inputs // parts.shape[1], axis=1)
-        total[total.sum(axis=1) == 0] = 1.0  # silent inputs: every level is as good as any other
-        return total.astype(np.float32)
-
-    def _fit(self, rows: Floats, importance: Floats, bits: int, where: str) -> tuple[_Table, Floats]:
-        """Return levels `[count]` or `[rows, count]`, and scales `[rows]`."""
-        count = 1 << bits
-        if self.method == "kmeans" and self.tables == "row":
-            scale = kmeans.own_scales(rows)
-            tables = [kmeans.best_levels(rows[p], scale[p], h, count) for p, h in _parts(rows, importance)]
-            return np.concatenate(tables), scale
-        if self.method in ("kmeans", "vectors"):
-            scale = kmeans.own_scales(rows)
-            each = np.repeat(importance, len(rows) // len(importance), axis=0)
-            table = self._shared(rows, scale, each, count)
-            for _ in range(TURNS - 1):
-                grid = Vectors(table) if self.method == "vectors" else Levels(table)
-                scale = _searched(rows, scale, grid, importance)
-                table = self._shared(rows, scale, each, count)
-            return table, scale
-        if self.method == "log":
-            return _best_log(rows, importance, bits)
-        if self.method == "affine":
-            found = [affine_levels(rows[p], h, bits) for p, h in _parts(rows, importance)]
-            return np.concatenate([table for table, _ in found]), np.concatenate([scale for _, scale in found])
-        tables = [normal_levels(bits)] if self.method == "normal" else self._float_tables(bits, where)
-        fitted = [(table, _searched(rows, kmeans.own_scales(rows), Levels(table), importance)) for table in tables]
-        return min(fitted, key=lambda one: sum(_errors(rows, one[1], Levels(one[0]), importance)))
-
-    def _shared(self, rows: Floats, scale: Floats, importance: Floats, count: int) -> _Table:
-        if self.method == "vectors":
-            return vector_table(rows, scale, importance, count**self.size, self.size)
-        return kmeans.shared_levels(rows, scale, importance, count)
-
-    def _float_tables(self, bits: int, where: str) -> list[_Table]:
-        forms = FLOAT_FORMS.get(bits, {})
-        names = list(forms) if self.form == "best" else [self.form]
-        if not forms or not set(names) <= set(forms):
-            raise RecipeError(
-                f"a weight has {bits} bits, and the float format is {self.form}",
-                where=where,
-                hint="; ".join(f"{b} bits: {', '.join(each)}" for b, each in FLOAT_FORMS.items()),
-            )
-        return [float_levels(*forms[name]) for name in names]
 
 
 def _narrow(quantizer: Quantizer) -> bool:
     return quantizer.uniform and quantizer.format.bits <= LEVEL_BITS
-
-
-def _groups(layer: Layer) -> int:
-    return int(layer.node.attributes["group"].as_int()) if "group" in layer.node.attributes else 1
-
-
-def _parts(rows: Floats, importance: Floats) -> Iterator[tuple[slice, Floats]]:
-    """Yield the rows of each group of a convolution with the importance of its inputs `[d]`."""
-    each = len(rows) // len(importance)
-    for g, h in enumerate(importance):
-        yield slice(g * each, (g + 1) * each), h
-
-
-def _searched(rows: Floats, scale: Floats, grid: Grid, importance: Floats) -> Floats:
-    found = [search(rows[p], scale[p], grid, h) for p, h in _parts(rows, importance)]
-    return np.concatenate(found)
-
-
-def _errors(rows: Floats, scale: Floats, grid: Grid, importance: Floats) -> npt.NDArray[np.float64]:
-    """Return sum_i h_i (w_i - s l)^2 of each row."""
-    difference = rows - scale[:, None] * round_on(rows / scale[:, None], grid, 0)
-    parts = [np.square(difference[p]) @ h.astype(np.float64) for p, h in _parts(rows, importance)]
-    return np.concatenate(parts)
-
-
-def _best_log(rows: Floats, importance: Floats, bits: int) -> tuple[_Table, Floats]:
-    table, scale = twin_log_levels(rows, LOG_ETAS[0], LOG_SHARES[0], bits)
-    error = _errors(rows, scale, Levels(table), importance)
-    for eta in LOG_ETAS:
-        for share in LOG_SHARES:
-            tried, its_scale = twin_log_levels(rows, eta, share, bits)
-            loss = _errors(rows, its_scale, Levels(tried), importance)
-            better = loss < error
-            table[better], scale[better], error[better] = tried[better], its_scale[better], loss[better]
-    return table, scale

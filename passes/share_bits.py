@@ -38,14 +38,15 @@ from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.core.stats import Stats
-from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph import nodes as graphs
-from mezzotint.compiler.graph.nodes import name_of, numpy_of
-from mezzotint.compiler.graph.ops import Layer, layers
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.require import required
-from mezzotint.compiler.rescaling.scaling import channel_axis
+from mezzotint.compiler.rescaling.importance import input_importance
+from mezzotint.compiler.rounding.weights import weight_rows
 from mezzotint.compiler.scales.weights import rounded_weight
-from mezzotint.runtime.arrays import Doubles, Floats
+from mezzotint.runtime.arrays import Floats
 
 REFERENCE_BITS = 8
 FINE = 2.0**-20  # of a bit: how near t is to its largest value
@@ -124,22 +125,16 @@ def outliers(weight: Floats) -> float:
 
 def _loss(unit: Unit, quantizers: WeightQuantizers, stats: Stats, where: str) -> float:
     """Return c of a unit: the mean error of one of its weights in 8 bits, times 4^8, relative to the outputs' power."""
-    error = power = 0.0
-    for layer in unit.layers:
-        squares = stats.mean_squares(name_of(layer.activations[0]), channel_axis(layer))
-        if squares is None:
-            hint = "measure the inputs of layers: --set observe.channels=inputs"
-            raise StatsError("its input was not measured by channel", where=layer.name, hint=hint)
-        weight = numpy_of(unit.require_weight())
-        rounded = rounded_weight(weight, quantizers(layer, REFERENCE_BITS))
-        error += _power(layer, weight - rounded, squares)
-        power += _power(layer, weight, squares)
+    first, weight = unit.layers[0], numpy_of(unit.require_weight())
+    rows = weight_rows(unit.require_weight(), first.require_weight_axis())
+    importance = input_importance(unit.layers, rows.shape[1], stats, where)
+    rounded = rounded_weight(weight, quantizers(first, REFERENCE_BITS))
+    left = np.moveaxis(weight - rounded, first.require_weight_axis(), 0).reshape(rows.shape)
+    error, power = (_power(part, importance) for part in (left, rows))
     return float(4.0**REFERENCE_BITS * error / max(power, 1e-300) / unit.size)
 
 
-def _power(layer: Layer, weight: Floats, squares: Doubles) -> float:
-    """Return sum_i h_i w_i^2 over all rows of a layer's weight, or of its error; h is of its input channels `[C]`."""
-    rows = np.moveaxis(weight, layer.require_weight_axis(), 0)
-    groups = len(squares) // rows.shape[1]
-    parts = rows.reshape(groups, len(rows) // groups, rows.shape[1], -1)
-    return float(np.einsum("grct,grct,gc->", parts, parts, squares.reshape(groups, -1), optimize=True))
+def _power(rows: Floats, importance: Floats) -> float:
+    """Return sum_i h_i w_i^2 over the rows `[rows, d]` of all groups, h `[groups, d]`."""
+    parts = rows.reshape(len(importance), -1, rows.shape[1])
+    return float(np.einsum("grd,grd,gd->", parts, parts, importance, dtype=np.float64, optimize=True))

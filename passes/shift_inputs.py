@@ -115,7 +115,7 @@ class ShiftInputs(GraphPass):
         tried: dict[RescalingSite, list[_Trial]] = {}
         for k, (site, (low, high)) in enumerate(ranges.items()):
             step = (high.max() - low.min()) / Format(self.bits).qmax
-            unit = streams.PROBES.generator(context.seed, k).uniform(-step, step, site.channels)
+            unit = streams.INPUT_NOISE.generator(context.seed, k).uniform(-step, step, site.channels)
             tried[site] = [_Trial(n * unit, low, high, self.bits) for n in self.amplitudes]
         wanted = set(np.rint(np.linspace(0, len(program.deployment.calls) - 1, self.calls)).astype(int).tolist())
         seen = 0

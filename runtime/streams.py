@@ -80,6 +80,10 @@ TRAINING_BATCHES = Stream("training batches", (0xB,))
 iteration), because its fit can go on in between."""
 DROPPED_ELEMENTS = Stream("dropped elements", (0xD,))
 """The seeds of what QDrop leaves unquantized in a fit; place: (crc32 of the unit's name)."""
+INPUT_NOISE = Stream("input noise", (0xA, 0xDD))
+"""The constant noise of shift_inputs; place: (number of the input)."""
+CONFIGURATIONS = Stream("configurations", (0x5E,))
+"""The random configurations of a search; place: (round, number of the configuration)."""
 ADAPTERS = Stream("adapters", (0xA, 0xDA))
 """The first values of low-rank adapters of weights."""
 BOOTSTRAP = Stream("bootstrap")
@@ -99,6 +103,8 @@ STREAMS = (
     POSITIONS,
     TRAINING_BATCHES,
     DROPPED_ELEMENTS,
+    INPUT_NOISE,
+    CONFIGURATIONS,
     ADAPTERS,
     BOOTSTRAP,
     BENCH_CONDITIONS,

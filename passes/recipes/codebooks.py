@@ -12,6 +12,7 @@ from ..choose_levels import ChooseLevels
 from ..choose_scales import ChooseScales
 from ..observe import Observe
 from ..round_weights import RoundWeights
+from ..search_formats import SearchFormats
 from .parts import against_w8a8, static
 
 _MEASURED = Observe(channels="inputs")
@@ -60,6 +61,24 @@ CODEBOOKS = (
         "its exact search of the zero point; no distillation)",
         baseline="gptq",
         claim="w3a8",
+    ),
+    against_w8a8(
+        "qua2sedimo",
+        "w4a8",
+        "Qua2SeDiMo, arXiv 2412.14628 (a regression over the layers' own errors in place of its graph network; images "
+        "beside the float network's in place of FID; activations of 8 bits)",
+        "w8a8 with weights of 3, 4 or 8 bits, on a uniform grid or on levels by k-means, 4 bits on average, found by "
+        "images of random configurations and a regression",
+        static(observe=_MEASURED, plan=(SearchFormats(),)),
+    ),
+    against_w8a8(
+        "fliqs",
+        "w4a8",
+        "FLIQS, arXiv 2308.03290 (integers or small floats for each weight; a regression in place of a policy that is "
+        "trained with the network; activations of 8 bits)",
+        "w8a8 with weights of 3, 4 or 8 bits, integers or small floats, 4 bits on average, found by images of random "
+        "configurations and a regression",
+        static(observe=_MEASURED, plan=(SearchFormats(formats=("uniform", "float")),)),
     ),
     Recipe(
         "gptvq",
