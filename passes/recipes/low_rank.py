@@ -72,4 +72,17 @@ LOW_RANK = (
         baseline="gptq",
         claim="w4a8",
     ),
+    Recipe(
+        "int2.1",
+        "gptq with weights of 2 bits and float branches of low rank that make up for their rounding",
+        static(
+            SplitRanks(weight_bits=2, rounding="gptq", iterations=10),
+            scales=ChooseScales(weight_bits=2),
+            behind=(RoundWeights(),),
+        ),
+        paper="INT2.1, arXiv 2306.08162 (branches by least squares of the layers' outputs, in place of adapters that "
+        "are trained)",
+        baseline="gptq",
+        claim="w2a8",
+    ),
 )

@@ -18,13 +18,14 @@ from ..round_scales import RoundScales
 from ..round_weights import RoundWeights
 from ..settle_scales import SettleScales
 from ..share_bits import ShareBits
+from ..smooth_scales import SmoothScales
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
 from .codebooks import CODEBOOKS
 from .distilled import DISTILLED
 from .factors import FACTORS, TENSOR
 from .low_rank import LOW_RANK
-from .parts import EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
+from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .pruned import PRUNED
 from .rotated import ROTATED
 from .tokens import TOKEN_WISE
@@ -174,6 +175,14 @@ ROUNDING = (
         static(behind=(RoundWeights(method="comq", sweeps=1, act_order=False),)),
     ),
     against_w8a8(
+        "requant",
+        "w4a8",
+        "REQuant, arXiv 2510.04044 (29 shares of the largest magnitude in place of its convex search; errors by the "
+        "diagonal of H)",
+        "w8a8 with the range of each output channel of a weight searched by the error of the layer's output",
+        static(behind=(RoundWeights(method="nearest", scales="output"),)),
+    ),
+    against_w8a8(
         "softmax-bias",
         "w8a8",
         "Softmax Bias Correction for Quantized Generative Models, arXiv 2309.01729 (added behind the value matmul)",
@@ -209,6 +218,19 @@ BITS = (
         "random probes, without gradients)",
         "2, 4 or 8 bits for each layer, 4 on average, by an integer program over the traces of their Hessians",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="hawq"),)),
+    ),
+    against_w8a8(
+        "efficient-ldm",
+        "w4a8",
+        "Efficient Quantization Strategies for Latent Diffusion Models, arXiv 2312.05431 (layers, not blocks, by SQNR, "
+        "and an integer program over them; smoothing by expected error)",
+        "w8a8 with 4 or 8 bits for each layer, 5 on average, by the SQNR of epsilon, and smoothed, at run time where "
+        "no exact place exists",
+        static(
+            BY_CHANNEL,
+            SmoothScales(run_time=True, run_time_gain=0.1, timed=False),
+            plan=(AssignBits(mean_bits=5.0),),
+        ),
     ),
     Recipe(
         "hawq-v3",

@@ -16,6 +16,8 @@ from __future__ import annotations
 from mezzotint.compiler.core.pipeline import Recipe
 
 from ..allocate_steps import AllocateSteps
+from ..choose_scales import ChooseScales
+from ..equalize_weights import EqualizeWeights
 from ..fit_noise import FitNoise
 from ..learn_scales import LearnScales
 from ..reconstruct import Reconstruct
@@ -33,6 +35,19 @@ TRAINED = (
         "nearest where that stays better)",
         "w8a8 with weights whose rounding is learned against the outputs of each layer",
         static(behind=(Reconstruct(unit="layer", held_out=0),)),
+    ),
+    against_w8a8(
+        "white-paper",
+        "w4a8",
+        "A White Paper on Neural Network Quantization, arXiv 2106.08295 (its pipeline after training: equalization, "
+        "ranges by mean square, AdaRound; 300 steps of a layer; no absorption of biases)",
+        "w8a8 with equal ranges of the channels between two layers, ranges by mean square, and weights whose rounding "
+        "is learned against the outputs of each layer",
+        static(
+            EqualizeWeights(),
+            scales=ChooseScales(activations="mse"),
+            behind=(Reconstruct(unit="layer", held_out=0),),
+        ),
     ),
     against_w8a8(
         "brecq",
