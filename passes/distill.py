@@ -13,7 +13,8 @@ beside the one before, and thrown away if its images are worse.
 
 EfficientDM (arXiv 2310.03270): adapters, steps of the grid as the unit, scales for each call, the output of each call.
 QuEST (arXiv 2402.03666) trains linear layers and scales against the outputs of blocks too, MPQ-DM (arXiv 2412.11549)
-with relations. One block behind the other, as DilateQuant (arXiv 2409.14307) does it, is learn_scales.
+with relations, EfQAT (arXiv 2411.11038) the `critical` rows alone; the others save no time here, since torch computes
+their gradients too. One block behind the other, as DilateQuant (arXiv 2409.14307) does it, is learn_scales.
 
 Measured from GPTQ's 4-bit weights and tables, images of other noise, 20 DDIM steps (epsilon, PSNR median / 10th
 percentile, dB):
@@ -57,6 +58,7 @@ class Distill(TrainingPass):
     """The training of the whole network, and the images that judge it.
 
     - `weights`: `all` elements of quantized weights move, or low-rank `adapters` of `rank`, or `none`.
+    - `critical`: the share of the output channels of each of them that move, those of the largest mean magnitude.
     - `kinds`: the layers whose weights move, of `conv` and `linear`.
     - `floats`: biases, tables of biases, and factors and offsets of norms move.
     - `scales`: the scales that are learned: of `activations`, of `both` activations and the weights that move, or
@@ -78,6 +80,7 @@ class Distill(TrainingPass):
     floats: bool = True
     scales: Literal["activations", "both", "none"] = "none"
     rank: int = 32
+    critical: float = 1.0
     iterations: int = 1000
     weight_steps: float = 3e-3
     float_shares: float = 3e-4
@@ -98,6 +101,9 @@ class Distill(TrainingPass):
         )
         require_positive(self, "held_out", "checks", *(() if self.minutes is None else ("minutes",)))
         require_not_negative(self, "blocks", "relations")
+        if not 0 < self.critical <= 1:
+            hint = "choose a share of the rows, above 0 and at most 1"
+            raise RecipeError(f"{self.name}.critical is {self.critical}", where=self.name, hint=hint)
         if self.weights == "none" and not self.floats and self.scales == "none":
             raise RecipeError("nothing moves", where=self.name, hint="let weights, floats or scales move")
 
@@ -109,7 +115,7 @@ class Distill(TrainingPass):
         own = {field.name: getattr(self, field.name) for field in fields(NetworkFit)}
         fit = NetworkFit(**{**own, "unroll": min(self.unroll, len(program.deployment.calls))})
         chosen = self._chosen(program)
-        moves = Moves(self.weights, tuple(chosen), self.floats, self.scales, self.rank)
+        moves = Moves(self.weights, tuple(chosen), self.floats, self.scales, self.rank, self.critical)
         before = replace(program, model=program.model.clone())
         total = network_calls(program, context, fit) + self.iterations
         step = self.watcher(context.progress, "the network", total)

@@ -39,13 +39,17 @@ MovingScales = Literal["activations", "both", "none"]
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """What moves: the quantized weights of these inputs and how, float weights, and the scales of quantizers."""
+    """What moves: the quantized weights of these inputs and how, float weights, and the scales of quantizers.
+
+    `critical` is the share of a quantized weight's rows that move.
+    """
 
     weights: Moving
     quantized: tuple[Inputs, ...]
     floats: bool
     scales: MovingScales
     rank: int
+    critical: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +97,14 @@ class Distillation:
     def _movements(self, program: Program, graph: TorchGraph) -> Movements:
         moves, rng = self.moves, streams.ADAPTERS.generator(self.context.seed)
         weights = MovingWeights(
-            program, graph, moves.quantized, moving=moves.weights, floats=moves.floats, rank=moves.rank, rng=rng
+            program,
+            graph,
+            moves.quantized,
+            moving=moves.weights,
+            floats=moves.floats,
+            rank=moves.rank,
+            rng=rng,
+            critical=moves.critical,
         )
         groups = program.require_plan().groups
         row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}

@@ -11,6 +11,9 @@ size is what EfficientDM calls scale-aware. The start w_0 is the float weight, m
 the graph has, CELL of a step around it: behind round_weights the rounding is that of GPTQ, and the elements that GPTQ
 rounded the other way are near their boundary.
 
+With a share `critical` below 1, only so many rows (output channels) of each quantized weight move, those of the largest
+mean magnitude (EfQAT, arXiv 2411.11038). The others keep their integers.
+
 Weights that are not quantized (biases, rows of tables of biases, factors and offsets of norms) move by shares of their
 root mean square: w = w_0 + rms d. They cost nothing at run time. Weights of layers that stay in float do not move.
 Nothing of the offsets is left behind the training.
@@ -72,8 +75,10 @@ class MovingWeights:
         floats: bool,
         rank: int,
         rng: np.random.Generator,
+        critical: float = 1.0,
     ) -> None:
         paths = {id(parameter): path for path, parameter in graph.module.named_parameters()}
+        self._critical = critical
         self._quantized = [] if moving == "none" else [self._of(graph, i, paths, moving, rank, rng) for i in quantized]
         self._floats = list(_float_weights(program, graph, paths)) if floats else []
 
@@ -113,7 +118,9 @@ class MovingWeights:
             v = floats / scale
             _, gap = quantizer.around(v, zero, integers)
             start = torch.clamp(v, integers - CELL * gap, integers + CELL * gap) * scale
-            unit = scale * quantizer.mean_gap(start.ndim)
+            unit = (scale * quantizer.mean_gap(start.ndim)).detach().expand_as(start)
+            if self._critical < 1:
+                unit = unit * _critical_rows(floats, weight.axis, self._critical)
         shape = (start.shape[0], start[0].numel())
         offsets: tuple[nn.Parameter, ...] = (nn.Parameter(torch.zeros_like(start)),)
         if moving == "adapters":
@@ -121,7 +128,15 @@ class MovingWeights:
             right = rng.standard_normal((r, shape[1]), dtype=np.float32) / np.float32(np.sqrt(r))
             factors = torch.zeros(shape[0], r), torch.from_numpy(right)
             offsets = tuple(nn.Parameter(factor.to(start.device)) for factor in factors)
-        return _Moving(paths[id(parameter)], parameter, start, unit.detach().expand_as(start), offsets)
+        return _Moving(paths[id(parameter)], parameter, start, unit, offsets)
+
+
+def _critical_rows(floats: torch.Tensor, axis: int, share: float) -> torch.Tensor:
+    """Return 1 for the share of the rows with the largest mean magnitude, 0 for the others, to multiply a weight."""
+    rows = floats.movedim(axis, 0).flatten(1).abs().mean(dim=1)
+    mask = torch.zeros_like(rows)
+    mask[torch.topk(rows, max(1, round(share * len(rows)))).indices] = 1
+    return mask.reshape([-1 if d == axis % floats.ndim else 1 for d in range(floats.ndim)])
 
 
 def _float_weights(program: Program, graph: TorchGraph, paths: Mapping[int, str]) -> list[_Moving]:

@@ -11,10 +11,12 @@ from dataclasses import replace
 from mezzotint.compiler.core.pipeline import Recipe
 
 from ..assign_bits import AssignBits
+from ..choose_levels import ChooseLevels
 from ..choose_scales import ChooseScales
 from ..dilate_weights import DilateWeights
 from ..distill import Distill
 from ..learn_scales import LearnScales
+from ..observe import Observe
 from ..reconstruct import Reconstruct
 from ..round_weights import RoundWeights
 from ..store_half import StoreHalf
@@ -64,6 +66,37 @@ DISTILLED = (
         "of tables; one phase for both; 1000 steps of 8 samples)",
         baseline="w8a8",
         claim="w4a4",
+    ),
+    against_w8a8(
+        "efqat",
+        "w4a8",
+        "EfQAT, arXiv 2411.11038 (a quarter of each weight's rows; from weights rounded to nearest; gradients of all "
+        "rows are computed, so that no time is saved; 1000 steps of 8 samples)",
+        "w8a8 with the loudest quarter of the output channels of each weight trained against the float network's "
+        "predictions",
+        static(behind=(replace(PUBLISHED_FIT, critical=0.25, floats=False, scales="activations"),)),
+    ),
+    against_w8a8(
+        "pams",
+        "w4a4",
+        "PAMS, arXiv 2011.04212 (both ends of a range are trained, not its maximum alone; the outputs of all blocks in "
+        "place of its structured knowledge transfer; 1000 steps of 8 samples)",
+        "w8a8 with weights and the ranges of activations trained against the outputs of blocks and the prediction",
+        static(behind=(replace(PUBLISHED_FIT, scales="activations", blocks=1.0),)),
+    ),
+    Recipe(
+        "paretoq",
+        "neuqi with weights of 2 bits that are trained against the float network's predictions",
+        static(
+            observe=Observe(channels="inputs"),
+            scales=ChooseScales(weight_bits=2),
+            plan=(ChooseLevels(method="affine"),),
+            behind=(RoundWeights(), PUBLISHED_FIT),
+        ),
+        paper="ParetoQ, arXiv 2502.02631 (levels with a zero point of their own in place of its four balanced ones; "
+        "levels stay; 1000 steps of 8 samples)",
+        baseline="neuqi",
+        claim="w2a8",
     ),
     against_w8a8(
         "mpq-dm",

@@ -16,7 +16,9 @@ from __future__ import annotations
 from mezzotint.compiler.core.pipeline import Recipe
 
 from ..allocate_steps import AllocateSteps
+from ..assign_bits import AssignBits
 from ..choose_scales import ChooseScales
+from ..correct_bias import CorrectBias
 from ..equalize_weights import EqualizeWeights
 from ..fit_noise import FitNoise
 from ..learn_scales import LearnScales
@@ -35,6 +37,21 @@ TRAINED = (
         "nearest where that stays better)",
         "w8a8 with weights whose rounding is learned against the outputs of each layer",
         static(behind=(Reconstruct(unit="layer", held_out=0),)),
+    ),
+    against_w8a8(
+        "adaquant",
+        "w4a8",
+        "AdaQuant and its integer program, arXiv 2006.10518 (300 steps of a layer; layers scored by epsilon's error; "
+        "biases by the mean error of their layer in place of its tuning of normalizations)",
+        "w8a8 with 2, 4 or 8 bits for each layer, 4 on average, whose weights and scales are trained against the "
+        "outputs of each layer, and corrected biases",
+        static(
+            plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8)),),
+            behind=(
+                LearnScales(what="both", through="layer", weight_steps=3e-3, held_out=0),
+                CorrectBias(steps="mean", held_out=0),
+            ),
+        ),
     ),
     against_w8a8(
         "white-paper",

@@ -17,6 +17,8 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.correction.trial import compare_programs
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.rounding.layer_inputs import Inputs
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
 from mezzotint.compiler.training import network_loss, training_pass
 from mezzotint.compiler.training.distillation import outputs_of_blocks
@@ -136,6 +138,20 @@ def test_a_rate_moves_what_it_is_named_after(program: Program, context: Context,
     pairs = zip(find_weights(program.graph), find_weights(after.graph), strict=True)
     kinds |= {"weight_steps" for a, b in pairs if (integers_of(a) != integers_of(b)).any()}
     assert kinds == {rate}
+
+
+@pytest.mark.usefixtures("unjudged")
+def test_only_critical_rows_move(program: Program, context: Context) -> None:
+    after = trained(program, context, critical=0.25, weight_steps=0.5, floats=False, iterations=3, checks=1)
+    floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
+    some = 0
+    for old, new in zip(find_weights(program.graph), find_weights(after.graph), strict=True):
+        rows = Inputs.of(old, floats, "here").rows()
+        critical = np.argsort(-np.abs(rows).mean(axis=1))[: max(1, round(0.25 * len(rows)))]
+        changed = np.flatnonzero((integers_of(old) != integers_of(new)).reshape(len(rows), -1).any(axis=1))
+        assert set(changed) <= set(critical)
+        some += len(changed)
+    assert some > 5
 
 
 def test_only_layers_of_the_kind_move(program: Program, context: Context) -> None:
