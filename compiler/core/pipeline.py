@@ -237,7 +237,7 @@ def run_passes(
     `tools/replay.py`, and raise PassError. Errors about the input, such as StatsError, are raised as they are.
     """
     checker = verify.ExactChecker(context.folder, threads=context.threads, seed=context.seed)
-    before = model_text(program.model)
+    before = model_text(program.model) if dump else ""
     if dump:
         _dump(dump, len(program.history), "imported", program, before, "", context)
     for i, step in enumerate(passes):
@@ -247,15 +247,16 @@ def run_passes(
         except Exception as error:
             _explain(error, program, step, passes[i:], reproducer)
             raise
-        after = model_text(after_program.model)
         if dump:
+            after = model_text(after_program.model)
             number = len(after_program.history)
             _dump(dump, number, step.name, after_program, after, text_diff(before, after, step.name), context)
             code = step.code(after_program) if dump.models else None
             if code is not None:
                 path = dump.folder / f"{number:03d}_{step.name}.py"
                 path.write_text(code, encoding="utf-8", newline="\n")
-        program, before = after_program, after
+            before = after
+        program = after_program
     context.progress("passes", len(passes), len(passes))
     return program
 
