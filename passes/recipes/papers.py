@@ -10,6 +10,7 @@ from mezzotint.compiler.core.pipeline import Recipe
 
 from ..assign_bits import AssignBits
 from ..correct_softmax import CorrectSoftmax
+from ..evolve_scales import EvolveScales
 from ..fit_noise import FitNoise
 from ..group_steps import GroupSteps
 from ..learn_scales import LearnScales
@@ -192,6 +193,14 @@ ROUNDING = (
 )
 
 SCALES = (
+    against_w8a8(
+        "evol-q",
+        "w4a8",
+        "Evol-Q, arXiv 2308.10814 (one factor for all rows of a weight; squared errors in place of its contrastive "
+        "loss; activations keep their scales; images of other noise judge)",
+        "w8a8 with scales of weights found by an evolution of small changes against the float network's predictions",
+        static(behind=(EvolveScales(),)),
+    ),
     against_w8a8(
         "lsq",
         "w4a4",
