@@ -19,7 +19,7 @@ activation function or the residual stream reads is refused; the refusals are li
 The extremes are those of all calls together, of the values that the readers read (observe measures them by channel).
 The graph changes, so observe has to run again behind this pass. Deviations: r is kept within `limit` of 1, since
 channels without a signal would get no factor. The paper's quantizer of attention weights, with powers of the square
-root of 2, is left out: no integer kernel computes with it.
+root of 2, is a pass of its own (log_attention).
 
 Measured (SQNR of epsilon in dB, 4 calls; norm gains of a few channels multiplied by 10 to 30): a small DiT goes from
 14.7 to 39.9 at W8A8 with 32 calibration samples, and with 4 only to 32.5. Without planted outliers (40.1 unchanged)
