@@ -29,6 +29,7 @@ from mezzotint.passes.correct_softmax import CorrectSoftmax
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import make_pass, with_options
 from tests.conftest import Check
+from tests.helpers.attention import SHARP, attention_program, fidelity
 from tests.helpers.tiny import ATTENTIONS, CONVS, LINEARS, SIGNATURE, tiny_program
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,13 @@ def test_beta_is_what_a_row_lacks(context: Context) -> None:
     lacking = float(after.history[-1].note.split("lacked ")[1].split("%")[0]) / 100
     assert lacking > 0.001
     np.testing.assert_allclose(float(beta.numpy()) * 64, lacking, rtol=1e-2)
+
+
+def test_many_tokens_show_what_it_gains(context: Context) -> None:
+    """8 bits, 256 tokens of which a query reads a few: rows lack 4 %."""
+    program = attention_program(SHARP, side=16)
+    plain, corrected = (fidelity(program, context, behind=steps, islands=["scores"]) for steps in ((), (PLAIN,)))
+    assert corrected > plain + 3
 
 
 @pytest.mark.parametrize("steps", ["rows", "mean"])
