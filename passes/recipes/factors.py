@@ -51,7 +51,7 @@ FACTORS = (
     against_w8a8(
         "repq",
         "w6a6",
-        "RepQ-ViT, arXiv 2212.08254 (without its logarithmic softmax, for which there is no integer kernel)",
+        "RepQ-ViT, arXiv 2212.08254 (without its logarithmic softmax, which `repq-vit` has)",
         "w8a8 with a quantizer for each channel behind norms, its scales and shifts moved into the norm and the "
         "weights",
         static(Observe(channels="inputs"), ReparameterizeNorms()),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from mezzotint.compiler.core.pipeline import Recipe
 
 from ..assign_bits import AssignBits
-from ..correct_softmax import CorrectSoftmax
 from ..evolve_scales import EvolveScales
 from ..fit_noise import FitNoise
 from ..group_steps import GroupSteps
@@ -22,6 +21,7 @@ from ..share_bits import ShareBits
 from ..smooth_scales import SmoothScales
 from ..split_shortcuts import SplitShortcuts
 from ..step_scales import StepScales
+from .attention import ATTENTION
 from .codebooks import CODEBOOKS
 from .distilled import DISTILLED
 from .factors import FACTORS, TENSOR
@@ -183,13 +183,6 @@ ROUNDING = (
         "w8a8 with the range of each output channel of a weight searched by the error of the layer's output",
         static(behind=(RoundWeights(method="nearest", scales="output"),)),
     ),
-    against_w8a8(
-        "softmax-bias",
-        "w8a8",
-        "Softmax Bias Correction for Quantized Generative Models, arXiv 2309.01729 (added behind the value matmul)",
-        "w8a8 with the attention probability that rounding removes from each row added back",
-        static(behind=(CorrectSoftmax(),)),
-    ),
 )
 
 SCALES = (
@@ -272,5 +265,5 @@ BITS = (
 PAPERS = (
     *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING),
     *(*PRUNED, *CODEBOOKS, *LOW_RANK, *TOKEN_WISE, *ROTATED),
-    *(*TRAINED, *SCALES, *BITS, *DISTILLED),
+    *(*ATTENTION, *TRAINED, *SCALES, *BITS, *DISTILLED),
 )

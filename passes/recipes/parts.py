@@ -28,6 +28,8 @@ from ..step_scales import StepScales
 
 EXACT_FLOAT = (Normalize(), FreezeTime(), SplitLayers(), FuseAttention(), FoldScales(), LowerNorms())
 EXACT = (Normalize(), FreezeTime(), LowerTransposed(), SplitLayers(), FuseAttention(), FoldScales(), LowerNorms())
+UNFUSED = tuple(replace(step, tokens=None) if isinstance(step, FuseAttention) else step for step in EXACT)
+"""EXACT without a float operation for attention: both of its products are integer kernels, however many tokens."""
 PORTABLE = (Normalize(), FreezeTime(), LowerTransposed(), FoldScales(), LowerNorms())
 """Exact rewrites into operations that every engine knows."""
 FAST = (
@@ -68,10 +70,11 @@ def static(
     behind: Sequence[Pass] = (),
     observe: Observe | None = None,
     scales: ChooseScales | None = None,
+    exact: Sequence[Pass] = EXACT,
 ) -> tuple[Pass, ...]:
     """Return the passes of w8a8, with further ones on the float graph, the plan and the quantized graph."""
     measured = (observe or Observe(), scales or ChooseScales())
-    return (*EXACT, *rewrites, *measured, *plan, InsertQdq(), CleanQdq(), *behind)
+    return (*exact, *rewrites, *measured, *plan, InsertQdq(), CleanQdq(), *behind)
 
 
 def stepwise(
