@@ -4,7 +4,7 @@
 
 This is exact. The largest e of each query is 1, whatever the number of tokens is that its attention spreads over: the
 one scale of 1/255 is the scale of each row, 1/255 of its largest weight. The weights of a softmax share the grid of the
-sharpest query instead, and one that looks at a hundred tokens alike has two or three levels.
+sharpest query instead, and one that looks at a hundred tokens equally has two or three levels.
 
 Source: SageAttention (arXiv 2410.02367) quantizes the weights in this form, with 1/127 as their scale, because its
 kernel computes a softmax in parts. Deviation: the grid is that of uint8.
