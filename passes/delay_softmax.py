@@ -17,8 +17,8 @@ Measured on digits-dit (5 attentions over 64 tokens), with nothing but the weigh
 quantized, SQNR of epsilon: from 52.9 to 57.2 dB at 8 bits, from 38.7 to 45.9 at 6, and from 18.1 to 34.2 at 4. On a
 random network of 4096 tokens at 8 bits it goes from 2.6 to 41.1 dB, and with centred values to 56.0 (correct_softmax
 has more of these figures). faces64, a UNet with 11 attentions over 256 and 64 tokens, goes from 43.6 to 55.4 dB, and
-with all its layers quantized from 31.8 to 32.1, as with attention in float. Whole networks of 64 tokens show none of
-it: other layers lose far more.
+with all its layers quantized from 31.8 to 32.1, as with attention in float; w8a8-steps goes from 36.1 to 36.7. Whole
+networks of 64 tokens show none of it: other layers lose far more.
 """
 
 from __future__ import annotations
