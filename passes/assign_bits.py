@@ -15,10 +15,11 @@ Exactly one of these budgets must be given:
   float change it; they take `float_cost` times the time of integer multiplications.
 - `bops`: multiplications times bits of weights times bits of activations, relative to W8A8.
 
-Scores: `sqnr` as above; `hawq`, noise from the trace of the Gauss-Newton matrix, by probes without gradients; `mixdq`,
-layers of cross-attention and feed-forward by the SSIM of images, all others by that squared error (arXiv 2405.17873;
-compiler/bits/mixdq.py). The scope `layer` measures the noise in each layer's own output: a few runs for all layers, for
-networks too large for one run for each layer and width.
+Scores: `sqnr` as above; `hawq`, noise from the trace of the Gauss-Newton matrix (compiler/gradients/traces.py); `lrp`,
+noise from the relevance that epsilon gives to the layer (compiler/gradients/relevance.py), both by one backward pass
+for all layers; `mixdq`, layers of cross-attention and feed-forward by the SSIM of images, all others by that squared
+error (arXiv 2405.17873; compiler/bits/mixdq.py). The scope `layer` measures the noise in each layer's own output: a few
+runs for all layers, for networks too large for one run for each layer and width.
 
 Measured on the digits (46 weights, 2 samples, 3 calls; error of the weights alone): 45.8 dB with 8 bits everywhere,
 20.1 dB with 4, and 44.2 dB with 5.0 bits a weight (predicted 42.9). The noise comes from the outermost convolutions at
@@ -60,6 +61,7 @@ from mezzotint.compiler.bits.allocation import Allocation, allocate
 from mezzotint.compiler.bits.budget import Budget, BudgetKind
 from mezzotint.compiler.bits.content import content_layers
 from mezzotint.compiler.bits.mixdq import ShortTrajectories, content_scores, split_budget
+from mezzotint.compiler.bits.options import BY_GRADIENTS, budgets_of, check_options
 from mezzotint.compiler.bits.parts import ChannelOrder, Parts, cut, joined_bytes
 from mezzotint.compiler.bits.profile import Profile, Profiler, Weighting
 from mezzotint.compiler.bits.report import BitReport
@@ -83,6 +85,7 @@ from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.scales.weights import WeightMethod
+from mezzotint.compiler.training.torch_check import device_is_there, require_torch
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.sampling.deployment import Deployment
 
@@ -95,7 +98,7 @@ class AssignBits(Pass):
     - `calls`, `samples`: the profile uses so many calls of the deployment, evenly spaced, and images.
     - `weighting`: `relative` counts every call equally, `absolute` by the power of epsilon there.
     - `weights`: as in choose_scales. `splits`, `length` (calls of an image): of mixdq. `spread`, `probes`: of hawq,
-      which adds probes of a trace until its standard error is that share of it, or there are so many.
+      which adds probes until the standard error of each trace is that share of it, or there are so many.
     """
 
     mean_bits: float | None = None
@@ -105,7 +108,7 @@ class AssignBits(Pass):
     widths: tuple[int, ...] = (4, 8)
     activation_widths: tuple[int, ...] = (8,)
     floats: bool = False
-    score: Literal["sqnr", "hawq", "mixdq"] = "sqnr"
+    score: Literal["sqnr", "hawq", "lrp", "mixdq"] = "sqnr"
     scope: Literal["output", "layer"] = "output"
     weighting: Weighting = "relative"
     calls: int = 5
@@ -124,69 +127,25 @@ class AssignBits(Pass):
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
 
     def __post_init__(self) -> None:
-        kinds = self._budgets()
-        if len(kinds) > 1:
-            raise RecipeError(
-                f"assign_bits has {len(kinds)} budgets: {', '.join(kinds)}",
-                where=self.name,
-                hint=f"keep one: --set assign_bits.{kinds[0]}=null",
-            )
-        for kind in kinds:
-            self._check(kind, getattr(self, kind) > 0, "choose above 0")
-        for option in ("widths", "activation_widths"):
-            values = getattr(self, option)
-            fine = bool(values) and len(set(values)) == len(values) and all(2 <= b <= 8 for b in values)
-            self._check(option, fine, "choose different widths from 2 to 8")
-        for option in ("calls", "samples", "splits", "length", "parts", "probes"):
-            self._check(option, getattr(self, option) >= 1, "choose 1 or more")
-        self._check("spread", 0 < self.spread < np.inf, "choose above 0, such as 0.1")
-        self._check("float_cost", 1 <= self.float_cost < np.inf, "integers are faster: choose 1 or more")
-        if self.scope == "layer" and self.score != "sqnr":
-            raise RecipeError(f"the scope layer has no score {self.score}", where=self.name, hint="use score sqnr")
-        if self.latency is not None and not self.floats:
-            raise RecipeError(
-                "widths do not change the latency, only layers in float do",
-                where=f"{self.name}.latency",
-                hint="set assign_bits.floats to true, or choose another budget",
-            )
-        if self.activation_widths != (8,) and kinds != ["bops"] and kinds:
-            raise RecipeError(
-                f"narrower activations save nothing of {kinds[0]}",
-                where=f"{self.name}.activation_widths",
-                hint="choose a budget of bops",
-            )
-        alone = {
-            "a budget of latency, which widths do not change": self.latency is not None,
-            "layers in float, which have no parts": self.floats,
-            "narrower activations, which a layer has once": self.activation_widths != (8,),
-            "the score mixdq, which draws images for each unit": self.score == "mixdq",
-        }
-        for other in (what for what, there in alone.items() if there and self.parts > 1):
-            raise RecipeError(
-                f"widths by output channel do not go with {other}",
-                where=f"{self.name}.parts",
-                hint="set assign_bits.parts to 1, or leave the other out",
-            )
-
-    def _check(self, option: str, fine: bool, hint: str) -> None:
-        if not fine:
-            raise RecipeError(f"{self.name}.{option} is {getattr(self, option)}", where=self.name, hint=hint)
-
-    def _budgets(self) -> list[BudgetKind]:
-        return [kind for kind in get_args(BudgetKind) if getattr(self, kind) is not None]
+        check_options(self)
 
     def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
-        if not self._budgets():
+        if self.score in BY_GRADIENTS:
+            require_torch(self.name, "takes gradients")
+        if not budgets_of(self):
             raise RecipeError(
                 "assign_bits has no budget",
                 where=self.name,
                 hint=f"give one of {', '.join(get_args(BudgetKind))}, such as --set assign_bits.mean_bits=5",
             )
 
+    def trains_on(self, device: str) -> bool:
+        return self.score in BY_GRADIENTS and device_is_there(device)
+
     def run(self, program: Program, context: Context) -> Program:
         self.check((), program.deployment)
         plan = program.require_plan()
-        kinds = self._budgets()
+        kinds = budgets_of(self)
         every_layer = list(layers(program.graph))
         islands = Islands(program, every_layer, self.islands, self.name)
         kept = {layer.name: reason for layer in every_layer if (reason := islands.reason(layer)) is not None}
@@ -268,8 +227,15 @@ class _Search:
         return replace(plan, report=report), bit_report.note(report) + profile.note()
 
     def _profile(self, profiler: Profiler, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
-        if self.options.score == "hawq":
-            return profiler.hawq(simulator, scenes, self.options.probes, self.options.spread)
+        o = self.options
+        if o.score == "hawq":
+            from mezzotint.compiler.gradients.traces import hawq_profile
+
+            return hawq_profile(profiler, simulator, scenes, o.probes, o.spread)
+        if o.score == "lrp":
+            from mezzotint.compiler.gradients.relevance import lrp_profile
+
+            return lrp_profile(profiler, simulator, scenes)
         measure = profiler.own_outputs if self.options.scope == "layer" else profiler.outputs
         return measure(simulator, scenes)
 

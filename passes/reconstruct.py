@@ -74,6 +74,8 @@ class Reconstruct(TrainingPass):
     - `drop`: the probability with which an element of an activation is not quantized in a step of the fit (QDrop).
     - `scale_shares`: how far an iteration moves the ends of the grids of a unit's activations at first, in shares of
       their size; it falls to 0. 0 leaves them alone: learn_scales learns them behind the weights.
+    - `curvature`: `fisher` weights errors of the outputs by their Fisher matrix, a diagonal and a part of rank `rank`
+      (FIMA-Q; compiler/gradients/block_fisher.py); `none` counts all elements alike.
     - `inner`: weight of the errors of the layers inside a block beside that of its outputs (EDA-DM).
     - `precision`: of the forward passes of the fit, `float32` or `bfloat16` (torch's autocast; quantizers compute in
       float32). Errors and images are measured in float32.
@@ -92,6 +94,8 @@ class Reconstruct(TrainingPass):
     drop: float = 0.0
     scale_shares: float = 0.0
     inner: float = 0.0
+    curvature: Literal["none", "fisher"] = "none"
+    rank: int = 4
     precision: Literal["float32", "bfloat16"] = "float32"
     units: tuple[str, ...] = ()
     held_out: int = 16
@@ -99,7 +103,7 @@ class Reconstruct(TrainingPass):
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        require_positive(self, "iterations", "learning_rate", "regularization", "batch", "calls", "samples")
+        require_positive(self, "iterations", "learning_rate", "regularization", "batch", "calls", "samples", "rank")
         require_not_negative(self, "inner", "held_out", "scale_shares")
         if not 0 <= self.drop < 1:
             raise RecipeError(
@@ -121,6 +125,11 @@ class Reconstruct(TrainingPass):
         )
         decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         cache = UnitCache(program, context, {"pass": self.name, **decisive})
+        fisher = None
+        if self.curvature == "fisher":
+            from mezzotint.compiler.gradients.block_fisher import fisher_source
+
+            fisher = fisher_source(program, few, self.rank)
         quantizers: dict[str, list[str]] = {}
         if self.scale_shares:
             quantizers, _ = quantizers_of_units(program.graph, chosen, weights=False, activations=True)
@@ -133,7 +142,7 @@ class Reconstruct(TrainingPass):
             weights = tuple(self._weights(program, part, branch))
             scales = tuple(quantizers.get(part.name, ()))
             unit = ReconstructionUnit(part.name, part.computed, weights, timely, scales)
-            program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step)
+            program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step, fisher)
             fits.append(fit)
         after = replace(program, training=(*program.training, *fits))
         return self.judged(before, after, context, self.held_out, _note(fits, left))

@@ -66,13 +66,12 @@ EXACTNESS = Stream("exactness", (0xE,))
 """The inputs on which an exact pass is compared with the graph before it. Shares its key with RESIDUALS."""
 RESIDUALS = Stream("residuals", (0xE,))
 """The subset of a call's values on which normality is tested. Shares its key with EXACTNESS."""
-PROBES = Stream("probes")
-"""Signs of Hutchinson's probes; place: (number of the layer).
-
-Shares its keys with RANGE_NETWORKS; for layers 12 and 14 with CONDITIONS, and with EXACTNESS and RESIDUALS; for layer 0
-with BOOTSTRAP."""
+PROBES = Stream("probes", (0x60B,))
+"""Signs of random projections of the network's prediction; place: (call, batch, number of the projection)."""
 RANGE_NETWORKS = Stream("range networks")
-"""First weights of the networks that learn ranges; place: (number of the value). Shares keys as PROBES does."""
+"""First weights of the networks that learn ranges; place: (number of the value).
+
+Shares its keys for value 0 with BOOTSTRAP, for 12 with CONDITIONS, for 14 with EXACTNESS and RESIDUALS."""
 POSITIONS = Stream("positions")
 """Positions of a layer's inputs that rounding reads; place: (call, batch, crc32 of the value's name)."""
 TRAINING_BATCHES = Stream("training batches", (0xB,))
@@ -87,9 +86,11 @@ CONFIGURATIONS = Stream("configurations", (0x5E,))
 ADAPTERS = Stream("adapters", (0xA, 0xDA))
 """The first values of low-rank adapters of weights."""
 BOOTSTRAP = Stream("bootstrap")
-"""Resamples of images for intervals of metrics; seed: that of the metrics. Shares its key with place 0 of PROBES."""
+"""Resamples of images for intervals of metrics; seed: that of the metrics. Shares its key with place 0 of
+RANGE_NETWORKS."""
 BENCH_CONDITIONS = Stream("bench conditions")
-"""Conditions for timing; seed: FIXED. Shares its key with MIX_CHECK, and with BOOTSTRAP and place 0 of PROBES."""
+"""Conditions for timing; seed: FIXED. Shares its key with MIX_CHECK, and with BOOTSTRAP and place 0 of
+RANGE_NETWORKS."""
 MIX_CHECK = Stream("mix check")
 """Conditions on which a network is compared with its copy in a mixture; seed: FIXED. Shares the key of
 BENCH_CONDITIONS."""

@@ -8,21 +8,15 @@ quantized and all others in float:
 sqnr    this noise, for every unit and width: units * (widths + activation widths) runs over the scenes
 layer   the layers' own outputs in place of epsilon, all in the same run: widths * (weights / 256 MB) runs, each about
         twice as expensive as a plain one, for any number of layers; effects behind a layer are left out
-hawq    probes for each unit, and no run for a width: with the output's squared error as the loss, the Hessian at the
-        float weights is J^T J, whose trace is E |J u|^2 over random signs u (Hutchinson), and
-        J u = (eps(w + d u) - eps(w)) / d needs no gradient. noise = trace / n * |Q_c(w) - w|^2 (HAWQ-V2, -V3). A run
-        has other signs at every call, and runs are added until the standard error of the mean over the calls is small
-        enough. Measured on the digits (51 weights, 4 samples, 5 calls): one run is off by 20 % (root mean square; 70 %
-        at worst). 10 % takes 5.9 runs in the mean, and 16 at most
 
+Scores from gradients, which take one backward pass for all units, are in compiler/gradients: hawq, lrp.
 A run over the scenes is calls * samples / batch network calls.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -30,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mezzotint.runtime import streams
 from mezzotint.runtime.arrays import AnyArray, Doubles
 
 from ..core.execute import Executor, Feeds
@@ -42,8 +35,6 @@ from .simulate import Scene, Simulator, signal
 from .units import FLOAT, BitChoice, Unit, WeightQuantizers
 
 Weighting = Literal["relative", "absolute"]
-PROBE = 1e-3  # the step of a finite difference, relative to the root mean square of the weights
-LEAST_PROBES = 4  # runs below which a spread is not known
 CHUNK_BYTES = 256 << 20  # of weights that a graph of layer errors holds at a time
 
 
@@ -133,41 +124,7 @@ class Profiler:
             name = name_of(unit.weight)
             return {b: simulator.noise(scenes, {name: self.rounded(unit, b)}) for b in self.widths}
 
-        return self._profile(simulator, scenes, at_widths)
-
-    def hawq(self, simulator: Simulator, scenes: Sequence[Scene], probes: int, spread: float) -> Profile:
-        """The score `hawq`: up to `probes` for each weight, until the spread of its trace is at most `spread`."""
-        order = {unit.name: k for k, unit in enumerate(self.units)}
-        traces: dict[str, Trace] = {}
-
-        def at_widths(unit: Unit) -> dict[int, Doubles]:
-            weight = numpy_of(unit.require_weight())
-            trace = self._trace(simulator, scenes, unit, order[unit.name], probes, spread)
-            traces[unit.name] = trace
-            return {b: trace.values / weight.size * _squares(self.rounded(unit, b) - weight) for b in self.widths}
-
-        return replace(self._profile(simulator, scenes, at_widths), traces=traces)
-
-    def _trace(
-        self, simulator: Simulator, scenes: Sequence[Scene], unit: Unit, place: int, probes: int, spread: float
-    ) -> Trace:
-        weight, power = numpy_of(unit.require_weight()), signal(scenes)
-        step = PROBE * max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-12)
-        found: list[Doubles] = []
-        left: float | None = None
-        while len(found) < probes and (left is None or left > spread):
-
-            def probed(call: int, probe: int = len(found)) -> Feeds:
-                signs = streams.PROBES.generator(self.context.seed, place, probe, call).integers(0, 2, weight.shape)
-                moved = weight + np.float32(step) * (2 * signs - 1).astype(np.float32)
-                return {name_of(unit.weight): moved.astype(np.float32)}
-
-            found.append(simulator.noise(scenes, probed) / step**2)
-            if len(found) >= LEAST_PROBES:
-                shares = np.mean(np.array(found) / power, axis=1)
-                error = float(np.std(shares, ddof=1)) / math.sqrt(len(found))
-                left = error / max(float(np.mean(shares)), 1e-30)
-        return Trace(np.mean(found, axis=0), len(found), left)
+        return self.profile_of(simulator, scenes, at_widths)
 
     def own_outputs(self, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
         """The scope `layer`: the share of noise in each layer's own output."""
@@ -178,11 +135,12 @@ class Profiler:
             self.context.progress(self.by, k, len(self.widths) * len(chunks))
             for name, share in self._own_shares(chunk, bits, scenes).items():
                 found[name][bits] = share * signal(scenes)
-        return self._profile(simulator, scenes, lambda unit: found[unit.name])
+        return self.profile_of(simulator, scenes, lambda unit: found[unit.name])
 
-    def _profile(
+    def profile_of(
         self, simulator: Simulator, scenes: Sequence[Scene], at_widths: Callable[[Unit], Mapping[int, Doubles]]
     ) -> Profile:
+        """Return the profile with the noise of weights that `at_widths` gives, and measured noise of activations."""
         calls = tuple(sorted({scene.call for scene in scenes}))
         weights: dict[str, Mapping[int, Doubles]] = {}
         activations: dict[str, Mapping[int, Doubles]] = {}
@@ -235,11 +193,6 @@ class Profiler:
                     totals[name][scene.call] = totals[name].get(scene.call, np.zeros(2)) + powers
         shares = {n: np.array([by_call[c] for c in sorted(by_call)]) for n, by_call in totals.items()}
         return {name: pair[:, 0] / np.maximum(pair[:, 1], 1e-30) for name, pair in shares.items()}
-
-
-def _squares(values: npt.NDArray[np.float32]) -> float:
-    flat = values.reshape(-1).astype(np.float64)
-    return float(flat @ flat)
 
 
 def _copied(node: ir.Node) -> dict[str, Any]:

@@ -48,6 +48,10 @@ class Format:
         return np.dtype(np.int8) if self.signed else np.dtype(np.uint8)
 
 
+Rows = slice | npt.NDArray[np.int64]
+"""Some of a weight's output channels."""
+
+
 @dataclass(frozen=True, eq=False)
 class RowFormats:
     """Signed symmetric formats, one for each output channel of a weight: `bits` int8 `[rows]`."""
@@ -66,7 +70,7 @@ class RowFormats:
     def dtype(self) -> np.dtype[np.int8]:
         return np.dtype(np.int8)
 
-    def __getitem__(self, rows: slice) -> RowFormats:
+    def __getitem__(self, rows: Rows) -> RowFormats:
         return RowFormats(self.bits[rows])
 
 
@@ -91,7 +95,7 @@ class Levels:
     def dtype(self) -> np.dtype[np.int8]:
         return np.dtype(np.int8)
 
-    def __getitem__(self, rows: slice) -> Levels:
+    def __getitem__(self, rows: Rows) -> Levels:
         return self if self.table.ndim == 1 else Levels(self.table[rows])
 
     def nearest(self, steps: npt.NDArray[Any], axis: int | None) -> npt.NDArray[Any]:
@@ -124,7 +128,7 @@ class Vectors:
     def dtype(self) -> np.dtype[np.int8]:
         return np.dtype(np.int8)
 
-    def __getitem__(self, rows: slice) -> Vectors:
+    def __getitem__(self, rows: Rows) -> Vectors:
         return self
 
     def nearest(self, steps: npt.NDArray[Any], axis: int | None) -> npt.NDArray[Any]:
@@ -183,8 +187,8 @@ def ends(grid: Grid, axis: int | None, rank: int) -> tuple[Floats, Floats]:
     return along(low, axis, rank), along(high, axis, rank)
 
 
-def of_rows(grid: Grid, rows: slice) -> Grid:
-    """Return the grid of a slice of rows."""
+def of_rows(grid: Grid, rows: Rows) -> Grid:
+    """Return the grid of some rows."""
     return grid if isinstance(grid, Format) else grid[rows]
 
 

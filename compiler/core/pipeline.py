@@ -198,7 +198,7 @@ class Recipe:
             raise RecipeError(
                 f"the device is {device!r}, and no pass of the recipe trains",
                 where=f"recipe {self.name!r}",
-                hint="leave out --device: only reconstruct, learn_scales and distill use it, all else runs on the CPU",
+                hint="leave out --device: only passes that train or take gradients use it, all else runs on the CPU",
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ..graph.nodes import name_of
 from ..graph.ops import Layer
 from ..graph.require import shape_of
 from .gram import Extent, Gram, Unfold, choose_positions
-from .weights import QuantizedWeight, find_weights, layer_name, weight_rows
+from .weights import QuantizedWeight, layer_name, reading_directly, weight_rows
 
 GramKey = tuple[tuple[str, Unfold], ...]
 
@@ -157,6 +157,10 @@ class Gathered:
         """H `[groups, d, d]`."""
         return self._grams[inputs.key].matrix()
 
+    def side(self, inputs: FloatInputs) -> Floats | None:
+        """Return H_O of a weight whose error counts along its outputs too (compiler/gradients/curvature.py)."""
+        return None
+
     def extent(self, inputs: FloatInputs) -> Extent:
         """The range of the inputs whose products H has."""
         return self._grams[inputs.key].extent
@@ -232,7 +236,7 @@ def gather(
             )
 
         # Convolutions in float behind quantizers that are computed exactly: a prefix may not be fused (execute.py).
-        quantized = prefix(_read_directly(program.model, rounded), taps, "basic")
+        quantized = prefix(reading_directly(program.model, rounded), taps, "basic")
         exact = prefix(float_model, float_taps, "all") if shifts else None
         limit = max(columns // len(latents), 1)
         for batch in latents:
@@ -272,16 +276,6 @@ def gather_floats(
             _add_batch(gathered, stage, seen, {}, limit, [context.seed, batch.call, batch.batch], balance)
             step()
     return gathered
-
-
-def _read_directly(model: ir.Model, rounded: Collection[str]) -> ir.Model:
-    """A clone whose layers read grid points without quantizing them: a session need not hold them a second time."""
-    clone = model.clone()
-    for weight in find_weights(clone.graph):
-        if name_of(weight.value) in rounded:
-            for pair in weight.dequantizers:
-                pair.outputs[0].replace_all_uses_with(weight.value)
-    return clone
 
 
 def _add_batch(

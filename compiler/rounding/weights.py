@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from mezzotint.runtime.arrays import Floats
 
 from ..core.formats import Format, Grid, Levels
 from ..core.program import Plan, Program, Quantizer, Site
-from ..errors import PassError
+from ..errors import PassError, RecipeError
 from ..graph import weight_store as store
 from ..graph.nodes import Names, consumers, initializer, is_constant, is_op, name_of, numpy_of
 from ..graph.require import inputs, shape_of, tensor_of
@@ -88,6 +89,23 @@ def find_weights(graph: ir.Graph) -> list[QuantizedWeight]:
     return [_checked(quantize, *parts) for quantize, parts in found.items()]
 
 
+def chosen_weights(graph: ir.Graph, patterns: Sequence[str], step: str) -> list[QuantizedWeight]:
+    """Return the quantized weights whose readers match one of the patterns, or all without patterns.
+
+    Raise RecipeError for a pattern that matches no layer; `step` is the name of the pass.
+    """
+    weights = find_weights(graph)
+    names = {id(w): [layer_name(node) for node in w.readers] for w in weights}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for w in weights for name in names[id(w)]):
+            raise RecipeError(
+                f"{step}.layers: {pattern!r} matches no layer with quantized weights",
+                where=step,
+                hint="patterns are those of a shell: `*`, `?`",
+            )
+    return [w for w in weights if any(fnmatchcase(name, p) for p in patterns or ("*",) for name in names[id(w)])]
+
+
 def _output_axis(node: ir.Node) -> int:
     if is_op(node, "Gemm"):
         return 0 if "transB" in node.attributes and node.attributes["transB"].as_int() == 1 else 1
@@ -150,6 +168,19 @@ def replace_weight(
     if not {*consumers(value)} <= {weight.quantize, *weight.dequantizers}:
         raise PassError(f"the scale {name_of(value)} belongs to other quantizers too", where=weight.name, hint=by)
     value.const_value = ir.tensor(scale.reshape(shape_of(value).numpy()), name=name_of(value))
+
+
+def reading_directly(model: ir.Model, rounded: Collection[str]) -> ir.Model:
+    """Return a clone whose layers read grid points without quantizing them: a session need not hold them twice.
+
+    `rounded` names the constants that are grid points.
+    """
+    clone = model.clone()
+    for weight in find_weights(clone.graph):
+        if name_of(weight.value) in rounded:
+            for pair in weight.dequantizers:
+                pair.outputs[0].replace_all_uses_with(weight.value)
+    return clone
 
 
 def with_grids(plan: Plan, changed: Mapping[str, tuple[QuantizedWeight, str, Floats, Grid]], by: str) -> Plan:

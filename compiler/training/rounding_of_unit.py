@@ -23,6 +23,7 @@ from ..torch_graph.quantizers import Quantizer, SoftRounding
 from ..torch_graph.write_back import plan_grids, write_back
 from .array_files import ArrayFiles
 from .block_data import LossWatcher, record
+from .fisher_loss import FisherSource
 from .fit_rounding import fit_rounding
 from .learned_scales import LearnedScales, learned_grids
 from .movements import Movements, Rates
@@ -57,10 +58,12 @@ def learn_rounding(
     by: str,
     cache: UnitCache,
     step: LossWatcher,
+    fisher: FisherSource | None = None,
 ) -> tuple[Program, TrainedUnit]:
     """Train the rounding of a unit's weights; return the program, with the hard rounding if it is better, and the fit.
 
-    A unit that the cache has is not trained again. `step` is called after each batch of the data and each iteration.
+    A unit that the cache has is not trained again. `fisher` measures what weights errors of the outputs (not those of
+    the time branch, which no sample reaches). `step` is called after each batch of the data and each iteration.
     """
     float_graph = program.require_float_model().graph
     floats = {name_of(v) for node in float_graph for v in node.outputs}
@@ -84,7 +87,10 @@ def learn_rounding(
                 _drop_elements(part, graph, schedule.drop, seeds)
             seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
             moving = _scales(program, graph, unit.quantizers, latents, schedule) if unit.quantizers else None
-            batches = Batches(graph, part, program.signature, data, schedule, seed, calls, movements=moving)
+            fishers = fisher(part, latents, device) if fisher and not unit.timely else None
+            batches = Batches(
+                graph, part, program.signature, data, schedule, seed, calls, movements=moving, fishers=fishers
+            )
             fit, arrays = fit_rounding(batches, rounders, schedule, context.seed, unit.name, by, step)
         cache.keep(unit.name, unit.computed, fit, arrays)
     else:

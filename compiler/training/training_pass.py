@@ -6,17 +6,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from typing import ClassVar
 
 from mezzotint.runtime.progress import DETAIL, Progress
 from mezzotint.runtime.sampling.deployment import Deployment
 
-from ..core.pipeline import CPU, Context, Pass
+from ..core.pipeline import Context, Pass
 from ..core.program import Plan, Program
 from ..correction.trial import judged
 from ..errors import RecipeError, StatsError
 from .block_data import LossWatcher
+from .torch_check import device_is_there, require_torch
 from .units import GraphUnit
 
 SHOWN_UNITS = 60
@@ -29,19 +29,10 @@ class TrainingPass(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"qdq"})
 
     def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
-        if find_spec("torch") is None:
-            raise RecipeError(
-                f"{self.name} trains with torch, which is not installed",
-                where=self.name,
-                hint="install the extra: pip install 'mezzotint[torch]', or choose a recipe that does not train",
-            )
+        require_torch(self.name, "trains")
 
     def trains_on(self, device: str) -> bool:
-        if device != CPU:
-            from .torch_device import find_device
-
-            find_device(device)
-        return True
+        return device_is_there(device)
 
     def code(self, program: Program) -> str:
         from ..torch_graph.convert import to_torch

@@ -19,6 +19,7 @@ from ..core.execute import timestep_feed
 from ..graph.nodes import name_of
 from ..torch_graph.convert import TorchGraph
 from .block_data import Batch
+from .fisher_loss import Fishers
 from .movements import Moved, Movements
 from .subgraph import Subgraph
 from .torch_device import Precision, autocast
@@ -62,7 +63,7 @@ class Annealing:
 
 
 class Batches:
-    """The batches of a block, and the errors of its torch module on them.
+    """The batches of a block, and the errors of its torch module on them, weighted by `fishers` where there are any.
 
     `movements` are weights and scales in the places of the module's own, until they are settled. A step of the fit
     takes the samples of `calls` batches in equal parts.
@@ -79,6 +80,7 @@ class Batches:
         calls: int = 1,
         *,
         movements: Movements | None = None,
+        fishers: Fishers | None = None,
     ) -> None:
         weights = [batch.weight for batch in data]
         self._chances = None if len(set(weights)) < 2 else [weight / sum(weights) for weight in weights]
@@ -87,7 +89,7 @@ class Batches:
         self._outputs, self._schedule = part.outputs, schedule
         self._inputs = {name_of(value): value for value in part.model.graph.inputs}
         self._mixing = torch.Generator().manual_seed(seed)
-        self.movements = movements
+        self.movements, self._fishers = movements, fishers or {}
 
     def draw(self, rng: np.random.Generator) -> tuple[Batch, slice]:
         """Return a batch and some successive samples of it, or all where it cannot be divided: the part of one call.
@@ -126,7 +128,9 @@ class Batches:
         errors = {inside: torch.zeros((), device=self._graph.device) for inside in (True, False)}
         for name, value in zip(self._graph.outputs, self._call(batch, samples, weights), strict=True):
             target = self._on_device(np.array(batch.targets[name][samples]))
-            error = (value - target).square().mean() / target.square().mean().clamp_min(1e-12)
+            fisher = self._fishers.get(name)
+            lost = (value - target).square().mean() if fisher is None else fisher.error(value - target)
+            error = lost / target.square().mean().clamp_min(1e-12)
             errors[name in self._outputs] = errors[name in self._outputs] + error
         return errors[True], errors[False]
 

@@ -25,6 +25,7 @@ from .attention import ATTENTION
 from .codebooks import CODEBOOKS
 from .distilled import DISTILLED
 from .factors import FACTORS, TENSOR
+from .gradients import GRADIENTS
 from .low_rank import LOW_RANK
 from .parts import BY_CHANNEL, EVERY_CALL, INTEGER_OPERATIONS, NOISY, TIMED, against_w8a8, static
 from .pruned import PRUNED
@@ -217,9 +218,17 @@ BITS = (
         "hawq",
         "w4a8",
         "HAWQ-V2 and HAWQ-V3, arXiv 1911.03852 and 2011.10680 (Gauss-Newton traces of epsilon's error, to 10 % by "
-        "random probes, without gradients)",
+        "random projections; without training behind it)",
         "2, 4 or 8 bits for each layer, 4 on average, by an integer program over the traces of their Hessians",
         static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="hawq"),)),
+    ),
+    against_w8a8(
+        "lrp-qvit",
+        "w4a8",
+        "LRP-QViT, arXiv 2401.11243 (its scores for all layers of a denoiser, times the relative error of the rounded "
+        "weights, in an integer program; activations keep 8 bits; without its clipped normalizations)",
+        "2, 4 or 8 bits for each layer, 4 on average, by an integer program over the relevance of their outputs",
+        static(plan=(AssignBits(mean_bits=4.0, widths=(2, 4, 8), score="lrp"),)),
     ),
     against_w8a8(
         "efficient-ldm",
@@ -264,6 +273,6 @@ BITS = (
 
 PAPERS = (
     *(*BASELINES, *TIMESTEPS, *SHORTCUTS, *FACTORS, *ROUNDING),
-    *(*PRUNED, *CODEBOOKS, *LOW_RANK, *TOKEN_WISE, *ROTATED),
+    *(*PRUNED, *CODEBOOKS, *LOW_RANK, *TOKEN_WISE, *ROTATED, *GRADIENTS),
     *(*ATTENTION, *TRAINED, *SCALES, *BITS, *DISTILLED),
 )

@@ -73,6 +73,16 @@ TRAINED = (
         "w8a8 with weights whose rounding is learned against the outputs of each block, then scales of activations",
         static(behind=(Reconstruct(held_out=0), _ACTIVATIONS)),
     ),
+    Recipe(
+        "fima-q",
+        "brecq with errors of blocks weighted by the Fisher matrix of their outputs, a diagonal and a part of low rank",
+        static(behind=(Reconstruct(curvature="fisher", held_out=0), _ACTIVATIONS)),
+        paper="FIMA-Q, arXiv 2506.11543 (the Fisher matrix of epsilon from its gradients, in place of KL divergences "
+        "at perturbed outputs; a part of rank 4; 300 steps of a block; scales of activations are trained behind the "
+        "weights, by mean squares)",
+        baseline="brecq",
+        claim="w4a8",
+    ),
     against_w8a8(
         "qdrop",
         "w4a8",

@@ -20,7 +20,7 @@ from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
-from mezzotint.compiler.training import network_loss, training_pass
+from mezzotint.compiler.training import network_loss, torch_check, training_pass
 from mezzotint.compiler.training.distillation import outputs_of_blocks
 from mezzotint.passes.distill import Distill
 from mezzotint.passes.recipes.catalog import RECIPES
@@ -244,7 +244,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 
 
 def test_a_missing_torch_is_refused_at_once(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_pass, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch_check, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="torch, which is not installed"):
         Distill().check((), program.deployment)
 

@@ -17,7 +17,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
 from mezzotint.compiler.rounding.weights import find_weights
-from mezzotint.compiler.training import training_pass
+from mezzotint.compiler.training import torch_check
 from mezzotint.compiler.training.unit_batches import Batches
 from mezzotint.compiler.training.units import find_units, quantizers_of_units
 from mezzotint.passes.learn_scales import LearnScales
@@ -229,6 +229,6 @@ def test_what_cannot_work_is_refused(program: Program, context: Context, monkeyp
     with pytest.raises(PassError, match=r"the loss is .* at iteration"):
         trained(program, context, through="network", learning_rate=1e6)
     LearnScales().check((), program.deployment)
-    monkeypatch.setattr(training_pass, "find_spec", lambda _: None)
+    monkeypatch.setattr(torch_check, "find_spec", lambda _: None)
     with pytest.raises(RecipeError, match="torch, which is not installed"):
         LearnScales().check((), program.deployment)

@@ -19,7 +19,7 @@ from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import QuantizedWeight, find_weights
 from mezzotint.compiler.torch_graph.convert import to_torch
-from mezzotint.compiler.training import training_pass
+from mezzotint.compiler.training import torch_check
 from mezzotint.compiler.training.array_files import ArrayFiles
 from mezzotint.compiler.training.block_data import record
 from mezzotint.compiler.training.subgraph import cut_out
@@ -141,7 +141,7 @@ def test_the_fit_is_in_the_program_and_survives_a_folder(program: Program, conte
 def test_without_torch_it_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = tiny_program(steps=3).deployment
     RECIPES["brecq"].check(deployment)
-    monkeypatch.setattr(training_pass, "find_spec", lambda _: None)
+    monkeypatch.setattr(torch_check, "find_spec", lambda _: None)
     with pytest.raises(RecipeError, match="torch, which is not installed"):
         RECIPES["brecq"].check(deployment)
 
