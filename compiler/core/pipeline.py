@@ -248,8 +248,7 @@ def run_passes(
             _explain(error, program, step, passes[i:], reproducer)
             raise
         if dump:
-            after = model_text(after_program.model)
-            number = len(after_program.history)
+            after, number = model_text(after_program.model), len(after_program.history)
             _dump(dump, number, step.name, after_program, after, text_diff(before, after, step.name), context)
             code = step.code(after_program) if dump.models else None
             if code is not None:
