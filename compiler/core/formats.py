@@ -48,7 +48,7 @@ class Format:
         return np.dtype(np.int8) if self.signed else np.dtype(np.uint8)
 
 
-Rows = slice | npt.NDArray[np.int64]
+SomeRows = slice | npt.NDArray[np.int64]
 """Some of a weight's output channels."""
 
 
@@ -70,7 +70,7 @@ class RowFormats:
     def dtype(self) -> np.dtype[np.int8]:
         return np.dtype(np.int8)
 
-    def __getitem__(self, rows: Rows) -> RowFormats:
+    def __getitem__(self, rows: SomeRows) -> RowFormats:
         return RowFormats(self.bits[rows])
 
 
@@ -95,7 +95,7 @@ class Levels:
     def dtype(self) -> np.dtype[np.int8]:
         return np.dtype(np.int8)
 
-    def __getitem__(self, rows: Rows) -> Levels:
+    def __getitem__(self, rows: SomeRows) -> Levels:
         return self if self.table.ndim == 1 else Levels(self.table[rows])
 
     def nearest(self, steps: npt.NDArray[Any], axis: int | None) -> npt.NDArray[Any]:
@@ -128,7 +128,7 @@ class Vectors:
     def dtype(self) -> np.dtype[np.int8]:
         return np.dtype(np.int8)
 
-    def __getitem__(self, rows: Rows) -> Vectors:
+    def __getitem__(self, rows: SomeRows) -> Vectors:
         return self
 
     def nearest(self, steps: npt.NDArray[Any], axis: int | None) -> npt.NDArray[Any]:
@@ -187,7 +187,7 @@ def ends(grid: Grid, axis: int | None, rank: int) -> tuple[Floats, Floats]:
     return along(low, axis, rank), along(high, axis, rank)
 
 
-def of_rows(grid: Grid, rows: Rows) -> Grid:
+def of_rows(grid: Grid, rows: SomeRows) -> Grid:
     """Return the grid of some rows."""
     return grid if isinstance(grid, Format) else grid[rows]
 

@@ -31,7 +31,7 @@ from mezzotint.runtime.arrays import Floats
 
 from ..rounding.gram import Gram, Positions, Unfold
 
-Weighting = Literal["guided", "oac", "yaqa"]
+CurvatureForm = Literal["guided", "oac", "yaqa"]
 
 
 def groups_of_rows(rows: int, most: int) -> int:

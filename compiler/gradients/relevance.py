@@ -29,7 +29,7 @@ from ..graph.nodes import name_of, numpy_of
 from ..training.torch_device import training_device
 from .probed_network import ProbedNetwork, gradients
 from .relevance_rules import apply_rules
-from .traces import squares
+from .traces import sum_of_squares
 
 
 def lrp_profile(profiler: Profiler, simulator: Simulator, scenes: Sequence[Scene]) -> Profile:
@@ -39,8 +39,11 @@ def lrp_profile(profiler: Profiler, simulator: Simulator, scenes: Sequence[Scene
 
     def at_widths(unit: Unit) -> dict[int, Doubles]:
         weight = numpy_of(unit.require_weight())
-        power = max(squares(weight), 1e-30)
-        return {b: relevance[unit.name] * squares(profiler.rounded(unit, b) - weight) / power for b in profiler.widths}
+        power = max(sum_of_squares(weight), 1e-30)
+        return {
+            b: relevance[unit.name] * sum_of_squares(profiler.rounded(unit, b) - weight) / power
+            for b in profiler.widths
+        }
 
     return profiler.profile_of(simulator, scenes, at_widths)
 

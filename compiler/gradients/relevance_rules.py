@@ -24,7 +24,7 @@ _NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "GroupNormalization
 _SELF_GATED = ("Swish", "HardSwish", "Gelu", "Mish", "Elu", "Softplus")
 _HELD = ("Erf", "Tanh", "Sqrt")
 """Gates inside of a GELU that is written out, and the deviation of a normalization that is."""
-TINY = 1e-12
+SMALLEST_INPUT = 1e-12
 
 
 def apply_rules(module: fx.GraphModule) -> None:
@@ -94,7 +94,7 @@ def gated(function: TorchFunction) -> TorchFunction:
     def rule(x: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
         with torch.no_grad():
             value = function(x, *args, **given)
-            gate = torch.where(x.abs() > TINY, value / torch.where(x.abs() > TINY, x, 1.0), 0.0)
+            gate = torch.where(x.abs() > SMALLEST_INPUT, value / torch.where(x.abs() > SMALLEST_INPUT, x, 1.0), 0.0)
         return with_gradient_of(value, x * gate)
 
     return _named(function, rule, "gated")

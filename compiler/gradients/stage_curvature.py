@@ -24,7 +24,7 @@ from ..rounding.gram import choose_positions
 from ..rounding.layer_inputs import FloatInputs, Gathered, Inputs, Latents
 from ..rounding.weights import layer_name, reading_directly
 from ..training.torch_device import training_device
-from .curvature import GuidedGram, SampleGradients, Weighting, at_positions, groups_of_rows, weight_gradient
+from .curvature import CurvatureForm, GuidedGram, SampleGradients, at_positions, groups_of_rows, weight_gradient
 from .probed_network import ProbedNetwork, gradients, project
 
 
@@ -35,7 +35,7 @@ class WeightedStage(Gathered):
         super().__init__()
         self._of: dict[int, GuidedGram | SampleGradients] = {}
 
-    def expect_weighted(self, inputs: Inputs, weighting: Weighting, row_groups: int) -> None:
+    def expect_weighted(self, inputs: Inputs, weighting: CurvatureForm, row_groups: int) -> None:
         """Make room for the matrices of one weight."""
         rows = inputs.rows().shape[0] // inputs.groups
         if weighting == "guided":
@@ -64,7 +64,7 @@ def gather_weighted(
     context: Context,
     stage: Sequence[Inputs],
     latents: Sequence[Latents],
-    weighting: Weighting,
+    weighting: CurvatureForm,
     *,
     row_groups: int,
     probes: int,

@@ -46,7 +46,7 @@ def hawq_profile(
     def at_widths(unit: Unit) -> dict[int, Doubles]:
         weight = numpy_of(unit.require_weight())
         each = traces[unit.name].values / weight.size
-        return {bits: each * squares(profiler.rounded(unit, bits) - weight) for bits in profiler.widths}
+        return {bits: each * sum_of_squares(profiler.rounded(unit, bits) - weight) for bits in profiler.widths}
 
     profile = profiler.profile_of(simulator, scenes, at_widths)
     return Profile(profile.calls, profile.signal, profile.weights, profile.activations, traces)
@@ -106,7 +106,7 @@ def gradient_powers(network: ProbedNetwork, total: torch.Tensor) -> dict[str, fl
     return found
 
 
-def squares(values: npt.NDArray[np.float32]) -> float:
+def sum_of_squares(values: npt.NDArray[np.float32]) -> float:
     """Return the sum of squares."""
     flat = values.reshape(-1).astype(np.float64)
     return float(flat @ flat)

@@ -12,7 +12,7 @@ from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.gradients.probed_network import ProbedNetwork, gradients
 from mezzotint.compiler.gradients.relevance import lrp_profile, measure_relevance
 from mezzotint.compiler.gradients.relevance_rules import apply_rules
-from mezzotint.compiler.gradients.traces import squares
+from mezzotint.compiler.gradients.traces import sum_of_squares
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from tests.compiler.gradients.test_traces import profiler_of
@@ -89,7 +89,7 @@ def test_the_noise_is_relevance_times_the_relative_error(tmp_path_factory: pytes
     for unit in units:
         weight = numpy_of(unit.require_weight())
         for bits in (4, 8):
-            share = squares(profiler.rounded(unit, bits) - weight) / squares(weight)
+            share = sum_of_squares(profiler.rounded(unit, bits) - weight) / sum_of_squares(weight)
             np.testing.assert_allclose(profile.weights[unit.name][bits], relevance[unit.name] * share, rtol=1e-6)
     last = next(unit for unit in units if name_of(unit.weight) == "out_w")
     whole = sum(float(np.square(scene.output, dtype=np.float64).sum()) for scene in scenes)

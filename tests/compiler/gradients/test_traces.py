@@ -16,7 +16,7 @@ from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.gradients.probed_network import ProbedNetwork, gradients
-from mezzotint.compiler.gradients.traces import hawq_profile, measure_traces, squares
+from mezzotint.compiler.gradients.traces import hawq_profile, measure_traces, sum_of_squares
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.passes.choose_scales import ChooseScales
@@ -67,7 +67,7 @@ def exact_traces(profiler: Profiler, names: Mapping[str, str], scene: Scene) -> 
     for output in prediction.flatten():
         found = gradients(output, dict(network.weights), keep=True)
         for unit, name in names.items():
-            total[unit] += squares(found[name])
+            total[unit] += sum_of_squares(found[name])
     return total
 
 
