@@ -54,6 +54,8 @@ With `weighting`, static activations and 20 calls (epsilon; PSNR of 32 images, m
 
     digits      none 27.7, 40.0, 28.2    guided 27.2, 38.6, 28.3    oac 27.2, 36.4, 26.7    yaqa 27.5, 41.6, 28.6
     mnist-onnx  none 25.1, 27.5, 21.1    guided 25.2, 31.0, 21.5    oac 24.6, 25.1, 19.2    yaqa 25.5, 33.7, 28.0
+    digits-dit  none 23.3, 30.8, 26.7    guided 23.3, 32.6, 27.2    oac 23.3, 33.1, 26.6    yaqa 23.6, 37.0, 31.3
+    mnist-onnx with 3 bits: none 21.5, 16.7, 12.0    guided 22.1, 16.6, 11.9    yaqa 23.6, 25.6, 21.8
 """
 
 from __future__ import annotations
