@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
 
+from .io.processor import processor_features, usable_cores
+
 PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors", "openvino", "torch", "diffusers")
-FEATURES = (
-    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx_vnni_int8", "amx_int8", "amx_bf16"),
-    *("asimddp", "i8mm", "bf16"),
-)
 
 
 def examine() -> dict[str, Any]:
     """Return the report as plain data."""
     versions = {name: _version(name) for name in PACKAGES}
-    flags = _cpu_flags()
-    features = None if flags is None else [f for f in FEATURES if f in flags]
+    features = processor_features()
     tested = versions.get("onnxruntime") is not None and untested_onnxruntime() is None
     return {
         "python": platform.python_version(),
@@ -30,7 +25,7 @@ def examine() -> dict[str, Any]:
         "onnxruntime_tested": tested,
         "cpu_features": features,
         "cores": psutil.cpu_count(logical=False),
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "can_compile_diffusers": versions["torch"] is not None and versions["diffusers"] is not None,
         "expect": _expectation(features),
@@ -55,18 +50,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> set[str] | None:
-    """Return the CPU's flags where the system lists them (Linux); None elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    for line in text.splitlines():
-        if line.lower().startswith(("flags", "features")):
-            return set(line.partition(":")[2].split())
-    return None
 
 
 def _expectation(features: list[str] | None) -> str:

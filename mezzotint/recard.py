@@ -24,6 +24,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_json
 
 from .io.hub import checked_license, checked_model
+from .io.processor import processor_name
 
 
 def rewrite_card(
@@ -90,12 +91,7 @@ def _evaluation(file: Path, known: Sequence[str]) -> dict[str, Any]:
 
 def machine() -> str:
     """Return the processor in words, as far as the system names it."""
-    words = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        words = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), words)
-    return f"{words}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{processor_name()}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def _link(source: str, target: str) -> str:

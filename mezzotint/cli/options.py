@@ -45,6 +45,10 @@ ProviderOptions = Annotated[
 PrecisionOfFloats = Annotated[
     str | None, typer.Option("--precision", help="Of what the graph has in float, where the engine can choose: f32.")
 ]
+ClusterName = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Workers of Ray: local, local:WORKERS, or the address of a cluster that runs."),
+]
 All = Annotated[bool, typer.Option("--all", help="Print every row of every table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 ModelArgument = Annotated[

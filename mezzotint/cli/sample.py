@@ -12,6 +12,7 @@ from mezzotint.runtime.errors import InputError
 
 from ..progress import shown
 from .options import (
+    ClusterName,
     ConditionsFile,
     Json,
     PrecisionOfFloats,
@@ -52,6 +53,7 @@ def sample(
     format_: Annotated[str | None, typer.Option("--format", help="Folder: npz (float32) or png; npz.")] = None,
     shards: Annotated[str | None, typer.Option(help="Folder: only these shards, as 3 or 3:8 (3 to 7).")] = None,
     threads: Threads = None,
+    cluster: ClusterName = None,
     provider: Provider = "cpu",
     provider_option: ProviderOptions = None,
     precision: PrecisionOfFloats = None,
@@ -69,11 +71,12 @@ def sample(
     from ..shards.shards import IMAGES_PER_SHARD, ShardOptions
     from ..text import console
 
-    check_output(output, shard_size=shard_size, format=format_, shards=shards)
+    check_output(output, shard_size=shard_size, format=format_, shards=shards, cluster=cluster)
     engine = parse_engine(provider, provider_option, precision)
     if prompt is not None:
         refused = {"--sampler": sampler, "--eta": eta, "--batch": batch, "--conditions": conditions}
         refused |= {"--unconditional": unconditional, "--format": format_, "--shards": shards}
+        refused |= {"--cluster": cluster}
         choices: dict[str, Any] = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "correction": correction}
         said: dict[str, Any] = {"quiet": quiet, "json": json, "preview": preview}
         said |= {"control_image": control_image, "control_scale": control_scale}
@@ -100,7 +103,8 @@ def sample(
     )
     shard_options = ShardOptions(shard_size or IMAGES_PER_SHARD, format_ or "npz", force=force)
     with shown(quiet=quiet or json) as report:
+        where: dict[str, Any] = {"threads": threads, "cluster": cluster}
         summary = sample_to_path(
-            opened, output, n or 16, options, shard_options, shards=shards, threads=threads, progress=report
+            opened, output, n or 16, options, shard_options, shards=shards, progress=report, **where
         )
     console.print_json(summary) if json else console.print_pairs("sampled", sample_rows(summary))

@@ -15,6 +15,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.options import SamplingOptions
 
+from ..cluster.connection import piece_threads
 from ..io import images
 from ..text.report import sample_summary
 from .shards import ShardOptions, parse_shards, sample_shards
@@ -24,13 +25,16 @@ OTHER_FILES = (".npz", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"
 """Endings of file formats that are not written. They are refused: no folder gets such a name by mistake."""
 
 
-def check_output(output: Path, *, shard_size: int | None, format: str | None, shards: str | None) -> None:
+def check_output(
+    output: Path, *, shard_size: int | None, format: str | None, shards: str | None, cluster: str | None = None
+) -> None:
     """Refuse options of folders for a file, and files that cannot be written. None is an option that was left out.
 
     Raises InputError or OutputError.
     """
     if output.suffix in FILES:
-        for name, value in (("--shard-size", shard_size), ("--format", format), ("--shards", shards)):
+        folders = {"--shard-size": shard_size, "--format": format, "--shards": shards, "--cluster": cluster}
+        for name, value in folders.items():
             if value is not None:
                 raise InputError(
                     f"{name} is for folders", where=str(output), hint=f"leave {name} out, or use -o FOLDER"
@@ -48,6 +52,7 @@ def sample_to_path(
     *,
     shards: str | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write `output` and return a summary. `shards` are numbers as text, see `parse_shards`."""
@@ -66,7 +71,11 @@ def sample_to_path(
         return {**summary, "engine": bundle.usage(threads).to_json()}
     if shards is not None:
         shard_options = replace(shard_options, shards=parse_shards(shards, n, shard_options.shard_size))
-    result = sample_shards(bundle, output, n, options, shard_options, threads=threads, progress=progress)
+    if cluster is not None:
+        threads = piece_threads(threads)
+    result = sample_shards(
+        bundle, output, n, options, shard_options, threads=threads, cluster=cluster, progress=progress
+    )
     return {
         **summary,
         "format": shard_options.format,

@@ -15,7 +15,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -91,25 +91,36 @@ class Shard:
         return True
 
     def write(self, images: Images) -> None:
-        """Write float32 `[m, ...]` next to the place and move it there; an older shard is replaced at the end.
+        """Write float32 `[m, ...]`: `store` of what `encode` returns. Raises OutputError."""
+        self.store(self.encode(images))
+
+    def encode(self, images: Images) -> dict[str, bytes]:
+        """Return the files of images float32 `[m, ...]` by name: of the .npz, or of those inside the folder."""
+        data = io.BytesIO()
+        if self.format == "npz":
+            np.savez(data, images=images, index=self.index, seed=np.asarray(self.seed), run=np.asarray(self.run))
+            return {self.path.name: data.getvalue()}
+        files, hashes = {}, {}
+        for i, number in enumerate(self.index.tolist()):
+            data = io.BytesIO()
+            picture(to_pixels(images[i : i + 1])[0]).save(data, format="PNG")
+            files[_name(number)] = data.getvalue()
+            hashes[_name(number)] = sha256(data.getvalue()).hexdigest()
+        facts = {"run": self.run, "seed": self.seed, "pictures": hashes}
+        return {**files, INSIDE: (json.dumps(facts, indent=2) + "\n").encode()}
+
+    def store(self, files: Mapping[str, bytes]) -> None:
+        """Write the files next to the place and move them there; an older shard is replaced at the end.
 
         Raises OutputError: a full disk, no permission, or something other than a shard in its place.
         """
         if self.format == "npz":
-            with staged_file(self.path, force=True) as (file, _), file.open("wb") as handle:
-                seed = np.asarray(self.seed)
-                np.savez(handle, images=images, index=self.index, seed=seed, run=np.asarray(self.run))
+            with staged_file(self.path, force=True) as (file, _):
+                file.write_bytes(files[self.path.name])
             return
         with staged(self.path, force=True, ours=_is_picture_shard, shared=True) as (folder, _):
-            hashes = {}
-            for i, number in enumerate(self.index.tolist()):
-                data = io.BytesIO()
-                picture(to_pixels(images[i : i + 1])[0]).save(data, format="PNG")
-                hashes[_name(number)] = sha256(data.getvalue()).hexdigest()
-                (folder / _name(number)).write_bytes(data.getvalue())
-            facts = {"run": self.run, "seed": self.seed, "pictures": hashes}
-            text = json.dumps(facts, indent=2) + "\n"
-            (folder / INSIDE).write_text(text, encoding="utf-8", newline="\n")
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
 
     def load(self) -> Images:
         """Return the images, float32 `[m, ...]`: exact from npz, in steps of 2/255 from png.

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
@@ -31,9 +29,11 @@ from mezzotint.runtime.sampling.guidance import Conditions, with_labels
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.signature import Images
 
+from ..cluster.connection import check_cluster, open_cluster
 from ..io.images import check_images
 from ..text.report import sample_summary
-from .files import SHARD_FORMATS, Damaged, Foreign, Index, Shard
+from .drawing import draw_on_cluster, draw_shard
+from .files import SHARD_FORMATS, Damaged, Foreign, Index
 from .run import (
     COMPUTED,
     RUN,
@@ -90,13 +90,15 @@ def sample_to_folder(
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> Drawn:
     """Write images 0 .. n - 1 of `seed` in shards of `shard_size`. Complete shards are kept, so a run can be resumed.
 
     `format` is "npz" (float32, the model's range) or "png" (8 bits; 1 or 3 channels). `shards` are the numbers of the
     shards to draw, all when left out; `force` draws them again. A damaged shard is always drawn again. The other
-    options are those of `Bundle.sample`. Nothing is written before the first shard is drawn.
+    options are those of `Bundle.sample`. Nothing is written before the first shard is drawn. With `cluster`, "local" or
+    an address (cluster/driver.py), shards are drawn by its workers, and the folder has the same bytes.
 
     Raises InputError for impossible settings, and for settings that differ from those of the run in the folder;
     OutputError where the folder holds something else or cannot be written.
@@ -105,7 +107,9 @@ def sample_to_folder(
     options = SamplingOptions(*plan, int(seed), batch, correction, conditions or {}, unconditional or {})
     chosen = None if shards is None else tuple(int(number) for number in shards)
     shard_options = ShardOptions(int(shard_size), format, chosen, force)
-    return sample_shards(bundle, Path(folder), int(n), options, shard_options, threads=threads, progress=progress)
+    return sample_shards(
+        bundle, Path(folder), int(n), options, shard_options, threads=threads, cluster=cluster, progress=progress
+    )
 
 
 def sample_shards(
@@ -116,6 +120,7 @@ def sample_shards(
     shard_options: ShardOptions,
     *,
     threads: int | None = None,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> Drawn:
     """Do the work of `sample_to_folder`, for its options as two values."""
@@ -127,6 +132,8 @@ def sample_shards(
         raise InputError(f"no format {format!r}", where=str(folder), hint=f"use {' or '.join(SHARD_FORMATS)}")
     if format == "png":
         check_images(bundle.sample_shape, folder)
+    if cluster is not None:
+        check_cluster(cluster)
     summary = sample_summary(bundle, folder, n, options)
     plan = bundle.plan(options.sampler, options.steps, options.eta, options.guidance)
     computing = bundle.condition_network
@@ -157,6 +164,20 @@ def sample_shards(
     started = time.perf_counter()
     missing = _missing(run, chosen, shard_options.force, progress) if belongs(folder, settings) else chosen
     total = sum(len(run.shard(number).index) for number in missing)
+    if cluster is None:
+        _draw_here(bundle, run, missing, options, threads, progress)
+    elif missing:
+        with open_cluster(cluster, threads) as opened:
+            draw_on_cluster(opened, bundle, run, missing, options, progress)
+    skipped = tuple(number for number in chosen if number not in set(missing))
+    return Drawn(run.count, tuple(missing), skipped, total, time.perf_counter() - started)
+
+
+def _draw_here(
+    bundle: Bundle, run: Run, missing: list[int], options: SamplingOptions, threads: int | None, progress: Progress
+) -> None:
+    """Draw and write shards in this process, one after the other."""
+    total = sum(len(run.shard(number).index) for number in missing)
     done = 0
     for number in missing:
         shard = run.shard(number)
@@ -164,14 +185,12 @@ def sample_shards(
         def report(here: int, done: int = done) -> None:
             progress("sample", done + here, total)
 
-        images = _draw(bundle, shard, options, threads, report)
+        images = draw_shard(bundle, shard, options, threads, report)
         run.announce()
         shard.write(images)
         del images  # before the next shard's images are allocated
         done += len(shard.index)
         progress("sample", done, total)
-    skipped = tuple(number for number in chosen if number not in set(missing))
-    return Drawn(run.count, tuple(missing), skipped, total, time.perf_counter() - started)
 
 
 def read_shards(folder: str | Path) -> Iterator[tuple[Index, Images]]:
@@ -204,26 +223,6 @@ def parse_shards(text: str, n: int, shard_size: int) -> tuple[int, ...]:
             raise InputError(f"no shards {part.strip()}", where="--shards", hint=f"there are 0:{count}")
         numbers.update(range(first, stop))
     return tuple(sorted(numbers))
-
-
-def _draw(
-    bundle: Bundle, shard: Shard, options: SamplingOptions, threads: int | None, report: Callable[[int], None]
-) -> Images:
-    """Return a shard's images, drawn batch by batch. `report` gets the number of images drawn, at most all but one."""
-    images = np.empty((len(shard.index), *shard.shape), np.float32)
-    size = bundle.denoiser(threads).fixed_batch or options.batch
-    for start in range(shard.first, shard.stop, size):
-        stop = min(start + size, shard.stop)
-        here = start - shard.first
-
-        def count(calls: int, of: int, here: int = here, width: int = stop - start) -> None:
-            report(here + width * calls // (of + 1))
-
-        batch = replace(options.of_images(start, stop), seed=shard.seed, batch=size)
-        images[here : stop - shard.first] = bundle.sample_with(
-            batch, stop - start, first=start, threads=threads, progress=count
-        )
-    return images
 
 
 def _missing(run: Run, chosen: list[int], force: bool, progress: Progress) -> list[int]:

@@ -125,6 +125,7 @@ SLOW = (
     "docs/test_method.py",
     "docs/test_readme.py",
     "docs/test_tutorial.py",
+    "mezzotint/cluster/test_cluster.py",
     "mezzotint/pipeline/",
     "mezzotint/shards/",
     "passes/test_assign_bits",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from mezzotint import doctor
+from mezzotint.io import processor
 
 
 def test_the_examination_is_plain_data() -> None:
@@ -44,9 +46,12 @@ def test_a_package_that_is_not_installed_is_none(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_expectations_follow_from_the_features(
-    monkeypatch: pytest.MonkeyPatch, flags: set[str] | None, expected: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: set[str] | None, expected: str
 ) -> None:
-    monkeypatch.setattr(doctor, "_cpu_flags", lambda: flags)
+    file = tmp_path / "cpuinfo"
+    if flags is not None:
+        file.write_text(f"model name : any\nflags : {' '.join(flags)}\n", encoding="utf-8")
+    monkeypatch.setattr(processor, "_CPUINFO", file)
 
     assert expected in doctor.examine()["expect"]
 

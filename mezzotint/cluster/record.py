@@ -1,0 +1,85 @@
+"""`machines.json`: which machine computed which piece of a run, on which processor, in how many seconds.
+
+It says nothing about the results, which are the same without it: a run that is continued adds to it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mezzotint.compiler.bundle.staging import staged_file
+from mezzotint.runtime.errors import InputError, MezzotintWarning
+from mezzotint.runtime.json_text import read_json
+
+from .placement import Machine, mixed_kinds
+from .tasks import Stamp
+
+MACHINES = "machines.json"
+MACHINES_LAYOUT = 1
+SECONDS_BETWEEN = 5.0  # two writings of the file
+
+
+class MixedProcessors(MezzotintWarning):
+    """Pieces of one run were computed on processors of several kinds."""
+
+
+class MachineRecord:
+    """The record in the folder of the run named `run`. `add` writes it now and then, `close` at the end."""
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self._file = folder / MACHINES
+        self._run = run
+        self._machines: dict[str, Machine] = {}
+        self._pieces: dict[str, dict[str, Any]] = {}
+        self._added = self._unwritten = False
+        self._written = 0.0
+        self._read()
+
+    def add(self, piece: int, stamp: Stamp) -> None:
+        """Note who computed a piece. The folder must be that of the run by now. Raises OutputError."""
+        name = f"{stamp.machine.host}:{stamp.node[:8]}"
+        self._machines[name] = stamp.machine
+        seconds = round(stamp.seconds, 4)
+        self._pieces[str(piece)] = {
+            "machine": name,
+            "process": stamp.process,
+            "threads": stamp.threads,
+            "seconds": seconds,
+        }
+        self._added = self._unwritten = True
+        if time.monotonic() - self._written > SECONDS_BETWEEN:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is not written, and warn where the processors are of several kinds. Raises OutputError."""
+        if self._unwritten:
+            self._write()
+        if self._added and (words := mixed_kinds(self._machines)) is not None:
+            warnings.warn(MixedProcessors(f"{words}; see {self._file}"), stacklevel=2)
+
+    def _read(self) -> None:
+        """Take what an earlier part of the same run noted; a file of another run, or a damaged one, is replaced."""
+        if not self._file.is_file():
+            return
+        try:
+            facts = read_json(self._file, "the record of machines", InputError)
+            if (facts["layout"], facts["run"]) == (MACHINES_LAYOUT, self._run):
+                for name, fields in facts["machines"].items():
+                    features = fields["features"]
+                    known = None if features is None else tuple(features)
+                    self._machines[name] = Machine(**{**fields, "features": known})
+                self._pieces = dict(facts["pieces"])
+        except (InputError, KeyError, TypeError, ValueError, AttributeError):
+            self._machines, self._pieces = {}, {}
+
+    def _write(self) -> None:
+        pieces = dict(sorted(self._pieces.items(), key=lambda item: int(item[0])))
+        machines = {name: machine.to_json() for name, machine in sorted(self._machines.items())}
+        facts = {"layout": MACHINES_LAYOUT, "run": self._run, "machines": machines, "pieces": pieces}
+        with staged_file(self._file, force=True) as (file, _):
+            file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8", newline="\n")
+        self._unwritten, self._written = False, time.monotonic()

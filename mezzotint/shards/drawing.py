@@ -1,0 +1,114 @@
+"""One shard is drawn: in this process, or as a piece of a run on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
+from mezzotint.runtime.bundle.file_checks import read_manifest
+from mezzotint.runtime.bundle.layout import MANIFEST
+from mezzotint.runtime.engine import Engine
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import Progress
+from mezzotint.runtime.sampling.options import SamplingOptions
+from mezzotint.runtime.signature import Images
+
+from ..cluster.driver import Cluster
+from ..cluster.placement import CarriedFolder, Fetch, placed_folder
+from ..cluster.record import MachineRecord
+from .files import Shard
+from .run import Run
+
+GPU_ENGINES = frozenset({"cuda", "tensorrt", "nv_tensorrt_rtx"})
+"""Engines whose pieces ask for a GPU each."""
+
+
+def draw_shard(
+    bundle: Bundle, shard: Shard, options: SamplingOptions, threads: int | None, report: Callable[[int], None]
+) -> Images:
+    """Return a shard's images, drawn batch by batch. `report` gets the number of images drawn, at most all but one."""
+    images = np.empty((len(shard.index), *shard.shape), np.float32)
+    size = bundle.denoiser(threads).fixed_batch or options.batch
+    for start in range(shard.first, shard.stop, size):
+        stop = min(start + size, shard.stop)
+        here = start - shard.first
+
+        def count(calls: int, of: int, here: int = here, width: int = stop - start) -> None:
+            report(here + width * calls // (of + 1))
+
+        batch = replace(options.of_images(start, stop), seed=shard.seed, batch=size)
+        images[here : stop - shard.first] = bundle.sample_with(
+            batch, stop - start, first=start, threads=threads, progress=count
+        )
+    return images
+
+
+@dataclass(frozen=True)
+class CarriedBundle:
+    """A bundle for workers: its folder and the engine that it runs on."""
+
+    folder: CarriedFolder
+    engine: Engine
+
+    @classmethod
+    def of(cls, bundle: Bundle, cluster: Cluster) -> CarriedBundle:
+        """Return the bundle for the workers of a cluster. Raises InputError for one that cannot travel."""
+        if bundle.condition_network is not None:
+            raise InputError(
+                "a bundle whose conditions another network computes cannot be drawn on a cluster",
+                where=str(bundle.path),
+                hint="draw it on one machine, without --cluster",
+            )
+        names = [*bundle.manifest.files, MANIFEST]
+        return cls(cluster.carried(bundle.path, names, bundle.manifest.digest), bundle.engine)
+
+    def open(self, fetch: Fetch) -> Bundle:
+        """Return the bundle on this machine. Every file is hashed: the driver has checked those of this digest."""
+        folder = placed_folder(self.folder, lambda place: read_manifest(place / MANIFEST).digest, fetch)
+        return open_bundle(folder).on(self.engine)
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What all shards of a run share, as work for a cluster: a piece is a shard's number, its result the files."""
+
+    bundle: CarriedBundle
+    settings: Mapping[str, Any]
+    options: SamplingOptions
+    threads: int
+
+    def open(self, fetch: Fetch) -> Callable[[int], dict[str, bytes]]:
+        """Return the function from the number of a shard to its files by name."""
+        bundle, run = self.bundle.open(fetch), Run(Path(), self.settings)
+
+        def draw(number: int) -> dict[str, bytes]:
+            shard = run.shard(number)
+            return shard.encode(draw_shard(bundle, shard, self.options, self.threads, lambda done: None))
+
+        return draw
+
+
+def draw_on_cluster(
+    cluster: Cluster, bundle: Bundle, run: Run, missing: list[int], options: SamplingOptions, progress: Progress
+) -> None:
+    """Draw shards on the workers of a cluster, and write each of them here when it comes.
+
+    `machines.json` says which machine drew which shard. Raises the refusal of a worker, and ClusterError.
+    """
+    work = ShardWork(CarriedBundle.of(bundle, cluster), run.settings, options, cluster.threads)
+    sizes = [len(run.shard(number).index) for number in missing]
+    record = MachineRecord(run.folder, run.digest)
+    gpus = 1 if bundle.engine.name in GPU_ENGINES else 0
+    answers = cluster.answers(work, missing, stage="sample", sizes=sizes, unit="images", gpus=gpus, progress=progress)
+    try:
+        for index, answer in answers:
+            run.announce()
+            run.shard(missing[index]).store(answer.result)
+            record.add(missing[index], answer.stamp)
+    finally:
+        record.close()

@@ -1,0 +1,304 @@
+"""Pieces on a real cluster of Ray: one for the whole file, of two nodes in the end, joined at its address.
+
+It is started in a folder with modules that must not be imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+pytest.importorskip("ray", reason="pip install 'mezzotint[cluster]'")
+
+from mezzotint import open_bundle, read_shards, sample_to_folder
+from mezzotint.cluster.connection import open_cluster
+from mezzotint.cluster.driver import Cluster
+from mezzotint.cluster.ledger import ClusterError
+from mezzotint.cluster.placement import CarriedFolder, cache_place
+from mezzotint.cluster.record import MACHINES
+from mezzotint.runtime.errors import InputError, TimestepNotDeployed
+from mezzotint.shards.drawing import CarriedBundle
+from tests.helpers.cluster_work import Square, Surroundings
+from tests.helpers.models import Cli, Compiled
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own processes
+ROOT = Path(__file__).parents[3]
+CORES = 7
+CONFIG = {"worker_niceness": 0}
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of one node with seven cores, whatever the machine has."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    planted = tmp_path_factory.mktemp("planted")
+    for name in ("numpy", "onnxruntime", "mezzotint"):
+        (planted / f"{name}.py").write_text("raise ImportError('it was imported from the current folder')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.chdir(planted)
+        started = Nodes()
+        started.add_node(num_cpus=CORES, object_store_memory=100 << 20, include_dashboard=False, _system_config=CONFIG)
+        try:
+            yield started
+        finally:
+            started.shutdown()
+            vars(started).clear()
+            with warnings.catch_warnings():  # Ray leaves files of its logs open
+                warnings.simplefilter("ignore")
+                gc.collect()
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: Any) -> Iterator[Cluster]:
+    with open_cluster(nodes.address, 1) as opened:
+        yield opened
+
+
+def squares(cluster: Cluster, work: Square, count: int, **options: Any) -> list[tuple[int, Any]]:
+    answers = cluster.answers(work, list(range(count)), stage="square", **options)
+    return [(piece, answer.result) for piece, answer in answers]
+
+
+class TestPieces:
+    def test_each_result_comes_with_its_piece_and_its_machine(self, cluster: Cluster, tmp_path: Path) -> None:
+        said: list[tuple[str, int, int]] = []
+        answers = dict(
+            cluster.answers(
+                Square(str(tmp_path)), range(20), stage="square", sizes=[2] * 20, progress=lambda *w: said.append(w)
+            )
+        )
+
+        assert {piece: answer.result for piece, answer in answers.items()} == {i: i * i for i in range(20)}
+        stamps = [answer.stamp for answer in answers.values()]
+        assert {stamp.threads for stamp in stamps} == {1}
+        assert all(stamp.process != os.getpid() and stamp.machine.processor for stamp in stamps)
+        assert (said[0][1:], said[-1][1:]) == ((0, 40), (40, 40))
+
+    def test_overhead_of_a_piece(self, cluster: Cluster, tmp_path: Path) -> None:
+        squares(cluster, Square(str(tmp_path)), 2 * CORES)  # workers start
+        started = time.perf_counter()
+        squares(cluster, Square(str(tmp_path)), 100)
+        assert (time.perf_counter() - started) / 100 < 0.05
+
+    def test_modules_do_not_come_from_the_current_folder(self, nodes: Any, cluster: Cluster) -> None:
+        with open_cluster(nodes.address, 2) as opened:
+            (_, answer), (_, other) = opened.answers(Surroundings(), ["numpy", "mezzotint"], stage="s", ordered=True)
+
+        assert "planted" not in answer.result[0]
+        assert other.result == (str(ROOT / "mezzotint" / "__init__.py"), "2")
+
+    def test_any_order_of_completion_gives_one_order(self, cluster: Cluster, tmp_path: Path) -> None:
+        work = Square(str(tmp_path), delays=(0.2, 0.0, 0.0, 0.05))
+        completed = [piece for piece, _ in squares(cluster, work, 40)]
+        ordered = squares(cluster, work, 40, ordered=True)
+
+        assert completed != sorted(completed)
+        assert ordered == [(i, i * i) for i in range(40)]
+
+    def test_a_piece_that_always_fails_is_named_and_the_others_are_kept(self, cluster: Cluster, tmp_path: Path) -> None:
+        found: list[int] = []
+        work = Square(str(tmp_path), failing=(3,), fatal=(5,), once=(1,))
+        with pytest.raises(ClusterError, match="2 of 8 pieces failed 3 times") as caught:
+            for piece, _ in cluster.answers(work, range(8), stage="square", ordered=True):
+                found.append(piece)
+
+        assert found == [0, 1, 2, 4, 6, 7]
+        assert "square 3: OSError: no luck with 3" in caught.value.what
+        assert "square 5: its worker ended (WorkerCrashedError)" in caught.value.what
+        assert [len(list(tmp_path.glob(f"{i}-*"))) for i in (0, 1, 3, 5)] == [1, 2, 3, 3]
+
+    def test_a_refusal_ends_the_run_as_it_is(self, cluster: Cluster, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="piece 2 cannot be") as caught:
+            squares(cluster, Square(str(tmp_path), refused=(2,)), 500)
+        assert (caught.value.where, caught.value.hint) == ("here", "leave it out")
+        assert len(list(tmp_path.iterdir())) < 400, "no more pieces are handed out"
+
+    def test_more_threads_than_any_machine_has(self, nodes: Any, cluster: Cluster, tmp_path: Path) -> None:
+        with open_cluster(nodes.address, CORES + 1) as opened, pytest.raises(InputError, match="has 8 cores"):
+            squares(opened, Square(str(tmp_path)), 1)
+
+
+N, SIZE = 40, 4
+OPTIONS: dict[str, Any] = {"shard_size": SIZE, "sampler": "ddpm", "seed": 3}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != MACHINES)
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def whole(hand: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "f"
+    sample_to_folder(hand.bundle, folder, N, threads=1, **OPTIONS)
+    return folder
+
+
+@pytest.mark.usefixtures("cluster")
+class TestShards:
+    """The same bytes as one process."""
+
+    @pytest.mark.parametrize("workers", [7, 2, 1])
+    def test_any_number_of_workers(self, hand: Compiled, nodes: Any, whole: Path, tmp_path: Path, workers: int) -> None:
+        """A piece that asks for more cores leaves room for fewer workers."""
+        threads = CORES // workers
+        drawn = sample_to_folder(hand.bundle, tmp_path, N, cluster=nodes.address, threads=threads, **OPTIONS)
+
+        assert (drawn.made, drawn.skipped, drawn.pictures) == (tuple(range(10)), (), N)
+        assert contents(tmp_path) == contents(whole)
+
+    def test_a_killed_worker(self, hand: Compiled, nodes: Any, whole: Path, tmp_path: Path) -> None:
+        """A worker dies in the middle, by a signal from outside."""
+        killed: list[int] = []
+
+        def kill(stage: str, done: int, total: int) -> None:
+            if stage.startswith("sample") and 0 < done < total and len(killed) < 2:
+                for process in _a_worker_of(nodes):
+                    killed.append(process)
+                    os.kill(process, signal.SIGKILL)
+
+        drawn = sample_to_folder(hand.bundle, tmp_path, N, cluster=nodes.address, threads=3, progress=kill, **OPTIONS)
+
+        assert killed, "no worker was killed"
+        assert drawn.made == tuple(range(10))
+        assert contents(tmp_path) == contents(whole)
+
+    def test_resumed_and_the_record_of_machines(
+        self, hand: Compiled, cli: Cli, nodes: Any, whole: Path, tmp_path: Path
+    ) -> None:
+        words = ["sample", hand.bundle.path, "-o", tmp_path / "f", "-n", N, "--shard-size", SIZE, "--seed", 3]
+        words += ["--sampler", "ddpm", "--cluster", nodes.address]
+        assert cli(*words, "--shards", "2:4", "--json").code == 0
+        second = cli(*words, "--json")
+
+        assert second.code == 0, second.err
+        printed = json.loads(second.out)
+        assert (printed["made"], printed["skipped"]) == ([0, 1, *range(4, 10)], [2, 3])
+        assert contents(tmp_path / "f") == contents(whole)
+        facts = json.loads((tmp_path / "f" / MACHINES).read_text())
+        assert list(facts["pieces"]) == [str(i) for i in range(10)]
+        (machine,) = facts["machines"].values()
+        assert machine["processor"] and machine["onnxruntime"]
+        assert {piece["threads"] for piece in facts["pieces"].values()} == {1}
+        np.testing.assert_array_equal(
+            np.concatenate([images for _, images in read_shards(tmp_path / "f")]),
+            np.concatenate([images for _, images in read_shards(whole)]),
+        )
+
+    def test_files_of_a_bundle_that_travel(
+        self, hand: Compiled, cluster: Cluster, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The path that the driver names is no folder on the workers' machine."""
+        copy = shutil.copytree(hand.bundle.path, tmp_path / "moved")
+        bundle = open_bundle(copy)
+
+        def carried(self: Cluster, folder: Path, names: list[str], digest: str) -> CarriedFolder:
+            files = self.stored(folder, names)
+            shutil.rmtree(copy)
+            return CarriedFolder(str(folder), digest, files)
+
+        monkeypatch.setattr(Cluster, "carried", carried)
+        place = cache_place() / bundle.manifest.digest
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            sample_to_folder(bundle, tmp_path / "f", N, cluster="auto", **OPTIONS)
+            assert contents(tmp_path / "f") == contents(whole)
+            assert (place / "mezzotint.json").is_file()
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def test_the_same_refusals_as_in_one_process(self, hand: Compiled, cli: Cli, nodes: Any, tmp_path: Path) -> None:
+        with pytest.raises(TimestepNotDeployed):
+            sample_to_folder(hand.bundle, tmp_path / "f", N, cluster=nodes.address, **OPTIONS, steps=3)
+        assert not (tmp_path / "f").exists()
+        answer = cli("sample", hand.bundle.path, "-o", tmp_path / "x.png", "--cluster", "local")
+        assert (answer.code, "--cluster is for folders" in answer.err) == (2, True)
+
+    def test_a_bundle_that_cannot_travel(self, hand: Compiled, nodes: Any, tmp_path: Path) -> None:
+        fed = copy.copy(hand.bundle)
+        fed.condition_network = object()  # type: ignore[assignment]
+        with pytest.raises(InputError, match="another network computes"), open_cluster(nodes.address) as opened:
+            CarriedBundle.of(fed, opened)
+
+
+def _a_worker_of(nodes: Any) -> list[int]:
+    """The number of one process that performs a piece; none if there is none just now."""
+    raylets = [info.process.pid for node in nodes.list_all_nodes() for info in node.all_processes["raylet"]]
+    children = [child for raylet in raylets for child in psutil.Process(raylet).children()]
+    return [child.pid for child in children if child.name() == "ray::enter" and child.status() != "zombie"][:1]
+
+
+def test_a_lost_machine(nodes: Any, cluster: Cluster, tmp_path: Path) -> None:
+    """A node dies with the pieces that it works on; they are done again on another one."""
+    second = nodes.add_node(num_cpus=CORES, object_store_memory=100 << 20)
+    homes: dict[int, str] = {}
+    lost = ""
+    with open_cluster(nodes.address, CORES) as opened:  # one piece at a time on each node
+        work = Square(str(tmp_path), delays=(0.2,), threads=CORES)
+        for piece, answer in opened.answers(work, range(40), stage="square"):
+            assert answer.result == piece * piece and piece not in homes
+            homes[piece] = answer.stamp.node
+            if not lost and len(set(homes.values())) == 2:
+                lost = answer.stamp.node
+                while not {int(f.name.partition("-")[0]) for f in tmp_path.glob(f"*-{answer.stamp.process}")} - {
+                    *homes
+                }:
+                    time.sleep(0.01)  # until it works on the next piece
+                nodes.remove_node(second, allow_graceful=False)
+
+    assert lost and sorted(homes) == list(range(40))
+    assert homes[max(homes)] != lost
+    assert len(list(tmp_path.iterdir())) > 40, "a piece was begun twice"
+
+
+def test_a_killed_driver_of_a_local_cluster(hand: Compiled, whole: Path, tmp_path: Path) -> None:
+    """The command's own cluster ends with it, and the same command goes on where it stopped."""
+    words = ["sample", hand.bundle.path, "-o", tmp_path / "f", "-n", N, "--shard-size", SIZE, "--seed", 3]
+    words += ["--sampler", "ddpm", "--cluster", "local:1", "--json"]
+    command = [sys.executable, "-m", "mezzotint", *map(str, words)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {**kept, "TMPDIR": str(tmp_path / "t"), "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "t").mkdir()
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "f").glob("shard_*.npz")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.name() in ("raylet", "gcs_server", "ray::IDLE") or child.name() == "ray::enter"
+    ]
+    assert len(workers) >= 3
+    process.kill()
+    process.communicate()
+    made = len(list((tmp_path / "f").glob("shard_*.npz")))
+    assert 1 <= made < 10, "it was killed in the middle"
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive, [child.name() for child in alive]
+    assert not (tmp_path / "home").exists(), "no token is left in the user's home"
+
+    drawn = sample_to_folder(hand.bundle, tmp_path / "f", N, cluster="local", **OPTIONS)
+    assert len(drawn.skipped) == made
+    assert contents(tmp_path / "f") == contents(whole)
