@@ -74,7 +74,7 @@ ARROWS = {
     "mezzotint/prompts": "",
     "mezzotint": "bench io pipeline prompts",
     "mezzotint/debug": "bench text",
-    "mezzotint/evaluate": "bench frechet io shards text",
+    "mezzotint/evaluate": "bench cluster frechet io shards text",
     "mezzotint/mix": "bench io",
     "mezzotint/inspect": "bench debug io text",
     "mezzotint/interchange": "bench debug io",

@@ -11,6 +11,7 @@ from mezzotint.runtime import bounds
 
 from ..progress import shown
 from .options import (
+    ClusterName,
     ConditionsFile,
     Json,
     NegativePrompt,
@@ -59,6 +60,7 @@ def evaluate(
         Path | None, typer.Option(help="The pipeline's folder, whose encoders make the conditions of --prompts.")
     ] = None,
     threads: Threads = None,
+    cluster: ClusterName = None,
     provider: Provider = "cpu",
     provider_option: ProviderOptions = None,
     precision: PrecisionOfFloats = None,
@@ -99,6 +101,7 @@ def evaluate(
             options,
             output=output,
             threads=threads,
+            cluster=cluster,
             progress=report,
         )
     if json:

@@ -82,6 +82,16 @@ def open_cluster(spec: str, threads: int | None = None) -> Iterator[Cluster]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def cluster_or_none(spec: str | None, threads: int | None = None) -> Iterator[Cluster | None]:
+    """Yield the cluster of `--cluster`, or None where it was left out."""
+    if spec is None:
+        yield None
+        return
+    with open_cluster(spec, threads) as opened:
+        yield opened
+
+
 def _start(ray: Any, spec: str, threads: int, folder: str | None) -> None:
     """Connect to a cluster, which is started for `local`; `folder` receives its sockets and logs."""
     quiet = {"log_to_driver": False, "configure_logging": False}

@@ -26,6 +26,7 @@ from mezzotint.runtime.session import CPU_ENGINE, Denoiser, running_version
 
 from ..bench.pairs import unseen_seed
 from ..bench.reference import ReferenceModel
+from ..cluster.connection import check_cluster, cluster_or_none, piece_threads
 from ..frechet import network_digest
 from ..io.files import replacing
 from ..shards.run import Run, belongs, condition_facts, engine_facts, network_facts
@@ -58,19 +59,21 @@ def evaluate_bundle(
     speed: bool = True,
     resamples: int = eval_metrics.RESAMPLES,
     shard_size: int = SHARD_SIZE,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Compare the bundle with `reference`, the float .onnx: images, and with `speed` the time and memory of a call.
 
     The options are those of `EvaluationOptions`. With `output`, a folder, a run that was stopped is resumed. Without
-    `speed` the same evaluation gives the same bytes. Every refusal comes before the first network call: InputError for
-    settings that are impossible or differ from those of the run in the folder; OutputError where the folder cannot be
-    written.
+    `speed` the same evaluation gives the same bytes. With `cluster`, "local" or an address (cluster/connection.py), its
+    workers sample and measure the images, and the numbers are the same. Every refusal comes before the first network
+    call: InputError for settings that are impossible or differ from those of the run in the folder; OutputError where
+    the folder cannot be written.
     """
     options = EvaluationOptions(
         n, seed, batch, conditions or {}, unconditional or {}, features, correction, speed, resamples, shard_size
     )
-    return evaluate_with(bundle, reference, options, output=output, threads=threads, progress=progress)
+    return evaluate_with(bundle, reference, options, output=output, threads=threads, cluster=cluster, progress=progress)
 
 
 def evaluate_with(
@@ -80,9 +83,13 @@ def evaluate_with(
     *,
     output: str | Path | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Do the work of `evaluate_bundle`, for its options as one value."""
+    if cluster is not None:
+        check_cluster(cluster)
+        threads = piece_threads(threads)
     float_model = ReferenceModel(bundle, reference, threads=threads)
     float_model.check()
     sampler = PairSampler(
@@ -106,7 +113,10 @@ def evaluate_with(
         return earlier
     with scratch() as work:
         same_weights = float_model.has_weights_of(float_model.program(work))
-    numbers = measure_images(sampler, job.run, job.extractor, job.no_features, keep=job.keep, progress=progress)
+    with cluster_or_none(cluster, threads) as opened:
+        numbers = measure_images(
+            sampler, job.run, job.extractor, job.no_features, keep=job.keep, progress=progress, cluster=opened
+        )
     metrics = _metrics(numbers, options.resamples, progress)
     timed, memory = _measure_cost(sampler, progress) if options.speed else (None, None)
     evaluation = _evaluation(job, same_weights, numbers, metrics, timed, memory)

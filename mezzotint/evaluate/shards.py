@@ -108,10 +108,18 @@ class PairShard:
 
     def write(self, pairs: ImagePairs) -> None:
         """Write the file. Raises OutputError."""
+        self.store(self.encode(pairs))
+
+    def encode(self, pairs: ImagePairs) -> bytes:
+        """Return the file of these pairs."""
         tensors = {name: np.ascontiguousarray(getattr(pairs, name)) for name in _NAMES}
         facts = {"run": self._run.digest, "first": self.first, "sha256": _hash(tensors)}
+        return save(tensors, {_KEY: json.dumps(facts)})
+
+    def store(self, file: bytes) -> None:
+        """Write a file of `encode` to its place. Raises OutputError."""
         with replacing(self.path) as part:
-            part.write_bytes(save(tensors, {_KEY: json.dumps(facts)}))
+            part.write_bytes(file)
 
     def load(self) -> ImagePairs | None:
         """Return the pairs, None where the file is missing, damaged, or of another run.

@@ -31,9 +31,11 @@ from mezzotint.cluster.driver import Cluster
 from mezzotint.cluster.ledger import ClusterError
 from mezzotint.cluster.placement import CarriedFolder, cache_place
 from mezzotint.cluster.record import MACHINES
+from mezzotint.evaluate.run import evaluate_bundle
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.shards.drawing import CarriedBundle
 from tests.helpers.cluster_work import Square, Surroundings
+from tests.helpers.feature_nets import feature_net
 from tests.helpers.models import Cli, Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own processes
@@ -244,6 +246,26 @@ def _a_worker_of(nodes: Any) -> list[int]:
     raylets = [info.process.pid for node in nodes.list_all_nodes() for info in node.all_processes["raylet"]]
     children = [child for raylet in raylets for child in psutil.Process(raylet).children()]
     return [child.pid for child in children if child.name() == "ray::enter" and child.status() != "zombie"][:1]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_evaluation_has_the_same_bytes(hand: Compiled, nodes: Any, tmp_path: Path) -> None:
+    """Pairs are sampled and measured by workers; what a folder has already is measured by the driver."""
+    net = feature_net(tmp_path / "features.onnx", size=8)
+    options = {"features": str(net), "speed": False, "resamples": 4, "batch": 2, "shard_size": 2, "correction": False}
+    alone = evaluate_bundle(hand.bundle, hand.exported, 14, threads=1, output=tmp_path / "one", **options)
+    spread = evaluate_bundle(hand.bundle, hand.exported, 14, cluster=nodes.address, output=tmp_path / "f", **options)
+    assert spread.to_json() == alone.to_json()
+    assert contents(tmp_path / "f") == contents(tmp_path / "one")
+    assert len(json.loads((tmp_path / "f" / MACHINES).read_text())["pieces"]) == 7
+
+    for name in ("eval.json", "pairs_00003.safetensors"):
+        (tmp_path / "f" / name).unlink()
+    again = evaluate_bundle(hand.bundle, hand.exported, 14, cluster=nodes.address, output=tmp_path / "f", **options)
+    assert again.to_json() == alone.to_json()
+    assert contents(tmp_path / "f") == contents(tmp_path / "one")
+    loose = evaluate_bundle(hand.bundle, hand.exported, 14, cluster=nodes.address, **options)
+    assert loose.to_json() == alone.to_json()
 
 
 def test_a_lost_machine(nodes: Any, cluster: Cluster, tmp_path: Path) -> None:
