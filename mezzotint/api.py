@@ -32,6 +32,8 @@ from mezzotint.runtime.sampling.schedule import Schedule
 from mezzotint.runtime.session import open_session
 from mezzotint.runtime.signature import Images, Prediction, TimestepUnit
 
+from .cluster.connection import check_cluster, cluster_or_none
+from .cluster.spread import ClusterSpread
 from .importing import import_source
 from .io.hub import card_fields
 from .options import (
@@ -77,6 +79,7 @@ def compile_model(
     condition_network: ConditionNetwork | None = None,
     seed: int = 0,
     threads: int | None = None,
+    cluster: str | None = None,
     device: str = CPU,
     inputs: Mapping[str, str] | None = None,
     output_name: str | None = None,
@@ -117,12 +120,14 @@ def compile_model(
     `variant` says which weights of a folder are read, as "fp16", where it has several. `config` is a diffusers folder
     with the configuration of a checkpoint of one file (.safetensors).
     `export` is a path for the imported float graph. `cache` is a folder of calibration statistics: compilations that
-    calibrate on the same graph in the same way measure once. `license` is the model's, for the bundle's card. `device`
-    is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the recipe would
-    use is refused. The finished file is run beside the float model before the bundle is written, for about
-    `acceptance_seconds` at most. Where the SQNR of the prediction is below `min_sqnr` dB at a group of timesteps, a
-    `LowFidelity` warning names the worst layers and what helps; with `strict` this is an error. `progress` is a
-    function of (stage, done, total); `mezzotint.progress.auto()` shows bars in a terminal and lines in a notebook.
+    calibrate on the same graph in the same way measure once. With `cluster`, "local" or an address
+    (cluster/connection.py), its workers run the sampler of `observe`, with the same result. `license` is the model's,
+    for the bundle's card. `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one
+    that no pass of the recipe would use is refused. The finished file is run beside the float model before the bundle
+    is written, for about `acceptance_seconds` at most. Where the SQNR of the prediction is below `min_sqnr` dB at a
+    group of timesteps, a `LowFidelity` warning names the worst layers and what helps; with `strict` this is an error.
+    `progress` is a function of (stage, done, total); `mezzotint.progress.auto()` shows bars in a terminal and lines in
+    a notebook.
 
     Raises the errors of compiler/errors.py; an existing output is left as it was.
     """
@@ -139,6 +144,7 @@ def compile_model(
             prompts,
             negative,
             condition_network,
+            cluster,
         ),
         ImportRoles(inputs or {}, output_name, prediction, size, timestep_unit, channels, channel_axis),
         OutputOptions(dump_passes, export, license, force),
@@ -159,6 +165,8 @@ def compile_with(
 ) -> Bundle:
     """Do the work of `compile_model`, for its options as one value."""
     calibration, output = options.calibration, options.output
+    if calibration.cluster is not None:
+        check_cluster(calibration.cluster)
     prepared = with_prompts(prepare(model, target, options, device), calibration.cache_folder, progress)
     recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
@@ -185,13 +193,14 @@ def compile_with(
         )
         check_conditions(program, context)
         require_finite(program, context)
-        program = pipeline.run_passes(
-            program,
-            recipe.passes,
-            context,
-            dump=pipeline.Dump(bundle / "passes", models=output.dump_passes),
-            reproducer=target.absolute().with_name(f"{target.name}.failed"),
-        )
+        with cluster_or_none(calibration.cluster, threads) as cluster:
+            program = pipeline.run_passes(
+                program,
+                recipe.passes,
+                context if cluster is None else replace(context, spread=ClusterSpread(cluster, progress)),
+                dump=pipeline.Dump(bundle / "passes", models=output.dump_passes),
+                reproducer=target.absolute().with_name(f"{target.name}.failed"),
+            )
         compilation = Compilation(
             mezzotint=__version__,
             recipe=RecipeEntry(recipe.to_json()),

@@ -97,7 +97,8 @@ class CalibrationOptions:
     """The data of the calibration, and the folder that keeps its statistics. Raises ConditionError for no data.
 
     `prompts` (a text file, or "default") and `negative` make the conditions, instead of arrays. `condition_network`
-    computes conditions that change from call to call, from rows among these and its own.
+    computes conditions that change from call to call, from rows among these and its own. `cluster` is one of
+    cluster/connection.py, whose workers run the sampler; the statistics are the same.
     """
 
     samples: int = 32
@@ -109,6 +110,7 @@ class CalibrationOptions:
     prompts: str | Path | None = None
     negative: str | None = None
     condition_network: ConditionNetwork | None = None
+    cluster: str | None = None
 
     @property
     def cache_folder(self) -> Path | None:
@@ -117,6 +119,12 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         check_prompt_options(self.prompts, self.negative, self.conditions, self.unconditional)
+        if self.cluster is not None and self.condition_network is not None:
+            raise ConditionError(
+                "a network that computes conditions cannot travel to the workers of a cluster",
+                where="--cluster",
+                hint="calibrate on one machine: leave --cluster out",
+            )
         if self.samples < 1 or self.batch < 1:
             raise ConditionError(
                 f"nothing to calibrate on: {self.samples} samples in batches of {self.batch}",

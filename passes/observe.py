@@ -10,16 +10,20 @@ others are sampled as well, so the trajectories do not depend on the allocation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from mezzotint.compiler.calibration.calibrate import follow_trajectories
-from mezzotint.compiler.calibration.collect import Collector
+from mezzotint.compiler.calibration.calibrate import batch_spans, follow_trajectories
+from mezzotint.compiler.calibration.collect import CollectedPart, Collector
 from mezzotint.compiler.calibration.stats_cache import measured_once
+from mezzotint.compiler.core import snapshot
+from mezzotint.compiler.core.context import Spread
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
@@ -29,6 +33,7 @@ from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rescaling.scaling import channel_axis
+from mezzotint.runtime.progress import silent
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images, Timestep
 
@@ -79,7 +84,8 @@ class Observe(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         most = min(self.samples or context.samples, context.samples)
-        context = replace(context, samples=most)
+        threads = context.threads if context.spread is None else context.spread.threads
+        context = replace(context, samples=most, threads=threads)
         measured = replace(program, allocation=tuple(min(n, most) for n in program.allocation))
         stats, known = measured_once(measured, context, self.options(), lambda: self._measure(measured, context))
         values = len({value for value, _ in stats.summaries})
@@ -98,22 +104,76 @@ class Observe(Pass):
         )
         timesteps = program.deployment.timesteps
         groups = min(self.groups or len(timesteps), len(timesteps))
-        taps = [v for v in values if v not in inputs]
         axes, squared = self.axes(program)
-        with Collector(axes, squared) as collector, ExitStack() as sessions:
-            tapped = sessions.enter_context(
-                Executor(program.model, context.folder, taps=taps, threads=context.threads, spinning=False)
-            )
-            untapped = tapped
-            if program.allocation:
-                untapped = sessions.enter_context(
-                    Executor(program.model, context.folder, threads=context.threads, spinning=False)
-                )
-            observer = _Observer(program, collector, values, groups, tapped, untapped)
-            calls = follow_trajectories(program, context, observer, "observe")
-            collector.settle()
+        work = _ObserveWork(
+            tuple(values), tuple(v for v in values if v not in inputs), groups, axes, tuple(squared), _plain(context)
+        )
+        if context.spread is not None:
+            collector, calls = _observe_elsewhere(program, work, context, context.spread)
+        else:
+            with Collector(axes, squared) as collector, ExitStack() as sessions:
+                follow = work.follower(program, context, sessions)
+                calls = follow(collector, batch_spans(program, context))
         measured = collector.summaries, timesteps, collector.channels, collector.squares, axes
         return Stats(graphs.digest(program.model), groups, calls, *measured)
+
+
+def _plain(context: Context) -> Context:
+    """Return the parts of a context that another process can have."""
+    return replace(context, folder=Path(), progress=silent, cache=None, spread=None)
+
+
+def _observe_elsewhere(program: Program, work: _ObserveWork, context: Context, spread: Spread) -> tuple[Collector, int]:
+    """Return (a collector, the number of calls). Each batch is a piece; pieces are added in the order of batches."""
+    bare = replace(program, float_model=None, stats=None, plan=None, correction=None, history=(), fx_text=None)
+    calls = 0
+    with tempfile.TemporaryDirectory(dir=context.folder) as folder, Collector(work.axes, work.squared) as collector:
+        snapshot.save_program(bare, Path(folder))
+        for part, count in spread.in_order(work, Path(folder), batch_spans(program, context), "observe"):
+            collector.replay(part)
+            calls += count
+    return collector, calls
+
+
+@dataclass(frozen=True)
+class _ObserveWork:
+    """What is measured of a program: values (`taps` are those that are no inputs), in groups, some by channel."""
+
+    values: tuple[str, ...]
+    taps: tuple[str, ...]
+    groups: int
+    axes: Mapping[str, int]
+    squared: tuple[str, ...]
+    context: Context
+
+    def follower(
+        self, program: Program, context: Context, sessions: ExitStack
+    ) -> Callable[[Collector, Sequence[tuple[int, int]]], int]:
+        """Return the function that measures the samples of some batches, and returns the number of calls."""
+        model, options = program.model, {"threads": context.threads, "spinning": False}
+        tapped = sessions.enter_context(Executor(model, context.folder, taps=self.taps, **options))
+        untapped = sessions.enter_context(Executor(model, context.folder, **options)) if program.allocation else tapped
+
+        def follow(collector: Collector, spans: Sequence[tuple[int, int]]) -> int:
+            observer = _Observer(program, collector, self.values, self.groups, tapped, untapped, spans[0][0])
+            calls = follow_trajectories(program, context, observer, "observe", spans=spans)
+            collector.settle()
+            return calls
+
+        return follow
+
+    def open(self, folder: Path, threads: int) -> Callable[[tuple[int, int]], tuple[CollectedPart, int]]:
+        """Return the function from a batch, (first sample, samples), to what was collected and the number of calls."""
+        program, _ = snapshot.load_program(folder)
+        sessions = ExitStack()  # open as long as the worker
+        follow = self.follower(program, replace(self.context, folder=folder, threads=threads), sessions)
+
+        def collect(span: tuple[int, int]) -> tuple[CollectedPart, int]:
+            with Collector(self.axes, self.squared, recorded=True) as collector:
+                calls = follow(collector, [span])
+                return collector.part(), calls
+
+        return collect
 
 
 class _Observer:
@@ -132,12 +192,14 @@ class _Observer:
         groups: int,
         tapped: Executor,
         untapped: Executor,
+        first: int,
     ) -> None:
         self._signature, self._fixed = program.signature, program.fixed_batch is not None
         self._collector, self._values, self._groups = collector, values, groups
         self._tapped, self._untapped = tapped, untapped
         self._position = {t: i for i, t in enumerate(program.deployment.timesteps)}
-        self._left: dict[int, int] = dict(enumerate(program.allocation))
+        rows = 2 * first if program.deployment.guided else first  # of calls that came before
+        self._left: dict[int, int] = {call: max(n - rows, 0) for call, n in enumerate(program.allocation)}
 
     def __call__(self, x: Images, t: Timestep, conditions: Conditions) -> Images:
         call = self._position[t]

@@ -72,7 +72,7 @@ ARROWS = {
     "mezzotint/cluster": "io",
     "mezzotint/shards": "cluster io text",
     "mezzotint/prompts": "",
-    "mezzotint": "bench io pipeline prompts",
+    "mezzotint": "bench cluster io pipeline prompts",
     "mezzotint/debug": "bench text",
     "mezzotint/evaluate": "bench cluster frechet io shards text",
     "mezzotint/mix": "bench io",

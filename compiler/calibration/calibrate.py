@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.condition_network import call_conditions
@@ -26,18 +26,20 @@ def follow_trajectories(
     stage: str,
     callback: samplers.Callback | None = None,
     correction: Correction | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> int:
     """Sample `context.samples` images with the deployed sampler from seeded noise; return the number of calls.
 
     A graph with a fixed batch gets whole batches, and so perhaps a few images more. The denoiser is called as
     `(x [B, ...], timestep, conditions of the same rows) -> output`; no image is kept. Under guidance B counts both
     halves, and their outputs are combined for the sampler. `callback` and `correction` are those of the sampling loop.
+    `spans` are some of `batch_spans`, all of them when left out: images do not depend on those of other spans.
     Raises ConditionError, and ModelError for an output that is not finite.
     """
     deployment = program.deployment
     check_conditions(program, context)
     require_same_channels(program)
-    spans = batch_spans(program, context)
+    spans = batch_spans(program, context) if spans is None else spans
     total = len(spans) * len(deployment.calls)
     calls = 0
     for first, rows in spans:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,10 +19,19 @@ import numpy.typing as npt
 
 from mezzotint.runtime.signature import Timestep
 
-from ..core.stats import Summary
+from ..core.stats import RecordedSummary, Summary
 from ..errors import StatsError
 
 Values = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class CollectedPart:
+    """What was collected of some calls: summaries, extremes `[2, C]`, and the sums of squares `[C]` of each call."""
+
+    summaries: Mapping[tuple[str, int], RecordedSummary]
+    channels: Mapping[tuple[str, int], npt.NDArray[np.float32]]
+    squares: Mapping[tuple[str, int], list[npt.NDArray[np.float64]]]
 
 
 class Collector:
@@ -30,9 +40,16 @@ class Collector:
     `axes` maps the values that are measured by channel to their channel axis. `squared` names those among them whose
     sums of squares are measured too. `summaries`, `channels` (extremes `[2, C]`) and `squares` (`[C]`) may be read
     between `settle` and the next `add`.
+
+    A collector that is `recorded` keeps each addend as well, in `part`: `replay` adds parts that were collected
+    elsewhere with the same bits as if their calls had been added here.
     """
 
-    def __init__(self, axes: Mapping[str, int] | None = None, squared: Collection[str] = ()) -> None:
+    def __init__(
+        self, axes: Mapping[str, int] | None = None, squared: Collection[str] = (), *, recorded: bool = False
+    ) -> None:
+        self._recorded = recorded
+        self._addends: dict[tuple[str, int], list[npt.NDArray[np.float64]]] = {}
         self.summaries: dict[tuple[str, int], Summary] = {}
         self.channels: dict[tuple[str, int], npt.NDArray[np.float32]] = {}
         self.squares: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
@@ -48,6 +65,21 @@ class Collector:
         self.settle()
         self._waiting = self._thread.submit(self._fold, group, timestep, dict(values))
 
+    def part(self) -> CollectedPart:
+        """Return everything that a recorded collector has, once its calls are settled."""
+        summaries = {key: value for key, value in self.summaries.items() if isinstance(value, RecordedSummary)}
+        return CollectedPart(summaries, self.channels, self._addends)
+
+    def replay(self, part: CollectedPart) -> None:
+        """Add a part. Parts are added in the order of their calls."""
+        for key, summary in part.summaries.items():
+            self.summaries.setdefault(key, Summary()).replay(summary)
+        for key, extremes in part.channels.items():
+            self._add_extremes(key, *extremes)
+        for key, addends in part.squares.items():
+            for sums in addends:
+                self._add_squares(key, sums)
+
     def settle(self) -> None:
         """Wait until every call is added. Raises StatsError for NaN or infinite values."""
         waiting, self._waiting = self._waiting, None
@@ -56,7 +88,7 @@ class Collector:
 
     def _fold(self, group: int, timestep: Timestep, values: Values) -> None:
         for name, array in values.items():
-            summary = self.summaries.setdefault((name, group), Summary())
+            summary = self.summaries.setdefault((name, group), RecordedSummary() if self._recorded else Summary())
             summary.add(np.asarray(array, np.float32))
             if not summary.finite:
                 raise StatsError(
@@ -71,12 +103,19 @@ class Collector:
         last = self._axes[key[0]] % array.ndim == array.ndim - 1  # tokens [..., C], not feature maps [batch, C, ...]
         rows = array.reshape(-1, array.shape[-1]) if last else array.reshape(*array.shape[:2], -1)
         low, high = (rows.min(axis=0), rows.max(axis=0)) if last else (_each(np.min, rows), _each(np.max, rows))
+        self._add_extremes(key, low, high)
+        if key[0] in self._squared:  # einsum casts in blocks, without a float64 copy; not `dot`: see Summary.add
+            self._add_squares(key, np.einsum("nc,nc->c" if last else "bcn,bcn->c", rows, rows, dtype=np.float64))
+
+    def _add_extremes(self, key: tuple[str, int], low: npt.NDArray[np.float32], high: npt.NDArray[np.float32]) -> None:
         seen = self.channels.setdefault(key, np.stack([low, high]))
         np.minimum(seen[0], low, out=seen[0])
         np.maximum(seen[1], high, out=seen[1])
-        if key[0] in self._squared:  # einsum casts in blocks, without a float64 copy; not `dot`: see Summary.add
-            sums = np.einsum("nc,nc->c" if last else "bcn,bcn->c", rows, rows, dtype=np.float64)
-            self.squares[key] = self.squares[key] + sums if key in self.squares else sums
+
+    def _add_squares(self, key: tuple[str, int], sums: npt.NDArray[np.float64]) -> None:
+        self.squares[key] = self.squares[key] + sums if key in self.squares else sums
+        if self._recorded:
+            self._addends.setdefault(key, []).append(sums)
 
     def __enter__(self) -> Collector:
         return self

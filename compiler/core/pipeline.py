@@ -10,19 +10,15 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy.typing as npt
-
 from mezzotint.runtime.errors import InputError, MezzotintError
-from mezzotint.runtime.progress import Progress, silent
-from mezzotint.runtime.sampling.condition_network import ConditionNetwork, call_conditions
+from mezzotint.runtime.sampling.condition_network import call_conditions
 from mezzotint.runtime.sampling.deployment import Deployment
-from mezzotint.runtime.sampling.guidance import rows_in_turn
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
 from ..errors import PassError, RecipeError
@@ -31,38 +27,12 @@ from ..graph.nodes import model_text, text_diff
 from ..moves import exchange, move_new, occupant
 from ..stages import OLD, is_full, partial_folder
 from . import snapshot, verify
+from .context import CPU, Context
 from .memory import PeakMemory
 from .program import Program, Record
 
 LOG = logging.getLogger("mezzotint")
-CPU = "cpu"
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a pass may use besides the program: the working folder, the calibration data, the number of threads.
-
-    `conditions` maps each condition to an array `[rows, ...]`; calibration takes the rows in turn. `unconditional` has
-    the rows `[1, ...]` of the unconditional half of a guided call; `condition_network` computes what changes from call
-    to call. `cache` is a folder of statistics (calibration/stats_cache.py). Passes train on `device`, a CPU or a GPU.
-    """
-
-    folder: Path
-    seed: int = 0
-    threads: int | None = None
-    samples: int = 16
-    batch: int = 8
-    conditions: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
-    unconditional: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
-    progress: Progress = silent
-    cache: Path | None = None
-    device: str = CPU
-    condition_network: ConditionNetwork | None = None
-
-    def condition_rows(self, first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
-        """Return `rows` rows of each condition from `first` on, starting over after the last one."""
-        return rows_in_turn(self.conditions, first, rows)
 
 
 class Pass(ABC):

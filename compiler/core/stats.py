@@ -7,6 +7,7 @@ mantissa bits of a float32. The bins never depend on the data: two histograms me
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -67,14 +68,26 @@ class Summary:
             self.low = min(self.low, float(part.min()))
             self.high = max(self.high, float(part.max()))
             np.copyto(wide[:size], part)
-            self.total += float(wide[:size].sum())
             # Not `dot`: BLAS divides it among threads, and the last bits would depend on their number.
-            self.square += float(np.einsum("i,i->", wide[:size], wide[:size]))
+            self._add_sums(float(wide[:size].sum()), float(np.einsum("i,i->", wide[:size], wide[:size])))
             np.right_shift(bits[first : first + _BLOCK], _SHIFT, out=short[:size])
             np.copyto(keys[:size], short[:size])  # int64: bincount would convert to it, more slowly
             counts += np.bincount(keys[:size], minlength=_KEYS)
         self.count += flat.size
         self._fold(counts)
+
+    def replay(self, other: RecordedSummary) -> None:
+        """Add a recorded summary, with the same bits as if its values had been added here."""
+        for total, square in zip(other.totals, other.squares, strict=True):
+            self._add_sums(total, square)
+        self.count += other.count
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.histogram += other.histogram
+
+    def _add_sums(self, total: float, square: float) -> None:
+        """Add the sums of a block of values. Sums of floats depend on their order: it is that of the blocks."""
+        self.total += total
+        self.square += square
 
     def _fold(self, counts: Counts) -> None:
         """Add counts by float32 key `[_KEYS]`. Magnitudes beyond the bins go to the first or last bin."""
@@ -114,6 +127,19 @@ class Summary:
         i = min(int(np.searchsorted(cumulative, share * self.count)), len(counts) - 1)
         inside = (share * self.count - (cumulative[i] - counts[i])) / counts[i]
         return float(low[i] + (high[i] - low[i]) * np.clip(inside, 0.0, 1.0))
+
+
+@dataclass
+class RecordedSummary(Summary):
+    """A summary that keeps the sums of each block of values, so that `Summary.replay` can add them in their order."""
+
+    totals: array[float] = field(default_factory=lambda: array("d"))
+    squares: array[float] = field(default_factory=lambda: array("d"))
+
+    def _add_sums(self, total: float, square: float) -> None:
+        super()._add_sums(total, square)
+        self.totals.append(total)
+        self.squares.append(square)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from .mix import mix
 from .options import (
     SAMPLER_NAMES,
     ChannelAxis,
+    ClusterName,
     CommandGroup,
     ConfigFolder,
     Force,
@@ -101,6 +102,7 @@ def compile_(
     negative: NegativePrompt = None,
     seed: Annotated[int, number(bounds.LARGEST_SEED, "Seed of the calibration noise.", least=0)] = 0,
     threads: Threads = None,
+    cluster: ClusterName = None,
     device: Annotated[
         str, typer.Option(help="Where passes train: cpu, cuda or cuda:N. All else runs on the CPU.")
     ] = "cpu",
@@ -152,7 +154,8 @@ def compile_(
         RecipeOptions(recipe, settings.parse_settings(set_ or []), target),
         DeploymentOptions(sampler, steps, eta, guidance, scheduler),
         CalibrationOptions(
-            calibration_samples, calibration_batch, conditions, unconditional, seed, cache, prompts, negative
+            *(calibration_samples, calibration_batch, conditions, unconditional, seed, cache, prompts, negative),
+            cluster=cluster,
         ),
         ImportRoles(
             settings.parse_roles(input_ or []),

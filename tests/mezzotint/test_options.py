@@ -94,7 +94,7 @@ def test_sample_has_the_options_of_the_functions() -> None:
     engine = {"provider", "provider_option", "precision"}  # a value in Python, which a bundle is put on
 
     assert command - engine == names(sample_to_folder) - {"progress"}
-    of_folders = {"folder", "shard_size", "format", "shards", "force"}
+    of_folders = {"folder", "shard_size", "format", "shards", "force", "cluster"}
     assert command - engine - of_folders == names(sample) - {"first", "progress", "engine"}
     assert names(sample) - {"bundle", "engine"} == names(Bundle.sample) - {"self"}
 
@@ -115,7 +115,7 @@ def test_the_values_have_every_option() -> None:
     others = {"model", "output", "threads", "device", "progress"}
     assert of_groups == {calibration.get(name, name) for name in names(compile_model) - others}
     assert fields(SamplingOptions) == names(Bundle.sample) - {"self", "n", "first", "threads", "progress"}
-    others = {"bundle", "folder", "n", "threads", "progress"}
+    others = {"bundle", "folder", "n", "threads", "cluster", "progress"}
     assert fields(SamplingOptions) | fields(ShardOptions) == names(sample_to_folder) - others
 
 

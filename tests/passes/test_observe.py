@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +13,12 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.calibration.calibrate import follow_trajectories
+from mezzotint.compiler.calibration.collect import Collector
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.core.stats import Stats
+from mezzotint.compiler.core.stats import Stats, Summary
 from mezzotint.compiler.graph.constant_folding import infer_shapes
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
@@ -49,6 +52,55 @@ def check_call(got: Stats, want: Stats, call: int, factor: float = 1.0) -> None:
         assert (a.count, a.low, a.high) == (b.count, b.low * factor, b.high * factor)
         assert (a.total, a.square) == (b.total, b.square)
         np.testing.assert_array_equal(a.histogram, b.histogram)
+
+
+class Backwards:
+    """A Spread that computes the last piece first, on what other processes would get: a pickled work, and files."""
+
+    threads = 1
+
+    def in_order(self, work: Any, folder: Path, pieces: Sequence[Any], stage: str) -> Iterator[Any]:
+        results = {}
+        for piece in reversed(pieces):
+            opened = pickle.loads(pickle.dumps(work)).open(folder, self.threads)
+            results[piece] = pickle.loads(pickle.dumps(opened(piece)))
+        yield from (results[piece] for piece in pieces)
+
+
+@pytest.mark.parametrize("allocation", [(), (5, 3, 0)])
+def test_pieces_give_the_bits_of_one_process(
+    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch, allocation: tuple[int, ...]
+) -> None:
+    program = replace(program, allocation=allocation)
+    here = replace(context_in(context.folder, samples=7, threads=1), batch=2)
+    step = Observe(groups=2, channels="all")
+    want, got = (step.run(program, used).stats for used in (here, replace(here, spread=Backwards())))
+
+    assert want is not None and got is not None
+    assert list(got.summaries) == list(want.summaries) and got.calls == want.calls
+    for key, summary in want.summaries.items():
+        found = got.summaries[key]
+        assert (found.count, found.low, found.high) == (summary.count, summary.low, summary.high)
+        assert (found.total, found.square) == (summary.total, summary.square)
+        np.testing.assert_array_equal(found.histogram, summary.histogram)
+    for name in ("channels", "squares"):
+        found_arrays, wanted = getattr(got, name), getattr(want, name)
+        assert list(found_arrays) == list(wanted) and wanted
+        for key, array in wanted.items():
+            np.testing.assert_array_equal(found_arrays[key], array)
+
+    monkeypatch.setattr(Collector, "replay", replay_sums)
+    other = step.run(program, replace(here, spread=Backwards())).stats
+    assert other is not None
+    sums = {key: (summary.total, summary.square) for key, summary in want.summaries.items()}
+    assert any((other.summaries[key].total, other.summaries[key].square) != pair for key, pair in sums.items())
+
+
+def replay_sums(collector: Collector, part: Any) -> None:
+    """Add the sums of each part, and not its addends: the last bits differ."""
+    for key, summary in part.summaries.items():
+        known = collector.summaries.get(key, Summary())
+        collector.summaries[key] = known + summary
 
 
 def test_the_first_samples_count_as_many_as_are_allotted(program: Program, context: Context) -> None:

@@ -25,7 +25,7 @@ import pytest
 
 pytest.importorskip("ray", reason="pip install 'mezzotint[cluster]'")
 
-from mezzotint import open_bundle, read_shards, sample_to_folder
+from mezzotint import compile_model, open_bundle, read_shards, sample_to_folder
 from mezzotint.cluster.connection import open_cluster
 from mezzotint.cluster.driver import Cluster
 from mezzotint.cluster.ledger import ClusterError
@@ -36,7 +36,7 @@ from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.shards.drawing import CarriedBundle
 from tests.helpers.cluster_work import Square, Surroundings
 from tests.helpers.feature_nets import feature_net
-from tests.helpers.models import Cli, Compiled
+from tests.helpers.models import SMALL, Cli, Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own processes
 ROOT = Path(__file__).parents[3]
@@ -266,6 +266,30 @@ def test_an_evaluation_has_the_same_bytes(hand: Compiled, nodes: Any, tmp_path: 
     assert contents(tmp_path / "f") == contents(tmp_path / "one")
     loose = evaluate_bundle(hand.bundle, hand.exported, 14, cluster=nodes.address, **options)
     assert loose.to_json() == alone.to_json()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_calibration_has_the_same_digest(hand: Compiled, nodes: Any, tmp_path: Path) -> None:
+    """Sums of floats are added in the order of one process, whoever computed them and whenever they come."""
+    options = {**SMALL, "threads": 1, "calibration_samples": 10, "calibration_batch": 2, "recipe": "w8a8"}
+    options["settings"] = {"observe.groups": 0, "observe.channels": "all"}
+    said: list[str] = []
+    alone = compile_model(hand.exported, tmp_path / "alone", **options, cache=tmp_path / "c1")
+    spread = compile_model(
+        hand.exported,
+        tmp_path / "spread",
+        **options,
+        cache=tmp_path / "c2",
+        cluster=nodes.address,
+        progress=lambda stage, done, total: said.append(f"{stage}: {done} of {total}"),
+    )
+
+    assert any(line.startswith("observe | ") and line.endswith("5 of 5") for line in said), said
+    assert spread.manifest.digest == alone.manifest.digest
+    one, other = ({file.name: file.read_bytes() for file in tmp_path.glob(f"{c}/*/*")} for c in ("c1", "c2"))
+    assert one == other and len(one) == 2
+    few = compile_model(hand.exported, tmp_path / "few", **{**options, "calibration_samples": 8})
+    assert few.manifest.digest != alone.manifest.digest
 
 
 def test_a_lost_machine(nodes: Any, cluster: Cluster, tmp_path: Path) -> None:
