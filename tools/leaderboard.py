@@ -11,7 +11,7 @@ starts. A row counts as done when it was measured on the same model with the sam
 images; the page lists only such rows. --again measures them anew after a change of the code. Calibration is measured
 once for all recipes that share it. Speeds come last, from the bundles that are kept beside the rows: --no-speed leaves
 them to a run on a machine that is quiet. --iterations cuts the recipes that train for longer, and their rows say so; a
-row that trained for more iterations than were asked for counts as done.
+row that trained for more iterations than were asked for counts as done. --cluster measures rows on the workers of Ray.
 
 Everything is paired: the same noise for float and quantized images, the prediction compared on the latents of the float
 trajectory, speed against fp32 onnxruntime in the same minute, threads pinned. A bundle with a correction is drawn and
@@ -26,7 +26,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +37,6 @@ import numpy as np
 from mezzotint.api import compile_model
 from mezzotint.bench import peers
 from mezzotint.bench.pairs import Comparison, folder_bytes, middle_timestep, paired_run, unseen_seed
-from mezzotint.io.settings import load_conditions, parse_size
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.progress import shown
 from mezzotint.runtime.bundle.bundle import MODEL, Bundle, open_bundle
@@ -49,6 +48,7 @@ from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Network, predictor
 from mezzotint.runtime.session import running_version
 from mezzotint.runtime.signature import Images, Timestep
+from tools.leaderboard_cluster import save_rows
 from tools.leaderboard_model import FloatModel, corrected
 from tools.leaderboard_options import parsed
 from tools.leaderboard_page import Row, page
@@ -56,7 +56,8 @@ from tools.leaderboard_recipes import at_width, chosen_options, cut
 from tools.leaderboard_record import read_record, write_record
 
 SAME = ("images", "calibration", "steps", "threads", "batch")  # options that two rows of a page have in common
-Job = tuple[Path, Callable[[], Row], bool]  # the row's file, how to measure it, whether it is there
+Piece = tuple[str, str, float] | str  # (recipe, width, eta), or a peer
+Job = tuple[Path, Piece, bool]  # the row's file, what is measured, whether it is there
 
 
 class Board:
@@ -69,19 +70,7 @@ class Board:
         for row in read_record(args.page):
             if not (file := self.rows / f"{self.stem(*row.place)}.json").exists():
                 row.save(file)
-        self.model = FloatModel(
-            args.model,
-            self.folder,
-            scheduler=args.scheduler,
-            size=parse_size(args.size),
-            sampler=args.sampler,
-            steps=args.steps,
-            eta=args.eta,
-            guidance=args.guidance,
-            conditions=None if args.conditions is None else load_conditions(args.conditions),
-            unconditional=None if args.unconditional is None else load_conditions(args.unconditional),
-            threads=args.threads,
-        )
+        self.model = FloatModel.of(args, self.folder)
         if not args.write_only:
             self.model.export()
             self.model.check_batch(args.batch)
@@ -268,15 +257,18 @@ class Board:
                     found.append((RECIPES[name].baseline, width, eta))
         return list(dict.fromkeys(found))
 
+    def row(self, piece: Piece) -> Row:
+        return self.measure_peer(piece) if isinstance(piece, str) else self.measure(*piece)
+
     def work(self) -> Iterator[Job]:
         for place in self.places():
             file = self.rows / f"{self.stem(*place)}.json"
             done = self.is_done(Row.load(file), place)
-            yield file, lambda place=place: self.measure(*place), done  # type: ignore[misc]
+            yield file, place, done
         for peer in peers.available() if self.args.peers else []:
             file, row = self.rows / f"{peer}-w8a8.json", Row.load(self.rows / f"{peer}-w8a8.json")
             done = row is not None and row.key == self.key(peer, self.args.eta)
-            yield file, lambda p=peer: self.measure_peer(p), done  # type: ignore[misc]
+            yield file, peer, done
 
     def listed(self) -> Iterator[tuple[Path, Row]]:
         """Yield the rows that were measured with today's recipes and with these options, and their files."""
@@ -293,10 +285,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parsed(argv, __doc__)
     try:
         board = Board(args)
-        waiting = [(file, measure) for file, measure, done in board.work() if args.again or not done]
-        for i, (file, measure) in enumerate([] if args.write_only else waiting):
+        waiting = [(file, piece) for file, piece, done in board.work() if args.again or not done]
+        if args.cluster is not None and not args.write_only:
+            save_rows(board.model, args, waiting)
+            waiting = []
+        for i, (file, piece) in enumerate([] if args.write_only else waiting):
             print(f"[{i + 1}/{len(waiting)}] {file.stem}", flush=True)
-            measure().save(file)
+            board.row(piece).save(file)
         if args.speed and not args.write_only:
             board.add_speeds()
     except MezzotintError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -14,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from mezzotint.api import compile_model, export_model
+from mezzotint.io.settings import load_conditions, parse_size
 from mezzotint.io.sources import CONFIG_FILE, FolderSource, ModelSource, OnnxSource, resolve
-from mezzotint.runtime.bundle.bundle import Bundle, file_sha256
+from mezzotint.runtime.bundle.bundle import Bundle, file_sha256, open_bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment, usual_sampler
@@ -63,6 +65,26 @@ class FloatModel:
         self.conditions, self.unconditional = conditions or {}, unconditional or {}
         self.folder, self.threads = folder, threads
         self.exported = folder / "float.onnx"
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, folder: Path) -> FloatModel:
+        """Return the model of the options of tools/leaderboard_options.py."""
+        model = cls(
+            args.model,
+            folder,
+            scheduler=args.scheduler,
+            size=parse_size(args.size),
+            sampler=args.sampler,
+            steps=args.steps,
+            eta=args.eta,
+            guidance=args.guidance,
+            conditions=None if args.conditions is None else load_conditions(args.conditions),
+            unconditional=None if args.unconditional is None else load_conditions(args.unconditional),
+            threads=args.threads,
+        )
+        if args.reference is not None and args.reference.exists():
+            model.reference = open_bundle(args.reference)
+        return model
 
     @cached_property
     def digest(self) -> str:

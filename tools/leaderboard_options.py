@@ -35,6 +35,7 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     parser.add_argument("--conditions", type=Path, help=".npz, or NAME=1,2,3; class labels may be left out")
     parser.add_argument("--unconditional", type=Path, help="the same of the empty prompt, for guidance")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cluster", help="measure rows on workers: local, local:WORKERS, or an address of Ray")
     parser.add_argument("--iterations", type=int, help="cut each pass that trains to so many; the row says so")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="leave that for another run")
@@ -43,12 +44,15 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--page", type=Path)
     args = parser.parse_args(argv)
+    args.reference = None  # the float bundle of a worker's driver
     args.recipe, args.width = args.recipe or names, args.width or list(WIDTHS)
     args.name = args.name or title_of(args.model)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
         parser.error(f"{args.name!r} is no name for a file: give --name")
     if args.name == DIGITS_NAME != args.model:
         parser.error("the page of the digits is another one: give --name")
+    if args.cluster is not None and args.threads == parser.get_default("threads"):
+        args.threads = 1  # of each row: the cores are shared among the rows
     numbers = ("images", "calibration", "batch", "steps", "threads", "iterations")
     for name in numbers:
         if (number := getattr(args, name)) is not None and number < 1:

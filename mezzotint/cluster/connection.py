@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,24 +57,25 @@ def piece_threads(threads: int | None) -> int:
 
 
 @contextmanager
-def open_cluster(spec: str, threads: int | None = None) -> Iterator[Cluster]:
+def open_cluster(spec: str, threads: int | None = None, modules: Sequence[Path] = ()) -> Iterator[Cluster]:
     """Yield the cluster of `--cluster`. `threads` are those of each piece: OMP_NUM_THREADS, or 1, when left out.
 
-    A process that is connected to a cluster of Ray already stays there. Raises InputError.
+    `modules` are folders of modules that pieces need beside Mezzotint. A process that is connected to a cluster of Ray
+    already stays there. Raises InputError.
     """
     check_cluster(spec)
-    each = piece_threads(threads)
+    each, added = piece_threads(threads), tuple(map(str, modules))
     with _own_token(spec):
         ray = ray_library()
         if ray.is_initialized():
-            yield Cluster(ray, each, _folders_of_job[-1] if _folders_of_job else current_folders())
+            yield Cluster(ray, each, _folders_of_job[-1] if _folders_of_job else current_folders(), added)
             return
         _folders_of_job.append(current_folders())
         folder = tempfile.mkdtemp(prefix="mz", dir=_short_place()) if _is_local(spec) else None
         try:
             with _undisturbed():
                 _start(ray, spec, each, folder)
-            yield Cluster(ray, each, _folders_of_job[-1])
+            yield Cluster(ray, each, _folders_of_job[-1], added)
         finally:
             ray.shutdown()
             _folders_of_job.pop()

@@ -23,7 +23,7 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
 
 from ..io.children import PACKAGE
-from .entry import enter
+from .entry import Start, enter
 from .ledger import ATTEMPTS, ClusterError, Ledger
 from .pace import Pace
 from .placement import CarriedFolder
@@ -35,12 +35,12 @@ AHEAD = 2  # pieces handed out for each worker: one runs, one waits
 class Cluster:
     """A connection to a cluster; make it with `open_cluster`. `threads` are those of each piece.
 
-    `dropped` are folders that Ray put into the module path of the workers.
+    `dropped` are folders that Ray put into the module path of the workers, `added` are folders that belong there.
     """
 
-    def __init__(self, ray: Any, threads: int, dropped: tuple[str, ...] = ()) -> None:
+    def __init__(self, ray: Any, threads: int, dropped: tuple[str, ...] = (), added: tuple[str, ...] = ()) -> None:
         self._ray = ray
-        self._dropped = dropped
+        self._start = Start(str(PACKAGE / "__init__.py"), dropped, added)
         self._files: dict[str, Any] = {}
         self.threads = threads
 
@@ -90,7 +90,7 @@ class Cluster:
         Raises the refusal of a piece, and ClusterError in the end for pieces that were given up.
         """
         envelope = Envelope(pickle.dumps(work), own_versions(), dict(self._files))
-        run = _Run(self._ray, self.threads, gpus, envelope, self._dropped)
+        run = _Run(self._ray, self.threads, gpus, envelope, self._start)
         width = AHEAD * self.workers
         ledger = Ledger(len(pieces), 4 * width if ordered else None)
         pace = Pace(sizes or [1] * len(pieces), unit, stage, self.threads, progress)
@@ -136,19 +136,18 @@ def _given_up(stage: str, pieces: Sequence[Any], ledger: Ledger) -> ClusterError
 class _Run:
     """The pieces of one work that are handed out, by their references."""
 
-    def __init__(self, ray: Any, threads: int, gpus: float, envelope: Envelope, dropped: tuple[str, ...]) -> None:
+    def __init__(self, ray: Any, threads: int, gpus: float, envelope: Envelope, start: Start) -> None:
         self._ray = ray
         self._key = hashlib.sha256(envelope.work).hexdigest()
         self._work = ray.put(envelope)
         ray.cloudpickle.register_pickle_by_value(sys.modules[enter.__module__])
         self._enter = ray.remote(enter).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
-        self._package = str(PACKAGE / "__init__.py")
-        self._dropped = dropped
+        self._start = start
         self.running: dict[Any, int] = {}
 
     def submit(self, index: int, piece: Any) -> None:
         """Hand out a piece."""
-        sent = self._enter.remote(self._package, self._dropped, self._key, [self._work], pickle.dumps(piece))
+        sent = self._enter.remote(tuple(self._start), self._key, [self._work], pickle.dumps(piece))
         self.running[sent] = index
 
     def next(self) -> tuple[int, Answer | None, str, bool]:

@@ -6,11 +6,19 @@ the machine has them, otherwise the one that is installed there.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def enter(package: str, dropped: tuple[str, ...], key: str, references: list[Any], piece: bytes) -> Any:
-    """Perform one piece: `mezzotint.cluster.tasks.perform`. `references` has the work's one reference.
+class Start(NamedTuple):
+    """How a worker begins: the file of the package, and folders to drop from the module path and to add to it."""
+
+    package: str
+    dropped: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+def enter(start: tuple[str, tuple[str, ...], tuple[str, ...]], key: str, references: list[Any], piece: bytes) -> Any:
+    """Perform one piece: `mezzotint.cluster.tasks.perform`. `start` is a plain `Start`, `references` the work's one.
 
     Every import is inside: the function is pickled by its code.
     """
@@ -20,10 +28,12 @@ def enter(package: str, dropped: tuple[str, ...], key: str, references: list[Any
     from pathlib import Path
 
     name = "mezzotint"
+    package, dropped, added = start
     if name not in sys.modules:
         sys.path[:] = [entry for entry in sys.path if entry and entry not in dropped]
         spec = spec_from_file_location(name, package) if Path(package).is_file() else None
         if spec is not None and spec.loader is not None:
             module = sys.modules[name] = module_from_spec(spec)
             spec.loader.exec_module(module)
+    sys.path.extend(folder for folder in added if folder not in sys.path)
     return import_module(f"{name}.cluster.tasks").perform(key, references[0], piece)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import psutil
 import pytest
 
@@ -37,6 +38,8 @@ from mezzotint.shards.drawing import CarriedBundle
 from tests.helpers.cluster_work import Square, Surroundings
 from tests.helpers.feature_nets import feature_net
 from tests.helpers.models import SMALL, Cli, Compiled
+from tests.helpers.tiny import tiny_model
+from tools import leaderboard
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own processes
 ROOT = Path(__file__).parents[3]
@@ -290,6 +293,30 @@ def test_a_calibration_has_the_same_digest(hand: Compiled, nodes: Any, tmp_path:
     assert one == other and len(one) == 2
     few = compile_model(hand.exported, tmp_path / "few", **{**options, "calibration_samples": 8})
     assert few.manifest.digest != alone.manifest.digest
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_leaderboard_is_continued_and_has_the_same_rows(
+    nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ir.save(tiny_model(), tmp_path / "unet.onnx")
+    options = ["--images", "2", "--calibration", "2", "--steps", "3", "--batch", "2", "--threads", "1", "--no-peers"]
+    options += ["--no-speed", "--recipe", "w8a8", "--recipe", "w8a8-steps", "--model", str(tmp_path / "unet.onnx")]
+    options += ["--scheduler", "cosine", "--width", "w8a8", "--width", "w4a8"]
+    pages = []
+    for name, how in (("one", []), ("spread", ["--cluster", nodes.address])):
+        page = tmp_path / name / "page.md"
+        where = ["--folder", str(tmp_path / name), "--page", str(page)]
+        assert leaderboard.main([*options, *where, *how]) == 0
+        if how:
+            assert capsys.readouterr().out.count(" s on ") == 4
+            (tmp_path / name / "rows" / "w8a8-w4a8.json").unlink()
+            page.with_suffix(".json").unlink()
+            assert leaderboard.main([*options, *where, *how]) == 0
+            assert capsys.readouterr().out.count(" s on ") == 1
+        rows = json.loads(page.with_suffix(".json").read_text())
+        pages.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+    assert len(pages[0]) == 4 and pages[0] == pages[1]
 
 
 def test_a_lost_machine(nodes: Any, cluster: Cluster, tmp_path: Path) -> None:
