@@ -28,7 +28,7 @@ from .pipelines import ControlFile, ControlScale, NegativeText, PreviewFile, Pro
 
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help=".png grid, or .npy array.")],
+    output: Annotated[str, typer.Option("-o", "--output", help=".png grid, .npy array, folder or URL: s3://...")],
     n: Annotated[int | None, number(bounds.MOST_SAMPLES, "Number of images; 16, or 1 of a prompt.", "-n")] = None,
     prompt: PromptText = None,
     negative: NegativeText = None,
@@ -66,14 +66,18 @@ def sample(
     from mezzotint.runtime.sampling.options import SamplingOptions
 
     from ..io.networks import with_checked_networks
+    from ..io.objects import is_url
     from ..io.settings import load_condition_files, parse_engine
     from ..shards.draw import check_output, sample_rows, sample_to_path
     from ..shards.shards import IMAGES_PER_SHARD, ShardOptions
     from ..text import console
 
-    check_output(output, shard_size=shard_size, format=format_, shards=shards, cluster=cluster)
+    place = output if is_url(output) else Path(output)
+    check_output(place, shard_size=shard_size, format=format_, shards=shards, cluster=cluster)
     engine = parse_engine(provider, provider_option, precision)
     if prompt is not None:
+        if isinstance(place, str):
+            raise InputError("images of a prompt are written to a local path", where=place, hint="give a path")
         refused = {"--sampler": sampler, "--eta": eta, "--batch": batch, "--conditions": conditions}
         refused |= {"--unconditional": unconditional, "--format": format_, "--shards": shards}
         refused |= {"--cluster": cluster}
@@ -81,7 +85,7 @@ def sample(
         said: dict[str, Any] = {"quiet": quiet, "json": json, "preview": preview}
         said |= {"control_image": control_image, "control_scale": control_scale}
         sample_prompts(
-            bundle, output, prompt, negative, threads=threads, engine=engine, refused=refused, **choices, **said
+            bundle, place, prompt, negative, threads=threads, engine=engine, refused=refused, **choices, **said
         )
         return
     prompted = {"--negative": negative, "--preview": preview, "--control-image": control_image}
@@ -105,6 +109,6 @@ def sample(
     with shown(quiet=quiet or json) as report:
         where: dict[str, Any] = {"threads": threads, "cluster": cluster}
         summary = sample_to_path(
-            opened, output, n or 16, options, shard_options, shards=shards, progress=report, **where
+            opened, place, n or 16, options, shard_options, shards=shards, progress=report, **where
         )
     console.print_json(summary) if json else console.print_pairs("sampled", sample_rows(summary))

@@ -63,11 +63,9 @@ class MachineRecord:
 
     def _read(self) -> None:
         """Take what an earlier part of the same run noted; a file of another run, or a damaged one, is replaced."""
-        if not self._file.is_file():
-            return
         try:
-            facts = read_json(self._file, "the record of machines", InputError)
-            if (facts["layout"], facts["run"]) == (MACHINES_LAYOUT, self._run):
+            facts = self._load()
+            if facts is not None and (facts["layout"], facts["run"]) == (MACHINES_LAYOUT, self._run):
                 for name, fields in facts["machines"].items():
                     features = fields["features"]
                     known = None if features is None else tuple(features)
@@ -76,10 +74,20 @@ class MachineRecord:
         except (InputError, KeyError, TypeError, ValueError, AttributeError):
             self._machines, self._pieces = {}, {}
 
+    def _load(self) -> Any:
+        return self._load_file(self._file) if self._file.is_file() else None
+
+    @staticmethod
+    def _load_file(file: Path) -> Any:
+        return read_json(file, "the record of machines", InputError)
+
     def _write(self) -> None:
         pieces = dict(sorted(self._pieces.items(), key=lambda item: int(item[0])))
         machines = {name: machine.to_json() for name, machine in sorted(self._machines.items())}
         facts = {"layout": MACHINES_LAYOUT, "run": self._run, "machines": machines, "pieces": pieces}
-        with staged_file(self._file, force=True) as (file, _):
-            file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8", newline="\n")
+        self._save(json.dumps(facts, indent=1) + "\n")
         self._unwritten, self._written = False, time.monotonic()
+
+    def _save(self, text: str) -> None:
+        with staged_file(self._file, force=True) as (file, _):
+            file.write_text(text, encoding="utf-8", newline="\n")

@@ -83,7 +83,7 @@ def check_image_file(path: Path, shape: Sequence[int] | None = None) -> None:
     check_place(path)
 
 
-def check_images(shape: Sequence[int] | None, path: Path) -> None:
+def check_images(shape: Sequence[int] | None, path: Path | str) -> None:
     """Refuse other samples than images where an image file is to be written. None stands for an unknown shape."""
     if shape is not None and (reason := no_image(shape)) is not None:
         raise _not_images(reason, str(path))

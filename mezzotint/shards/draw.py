@@ -26,12 +26,16 @@ OTHER_FILES = (".npz", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"
 
 
 def check_output(
-    output: Path, *, shard_size: int | None, format: str | None, shards: str | None, cluster: str | None = None
+    output: Path | str, *, shard_size: int | None, format: str | None, shards: str | None, cluster: str | None = None
 ) -> None:
     """Refuse options of folders for a file, and files that cannot be written. None is an option that was left out.
 
     Raises InputError or OutputError.
     """
+    if isinstance(output, str):
+        if output.lower().endswith((*FILES, *OTHER_FILES)):
+            raise InputError("a file is written to a local path", where=output, hint="give the URL of a folder")
+        return
     if output.suffix in FILES:
         folders = {"--shard-size": shard_size, "--format": format, "--shards": shards, "--cluster": cluster}
         for name, value in folders.items():
@@ -45,7 +49,7 @@ def check_output(
 
 def sample_to_path(
     bundle: Bundle,
-    output: Path,
+    output: Path | str,
     n: int,
     options: SamplingOptions,
     shard_options: ShardOptions,
@@ -55,9 +59,9 @@ def sample_to_path(
     cluster: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write `output` and return a summary. `shards` are numbers as text, see `parse_shards`."""
+    """Write `output`, a path or the URL of a folder, and return a summary. `shards` is text for `parse_shards`."""
     summary = sample_summary(bundle, output, n, options)
-    if output.suffix in FILES:
+    if isinstance(output, Path) and output.suffix in FILES:
         images.check_image_file(output, bundle.sample_shape)
         if n * math.prod(bundle.sample_shape) * 4 > MOST_FILE_BYTES:
             raise InputError(

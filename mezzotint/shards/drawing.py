@@ -20,8 +20,8 @@ from mezzotint.runtime.signature import Images
 
 from ..cluster.driver import Cluster
 from ..cluster.placement import CarriedFolder, Fetch, placed_folder
-from ..cluster.record import MachineRecord
 from .files import Shard
+from .objects import ObjectRun, run_at
 from .run import Run
 
 GPU_ENGINES = frozenset({"cuda", "tensorrt", "nv_tensorrt_rtx"})
@@ -75,20 +75,28 @@ class CarriedBundle:
 
 @dataclass(frozen=True)
 class ShardWork:
-    """What all shards of a run share, as work for a cluster: a piece is a shard's number, its result the files."""
+    """What all shards of a run share, as work for a cluster: a piece is a shard's number.
+
+    Its result are the files by name. With a `url` the worker writes them there itself, and returns None.
+    """
 
     bundle: CarriedBundle
     settings: Mapping[str, Any]
     options: SamplingOptions
     threads: int
+    url: str | None
 
-    def open(self, fetch: Fetch) -> Callable[[int], dict[str, bytes]]:
+    def open(self, fetch: Fetch) -> Callable[[int], dict[str, bytes] | None]:
         """Return the function from the number of a shard to its files by name."""
-        bundle, run = self.bundle.open(fetch), Run(Path(), self.settings)
+        bundle, run = self.bundle.open(fetch), run_at(self.url or Path(), self.settings)
 
-        def draw(number: int) -> dict[str, bytes]:
+        def draw(number: int) -> dict[str, bytes] | None:
             shard = run.shard(number)
-            return shard.encode(draw_shard(bundle, shard, self.options, self.threads, lambda done: None))
+            files = shard.encode(draw_shard(bundle, shard, self.options, self.threads, lambda done: None))
+            if self.url is None:
+                return files
+            shard.store(files)
+            return None
 
         return draw
 
@@ -96,19 +104,23 @@ class ShardWork:
 def draw_on_cluster(
     cluster: Cluster, bundle: Bundle, run: Run, missing: list[int], options: SamplingOptions, progress: Progress
 ) -> None:
-    """Draw shards on the workers of a cluster, and write each of them here when it comes.
+    """Draw shards on the workers of a cluster, and write each of them here when it comes; workers write to URLs.
 
     `machines.json` says which machine drew which shard. Raises the refusal of a worker, and ClusterError.
     """
-    work = ShardWork(CarriedBundle.of(bundle, cluster), run.settings, options, cluster.threads)
+    url = run.where if isinstance(run, ObjectRun) else None
+    work = ShardWork(CarriedBundle.of(bundle, cluster), run.settings, options, cluster.threads, url)
     sizes = [len(run.shard(number).index) for number in missing]
-    record = MachineRecord(run.folder, run.digest)
+    record = run.record()
     gpus = 1 if bundle.engine.name in GPU_ENGINES else 0
     answers = cluster.answers(work, missing, stage="sample", sizes=sizes, unit="images", gpus=gpus, progress=progress)
     try:
+        if url is not None:
+            run.announce()  # workers write without asking
         for index, answer in answers:
             run.announce()
-            run.shard(missing[index]).store(answer.result)
+            if answer.result is not None:
+                run.shard(missing[index]).store(answer.result)
             record.add(missing[index], answer.stamp)
     finally:
         record.close()

@@ -77,7 +77,7 @@ class Shard:
 
         Raises OutputError where a shard of another run is in its place.
         """
-        remove_leftovers(self.folder)
+        self.remove_partial()
         try:
             self.load()
         except Damaged:
@@ -89,6 +89,14 @@ class Shard:
                 hint="move it to its own folder, or replace it with --force",
             ) from error
         return True
+
+    def exists(self) -> bool:
+        """Return whether something is in the shard's place."""
+        return self.path.exists()
+
+    def remove_partial(self) -> None:
+        """Remove partial files of killed runs in the shard's folder."""
+        remove_leftovers(self.folder)
 
     def write(self, images: Images) -> None:
         """Write float32 `[m, ...]`: `store` of what `encode` returns. Raises OutputError."""

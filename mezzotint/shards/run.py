@@ -20,6 +20,7 @@ from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 from mezzotint.runtime.sampling.guidance import Conditions, checked_rows
 from mezzotint.runtime.session import CPU_ENGINE
 
+from ..cluster.record import MachineRecord
 from ..io.images import check_place
 from .files import Shard
 
@@ -35,6 +36,7 @@ class Run:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
+        self.where = str(folder)
         self.settings = settings
         self.digest = _digest(settings)
         self.count = shard_count(settings["pictures"], settings["shard_size"])
@@ -46,13 +48,24 @@ class Run:
         shape = tuple(s["sample_shape"])
         return Shard(self.folder, number, first, stop, s["format"], shape, seed=s["seed"], run=self.digest)
 
+    def is_begun(self) -> bool:
+        """Return whether the place holds this run. Raises as `belongs`."""
+        return belongs(self.folder, self.settings)
+
+    def text(self) -> str:
+        """Return the content of `sampling.json`."""
+        return json.dumps({"layout": RUN_LAYOUT, "run": self.digest, "settings": self.settings}, indent=2) + "\n"
+
+    def record(self) -> MachineRecord:
+        """Return the record of the machines that drew the shards."""
+        return MachineRecord(self.folder, self.digest)
+
     def announce(self) -> None:
         """Write the settings unless they are there. Raises as `belongs`: another run may have been begun meanwhile."""
         if not belongs(self.folder, self.settings):
-            text = json.dumps({"layout": RUN_LAYOUT, "run": self.digest, "settings": self.settings}, indent=2) + "\n"
             try:
                 with staged_file(self.folder / RUN) as (file, _):
-                    file.write_text(text, encoding="utf-8", newline="\n")
+                    file.write_text(self.text(), encoding="utf-8", newline="\n")
             except OutputError:
                 if not belongs(self.folder, self.settings):  # another command may have announced the same run just now
                     raise
@@ -71,16 +84,21 @@ def belongs(folder: Path, settings: Mapping[str, Any]) -> bool:
                 "the folder exists, and no samples were drawn into it", where=str(folder), hint="choose another folder"
             )
         return False
+    check_same(before, settings, str(folder / RUN))
+    return True
+
+
+def check_same(before: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for the first setting that differs from that of the run at `where`."""
     was, now = _flat(before), _flat(settings)
     for name in {**was, **now}:
         if was.get(name) != now.get(name):
             flag = FLAGS.get(name, "--" + name.partition(".")[0].replace("_", "-"))
             raise InputError(
                 f"the folder was begun with other settings: {name} was {was.get(name)!r} and is {now.get(name)!r} now",
-                where=str(folder / RUN),
+                where=where,
                 hint=f"give {flag} as it was to go on, or choose another folder",
             )
-    return True
 
 
 def read_run(file: Path) -> dict[str, Any] | None:

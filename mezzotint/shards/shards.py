@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import Progress, silent
@@ -34,16 +33,15 @@ from ..io.images import check_images
 from ..text.report import sample_summary
 from .drawing import draw_on_cluster, draw_shard
 from .files import SHARD_FORMATS, Damaged, Foreign, Index
+from .objects import run_at, settings_at
 from .run import (
     COMPUTED,
     RUN,
     Run,
-    belongs,
     condition_facts,
     engine_facts,
     network_facts,
     numbers_text,
-    read_run,
     shard_count,
 )
 
@@ -97,8 +95,9 @@ def sample_to_folder(
 
     `format` is "npz" (float32, the model's range) or "png" (8 bits; 1 or 3 channels). `shards` are the numbers of the
     shards to draw, all when left out; `force` draws them again. A damaged shard is always drawn again. The other
-    options are those of `Bundle.sample`. Nothing is written before the first shard is drawn. With `cluster`, "local" or
-    an address (cluster/driver.py), shards are drawn by its workers, and the folder has the same bytes.
+    options are those of `Bundle.sample`. `folder` may be a URL of fsspec, as s3://bucket/run (io/objects.py). Nothing
+    is written before the first shard is drawn. With `cluster`, "local" or an address (cluster/driver.py), shards are
+    drawn by its workers, and the folder has the same bytes.
 
     Raises InputError for impossible settings, and for settings that differ from those of the run in the folder;
     OutputError where the folder holds something else or cannot be written.
@@ -108,13 +107,13 @@ def sample_to_folder(
     chosen = None if shards is None else tuple(int(number) for number in shards)
     shard_options = ShardOptions(int(shard_size), format, chosen, force)
     return sample_shards(
-        bundle, Path(folder), int(n), options, shard_options, threads=threads, cluster=cluster, progress=progress
+        bundle, folder, int(n), options, shard_options, threads=threads, cluster=cluster, progress=progress
     )
 
 
 def sample_shards(
     bundle: Bundle,
-    folder: Path,
+    folder: Path | str,
     n: int,
     options: SamplingOptions,
     shard_options: ShardOptions,
@@ -156,13 +155,13 @@ def sample_shards(
         **engine_facts(bundle.engine),
         **network_facts(computing),
     }
-    run = Run(folder, settings)
+    run = run_at(folder, settings)
     chosen = sorted(set(range(run.count) if shard_options.shards is None else shard_options.shards))
     if wrong := [number for number in chosen if not 0 <= number < run.count]:
         what = f"there is no shard {numbers_text(wrong)}"
         raise InputError(what, where=str(folder), hint=f"choose among 0:{run.count}")
     started = time.perf_counter()
-    missing = _missing(run, chosen, shard_options.force, progress) if belongs(folder, settings) else chosen
+    missing = _missing(run, chosen, shard_options.force, progress) if run.is_begun() else chosen
     total = sum(len(run.shard(number).index) for number in missing)
     if cluster is None:
         _draw_here(bundle, run, missing, options, threads, progress)
@@ -199,12 +198,11 @@ def read_shards(folder: str | Path) -> Iterator[tuple[Index, Images]]:
     The first array holds the numbers of the images. npz gives the sampled values, png the same to within 1/255. Raises
     InputError at once where shards are missing, with the command that draws them, and later for a damaged shard.
     """
-    folder = Path(folder)
-    settings = read_run(folder / RUN)
+    settings = settings_at(folder)
     if settings is None:
         raise InputError(f"there is no {RUN}", where=str(folder), hint="give a folder that `mezzotint sample` wrote")
-    run = Run(folder, settings)
-    if missing := [number for number in range(run.count) if not run.shard(number).path.exists()]:
+    run = run_at(folder, settings)
+    if missing := [number for number in range(run.count) if not run.shard(number).exists()]:
         raise _incomplete(run, missing, f"{len(missing)} of {run.count} shards are missing")
     return _read(run)
 
@@ -231,7 +229,7 @@ def _missing(run: Run, chosen: list[int], force: bool, progress: Progress) -> li
     for done, number in enumerate(chosen):
         progress("check shards", done, len(chosen))
         if force:
-            remove_leftovers(run.folder)
+            run.shard(number).remove_partial()
         if force or not run.shard(number).complete():
             missing.append(number)
     progress("check shards", len(chosen), len(chosen))
@@ -253,7 +251,7 @@ def _whole(run: Run, number: int) -> Images:
 def _incomplete(run: Run, numbers: list[int], what: str) -> InputError:
     """Return the error for missing shards; its hint is the command that draws them."""
     s = run.settings
-    words = [f"mezzotint sample BUNDLE -o {run.folder} -n {s['pictures']} --shard-size {s['shard_size']}"]
+    words = [f"mezzotint sample BUNDLE -o {run.where} -n {s['pictures']} --shard-size {s['shard_size']}"]
     words += [f"--{name} {s[name]}" for name in ("format", "seed", "sampler", "steps", "eta", "guidance")]
     words += [f"--{'' if s['correction'] else 'no-'}correction"]
     others = list(s)[list(s).index("correction") + 1 :]  # conditions, and options of later versions
@@ -263,6 +261,6 @@ def _incomplete(run: Run, numbers: list[int], what: str) -> InputError:
     which = "" if len(numbers) == 1 else f": {numbers_text(numbers)}"
     return InputError(
         what + which,
-        where=str(run.folder),
+        where=run.where,
         hint=" ".join([*words, "--shards", numbers_text(numbers).replace(" ", "")]),
     )

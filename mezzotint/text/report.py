@@ -64,7 +64,7 @@ def compile_rows(bundle: Bundle, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def sample_summary(bundle: Bundle, output: Path, n: int, options: SamplingOptions) -> dict[str, Any]:
+def sample_summary(bundle: Bundle, output: Path | str, n: int, options: SamplingOptions) -> dict[str, Any]:
     """Return what `sample` does, defaults filled in. Raises as `Bundle.plan`."""
     plan = bundle.plan(options.sampler, options.steps, options.eta, options.guidance)
     table = bundle.correction

@@ -33,17 +33,20 @@ from mezzotint.cluster.ledger import ClusterError
 from mezzotint.cluster.placement import CarriedFolder, cache_place
 from mezzotint.cluster.record import MACHINES
 from mezzotint.evaluate.run import evaluate_bundle
+from mezzotint.io.objects import ObjectFolder
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.shards.drawing import CarriedBundle
 from tests.helpers.cluster_work import Square, Surroundings
 from tests.helpers.feature_nets import feature_net
 from tests.helpers.models import SMALL, Cli, Compiled
+from tests.helpers.object_server import object_server, set_endpoint
 from tests.helpers.tiny import tiny_model
 from tools import leaderboard
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own processes
 ROOT = Path(__file__).parents[3]
 CORES = 7
+OBJECTS_PORT = 20000 + os.getpid() % 10000
 CONFIG = {"worker_niceness": 0}
 
 
@@ -56,6 +59,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     for name in ("numpy", "onnxruntime", "mezzotint"):
         (planted / f"{name}.py").write_text("raise ImportError('it was imported from the current folder')\n")
     with pytest.MonkeyPatch.context() as patch:
+        set_endpoint(patch, f"http://127.0.0.1:{OBJECTS_PORT}")  # of the workers
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.chdir(planted)
@@ -207,6 +211,21 @@ class TestShards:
             np.concatenate([images for _, images in read_shards(tmp_path / "f")]),
             np.concatenate([images for _, images in read_shards(whole)]),
         )
+
+    def test_workers_write_to_an_object_store(
+        self, hand: Compiled, nodes: Any, whole: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with object_server(monkeypatch, OBJECTS_PORT) as bucket:
+            url = f"{bucket}/run"
+            sample_to_folder(hand.bundle, url, N, shards=[4], **OPTIONS, threads=1)
+            drawn = sample_to_folder(hand.bundle, url, N, cluster=nodes.address, **OPTIONS)
+            place = ObjectFolder(url)
+            found = {name: place.read(name) for name in place.names()}
+
+        assert (len(drawn.made), drawn.skipped) == (9, (4,))
+        pieces = json.loads(found.pop(MACHINES) or b"")["pieces"]
+        assert found == contents(whole)
+        assert sorted(map(int, pieces)) == [*range(4), *range(5, 10)]
 
     def test_files_of_a_bundle_that_travel(
         self, hand: Compiled, cluster: Cluster, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
