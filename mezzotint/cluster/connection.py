@@ -75,6 +75,8 @@ def open_cluster(spec: str, threads: int | None = None, modules: Sequence[Path] 
         try:
             with _undisturbed():
                 _start(ray, spec, each, folder)
+            # Ray prints the end of a worker to standard output, where --json has its object; `answers` tells failures.
+            ray._private.worker._worker_logs_enabled = False
             yield Cluster(ray, each, _folders_of_job[-1], added)
         finally:
             ray.shutdown()

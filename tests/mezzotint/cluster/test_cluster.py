@@ -174,7 +174,9 @@ class TestShards:
         assert (drawn.made, drawn.skipped, drawn.pictures) == (tuple(range(10)), (), N)
         assert contents(tmp_path) == contents(whole)
 
-    def test_a_killed_worker(self, hand: Compiled, nodes: Any, whole: Path, tmp_path: Path) -> None:
+    def test_a_killed_worker(
+        self, hand: Compiled, nodes: Any, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         """A worker dies in the middle, by a signal from outside."""
         killed: list[int] = []
 
@@ -187,6 +189,8 @@ class TestShards:
         drawn = sample_to_folder(hand.bundle, tmp_path, N, cluster=nodes.address, threads=3, progress=kill, **OPTIONS)
 
         assert killed, "no worker was killed"
+        time.sleep(0.5)
+        assert capfd.readouterr().out == "", "standard output belongs to the command"
         assert drawn.made == tuple(range(10))
         assert contents(tmp_path) == contents(whole)
 
