@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,14 @@ class Machine:
         return self.system if self.features is None else " ".join((self.system, *self.features))
 
     def to_json(self) -> dict[str, Any]:
-        features = None if self.features is None else list(self.features)
-        return {**asdict(self), "features": features}
+        return {
+            "host": self.host,
+            "processor": self.processor,
+            "features": None if self.features is None else list(self.features),
+            "system": self.system,
+            "cores": self.cores,
+            "onnxruntime": self.onnxruntime,
+        }
 
 
 @cache

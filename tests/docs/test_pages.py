@@ -35,7 +35,7 @@ def code() -> str:
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
 def test_options_exist(page: Path) -> None:
     """Of `mezzotint`, as docs/commands.md lists them, or of the command line of another tool."""
-    foreign = {"--extensions", "--node_data_paths", "--update-golden", "--local-dir"}
+    foreign = {"--extensions", "--node_data_paths", "--update-golden", "--local-dir", "--head", "--address"}
     options = set(re.findall(r"--[a-z][\w-]+", text(page)))
     assert options - foreign <= set(re.findall(r"--[a-z][\w-]+", text(DOCS / "commands.md")))
 

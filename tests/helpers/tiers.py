@@ -109,6 +109,7 @@ PURE = (
     "tools/test_docs.py",
     "tools/test_packaging.py",
     "tools/test_replay.py",
+    "tools/test_simulate_cluster.py",
 )
 SLOW = (
     "compiler/audit/test_kernels.py",
