@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -150,9 +151,9 @@ class _ObserveWork:
         self, program: Program, context: Context, sessions: ExitStack
     ) -> Callable[[Collector, Sequence[tuple[int, int]]], int]:
         """Return the function that measures the samples of some batches, and returns the number of calls."""
-        model, options = program.model, {"threads": context.threads, "spinning": False}
-        tapped = sessions.enter_context(Executor(model, context.folder, taps=self.taps, **options))
-        untapped = sessions.enter_context(Executor(model, context.folder, **options)) if program.allocation else tapped
+        open_executor = partial(Executor, program.model, context.folder, threads=context.threads, spinning=False)
+        tapped = sessions.enter_context(open_executor(taps=self.taps))
+        untapped = sessions.enter_context(open_executor()) if program.allocation else tapped
 
         def follow(collector: Collector, spans: Sequence[tuple[int, int]]) -> int:
             observer = _Observer(program, collector, self.values, self.groups, tapped, untapped, spans[0][0])

@@ -31,6 +31,8 @@ from .context import CPU, Context
 from .memory import PeakMemory
 from .program import Program, Record
 
+__all__ = ["CPU", "Context", "Dump", "GraphPass", "Pass", "Recipe", "run_passes"]
+
 LOG = logging.getLogger("mezzotint")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 

@@ -278,7 +278,14 @@ def _a_worker_of(nodes: Any) -> list[int]:
 def test_an_evaluation_has_the_same_bytes(hand: Compiled, nodes: Any, tmp_path: Path) -> None:
     """Pairs are sampled and measured by workers; what a folder has already is measured by the driver."""
     net = feature_net(tmp_path / "features.onnx", size=8)
-    options = {"features": str(net), "speed": False, "resamples": 4, "batch": 2, "shard_size": 2, "correction": False}
+    options: dict[str, Any] = {
+        "features": str(net),
+        "speed": False,
+        "resamples": 4,
+        "batch": 2,
+        "shard_size": 2,
+        "correction": False,
+    }
     alone = evaluate_bundle(hand.bundle, hand.exported, 14, threads=1, output=tmp_path / "one", **options)
     spread = evaluate_bundle(hand.bundle, hand.exported, 14, cluster=nodes.address, output=tmp_path / "f", **options)
     assert spread.to_json() == alone.to_json()
