@@ -81,6 +81,7 @@ class Board:
         numbers = {name: getattr(self.args, name) for name in SAME}
         model = {"model": self.model.digest, "schedule": self.model.schedule.digest(), "deployment": plan}
         model |= self.model.given
+        numbers |= {"seed": self.args.seed} if self.args.seed else {}
         facts = {"recipe": what, **model, **numbers, "onnxruntime": running_version()}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -121,6 +122,7 @@ class Board:
                     conditions=self.model.conditions,
                     unconditional=self.model.unconditional,
                     calibration_samples=args.calibration,
+                    seed=args.seed,
                     threads=args.threads,
                     cache=self.folder / "cache",
                     progress=report,

@@ -32,6 +32,7 @@ def parsed(argv: list[str] | None, about: str | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=0.0, help="of rows whose claims need no other")
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration; images have another")
     parser.add_argument("--conditions", type=Path, help=".npz, or NAME=1,2,3; class labels may be left out")
     parser.add_argument("--unconditional", type=Path, help="the same of the empty prompt, for guidance")
     parser.add_argument("--threads", type=int, default=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,9 @@ def sample(
     provider: Provider = "cpu",
     provider_option: ProviderOptions = None,
     precision: PrecisionOfFloats = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Folder: draw one batch, and print what the run will take and cost.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Folder: draw existing shards again.")] = False,
     quiet: Quiet = False,
     json: Json = False,
@@ -68,8 +72,9 @@ def sample(
     from ..io.networks import with_checked_networks
     from ..io.objects import is_url
     from ..io.settings import load_condition_files, parse_engine
-    from ..shards.draw import check_output, sample_rows, sample_to_path
-    from ..shards.shards import IMAGES_PER_SHARD, ShardOptions
+    from ..shards.draw import FILES, check_output, sample_rows, sample_to_path
+    from ..shards.predict import predict_run
+    from ..shards.shards import IMAGES_PER_SHARD, ShardOptions, parse_shards
     from ..text import console
 
     place = output if is_url(output) else Path(output)
@@ -80,7 +85,7 @@ def sample(
             raise InputError("images of a prompt are written to a local path", where=place, hint="give a path")
         refused = {"--sampler": sampler, "--eta": eta, "--batch": batch, "--conditions": conditions}
         refused |= {"--unconditional": unconditional, "--format": format_, "--shards": shards}
-        refused |= {"--cluster": cluster}
+        refused |= {"--cluster": cluster, "--dry-run": dry_run or None}
         choices: dict[str, Any] = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "correction": correction}
         said: dict[str, Any] = {"quiet": quiet, "json": json, "preview": preview}
         said |= {"control_image": control_image, "control_scale": control_scale}
@@ -106,6 +111,14 @@ def sample(
         unconditional=unconditional_rows,
     )
     shard_options = ShardOptions(shard_size or IMAGES_PER_SHARD, format_ or "npz", force=force)
+    if dry_run:
+        if isinstance(place, Path) and place.suffix in FILES:
+            raise InputError("--dry-run is for folders", where=str(place), hint="leave --dry-run out")
+        if shards is not None:
+            shard_options = replace(shard_options, shards=parse_shards(shards, n or 16, shard_options.shard_size))
+        plan = predict_run(opened, place, n or 16, options, shard_options, threads=threads, cluster=cluster)
+        console.print_json(plan) if json else console.print_pairs("would sample", plan)
+        return
     with shown(quiet=quiet or json) as report:
         where: dict[str, Any] = {"threads": threads, "cluster": cluster}
         summary = sample_to_path(

@@ -56,6 +56,15 @@ def piece_threads(threads: int | None) -> int:
     return threads_of(threads) or 1
 
 
+def count_workers(spec: str, threads: int | None = None) -> int:
+    """Return the number of workers of a cluster; a local one is not started for that. Raises as `open_cluster`."""
+    check_cluster(spec)
+    if _is_local(spec):
+        return _workers_here(spec, piece_threads(threads))
+    with open_cluster(spec, threads) as cluster:
+        return cluster.workers
+
+
 @contextmanager
 def open_cluster(spec: str, threads: int | None = None, modules: Sequence[Path] = ()) -> Iterator[Cluster]:
     """Yield the cluster of `--cluster`. `threads` are those of each piece: OMP_NUM_THREADS, or 1, when left out.
@@ -107,7 +116,7 @@ def _start(ray: Any, spec: str, threads: int, folder: str | None) -> None:
                 f"no cluster answers: {line}", where=spec, hint="start one: ray start --head --port 6379"
             ) from error
         return
-    workers = _local_workers(spec) or max(1, usable_cores() // threads)
+    workers = _workers_here(spec, threads)
     ray.init(
         address=LOCAL,  # and not the address in RAY_ADDRESS
         num_cpus=workers * threads,
@@ -127,6 +136,10 @@ def _short_place() -> str | None:
 
 def _is_local(spec: str) -> bool:
     return spec.partition(":")[0] == LOCAL
+
+
+def _workers_here(spec: str, threads: int) -> int:
+    return _local_workers(spec) or max(1, usable_cores() // threads)
 
 
 def _local_workers(spec: str) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class ShardWork:
 
 
 def draw_on_cluster(
-    cluster: Cluster, bundle: Bundle, run: Run, missing: list[int], options: SamplingOptions, progress: Progress
+    cluster: Cluster, bundle: Bundle, run: Run, missing: Sequence[int], options: SamplingOptions, progress: Progress
 ) -> None:
     """Draw shards on the workers of a cluster, and write each of them here when it comes; workers write to URLs.
 

@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
@@ -71,6 +71,10 @@ class Shard:
     def index(self) -> Index:
         """The numbers of its images, int64 `[m]`."""
         return np.arange(self.first, self.stop, dtype=np.int64)
+
+    def part(self, count: int) -> Shard:
+        """Return a shard with the first images of this one, for a measurement: it is never written."""
+        return replace(self, stop=min(self.stop, self.first + count))
 
     def complete(self) -> bool:
         """Read all of the shard and return whether it is complete. Partial files of killed runs are removed.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,18 +111,32 @@ def sample_to_folder(
     )
 
 
-def sample_shards(
+@dataclass(frozen=True)
+class ShardPlan:
+    """What a call draws: the shards of a run that are `missing`; `skipped` are complete. `options` have all rows."""
+
+    run: Run
+    options: SamplingOptions
+    missing: tuple[int, ...]
+    skipped: tuple[int, ...]
+
+    @property
+    def images(self) -> int:
+        """The number of images that are drawn."""
+        return sum(len(self.run.shard(number).index) for number in self.missing)
+
+
+def plan_shards(
     bundle: Bundle,
     folder: Path | str,
     n: int,
     options: SamplingOptions,
     shard_options: ShardOptions,
     *,
-    threads: int | None = None,
     cluster: str | None = None,
     progress: Progress = silent,
-) -> Drawn:
-    """Do the work of `sample_to_folder`, for its options as two values."""
+) -> ShardPlan:
+    """Return what `sample_shards` draws, after every check that needs no network call. Raises as it does."""
     shard_size, format = shard_options.shard_size, shard_options.format
     if n < 1 or shard_size < 1 or options.batch < 1 or options.seed < 0:
         what = f"{n} images of seed {options.seed} in shards of {shard_size} and batches of {options.batch}"
@@ -160,20 +174,36 @@ def sample_shards(
     if wrong := [number for number in chosen if not 0 <= number < run.count]:
         what = f"there is no shard {numbers_text(wrong)}"
         raise InputError(what, where=str(folder), hint=f"choose among 0:{run.count}")
-    started = time.perf_counter()
     missing = _missing(run, chosen, shard_options.force, progress) if run.is_begun() else chosen
-    total = sum(len(run.shard(number).index) for number in missing)
+    left = set(missing)
+    return ShardPlan(run, options, tuple(missing), tuple(number for number in chosen if number not in left))
+
+
+def sample_shards(
+    bundle: Bundle,
+    folder: Path | str,
+    n: int,
+    options: SamplingOptions,
+    shard_options: ShardOptions,
+    *,
+    threads: int | None = None,
+    cluster: str | None = None,
+    progress: Progress = silent,
+) -> Drawn:
+    """Do the work of `sample_to_folder`, for its options as two values."""
+    started = time.perf_counter()
+    plan = plan_shards(bundle, folder, n, options, shard_options, cluster=cluster, progress=progress)
+    run, missing = plan.run, plan.missing
     if cluster is None:
-        _draw_here(bundle, run, missing, options, threads, progress)
+        _draw_here(bundle, run, missing, plan.options, threads, progress)
     elif missing:
         with open_cluster(cluster, threads) as opened:
-            draw_on_cluster(opened, bundle, run, missing, options, progress)
-    skipped = tuple(number for number in chosen if number not in set(missing))
-    return Drawn(run.count, tuple(missing), skipped, total, time.perf_counter() - started)
+            draw_on_cluster(opened, bundle, run, missing, plan.options, progress)
+    return Drawn(run.count, missing, plan.skipped, plan.images, time.perf_counter() - started)
 
 
 def _draw_here(
-    bundle: Bundle, run: Run, missing: list[int], options: SamplingOptions, threads: int | None, progress: Progress
+    bundle: Bundle, run: Run, missing: Sequence[int], options: SamplingOptions, threads: int | None, progress: Progress
 ) -> None:
     """Draw and write shards in this process, one after the other."""
     total = sum(len(run.shard(number).index) for number in missing)

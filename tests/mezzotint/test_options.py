@@ -90,6 +90,7 @@ def test_sample_has_the_options_of_the_functions() -> None:
     command = command_names(sample_command.sample, {"format_": "format", "output": "folder"})
     command -= {"prompt", "negative", "preview"}  # of a compiled pipeline, which mezzotint.diffusers.load opens
     command -= {"control_image", "control_scale"}  # of one with a ControlNet
+    command -= {"dry_run"}  # which draws nothing
 
     engine = {"provider", "provider_option", "precision"}  # a value in Python, which a bundle is put on
 

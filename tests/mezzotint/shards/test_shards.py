@@ -590,6 +590,28 @@ class TestCommand:
         assert "sample: 2 done" in second.err
         check_same(joined(tmp_path / "f"), hand.bundle.sample(N, sampler="ddpm", seed=3, threads=1))
 
+    def test_a_prediction_writes_nothing(
+        self, hand: Compiled, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mezzotint.cluster.connection.find_spec", lambda name: "installed")  # it is not started
+        words = ["sample", hand.bundle.path, "-o", tmp_path / "f", "-n", N, "--shard-size", SIZE, "--threads", 1]
+        plain = cli(*words, "--dry-run", "--json")
+        assert plain.code == 0, plain.err
+        assert not (tmp_path / "f").exists()
+        found = json.loads(plain.out)
+        assert (found["shards"], found["images"], found["workers"], found["threads"]) == (3, N, 1, 1)
+        assert found["seconds"] == pytest.approx(N * found["seconds_per_image"], abs=0.06)
+        assert found["core_hours"] == pytest.approx(N * found["seconds_per_image"] / 3600, abs=1e-4)
+
+        cli(*words, "--shards", 1)
+        spread = json.loads(cli(*words, "--dry-run", "--json", "--cluster", "local:2").out)
+        assert (spread["shards"], spread["images"], spread["workers"]) == (2, 6, 2)
+        assert spread["seconds"] == pytest.approx(4 * spread["seconds_per_image"], abs=0.06)
+        cli(*words)
+        assert json.loads(cli(*words, "--dry-run", "--json").out)["seconds"] == 0
+        refused = cli("sample", hand.bundle.path, "-o", tmp_path / "x.png", "--dry-run")
+        assert (refused.code, "--dry-run is for folders" in refused.err) == (2, True)
+
     def test_the_shards_of_a_folder_by_default(self, hand: Compiled, cli: Cli, tmp_path: Path) -> None:
         answer = cli("sample", hand.bundle.path, "-o", tmp_path / "v0.5", "-n", 3, "--format", "png")
 
