@@ -138,6 +138,7 @@ SLOW = (
     "passes/test_observe.py",
     "passes/test_prune_weights.py",
     "passes/test_round_weights.py",
+    "tools/test_experiment.py",
     "tools/test_leaderboard.py",
     "tools/test_packaging.py",
     "tools/test_train_",
