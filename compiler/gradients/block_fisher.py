@@ -14,9 +14,9 @@ eigenvalues: so much has each of n gradients of a diagonal F by chance, and ther
 FIMA-Q finds both from gradients of a KL divergence at outputs that are perturbed or quantized, where they are F times
 the perturbation.
 
-Measured on mnist-onnx with weights of 4 bits, by blocks in 200 steps, the rounding alone (epsilon, and median PSNR of 16
-images; dB), by the annealing: learning rate 0.15, regularization 100: mean squares 22.2, 18.7, Fisher 19.7, 13.1; 0.15,
-25: Fisher 20.2, 18.8; 0.03, 10: mean squares 21.7, 22.1, Fisher 22.0, 24.6. To nearest 19.4, 15.1.
+Measured on mnist-onnx with weights of 4 bits, by blocks in 200 steps, the rounding alone (epsilon, and median PSNR of
+16 images; dB), by the annealing: learning rate 0.15, regularization 100: mean squares 22.2, 18.7, Fisher 19.7, 13.1;
+0.15, 25: Fisher 20.2, 18.8; 0.03, 10: mean squares 21.7, 22.1, Fisher 22.0, 24.6. To nearest 19.4, 15.1.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         try:
             yield started
         finally:
-            started.shutdown()
+            started.shutdown()  # type: ignore[no-untyped-call]
             vars(started).clear()
             with warnings.catch_warnings():  # Ray leaves files of its logs open
                 warnings.simplefilter("ignore")
