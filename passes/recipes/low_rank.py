@@ -73,7 +73,7 @@ LOW_RANK = (
         claim="w4a8",
     ),
     Recipe(
-        "int2.1",
+        "int21",
         "gptq with weights of 2 bits and float branches of low rank that make up for their rounding",
         static(
             SplitRanks(weight_bits=2, rounding="gptq", iterations=10),
