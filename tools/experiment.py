@@ -168,7 +168,8 @@ def _line(key: tuple[str, str, str], cells: list[Cell]) -> Line:
     for _ in range(RESAMPLES):
         seeds = (images[i] for i in rng.integers(len(images), size=len(images)))
         draws.append(np.median(np.concatenate([own[rng.integers(len(own), size=len(own))] for own in seeds])))
-    low, high = float(np.quantile(draws, 0.025, method="lower")), float(np.quantile(draws, 0.975, method="higher"))
+    low = float(np.quantile(draws, 0.025, method="lower"))  # draws, not between two: some may be infinite
+    high = float(np.quantile(draws, 0.975, method="higher"))
     sqnr = [cell.row.sqnr for cell in cells if cell.row.sqnr is not None]
     middle = float(np.median(np.concatenate(images)))
     return Line(*key, len(cells), middle, low, high, float(np.mean(sqnr)) if sqnr else None, "")
