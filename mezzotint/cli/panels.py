@@ -18,7 +18,7 @@ PANELS = {
     "Weights of a diffusers model": ("lora", "variant", "config"),
     "ONNX files": ("input_", "output", "prediction", "channels", "channel_axis"),
     "Acceptance of the finished file": ("min_sqnr", "strict", "acceptance_seconds"),
-    "This run": ("threads", "device", "quiet", "json", "help"),
+    "This run": ("threads", "device", "cluster", "quiet", "json", "help"),
 }
 """The title of each group, and the parameters of the command in it. Others are in the group `Options`."""
 
