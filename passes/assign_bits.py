@@ -71,18 +71,15 @@ from mezzotint.compiler.bits.units import (
     BitChoice,
     Unit,
     WeightQuantizers,
-    free_layers,
+    free_units,
     quantized_model,
-    units_of,
     with_choices,
     with_macs,
 )
 from mezzotint.compiler.core.execute import Feeds
-from mezzotint.compiler.core.islands import Islands
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Plan, Program
 from mezzotint.compiler.errors import RecipeError
-from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.scales.weights import WeightMethod
 from mezzotint.compiler.training.torch_check import device_is_there, require_torch
@@ -146,10 +143,8 @@ class AssignBits(Pass):
         self.check((), program.deployment)
         plan = program.require_plan()
         kinds = budgets_of(self)
-        every_layer = list(layers(program.graph))
-        islands = Islands(program, every_layer, self.islands, self.name)
-        kept = {layer.name: reason for layer in every_layer if (reason := islands.reason(layer)) is not None}
-        units = units_of(free_layers(every_layer, kept, plan, with_attention=kinds[0] in ("latency", "bops")))
+        with_attention = kinds[0] in ("latency", "bops")
+        units, kept = free_units(program, self.islands, self.name, with_attention=with_attention)
         if not units:
             return replace(program, note="no layer to choose for")
         if kinds[0] in ("latency", "bops"):

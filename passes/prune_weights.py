@@ -170,15 +170,7 @@ class _Work:
 
     def run(self) -> Program:
         o = self.options
-        self.inputs = WeightInputs.of(
-            self.program,
-            self.context,
-            calls=o.calls,
-            samples=o.samples,
-            columns=o.columns,
-            balance=o.balance,
-            memory_gb=o.memory_gb,
-        )
+        self.inputs = WeightInputs.of(self.program, self.context, o)
         self.pruner = LayerPruner(self.pattern, o.method, o.exact_inputs, o.block, o.polish, o.damp)
         kind = next((kind for kind in get_args(SparsityBudget) if getattr(o, kind) is not None), None)
         same = o.sparsity if self.pattern.sparsity is None else self.pattern.sparsity

@@ -75,7 +75,7 @@ class Reconstruct(TrainingPass):
     - `scale_shares`: how far an iteration moves the ends of the grids of a unit's activations at first, in shares of
       their size; it falls to 0. 0 leaves them alone: learn_scales learns them behind the weights.
     - `curvature`: `fisher` weights errors of the outputs by their Fisher matrix, a diagonal and a part of rank `rank`
-      (FIMA-Q; compiler/gradients/block_fisher.py); `none` counts all elements alike.
+      (FIMA-Q; compiler/gradients/block_fisher.py); `none` counts all elements equally.
     - `inner`: weight of the errors of the layers inside a block beside that of its outputs (EDA-DM).
     - `precision`: of the forward passes of the fit, `float32` or `bfloat16` (torch's autocast; quantizers compute in
       float32). Errors and images are measured in float32.

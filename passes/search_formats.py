@@ -34,16 +34,14 @@ from mezzotint.compiler.bits.allocation import smallest
 from mezzotint.compiler.bits.configurations import Configuration, SearchState
 from mezzotint.compiler.bits.mixdq import ShortTrajectories
 from mezzotint.compiler.bits.simulate import Simulator
-from mezzotint.compiler.bits.units import Unit, WeightQuantizers, free_layers, units_of
-from mezzotint.compiler.core.islands import Islands
-from mezzotint.compiler.core.option_checks import require_positive
+from mezzotint.compiler.bits.units import Unit, WeightQuantizers, free_units
+from mezzotint.compiler.core.option_checks import require_positive, require_widths
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Stats
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import name_of, numpy_of
-from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rescaling.importance import input_importance
 from mezzotint.compiler.rounding.level_fits import LevelFit, level_errors
 from mezzotint.compiler.rounding.weights import weight_rows
@@ -72,9 +70,7 @@ class SearchFormats(Pass):
 
     def __post_init__(self) -> None:
         require_positive(self, "mean_bits", "configurations", "rounds", "samples", "length")
-        if not self.widths or len(set(self.widths)) < len(self.widths) or not all(2 <= b <= 8 for b in self.widths):
-            hint = "choose different widths from 2 to 8"
-            raise RecipeError(f"{self.name}.widths is {self.widths}", where=self.name, hint=hint)
+        require_widths(self, "widths")
         known = get_args(WeightFormat)
         if not self.formats or not set(self.formats) <= set(known):
             hint = f"choose among {', '.join(known)}"
@@ -88,11 +84,9 @@ class SearchFormats(Pass):
         return kind == "uniform" or (bits in CODEBOOK_BITS and not (kind == "float" and bits < 3))
 
     def run(self, program: Program, context: Context) -> Program:
-        plan, stats, every_layer = program.require_plan(), program.require_stats(), list(layers(program.graph))
+        plan, stats = program.require_plan(), program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
-        islands = Islands(program, every_layer, self.islands, self.name)
-        kept = {layer.name: reason for layer in every_layer if (reason := islands.reason(layer)) is not None}
-        units = units_of(free_layers(every_layer, kept, plan, with_attention=False))
+        units, kept = free_units(program, self.islands, self.name)
         if not units:
             return program.noted("no layer to choose for")
         quantizers = WeightQuantizers(plan, "mse", self.name)

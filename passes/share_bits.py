@@ -33,15 +33,14 @@ import numpy as np
 
 from mezzotint.compiler.bits.allocation import allocate
 from mezzotint.compiler.bits.budget import Budget
-from mezzotint.compiler.bits.units import BitChoice, Unit, WeightQuantizers, free_layers, units_of, with_choices
-from mezzotint.compiler.core.islands import Islands
+from mezzotint.compiler.bits.units import BitChoice, Unit, WeightQuantizers, free_units, with_choices
+from mezzotint.compiler.core.option_checks import require_widths
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.core.stats import Stats
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import numpy_of
-from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.rescaling.importance import input_importance
 from mezzotint.compiler.rounding.weights import weight_rows
@@ -65,19 +64,15 @@ class ShareBits(Pass):
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
 
     def __post_init__(self) -> None:
-        if not self.widths or len(set(self.widths)) < len(self.widths) or not all(2 <= b <= 8 for b in self.widths):
-            hint = "choose different widths from 2 to 8"
-            raise RecipeError(f"{self.name}.widths is {self.widths}", where=self.name, hint=hint)
+        require_widths(self, "widths")
         if not min(self.widths) <= self.mean_bits < np.inf:
             hint = f"choose {min(self.widths)} or more, the smallest of {self.name}.widths"
             raise RecipeError(f"{self.name}.mean_bits is {self.mean_bits}", where=self.name, hint=hint)
 
     def run(self, program: Program, context: Context) -> Program:
-        plan, stats, every_layer = program.require_plan(), program.require_stats(), list(layers(program.graph))
+        plan, stats = program.require_plan(), program.require_stats()
         stats.check_graph(graphs.digest(program.model), self.name)
-        islands = Islands(program, every_layer, self.islands, self.name)
-        kept = {layer.name: reason for layer in every_layer if (reason := islands.reason(layer)) is not None}
-        units = units_of(free_layers(every_layer, kept, plan, with_attention=False))
+        units, kept = free_units(program, self.islands, self.name)
         if not units:
             return program.noted("no layer to choose for")
         quantizers = WeightQuantizers(plan, "mse", self.name)
@@ -94,14 +89,14 @@ class ShareBits(Pass):
     def _equal(self, units: Sequence[Unit], quantizers: WeightQuantizers, stats: Stats) -> list[int]:
         """Return the widths of equal loss."""
         costs = np.array([_loss(unit, quantizers, stats, self.name) for unit in units])
-        wished = np.log2(np.maximum(costs, 1e-300)) / 2
+        ideal = np.log2(np.maximum(costs, 1e-300)) / 2
         sizes, widths = np.array([unit.size for unit in units]), np.array(sorted(self.widths))
         middles = (widths[1:] + widths[:-1]) / 2
 
         def at(t: float) -> list[int]:
-            return [int(b) for b in widths[np.searchsorted(middles, wished + t)]]
+            return [int(b) for b in widths[np.searchsorted(middles, ideal + t)]]
 
-        low, high = float(-wished.max()), float(widths[-1] - wished.min())  # all the narrowest, all the widest
+        low, high = float(-ideal.max()), float(widths[-1] - ideal.min())  # all the narrowest, all the widest
         while high - low > FINE:
             middle = (low + high) / 2
             fits = float(sizes @ at(middle)) <= self.mean_bits * sizes.sum()

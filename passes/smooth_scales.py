@@ -72,11 +72,14 @@ class SmoothScales(ScaledInputs):
         loud = _floored(together(evidence.peaks, axis=0))
         heavy = _floored(evidence.weight_peaks)
         if self.form == "log":
-            return {"1": tamed(loud / np.log2(2 + loud / loud.mean()))}
-        candidates = {f"{alpha:g}": tamed(loud**alpha / heavy ** (1 - alpha)) for alpha in self._alphas}
+            candidates = {"1": tamed(loud / np.log2(2 + loud / loud.mean()))}
+        else:
+            candidates = {f"{alpha:g}": tamed(loud**alpha / heavy ** (1 - alpha)) for alpha in self._alphas}
         return {name: powers_of_two(s) for name, s in candidates.items()} if self.power_of_two else candidates
 
     def describe(self, tally: Tally) -> str:
+        if self.form == "log":
+            return "logarithmic factors" if tally.choices else ""
         return f"alpha {np.median([float(c) for c in tally.choices]):g} in the middle" if tally.choices else ""
 
 

@@ -53,7 +53,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
+from mezzotint.compiler.core.option_checks import require_not_negative, require_positive, require_widths
 from mezzotint.compiler.core.pipeline import Context, GraphPass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -116,11 +116,7 @@ class SplitRanks(GraphPass):
             raise RecipeError(f"{self.name}.share is {self.share:g}", where=self.name, hint="choose a share below 1")
         if self.mean_bits is not None:
             require_positive(self, "mean_bits")
-            fine = len(set(self.widths)) == len(self.widths) > 0 and all(2 <= b <= 8 for b in self.widths)
-            if not fine:
-                raise RecipeError(
-                    f"{self.name}.widths is {self.widths}", where=self.name, hint="choose different widths from 2 to 8"
-                )
+            require_widths(self, "widths")
 
     def run(self, program: Program, context: Context) -> Program:
         weights, whole = find_prunable(program, self.islands, PruningPattern("unstructured"), self.name)
@@ -146,15 +142,7 @@ class _Work:
 
     def run(self) -> Program:
         o = self.options
-        self.inputs = WeightInputs.of(
-            self.program,
-            self.context,
-            calls=o.calls,
-            samples=o.samples,
-            columns=o.columns,
-            balance=o.balance,
-            memory_gb=o.memory_gb,
-        )
+        self.inputs = WeightInputs.of(self.program, self.context, o)
         self.splitter = LayerSplitter(o.weighting, o.rounding, o.weights, o.iterations, o.half, o.damp)
         self.shapes = [LayerShape(w.name, w.size // w.inputs.inputs, w.inputs.inputs) for w in self.weights]
         chosen = self._chosen()

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ..core.option_checks import require_widths
 from ..core.pipeline import Pass
 from ..errors import RecipeError
 from .budget import BudgetKind
@@ -31,10 +32,7 @@ def check_options(step: Pass) -> None:
         )
     for kind in kinds:
         _require(step, kind, getattr(step, kind) > 0, "choose above 0")
-    for option in ("widths", "activation_widths"):
-        values = getattr(step, option)
-        fine = bool(values) and len(set(values)) == len(values) and all(2 <= b <= 8 for b in values)
-        _require(step, option, fine, "choose different widths from 2 to 8")
+    require_widths(step, "widths", "activation_widths")
     for option in ("calls", "samples", "splits", "length", "parts", "probes"):
         _require(step, option, getattr(step, option) >= 1, "choose 1 or more")
     _require(step, "spread", 0 < o.spread < np.inf, "choose above 0, such as 0.1")

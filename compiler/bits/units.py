@@ -14,10 +14,11 @@ from mezzotint.runtime.sampling.condition_network import call_conditions
 
 from ..core.execute import Executor
 from ..core.formats import Format
+from ..core.islands import Islands
 from ..core.pipeline import Context
 from ..core.program import Plan, Program, Quantizer, Site
 from ..graph.nodes import Builder, Names, name_of, numpy_of
-from ..graph.ops import Layer, float_reason
+from ..graph.ops import Layer, float_reason, layers
 from ..graph.require import shape_of
 from ..scales.weights import WeightMethod, rounded_weight, weight_format, weight_quantizer
 
@@ -106,6 +107,17 @@ def free_layers(found: Sequence[Layer], kept: Collection[str], plan: Plan, *, wi
         and (layer.weight is not None or with_attention)
         and all(plan.of(name_of(v), layer.name) is not None for v in quantized(layer))
     ]
+
+
+def free_units(
+    program: Program, islands: Sequence[str], by: str, *, with_attention: bool = False
+) -> tuple[list[Unit], dict[str, str]]:
+    """Return the units to choose for, and the layers that `islands` keep in float with the reason. `by` is the pass."""
+    every_layer = list(layers(program.graph))
+    found = Islands(program, every_layer, tuple(islands), by)
+    kept = {layer.name: reason for layer in every_layer if (reason := found.reason(layer)) is not None}
+    free = free_layers(every_layer, kept, program.require_plan(), with_attention=with_attention)
+    return units_of(free), kept
 
 
 def with_macs(units: Sequence[Unit], program: Program, context: Context) -> list[Unit]:

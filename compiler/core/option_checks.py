@@ -22,3 +22,12 @@ def require_not_negative(step: Pass, *options: str) -> None:
         value = getattr(step, option)
         if not 0 <= value < np.inf:
             raise RecipeError(f"{step.name}.{option} is {value}", where=step.name, hint="choose 0 or a positive number")
+
+
+def require_widths(step: Pass, *options: str) -> None:
+    """Raise RecipeError for an option of a pass that does not name different widths from 2 to 8 bits."""
+    for option in options:
+        widths = getattr(step, option)
+        if not widths or len(set(widths)) < len(widths) or not all(2 <= bits <= 8 for bits in widths):
+            hint = "choose different widths from 2 to 8"
+            raise RecipeError(f"{step.name}.{option} is {widths}", where=step.name, hint=hint)

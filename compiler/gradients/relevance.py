@@ -7,7 +7,7 @@ Layer-wise relevance propagation starts with the output's own values and hands t
     noise(layer, bits) = sum |R| over the layer's output * |Q(w) - w|^2 / |w|^2
 
 goes into the integer program: the relative error of a layer's weights is that of its output, if errors are random, and
-its relevance is how much of the output's square depends on it. Both halves of guidance count alike.
+its relevance is how much of the output's square depends on it. Both halves of guidance count equally.
 
 Measured with 4 bits a weight on average (widths 2, 4, 8; SQNR of epsilon with all else in float): digits 39.4 dB in 9
 seconds of one core, where hawq has 40.3 in 38. Images (PSNR of 32, median) gain nothing over 4 bits everywhere: digits

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..rounding.layer_inputs import Gathered, Latents, chosen_latents, gather_floats
 from ..rounding.parts import parts_in_memory
 from .prunable import PrunableWeight
+
+
+class InputOptions(Protocol):
+    """The options of a pass that measures H: its calls, samples, columns (positions), balance and memory."""
+
+    @property
+    def calls(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def balance(self) -> bool: ...
+    @property
+    def memory_gb(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +44,12 @@ class WeightInputs:
     memory_gb: float
 
     @staticmethod
-    def of(
-        program: Program, context: Context, *, calls: int, samples: int, columns: int, balance: bool, memory_gb: float
-    ) -> WeightInputs:
+    def of(program: Program, context: Context, options: InputOptions) -> WeightInputs:
         """Keep a copy of the program's graph, and follow the trajectories of a few samples through it."""
         source = replace(program, model=program.model.clone())
-        few = replace(context, samples=min(samples, context.samples))
-        latents = chosen_latents(replace(program, float_model=source.model), few, calls)
-        return WeightInputs(source, context, few, latents, columns, balance, memory_gb)
+        few = replace(context, samples=min(options.samples, context.samples))
+        latents = chosen_latents(replace(program, float_model=source.model), few, options.calls)
+        return WeightInputs(source, context, few, latents, options.columns, options.balance, options.memory_gb)
 
     def each(self, weights: Sequence[PrunableWeight], stage: str) -> Iterator[tuple[PrunableWeight, Gathered]]:
         """Yield each weight with the matrices that its own is among. `stage` names the progress."""

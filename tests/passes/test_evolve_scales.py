@@ -46,9 +46,9 @@ def test_scales_move_and_the_error_falls(quantized: Program, context: Context, m
         if ratio[0] == 1:
             continue  # as it was: in float, in front of its quantizer
         moved += 1
-        planned = after.require_plan().of(new.value.name or "", layer_name(new.readers[0]))
-        if planned is not None:
-            np.testing.assert_array_equal(planned.scale, new.scale())
+        planned = after.require_plan().of((old.value.name or "").removesuffix("_rows"), layer_name(new.readers[0]))
+        assert planned is not None and planned.by == "evolve_scales"
+        np.testing.assert_array_equal(planned.scale, new.scale())
         steps = new.rows() / new.scale()[:, None]
         np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
         assert np.abs(steps).max() < 3.001

@@ -7,8 +7,10 @@ import pytest
 from mezzotint.compiler.bits.configurations import SearchState
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context
-from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.ops import layers
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
@@ -46,6 +48,13 @@ def test_the_best_measured_configuration_becomes_the_plan(
     size = state.limit / 5
     bits = sum(row[c] for row, c in zip(state.costs, best, strict=True)) / size
     assert f": {bits:.3f} bits a weight" in after.history[-1].note and bits <= 5
+    kinds = [(b, book) for b in (3, 4, 8) for book in (False, True, True) if b < 8 or not book]
+    wanted = [kinds[k] for k in best]
+    plan = after.require_plan()
+    every = [layer for layer in layers(after.graph) if layer.weight is not None and layer.name not in plan.islands]
+    found = [plan.quantizers[Site(name_of(layer.weight))] for layer in every]
+    chosen = [(quantizer.bits, quantizer.levels is not None) for quantizer in found]
+    assert chosen == wanted
     weights = [q for site, q in after.require_plan().quantizers.items() if q.axis is not None]
     assert {q.by for q in weights if q.levels is not None} == {"search_formats"}
     assert len({(q.bits, q.levels is None) for q in weights}) > 1

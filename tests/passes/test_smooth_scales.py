@@ -202,6 +202,18 @@ def quantized_noise(program: Program, context: Context, weight_bits: Any, activa
     return float(10 * np.log10(((got - want) ** 2).sum() / (want**2).sum()))
 
 
+def test_logarithmic_factors_bring_loud_channels_down_to_their_logarithm() -> None:
+    """FPTQ: x / s has the peaks log2(2 + amax / mean), up to one number for all channels."""
+    peaks = np.array([0.5, 1.0, 2.0, 100.0])
+    weights = [_matmul(np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32))]
+    evidence = Evidence(np.stack([-peaks, peaks])[None], peaks**2 / 3, weights, Widths(4, 8))
+    left = peaks / SmoothScales(form="log").candidates(evidence, weights)["1"]
+    wanted = np.log2(2 + peaks / peaks.mean())
+    np.testing.assert_allclose(left / left[0], wanted / wanted[0])
+    rounded = SmoothScales(form="log", power_of_two=True).candidates(evidence, weights)["1"]
+    assert np.all(np.frexp(rounded)[0] == 0.5)
+
+
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 4), (4, 8), (4, 4), (3, 6)])
 def test_the_search_finds_a_good_alpha(
     outliers: Program, context: Context, weight_bits: Any, activation_bits: Any

@@ -22,6 +22,7 @@ from tests.helpers.labels import CLASSES, labelled
 from tests.helpers.tiny import tiny_model
 from tools.leaderboard_options import parsed
 from tools.leaderboard_page import WIDTHS, Row, page
+from tools.leaderboard_recipes import chosen_options
 from tools.leaderboard_record import read_record, record_of, write_record
 
 TOOL = Path(__file__).parents[2] / "tools" / "leaderboard.py"
@@ -294,3 +295,9 @@ def test_a_width_sets_every_pass_that_has_one(board: ModuleType) -> None:
     weight_only = {p.name: p.options() for p in board.at_width(RECIPES["q-diffusion"], "w4a16").passes}
     assert weight_only["choose_scales"]["activation_bits"] == "float"
     assert weight_only["split_shortcuts"]["activation_bits"] == 8, "a rewrite's choice has no float activations"
+
+
+def test_a_key_has_the_options_that_are_not_defaults() -> None:
+    chosen = dict(chosen_options(RECIPES["gpfq"]))
+    assert chosen["round_weights"] == {"method": "comq", "sweeps": 1, "act_order": False}
+    assert chosen["observe"] == {} and list(chosen) == [step.name for step in RECIPES["gpfq"].passes]
