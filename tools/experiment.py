@@ -33,12 +33,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mezzotint.cluster.connection import open_cluster
+from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.runtime.errors import InputError, MezzotintError
 from mezzotint.runtime.streams import BOOTSTRAP
 from tools.leaderboard import Board
 from tools.leaderboard_cluster import ROOT, save_rows
 from tools.leaderboard_options import parsed
-from tools.leaderboard_page import Row
+from tools.leaderboard_page import WIDTHS, Row
 
 RESAMPLES = 1000
 
@@ -95,13 +96,21 @@ class Line:
 
 
 def read_experiment(file: Path) -> Experiment:
-    """Return the experiment of a file. Raises InputError for another file."""
+    """Return the experiment of a file. Raises InputError for another file, and for unknown recipes and widths."""
+    hint = "the head of tools/experiment.py has an example"
     try:
-        return Experiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise InputError(
-            f"the experiment cannot be read: {error}", where=str(file), hint="see tools/experiment.py"
-        ) from error
+        found = Experiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(f"{place}: {first['msg']}", where=str(file), hint=hint) from error
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"the experiment cannot be read: {error}", where=str(file), hint=hint) from error
+    for key, names, known in (("recipes", found.recipes, RECIPES), ("widths", found.widths, WIDTHS)):
+        if unknown := [name for name in names if name not in known]:
+            hint = "`mezzotint recipes` lists them" if key == "recipes" else f"choose among {', '.join(known)}"
+            raise InputError(f"{key}: there is no {unknown[0]!r}", where=str(file), hint=hint)
+    return found
 
 
 def boards(experiment: Experiment, file: Path, folder: Path, write_only: bool) -> Iterator[tuple[str, int, Board]]:

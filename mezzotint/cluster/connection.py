@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -34,6 +35,7 @@ _TOKEN = secrets.token_hex(32)  # without one, anybody on this machine could sen
 _folders_of_job: list[tuple[str, ...]] = []  # at most one: what `current_folders` was when this process connected
 _used: set[str] = set()  # has _TOKEN once Ray was imported with it
 LONGEST_PLACE = 30  # characters, with 77 of Ray's own behind them
+ANSWER_SECONDS = 5.0
 STORE_BYTES = 256 << 20  # of the local object store: what waits between a worker and the driver
 
 
@@ -109,6 +111,7 @@ def _start(ray: Any, spec: str, threads: int, folder: str | None) -> None:
     quiet = {"log_to_driver": False, "configure_logging": False}
     if folder is None:
         try:
+            _knock(spec)
             ray.init(address=spec, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             line = (str(error).splitlines() or [""])[0]
@@ -126,6 +129,13 @@ def _start(ray: Any, spec: str, threads: int, folder: str | None) -> None:
         _system_config={"worker_niceness": 0},  # Ray's 15 would starve workers beside any other process
         **quiet,
     )
+
+
+def _knock(spec: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself tries for minutes."""
+    host, _, port = spec.removeprefix("ray://").rpartition(":")
+    if host:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
 
 
 def _short_place() -> str | None:

@@ -33,10 +33,12 @@ class ObjectFolder:
             from fsspec.core import url_to_fs
 
             self._system, self._root = url_to_fs(self.url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise InputError(
-                f"the object store cannot be opened: {error}", where=url, hint="pip install 'mezzotint[cluster]'"
-            ) from error
+        except ImportError as error:
+            hint = "pip install 'mezzotint[cluster]' for s3://, or what the message names"
+            raise InputError(f"the object store cannot be opened: {error}", where=url, hint=hint) from error
+        except ValueError as error:
+            hint = "use s3://BUCKET/NAME, or another protocol of fsspec"
+            raise InputError(f"the object store cannot be opened: {error}", where=url, hint=hint) from error
 
     def __str__(self) -> str:
         return self.url

@@ -65,8 +65,21 @@ def test_an_interval_covers_seeds_and_images() -> None:
     assert (c.psnr, c.refused) == (None, "it cannot")
 
 
-@pytest.mark.parametrize("change", [("name: small", "name: ../x"), ("seeds: [0, 1]", "seeds: []"), ("steps", "step")])
-def test_files_that_are_refused(tmp_path: Path, change: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("name: small", "name: ../x"), "name: String should match"),
+        (("seeds: [0, 1]", "seeds: []"), "seeds: List should have"),
+        (("steps", "step"), "step: Extra inputs"),
+        (("[w8a8]", "[w9a9]"), "recipes: there is no 'w9a9'"),
+        (("w4a8]", "w1a1]"), "widths: there is no 'w1a1'"),
+        (("models: [", "models: [["), "the experiment cannot be read"),
+    ],
+)
+def test_files_that_are_refused(
+    tmp_path: Path, change: tuple[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "e.yaml").write_text(TEXT.replace(*change), encoding="utf-8")
     assert main([str(tmp_path / "e.yaml"), "--folder", str(tmp_path / "out")]) == 2
-    assert "the experiment cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said and "pydantic" not in said and not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,10 @@ class TestNames:
     def test_nothing_of_ray_is_imported_without_a_cluster(self) -> None:
         loaded = loaded_after("import mezzotint.cli.app, mezzotint.shards.draw, mezzotint.cluster.connection")
         assert "numpy" in loaded and not loaded & {"ray", "s3fs", "fsspec", "aiobotocore"}
+
+
+def test_an_address_where_nobody_listens_is_an_answer_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError, match="no cluster answers"), open_cluster("127.0.0.1:1"):
+        pass
+    assert time.monotonic() - started < 15  # Ray by itself tries for minutes
