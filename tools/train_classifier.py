@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.utils import fusion
 
 from mezzotint.compiler.frontend.torch_example import quiet_exporter
-from mezzotint.frechet import FEATURES, LOGITS, FeatureNet
+from mezzotint.frechet import FEATURES, LOGITS, SPATIAL, FeatureNet
 from mezzotint.io.files import replacing
 from mezzotint.runtime.errors import InputError, MezzotintError
 from tools.digits_batches import load_images
@@ -92,7 +92,7 @@ class Digits:
 
 
 class Classifier(nn.Module):
-    """Pictures `[batch, 1, 32, 32]` to (features `[batch, 64]`, logits `[batch, 10]`)."""
+    """Pictures `[batch, 1, 32, 32]` to (features `[batch, 64]`, logits `[batch, 10]`, maps `[batch, 32, 8, 8]`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,13 +105,14 @@ class Classifier(nn.Module):
         self.standard = nn.BatchNorm1d(WIDTH, affine=False)
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = images
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, maps = images, []
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = nn.functional.silu(norm(convolution(x)))
+            maps.append(x)
         x = nn.functional.dropout(x.flatten(1), 0.25, self.training)
         features = self.standard(self.features(x))
-        return features, self.head(nn.functional.silu(features))
+        return features, self.head(nn.functional.silu(features)), maps[1]
 
     def folded(self) -> Classifier:
         """The same function for inference, without normalizations."""
@@ -155,7 +156,7 @@ def fit(digits: Digits, options: Options, device: str, console: Console | None =
                 order = np.random.default_rng([options.seed, epoch]).permutation(len(digits))
             chosen = order[position * options.batch : (position + 1) * options.batch]
             torch.manual_seed(options.seed * 1_000_003 + step)  # dropout
-            _, logits = model(torch.from_numpy(digits.images(chosen)).to(device))
+            _, logits, _ = model(torch.from_numpy(digits.images(chosen)).to(device))
             loss = nn.functional.cross_entropy(logits, torch.from_numpy(digits.labels[chosen]).to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -192,7 +193,7 @@ def export(model: Classifier) -> bytes:
             opset_version=OPSET,
             verbose=False,
             input_names=["images"],
-            output_names=[FEATURES, LOGITS],
+            output_names=[FEATURES, LOGITS, SPATIAL],
             dynamic_shapes=({0: batch},),
         )
     assert program is not None

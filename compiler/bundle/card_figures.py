@@ -29,8 +29,11 @@ METRIC_NAMES = {
     "lpips_mean": "LPIPS, mean",
     "agreement": "same class",
     "frechet": "Frechet distance to the float images",
+    "sfid": "sFID: the same of spatial features",
     "precision": "precision",
     "recall": "recall",
+    "inception_score": "inception score",
+    "inception_score_float": "inception score of the float images",
 }
 """The metrics of an evaluation in words, by their keys in JSON."""
 _EVAL = 'give what `mezzotint eval --json` printed, or {"metrics": {NAME: NUMBER}}'

@@ -1,15 +1,16 @@
 """Networks that compute features of images, by name or by path, for distances between sets of images.
 
     digits                   the embedded classifier of 1x32x32 digits: 64 features, ten classes
-    FILE.onnx                one input, float32 images as sampled; an output `features`, optionally `logits`
-    inception                torch-fidelity's InceptionV3, 2048 features: the usual network of FID
+    FILE.onnx                one input, float32 images as sampled; an output `features`, and `logits` or `spatial` maps
+    inception                torch-fidelity's InceptionV3, 2048 features and 1008 logits: the usual network of FID
     package.module:attribute a torch.nn.Module, or a class or function that returns one without arguments
     none                     no features
 
 A module follows the convention of torchmetrics' custom extractors and of torch-fidelity: it is called with uint8 images
 [N, 3, H, W] from 0 to 255 and returns features [N, D], or a tuple of one such tensor, as torch-fidelity's
-FeatureExtractorBase does for one requested feature. Images from -1 to 1 are rounded to 0..255, and grey ones repeated
-to three channels. The module must resize them itself. Naming a module runs its code.
+FeatureExtractorBase does for one requested feature, or a mapping of tensors by the names that outputs of an ONNX file
+have. Images from -1 to 1 are rounded to 0..255, and grey ones repeated to three channels. The module must resize them
+itself. Naming a module runs its code.
 
 LPIPS (Zhang et al. 2018, arXiv 1801.03924) is taken from `lpips`, or from torchmetrics with torchvision, on AlexNet.
 """
@@ -17,7 +18,7 @@ LPIPS (Zhang et al. 2018, arXiv 1801.03924) is taken from `lpips`, or from torch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ import numpy.typing as npt
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import Images, no_image
 
-from ..frechet import CLASSIFIER, FeatureNet, Features
+from ..frechet import CLASSIFIER, FEATURES, LOGITS, SPATIAL, FeatureNet, Features
 from ..io.images import to_pixels
 
 if TYPE_CHECKING:
@@ -43,17 +44,26 @@ TORCH_BATCH = 32  # images in one call of a torch module
 PerceptualDistance = Callable[[Images, Images], npt.NDArray[np.float64]]
 
 
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """What a network computes of n images: features `[n, D]`, logits `[n, K]`, and flat spatial features `[n, S]`.
+
+    Spatial features keep the places: they are the first channels of an inner map, as many as have no more numbers than
+    there are features (sFID, Nash et al. 2021, arXiv 2103.03841, has 7 x 17 x 17 of Inception's beside 2048).
+    """
+
+    features: Features
+    logits: Features | None = None
+    spatial: Features | None = None
+
+
 @dataclass(frozen=True)
 class Extractor:
-    """`features` turns images float32 `[n, C, H, W]` in [-1, 1] into `[n, D]`, `classify` into classes `[n]`.
-
-    Features of one `digest` can be compared. `classify` is None for a network without classes.
-    """
+    """`measure` turns images float32 `[n, C, H, W]` in [-1, 1] into features. Those of one `digest` can be compared."""
 
     name: str
     digest: str
-    features: Callable[[Images], Features]
-    classify: Callable[[Images], npt.NDArray[np.int64]] | None
+    measure: Callable[[Images], ImageFeatures]
 
 
 def open_extractor(name: str, shape: tuple[int, ...], threads: int | None = None) -> Extractor:
@@ -61,7 +71,7 @@ def open_extractor(name: str, shape: tuple[int, ...], threads: int | None = None
     if name == DIGITS or name.endswith(".onnx"):
         extractor = _onnx(name, threads)
     elif name == INCEPTION:
-        extractor = _torch(name, _inception())
+        extractor = _torch(name, _inception(), (FEATURES, LOGITS))
     elif ":" in name:
         extractor = _torch(name, _module(name))
     else:
@@ -76,7 +86,7 @@ def open_extractor(name: str, shape: tuple[int, ...], threads: int | None = None
             where="--features",
             hint="leave --features out: latents would have to be decoded first",
         )
-    extractor.features(np.zeros((2, *shape), np.float32))
+    extractor.measure(np.zeros((2, *shape), np.float32))
     return extractor
 
 
@@ -90,7 +100,23 @@ def default_extractor(shape: tuple[int, ...]) -> tuple[str, str]:
 
 def _onnx(name: str, threads: int | None) -> Extractor:
     net = FeatureNet(CLASSIFIER if name == DIGITS else Path(name), threads=threads)
-    return Extractor(name, net.digest, net.features, net.classify if net.classifies else None)
+    return Extractor(name, net.digest, lambda images: _features_of(net.measure(images), name))
+
+
+def _features_of(outputs: Mapping[str, npt.NDArray[Any]], name: str) -> ImageFeatures:
+    """Return what a network's outputs are, by their names."""
+    features, maps = outputs[FEATURES], outputs.get(SPATIAL)
+    if maps is None:
+        return ImageFeatures(features, outputs.get(LOGITS))
+    channels = features.shape[1] // (maps.shape[2] * maps.shape[3])
+    if not channels:
+        sizes = "x".join(map(str, maps.shape[2:]))
+        raise InputError(
+            f"the extractor's spatial maps of {sizes} have more numbers than its {features.shape[1]} features",
+            where=name,
+            hint="give smaller maps",
+        )
+    return ImageFeatures(features, outputs.get(LOGITS), maps[:, :channels].reshape(len(maps), -1))
 
 
 def _inception() -> torch.nn.Module:
@@ -102,7 +128,7 @@ def _inception() -> torch.nn.Module:
         )
     try:
         network = import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-        return network("inception-v3-compat", ["2048"])  # type: ignore[no-any-return]
+        return network("inception-v3-compat", ["2048", "logits_unbiased"])  # type: ignore[no-any-return]
     except Exception as error:  # its weights are downloaded, which can fail in many ways
         raise InputError(
             f"inception cannot be made: {type(error).__name__}: {error}",
@@ -137,19 +163,20 @@ def _module(name: str) -> torch.nn.Module:
     return module
 
 
-def _torch(name: str, module: torch.nn.Module) -> Extractor:
+def _torch(name: str, module: torch.nn.Module, outputs: tuple[str, ...] = (FEATURES,)) -> Extractor:
+    """Return the extractor of a module; `outputs` are the names of the tensors of a tuple."""
     module = module.eval()
     digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
     for key, value in sorted(module.state_dict().items()):
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return Extractor(name, digest.hexdigest(), lambda images: _run(name, module, images), None)
+    return Extractor(name, digest.hexdigest(), lambda images: _features_of(_run(name, module, images, outputs), name))
 
 
-def _run(name: str, module: torch.nn.Module, images: Images) -> Features:
+def _run(name: str, module: torch.nn.Module, images: Images, names: tuple[str, ...]) -> dict[str, Features]:
     import torch
 
     pixels = to_pixels(images).transpose(0, 3, 1, 2)
-    features = []
+    found: dict[str, list[Features]] = {}
     for first in range(0, len(pixels), TORCH_BATCH):
         part = pixels[first : first + TORCH_BATCH]
         part = np.ascontiguousarray(np.repeat(part, 3, axis=1) if part.shape[1] == 1 else part)
@@ -158,17 +185,35 @@ def _run(name: str, module: torch.nn.Module, images: Images) -> Features:
                 output = module(torch.from_numpy(part))
         except Exception as error:  # third-party code
             raise _refused(name, f"refused uint8 images {list(part.shape)}: {error}") from error
-        if isinstance(output, (tuple, list)) and len(output) == 1:
-            output = output[0]
-        if not isinstance(output, torch.Tensor):
-            raise _refused(name, f"returns {type(output).__name__}, expected one tensor [N, D]")
-        rows = output.detach().cpu().float().numpy()
-        if rows.ndim < 2 or len(rows) != len(part) or any(size != 1 for size in rows.shape[2:]):
-            raise _refused(name, f"returns {list(rows.shape)} for {len(part)} images, expected [N, D]")
-        if not np.isfinite(rows).all():
-            raise _refused(name, "returns features that are not finite")
-        features.append(rows.reshape(len(rows), -1))
-    return np.concatenate(features)
+        for key, tensor in _named(name, output, names).items():
+            found.setdefault(key, []).append(_rows_of(name, key, tensor, len(part)))
+    return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+def _named(name: str, output: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return a module's answer by the names of outputs."""
+    if isinstance(output, Mapping) and FEATURES in output and output.keys() <= {FEATURES, LOGITS, SPATIAL}:
+        return output
+    tensors = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    if len(tensors) != len(names):
+        raise _refused(name, f"returns {type(output).__name__}, expected one tensor [N, D]")
+    return dict(zip(names, tensors, strict=True))
+
+
+def _rows_of(name: str, key: str, tensor: Any, count: int) -> Features:
+    """Return an output of so many images as float32, `[n, D]` or maps `[n, C, H, W]`. Raises InputError."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise _refused(name, f"returns {type(tensor).__name__}, expected one tensor [N, D]")
+    rows = tensor.detach().cpu().float().numpy()
+    flat = rows.ndim >= 2 and all(size == 1 for size in rows.shape[2:])
+    if not (rows.ndim == 4 if key == SPATIAL else flat) or len(rows) != count:
+        expected = "maps [N, C, H, W]" if key == SPATIAL else "[N, D]"
+        raise _refused(name, f"returns {list(rows.shape)} for {count} images, expected {expected}")
+    if not np.isfinite(rows).all():
+        raise _refused(name, f"returns {key} that are not finite")
+    return rows if key == SPATIAL else rows.reshape(count, -1)
 
 
 def _refused(name: str, what: str) -> InputError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mezzotint.runtime.progress import Progress
 
 from ..cluster.driver import Cluster
 from ..shards.run import Run
 from .extractors import Extractor
 from .metrics import PairNumbers
-from .pair_numbers import PairMeasure, ShardNumbers, join_numbers
-from .pair_work import measure_on_cluster
+from .pair_numbers import PairMeasure, PairTotals, ShardNumbers
+from .pair_work import measured_on_cluster
 from .shards import ImagePairs, PairSampler, PairShard
 
 
@@ -21,31 +23,38 @@ def measure_images(
     *,
     keep: bool,
     progress: Progress,
+    resamples: int = 0,
     cluster: Cluster | None = None,
 ) -> PairNumbers:
     """Return the numbers of every pair of a run. With `keep` its shards are read from its folder and written there.
 
-    `no_features` is the reason for an absent extractor. With a `cluster`, its workers sample and measure the
-    shards that the folder lacks. Raises InputError for images that are not finite, OutputError.
+    `no_features` is the reason for an absent extractor, `resamples` the draws of the bootstrap over features. With a
+    `cluster`, its workers sample and measure the shards that the folder lacks. Numbers are added in the order of the
+    shards, so they are the same bytes wherever they were measured. Raises InputError for images that are not finite,
+    OutputError.
     """
     measure = PairMeasure(tuple(run.settings["sample_shape"]), extractor)
-    shards = {number: PairShard(run, number) for number in range(run.count)}
-    found: dict[int, ShardNumbers] = {}
     n = run.settings["pictures"]
-    missing: list[int] = []
-    for number, shard in shards.items():
-        pairs = shard.load() if keep else None
-        if pairs is None and cluster is not None:
-            missing.append(number)
+    totals = PairTotals(n, measure, no_features, resamples)
+    shards = [PairShard(run, number) for number in range(run.count)]
+    elsewhere: list[int] = []
+    distant: Iterator[ShardNumbers] = iter(())
+    if cluster is not None:
+        elsewhere = [number for number, shard in enumerate(shards) if not keep or shard.load() is None]
+        features = None if extractor is None else extractor.name
+        distant = measured_on_cluster(cluster, sampler, run, elsewhere, features, keep, progress)
+    for number, shard in enumerate(shards):
+        if number in elsewhere:
+            totals.add(next(distant))
             continue
+        pairs = shard.load() if keep else None
         if pairs is None:
             pairs = _sampled(sampler, run, shard, keep, progress)
         progress("pairs of images", shard.stop, n)
-        found[number] = measure.numbers(sampler.bundle, pairs)
-    if cluster is not None and missing:
-        features = None if extractor is None else extractor.name
-        found |= measure_on_cluster(cluster, sampler, run, missing, features, keep, progress)
-    return join_numbers([found[number] for number in shards], measure, no_features)
+        totals.add(measure.numbers(sampler.bundle, pairs))
+    for _ in distant:  # its end closes the record of machines
+        pass
+    return totals.numbers()
 
 
 def _sampled(sampler: PairSampler, run: Run, shard: PairShard, keep: bool, progress: Progress) -> ImagePairs:

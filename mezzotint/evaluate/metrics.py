@@ -1,15 +1,17 @@
 """Metrics over paired images, with confidence intervals.
 
-Every metric is computed from numbers of each pair, so that pairs can be resampled: of n pairs, n rows are drawn with
-replacement `resamples` times, the metric is computed for each draw, and the interval spans the 2.5th to the 97.5th
-percentile of the results (Efron's percentile bootstrap). A row stands for both images of a pair, and the rows are the
-same for every metric. The interval covers the randomness of the initial noise, not that of the calibration.
+Every metric is computed from numbers of each pair, or from sums over pairs (feature_sums.py), so that pairs can be
+resampled: of n pairs, n rows are drawn with replacement `resamples` times, the metric is computed for each draw, and
+the interval spans the 2.5th to the 97.5th percentile of the results (Efron's percentile bootstrap). A row stands for
+both images of a pair, and the rows are the same for every metric. The interval covers the randomness of the initial
+noise, not that of the calibration.
 
     epsilon          SQNR along the float trajectory, from the sums of squares [steps, n] of each image
     images           PSNR, SSIM and LPIPS of each pair; SQNR of the final samples, also for latents
-    frechet          between the features of both sets (mezzotint/frechet)
+    frechet          between the features of both sets (mezzotint/frechet); sfid is that of spatial features
     precision        the share of quantized images among the float ones, in feature space, and
-    recall           of float ones among the quantized (Kynkaanniemi et al. 2019, arXiv 1904.06991)
+    recall           of float ones among the quantized (Kynkaanniemi et al. 2019, arXiv 1904.06991), of the first pairs
+    inception_score  how sure and varied the classes of the quantized images are; inception_score_float of the others
     agreement        the share of pairs that a classifier puts into the same class
 
 Precision: each float image has a ball that reaches to its k-th nearest neighbour (k = 3) among the float images. A
@@ -39,17 +41,17 @@ from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import CallProgress
 from mezzotint.runtime.streams import BOOTSTRAP
 
-from ..frechet import Features, Moments, frechet_distance
+from ..frechet import Features, frechet_distance
+from .feature_sums import DrawnClasses, DrawnMoments, FeatureSums
 
 RowIndices = npt.NDArray[np.int64]
 Statistic = Callable[[RowIndices], float]
 
 RESAMPLES = 1000
-FRECHET_RESAMPLES = 200  # one takes some milliseconds for 64 features,
-MANY_FEATURES, FEW_RESAMPLES = 256, 40  # and ten seconds for Inception's 2048
 LEVEL = 0.95
 NEIGHBOURS = 3
 BLOCK_BYTES = 64 << 20  # of distances at a time
+FEATURE_METRICS = ("frechet", "sfid", "precision", "recall", "inception_score", "inception_score_float")
 
 
 class PictureSQNR(StepSQNR):
@@ -141,7 +143,7 @@ def _ends(draws: Doubles) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PairNumbers:
-    """Numbers of each of n pairs. `missing` has the reason for each field that is None."""
+    """Numbers of each of n pairs, and sums of their features. `missing` has the reason for each field that is None."""
 
     signal: Doubles  # [steps, n]
     noise: Doubles
@@ -150,7 +152,7 @@ class PairNumbers:
     psnr: Doubles | None  # [n]
     ssim: Doubles | None
     lpips: Doubles | None
-    features: tuple[Features, Features] | None  # [n, D] of the float and of the quantized images
+    features: FeatureSums | None
     same: npt.NDArray[np.bool_] | None  # [n]
     missing: Mapping[str, str]
 
@@ -185,48 +187,57 @@ def metrics(
         "agreement": ("agreement", _of(pairs.same, np.mean)),
     }
     results = {}
+    total = len(simple) + len(FEATURE_METRICS)
     for done, (name, (field, statistic)) in enumerate(simple.items()):
-        progress(done, len(simple) + 3)
+        progress(done, total)
         if statistic is None:
             results[name] = Metric(None, why=pairs.missing[field])
         else:
             results[name] = with_interval(statistic, n, resamples, seed)
-    if pairs.features is None:
-        return {
-            **results,
-            **dict.fromkeys(("frechet", "precision", "recall"), Metric(None, why=pairs.missing["features"])),
-        }
-    one, other = pairs.features
-    results["frechet"] = _frechet(one, other, resamples, seed)
-    progress(len(simple) + 1, len(simple) + 3)
-    for i, (name, points, manifold) in enumerate((("precision", other, one), ("recall", one, other))):
-        results[name] = _share(points, manifold, resamples, seed)
-        progress(len(simple) + 2 + i, len(simple) + 3)
+    for done, (name, metric) in enumerate(_of_features(pairs, resamples, seed)):
+        results[name] = metric
+        progress(len(simple) + done + 1, total)
     return results
+
+
+def _of_features(pairs: PairNumbers, resamples: int, seed: int) -> Iterator[tuple[str, Metric]]:
+    """Yield each of FEATURE_METRICS."""
+    if pairs.features is None:
+        yield from ((name, Metric(None, why=pairs.missing["features"])) for name in FEATURE_METRICS)
+        return
+    exact, quantized, missing = pairs.features.exact, pairs.features.quantized, pairs.missing
+    yield "frechet", _frechet(exact.moments, quantized.moments)
+    one, other = exact.spatial, quantized.spatial
+    yield "sfid", Metric(None, why=missing["spatial"]) if one is None or other is None else _frechet(one, other)
+    firsts = exact.first(), quantized.first()
+    yield "precision", _share(firsts[1], firsts[0], resamples, seed)
+    yield "recall", _share(firsts[0], firsts[1], resamples, seed)
+    for name, classes in (("inception_score", quantized.classes), ("inception_score_float", exact.classes)):
+        yield name, Metric(None, why=missing["agreement"]) if classes is None else _score(classes)
 
 
 def _of(values: npt.NDArray[Any] | None, function: Callable[[npt.NDArray[Any]], Any]) -> Statistic | None:
     return None if values is None else lambda rows: float(function(values[rows]))
 
 
-def _frechet(one: Features, other: Features, resamples: int, seed: int) -> Metric:
-    most = FRECHET_RESAMPLES if one.shape[1] <= MANY_FEATURES else FEW_RESAMPLES
-
-    def distance(rows: RowIndices) -> float:
-        both = Moments(), Moments()
-        for moments, features in zip(both, (one, other), strict=True):
-            moments.add(features[rows])
-        return frechet_distance(*both)
-
-    n, resamples = len(one), min(resamples, most)
+def _frechet(one: DrawnMoments, other: DrawnMoments) -> Metric:
     try:
-        value = distance(np.arange(n))
+        value = frechet_distance(one.whole(), other.whole())
     except InputError as refused:
         return Metric(None, why=f"{refused.what}; {refused.hint}" if refused.hint else refused.what)
-    draws = _draws(distance, n, resamples, seed)
+    if not one.draws:
+        return Metric(value)
+    draws = np.array([frechet_distance(one.draw(i), other.draw(i)) for i in range(one.draws)], np.float64)
     middle = float(np.median(draws))
     low, high = _ends(draws * (value / middle) if middle > 0 else draws)
-    return Metric(value, low, high, resamples)
+    return Metric(value, low, high, one.draws)
+
+
+def _score(classes: DrawnClasses) -> Metric:
+    value, *draws = classes.scores()
+    if not draws:
+        return Metric(float(value))
+    return Metric(float(value), *_ends(np.array(draws)), len(draws))
 
 
 def _share(points: Features, manifold: Features, resamples: int, seed: int) -> Metric:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,21 @@ from mezzotint.runtime.compare import PEAK, psnr_db, ssim
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import no_image
 
-from .extractors import Extractor, PerceptualDistance, perceptual_distance
+from .extractors import Extractor, ImageFeatures, PerceptualDistance, perceptual_distance
+from .feature_sums import FeatureSums
 from .metrics import PairNumbers, squares
 from .shards import ImagePairs
 
 
 @dataclass(frozen=True)
 class ShardNumbers:
-    """The numbers of a shard's pairs, by name, one row for each pair; `failure` is the reason for absent LPIPS."""
+    """The numbers of a shard's pairs, by name, one row for each pair, and the features of its float and other images.
+
+    `failure` is the reason for absent LPIPS.
+    """
 
     columns: Mapping[str, npt.NDArray[Any]]
+    features: tuple[ImageFeatures, ImageFeatures] | None
     failure: str = ""
 
 
@@ -54,33 +59,52 @@ class PairMeasure:
                 columns["lpips"] = self._lpips(exact, quantized)
             except Exception as error:  # a third-party network: it may refuse small images
                 self._lpips, failure = None, f"LPIPS failed: {error}"
+        features = None
         if self.extractor is not None:
-            columns |= {"exact": self.extractor.features(exact), "quantized": self.extractor.features(quantized)}
-            if self.extractor.classify is not None:
-                columns["same"] = self.extractor.classify(exact) == self.extractor.classify(quantized)
-        return ShardNumbers(columns, failure)
+            one, other = features = self.extractor.measure(exact), self.extractor.measure(quantized)
+            if one.logits is not None and other.logits is not None:
+                columns["same"] = one.logits.argmax(axis=1) == other.logits.argmax(axis=1)
+        return ShardNumbers(columns, features, failure)
 
 
-def join_numbers(shards: Sequence[ShardNumbers], measure: PairMeasure, no_features: str) -> PairNumbers:
-    """Return the numbers of all shards, in their order. `no_features` is the reason for an absent extractor."""
-    latents, extractor = measure.latents or "", measure.extractor
-    failure = next((shard.failure for shard in shards if shard.failure), "")
-    missing = {"psnr": latents, "ssim": latents, "lpips": failure or measure.no_lpips, "features": no_features}
-    missing["agreement"] = no_features if extractor is None else f"{extractor.name} has no classes"
-    names = [name for name in shards[0].columns if name != "lpips" or not failure]
-    rows = {name: np.concatenate([shard.columns[name] for shard in shards]) for name in names}
-    return PairNumbers(
-        rows["signal"].T,
-        rows["noise"].T,
-        rows["sample_signal"],
-        rows["sample_noise"],
-        rows.get("psnr"),
-        rows.get("ssim"),
-        rows.get("lpips"),
-        (rows["exact"], rows["quantized"]) if extractor is not None else None,
-        rows.get("same"),
-        missing,
-    )
+class PairTotals:
+    """The numbers of the shards of n pairs, which come in their order. `no_features` is the reason for no extractor."""
+
+    def __init__(self, n: int, measure: PairMeasure, no_features: str, resamples: int) -> None:
+        self._measure, self._no_features = measure, no_features
+        self._columns: dict[str, list[npt.NDArray[Any]]] = {}
+        self._features = None if measure.extractor is None else FeatureSums(n, resamples)
+        self._failure = ""
+
+    def add(self, shard: ShardNumbers) -> None:
+        """Add the next shard."""
+        for name, values in shard.columns.items():
+            self._columns.setdefault(name, []).append(values)
+        self._failure = self._failure or shard.failure
+        if self._features is not None and shard.features is not None:
+            self._features.add(*shard.features)
+
+    def numbers(self) -> PairNumbers:
+        """Return the numbers of all pairs."""
+        latents, extractor = self._measure.latents or "", self._measure.extractor
+        missing = {"psnr": latents, "ssim": latents, "lpips": self._failure or self._measure.no_lpips}
+        missing["features"] = self._no_features
+        missing["agreement"] = self._no_features if extractor is None else f"{extractor.name} has no classes"
+        missing["spatial"] = self._no_features if extractor is None else f"{extractor.name} has no spatial features"
+        names = [name for name in self._columns if name != "lpips" or not self._failure]
+        rows = {name: np.concatenate(self._columns[name]) for name in names}
+        return PairNumbers(
+            rows["signal"].T,
+            rows["noise"].T,
+            rows["sample_signal"],
+            rows["sample_noise"],
+            rows.get("psnr"),
+            rows.get("ssim"),
+            rows.get("lpips"),
+            self._features,
+            rows.get("same"),
+            missing,
+        )
 
 
 def _check_finite(bundle: Bundle, pairs: ImagePairs) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class PairWork:
         return sample_and_measure
 
 
-def measure_on_cluster(
+def measured_on_cluster(
     cluster: Cluster,
     sampler: PairSampler,
     run: Run,
@@ -101,21 +101,24 @@ def measure_on_cluster(
     features: str | None,
     keep: bool,
     progress: Progress,
-) -> dict[int, ShardNumbers]:
-    """Return the numbers of shards that workers sample and measure; with `keep` their files are written here."""
+) -> Iterator[ShardNumbers]:
+    """Yield the numbers of shards that workers sample and measure, in the order of the shards.
+
+    With `keep` their files are written here.
+    """
     work = PairWork.of(cluster, sampler, run, features, keep)
     sizes = [PairShard(run, number).stop - PairShard(run, number).first for number in missing]
     record = MachineRecord(run.folder, run.digest) if keep else None
-    found: dict[int, ShardNumbers] = {}
     stage = "pairs of images"
+    answers = cluster.answers(work, missing, stage=stage, sizes=sizes, unit="pairs", ordered=True, progress=progress)
     try:
-        for i, answer in cluster.answers(work, missing, stage=stage, sizes=sizes, unit="pairs", progress=progress):
-            file, found[missing[i]] = answer.result
+        for i, answer in answers:
+            file, numbers = answer.result
             if record is not None:
                 run.announce()
                 PairShard(run, missing[i]).store(file)
                 record.add(missing[i], answer.stamp)
+            yield numbers
     finally:
         if record is not None:
             record.close()
-    return found

@@ -18,7 +18,8 @@ METRIC_FORMS = {
     "lpips_mean": "{:.4f}",
     "agreement": "{:.1%}",
     "frechet": "{:.4f}",
-} | dict.fromkeys(("precision", "recall"), "{:.3f}")
+    "sfid": "{:.4f}",
+} | dict.fromkeys(("precision", "recall", "inception_score", "inception_score_float"), "{:.3f}")
 DECIBELS = "{:.2f} dB"
 OTHER_WEIGHTS = "the reference has other weights than the model that the bundle was compiled from"
 

@@ -1,9 +1,10 @@
 """`mezzotint eval`: a bundle compared with its float model, in pairs of images from the same noise.
 
-Images are sampled in shards, and only their numbers are kept: the memory needed is that of one shard, and of n times
-the number of features. With a folder the shards stay on disk (shards.py): the same command continues where it stopped,
-and returns a finished evaluation at once. The settings that the images depend on must be the same; features, speed and
-the number of resamples may differ, and are then measured again on the images of the folder.
+Images are sampled in shards, and what is kept of them are some numbers of each pair and sums of features: the memory
+needed is that of one shard, whatever the number of images. With a folder the shards stay on disk (shards.py): the same
+command continues where it stopped, and returns a finished evaluation at once. The settings that the images depend on
+must be the same; features, speed and the number of resamples may differ, and are then measured again on the images of
+the folder.
 
 Samples with other than one or three channels are latents: they have an SQNR, but no PSNR, SSIM or features.
 """
@@ -115,7 +116,14 @@ def evaluate_with(
         same_weights = float_model.has_weights_of(float_model.program(work))
     with cluster_or_none(cluster, threads) as opened:
         numbers = measure_images(
-            sampler, job.run, job.extractor, job.no_features, keep=job.keep, progress=progress, cluster=opened
+            sampler,
+            job.run,
+            job.extractor,
+            job.no_features,
+            keep=job.keep,
+            progress=progress,
+            resamples=options.resamples,
+            cluster=opened,
         )
     metrics = _metrics(numbers, options.resamples, progress)
     timed, memory = _measure_cost(sampler, progress) if options.speed else (None, None)

@@ -50,7 +50,7 @@ from ..io.files import replacing
 Features = npt.NDArray[np.float32]
 
 CLASSIFIER = Path(__file__).parents[1] / "assets" / "digits_classifier" / "model.onnx"
-FEATURES, LOGITS = "features", "logits"
+FEATURES, LOGITS, SPATIAL = "features", "logits", "spatial"
 _METADATA_KEY = "mezzotint.moments"
 
 
@@ -84,6 +84,13 @@ class Moments:
             raise InputError(f"{self.count} images have no covariance", hint="add more")
         covariance: Doubles = self._scatter / (self.count - 1)
         return covariance
+
+    @classmethod
+    def of(cls, count: int, mean: Doubles, scatter: Doubles) -> Moments:
+        """Return the moments of so many features with this mean `[D]` and sum of centred products `[D, D]`."""
+        moments = cls()
+        moments._merge(count, mean, scatter)
+        return moments
 
     def add(self, features: npt.NDArray[Any]) -> None:
         """Add features `[n, D]` of any real dtype, in float64. Raises InputError; then nothing was added."""
@@ -166,6 +173,10 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     return max(0.0, float(gap @ gap + spread - 2 * overlap))  # below 0 by rounding only
 
 
+def _flat(values: Features) -> Features:
+    return values.reshape(len(values), -1)
+
+
 def _root(covariance: Doubles) -> Doubles:
     values, vectors = np.linalg.eigh(covariance)
     root: Doubles = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -213,11 +224,6 @@ class FeatureNet:
         self._batch, *self._size = (size if isinstance(size, int) else None for size in inputs[0].shape)
         self._check_output(output)
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the network has `logits`."""
-        return LOGITS in self._outputs
-
     def features(self, images: Images, batch: int = 256) -> Features:
         """Return features float32 `[n, D]` of images float32 `[n, C, H, W]`. Raises InputError."""
         return self._rows(self.output, images, batch)
@@ -225,8 +231,8 @@ class FeatureNet:
     def moments(self, images: Images, batch: int = 256) -> Moments:
         """Return the moments of the features, with the features of one batch in memory at a time."""
         moments = Moments(self.digest)
-        for rows in self._batches(self.output, images, batch):
-            moments.add(rows)
+        for outputs in self._batches((self.output,), images, batch):
+            moments.add(_flat(outputs[self.output]))
         return moments
 
     def classify(self, images: Images, batch: int = 256) -> npt.NDArray[np.int64]:
@@ -241,11 +247,20 @@ class FeatureNet:
             raise InputError(f"{len(one)} and {len(other)} images are not pairs")
         return float(np.mean(self.classify(one, batch) == self.classify(other, batch)))
 
-    def _rows(self, output: str, images: Images, batch: int) -> Features:
-        return np.concatenate(list(self._batches(output, images, batch)))
+    def measure(self, images: Images, batch: int = 256) -> dict[str, Features]:
+        """Return the features `[n, D]` by the name of their output, and `logits` `[n, K]` and maps `spatial`
+        `[n, C, H, W]` where the network has them, from one call of it. Raises InputError.
+        """
+        names = (self.output, *(name for name in (LOGITS, SPATIAL) if self._outputs.get(name) == "tensor(float)"))
+        batches = list(self._batches(names, images, batch))
+        found = {name: np.concatenate([outputs[name] for outputs in batches]) for name in names}
+        return {name: rows if name == SPATIAL else _flat(rows) for name, rows in found.items()}
 
-    def _batches(self, output: str, images: Images, batch: int) -> Iterator[Features]:
-        """Yield the output `[rows, D]` of each batch."""
+    def _rows(self, output: str, images: Images, batch: int) -> Features:
+        return np.concatenate([_flat(outputs[output]) for outputs in self._batches((output,), images, batch)])
+
+    def _batches(self, names: tuple[str, ...], images: Images, batch: int) -> Iterator[dict[str, Features]]:
+        """Yield the outputs `[rows, ...]` of each batch."""
         self._check_images(images)
         if batch < 1:
             raise InputError(f"batches of {batch} images are not possible", hint="take 1 or more")
@@ -256,14 +271,20 @@ class FeatureNet:
             if self._batch:
                 part = np.concatenate([part, np.repeat(part[-1:], batch - rows, axis=0)])
             try:
-                values: Features = self._session.run([output], {self._input: part})[0]
+                outputs = dict(zip(names, self._session.run(names, {self._input: part}), strict=True))
             except Exception as error:  # onnxruntime's errors have no common base
                 raise self._refused(f"onnxruntime refused images {list(part.shape)}: {error}") from error
-            if values.ndim < 2 or len(values) != len(part) or any(size != 1 for size in values.shape[2:]):
-                raise self._refused(f"{output!r} is {list(values.shape)} for {len(part)} images, expected [batch, D]")
-            if not np.isfinite(values).all():
-                raise self._refused(f"{output!r} is not finite", hint="look for NaN in the images")
-            yield values[:rows].reshape(rows, -1)
+            for name, values in outputs.items():
+                self._check_rows(name, values, len(part))
+            yield {name: values[:rows] for name, values in outputs.items()}
+
+    def _check_rows(self, name: str, values: Features, count: int) -> None:
+        flat = values.ndim >= 2 and all(size == 1 for size in values.shape[2:])
+        if len(values) != count or not (values.ndim == 4 if name == SPATIAL else flat):
+            expected = "[batch, C, H, W]" if name == SPATIAL else "[batch, D]"
+            raise self._refused(f"{name!r} is {list(values.shape)} for {count} images, expected {expected}")
+        if not np.isfinite(values).all():
+            raise self._refused(f"{name!r} is not finite", hint="look for NaN in the images")
 
     def _check_images(self, images: Images) -> None:
         actual = f"{images.dtype} {list(images.shape)}"

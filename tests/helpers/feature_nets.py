@@ -56,6 +56,19 @@ class TwoOutputs(Means):
         return super().forward(pictures), super().forward(pictures)
 
 
+class Spatial(Means):
+    """A mapping: all pixels as features, 150 of them, and the picture as a map."""
+
+    features = 150
+
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"features": pictures.flatten(1)[:, : self.features], "spatial": pictures}
+
+
+class TooLarge(Spatial):
+    features = 63
+
+
 class OneTooMany(Means):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(pictures) + 1, 3)

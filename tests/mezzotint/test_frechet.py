@@ -304,7 +304,9 @@ def test_its_file_is_small_and_names_no_machine() -> None:
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 21)]
     values = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
     shapes = {name: [d.dim_param or d.dim_value for d in kind.shape.dim] for name, kind in values.items()}
+    maps = shapes.pop("spatial")
     assert shapes == {"images": ["batch", 1, 32, 32], "features": ["batch", 64], "logits": ["batch", 10]}
+    assert maps == ["batch", 32, 8, 8]
     assert {kind.elem_type for kind in values.values()} == {onnx.TensorProto.FLOAT}
 
 

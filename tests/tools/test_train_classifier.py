@@ -44,9 +44,10 @@ def test_the_file_is_what_was_trained(data: Path) -> None:
     accuracy, model = train(data, path, OPTIONS, device="cpu")
     images = Digits.load(data / FILES[1]).images(slice(None))
     with torch.no_grad():
-        features, logits = (found.numpy() for found in model(torch.from_numpy(images)))
+        features, logits, maps = (found.numpy() for found in model(torch.from_numpy(images)))
     net = FeatureNet(path, threads=1)
     np.testing.assert_allclose(net.features(images), features, atol=1e-3)
+    np.testing.assert_allclose(net.measure(images)["spatial"], maps, atol=1e-3)
     np.testing.assert_array_equal(net.classify(images), logits.argmax(axis=1))
     assert accuracy == np.mean(net.classify(images) == np.arange(20) % 10)
     onnx.checker.check_model(str(path))

@@ -23,7 +23,7 @@ from mezzotint.evaluate.extractors import (
 from mezzotint.frechet import FeatureNet
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.signature import Images
-from tests.helpers.feature_nets import FEATURES, feature_net
+from tests.helpers.feature_nets import CLASSES, FEATURES, feature_net
 
 HERE = "tests.helpers.feature_nets"
 GREY, COLOUR = (1, 8, 8), (3, 8, 8)
@@ -40,13 +40,13 @@ class TestTorch:
         net = open_extractor(f"{HERE}:Means", GREY)
         levels = np.stack([np.full(GREY, value, np.float32) for value in (-1, -0.5, 1, 3)])
 
-        np.testing.assert_array_equal(net.features(levels), np.array([[0] * 3, [64] * 3, [255] * 3, [255] * 3]))
+        np.testing.assert_array_equal(net.measure(levels).features, np.array([[0] * 3, [64] * 3, [255] * 3, [255] * 3]))
 
     def test_colours_stay_where_they_are(self) -> None:
         images = np.zeros((1, *COLOUR), np.float32)
         images[0, :, :, :] = np.array([-1.0, 0.2, 1.0])[:, None, None]
 
-        np.testing.assert_array_equal(open_extractor(f"{HERE}:Means", COLOUR).features(images), [[0, 153, 255]])
+        np.testing.assert_array_equal(open_extractor(f"{HERE}:Means", COLOUR).measure(images).features, [[0, 153, 255]])
 
     @pytest.mark.parametrize("name", ["OfFidelity", "INSTANCE", "made", "another"])
     def test_classes_instances_and_functions(self, name: str) -> None:
@@ -54,9 +54,11 @@ class TestTorch:
 
         found = open_extractor(f"{HERE}:{name}", GREY)
 
-        np.testing.assert_array_equal(found.features(images), open_extractor(f"{HERE}:Means", GREY).features(images))
-        assert found.features(images).shape == (TORCH_BATCH + 3, 3)
-        assert found.classify is None
+        np.testing.assert_array_equal(
+            found.measure(images).features, open_extractor(f"{HERE}:Means", GREY).measure(images).features
+        )
+        assert found.measure(images).features.shape == (TORCH_BATCH + 3, 3)
+        assert found.measure(images).logits is None
 
     def test_the_digest_is_of_the_weights(self) -> None:
         digests = {name: open_extractor(f"{HERE}:{name}", GREY).digest for name in ("made", "another", "Means")}
@@ -109,17 +111,29 @@ class TestNames:
 
         found = open_extractor(DIGITS, (1, 32, 32), threads=1)
 
-        assert found.digest == net.digest and found.classify is not None
-        np.testing.assert_allclose(found.features(images), net.features(images), rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(found.classify(images), net.classify(images))
+        measured = found.measure(images)
+        assert found.digest == net.digest and measured.logits is not None and measured.spatial is not None
+        np.testing.assert_allclose(measured.features, net.features(images), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(measured.logits.argmax(axis=1), net.classify(images))
+        assert measured.spatial.shape == (3, 64), "the first of 32 channels of 8x8, beside 64 features"
 
     def test_an_onnx_file(self, tmp_path: Path) -> None:
         found = open_extractor(str(feature_net(tmp_path / "net.onnx")), GREY)
         plain = open_extractor(str(feature_net(tmp_path / "plain.onnx", logits=False)), GREY)
 
-        assert found.features(random_images(3)).shape == (3, FEATURES)
-        assert found.classify is not None and found.classify(random_images(3)).shape == (3,)
-        assert plain.classify is None
+        measured = found.measure(random_images(3))
+        assert measured.features.shape == (3, FEATURES)
+        assert measured.logits is not None and measured.logits.shape == (3, CLASSES)
+        assert plain.measure(random_images(3)).logits is None
+
+    def test_spatial_maps(self) -> None:
+        """As many channels as there are no more numbers than features; larger maps are refused."""
+        images = random_images(3, COLOUR)
+        measured = open_extractor(f"{HERE}:Spatial", COLOUR).measure(images)
+        assert measured.spatial is not None and measured.spatial.shape == (3, 128) and measured.logits is None
+        np.testing.assert_array_equal(measured.spatial, measured.features[:, :128])
+        with pytest.raises(InputError, match="spatial maps of 8x8 have more numbers than its 63 features"):
+            open_extractor(f"{HERE}:TooLarge", COLOUR)
 
     @pytest.mark.parametrize(
         ("name", "shape", "words"),
@@ -142,17 +156,18 @@ class TestNames:
 
     def test_inception_is_the_network_of_torch_fidelity(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A stand-in of its interface: the real one downloads its weights."""
-        from tests.helpers.feature_nets import OfFidelity
+        from tests.helpers.feature_nets import TwoOutputs
 
         def extractor(name: str, features: list[str]) -> torch.nn.Module:
-            assert (name, features) == ("inception-v3-compat", ["2048"])
-            return OfFidelity()
+            assert (name, features) == ("inception-v3-compat", ["2048", "logits_unbiased"])
+            return TwoOutputs()
 
         place = "torch_fidelity.feature_extractor_inceptionv3"
         pretend(monkeypatch, "torch_fidelity")
         pretend(monkeypatch, place, FeatureExtractorInceptionV3=extractor)
 
-        assert open_extractor("inception", GREY).features(random_images(2)).shape == (2, 3)
+        measured = open_extractor("inception", GREY).measure(random_images(2))
+        assert measured.logits is not None and measured.features.shape == measured.logits.shape == (2, 3)
         pretend(monkeypatch, place, FeatureExtractorInceptionV3=lambda *a: 1 / 0)
         with pytest.raises(InputError, match="inception cannot be made: ZeroDivisionError"):
             open_extractor("inception", GREY)

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from mezzotint.evaluate import metrics as eval_metrics
+from mezzotint.evaluate.extractors import ImageFeatures
+from mezzotint.evaluate.feature_sums import FeatureSums
 from mezzotint.evaluate.metrics import Metric, PairNumbers, PictureSQNR, decibels, inside, interval, metrics, squares
 from mezzotint.frechet import Moments, frechet_distance
 from mezzotint.runtime.compare import StepSQNR, psnr_db, sqnr_db
@@ -18,19 +20,29 @@ from mezzotint.runtime.errors import InputError
 
 N, D = 40, 4
 MISSING = {"psnr": "latents", "ssim": "latents", "lpips": "not here", "features": "none", "agreement": "no classes"}
+MISSING["spatial"] = "no maps"
 
 
 def random_images(seed: int, n: int = N) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).uniform(-1, 1, (n, 1, 2, 2)).astype(np.float32)
 
 
-def pairs_of(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> PairNumbers:
+def sums_of(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32], resamples: int = 20) -> FeatureSums:
+    """The pixels are the features and the logits, the upper ones the spatial features; in shards of 7 pairs."""
+    sums = FeatureSums(len(exact), resamples)
+    for first in range(0, len(exact), 7):
+        both = (images[first : first + 7].reshape(-1, exact[0].size) for images in (exact, other))
+        sums.add(*(ImageFeatures(rows, rows, rows[:, : rows.shape[1] // 2]) for rows in both))
+    return sums
+
+
+def pairs_of(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32], resamples: int = 20) -> PairNumbers:
     """The pixels are the features, the brightest one the class."""
     signal, noise = squares(exact, other)
     psnr = psnr_db(exact, other, 2.0)
-    features = exact.reshape(len(exact), -1), other.reshape(len(other), -1)
-    same = features[0].argmax(axis=1) == features[1].argmax(axis=1)
-    return PairNumbers(signal[None], noise[None], signal, noise, psnr, psnr / 100, None, features, same, MISSING)
+    same = exact.reshape(len(exact), -1).argmax(axis=1) == other.reshape(len(other), -1).argmax(axis=1)
+    sums = sums_of(exact, other, resamples)
+    return PairNumbers(signal[None], noise[None], signal, noise, psnr, psnr / 100, None, sums, same, MISSING)
 
 
 def near(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -153,15 +165,16 @@ class TestMetrics:
 
         found = metrics(pairs, resamples=20)
 
-        assert pairs.features is not None
-        assert found["frechet"].value == pytest.approx(distance(*pairs.features), rel=1e-9)
+        flat = exact.reshape(N, -1), other.reshape(N, -1)
+        assert found["frechet"].value == pytest.approx(distance(*flat), rel=1e-9)
+        assert found["sfid"].value == pytest.approx(distance(*(rows[:, :2] for rows in flat)), rel=1e-9)
         assert found["eps_sqnr_db"].value == pytest.approx(sqnr_db(exact, other), rel=1e-9)
         assert pairs.psnr is not None and pairs.same is not None
         assert found["psnr_db_median"].value == np.median(pairs.psnr)
         assert found["psnr_db_p10"].value in pairs.psnr
         assert found["agreement"].value == pairs.same.mean()
         assert found["lpips_mean"] == Metric(None, why="not here")
-        for name in ("eps_sqnr_db", "psnr_db_mean", "ssim_mean"):
+        for name in ("eps_sqnr_db", "psnr_db_mean", "ssim_mean", "inception_score", "inception_score_float"):
             metric = found[name]
             assert metric.value is not None and metric.low is not None and metric.high is not None
             assert metric.low < metric.value < metric.high and metric.resamples == 20
@@ -196,14 +209,17 @@ class TestMetrics:
         one = rng.standard_normal((64, 16)).astype(np.float32)
         other = one + np.float32(0.1) * rng.standard_normal((64, 16)).astype(np.float32)
 
-        found = eval_metrics._frechet(one, other, 40, 0)
+        sums = sums_of(one, other, 40)
+        found = eval_metrics._frechet(sums.exact.moments, sums.quantized.moments)
         draws = eval_metrics._draws(lambda rows: distance(one[rows], other[rows]), 64, 40, 0)
 
         assert found.value == pytest.approx(distance(one, other), rel=1e-9)
         assert found.low is not None and found.high is not None and found.value is not None
         assert found.low < found.value < found.high
         assert found.value < draws.min(), "the twin: it does not hold by itself"
-        assert found.high / found.low == pytest.approx(draws.max() / draws.min(), rel=0.2)
+        low, high = np.quantile(draws, 0.025, method="lower"), np.quantile(draws, 0.975, method="higher")
+        assert found.low == pytest.approx(low * found.value / np.median(draws), rel=1e-9)
+        assert found.high == pytest.approx(high * found.value / np.median(draws), rel=1e-9)
 
     def test_a_set_that_lost_its_variety(self) -> None:
         """Every quantized image is near a float one, and most float images are near none."""
@@ -237,6 +253,7 @@ class TestMetrics:
         reasons = {name: metric.why for name, metric in found.items() if metric.value is None}
         assert set(found) - set(reasons) == {"eps_sqnr_db", "eps_sqnr_db_worst_step", "sample_sqnr_db"}
         assert (reasons["psnr_db_mean"], reasons["recall"], reasons["agreement"]) == ("latents", "none", "no classes")
+        assert reasons["sfid"] == reasons["inception_score"] == "none"
 
     def test_progress_ends(self) -> None:
         seen: list[tuple[int, int]] = []
