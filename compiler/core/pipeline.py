@@ -238,6 +238,7 @@ def _run_one(program: Program, step: Pass, context: Context, checker: verify.Exa
     with PeakMemory() as memory:
         clone = replace(program, model=program.model.clone(), note="")
         after = step.run(clone, context)
+        store.settle(after.model, context.folder)
         verify.structure(after, step.name, before=program)
         if step.tolerance is not None:
             rows = context.condition_rows(0, program.fixed_batch or checker.BATCH)
@@ -286,7 +287,5 @@ def _dump(dump: Dump, number: int, name: str, program: Program, text: str, diffe
     (dump.folder / f"{stem}.txt").write_text(text, encoding="utf-8", newline="\n")
     (dump.folder / f"{stem}.diff").write_text(difference, encoding="utf-8", newline="\n")
     if dump.models:
-        shared = dump.folder / store.WEIGHTS
-        if not shared.exists():
-            store.copy(context.folder / store.WEIGHTS, shared)
+        store.copy(context.folder / store.WEIGHTS, dump.folder / store.WEIGHTS)
         store.move(store.write(program.model, context.folder, stem), dump.folder)

@@ -1,8 +1,8 @@
 """The file that holds the weights while a program is compiled.
 
-The import streams every weight once into one file of the working folder. After any pass, the graph is a small ONNX file
-next to it. A model of several gigabytes is never in memory as a whole, a clone costs milliseconds, and the sessions of
-all passes read the same bytes.
+The import streams every weight once into one file of the working folder, and what a pass makes of a weight is appended
+to it. After any pass, the graph is a small ONNX file next to it. A model of several gigabytes is never in memory as a
+whole, a clone costs milliseconds, and the sessions of all passes read the same bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import onnx_ir as ir
 WEIGHTS = "weights.data"
 INLINE_BYTES = 1024  # smaller constants (shapes, scales) stay in the ONNX file, where shape inference reads them
 ALIGNMENT = 4096  # of appended weights: onnxruntime maps whole pages
+COPIED_BYTES = 1 << 24  # at once
 SIZES_BYTES = 1 << 14  # the same for integers: a Split of all rows of tables has as many sizes as the graph has tables
 
 
@@ -52,6 +53,17 @@ def kept(array: npt.NDArray[Any], name: str, folder: Path) -> ir.TensorProtocol:
     return ir.ExternalTensor(
         WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name, base_dir=folder
     )
+
+
+def settle(model: ir.Model, folder: Path) -> None:
+    """Append the large constants that are in memory to the stored weights, and refer to them there.
+
+    Otherwise each session on the graph would write them to a file of its own.
+    """
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor) and is_large(tensor) and tensor.dtype.bitwidth >= 8:
+            value.const_value = kept(np.asarray(tensor.numpy()), name, folder)
 
 
 def bare(model: ir.Model) -> ir.Model:
@@ -122,9 +134,15 @@ def _is_elsewhere(tensor: ir.TensorProtocol | None, folder: Path) -> bool:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file of stored weights, if it exists. Not a link: onnx and onnx_ir refuse to read linked files."""
-    if source.exists():
-        shutil.copyfile(source, target)
+    """Copy a file of stored weights, if it exists. Not a link: onnx and onnx_ir refuse to read linked files.
+
+    To an earlier copy only what was appended since then is added.
+    """
+    if not source.exists():
+        return
+    with source.open("rb") as read, target.open("ab") as written:
+        read.seek(written.tell())
+        shutil.copyfileobj(read, written, COPIED_BYTES)
 
 
 def move(path: Path, folder: Path) -> Path:

@@ -136,9 +136,10 @@ class _Fit:
     def __init__(self, weight: Floats, metric: LayerMetric, half: bool) -> None:
         self._weight, self._metric, self._half, self._noise = weight, metric, half, metric.noise
         diagonal = np.diagonal(metric.gram).astype(np.float64)
-        self._diagonal: Matrix | None = None
+        self._diagonal: Matrix | float | None = None
         if metric.weighting != "output":
-            self._diagonal = diagonal if metric.weighting == "inputs" else np.full_like(diagonal, diagonal.mean())
+            inputs = metric.weighting == "inputs"
+            self._diagonal = diagonal.astype(np.float32) if inputs else max(float(diagonal.mean()), 1e-30)
         self.checked = slice(None, None, 1 if self._diagonal is None else -(-len(weight) // CHECKED_ROWS))
         self._wide = len(weight) > len(diagonal)
         self._lower: Matrix | None = None  # C C^T = M, where the fit needs it
@@ -174,12 +175,7 @@ class _Fit:
         """
         weight, noise = self._weight, self._noise
         if self._diagonal is not None:
-            sums = np.maximum(self._diagonal + noise, 1e-30)
-            values = (target * self._diagonal + noise * weight) / sums
-            if self._wide:
-                root = np.sqrt(sums)
-                return self._right(values * root, lambda rows: rows / root, rank)
-            return self._left(values, (values * sums) @ values.T, rank)
+            return self._by_diagonal(target, self._diagonal, rank)
         pulled = target @ self._metric.gram if moved is None else moved
         if self._lower is None:
             return self._left(target, pulled @ target.T, rank)
@@ -194,6 +190,20 @@ class _Fit:
             return self._right(half_way.T, back, rank)
         vectors = _first_vectors(half_way.T @ half_way, rank)
         return self._branch(vectors, back((half_way @ vectors).T))
+
+    def _by_diagonal(self, target: Matrix, diagonal: Matrix | float, rank: int) -> Branch:
+        """Return L for an H that is diagonal, or a multiple of the unit matrix, in single precision."""
+        if isinstance(diagonal, np.ndarray):
+            sums = np.maximum(diagonal + self._noise, 1e-30)
+            root: Matrix | float = np.sqrt(sums)
+            values = target * (diagonal / sums) + self._weight * (self._noise / sums)
+        else:
+            kept, root = diagonal / (diagonal + self._noise), 1.0  # one factor for all inputs turns no vector
+            values = target * kept + self._weight * (1 - kept)
+        scaled = values * root
+        if self._wide:
+            return self._right(scaled, lambda rows: rows / root, rank)
+        return self._left(values, scaled @ scaled.T, rank)
 
     def _left(self, values: Matrix, scatter: Matrix, rank: int) -> Branch:
         """Return U U^T T for `values` = T and `scatter` = T M T^T."""

@@ -21,6 +21,7 @@ from ..graph.ops import Layer
 from ..graph.require import required
 
 WeightMethod = Literal["minmax", "mse"]
+CACHE_BYTES = 1 << 17  # of the rows that are searched together: their steps stay in the processor's cache
 
 
 def weight_format(bits: int) -> Format:
@@ -62,10 +63,17 @@ def _best_shrinks(
     """Return, for each row, the share of its largest magnitude with the least error of rounding and clipping."""
     best = np.ones(len(rows), np.float32)
     error = np.full(len(rows), np.inf)
-    for shrink in np.linspace(1.0, 0.6, 21):
-        scale: Floats = np.maximum(limit * shrink / fmt.qmax, 1e-30).astype(np.float32)[:, None]
-        grid = np.clip(np.rint(rows / scale), fmt.qmin, fmt.qmax) * scale
-        loss = np.einsum("ij,ij->i", grid - rows, grid - rows)
-        better = loss < error
-        best[better], error[better] = shrink, loss[better]
+    together = max(CACHE_BYTES // max(rows[:1].nbytes, 1), 1)
+    for start in range(0, len(rows), together):
+        part = slice(start, start + together)
+        some = rows[part]
+        grid, left = np.empty_like(some), np.empty_like(some)
+        for shrink in np.linspace(1.0, 0.6, 21):
+            scale: Floats = np.maximum(limit[part] * shrink / fmt.qmax, 1e-30).astype(np.float32)[:, None]
+            np.rint(np.divide(some, scale, out=grid), out=grid)
+            np.multiply(np.clip(grid, fmt.qmin, fmt.qmax, out=grid), scale, out=grid)
+            np.subtract(grid, some, out=left)
+            loss = np.einsum("ij,ij->i", left, left)
+            better = loss < error[part]
+            best[part][better], error[part][better] = shrink, loss[better]
     return best

@@ -21,6 +21,7 @@ from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.lowering.qdq import lower_qdq
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.clean_qdq import CleanQdq
+from mezzotint.passes.equalize_weights import EqualizeWeights
 from mezzotint.passes.fit_noise import FitNoise
 from mezzotint.passes.freeze_time import FreezeTime
 from mezzotint.passes.insert_qdq import InsertQdq
@@ -141,9 +142,22 @@ def test_dumps_can_be_read_and_run(tiny: Program, context: Context, tmp_path: Pa
         session = open_session(folder / f"{stem}.onnx", threads=2)
         (got,) = session.run(None, {"sample": x, "timestep": np.array([666, 666])})
         assert got.shape == x.shape and np.isfinite(got).all()
-    stored = [f.name for f in folder.iterdir() if f.suffix == ".data"]
-    assert store.WEIGHTS in stored
+    assert [f.name for f in folder.iterdir() if f.suffix == ".data"] == [store.WEIGHTS]
     assert not list(context.folder.glob("0*"))
+
+
+def test_what_a_pass_makes_of_weights_is_stored_once(tiny: Program, context: Context) -> None:
+    """Appended to the weights of the import, so that no session on the graph writes it again."""
+    store.adopt(tiny.model, context.folder)
+    weights = context.folder / store.WEIGHTS
+    before = weights.read_bytes()
+    after = pipeline.run_passes(tiny, [Normalize(), EqualizeWeights()], context)
+    constants = [value.const_value for value in after.graph.initializers.values()]
+    large = [type(tensor).__name__ for tensor in constants if tensor is not None and store.is_large(tensor)]
+    assert set(large) == {"ExternalTensor"}
+    assert weights.read_bytes()[: len(before)] == before and weights.stat().st_size > len(before)
+    with Executor(after.model, context.folder):
+        assert not list(context.folder.glob("*.onnx.data"))
 
 
 def test_dumps_without_models_are_text_only(tiny: Program, context: Context, tmp_path: Path) -> None:
