@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.compiler.acceptance.accept import AcceptanceLimits, accept
-from mezzotint.compiler.bundle.staging import staged, staged_file
+from mezzotint.compiler.bundle.staging import check_target_file, staged, staged_file
 from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions
 from mezzotint.compiler.calibration.conditions import sizes_of_rows
@@ -167,6 +167,8 @@ def compile_with(
     calibration, output = options.calibration, options.output
     if calibration.cluster is not None:
         check_cluster(calibration.cluster)
+    if output.export is not None:
+        check_target_file(Path(output.export), force=output.force)
     prepared = with_prompts(prepare(model, target, options, device), calibration.cache_folder, progress)
     recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)

@@ -108,7 +108,7 @@ def compile_pipeline(
     texts = _texts(options)
     check_target(target, force=options.output.force)
     with staged(target, force=options.output.force) as (out, work):
-        inner = replace(options, output=replace(options.output, force=False))
+        inner = options
         control, exported = _control(source, wanted, options, work / "residuals" / COMPONENT_MODEL, threads), None
         if control is not None:
             inner = replace(inner, calibration=replace(inner.calibration, condition_network=control.network))

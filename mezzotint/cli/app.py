@@ -123,6 +123,7 @@ def compile_(
     dump_passes: Annotated[
         bool, typer.Option("--dump-passes", help="Also write each pass's ONNX model, and its torch code if it trains.")
     ] = False,
+    export: Annotated[Path | None, typer.Option(help="Also write the float model to this .onnx file.")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps statistics and trained blocks for later compilations.")
     ] = None,
@@ -166,7 +167,7 @@ def compile_(
             channels,
             channel_axis,
         ),
-        OutputOptions(dump_passes, license=license, force=force),
+        OutputOptions(dump_passes, export, license, force),
         AcceptanceOptions(min_sqnr, strict, acceptance_seconds),
         WeightOptions(parse_loras(lora or []), variant, config),
     )

@@ -7,7 +7,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 PANELS = {
-    "Output": ("bundle", "components", "dump_passes", "license", "force", "dry_run"),
+    "Output": ("bundle", "components", "dump_passes", "export", "license", "force", "dry_run"),
     "Recipe": ("recipe", "target", "set_"),
     "Deployment": ("scheduler", "sampler", "steps", "eta", "guidance", "timestep_unit"),
     "Calibration": (

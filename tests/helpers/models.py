@@ -1,7 +1,7 @@
 """Denoisers for the tests of the front ends, the API and the command line; a pytest plugin (see tests/conftest.py).
 
 An ONNX file written by hand, which compiles in a second, and diffusers models made small. Exporting one of those from
-torch takes some seconds, so each is compiled once in a session.
+torch takes many seconds, so each is compiled once in a run, by one of its workers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import pytest
 import typer.main
 from onnx import TensorProto, helper, numpy_helper
 
-from mezzotint import Bundle, compile_model, export_model
+from mezzotint import Bundle, compile_model, export_model, open_bundle
 from mezzotint.cli.app import app
 from mezzotint.io.sources import DIGITS
 from mezzotint.text import console
+from tests.helpers.made_once import made_once
 
 if TYPE_CHECKING:
     import torch
@@ -210,36 +211,44 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 @pytest.fixture(scope="session")
 def exported_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded digits, a diffusers folder whose network is an ONNX file: exporting it takes many seconds."""
-    folder = tmp_path_factory.mktemp("exported") / "digits"
-    shutil.copytree(DIGITS, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    export_model("digits", folder / "unet" / "model.onnx")
-    return folder
+
+    def make(folder: Path) -> None:
+        shutil.copytree(DIGITS, folder / "digits", ignore=shutil.ignore_patterns("*.safetensors"))
+        export_model("digits", folder / "digits" / "unet" / "model.onnx")
+
+    return made_once(tmp_path_factory, "digits", make) / "digits"
 
 
 @pytest.fixture(scope="session")
 def unet(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """A small UNet2DModel, compiled from memory by `w8a8`; it was in training mode."""
-    folder = tmp_path_factory.mktemp("unet")
-    module = small_unet().train()
-    exported = folder / "float.onnx"
-    bundle = compile_model(module, folder / "bundle", recipe="w8a8", export=exported, **SMALL)
-    return Compiled(module, exported, bundle)
+    return _from_memory(tmp_path_factory, "unet", small_unet().train())
 
 
 @pytest.fixture(scope="session")
 def conditional(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """A small UNet2DConditionModel, compiled from memory by `w8a8`."""
-    folder = tmp_path_factory.mktemp("conditional")
-    module = small_conditional_unet().eval()
-    exported = folder / "float.onnx"
     given = {"encoder_hidden_states": prompts(2)}
-    bundle = compile_model(module, folder / "bundle", recipe="w8a8", conditions=given, export=exported, **SMALL)
-    return Compiled(module, exported, bundle)
+    return _from_memory(tmp_path_factory, "conditional", small_conditional_unet().eval(), conditions=given)
+
+
+def _from_memory(factory: pytest.TempPathFactory, name: str, module: torch.nn.Module, **options: Any) -> Compiled:
+    """Return a module with its float graph and its bundle, by one compilation for all workers."""
+
+    def make(folder: Path) -> None:
+        compile_model(module, folder / "bundle", recipe="w8a8", export=folder / "float.onnx", **options, **SMALL)
+
+    folder = made_once(factory, name, make)
+    return Compiled(module, folder / "float.onnx", open_bundle(folder / "bundle"))
 
 
 @pytest.fixture(scope="session")
 def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DiT of two blocks for 4x8x8 latents, conditioned on a class, as torch's exporter writes it."""
+    return made_once(tmp_path_factory, "dit", lambda folder: _export_dit(folder / "dit.onnx")) / "dit.onnx"
+
+
+def _export_dit(file: Path) -> None:
     import torch
     from diffusers import DiTTransformer2DModel
 
@@ -269,10 +278,8 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dynamic_shapes=dict.fromkeys(names, batch),
         verbose=False,
     )
-    file = tmp_path_factory.mktemp("dit") / "dit.onnx"
     assert exported is not None
     exported.save(file)
-    return file
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from tests.helpers.leftovers import leave_stage
 from tests.helpers.models import (
     CONTEXT,
     CONVS,
+    FAST,
     INTEGER,
     SCHEDULER,
     SMALL,
@@ -517,6 +518,19 @@ class TestExport:
         want = Denoiser(hand.exported, signature, threads=THREADS)(x, 5)
         np.testing.assert_array_equal(Denoiser(path, signature, threads=THREADS)(x, 5), want)
         assert [v.name for v in onnx.load(unet.exported).graph.input] == ["sample", "timestep"]
+
+    def test_a_file_that_is_there_is_refused_before_anything_runs(
+        self, cli: Cli, hand: Compiled, tmp_path: Path
+    ) -> None:
+        kept = tmp_path / "float.onnx"
+        kept.write_bytes(b"mine")
+        words = ["compile", hand.exported, "-o", tmp_path / "b", "--export", kept, *FAST]
+        for more in ([], ["--dry-run"]):
+            said = cli(*words, *more)
+            assert said.code != 0 and "float.onnx" in said.err and "passes" not in said.err
+        assert kept.read_bytes() == b"mine" and not (tmp_path / "b").exists()
+        assert cli(*words, "--force").code == 0
+        assert [v.name for v in onnx.load(kept).graph.input] == [v.name for v in onnx.load(hand.exported).graph.input]
 
     def test_it_takes_what_compile_has_to_be_said(self, cli: Cli, tmp_path: Path) -> None:
         """Names of inputs and outputs, extra channels, a unit of the timestep: the file is that of the compilation."""
