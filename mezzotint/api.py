@@ -18,6 +18,7 @@ from mezzotint.compiler.calibration.calibrate import check_conditions
 from mezzotint.compiler.calibration.conditions import sizes_of_rows
 from mezzotint.compiler.calibration.finite import require_finite
 from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import CPU, Context, Recipe
 from mezzotint.compiler.errors import ModelError
 from mezzotint.runtime import __version__
@@ -47,6 +48,7 @@ from .options import (
     WeightOptions,
 )
 from .prepared import calibration_rows, prepare, prepare_model, with_prompts
+from .shared_cache import opened_cache
 
 if TYPE_CHECKING:
     from mezzotint.runtime.engine import Engine
@@ -119,8 +121,8 @@ def compile_model(
     `loras` are safetensors files, or pairs of a file and a weight, which are fused into a diffusers model's weights;
     `variant` says which weights of a folder are read, as "fp16", where it has several. `config` is a diffusers folder
     with the configuration of a checkpoint of one file (.safetensors).
-    `export` is a path for the imported float graph. `cache` is a folder of calibration statistics: compilations that
-    calibrate on the same graph in the same way measure once. With `cluster`, "local" or an address
+    `export` is a path for the imported float graph. `cache` is a folder, or a URL of fsspec, of calibration statistics:
+    compilations that calibrate on the same graph in the same way measure once. With `cluster`, "local" or an address
     (cluster/connection.py), its workers run the sampler of `observe`, with the same result. `license` is the model's,
     for the bundle's card. `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one
     that no pass of the recipe would use is refused. The finished file is run beside the float model before the bundle
@@ -164,12 +166,32 @@ def compile_with(
     progress: Progress = silent,
 ) -> Bundle:
     """Do the work of `compile_model`, for its options as one value."""
+    if options.calibration.cluster is not None:
+        check_cluster(options.calibration.cluster)
+    if options.output.export is not None:
+        check_target_file(Path(options.output.export), force=options.output.force)
+    with opened_cache(options.calibration.cache) as cache:
+        _write_compiled(model, target, options, cache, threads, device, progress)
+    compiled = open_bundle(target, verify=False)  # its files were hashed while they were written
+    for text in compiled.manifest.warnings:
+        warnings.warn(text, CompileWarning, stacklevel=2)
+    if compiled.manifest.acceptance is not None and compiled.manifest.acceptance.warning:
+        warnings.warn(compiled.manifest.acceptance.warning, LowFidelity, stacklevel=2)
+    return compiled
+
+
+def _write_compiled(
+    model: Model,
+    target: Path,
+    options: CompileOptions,
+    cache: Cache | None,
+    threads: int | None,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Compile, and move what was written to `target`."""
     calibration, output = options.calibration, options.output
-    if calibration.cluster is not None:
-        check_cluster(calibration.cluster)
-    if output.export is not None:
-        check_target_file(Path(output.export), force=output.force)
-    prepared = with_prompts(prepare(model, target, options, device), calibration.cache_folder, progress)
+    prepared = with_prompts(prepare(model, target, options, device), cache, progress)
     recipe = prepared.recipe
     card = card_fields(model if isinstance(model, (str, Path)) else None, output.license)
     with ExitStack() as exported, staged(target, force=output.force) as (bundle, work):
@@ -190,7 +212,7 @@ def compile_with(
             conditions=conditions,
             unconditional=unconditional,
             progress=progress,
-            cache=calibration.cache_folder,
+            cache=cache,
             condition_network=calibration.condition_network,
         )
         check_conditions(program, context)
@@ -218,12 +240,6 @@ def compile_with(
             return accept(imported, finished, file, recipe, context, limits)
 
         write_bundle(program, bundle, work, compilation, threads=threads, accept=run)
-    compiled = open_bundle(target, verify=False)  # its files were hashed while they were written
-    for text in compiled.manifest.warnings:
-        warnings.warn(text, CompileWarning, stacklevel=2)
-    if compiled.manifest.acceptance is not None and compiled.manifest.acceptance.warning:
-        warnings.warn(compiled.manifest.acceptance.warning, LowFidelity, stacklevel=2)
-    return compiled
 
 
 def export_model(

@@ -112,11 +112,6 @@ class CalibrationOptions:
     condition_network: ConditionNetwork | None = None
     cluster: str | None = None
 
-    @property
-    def cache_folder(self) -> Path | None:
-        """Return the cache as an absolute path."""
-        return None if self.cache is None else Path(self.cache).absolute()
-
     def __post_init__(self) -> None:
         check_prompt_options(self.prompts, self.negative, self.conditions, self.unconditional)
         if self.cluster is not None and self.condition_network is not None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mezzotint.compiler.bundle.staging import check_target, check_target_file
 from mezzotint.compiler.calibration.conditions import check_rows, named_sizes, random_rows, spread_labels
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import CPU, Recipe
 from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.compiler.frontend.architectures.row import Input
@@ -119,7 +120,7 @@ def _prompt_plan(source: ModelSource, calibration: CalibrationOptions) -> Prompt
     return prompt_plan(folder, calibration.prompts, calibration.negative, calibration.samples)
 
 
-def with_prompts(prepared: Prepared, cache: Path | None, progress: Progress) -> Prepared:
+def with_prompts(prepared: Prepared, cache: Cache | None, progress: Progress) -> Prepared:
     """Return a compilation with the conditions of its prompts, which are encoded here. Raises ConditionError."""
     if prepared.prompts is None:
         return prepared

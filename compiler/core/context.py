@@ -13,6 +13,8 @@ from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.condition_network import ConditionNetwork
 from mezzotint.runtime.sampling.guidance import rows_in_turn
 
+from .cache import Cache
+
 CPU = "cpu"
 
 
@@ -39,7 +41,7 @@ class Context:
 
     `conditions` maps each condition to an array `[rows, ...]`; calibration takes the rows in turn. `unconditional` has
     the rows `[1, ...]` of the unconditional half of a guided call; `condition_network` computes what changes from call
-    to call. `cache` is a folder of statistics (calibration/stats_cache.py). Passes train on `device`, a CPU or a GPU.
+    to call. `cache` keeps statistics and what was trained (core/cache.py). Passes train on `device`, a CPU or a GPU.
     `spread` computes pieces of work on other processes or machines; without it they are computed here.
     """
 
@@ -51,7 +53,7 @@ class Context:
     conditions: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     unconditional: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     progress: Progress = silent
-    cache: Path | None = None
+    cache: Cache | None = None
     device: str = CPU
     condition_network: ConditionNetwork | None = None
     spread: Spread | None = None

@@ -114,9 +114,9 @@ class Distillation:
         return Movements(weights, scales, rates, row_of)
 
     def _cache(self, program: Program) -> CheckCache:
-        folder = self.context.cache
-        key = "" if folder is None else training_key(program, self.context, CHECK.layout, self.options)
-        return CheckCache(folder, key, self.fit.checks)
+        cache = self.context.cache
+        key = "" if cache is None else training_key(program, self.context, CHECK.layout, self.options)
+        return CheckCache(cache, key, self.fit.checks)
 
 
 def network_calls(program: Program, context: Context, fit: NetworkFit) -> int:

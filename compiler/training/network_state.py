@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from ..core.cache_entries import EntryForm
+from ..core.cache import Cache, EntryForm
 
 CHECK = EntryForm("check", "the state of a training", layout=1)
 
@@ -75,34 +75,35 @@ class FitState:
 
 
 class CheckCache:
-    """The states of one fit at its checks, in a folder that compilations share, or nowhere.
+    """The states of one fit at its checks, in a cache that compilations share, or nowhere.
 
     `key` is a digest of all that the fit depends on.
     """
 
-    def __init__(self, folder: Path | None, key: str, checks: int) -> None:
-        self._folder, self._key, self._checks = folder, key, checks
+    def __init__(self, cache: Cache | None, key: str, checks: int) -> None:
+        self._cache, self._key, self._checks = cache, key, checks
 
     def keep(self, state: FitState) -> None:
         """Write the state at its last check."""
-        entry = self._entry(len(state.image_db) - 1)
-        if entry is None:
+        if self._cache is None:
             return
 
         def write(folder: Path) -> dict[str, Any]:
             (folder / CHECK.arrays).write_bytes(save(state.arrays()))
             return state.to_json()
 
-        CHECK.keep(entry, write)
+        self._cache.keep(CHECK, self._name(len(state.image_db) - 1), write)
 
     def restore(self, state: FitState) -> bool:
         """Take over the last state that is there; return whether there is one. Raise StatsError for a damaged one."""
-        for check in range(self._checks, -1, -1):
-            entry = self._entry(check)
-            if entry is not None and entry.exists():
-                CHECK.load(entry, lambda data, folder: state.restore(data, load_file(folder / CHECK.arrays)))
-                return True
-        return False
 
-    def _entry(self, check: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"check-{self._key}-{check}"
+        def read(data: dict[str, Any], folder: Path) -> bool:
+            state.restore(data, load_file(folder / CHECK.arrays))
+            return True
+
+        if self._cache is None:
+            return False
+        return any(self._cache.load(CHECK, self._name(check), read) for check in range(self._checks, -1, -1))
+
+    def _name(self, check: int) -> str:
+        return f"check-{self._key}-{check}"

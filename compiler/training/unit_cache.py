@@ -1,6 +1,6 @@
 """Trained units, kept in the cache of a compilation: training that was stopped goes on at the unit where it was.
 
-An entry is the folder `unit-<key>` (compiler/core/cache_entries.py). The key of a unit is a digest of the program, its
+An entry is the folder `unit-<key>` (compiler/core/cache.py). The key of a unit is a digest of the program, its
 calibration and its float graph, of the options of the fit, of torch's version and device, of the units that were
 trained before it and what came out, and of the unit itself. So a unit from the cache is the one that training
 would give.
@@ -21,9 +21,10 @@ from safetensors.numpy import load_file, save
 from mezzotint.runtime.bundle.json_fields import Fields
 from mezzotint.runtime.bundle.training import TrainedUnit
 
-from ..core.cache_entries import EntryForm, program_key
+from ..core.cache import EntryForm
 from ..core.pipeline import CPU, Context
 from ..core.program import Plan, Program
+from ..core.program_key import program_key
 from ..graph.nodes import digest
 
 UNIT = EntryForm("unit", "what a trained unit learned", layout=2)
@@ -35,7 +36,7 @@ class UnitCache:
     """The trained units of one run of a pass, in their order. Without a cache it keeps nothing."""
 
     def __init__(self, program: Program, context: Context, options: Mapping[str, Any]) -> None:
-        self._folder = context.cache
+        self._cache = context.cache
         self._key = "" if context.cache is None else training_key(program, context, UNIT.layout, options)
 
     def load(self, unit: str, computed: frozenset[str]) -> tuple[TrainedUnit, Learned] | None:
@@ -43,30 +44,25 @@ class UnitCache:
 
         Raises StatsError for an entry that cannot be read.
         """
-        entry = self._entry(unit, computed)
-        if entry is None or not entry.exists():
+        if self._cache is None or (known := self._cache.load(UNIT, self._name(unit, computed), _read)) is None:
             return None
-        fit, learned = UNIT.load(entry, _read)
-        self._advance(unit, learned)
-        return fit, learned
+        self._advance(unit, known[1])
+        return known
 
     def keep(self, unit: str, computed: frozenset[str], fit: TrainedUnit, learned: Learned) -> None:
         """Write the fit of a unit and what it learned, which is empty where the unit kept its start."""
-        entry = self._entry(unit, computed)
-        if entry is not None:
+        if self._cache is not None:
 
             def write(folder: Path) -> dict[str, Any]:
                 arrays = {name: np.ascontiguousarray(array) for name, array in learned.items()}
                 (folder / UNIT.arrays).write_bytes(save(arrays))
                 return fit.to_json()
 
-            UNIT.keep(entry, write)
+            self._cache.keep(UNIT, self._name(unit, computed), write)
             self._advance(unit, learned)
 
-    def _entry(self, unit: str, computed: frozenset[str]) -> Path | None:
-        if self._folder is None:
-            return None
-        return self._folder / f"unit-{_digest(self._key, unit, *sorted(computed))[:32]}"
+    def _name(self, unit: str, computed: frozenset[str]) -> str:
+        return f"unit-{_digest(self._key, unit, *sorted(computed))[:32]}"
 
     def _advance(self, unit: str, learned: Learned) -> None:
         """Let the keys of later units depend on what this one changed in the graph."""

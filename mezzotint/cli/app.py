@@ -125,7 +125,7 @@ def compile_(
     ] = False,
     export: Annotated[Path | None, typer.Option(help="Also write the float model to this .onnx file.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps statistics and trained blocks for later compilations.")
+        str | None, typer.Option(help="Folder or URL that keeps statistics and trained blocks for later compilations.")
     ] = None,
     license: Annotated[str | None, typer.Option(help="For the card: the model's licence, such as apache-2.0.")] = None,
     components: Components = None,

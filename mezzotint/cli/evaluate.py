@@ -33,8 +33,8 @@ def evaluate(
     reference: Reference,
     pictures: Annotated[int, number(bounds.MOST_SAMPLES, "Pairs of images.", "-n", "--pictures")] = 64,
     output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Folder that keeps the images, so that a stopped run can be resumed."),
+        str | None,
+        typer.Option("-o", "--output", help="Folder or URL that keeps the images, so that a stopped run goes on."),
     ] = None,
     seed: NoiseSeed = None,
     batch: Annotated[int, number(bounds.MOST_BATCH, "Images in one call.")] = 16,
@@ -111,4 +111,4 @@ def evaluate(
         return
     print_evaluation(evaluation)
     if output is not None:
-        console.print_line(f"page: {output / PAGE_FILE}")
+        console.print_line(f"page: {output.rstrip('/')}/{PAGE_FILE}")

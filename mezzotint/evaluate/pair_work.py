@@ -13,7 +13,6 @@ from mezzotint.runtime.sampling.guidance import Conditions
 from ..bench.reference import ReferenceModel
 from ..cluster.driver import Cluster
 from ..cluster.placement import CarriedFolder, Fetch, placed_folder
-from ..cluster.record import MachineRecord
 from ..frechet import network_digest
 from ..shards.drawing import CarriedBundle
 from ..shards.run import Run
@@ -108,7 +107,7 @@ def measured_on_cluster(
     """
     work = PairWork.of(cluster, sampler, run, features, keep)
     sizes = [PairShard(run, number).stop - PairShard(run, number).first for number in missing]
-    record = MachineRecord(run.folder, run.digest) if keep else None
+    record = run.record() if keep else None
     stage = "pairs of images"
     answers = cluster.answers(work, missing, stage=stage, sizes=sizes, unit="pairs", ordered=True, progress=progress)
     try:

@@ -29,8 +29,8 @@ from ..bench.pairs import unseen_seed
 from ..bench.reference import ReferenceModel
 from ..cluster.connection import check_cluster, cluster_or_none, piece_threads
 from ..frechet import network_digest
-from ..io.files import replacing
-from ..shards.run import Run, belongs, condition_facts, engine_facts, network_facts
+from ..shards.objects import run_at
+from ..shards.run import Run, condition_facts, engine_facts, network_facts
 from . import cost as eval_cost
 from . import metrics as eval_metrics
 from .extractors import NONE, Extractor, default_extractor, open_extractor
@@ -65,11 +65,11 @@ def evaluate_bundle(
 ) -> Evaluation:
     """Compare the bundle with `reference`, the float .onnx: images, and with `speed` the time and memory of a call.
 
-    The options are those of `EvaluationOptions`. With `output`, a folder, a run that was stopped is resumed. Without
-    `speed` the same evaluation gives the same bytes. With `cluster`, "local" or an address (cluster/connection.py), its
-    workers sample and measure the images, and the numbers are the same. Every refusal comes before the first network
-    call: InputError for settings that are impossible or differ from those of the run in the folder; OutputError where
-    the folder cannot be written.
+    The options are those of `EvaluationOptions`. With `output`, a folder or a URL, a run that was stopped is resumed.
+    Without `speed` the same evaluation gives the same bytes. With `cluster`, "local" or an address
+    (cluster/connection.py), its workers sample and measure the images, and the numbers are the same. Every refusal
+    comes before the first network call: InputError for settings that are impossible or differ from those of the run in
+    the folder; OutputError where the folder cannot be written.
     """
     options = EvaluationOptions(
         n, seed, batch, conditions or {}, unconditional or {}, features, correction, speed, resamples, shard_size
@@ -108,8 +108,7 @@ def evaluate_with(
             computing=bundle.condition_network,
         ),
     )
-    folder = None if output is None else Path(output)
-    job = _prepare(sampler, options, folder)
+    job = _prepare(sampler, options, output)
     if job.begun and (earlier := _finished(job, options.speed)) is not None:
         return earlier
     with scratch() as work:
@@ -128,8 +127,8 @@ def evaluate_with(
     metrics = _metrics(numbers, options.resamples, progress)
     timed, memory = _measure_cost(sampler, progress) if options.speed else (None, None)
     evaluation = _evaluation(job, same_weights, numbers, metrics, timed, memory)
-    if folder is not None:
-        _write(folder, evaluation)
+    if job.keep:
+        _write(job.run, evaluation)
     return evaluation
 
 
@@ -150,7 +149,7 @@ class _Job:
     key: dict[str, Any]
 
 
-def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | None) -> _Job:
+def _prepare(sampler: PairSampler, options: EvaluationOptions, output: str | Path | None) -> _Job:
     """Step 1: return the job. Raises InputError, OutputError for settings and folders that are refused."""
     bundle, n, features = sampler.bundle, options.n, options.features
     deployment, table = bundle.plan(), bundle.correction
@@ -172,8 +171,8 @@ def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | No
         **engine_facts(bundle.engine),
         **network_facts(bundle.condition_network),
     }
-    run = Run(Path() if folder is None else folder, settings)
-    begun = folder is not None and belongs(folder, settings)
+    run = run_at(output or Path(), settings)
+    begun = output is not None and run.is_begun()
     name, reason = (features, "") if features is not None else default_extractor(bundle.sample_shape)
     extractor = None if name == NONE else open_extractor(name, bundle.sample_shape, sampler.threads)
     key = {
@@ -184,7 +183,7 @@ def _prepare(sampler: PairSampler, options: EvaluationOptions, folder: Path | No
     }
     if bundle.engine != CPU_ENGINE:
         key["engine"] = bundle.usage(sampler.threads).library
-    return _Job(sampler, run, folder is not None, begun, extractor, reason or "no features were requested", key)
+    return _Job(sampler, run, output is not None, begun, extractor, reason or "no features were requested", key)
 
 
 def _batch(bundle: Bundle, exact: Denoiser, batch: int, n: int, threads: int | None) -> int:
@@ -206,17 +205,19 @@ def _batch(bundle: Bundle, exact: Denoiser, batch: int, n: int, threads: int | N
 
 def _finished(job: _Job, speed: bool) -> Evaluation | None:
     """Return the earlier evaluation in the folder when it has the settings of this job, else None."""
-    earlier = Evaluation.load(job.run.folder / RESULT_FILE)
-    if earlier is None or earlier.key != job.key or not _is_whole(job.run.folder, earlier):
+    with job.run.fetched(RESULT_FILE) as file:
+        earlier = Evaluation.load(file)
+    if earlier is None or earlier.key != job.key or not _is_whole(job.run, earlier):
         return None
     timing = None if earlier.speed is None else (earlier.speed.get("batch"), earlier.speed.get("threads"))
     return earlier if not speed or timing == (job.sampler.batch, job.sampler.threads) else None
 
 
-def _is_whole(folder: Path, earlier: Evaluation) -> bool:
+def _is_whole(run: Run, earlier: Evaluation) -> bool:
     """Return whether an evaluation is as this version wrote it: the page beside it says the same."""
     try:
-        page = read_text(folder / PAGE_FILE, "the page", InputError)
+        with run.fetched(PAGE_FILE) as file:
+            page = read_text(file, "the page", InputError)
         return earlier.onnxruntime == running_version() and page == markdown(earlier)
     except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError):  # values of other types
         return False
@@ -279,8 +280,7 @@ def _evaluation(
     )
 
 
-def _write(folder: Path, evaluation: Evaluation) -> None:
+def _write(run: Run, evaluation: Evaluation) -> None:
     text = json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n"
     for name, content in ((PAGE_FILE, markdown(evaluation)), (RESULT_FILE, text)):
-        with replacing(folder / name) as part:
-            part.write_text(content, encoding="utf-8", newline="\n")
+        run.store(name, content.encode())

@@ -4,6 +4,8 @@
     FOLDER/pairs_00000.safetensors     float and quantized images, and the sums of squares of each step and image
     FOLDER/eval.json, eval.md          the result
 
+FOLDER may be a URL (shards/objects.py).
+
 A shard is written to a temporary file and moved into place. It holds the digest of its run and a hash of its numbers:
 a shard that is truncated, changed, or of another run is sampled again. The same pairs give the same bytes.
 """
@@ -20,7 +22,6 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mezzotint.compiler.stages import remove_leftovers
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.json_text import parse_json
 from mezzotint.runtime.progress import CallProgress
@@ -29,7 +30,6 @@ from mezzotint.runtime.signature import Images
 
 from ..bench.pairs import parallel_run
 from ..bench.reference import ReferenceModel
-from ..io.files import replacing
 from ..shards.run import Run
 from .metrics import PictureSQNR
 
@@ -103,7 +103,7 @@ class PairShard:
     def __init__(self, run: Run, number: int) -> None:
         size = run.settings["shard_size"]
         self.first, self.stop = number * size, min((number + 1) * size, run.settings["pictures"])
-        self.path = run.folder / f"pairs_{number:05d}.safetensors"
+        self.name = f"pairs_{number:05d}.safetensors"
         self._run = run
 
     def write(self, pairs: ImagePairs) -> None:
@@ -118,17 +118,12 @@ class PairShard:
 
     def store(self, file: bytes) -> None:
         """Write a file of `encode` to its place. Raises OutputError."""
-        with replacing(self.path) as part:
-            part.write_bytes(file)
+        self._run.store(self.name, file)
 
     def load(self) -> ImagePairs | None:
-        """Return the pairs, None where the file is missing, damaged, or of another run.
-
-        What a killed run left is removed.
-        """
-        remove_leftovers(self.path.parent)
+        """Return the pairs, None where the file is missing, damaged, or of another run."""
         try:
-            with safe_open(self.path, framework="numpy") as file:
+            with self._run.fetched(self.name) as path, safe_open(path, framework="numpy") as file:
                 facts = parse_json((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in _NAMES}
             expected = {"run": self._run.digest, "first": self.first, "sha256": _hash(tensors)}

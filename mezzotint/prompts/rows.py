@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.numpy import load_file, save_file
 
-from mezzotint.compiler.core.cache_entries import EntryForm
+from mezzotint.compiler.core.cache import Cache, EntryForm
 from mezzotint.compiler.frontend.architectures.row import SampleSize
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.progress import Progress
@@ -54,7 +54,7 @@ def prompt_rows(
     *,
     guided: bool,
     size: SampleSize | None = None,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> PromptRows:
     """Return the rows of a plan. Raises ConditionError, see `encode_prompts`, and StatsError for a damaged cache."""
@@ -67,16 +67,16 @@ def prompt_rows(
         "pipeline": pipeline.class_name,
         "encoders_sha256": pipeline.digest(),
     }
-    entry = None if cache is None else cache / f"prompts-{_key(facts, guided, size)}"
-    if entry is not None and entry.is_dir():
-        both = _ENTRY.load(entry, lambda data, folder: load_file(folder / _ENTRY.arrays))
+    name = f"prompts-{_key(facts, guided, size)}"
+    known = None if cache is None else cache.load(_ENTRY, name, lambda data, folder: load_file(folder / _ENTRY.arrays))
+    if known is not None:
+        both: dict[str, Any] = known
     else:
         conditions, unconditional = encode_prompts(pipeline, texts, guided=guided, size=size, progress=progress)
         both = {f"{_CONDITIONS}{name}": rows for name, rows in conditions.items()}
         both |= {f"{_UNCONDITIONAL}{name}": rows for name, rows in unconditional.items()}
-        if entry is not None:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            _ENTRY.keep(entry, lambda folder: _written(both, folder))
+        if cache is not None:
+            cache.keep(_ENTRY, name, lambda folder: _written(both, folder))
     halves = [
         {name.removeprefix(prefix): rows for name, rows in both.items() if name.startswith(prefix)}
         for prefix in (_CONDITIONS, _UNCONDITIONAL)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,6 +85,16 @@ class ObjectRun(Run):
             return False
         check_same(before, self.settings, f"{self.where}/{RUN}")
         return True
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        with TemporaryDirectory() as folder:
+            if (data := self.objects.read(name)) is not None:
+                (Path(folder) / name).write_bytes(data)
+            yield Path(folder) / name
+
+    def store(self, name: str, data: bytes) -> None:
+        self.objects.write(name, data)
 
     def announce(self) -> None:
         if not self.is_begun():

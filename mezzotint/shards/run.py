@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from mezzotint.compiler.bundle.staging import staged_file
 from mezzotint.compiler.errors import OutputError
-from mezzotint.compiler.stages import PREFIX
+from mezzotint.compiler.stages import PREFIX, remove_leftovers
 from mezzotint.runtime.engine import Engine
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.json_text import read_json
@@ -21,6 +22,7 @@ from mezzotint.runtime.sampling.guidance import Conditions, checked_rows
 from mezzotint.runtime.session import CPU_ENGINE
 
 from ..cluster.record import MachineRecord
+from ..io.files import replacing
 from ..io.images import check_place
 from .files import Shard
 
@@ -59,6 +61,18 @@ class Run:
     def record(self) -> MachineRecord:
         """Return the record of the machines that drew the shards."""
         return MachineRecord(self.folder, self.digest)
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """Yield where a file of the run can be read; it may not be there. What a killed run left is removed."""
+        if self.folder.is_dir():
+            remove_leftovers(self.folder)
+        yield self.folder / name
+
+    def store(self, name: str, data: bytes) -> None:
+        """Write a file of the run; one that is there is replaced. Raises OutputError."""
+        with replacing(self.folder / name) as part:
+            part.write_bytes(data)
 
     def announce(self) -> None:
         """Write the settings unless they are there. Raises as `belongs`: another run may have been begun meanwhile."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.errors import ConditionError
 from mezzotint.options import CalibrationOptions, CompileOptions, DeploymentOptions
 from mezzotint.pipeline.watch import Recording, joined_rows
@@ -196,7 +197,7 @@ def test_a_compilation_encodes_as_many_prompts_as_it_has_samples(folder: Path, t
     prepared = prepare(str(folder), tmp_path / "b", options(prompts="default", negative=NEGATIVE))
     assert prepared.conditions is None and prepared.prompts is not None, "nothing is encoded before torch is needed"
 
-    found = with_prompts(prepared, tmp_path / "cache", silent)
+    found = with_prompts(prepared, Cache(tmp_path / "cache"), silent)
 
     assert found.conditions is not None and found.unconditional is not None and found.prompt_facts is not None
     assert found.conditions["encoder_hidden_states"].shape == (3, 77, 32)
@@ -204,7 +205,7 @@ def test_a_compilation_encodes_as_many_prompts_as_it_has_samples(folder: Path, t
     assert found.sizes["encoder_hidden_states"] == (77, 32)
     entries = list((tmp_path / "cache").iterdir())
     assert [entry.name[:8] for entry in entries] == ["prompts-"]
-    again = with_prompts(prepared, tmp_path / "cache", _refuse)
+    again = with_prompts(prepared, Cache(tmp_path / "cache"), _refuse)
     assert again.conditions is not None
     assert all(np.array_equal(found.conditions[k], again.conditions[k]) for k in found.conditions)
 

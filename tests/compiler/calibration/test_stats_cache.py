@@ -12,6 +12,7 @@ import pytest
 
 from mezzotint.compiler.calibration.stats_cache import measured_once
 from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.core.stats import Stats
@@ -46,7 +47,7 @@ CHANGES: dict[str, Change] = {
 
 @pytest.fixture
 def cached(context: Context, tmp_path: Path) -> Context:
-    return replace(context, cache=tmp_path / "cache")
+    return replace(context, cache=Cache(tmp_path / "cache"))
 
 
 def measured(program: Program, context: Context) -> tuple[Stats, str]:
@@ -106,7 +107,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_entry_is_named(tiny: Program, cached: Context, damage: str) -> None:
     measured(tiny, cached)
     assert cached.cache is not None
-    (entry,) = cached.cache.iterdir()
+    (entry,) = cached.cache.folder.iterdir()
     DAMAGE[damage](entry)
     with pytest.raises(StatsError, match="cannot be read") as caught:
         measured(tiny, cached)
@@ -119,4 +120,4 @@ def test_a_failed_measurement_leaves_nothing(tiny: Program, cached: Context) -> 
 
     with pytest.raises(StatsError, match="planted"):
         measured_once(tiny, cached, {}, fails)
-    assert cached.cache is not None and not cached.cache.exists()
+    assert cached.cache is not None and not cached.cache.folder.exists()

@@ -16,6 +16,7 @@ import torch
 
 from mezzotint import compile_model
 from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
@@ -98,7 +99,7 @@ def test_a_fit_goes_on_on_the_second_device(
     step = Distill(**{**WHOLE, "checks": 2}, unroll=1)
     with SecondDevice():
         whole, again = (
-            trained(program, step, context, device=SECOND.type, cache=_without_last(tmp_path)) for _ in range(2)
+            trained(program, step, context, device=SECOND.type, cache=Cache(_without_last(tmp_path))) for _ in range(2)
         )
     assert_equal(whole, again)
 

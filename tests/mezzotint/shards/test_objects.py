@@ -16,6 +16,7 @@ pytest.importorskip("moto.server", reason="make venv")
 
 from mezzotint import read_shards, sample_to_folder
 from mezzotint.compiler.errors import OutputError
+from mezzotint.evaluate.run import evaluate_bundle
 from mezzotint.io.objects import ObjectFolder, is_url
 from mezzotint.runtime.errors import InputError
 from tests.helpers.models import Cli, Compiled
@@ -104,3 +105,19 @@ def test_urls_and_paths() -> None:
         *(True, True),
         *(False, False, False, False),
     ]
+
+
+def test_an_evaluation_below_a_url(hand: Compiled, url: str, tmp_path: Path) -> None:
+    """The objects are the files of a folder; what is missing is measured again, and the rest is read."""
+    wanted: dict[str, Any] = {"batch": 2, "threads": 1, "speed": False, "resamples": 5, "shard_size": 4}
+    found = evaluate_bundle(hand.bundle, hand.exported, N, output=tmp_path / "f", **wanted)
+    assert evaluate_bundle(hand.bundle, hand.exported, N, output=url, **wanted) == found
+    assert objects(url) == files(tmp_path / "f")
+
+    place = ObjectFolder(url)
+    place.write("eval.json", b"{}")
+    place.write("pairs_00001.safetensors", b"cut off")
+    assert evaluate_bundle(hand.bundle, hand.exported, N, output=url, **wanted) == found
+    assert objects(url) == files(tmp_path / "f")
+    with pytest.raises(InputError, match="begun with other settings: seed was"):
+        evaluate_bundle(hand.bundle, hand.exported, N, output=url, seed=9, **wanted)

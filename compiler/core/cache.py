@@ -1,9 +1,10 @@
 """Results of long work, kept in a folder that compilations share: an entry is a folder with a JSON file and arrays.
 
-The key of an entry is a digest of everything that the result depends on (`program_key`), so a compilation that takes it
+The key of an entry is a digest of all that the result depends on (program_key.py), so a compilation that takes it
 from the cache writes the same bundle as one that computes it. An entry is written to a hidden folder and then moved: a
 killed compilation leaves no partial entry. The JSON file has the hash of the arrays and of itself: a damaged entry is
-refused. Entries never change: delete folders to free space.
+refused. Entries never change: delete folders to free space. A cache may have a store that other machines share, such as
+a bucket: an entry is taken from there if the folder lacks it, and goes there when it was written.
 """
 
 from __future__ import annotations
@@ -14,24 +15,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from safetensors import SafetensorError
 
 from mezzotint.runtime.bundle.bundle import file_sha256
 from mezzotint.runtime.errors import MezzotintError
 from mezzotint.runtime.json_text import read_json
-from mezzotint.runtime.session import running_version
 
 from ..errors import StatsError
-from ..graph import nodes as graph
-from ..graph import weight_store as store
 from ..moves import move_new
 from ..stages import partial_folder
-from . import snapshot
-from .pipeline import Context
-from .program import Program
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError, MezzotintError)
 _T = TypeVar("_T")
@@ -75,29 +69,38 @@ class EntryForm:
         return f"{self.kind}.safetensors"
 
 
-def program_key(program: Program, context: Context, facts: Mapping[str, Any]) -> str:
-    """Return the digest of a program, of its calibration and of these facts."""
-    home = snapshot.home_of(program.model)
-    weights = None if home is None else file_sha256(home / store.WEIGHTS)
-    known = {
-        "graph": graph.digest(program.model),
-        "weights": weights,
-        "signature": program.signature.to_json(),
-        "schedule": dict(program.schedule.config),
-        "deployment": program.deployment.to_json(),
-        "shape": list(program.shape),
-        "allocation": list(program.allocation),
-        "calibration": [context.samples, context.batch, context.seed],
-        "onnxruntime": [running_version(), context.threads],
-        **({} if context.condition_network is None else {"condition_network": context.condition_network.digest}),
-        **facts,
-    }
-    sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    for part in (context.conditions, context.unconditional):
-        for name, rows in sorted(part.items()):
-            sha.update(f"{name}{rows.dtype}{rows.shape}".encode())
-            sha.update(np.ascontiguousarray(rows).tobytes())
-    return sha.hexdigest()[:32]
+class EntryStore(Protocol):
+    """Entries that other machines share, by their names."""
+
+    def fetch(self, name: str, folder: Path) -> bool:
+        """Copy the files of an entry into a folder that is made; return whether there is one. Raises OutputError."""
+
+    def put(self, name: str, folder: Path) -> None:
+        """Copy an entry's folder there. Raises OutputError."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The entries in a folder, and in a store if there is one."""
+
+    folder: Path
+    store: EntryStore | None = None
+
+    def load(self, form: EntryForm, name: str, read: Callable[[Any, Path], _T]) -> _T | None:
+        """Return what `read` makes of an entry, None where there is none. Raises StatsError, OutputError."""
+        entry = (self.folder / name).absolute()
+        if not entry.exists() and self.store is not None:
+            with partial_folder(entry) as hidden:
+                if self.store.fetch(name, hidden / "entry"):
+                    with suppress(FileExistsError):
+                        move_new(hidden / "entry", entry)
+        return form.load(entry, read) if entry.exists() else None
+
+    def keep(self, form: EntryForm, name: str, write: Callable[[Path], Any]) -> None:
+        """Write an entry, as `EntryForm.keep` does. Raises OutputError."""
+        form.keep(self.folder / name, write)
+        if self.store is not None:
+            self.store.put(name, self.folder / name)
 
 
 def _hash(facts: Mapping[str, Any]) -> str:
