@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +24,9 @@ from mezzotint.runtime.sampling.guidance import Conditions, Network, rows_in_tur
 from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
 from mezzotint.shards.run import condition_facts
+
+if TYPE_CHECKING:
+    from tools.leaderboard_options import BoardOptions
 
 DIGITS_NAME, DIGITS_SIZE = "digits", (32, 32)
 
@@ -67,8 +69,8 @@ class FloatModel:
         self.exported = folder / "float.onnx"
 
     @classmethod
-    def of(cls, args: argparse.Namespace, folder: Path) -> FloatModel:
-        """Return the model of the options of tools/leaderboard_options.py."""
+    def of(cls, args: BoardOptions, folder: Path) -> FloatModel:
+        """Return the model of a board's options."""
         model = cls(
             args.model,
             folder,

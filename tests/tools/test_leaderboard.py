@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,32 +17,22 @@ from mezzotint.bench import peers
 from mezzotint.passes.recipes.catalog import RECIPES
 from tests.helpers.labels import CLASSES, labelled
 from tests.helpers.tiny import tiny_model
+from tools.leaderboard import main
 from tools.leaderboard_options import parsed
 from tools.leaderboard_page import WIDTHS, Row, page
-from tools.leaderboard_recipes import chosen_options
+from tools.leaderboard_recipes import at_width, chosen_options
 from tools.leaderboard_record import read_record, record_of, write_record
 
-TOOL = Path(__file__).parents[2] / "tools" / "leaderboard.py"
 FEW = ["--images", "2", "--calibration", "2", "--steps", "3", "--batch", "2"]
 WIDE = [*FEW, "--recipe", "w8a8", "--width", "w8a8", "--width", "w4a8", "--width", "w4a16"]
 
 
 @pytest.fixture(scope="module")
-def board() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("leaderboard", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["leaderboard"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def measured(board: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("board")
     ir.save(tiny_model(), folder / "unet.onnx")
     options = [*WIDE, "--model", str(folder / "unet.onnx"), "--scheduler", "cosine"]
-    assert board.main([*options, "--folder", str(folder), "--page", str(folder / "page.md")]) == 0
+    assert main([*options, "--folder", str(folder), "--page", str(folder / "page.md")]) == 0
     return folder
 
 
@@ -65,14 +52,14 @@ def test_rows_are_measured(measured: Path) -> None:
     assert weight_only["kernels"].startswith("0/") and "## W4A16" in page
 
 
-def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_goes_on_where_it_stopped(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is there is not measured again, what is missing is; the page says the same."""
     page = (measured / "page.md").read_text()
     (measured / "rows" / "w8a8-w4a8.json").unlink()
     record_of(measured / "page.md").unlink()
     kept = (measured / "rows" / "w8a8-w8a8.json").stat().st_mtime_ns
     options = [*WIDE, "--model", str(measured / "unet.onnx"), "--scheduler", "cosine"]
-    assert board.main([*options, "--folder", str(measured), "--page", str(measured / "page.md")]) == 0
+    assert main([*options, "--folder", str(measured), "--page", str(measured / "page.md")]) == 0
     said = capsys.readouterr().out
     assert "[1/1] w8a8-w4a8" in said
     assert (measured / "rows" / "w8a8-w8a8.json").stat().st_mtime_ns == kept
@@ -83,14 +70,14 @@ def test_it_goes_on_where_it_stopped(board: ModuleType, measured: Path, capsys: 
 
 
 @pytest.fixture(scope="module")
-def other(board: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A board of another model: a corrected recipe at its claim, and the baseline at the same eta."""
     folder = tmp_path_factory.mktemp("other")
     model = folder / "unet.onnx"
     ir.save(tiny_model(), model)
     options = [*FEW, "--recipe", "ptqd-w8a8", "--recipe", "w8a8", "--width", "w4a8", "--no-peers", "--no-speed"]
     options += ["--model", str(model), "--scheduler", "cosine", "--folder", str(folder)]
-    assert board.main([*options, "--page", str(folder / "page.md")]) == 0
+    assert main([*options, "--page", str(folder / "page.md")]) == 0
     return folder
 
 
@@ -112,20 +99,20 @@ def test_a_corrected_recipe_is_judged_at_the_eta_of_its_claim(other: Path) -> No
 
 
 def test_a_cut_training_is_told_and_a_longer_one_replaces_it(
-    board: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ir.save(tiny_model(), tmp_path / "unet.onnx")
     options = [*FEW, "--model", str(tmp_path / "unet.onnx"), "--scheduler", "cosine", "--folder", str(tmp_path)]
     options += ["--page", str(tmp_path / "page.md"), "--no-peers", "--no-speed", "--width", "w4a4", "--recipe", "lsq"]
     for iterations, measured in ((3, True), (2, False), (4, True)):
-        assert board.main([*options, "--iterations", str(iterations)]) == 0
+        assert main([*options, "--iterations", str(iterations)]) == 0
         assert ("[1/1] lsq-w4a4" in capsys.readouterr().out) == measured
         row = Row.load(tmp_path / "rows" / "lsq-w4a4.json")
         assert row is not None and row.iterations == max(iterations, 3)
         assert f"| `lsq` cut to {row.iterations} iterations |" in (tmp_path / "page.md").read_text()
 
 
-def test_a_board_of_classes_under_guidance(board: ModuleType, tmp_path: Path) -> None:
+def test_a_board_of_classes_under_guidance(tmp_path: Path) -> None:
     """Labels of the configuration, and the same ones typed for a file that comes without it."""
     options = [*FEW, "--scheduler", "cosine", "--guidance", "3", "--recipe", "w8a8", "--width", "w8a8"]
     options += ["--no-peers", "--no-speed", "--name", "labelled"]
@@ -137,25 +124,25 @@ def test_a_board_of_classes_under_guidance(board: ModuleType, tmp_path: Path) ->
     for model, more in ((tmp_path / "model.onnx", []), (alone, typed)):
         folder = tmp_path / model.stem
         places = ["--model", str(model), "--folder", str(folder), "--page", str(folder / "page.md")]
-        assert board.main([*options, *places, *more]) == 0
+        assert main([*options, *places, *more]) == 0
         assert "guidance 3, 2 images" in (folder / "page.md").read_text()
         rows.append(Row.load(folder / "rows" / "w8a8-w8a8.json"))
     first, second = rows
     assert first is not None and second is not None and first.images == second.images
     assert second.key != first.key, "rows that were given are part of what identifies a measurement"
-    assert board.main([*options, "--model", str(alone), "--folder", str(tmp_path / "none"), "--page", "x.md"]) == 2
+    assert main([*options, "--model", str(alone), "--folder", str(tmp_path / "none"), "--page", "x.md"]) == 2
 
 
-def test_rows_of_other_options_or_models_are_not_listed(board: ModuleType, other: Path) -> None:
+def test_rows_of_other_options_or_models_are_not_listed(other: Path) -> None:
     options = [*FEW, "--model", str(other / "unet.onnx"), "--folder", str(other), "--page", str(other / "o.md")]
     page = other / "o.md"
     for change in (["--scheduler", "ddpm-linear"], ["--scheduler", "cosine", "--images", "4"]):
-        assert board.main([*options, *change, "--write-only"]) == 0
+        assert main([*options, *change, "--write-only"]) == 0
         assert "| `w8a8` |" not in page.read_text()
-    assert board.main([*options, "--scheduler", "cosine", "--write-only"]) == 0
+    assert main([*options, "--scheduler", "cosine", "--write-only"]) == 0
     assert "| `w8a8` |" in page.read_text()
     ir.save(tiny_model(channels=3), other / "unet.onnx")
-    assert board.main([*options, "--scheduler", "cosine", "--write-only"]) == 0
+    assert main([*options, "--scheduler", "cosine", "--write-only"]) == 0
     assert "| `w8a8` |" not in page.read_text()
 
 
@@ -170,8 +157,9 @@ def test_rows_of_other_options_or_models_are_not_listed(board: ModuleType, other
     ],
 )
 def test_each_model_has_its_page_and_its_folder(model: str, name: str | None, stem: str) -> None:
-    args = parsed(["--model", model, *(["--name", name] if name else [])], None)
-    assert (args.folder.name, args.page.name) == (stem, f"{stem}.md")
+    args, _ = parsed(["--model", model, *(["--name", name] if name else [])], None)
+    assert (args.folder.name, args.page.name, args.threads) == (stem, f"{stem}.md", 2)
+    assert parsed(["--cluster", "local"], None)[0].threads == 1, "the cores are shared among the rows"
 
 
 @pytest.mark.parametrize(
@@ -182,17 +170,15 @@ def test_options_that_make_no_sense_are_refused(options: list[str]) -> None:
         parsed(options, None)
 
 
-def test_the_digits_are_the_page_without_a_name(board: ModuleType, tmp_path: Path) -> None:
+def test_the_digits_are_the_page_without_a_name(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    assert board.main(["--write-only", "--folder", str(tmp_path / "out"), "--page", str(page)]) == 0
+    assert main(["--write-only", "--folder", str(tmp_path / "out"), "--page", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("# Leaderboard\n") and "The embedded digits, ddim, 20 steps, eta 0, 32 images" in text
 
 
-def test_a_model_that_is_missing_is_one_error(
-    board: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert board.main(["--model", "none.onnx", "--folder", str(tmp_path), "--page", str(tmp_path / "p.md")]) == 2
+def test_a_model_that_is_missing_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "none.onnx", "--folder", str(tmp_path), "--page", str(tmp_path / "p.md")]) == 2
     assert "there is no such model" in capsys.readouterr().err and not (tmp_path / "p.md").exists()
 
 
@@ -246,13 +232,13 @@ def test_tables_are_sorted_by_images() -> None:
 
 
 def test_a_new_folder_starts_from_the_record_of_the_page(
-    board: ModuleType, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The page is the same from a folder that has measured nothing, and no row is measured again."""
     options = [*WIDE, "--no-speed", "--no-peers", "--model", str(measured / "unet.onnx"), "--scheduler", "cosine"]
     page = measured / "page.md"
     text = page.read_text()
-    assert board.main([*options, "--folder", str(tmp_path), "--page", str(page)]) == 0
+    assert main([*options, "--folder", str(tmp_path), "--page", str(page)]) == 0
     assert page.read_text() == text and "[1/" not in capsys.readouterr().out
     rows = read_record(page)
     assert len(rows) == len(list((measured / "rows").iterdir())) and all(row.refused or row.images for row in rows)
@@ -270,10 +256,10 @@ def test_a_gain_is_that_of_the_record_where_images_are_gone(tmp_path: Path) -> N
     assert page([replace(row, gain=None) for row in kept], "digits", "", recipes).count("better") == 0
 
 
-def test_what_is_no_record_is_one_error(board: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_record_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ('{"a": 1}', "[", "[1]", "3"):
         (tmp_path / "page.json").write_text(text)
-        assert board.main(["--write-only", "--folder", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 2
+        assert main(["--write-only", "--folder", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 2
         assert "record of the page cannot be read" in capsys.readouterr().err
 
 
@@ -288,11 +274,11 @@ def test_rows_of_another_shape_are_measured_anew(tmp_path: Path) -> None:
     assert Row.load(tmp_path / "none.json") is None
 
 
-def test_a_width_sets_every_pass_that_has_one(board: ModuleType) -> None:
+def test_a_width_sets_every_pass_that_has_one() -> None:
     assert set(WIDTHS) == {"w8a8", "w6a6", "w4a8", "w3a8", "w2a8", "w4a6", "w4a4", "w4a16"}
-    options = [p.options() for p in board.at_width(RECIPES["w8a8"], "w4a6").passes if p.name == "choose_scales"]
+    options = [p.options() for p in at_width(RECIPES["w8a8"], "w4a6").passes if p.name == "choose_scales"]
     assert [(o["weight_bits"], o["activation_bits"]) for o in options] == [(4, 6)]
-    weight_only = {p.name: p.options() for p in board.at_width(RECIPES["q-diffusion"], "w4a16").passes}
+    weight_only = {p.name: p.options() for p in at_width(RECIPES["q-diffusion"], "w4a16").passes}
     assert weight_only["choose_scales"]["activation_bits"] == "float"
     assert weight_only["split_shortcuts"]["activation_bits"] == 8, "a rewrite's choice has no float activations"
 

@@ -41,7 +41,7 @@ from tests.helpers.feature_nets import feature_net
 from tests.helpers.models import SMALL, Cli, Compiled
 from tests.helpers.object_server import object_server, set_endpoint
 from tests.helpers.tiny import tiny_model
-from tools import leaderboard
+from tools import experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own processes
 ROOT = Path(__file__).parents[3]
@@ -332,27 +332,26 @@ def test_a_calibration_has_the_same_digest(hand: Compiled, nodes: Any, tmp_path:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_leaderboard_is_continued_and_has_the_same_rows(
+def test_rows_of_an_experiment_are_continued_and_the_same(
     nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """They are those of leaderboards: tools/leaderboard.py measures its own in the same way."""
     ir.save(tiny_model(), tmp_path / "unet.onnx")
-    options = ["--images", "2", "--calibration", "2", "--steps", "3", "--batch", "2", "--threads", "3", "--no-peers"]
-    options += ["--no-speed", "--recipe", "w8a8", "--model", str(tmp_path / "unet.onnx")]
-    options += ["--scheduler", "cosine", "--width", "w8a8", "--width", "w4a8"]
-    pages = []
+    text = "name: small\nmodels: [{model: unet.onnx, scheduler: cosine}]\nrecipes: [w8a8]\nwidths: [w8a8]\n"
+    text += "seeds: [0, 1]\nimages: 2\ncalibration: 2\nsteps: 3\nbatch: 2\nthreads: 3\n"
+    (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
+    found = []
     for name, how in (("one", []), ("spread", ["--cluster", nodes.address])):
-        page = tmp_path / name / "page.md"
-        where = ["--folder", str(tmp_path / name), "--page", str(page)]
-        assert leaderboard.main([*options, *where, *how]) == 0
+        words = [str(tmp_path / "e.yaml"), "--folder", str(tmp_path / name), *how]
+        assert experiment.main(words) == 0
         if how:
             assert capsys.readouterr().out.count(" s on ") == 2
-            (tmp_path / name / "rows" / "w8a8-w4a8.json").unlink()
-            page.with_suffix(".json").unlink()
-            assert leaderboard.main([*options, *where, *how]) == 0
+            (tmp_path / name / "unet" / "rows" / "w8a8-w8a8-seed1.json").unlink()
+            assert experiment.main(words) == 0
             assert capsys.readouterr().out.count(" s on ") == 1
-        rows = json.loads(page.with_suffix(".json").read_text())
-        pages.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
-    assert len(pages[0]) == 2 and pages[0] == pages[1]
+        rows = [cell["row"] for cell in json.loads((tmp_path / name / "results.json").read_text())["rows"]]
+        found.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+    assert len(found[0]) == 2 and found[0] == found[1]
 
 
 def _second_node(nodes: Any) -> Any:
