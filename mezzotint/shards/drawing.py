@@ -19,8 +19,10 @@ from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.signature import Images
 
 from ..cluster.driver import Cluster
-from ..cluster.placement import CarriedFolder, Fetch, placed_folder
+from ..cluster.placement import CarriedFolder, Fetch, placed_folder, this_computer
+from ..cluster.record import name_of
 from .files import Shard
+from .kind_check import KindJudge, fixed_call
 from .objects import ObjectRun, run_at
 from .run import Run
 
@@ -74,10 +76,19 @@ class CarriedBundle:
 
 
 @dataclass(frozen=True)
+class DrawnShard:
+    """The files of a shard by name, None where the worker wrote them; and the fixed call, where it was asked for."""
+
+    files: dict[str, bytes] | None
+    prediction: Images | None = None
+
+
+@dataclass(frozen=True)
 class ShardWork:
     """What all shards of a run share, as work for a cluster: a piece is a shard's number.
 
-    Its result are the files by name. With a `url` the worker writes them there itself, and returns None.
+    With a `url` the worker writes the files there itself. A worker on a kind of processor that is not among `known`
+    makes the fixed call of kind_check.py before its first shard.
     """
 
     bundle: CarriedBundle
@@ -85,18 +96,22 @@ class ShardWork:
     options: SamplingOptions
     threads: int
     url: str | None
+    known: frozenset[str]
 
-    def open(self, fetch: Fetch) -> Callable[[int], dict[str, bytes] | None]:
-        """Return the function from the number of a shard to its files by name."""
+    def open(self, fetch: Fetch) -> Callable[[int], DrawnShard]:
+        """Return the function from the number of a shard to its files by name. Raises as `fixed_call`."""
         bundle, run = self.bundle.open(fetch), run_at(self.url or Path(), self.settings)
+        is_known = this_computer().kind in self.known
+        calls = [] if is_known else [fixed_call(bundle, self.options, self.threads)[1]]
 
-        def draw(number: int) -> dict[str, bytes] | None:
+        def draw(number: int) -> DrawnShard:
             shard = run.shard(number)
             files = shard.encode(draw_shard(bundle, shard, self.options, self.threads, lambda done: None))
+            prediction = calls.pop() if calls else None
             if self.url is None:
-                return files
+                return DrawnShard(files, prediction)
             shard.store(files)
-            return None
+            return DrawnShard(None, prediction)
 
         return draw
 
@@ -106,12 +121,14 @@ def draw_on_cluster(
 ) -> None:
     """Draw shards on the workers of a cluster, and write each of them here when it comes; workers write to URLs.
 
-    `machines.json` says which machine drew which shard. Raises the refusal of a worker, and ClusterError.
+    `machines.json` says which machine drew which shard, and what each other kind of processor predicts at a fixed
+    call: a kind on which the bundle is inaccurate is told. Raises the refusal of a worker, and ClusterError.
     """
     url = run.where if isinstance(run, ObjectRun) else None
-    work = ShardWork(CarriedBundle.of(bundle, cluster), run.settings, options, cluster.threads, url)
+    record, judge = run.record(), KindJudge(bundle, options, cluster.threads)
+    known = record.checked | {judge.kind}
+    work = ShardWork(CarriedBundle.of(bundle, cluster), run.settings, options, cluster.threads, url, known)
     sizes = [len(run.shard(number).index) for number in missing]
-    record = run.record()
     gpus = 1 if bundle.engine.name in GPU_ENGINES else 0
     answers = cluster.answers(work, missing, stage="sample", sizes=sizes, unit="images", gpus=gpus, progress=progress)
     try:
@@ -119,8 +136,12 @@ def draw_on_cluster(
             run.announce()  # workers write without asking
         for index, answer in answers:
             run.announce()
-            if answer.result is not None:
-                run.shard(missing[index]).store(answer.result)
+            drawn: DrawnShard = answer.result
+            if drawn.files is not None:
+                run.shard(missing[index]).store(drawn.files)
+            kind = answer.stamp.machine.kind
+            if drawn.prediction is not None and kind not in record.checked:
+                record.check(kind, judge.check(kind, name_of(answer.stamp), drawn.prediction))
             record.add(missing[index], answer.stamp)
     finally:
         record.close()
