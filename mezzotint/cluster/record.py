@@ -67,7 +67,7 @@ class MachineRecord:
 
     def add(self, piece: int, stamp: Stamp) -> None:
         """Note who computed a piece. The folder must be that of the run by now. Raises OutputError."""
-        name = name_of(stamp)
+        name = machine_name(stamp)
         self._machines[name] = stamp.machine
         seconds = round(stamp.seconds, 4)
         self._pieces[str(piece)] = {
@@ -140,6 +140,6 @@ class MachineRecord:
             file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def name_of(stamp: Stamp) -> str:
+def machine_name(stamp: Stamp) -> str:
     """Return the name of a machine in the record: two may have one host name."""
     return f"{stamp.machine.host}:{stamp.node[:8]}"

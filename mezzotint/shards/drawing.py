@@ -20,7 +20,7 @@ from mezzotint.runtime.signature import Images
 
 from ..cluster.driver import Cluster
 from ..cluster.placement import CarriedFolder, Fetch, placed_folder, this_computer
-from ..cluster.record import name_of
+from ..cluster.record import machine_name
 from .files import Shard
 from .kind_check import KindJudge, fixed_call
 from .objects import ObjectRun, run_at
@@ -141,7 +141,7 @@ def draw_on_cluster(
                 run.shard(missing[index]).store(drawn.files)
             kind = answer.stamp.machine.kind
             if drawn.prediction is not None and kind not in record.checked:
-                record.check(kind, judge.check(kind, name_of(answer.stamp), drawn.prediction))
+                record.check(kind, judge.check(kind, machine_name(answer.stamp), drawn.prediction))
             record.add(missing[index], answer.stamp)
     finally:
         record.close()

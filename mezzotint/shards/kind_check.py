@@ -26,7 +26,7 @@ from ..cluster.placement import this_computer
 from ..cluster.record import KindCheck
 
 NOISE_SEED = 0
-FLOOR_DB = -100.0
+LOWEST_DB = -100.0
 
 
 def fixed_call(bundle: Bundle, options: SamplingOptions, threads: int | None) -> tuple[Timestep, Images]:
@@ -94,7 +94,7 @@ def _joined(one: float, other: float) -> float:
 
 
 def _rounded(db: float | None) -> float | None:
-    """Return dB for JSON, None for no error; the largest error there is counts as FLOOR_DB."""
+    """Return dB for JSON, None for no error; the largest error there is counts as LOWEST_DB."""
     if db is None or db == math.inf:
         return None
-    return round(max(db, FLOOR_DB), 2)
+    return round(max(db, LOWEST_DB), 2)

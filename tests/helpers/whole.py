@@ -69,8 +69,8 @@ def options(recipe: str, size: tuple[int, ...] | None = None) -> CompileOptions:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A StableDiffusionPipeline of one block each, latents 4x8x8, pictures 3x8x8."""
     folder = made_once(tmp_path_factory, "whole", _make)
-    opened = (open_pipeline(folder / name) for name in ("float", "int8"))
-    return Whole(folder / "source", *opened, _read_exports(folder / "exports"))
+    floating, quantized = (open_pipeline(folder / name) for name in ("float", "int8"))
+    return Whole(folder / "source", floating, quantized, _read_exports(folder / "exports"))
 
 
 def _make(folder: Path) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.correction.trial import compare_programs
@@ -185,7 +186,7 @@ def test_a_fit_that_was_stopped_goes_on_behind_its_last_check(
     program: Program, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained(program, context)
-    cached = replace(context, cache=tmp_path / "cache")
+    cached = replace(context, cache=Cache(tmp_path / "cache"))
     seen = 0
 
     def stop(stage: str, done: int, total: int) -> None:

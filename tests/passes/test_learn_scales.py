@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import PassError, RecipeError, StatsError
@@ -92,7 +93,7 @@ def test_one_block_gets_better_and_the_others_stay(program: Program, context: Co
 
 def test_what_the_cache_has_is_not_trained_again(program: Program, context: Context, tmp_path: Path) -> None:
     seen: list[str] = []
-    cached = replace(context, cache=tmp_path / "cache", progress=lambda label, done, total: seen.append(label))
+    cached = replace(context, cache=Cache(tmp_path / "cache"), progress=lambda label, done, total: seen.append(label))
     name = find_units(program, "layer")[-1].name
     first = trained(program, cached, through="layer", units=(name,), iterations=3)
     assert sum(name in label for label in seen) == 3 + 2 * QUICK["calls"]
@@ -142,7 +143,7 @@ def test_weights_that_move_too_are_nearer_than_those_rounded_anew(
     compiled: Callable[..., Program], context: Context, tmp_path: Path
 ) -> None:
     """Block behind block, on the grids of their learned scales; a second run takes all of it from the cache."""
-    program, cached = compiled("w8a8", "weights"), replace(context, cache=tmp_path / "cache")
+    program, cached = compiled("w8a8", "weights"), replace(context, cache=Cache(tmp_path / "cache"))
     fixed = trained(program, context, what="both")
     moving, again = (trained(program, cached, what="both", weight_steps=1e-2) for _ in range(2))
     assert sqnr(moving, context) > sqnr(fixed, context) + 1 > sqnr(program, context) + 1

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mezzotint.compiler.core import pipeline, snapshot
+from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError, StatsError
@@ -88,7 +89,7 @@ def test_the_same_training_twice_gives_the_same_weights(program: Program, contex
 def test_scales_of_activations_are_learned_with_the_weights(program: Program, context: Context, tmp_path: Path) -> None:
     """Of the unit's own quantizers; a second run takes both from the cache."""
     block = "b1_conv1 .. b1_conv2"
-    cached = replace(context, cache=tmp_path)
+    cached = replace(context, cache=Cache(tmp_path))
     after, again = (
         trained(program, cached, unit="block", units=(block,), iterations=60, scale_shares=0.01) for _ in range(2)
     )
@@ -222,7 +223,7 @@ def test_training_that_was_stopped_goes_on_with_the_next_unit(
     def watching(stage: str, done: int, total: int) -> None:
         stages.append(stage.partition(DETAIL)[0])
 
-    cached = replace(context, cache=tmp_path / "cache")
+    cached = replace(context, cache=Cache(tmp_path / "cache"))
     with pytest.raises(KeyboardInterrupt):
         trained(program, replace(cached, progress=stopping), **options)
     assert f"reconstruct: {first}" in stages
