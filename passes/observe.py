@@ -130,7 +130,9 @@ def _observe_elsewhere(program: Program, work: _ObserveWork, context: Context, s
     calls = 0
     with tempfile.TemporaryDirectory(dir=context.folder) as folder, Collector(work.axes, work.squared) as collector:
         snapshot.save_program(bare, Path(folder))
-        for part, count in spread.in_order(work, Path(folder), batch_spans(program, context), "observe"):
+        for part, count in spread.in_order(
+            work, Path(folder), batch_spans(program, context), "observe", unit="batches"
+        ):
             collector.replay(part)
             calls += count
     return collector, calls

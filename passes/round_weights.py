@@ -35,7 +35,8 @@ least one layer, and a layer that is being rounded needs a second matrix), and a
 nearly all layers before a layer are rounded when its inputs are collected. The others of its stage are still rounded to
 nearest then.
 A weight that several layers read is rounded once, with the sum of their H, at the first of them. BLAS uses as many
-threads as its environment variables say, whatever the context says.
+threads as its environment variables say, whatever the context says. The workers of `--cluster` round the weights of a
+stage, with as many threads of BLAS as this process has: last bits depend on them.
 
 Measured on the digits with weights of 4 bits (w8a8-steps, 8 calibration samples, 46 weights; SQNR of epsilon in dB over
 10 calls of 8 images that calibration did not see, and at the first and the last call):
@@ -61,29 +62,23 @@ With `weighting`, static activations and 20 calls (epsilon; PSNR of 32 images, m
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from mezzotint.compiler.core.formats import Grid, Levels, Vectors, of_rows
+from mezzotint.compiler.core.formats import Grid
 from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
 from mezzotint.compiler.core.pipeline import Context, Pass
-from mezzotint.compiler.core.program import Program
-from mezzotint.compiler.errors import RecipeError, StatsError
+from mezzotint.compiler.core.program import Plan, Program
+from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.rounding import matrix as rounding
-from mezzotint.compiler.rounding.codebook import fitted_in_turns
-from mezzotint.compiler.rounding.exact import obq
 from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, Latents, chosen_latents, gather
 from mezzotint.compiler.rounding.parts import parts_in_memory
 from mezzotint.compiler.rounding.report import RoundingReport
-from mezzotint.compiler.rounding.row_scales import refit, search
-from mezzotint.compiler.rounding.two_sided import RowFeedback, check_weighting, errors_of_rows, two_sided
-from mezzotint.compiler.rounding.vectors import gptq_vectors, vector_order
+from mezzotint.compiler.rounding.rounder import RoundingMethod, WeightMatrix, WeightRounder, rounded_in_order
+from mezzotint.compiler.rounding.two_sided import check_weighting
 from mezzotint.compiler.rounding.weights import (
     QuantizedWeight,
     chosen_weights,
@@ -95,8 +90,6 @@ from mezzotint.compiler.rounding.weights import (
 from mezzotint.compiler.training.torch_check import device_is_there, require_torch
 from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.sampling.deployment import Deployment
-
-RoundingMethod = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +155,7 @@ class RoundWeights(Pass):
         each = 0 if self.weighting == "none" else self.row_groups if self.weighting == "guided" else 1
         stages = list(parts_in_memory(every_input, lambda inputs: inputs, self.memory_gb, self.stage, each=each))
         total, done = len(stages) * len(latents) + len(every_input), 0
+        rounder = WeightRounder(**{field.name: getattr(self, field.name) for field in fields(WeightRounder)})
         report = RoundingReport()
         rounded: set[str] = set()
         changed: dict[str, tuple[QuantizedWeight, str, Floats, Grid]] = {}
@@ -173,14 +167,15 @@ class RoundWeights(Pass):
 
         for stage in stages:
             gathered = self._gather(program, context, stage, latents, rounded, step)
-            for inputs in stage:
+            matrices = _Matrices(stage, gathered, program.plan)
+            for inputs, found in zip(stage, rounded_in_order(rounder, matrices, context, self.name), strict=True):
                 weight = inputs.weight
-                planned = grid_of(inputs.float_weights[0], inputs.weight, program.plan)
-                rows, scale, grid = self._round(inputs, planned, gathered, report)
                 for node, name in zip(weight.readers, inputs.float_weights, strict=True):
-                    if grid is not planned or not np.array_equal(scale, weight.scale()):
-                        changed[layer_name(node)] = (weight, name, scale, grid)
-                replace_weight(program, weight, rows, scale, context.folder, self.name)
+                    if found.grid is not None or not np.array_equal(found.scale, weight.scale()):
+                        grid = matrices.grid(inputs) if found.grid is None else found.grid
+                        changed[layer_name(node)] = (weight, name, found.scale, grid)
+                report.add(found.report)
+                replace_weight(program, weight, found.rows, found.scale, context.folder, self.name)
                 rounded.add(name_of(weight.value))
                 gathered.forget(inputs)
                 step()
@@ -205,106 +200,32 @@ class RoundWeights(Pass):
         numbers: dict[str, Any] = {"row_groups": self.row_groups, "probes": self.probes}
         return gather_weighted(program, context, stage, latents, self.weighting, **numbers, **common)
 
-    def _round(
-        self, inputs: Inputs, grid: Grid, gathered: Gathered, report: RoundingReport
-    ) -> tuple[Floats, Floats, Grid]:
-        """Return (rounded rows, scales, grid) of one weight, group by group of its convolution."""
-        weight = inputs.weight
-        if self.scales != "keep" and not weight.per_row:
-            raise RecipeError(
-                "a weight has one scale for all of its outputs",
-                where=weight.name,
-                hint="set round_weights.scales to keep",
-            )
-        floats, scale = inputs.rows(), weight.scale().copy()
-        grams, shift, sides = gathered.gram(inputs), gathered.shift(inputs), gathered.side(inputs)
-        values = np.empty_like(floats)
-        table = grid.table.copy() if self.refits and isinstance(grid, Levels) else None
-        each = len(floats) // len(grams)
-        for g, gram in enumerate(grams):
-            part = slice(g * each, (g + 1) * each)
-            rounding.check_gram(gram, weight.name)
-            moved, side = None if shift is None else shift[part], None if sides is None else sides[g]
-            values[part], scale[part], chosen = self._part(
-                floats[part], scale[part], gram, moved, side, of_rows(grid, part), weight.name, report
-            )
-            if table is not None and isinstance(chosen, Levels):
-                table[part] = chosen.table
-        report.layer(values, weight.name, self._form(grams.shape[2]))
-        return values, scale, grid if table is None else Levels(table)
 
-    def _part(
-        self,
-        floats: Floats,
-        kept: Floats,
-        gram: Floats,
-        shift: Floats | None,
-        side: Floats | None,
-        grid: Grid,
-        where: str,
-        report: RoundingReport,
-    ) -> tuple[Floats, Floats, Grid]:
-        if isinstance(grid, Vectors) and (self.method in ("comq", "obq") or side is not None):
-            rounder = self.method if side is None else "the weighting yaqa"
-            raise RecipeError(f"{rounder} rounds no vectors", where=where, hint="set round_weights.method to gptq")
-        target: npt.NDArray[np.floating] = floats
-        scale, best, left = kept, grid, floats != 0
-        held = None if left.all() else left
-        if self.scales != "keep":
-            importance = np.diagonal(gram) if self.scales == "output" else np.ones(gram.shape[1], np.float32)
-            scale = search(floats, kept, grid, importance)
-        root, feedback = None, None if side is None else RowFeedback.of(side, self.act_order, self.damp, where)
-        if self.method not in ("nearest", "comq"):
-            order = rounding.input_order(gram, self.act_order)
-            if isinstance(grid, Vectors):
-                order = vector_order(gram, grid.table.shape[1], self.act_order)
-            root = rounding.inverse_root(gram, order, self.damp, where)
-            report.damped(where, self.damp, root.damp)
-            if shift is not None:
-                target = rounding.shifted_target(floats, shift, root, self.alpha).astype(np.float32)
-        if isinstance(grid, Levels) and self.refits:
-            again = partial(self._integers, target, gram, root, feedback, held, scale)
-            best, integers = fitted_in_turns(target, gram, scale, grid, again, self.refits, where)
-        else:
-            integers = self._integers(target, gram, root, feedback, held, scale, grid)
-        del root
-        if self.scales == "output":
-            scale = refit(target, integers, gram, scale)
-        values = scale[:, None] * integers
-        plain = kept[:, None] * rounding.nearest(floats, kept, grid)
-        error = errors_of_rows(values - target, gram, side)
-        simple = errors_of_rows(plain - target, gram, side)
-        better = error < simple
-        report.rows(where, np.where(better, error, simple), simple, better)
-        if isinstance(best, Levels) and isinstance(grid, Levels) and best is not grid:
-            best = Levels(np.where(better[:, None], best.table, grid.table))
-        return np.where(better[:, None], values, plain), np.where(better, scale, kept), best
+@dataclass(frozen=True)
+class _Matrices(Sequence[WeightMatrix]):
+    """The weights of a stage with their matrices, each put together when it is asked for."""
 
-    def _form(self, inputs: int) -> str:
-        """Return how a layer with so many inputs is rounded, in words."""
-        in_blocks = self.method == "obq" and inputs > self.exact_inputs
-        return f"obq in blocks of {self.exact_inputs}" if in_blocks else self.method
+    stage: Sequence[Inputs]
+    gathered: Gathered
+    plan: Plan
 
-    def _integers(
-        self,
-        target: npt.NDArray[np.floating],
-        gram: Floats,
-        root: rounding.Root | None,
-        feedback: RowFeedback | None,
-        held: rounding.Kept | None,
-        scale: Floats,
-        grid: Grid,
-    ) -> Floats:
-        if isinstance(grid, Vectors) and root is not None:
-            return gptq_vectors(target, root, scale, grid, block=self.block)
-        if self.method == "comq":
-            return rounding.comq(
-                target, gram, scale, grid, sweeps=self.sweeps, block=self.block, kept=held, sort=self.act_order
-            )
-        if root is None:
-            return rounding.nearest(target, scale, grid)
-        if self.method == "obq":
-            return obq(target, root, scale, grid, exact=self.exact_inputs, kept=held)
-        if feedback is not None:
-            return two_sided(target, root, feedback, scale, grid, kept=held)
-        return rounding.gptq(target, root, scale, grid, block=self.block, kept=held)
+    def __len__(self) -> int:
+        return len(self.stage)
+
+    def __getitem__(self, index: Any) -> Any:
+        inputs = self.stage[index]
+        weight, gathered = inputs.weight, self.gathered
+        return WeightMatrix(
+            weight.name,
+            inputs.rows(),
+            weight.scale(),
+            weight.per_row,
+            self.grid(inputs),
+            gathered.gram(inputs),
+            gathered.shift(inputs),
+            gathered.side(inputs),
+        )
+
+    def grid(self, inputs: Inputs) -> Grid:
+        """Return the grid of a weight, as the plan has it."""
+        return grid_of(inputs.float_weights[0], inputs.weight, self.plan)

@@ -31,8 +31,13 @@ class Spread(Protocol):
     @property
     def threads(self) -> int: ...
 
-    def in_order(self, work: PieceWork, folder: Path, pieces: Sequence[Any], stage: str) -> Iterator[Any]:
-        """Yield the results of pieces in their order. Workers have the files of `folder`, which must not change."""
+    def in_order(
+        self, work: PieceWork, folder: Path, pieces: Sequence[Any], stage: str, *, unit: str | None = "pieces"
+    ) -> Iterator[Any]:
+        """Yield the results of pieces in their order. Workers have the files of `folder`, which must not change.
+
+        Progress is told in `unit`; None tells none, where the caller does.
+        """
 
 
 @dataclass(frozen=True)

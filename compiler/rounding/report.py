@@ -39,6 +39,17 @@ class RoundingReport:
             raise PassError("rounded weights are not finite", where=where)
         self.methods[form] = self.methods.get(form, 0) + 1
 
+    def add(self, other: RoundingReport) -> None:
+        """Add what was found of other weights."""
+        for where, pair in other.errors.items():
+            self.errors[where] = self.errors.get(where, 0.0) + pair
+        for where, damp in other.damps.items():
+            self.damps[where] = max(damp, self.damps.get(where, 0.0))
+        for form, count in other.methods.items():
+            self.methods[form] = self.methods.get(form, 0) + count
+        self.kept += other.kept
+        self.count += other.count
+
     def note(self, count: int, stages: int) -> str:
         methods = ", ".join(f"{method}: {n}" for method, n in sorted(self.methods.items()))
         shares = [error / simple for error, simple in self.errors.values() if simple > 0]

@@ -108,6 +108,7 @@ def placed_folder(folder: CarriedFolder, digest_of: Callable[[Path], str], fetch
         return place
     stage = place.with_name(f"{place.name}.{secrets.token_hex(8)}")
     try:
+        stage.mkdir()  # a folder may have no files
         for name, key in folder.files.items():
             target = stage / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,7 +14,8 @@ from mezzotint.runtime.bundle.bundle import file_sha256
 from mezzotint.runtime.progress import Progress, silent
 
 from .driver import Cluster
-from .placement import CarriedFolder, Fetch, placed_folder
+from .placement import CarriedFolder, Fetch, Machine, mixed_kinds, placed_folder, this_computer
+from .record import MixedProcessors
 
 
 class ClusterSpread:
@@ -21,22 +23,36 @@ class ClusterSpread:
 
     def __init__(self, cluster: Cluster, progress: Progress = silent) -> None:
         self._cluster, self._progress = cluster, progress
+        self._warned: set[str] = set()
 
     @property
     def threads(self) -> int:
         """The number of threads of each piece."""
         return self._cluster.threads
 
-    def in_order(self, work: PieceWork, folder: Path, pieces: Sequence[Any], stage: str) -> Iterator[Any]:
-        """Yield the results of pieces in their order. Raises the refusal of a piece, and ClusterError."""
+    def in_order(
+        self, work: PieceWork, folder: Path, pieces: Sequence[Any], stage: str, *, unit: str | None = "pieces"
+    ) -> Iterator[Any]:
+        """Yield the results of pieces in their order. Raises the refusal of a piece, and ClusterError.
+
+        Warns where a piece was computed on another kind of processor than this one.
+        """
         names = tuple(sorted(file.name for file in folder.iterdir()))
         carried = self._cluster.carried(folder, names, folder_digest(folder, names))
         shared = _FolderWork(carried, names, work, self.threads)
-        answers = self._cluster.answers(
-            shared, pieces, stage=stage, unit="batches", ordered=True, progress=self._progress
-        )
-        for _, answer in answers:
+        progress = silent if unit is None else self._progress
+        for _, answer in self._cluster.answers(
+            shared, pieces, stage=stage, unit=unit or "pieces", ordered=True, progress=progress
+        ):
+            self._warn_of(answer.stamp.machine)
             yield answer.result
+
+    def _warn_of(self, machine: Machine) -> None:
+        here = this_computer()
+        words = mixed_kinds({"driver": here, "worker": machine})
+        if words is not None and machine.kind not in self._warned:
+            self._warned.add(machine.kind)
+            warnings.warn(MixedProcessors(words), stacklevel=2)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +25,7 @@ from mezzotint.passes.observe import Observe
 from mezzotint.passes.recipes.files import make_pass
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images
+from tests.helpers.spreads import Backwards
 from tests.helpers.tiny import context_in, program_of, tiny_program
 
 Channels = Literal["none", "outputs", "inputs", "all"]
@@ -52,19 +51,6 @@ def check_call(got: Stats, want: Stats, call: int, factor: float = 1.0) -> None:
         assert (a.count, a.low, a.high) == (b.count, b.low * factor, b.high * factor)
         assert (a.total, a.square) == (b.total, b.square)
         np.testing.assert_array_equal(a.histogram, b.histogram)
-
-
-class Backwards:
-    """A Spread that computes the last piece first, on what other processes would get: a pickled work, and files."""
-
-    threads = 1
-
-    def in_order(self, work: Any, folder: Path, pieces: Sequence[Any], stage: str) -> Iterator[Any]:
-        results = {}
-        for piece in reversed(pieces):
-            opened = pickle.loads(pickle.dumps(work)).open(folder, self.threads)
-            results[piece] = pickle.loads(pickle.dumps(opened(piece)))
-        yield from (results[piece] for piece in pieces)
 
 
 @pytest.mark.parametrize("allocation", [(), (5, 3, 0)])

@@ -32,6 +32,7 @@ from mezzotint.cluster.driver import Cluster
 from mezzotint.cluster.ledger import ClusterError
 from mezzotint.cluster.placement import CarriedFolder, cache_place
 from mezzotint.cluster.record import MACHINES
+from mezzotint.compiler.rounding.rounder import WeightRounder
 from mezzotint.evaluate.run import evaluate_bundle
 from mezzotint.io.objects import ObjectFolder
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
@@ -308,20 +309,27 @@ def test_an_evaluation_has_the_same_bytes(hand: Compiled, nodes: Any, tmp_path: 
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_calibration_has_the_same_digest(hand: Compiled, nodes: Any, tmp_path: Path) -> None:
-    """Sums of floats are added in the order of one process, whoever computed them and whenever they come."""
-    options = {**SMALL, "threads": 1, "calibration_samples": 10, "calibration_batch": 2, "recipe": "w8a8"}
+def test_a_compilation_has_the_same_digest(
+    hand: Compiled, nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of floats are added in the order of one process, whoever computed them and whenever they come.
+
+    What workers do is forbidden to this process.
+    """
+    options = {**SMALL, "threads": 1, "calibration_samples": 10, "calibration_batch": 2, "recipe": "w8a8-best"}
     options["settings"] = {"observe.groups": 0, "observe.channels": "all"}
     said: list[str] = []
     alone = compile_model(hand.exported, tmp_path / "alone", **options, cache=tmp_path / "c1")
-    spread = compile_model(
-        hand.exported,
-        tmp_path / "spread",
-        **options,
-        cache=tmp_path / "c2",
-        cluster=nodes.address,
-        progress=lambda stage, done, total: said.append(f"{stage}: {done} of {total}"),
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightRounder, "round", lambda self, weight: pytest.fail("it was rounded here"))
+        spread = compile_model(
+            hand.exported,
+            tmp_path / "spread",
+            **options,
+            cache=tmp_path / "c2",
+            cluster=nodes.address,
+            progress=lambda stage, done, total: said.append(f"{stage}: {done} of {total}"),
+        )
 
     assert any(line.startswith("observe | ") and line.endswith("5 of 5") for line in said), said
     assert spread.manifest.digest == alone.manifest.digest

@@ -108,6 +108,11 @@ class TestPlacement:
         (places[0] / "a" / "name").write_text("damaged")
         assert self.digest(placed_folder(folder, self.digest, fetch)) == "d1"
 
+    def test_a_folder_without_files(self, tmp_path: Path) -> None:
+        """The work has its data in its pieces."""
+        place = placed_folder(CarriedFolder(str(tmp_path / "none"), "d2", {}), lambda folder: "d2", str.encode)
+        assert (place.name, list(place.iterdir())) == ("d2", [])
+
     def test_a_machine_without_the_files_says_so(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="does not have the folder"):
             placed_folder(CarriedFolder(str(tmp_path / "none"), "d1"), self.digest, str.encode)
