@@ -15,32 +15,32 @@ latents.
 
 Random subsets of the remaining error are tested for the assumptions of the methods: that it is Gaussian
 (D'Agostino-Pearson) and independent of the signal. The tables hold for exactly this sampler, eta and guidance.
+
+A batch of samples is a piece for the workers of `--cluster` (compiler/correction/noise_runs.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from typing import ClassVar
 
 import numpy as np
 
-from mezzotint.compiler.calibration.calibrate import follow_trajectories, guided_output
-from mezzotint.compiler.core.execute import Executor
+from mezzotint.compiler.calibration.calibrate import batch_spans
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.correction.noise_report import Residuals, noise_report
+from mezzotint.compiler.correction.noise_runs import DrawnBatch, FittedBatch, JudgedBatch, NoiseRuns, Span
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.lowering.lower import lower
 from mezzotint.runtime.compare import sqnr_db
 from mezzotint.runtime.sampling.correction import FORMS, Correction
-from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.noise_fit import PARTS, NoiseFit, Row, StateFit
-from mezzotint.runtime.sampling.samplers import StepInfo
-from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.signature import Images
 from mezzotint.runtime.streams import SeedOffset
 
-See = Callable[[StepInfo, Images], None]
 JUDGED = 16
 """Images that judge the candidates."""
 EXACT_DB = 200.0  # the score of identical images
@@ -73,27 +73,30 @@ class FitNoise(Pass):
     def run(self, program: Program, context: Context) -> Program:
         if program.float_model is None:
             raise StatsError("the float graph to compare with is gone", where=self.name, hint="run insert_qdq first")
+        with NoiseRuns(program, context) as runs:
+            return self._fitted(program, context, runs)
+
+    def _fitted(self, program: Program, context: Context, runs: NoiseRuns) -> Program:
         steps = program.deployment.solver(program.schedule).steps
         axis = program.signature.channel_axis
-        fit, held_out, states = NoiseFit(axis), NoiseFit(axis), StateFit()
-        drawn: list[Images] = []
+        spans = batch_spans(program, context)
         # Other noise than in calibration: the fit must not see the images that the ranges were chosen for.
-        fitting = replace(context, seed=SeedOffset.NOISE_FIT.after(context.seed))
-        self._follow(program, fitting, self.name, lambda info, got: fit.add(info.index, info.output, got))
+        seed, fresh = SeedOffset.NOISE_FIT.after(context.seed), SeedOffset.HELD_OUT.after(context.seed)
+        fit, held_out, states = NoiseFit(axis), NoiseFit(axis), StateFit()
+        for part in runs([FittedBatch(seed, span) for span in spans], self.name):
+            fit += part
         correction = fit.correction(program.deployment, steps, program.signature.prediction, self.form)
-        residuals = Residuals(context.seed, axis)
-
-        def judge(info: StepInfo, got: Images) -> None:
-            held_out.add(info.index, info.output, got)
-            residuals.add(info.index, info.output, got)
-            step, spare = steps[info.index], np.empty_like(got)
-            fixed = step.advance(info.state, correction.apply(got, info.index), spare)
-            states.add(info.index, step.advance(info.state, info.output, spare)["x"], fixed["x"])
-            if info.index == len(steps) - 1:
-                drawn.append(info.x_next)
-
-        fresh = replace(context, seed=SeedOffset.HELD_OUT.after(context.seed))
-        self._follow(program, fresh, f"{self.name}, held out", judge)
+        residuals, drawn = Residuals(context.seed), []
+        judged = []
+        for span in spans:
+            size = span[1] * prod(program.shape)
+            places = {call: residuals.choose(call, size) for call in range(len(steps))}
+            judged.append(JudgedBatch(fresh, span, correction, places))
+        for found in runs(judged, f"{self.name}, held out"):
+            held_out, states = held_out + found.fit, states + found.states
+            drawn += found.drawn
+            for call, values in found.residuals.items():
+                residuals.add(call, values)
         if self.form == "regression":
             correction = states.measured(correction, steps)
         if not self.noise:
@@ -104,69 +107,44 @@ class FitNoise(Pass):
         rows = candidates["both"][1]
         scores: dict[str, float] = {}
         if self.gate:
-            correction, rows, scores = self._chosen(program, fresh, candidates, np.concatenate(drawn)[:JUDGED])
+            wanted = np.concatenate(drawn)[:JUDGED]
+            few = batch_spans(program, replace(context, samples=min(context.samples, JUDGED)))
+            correction, rows, scores = self._chosen(candidates, wanted, partial(self._images, runs, fresh, few))
         report = noise_report(correction, steps, rows, residuals, gate=self.gate, image_db=scores)
         return replace(program, correction=correction, noise_report=report, note=report["summary"])
 
+    @staticmethod
     def _chosen(
-        self, program: Program, context: Context, candidates: Mapping[str, tuple[Correction, list[Row]]], wanted: Images
+        candidates: Mapping[str, tuple[Correction, list[Row]]],
+        wanted: Images,
+        draw: Callable[[Sequence[Correction]], list[Images]],
     ) -> tuple[Correction, list[Row], dict[str, float]]:
         """Return the candidate whose images are nearest to those wanted, its rows, and the score of each candidate.
 
         The output's correction is chosen with the sampler's own noise; then the noise is reduced if that helps.
         """
-        with Executor(lower(program), context.folder, threads=context.threads) as quantized:
-
-            def score(table: Correction) -> float:
-                return self._score(program, context, quantized, table, wanted)
-
-            outputs = {parts: replace(table, excess=0 * table.excess) for parts, (table, _) in candidates.items()}
-            scores = {parts: score(table) for parts, table in outputs.items()}
-            best = max(scores, key=lambda parts: scores[parts])
-            table, (lessened, rows) = outputs[best], candidates[best]
-            if lessened.excess.any():
-                scores["noise"] = score(lessened)
-                if scores["noise"] > scores[best]:
-                    table = lessened
+        outputs = {parts: replace(table, excess=0 * table.excess) for parts, (table, _) in candidates.items()}
+        images = draw(list(outputs.values()))
+        scores = {parts: _score(got, wanted) for parts, got in zip(outputs, images, strict=True)}
+        best = max(scores, key=lambda parts: scores[parts])
+        table, (lessened, rows) = outputs[best], candidates[best]
+        if lessened.excess.any():
+            scores["noise"] = _score(draw([lessened])[0], wanted)
+            if scores["noise"] > scores[best]:
+                table = lessened
         for row, excess in zip(rows, table.excess, strict=True):
             row["variance_kept"] = bool(excess > 0)
         return table, rows, scores
 
-    def _score(
-        self, program: Program, context: Context, quantized: Executor, table: Correction, wanted: Images
-    ) -> float:
-        """Return the mean SQNR in dB of images drawn with this correction against those of the float network."""
-        drawn: list[Images] = []
-        last = len(program.deployment.calls) - 1
+    def _images(self, runs: NoiseRuns, seed: int, spans: Sequence[Span], tables: Sequence[Correction]) -> list[Images]:
+        """Return the images of the batches drawn with each correction."""
+        pieces = [DrawnBatch(seed, span, table) for table in tables for span in spans]
+        found = list(runs(pieces, f"{self.name}, images"))
+        each = len(spans)
+        return [np.concatenate(found[i : i + each]) for i in range(0, len(found), each)]
 
-        def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
-            signature = program.signature
-            return np.asarray(quantized.call(signature, x, t, conditions)[signature.output], np.float32)
 
-        def keep(info: StepInfo) -> None:
-            if info.index == last:
-                drawn.append(info.x_next)
-
-        few = replace(context, samples=min(context.samples, JUDGED))
-        follow_trajectories(program, few, denoiser, f"{self.name}, images", keep, table)
-        got = np.concatenate(drawn)[: len(wanted)]
-        decibels = [sqnr_db(a, b) for a, b in zip(wanted, got, strict=True)]
-        return float(np.mean(np.clip(decibels, -EXACT_DB, EXACT_DB)))
-
-    @staticmethod
-    def _follow(program: Program, context: Context, stage: str, see: See) -> None:
-        """Call both networks along float trajectories; `see` gets each call and its quantized output."""
-        float_model, signature = program.require_float_model(), program.signature
-        latest: list[Images] = []
-        with (
-            Executor(float_model, context.folder, threads=context.threads) as exact,
-            Executor(lower(program), context.folder, threads=context.threads) as quantized,
-        ):
-
-            def denoiser(x: Images, t: Timestep, conditions: Conditions) -> Images:
-                want = np.asarray(exact.call(signature, x, t, conditions)[signature.output], np.float32)
-                got = np.asarray(quantized.call(signature, x, t, conditions)[signature.output], np.float32)
-                latest[:] = [guided_output(program, got)]
-                return want
-
-            follow_trajectories(program, context, denoiser, stage, lambda info: see(info, latest[0]))
+def _score(got: Images, wanted: Images) -> float:
+    """Return the mean SQNR in dB of images against those of the float network."""
+    decibels = [sqnr_db(a, b) for a, b in zip(wanted, got[: len(wanted)], strict=True)]
+    return float(np.mean(np.clip(decibels, -EXACT_DB, EXACT_DB)))

@@ -34,7 +34,6 @@ from mezzotint.compiler.graph import nodes as graphs
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rescaling.scaling import channel_axis
-from mezzotint.runtime.progress import silent
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.signature import Images, Timestep
 
@@ -106,9 +105,8 @@ class Observe(Pass):
         timesteps = program.deployment.timesteps
         groups = min(self.groups or len(timesteps), len(timesteps))
         axes, squared = self.axes(program)
-        work = _ObserveWork(
-            tuple(values), tuple(v for v in values if v not in inputs), groups, axes, tuple(squared), _plain(context)
-        )
+        taps, others = tuple(v for v in values if v not in inputs), context.for_workers()
+        work = _ObserveWork(tuple(values), taps, groups, axes, tuple(squared), others)
         if context.spread is not None:
             collector, calls = _observe_elsewhere(program, work, context, context.spread)
         else:
@@ -117,11 +115,6 @@ class Observe(Pass):
                 calls = follow(collector, batch_spans(program, context))
         measured = collector.summaries, timesteps, collector.channels, collector.squares, axes
         return Stats(graphs.digest(program.model), groups, calls, *measured)
-
-
-def _plain(context: Context) -> Context:
-    """Return the parts of a context that another process can have."""
-    return replace(context, folder=Path(), progress=silent, cache=None, spread=None)
 
 
 def _observe_elsewhere(program: Program, work: _ObserveWork, context: Context, spread: Spread) -> tuple[Collector, int]:

@@ -13,11 +13,17 @@ from functools import cache
 from importlib import import_module
 from typing import NamedTuple
 
+from mezzotint.runtime.errors import MezzotintWarning
+
 from ..errors import PassError
 
 _LINKED = ("numpy.linalg._umath_linalg", "scipy.linalg._fblas")
 """Modules that are linked with the copies: a handle of one finds the functions of its library."""
 _SPELLINGS = tuple((before, behind) for before in ("scipy_", "") for behind in ("64_", "_64", ""))
+
+
+class NotSpread(MezzotintWarning):
+    """Pieces were not given to the workers of a cluster, because their BLAS cannot be set as this process's is."""
 
 
 class _Copy(NamedTuple):

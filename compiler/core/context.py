@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,3 +66,7 @@ class Context:
     def condition_rows(self, first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
         """Return `rows` rows of each condition from `first` on, starting over after the last one."""
         return rows_in_turn(self.conditions, first, rows)
+
+    def for_workers(self) -> Context:
+        """Return the parts that another process can have; it sets its own `folder` and `threads`."""
+        return replace(self, folder=Path(), progress=silent, cache=None, spread=None)

@@ -50,6 +50,17 @@ class Executor:
         self.outputs = [] if only_taps else [name_of(v) for v in model.graph.outputs]
         self.inputs = {name_of(v): v for v in model.graph.inputs}
         self._session = open_session(self._path, threads=threads, level=level, spinning=spinning)
+        self._lasts = False
+
+    @classmethod
+    def on_file(cls, path: Path, model: ir.Model, *, threads: int | None = None) -> Executor:
+        """Return a session on a file that holds `model` already. Closing it leaves the file."""
+        executor = cls.__new__(cls)
+        executor._taps, executor._path, executor._lasts = (), path, True
+        executor.outputs = [name_of(v) for v in model.graph.outputs]
+        executor.inputs = {name_of(v): v for v in model.graph.inputs}
+        executor._session = open_session(path, threads=threads)
+        return executor
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Return all outputs and taps of one call, by name."""
@@ -65,7 +76,8 @@ class Executor:
     def close(self) -> None:
         """Free the session and remove its files."""
         del self._session
-        store.discard(self._path)
+        if not self._lasts:
+            store.discard(self._path)
 
     def __enter__(self) -> Executor:
         return self

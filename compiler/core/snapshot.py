@@ -48,7 +48,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 def save_program(program: Program, folder: Path, pending: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write a program to a folder, with the passes that are still to run."""
     folder.mkdir(parents=True, exist_ok=True)
-    home = home_of(program.model)
+    models = [model for model in (program.model, program.float_model) if model is not None]
+    home = next((home for home in map(home_of, models) if home is not None), None)  # a lowered graph may have none
     if home is not None and home != folder and not (folder / store.WEIGHTS).exists():
         store.copy(home / store.WEIGHTS, folder / store.WEIGHTS)
     for stem, model in (("program", program.model), ("float", program.float_model)):

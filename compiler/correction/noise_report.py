@@ -28,25 +28,37 @@ _ROUNDING = 1e-6  # of the largest output: a smaller error is float32 rounding
 NoiseReport = dict[str, Any]
 
 
+Places = npt.NDArray[np.int64]
+"""Flat indices of values of an output."""
+
+
+def chosen_values(exact: Floats, actual: Floats, chosen: Places, channel_axis: int) -> npt.NDArray[np.float64]:
+    """Return float outputs, quantized outputs and channels `[3, chosen]` of two outputs of one shape, of any rank."""
+    channels = np.unravel_index(chosen, exact.shape)[channel_axis]
+    return np.stack([exact.reshape(-1)[chosen], actual.reshape(-1)[chosen], channels]).astype(np.float64)
+
+
 class Residuals:
     """Random subsets of (float output, quantized output, channel) at each call: at most SUBSET values each."""
 
     def __init__(self, seed: int, channel_axis: int = CHANNELS_FIRST) -> None:
         self._axis = channel_axis
         self._rng = streams.RESIDUALS.generator(seed)
+        self._room: dict[int, int] = {}
         self._pairs: dict[int, list[npt.NDArray[np.float64]]] = {}
 
-    def add(self, call: int, exact: Floats, actual: Floats) -> None:
-        """Add values of the float and the quantized output, of any rank, of network call `call`."""
-        chosen_before = self._pairs.setdefault(call, [])
-        room = SUBSET - sum(part.shape[1] for part in chosen_before)
+    def choose(self, call: int, size: int) -> Places:
+        """Return which of the `size` values of the next outputs of a call are wanted; none once there are SUBSET."""
+        room = self._room.setdefault(call, SUBSET)
         if room <= 0:
-            return
-        chosen = self._rng.choice(exact.size, min(room, _BATCH, exact.size), replace=False)
-        channels = np.unravel_index(chosen, exact.shape)[self._axis]
-        chosen_before.append(
-            np.stack([exact.reshape(-1)[chosen], actual.reshape(-1)[chosen], channels]).astype(np.float64)
-        )
+            return np.zeros(0, np.int64)
+        chosen = self._rng.choice(size, min(room, _BATCH, size), replace=False)
+        self._room[call] -= len(chosen)
+        return chosen
+
+    def add(self, call: int, values: npt.NDArray[np.float64]) -> None:
+        """Add the `chosen_values` of a call."""
+        self._pairs.setdefault(call, []).append(values)
 
     def figures(self, call: int, correction: Correction) -> dict[str, float | None]:
         """Return figures of the corrected error; without an error, all are None.

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats
-from mezzotint.runtime.errors import MezzotintWarning
 
-from ..core.blas_threads import blas_threads, with_blas_threads
+from ..core.blas_threads import NotSpread, blas_threads, with_blas_threads
 from ..core.context import Context
 from ..core.formats import Grid, Levels, Vectors, of_rows
 from ..errors import RecipeError
@@ -29,10 +28,6 @@ from .two_sided import RowFeedback, errors_of_rows, two_sided
 from .vectors import gptq_vectors, vector_order
 
 RoundingMethod = Literal["nearest", "obq", "gptq", "gptaq", "comq"]
-
-
-class RoundedInOneProcess(MezzotintWarning):
-    """Weights were not rounded by the workers of a cluster, because their BLAS cannot be set as this process's is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,9 +209,7 @@ def rounded_in_order(
     blas = None if context.spread is None else blas_threads()
     if context.spread is None or blas is None:
         if context.spread is not None:
-            warnings.warn(
-                RoundedInOneProcess(f"{step} runs in one process: numpy or scipy has no OpenBLAS"), stacklevel=2
-            )
+            warnings.warn(NotSpread(f"{step} runs in one process: numpy or scipy has no OpenBLAS"), stacklevel=2)
         yield from map(rounder.round, weights)
         return
     with tempfile.TemporaryDirectory(dir=context.folder) as folder:

@@ -226,7 +226,16 @@ class StateFit:
         """Add x' `[B, ...]`, without the sampler's noise, from the float output and from the corrected one."""
         f = float_state.astype(np.float64).ravel()
         g = corrected_state.astype(np.float64).ravel() - f
-        sums = np.array([f.size, f.sum(), g.sum(), f @ g, g @ g])
+        self._merge(call, np.array([f.size, f.sum(), g.sum(), f @ g, g @ g]))
+
+    def __add__(self, other: StateFit) -> StateFit:
+        merged = StateFit()
+        for part in (self, other):
+            for call, sums in part._sums.items():
+                merged._merge(call, sums)
+        return merged
+
+    def _merge(self, call: int, sums: Doubles) -> None:
         self._sums[call] = self._sums[call] + sums if call in self._sums else sums
 
     def moved(self, call: int) -> float:

@@ -17,6 +17,7 @@ from mezzotint.compiler.core import pipeline, snapshot
 from mezzotint.compiler.core.execute import Executor
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.correction.noise_runs import FittedBatch, NoiseNetworks
 from mezzotint.compiler.errors import ConditionError, RecipeError, StatsError
 from mezzotint.compiler.lowering.lower import lower
 from mezzotint.passes.fit_noise import JUDGED, FitNoise
@@ -31,9 +32,11 @@ from mezzotint.runtime.session import Denoiser
 from mezzotint.runtime.signature import Images, Timestep
 from mezzotint.runtime.streams import SeedOffset
 from tests.helpers.models import CONTEXT, SMALL, THREADS, hand_written, write
+from tests.helpers.spreads import Backwards
 from tests.helpers.tiny import program_of, tiny_program
 
 W8A8 = RECIPES["w8a8"].passes
+STAGES = ("fit_noise", "fit_noise, held out", "fit_noise, images")
 TABLES = ("scale", "shift", "spread")
 ROWS = np.random.default_rng(0).standard_normal((4, CONTEXT)).astype(np.float32)
 EMPTY = np.zeros((1, CONTEXT), np.float32)
@@ -168,23 +171,22 @@ def test_what_does_not_help_on_held_out_noise_is_switched_off(
     program: Program, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fit sees another network's outputs at call 1; the held-out calls are what they are."""
-    real = NoiseFit.add
+    real, perform = NoiseFit.add, FittedBatch.perform
+    fitting: list[FittedBatch] = []
 
     def planted(self: NoiseFit, call: int, w: Images, q: Images) -> None:
-        real(self, call, w, q * np.float32(1.3) if call == 1 and self is fits[0] else q)
+        real(self, call, w, q * np.float32(1.3) if call == 1 and fitting else q)
 
-    fits: list[NoiseFit] = []
-    plain = NoiseFit.__init__
-
-    def counted(self: NoiseFit, channel_axis: int) -> None:
-        plain(self, channel_axis)
-        fits.append(self)
+    def performed(self: FittedBatch, networks: NoiseNetworks) -> NoiseFit:
+        fitting[:] = [self]
+        found = perform(self, networks)
+        fitting.clear()
+        return found
 
     honest = FitNoise().run(program, context)
-    monkeypatch.setattr(NoiseFit, "__init__", counted)
+    monkeypatch.setattr(FittedBatch, "perform", performed)
     monkeypatch.setattr(NoiseFit, "add", planted)
     gated = FitNoise().run(program, context)
-    fits.clear()
     ungated = FitNoise(gate=False).run(program, context)
     assert gated.correction is not None and ungated.correction is not None and honest.correction is not None
     assert ungated.correction.scale[1] < 0.9
@@ -199,7 +201,7 @@ def test_what_does_not_help_on_held_out_noise_is_switched_off(
 def test_whole_pictures_decide(program: Program, context: Context, monkeypatch: pytest.MonkeyPatch, best: str) -> None:
     """Whichever candidate's pictures are nearest is what the bundle gets, whatever single calls say."""
     names = iter(("none", "slope", "bias", "both", "noise"))
-    monkeypatch.setattr(FitNoise, "_score", lambda *_: 30.0 if next(names) == best else 20.0)
+    monkeypatch.setattr("mezzotint.passes.fit_noise._score", lambda *_: 30.0 if next(names) == best else 20.0)
     after = FitNoise().run(program, context)
     table, rows = after.correction, after.noise_report["calls"]
     assert table is not None
@@ -240,8 +242,15 @@ def test_pictures_are_those_of_the_loop(program: Program, context: Context) -> N
     assert set(found) >= {"none", "slope", "bias", "both"}
 
 
-def test_the_report_is_told_and_the_same_twice(program: Program, context: Context, tmp_path: Path) -> None:
-    after, again = (FitNoise().run(program, context) for _ in range(2))
+def test_the_report_is_told_and_the_same_whoever_runs_the_networks(
+    program: Program, context: Context, tmp_path: Path
+) -> None:
+    few, workers = replace(context, batch=3, samples=7), Backwards()
+    after, again = (FitNoise().run(program, each) for each in (few, replace(few, spread=workers)))
+    assert {stage: count % 3 for stage, count in workers.pieces.items()} == dict.fromkeys(STAGES, 0)
+    assert after.correction is not None and again.correction is not None
+    for name in (*TABLES, "excess"):
+        np.testing.assert_array_equal(getattr(after.correction, name), getattr(again.correction, name))
     assert json.dumps(after.noise_report, allow_nan=False) == json.dumps(again.noise_report, allow_nan=False)
     assert after.note == after.noise_report["summary"]
     row = after.noise_report["calls"][0]
@@ -274,7 +283,7 @@ def conditional(context: Context, guidance: float, batch: int | str = "batch") -
 @pytest.mark.parametrize("batch", ["batch", 4])
 def test_the_statistics_are_those_of_the_guided_output(context: Context, batch: int | str) -> None:
     program, given = conditional(context, 4.0, batch)
-    found = FitNoise(gate=False).run(program, given).correction
+    found = FitNoise(gate=False).run(program, replace(given, spread=Backwards())).correction
     assert found is not None
     assert found.deployment.guidance == 4.0
     assert found.shift.shape == (4, 1)

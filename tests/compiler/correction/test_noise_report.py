@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mezzotint.compiler.correction.noise_report import SUBSET, Residuals, noise_report
+from mezzotint.compiler.correction.noise_report import SUBSET, Residuals, chosen_values, noise_report
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.noise_fit import NoiseFit, StateFit
@@ -36,8 +36,14 @@ def figures(error: npt.NDArray[Any], signal: Images | None = None, batches: int 
     residuals = Residuals(seed)
     wanted = initial_noise(1, (batches * SHAPE[0], *SHAPE[1:])) if signal is None else signal
     for w, e in zip(np.split(wanted, batches), np.split(error.astype(np.float32), batches), strict=True):
-        residuals.add(1, w, w + e)
+        add(residuals, 1, w, w + e)
     return residuals.figures(1, nothing_to_correct())
+
+
+def add(residuals: Residuals, call: int, w: Images, q: Images) -> None:
+    chosen = residuals.choose(call, w.size)
+    if len(chosen):
+        residuals.add(call, chosen_values(w, q, chosen, 1))
 
 
 def whole_shape(batches: int = 5) -> tuple[int, ...]:
@@ -89,7 +95,7 @@ def test_subsets_are_bounded_drawn_from_all_batches_and_seeded() -> None:
     sizes = []
     for i in range(8):
         w = np.full(SHAPE, i, np.float32)
-        residuals.add(1, w, w)
+        add(residuals, 1, w, w)
         sizes.append(sum(part.shape[1] for part in residuals._pairs[1]))
     assert sizes[-1] == SUBSET
     assert len({float(part[0, 0]) for part in residuals._pairs[1]}) >= 4
@@ -101,7 +107,7 @@ def test_subsets_are_bounded_drawn_from_all_batches_and_seeded() -> None:
 def test_few_values_are_no_test() -> None:
     residuals = Residuals(0)
     w = initial_noise(1, (1, 2, 3, 3))
-    residuals.add(0, w, w + 0.1 * initial_noise(2, w.shape))
+    add(residuals, 0, w, w + 0.1 * initial_noise(2, w.shape))
     assert residuals.figures(0, nothing_to_correct())["normal_p"] is None
 
 
@@ -109,7 +115,7 @@ def test_figures_are_of_what_the_correction_leaves() -> None:
     """Each value by the shift of its own channel."""
     residuals, w = Residuals(0), initial_noise(1, whole_shape())
     shift = np.array([0.2, -0.1])
-    residuals.add(1, w, np.float32(1.1) * w + shift.astype(np.float32)[:, None, None])
+    add(residuals, 1, w, np.float32(1.1) * w + shift.astype(np.float32)[:, None, None])
     plain = nothing_to_correct()
     shifts = np.tile(shift / 1.1, (len(STEPS), 1))
     exact = replace(plain, scale=np.full(len(STEPS), 1 / 1.1), shift=shifts)
@@ -146,7 +152,7 @@ def made(gate: bool = True) -> tuple[dict[str, Any], Correction]:
     correction = fit.correction(DEPLOYMENT, STEPS, "epsilon", "regression")
     residuals = Residuals(0)
     for call in range(len(STEPS)):
-        residuals.add(call, *outputs(call, 1)[1:])
+        add(residuals, call, *outputs(call, 1)[1:])
     gated, rows = fit.gated(correction, STEPS, held_out, states_behind(correction))
     return noise_report(gated if gate else correction, STEPS, rows, residuals, gate=gate), correction
 

@@ -16,7 +16,7 @@ from mezzotint.compiler.core.formats import Format, Grid, Levels, RowFormats
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.rounding.gram import Gram
 from mezzotint.compiler.rounding.report import RoundingReport
-from mezzotint.compiler.rounding.rounder import RoundedInOneProcess, WeightMatrix, WeightRounder, rounded_in_order
+from mezzotint.compiler.rounding.rounder import WeightMatrix, WeightRounder, rounded_in_order
 from tests.helpers.spreads import Backwards
 
 ROWS, INPUTS = 12, 40
@@ -93,7 +93,7 @@ def test_without_openblas_it_stays_in_this_process(tmp_path: Path, monkeypatch: 
     workers = Backwards()
     rounder = WeightRounder(method="gptq", refits=0, **OPTIONS)
     weights = matrices(Format(4, signed=True, symmetric=True), count=1)
-    with pytest.warns(RoundedInOneProcess, match="no OpenBLAS"):
+    with pytest.warns(match="no OpenBLAS"):
         (found,) = rounded_in_order(rounder, weights, Context(tmp_path, spread=workers), "round_weights")
     assert found.rows.shape == (ROWS, INPUTS) and not workers.pieces
     with pytest.raises(PassError, match="an unknown number of"), with_blas_threads((1, 1)):

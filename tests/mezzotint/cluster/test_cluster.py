@@ -32,9 +32,13 @@ from mezzotint.cluster.driver import Cluster
 from mezzotint.cluster.ledger import ClusterError
 from mezzotint.cluster.placement import CarriedFolder, cache_place
 from mezzotint.cluster.record import MACHINES
+from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.compiler.correction.noise_runs import NoiseNetworks
 from mezzotint.compiler.rounding.rounder import WeightRounder
 from mezzotint.evaluate.run import evaluate_bundle
 from mezzotint.io.objects import ObjectFolder
+from mezzotint.passes.fit_noise import FitNoise
+from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.shards.drawing import CarriedBundle
 from tests.helpers.cluster_work import Square, Surroundings
@@ -316,12 +320,14 @@ def test_a_compilation_has_the_same_digest(
 
     What workers do is forbidden to this process.
     """
-    options = {**SMALL, "threads": 1, "calibration_samples": 10, "calibration_batch": 2, "recipe": "w8a8-best"}
+    options = {**SMALL, "threads": 1, "calibration_samples": 10, "calibration_batch": 2}
+    options["recipe"] = Recipe("all-pieces", "", (*RECIPES["w8a8-best"].passes, FitNoise()))
     options["settings"] = {"observe.groups": 0, "observe.channels": "all"}
     said: list[str] = []
     alone = compile_model(hand.exported, tmp_path / "alone", **options, cache=tmp_path / "c1")
     with monkeypatch.context() as patch:
         patch.setattr(WeightRounder, "round", lambda self, weight: pytest.fail("it was rounded here"))
+        patch.setattr(NoiseNetworks, "follow", lambda *_: pytest.fail("it was followed here"))
         spread = compile_model(
             hand.exported,
             tmp_path / "spread",
