@@ -73,7 +73,7 @@ ARROWS = {
     "mezzotint/shards": "cluster io text",
     "mezzotint/prompts": "",
     "mezzotint": "bench cluster io pipeline prompts",
-    "mezzotint/debug": "bench text",
+    "mezzotint/debug": "bench cluster text",
     "mezzotint/evaluate": "bench cluster frechet io shards text",
     "mezzotint/mix": "bench io",
     "mezzotint/inspect": "bench debug io text",

@@ -51,7 +51,7 @@ def worst_layers(
     index, _ = call
     facts = {name: Facts() for name in compared.layers}
     costs = {name: StepSQNR() for name in compared.layers}
-    with SwitchedNetwork(compared, program, context) as network:
+    with SwitchedNetwork.of(compared, program.signature, context) as network:
         exact = predict(network)
         network.note(facts, index)
         by_own_error = sorted(facts, key=lambda name: facts[name].local()[index])

@@ -51,6 +51,12 @@ class Facts:
         self.outlier = max(self.outlier, outlier)
         self.parts = [max(pair) for pair in zip(self.parts or parts, parts, strict=True)]
 
+    def merge(self, other: Facts) -> None:
+        """Add what was measured at other calls."""
+        self.calls |= other.calls
+        self.outlier = max(self.outlier, other.outlier)
+        self.parts = [max(pair) for pair in zip(self.parts or other.parts, other.parts, strict=True)]
+
     def local(self) -> dict[int, float]:
         """Return the SQNR of the output by call, in decibels."""
         return {call: ratio_db(facts["signal"], facts["noise"]) for call, facts in self.calls.items()}

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.session import Level
+from mezzotint.runtime.signature import Images, Signature, Timestep
 
 from ..core.execute import Executor, feeds
 from ..core.pipeline import Context
-from ..core.program import Program
 from .side_by_side import PairedLayer, SideBySide
 from .suggestions import Facts
+
+JOINT_LEVEL: Level = "basic"
+"""Fusion on a tapped quantized graph might select kernels that the bundle does not use."""
 
 
 class SwitchedNetwork:
@@ -23,14 +26,18 @@ class SwitchedNetwork:
     `switched` are the layers to quantize in the next call, `values` the taps of the last one.
     """
 
-    def __init__(self, compared: SideBySide, program: Program, context: Context) -> None:
-        self.groups, self._signature = compared.layers, program.signature
-        self.taps = {name: group.taps for name, group in compared.layers.items()}
-        taps = list(dict.fromkeys(tap for names in self.taps.values() for tap in names))
-        # Fusion on a tapped quantized graph might select kernels that the bundle does not use.
-        self._executor = Executor(compared.model, context.folder, taps=taps, threads=context.threads, level="basic")
+    def __init__(self, groups: Mapping[str, PairedLayer], signature: Signature, executor: Executor) -> None:
+        self.groups, self._signature, self._executor = groups, signature, executor
+        self.taps = {name: group.taps for name, group in groups.items()}
         self.switched: Sequence[str] = ()
         self.values: dict[str, npt.NDArray[Any]] = {}
+
+    @classmethod
+    def of(cls, compared: SideBySide, signature: Signature, context: Context) -> SwitchedNetwork:
+        """Open the joint graph."""
+        taps = joint_taps(compared)
+        executor = Executor(compared.model, context.folder, taps=taps, threads=context.threads, level=JOINT_LEVEL)
+        return cls(compared.layers, signature, executor)
 
     def __call__(self, x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
         inputs = feeds(self._executor.inputs, self._signature, x, t, conditions)
@@ -64,3 +71,8 @@ class SwitchedNetwork:
 
     def __exit__(self, *_: object) -> None:
         self._executor.close()
+
+
+def joint_taps(compared: SideBySide) -> list[str]:
+    """Return the values of the joint graph that its measurements read."""
+    return list(dict.fromkeys(tap for group in compared.layers.values() for tap in group.taps))

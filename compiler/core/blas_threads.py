@@ -7,6 +7,7 @@ Here the number is read back and set by OpenBLAS's own functions, as its users o
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from mezzotint.runtime.errors import MezzotintWarning
 
 from ..errors import PassError
+from .context import Context
 
 _LINKED = ("numpy.linalg._umath_linalg", "scipy.linalg._fblas")
 """Modules that are linked with the copies: a handle of one finds the functions of its library."""
@@ -46,6 +48,16 @@ def blas_threads() -> tuple[int, ...] | None:
     copies = [_copy_of(name) for name in _LINKED]
     known = [copy.threads for copy in copies if copy is not None]
     return tuple(known) if len(known) == len(copies) else None
+
+
+def blas_threads_for_workers(context: Context, step: str) -> tuple[int, ...] | None:
+    """Return `blas_threads` where the context has workers; None, with a warning, where theirs could not be set."""
+    if context.spread is None:
+        return None
+    threads = blas_threads()
+    if threads is None:
+        warnings.warn(NotSpread(f"{step} runs in one process: numpy or scipy has no OpenBLAS"), stacklevel=3)
+    return threads
 
 
 @contextmanager

@@ -46,20 +46,23 @@ class Executor:
         only_taps: bool = False,
     ) -> None:
         self._taps = tuple(taps)
-        self._path = store.write(_prefix(model, self._taps) if only_taps else _tapped(model, self._taps), folder)
+        self._path = write_network(model, folder, taps=self._taps, only_taps=only_taps)
         self.outputs = [] if only_taps else [name_of(v) for v in model.graph.outputs]
         self.inputs = {name_of(v): v for v in model.graph.inputs}
         self._session = open_session(self._path, threads=threads, level=level, spinning=spinning)
         self._lasts = False
 
     @classmethod
-    def on_file(cls, path: Path, model: ir.Model, *, threads: int | None = None) -> Executor:
-        """Return a session on a file that holds `model` already. Closing it leaves the file."""
+    def on_file(
+        cls, path: Path, *, threads: int | None = None, level: Level = "all", spinning: bool = True
+    ) -> Executor:
+        """Return a session on a file of `write_network` that returns all outputs. Closing it leaves the file."""
+        graph = ir.load(path).graph
         executor = cls.__new__(cls)
         executor._taps, executor._path, executor._lasts = (), path, True
-        executor.outputs = [name_of(v) for v in model.graph.outputs]
-        executor.inputs = {name_of(v): v for v in model.graph.inputs}
-        executor._session = open_session(path, threads=threads)
+        executor.outputs = [name_of(v) for v in graph.outputs]
+        executor.inputs = {name_of(v): v for v in graph.inputs}
+        executor._session = open_session(path, threads=threads, level=level, spinning=spinning)
         return executor
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
@@ -86,6 +89,13 @@ class Executor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def write_network(
+    model: ir.Model, folder: Path, stem: str | None = None, *, taps: Sequence[str] = (), only_taps: bool = False
+) -> Path:
+    """Write a graph that also returns `taps`, or with `only_taps` nothing else, to a folder; return the file's path."""
+    return store.write(_prefix(model, taps) if only_taps else _tapped(model, taps), folder, stem)
 
 
 def feeds(

@@ -7,7 +7,6 @@ BLAS: a worker has as many threads of it as the process that hands the batches o
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from mezzotint.runtime.signature import Images, Timestep
 
 from ..calibration.calibrate import follow_trajectories, guided_output
 from ..core import snapshot
-from ..core.blas_threads import NotSpread, blas_threads, with_blas_threads
+from ..core.blas_threads import blas_threads_for_workers, with_blas_threads
 from ..core.context import Context
 from ..core.execute import Executor
 from ..core.program import Program
@@ -163,8 +162,8 @@ class NoiseWork:
         networks = NoiseNetworks(
             program,
             context,
-            Executor.on_file(folder / "float.onnx", program.require_float_model(), threads=threads),
-            Executor.on_file(folder / "program.onnx", program.model, threads=threads),
+            Executor.on_file(folder / "float.onnx", threads=threads),
+            Executor.on_file(folder / "program.onnx", threads=threads),
         )
 
         def perform(piece: NoisePiece) -> Any:
@@ -179,9 +178,7 @@ class NoiseRuns:
 
     def __init__(self, program: Program, context: Context) -> None:
         self._context, self._held = context, ExitStack()
-        self._blas = None if context.spread is None else blas_threads()
-        if context.spread is not None and self._blas is None:
-            warnings.warn(NotSpread("fit_noise runs in one process: numpy or scipy has no OpenBLAS"), stacklevel=2)
+        self._blas = blas_threads_for_workers(context, "fit_noise")
         if self._blas is not None:
             folder = self._held.enter_context(tempfile.TemporaryDirectory(dir=context.folder))
             self._folder = Path(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats
 
-from ..core.blas_threads import NotSpread, blas_threads, with_blas_threads
+from ..core.blas_threads import blas_threads_for_workers, with_blas_threads
 from ..core.context import Context
 from ..core.formats import Grid, Levels, Vectors, of_rows
 from ..errors import RecipeError
@@ -206,10 +205,8 @@ def rounded_in_order(
 
     A weight is asked for when its turn comes, and not again after its rounded form was yielded.
     """
-    blas = None if context.spread is None else blas_threads()
+    blas = blas_threads_for_workers(context, step)
     if context.spread is None or blas is None:
-        if context.spread is not None:
-            warnings.warn(NotSpread(f"{step} runs in one process: numpy or scipy has no OpenBLAS"), stacklevel=2)
         yield from map(rounder.round, weights)
         return
     with tempfile.TemporaryDirectory(dir=context.folder) as folder:

@@ -11,6 +11,7 @@ from mezzotint.runtime import bounds
 
 from ..progress import shown
 from .options import (
+    ClusterName,
     ConditionsFile,
     Json,
     NoiseSeed,
@@ -38,6 +39,7 @@ def debug(
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
     threads: Threads = None,
+    cluster: ClusterName = None,
     provider: Provider = "cpu",
     provider_option: ProviderOptions = None,
     precision: PrecisionOfFloats = None,
@@ -65,6 +67,7 @@ def debug(
             conditions=rows,
             unconditional=unconditional_rows,
             threads=threads,
+            cluster=cluster,
             progress=report,
         )
     console.print_json(diagnosis.to_json()) if json else print_diagnosis(diagnosis, top)

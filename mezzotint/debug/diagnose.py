@@ -34,14 +34,14 @@ measured call takes 3 to 5 s on one thread.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mezzotint.compiler.audit.side_by_side import SideBySide, put_side_by_side
-from mezzotint.compiler.audit.suggestions import FULL_BITS, Facts, Suggestion, islands_option, suggest
+from mezzotint.compiler.audit.suggestions import FULL_BITS, Suggestion, islands_option, suggest
 from mezzotint.compiler.audit.switched import SwitchedNetwork
 from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.stages import scratch
@@ -54,10 +54,13 @@ from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.guidance import Conditions, checked_rows, predictor, rows_in_turn, with_labels
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images, Timestep
+from mezzotint.runtime.signature import Timestep
 
 from ..bench.pairs import paired_run, unseen_seed
 from ..bench.reference import ReferenceModel
+from ..cluster.connection import check_cluster, cluster_or_none
+from ..cluster.spread import ClusterSpread
+from .call_costs import CallCosts, CallProbe, ProbedCall, costs_of_calls
 from .replay import checked_recipe, replayed
 
 
@@ -131,22 +134,33 @@ def diagnose(
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> Diagnosis:
     """Measure every quantized layer of a bundle on `n` images, at all network calls or at `calls` of them.
 
     The calls are the worst of the bundle, and others that are evenly spaced.
-    `reference` is the float .onnx that the bundle was compiled from. Each measured call takes (quantized layers + 2)
+    `reference` is the float .onnx that the bundle was compiled from. Each measured call takes (quantized layers + 3)
     network calls of twice the work. Without a seed the noise is one that no pass has seen. Raises InputError for a
     bundle whose layers cannot be separated: several precisions, or no quantized layer that can be taken out of it.
+
+    With `cluster` (cluster/connection.py) its workers measure a call each; what they find is the same.
 
     A float graph that was rewritten from statistics (smooth_scales) is calibrated again, with `conditions` as its rows.
     """
     if n < 1 or (calls is not None and calls < 1):
         raise InputError(f"{n} images, {calls} calls", hint="ask for at least one of each")
+    if cluster is not None:
+        check_cluster(cluster)
     recipe = checked_recipe(bundle)
     count = len(bundle.deployment.calls)
     computing = bundle.condition_network
+    if cluster is not None and computing is not None:
+        raise InputError(
+            "a network that computes conditions cannot travel to the workers of a cluster",
+            where="--cluster",
+            hint="debug the bundle on one machine: leave --cluster out",
+        )
     known = with_labels(bundle.signature, bundle.deployment, conditions, unconditional, computing=computing)
     rows, unconditional_rows = (rows_in_turn(checked_rows(one), 0, n) for one in known)
     float_model = ReferenceModel(bundle, reference, threads=threads)
@@ -163,14 +177,23 @@ def diagnose(
                 where=str(bundle.path),
                 hint="`mezzotint inspect` lists the layers and why each is in float; check the reference, too",
             )
-        with SwitchedNetwork(compared, program, context) as network:
+        with SwitchedNetwork.of(compared, program.signature, context) as network:
             chosen: Sequence[int] = range(count)
             if calls is not None and calls < count:
                 nets, options = (float_model.network, bundle.denoiser(threads)), (rows, unconditional_rows)
                 chosen = _chosen(_worst_call(nets, bundle, n, seed, options), calls, count)
-            probe = _Probe(network, bundle, rows, unconditional_rows, chosen, progress)
-            probe.follow(n, seed, threads)
-    return probe.diagnosis(compared, recipe, float_model.has_weights_of(program), bundle.usage(threads))
+            probe = CallProbe(compared.layers, program.signature, bundle.deployment, rows, unconditional_rows)
+            shipped, followed = _followed(network, bundle, (rows, unconditional_rows), chosen, n, seed, threads)
+            found = CallCosts.of_layers(list(compared.layers))
+            with cluster_or_none(cluster, threads) as workers:
+                spread = None if workers is None else ClusterSpread(workers, progress)
+                there = replace(context, spread=spread)
+                for costs in costs_of_calls(probe, compared, network, followed, there, progress):
+                    found.add(costs)
+    timesteps = {call.index: call.timestep for call in followed}
+    same_weights = float_model.has_weights_of(program)
+    measured = _Measured(found, shipped, timesteps)
+    return measured.diagnosis(bundle, compared, recipe, same_weights, bundle.usage(threads))
 
 
 def _worst_call(
@@ -189,75 +212,60 @@ def _chosen(worst: int, calls: int, count: int) -> list[int]:
     return sorted({worst, *even} - ({nearest} if nearest != worst else set()))
 
 
-@dataclass
-class _Probe:
+def _followed(
+    network: SwitchedNetwork,
+    bundle: Bundle,
+    rows: tuple[Conditions, Conditions],
+    chosen: Sequence[int],
+    n: int,
+    seed: int,
+    threads: int | None,
+) -> tuple[StepSQNR, list[ProbedCall]]:
+    """Sample `n` images with the float network; return the bundle's error at the chosen calls, and those calls."""
+    deployment, computing = bundle.deployment, bundle.condition_network
+    predict = predictor(network, deployment, *rows, computing)
+    whole = predictor(bundle.denoiser(threads), deployment, *rows, computing)
+    shipped, followed = StepSQNR(), []
+
+    def note_call(info: StepInfo) -> None:
+        if info.index in chosen:
+            followed.append(ProbedCall(info.index, info.timestep, info.x))
+            shipped.add(info.index, info.output, whole(info.x, info.timestep))
+
+    x, noise = samplers.initial_noise(seed, (n, *bundle.sample_shape)), samplers.seeded_noise(seed)
+    samplers.sample(predict, x, bundle.schedule, deployment, noise=noise, callback=note_call)
+    return shipped, followed
+
+
+@dataclass(frozen=True)
+class _Measured:
     """The measurements at the chosen calls of the float trajectory; only sums are kept."""
 
-    network: SwitchedNetwork
-    bundle: Bundle
-    conditions: Conditions
-    unconditional: Conditions
-    chosen: Sequence[int]
-    progress: Progress
-    costs: dict[str, StepSQNR] = field(default_factory=dict)
-    facts: dict[str, Facts] = field(default_factory=dict)
-    together: StepSQNR = field(default_factory=StepSQNR)
-    shipped: StepSQNR = field(default_factory=StepSQNR)
-    calls: dict[int, Timestep] = field(default_factory=dict)
+    found: CallCosts
+    shipped: StepSQNR
+    calls: Mapping[int, Timestep]
 
-    def follow(self, n: int, seed: int, threads: int | None) -> None:
-        """Sample `n` images with the float network, and measure every layer at the chosen calls."""
-        names = list(self.network.taps)
-        self.costs = {name: StepSQNR() for name in names}
-        self.facts = {name: Facts() for name in names}
-        deployment = self.bundle.deployment
-        rows = self.conditions, self.unconditional, self.bundle.condition_network
-        predict = predictor(self.network, deployment, *rows)
-        whole = predictor(self.bundle.denoiser(threads), deployment, *rows)
-        total, done = len(self.chosen) * (len(names) + 2), 0
-
-        def add(measure: StepSQNR, info: StepInfo, output: Images) -> None:
-            nonlocal done
-            measure.add(info.index, info.output, output)
-            done += 1
-            self.progress("layers, one by one", done, total)
-
-        def quantized(info: StepInfo, layers: Sequence[str]) -> Images:
-            return self.network.quantized(layers, lambda: predict(info.x, info.timestep))
-
-        def measure_call(info: StepInfo) -> None:
-            if info.index not in self.chosen:
-                return
-            self.calls[info.index] = info.timestep
-            self.network.note(self.facts, info.index)
-            for name in names:
-                add(self.costs[name], info, quantized(info, [name]))
-            add(self.together, info, quantized(info, names))
-            add(self.shipped, info, whole(info.x, info.timestep))
-
-        x = samplers.initial_noise(seed, (n, *self.bundle.sample_shape))
-        noise = samplers.seeded_noise(seed)
-        samplers.sample(predict, x, self.bundle.schedule, deployment, noise=noise, callback=measure_call)
-
-    def diagnosis(self, compared: SideBySide, recipe: Recipe, same_weights: bool, engine: EngineUsage) -> Diagnosis:
+    def diagnosis(
+        self, bundle: Bundle, compared: SideBySide, recipe: Recipe, same_weights: bool, engine: EngineUsage
+    ) -> Diagnosis:
         """Return the measurements with a suggestion for each layer."""
-        manifest = self.bundle.manifest
-        noise = {name: sum(cost.noise().values()) for name, cost in self.costs.items()}
+        manifest = bundle.manifest
+        noise = {name: sum(cost.noise().values()) for name, cost in self.found.costs.items()}
         everything = sum(noise.values())
         bits = {quantizer.site: quantizer.bits for quantizer in manifest.quantizers}
         kernels = {name: layer.kernel for name, layer in manifest.kernels.layers.items()}
         layers = []
         for name in sorted(noise, key=lambda name: -noise[name]):
-            facts, share = self.facts[name], noise[name] / everything if everything else 0.0
+            facts, share = self.found.facts[name], noise[name] / everything if everything else 0.0
             weight = compared.layers[name].weight
             width = bits.get(weight, FULL_BITS) if weight else None
             suggestion = suggest(name, facts, share, recipe, width)
             kernel = kernels.get(name, "unknown")
-            layers.append(LayerCost(name, kernel, self.costs[name], share, facts.local(), suggestion))
+            layers.append(LayerCost(name, kernel, self.found.costs[name], share, facts.local(), suggestion))
         islands = dict(manifest.islands)
         return Diagnosis(
             tuple(layers),
-            self.together,
+            self.found.together,
             self.shipped,
             self.calls,
             compared.unknown,

@@ -35,10 +35,12 @@ from mezzotint.cluster.record import MACHINES
 from mezzotint.compiler.core.pipeline import Recipe
 from mezzotint.compiler.correction.noise_runs import NoiseNetworks
 from mezzotint.compiler.rounding.rounder import WeightRounder
+from mezzotint.debug.diagnose import diagnose
 from mezzotint.evaluate.run import evaluate_bundle
 from mezzotint.io.objects import ObjectFolder
 from mezzotint.passes.fit_noise import FitNoise
 from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.round_weights import RoundWeights
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.shards.drawing import CarriedBundle
 from tests.helpers.cluster_work import Square, Surroundings
@@ -321,7 +323,7 @@ def test_a_compilation_has_the_same_digest(
     What workers do is forbidden to this process.
     """
     options = {**SMALL, "threads": 1, "calibration_samples": 10, "calibration_batch": 2}
-    options["recipe"] = Recipe("all-pieces", "", (*RECIPES["w8a8-best"].passes, FitNoise()))
+    options["recipe"] = Recipe("all-pieces", "", (*RECIPES["w8a8"].passes, RoundWeights(), FitNoise()))
     options["settings"] = {"observe.groups": 0, "observe.channels": "all"}
     said: list[str] = []
     alone = compile_model(hand.exported, tmp_path / "alone", **options, cache=tmp_path / "c1")
@@ -339,10 +341,13 @@ def test_a_compilation_has_the_same_digest(
 
     assert any(line.startswith("observe | ") and line.endswith("5 of 5") for line in said), said
     assert spread.manifest.digest == alone.manifest.digest
+    assert "gptq: 2 of 2 weights" in alone.manifest.history[-2].note and alone.manifest.noise
     one, other = ({file.name: file.read_bytes() for file in tmp_path.glob(f"{c}/*/*")} for c in ("c1", "c2"))
     assert one == other and len(one) == 2
     few = compile_model(hand.exported, tmp_path / "few", **{**options, "calibration_samples": 8})
     assert few.manifest.digest != alone.manifest.digest
+    costs = [diagnose(alone, hand.exported, threads=1, cluster=where).to_json() for where in (None, nodes.address)]
+    assert costs[0] == costs[1]
 
 
 @pytest.mark.usefixtures("cluster")

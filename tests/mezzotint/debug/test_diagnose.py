@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mezzotint.compiler.audit.suggestions import Facts, suggest
 from mezzotint.compiler.core.pipeline import Context, Recipe
 from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import SignatureError
+from mezzotint.debug import diagnose as diagnose_module
 from mezzotint.debug.diagnose import Diagnosis, diagnose
 from mezzotint.mix.mix import mix_bundles
 from mezzotint.passes.insert_qdq import InsertQdq
@@ -29,6 +31,7 @@ from mezzotint.runtime.bundle.bundle import Bundle, seal_bundle
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.session import Denoiser
 from tests.helpers.models import CONTEXT, SMALL, THREADS, Cli, Compiled, hand_written, write
+from tests.helpers.spreads import cluster_here
 
 SUMS = {"signal": 1.0, "noise": 2e-3, "x_signal": 1.0, "x_noise": 1e-3, "y_noise": 1e-4}
 WIDTHS = {"x_low": -1.0, "x_high": 1.0, "x_reach": 2.0, "y_low": -1.0, "y_high": 1.0, "y_reach": 2.0}
@@ -171,7 +174,7 @@ class TestMeasures:
             assert {call: like.local[call] for call in few.calls} == layer.local
             assert {call: like.cost.per_step()[call] for call in few.calls} == layer.cost.per_step()
 
-    def test_guidance_and_conditions(self, tmp_path: Path) -> None:
+    def test_guidance_and_conditions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source = write(hand_written(context="context"), tmp_path / "m.onnx")
         given, empty = ({"context": np.full((1, CONTEXT), value, np.float32)} for value in (1.0, 0.0))
         rows: dict[str, Any] = {"conditions": given, "unconditional": empty}
@@ -184,6 +187,14 @@ class TestMeasures:
         found = examined(bundle, source, 2, **rows)
         assert found.bundle.per_step() == pytest.approx(wanted.per_step(), abs=0.01)
         assert found.together.per_step() == pytest.approx(wanted.per_step(), abs=0.1)
+        cluster = cluster_here(monkeypatch, diagnose_module)
+        spread = examined(bundle, source, 2, **rows, cluster="local")
+        assert cluster.pieces == {"layers, one by one": len(bundle.deployment.calls)}
+        assert spread.to_json() == found.to_json()
+        fed = copy.copy(bundle)
+        fed.condition_network = object()  # type: ignore[assignment]
+        with pytest.raises(InputError, match="cannot travel"):
+            examined(fed, source, 2, **rows, cluster="local")
 
 
 class TestAdvice:
