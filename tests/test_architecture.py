@@ -75,7 +75,7 @@ ARROWS = {
     "mezzotint": "bench cluster io pipeline prompts",
     "mezzotint/debug": "bench cluster text",
     "mezzotint/evaluate": "bench cluster frechet io shards text",
-    "mezzotint/mix": "bench io",
+    "mezzotint/mix": "bench cluster evaluate io shards",
     "mezzotint/inspect": "bench debug io text",
     "mezzotint/interchange": "bench debug io",
     "mezzotint/web": "bench inspect io",

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from mezzotint.runtime.errors import MezzotintWarning
 
 from ..errors import PassError
-from .context import Context
 
 _LINKED = ("numpy.linalg._umath_linalg", "scipy.linalg._fblas")
 """Modules that are linked with the copies: a handle of one finds the functions of its library."""
@@ -50,10 +49,8 @@ def blas_threads() -> tuple[int, ...] | None:
     return tuple(known) if len(known) == len(copies) else None
 
 
-def blas_threads_for_workers(context: Context, step: str) -> tuple[int, ...] | None:
-    """Return `blas_threads` where the context has workers; None, with a warning, where theirs could not be set."""
-    if context.spread is None:
-        return None
+def blas_threads_for_workers(step: str) -> tuple[int, ...] | None:
+    """Return `blas_threads` for the workers of a step; None, with a warning, where theirs could not be set."""
     threads = blas_threads()
     if threads is None:
         warnings.warn(NotSpread(f"{step} runs in one process: numpy or scipy has no OpenBLAS"), stacklevel=3)

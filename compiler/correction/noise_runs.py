@@ -178,7 +178,7 @@ class NoiseRuns:
 
     def __init__(self, program: Program, context: Context) -> None:
         self._context, self._held = context, ExitStack()
-        self._blas = blas_threads_for_workers(context, "fit_noise")
+        self._blas = None if context.spread is None else blas_threads_for_workers("fit_noise")
         if self._blas is not None:
             folder = self._held.enter_context(tempfile.TemporaryDirectory(dir=context.folder))
             self._folder = Path(folder)

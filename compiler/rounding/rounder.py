@@ -205,7 +205,7 @@ def rounded_in_order(
 
     A weight is asked for when its turn comes, and not again after its rounded form was yielded.
     """
-    blas = blas_threads_for_workers(context, step)
+    blas = None if context.spread is None else blas_threads_for_workers(step)
     if context.spread is None or blas is None:
         yield from map(rounder.round, weights)
         return

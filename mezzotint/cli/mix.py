@@ -10,7 +10,18 @@ import typer
 from mezzotint.runtime import bounds
 
 from ..progress import shown
-from .options import ConditionsFile, Force, Json, NoiseSeed, Quiet, Reference, Threads, UnconditionalFile, number
+from .options import (
+    ClusterName,
+    ConditionsFile,
+    Force,
+    Json,
+    NoiseSeed,
+    Quiet,
+    Reference,
+    Threads,
+    UnconditionalFile,
+    number,
+)
 
 
 def mix(
@@ -37,6 +48,7 @@ def mix(
     conditions: ConditionsFile = None,
     unconditional: UnconditionalFile = None,
     threads: Threads = None,
+    cluster: ClusterName = None,
     force: Force = False,
     quiet: Quiet = False,
     json: Json = False,
@@ -64,6 +76,7 @@ def mix(
             conditions=rows,
             unconditional=unconditional_rows,
             threads=threads,
+            cluster=cluster,
             force=force,
             progress=report,
         )

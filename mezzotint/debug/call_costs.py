@@ -20,7 +20,7 @@ from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.sampling.guidance import Conditions, predictor
 from mezzotint.runtime.signature import Images, Signature, Timestep
 
-STAGE = "layers, one by one"
+LAYERS_STAGE = "layers, one by one"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +118,11 @@ def costs_of_calls(
     progress: Progress = silent,
 ) -> Iterator[CallCosts]:
     """Yield what the layers cost at each call, in order; workers measure where the context has some."""
-    blas = blas_threads_for_workers(context, "debug")
+    blas = None if context.spread is None else blas_threads_for_workers("debug")
     if context.spread is not None and blas is not None:
         with tempfile.TemporaryDirectory(dir=context.folder) as folder:
             write_network(compared.model, Path(folder), Path(JOINT).stem, taps=joint_taps(compared))
-            yield from context.spread.in_order(ProbeWork(probe, blas), Path(folder), calls, STAGE, unit="calls")
+            yield from context.spread.in_order(ProbeWork(probe, blas), Path(folder), calls, LAYERS_STAGE, unit="calls")
         return
     each = len(probe.groups) + 1
     for i, call in enumerate(calls):
@@ -131,6 +131,6 @@ def costs_of_calls(
         def step() -> None:
             nonlocal done
             done += 1
-            progress(STAGE, done, len(calls) * each)
+            progress(LAYERS_STAGE, done, len(calls) * each)
 
         yield probe.measure(network, call, context.condition_network, step)

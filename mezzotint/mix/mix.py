@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.compiler.bundle.staging import staged
+from mezzotint.compiler.core.blas_threads import blas_threads_for_workers
 from mezzotint.compiler.mixing.choice import PrecisionChoice, by_margin, picture_weights, relaxed
 from mezzotint.runtime.bundle.acceptance import Acceptance, GroupFidelity
 from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
@@ -30,15 +31,16 @@ from mezzotint.runtime.errors import BundleError, InputError
 from mezzotint.runtime.latency import in_turns
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.guidance import Conditions, predictors, with_labels
-from mezzotint.runtime.sampling.samplers import StepInfo, initial_noise
+from mezzotint.runtime.sampling.samplers import initial_noise
 from mezzotint.runtime.sampling.steps import noise_of
 from mezzotint.runtime.session import Denoiser
-from mezzotint.runtime.signature import Images
 from mezzotint.runtime.streams import FIXED, SeedOffset
 
-from ..bench.pairs import middle_timestep, parallel_run
+from ..bench.pairs import middle_timestep
 from ..bench.reference import ReferenceModel
+from ..cluster.connection import check_cluster, cluster_or_none
 from ..io.networks import with_checked_networks
+from .batch_errors import MixedNetworks, MixWork, summed_errors
 from .write import calibration_seed, write_mix
 
 CHOICE_RULES = ("schedule", "picture")
@@ -84,6 +86,7 @@ def mix_bundles(
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -96,10 +99,13 @@ def mix_bundles(
     the last fraction of the calls (with `relax_first` the first) to the most precise. `costs` has the cost of a call
     of each precision. Without it costs are measured (`repeats` calls in a block, at the graphs' fixed batch size or
     1), and the choice may differ from run to run. Errors are measured on as many images as `pictures`, in batches of
-    `batch`, from `seed`; `conditions` and `unconditional` as in `Bundle.sample`.
+    `batch`, from `seed`, by the workers of `cluster` if it is given (cluster/connection.py), a batch each;
+    `conditions` and `unconditional` as in `Bundle.sample`.
 
     Raises InputError for bundles that do not match and for a budget that cannot be met, OutputError, BundleError.
     """
+    if cluster is not None:
+        check_cluster(cluster)
     by_name = _named(bundles)
     one = _check_same_network(by_name)
     if budget is not None and relax is not None:
@@ -119,7 +125,7 @@ def mix_bundles(
         _check_inputs(nets)
         if seed is None:
             seed = SeedOffset.MIXING.after(max(calibration_seed(bundle) for bundle in by_name.values()))
-        sqnr, raw = _measure(mixing, Path(reference), pictures, batch, seed, progress)
+        sqnr, raw = _measure(mixing, Path(reference), pictures, batch, seed, cluster, progress)
         prices, how = (_given_costs(costs, by_name), {"kind": "given"}) if costs else _costs(mixing, repeats, progress)
         choice, facts = _choose(mixing, sqnr, raw if rule == "picture" else None, prices, budget, relax, relax_first)
         measured = {"cost": how, "pictures": pictures, "seed": seed}
@@ -190,7 +196,7 @@ def _check_inputs(nets: Mapping[str, Denoiser]) -> None:
 
 
 def _measure(
-    mixing: _Mixing, reference: Path, pictures: int, batch: int, seed: int, progress: Progress
+    mixing: _Mixing, reference: Path, pictures: int, batch: int, seed: int, cluster: str | None, progress: Progress
 ) -> tuple[dict[str, StepSQNR], dict[str, npt.NDArray[np.float64]]]:
     """Return the SQNR of the implied noise at each call, and the mean square error of the output, `[calls]`; both for
     each precision."""
@@ -198,29 +204,21 @@ def _measure(
     float_model = ReferenceModel(bundle, reference, threads=mixing.threads)
     float_model.check()
     size = mixing.fixed or batch
-
-    def noise(info: StepInfo, output: Images) -> Images:
-        share_x, share_out = noise_of(bundle.schedule, *bundle.schedule.levels(info.timestep))
-        return info.x * np.float32(share_x) + output * np.float32(share_out)
-
-    images, measured = parallel_run(
-        float_model.network,
-        mixing.nets,
-        bundle,
-        -(-pictures // size) * size if mixing.fixed else pictures,
-        seed=seed,
-        batch=size,
-        conditions=mixing.conditions,
-        unconditional=mixing.unconditional,
-        progress=progress,
-        view=noise,
-    )
+    count = -(-pictures // size) * size if mixing.fixed else pictures
+    spans = [(first, min(size, count - first)) for first in range(0, count, size)]
+    networks = MixedNetworks(bundle, mixing.nets, float_model, seed, mixing.conditions, mixing.unconditional)
+    with cluster_or_none(cluster, mixing.threads) as workers:
+        blas = None if workers is None else blas_threads_for_workers("mix")
+        spread = None
+        if workers is not None and blas is not None:
+            spread = workers, MixWork.of(workers, mixing.bundles, networks, blas)
+        measured = summed_errors(networks, spans, spread, progress)
     for name, sqnr in measured.items():
         if bad := [call for call, db in sqnr.per_step().items() if math.isnan(db)]:
             raise InputError(f"{name} predicts NaN at call {bad[0]}", hint="leave it out of the mix")
     shares = [noise_of(bundle.schedule, *bundle.schedule.levels(t))[1] for t in bundle.deployment.calls]
     # Where x alone determines the noise, the output does not enter it: its error counts as 0 at such a call.
-    scale = np.array([1 / share**2 if share else 0.0 for share in shares]) / images.size
+    scale = np.array([1 / share**2 if share else 0.0 for share in shares]) / (count * math.prod(bundle.sample_shape))
     return measured, {name: scale * list(sqnr.noise().values()) for name, sqnr in measured.items()}
 
 

@@ -18,6 +18,7 @@ from mezzotint.bench.pairs import compare, parallel_run
 from mezzotint.compiler.errors import CompileError, OutputError
 from mezzotint.compiler.mixing.mixture import write_sharing
 from mezzotint.io.settings import parse_bundles, parse_costs
+from mezzotint.mix import mix as mix_module
 from mezzotint.runtime.bundle.bundle import MANIFEST, MODEL
 from mezzotint.runtime.bundle.manifest import manifest_digest
 from mezzotint.runtime.errors import BundleError, InputError, InterpolatedCorrection
@@ -26,6 +27,7 @@ from mezzotint.runtime.sampling import samplers
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.session import Denoiser
 from tests.helpers.models import CONTEXT, SMALL, THREADS, Cli, hand_written, write
+from tests.helpers.spreads import cluster_here
 
 COSTS = {"float": 1.0, "w8a8": 0.5}
 NOISY: dict[str, Any] = {**SMALL, "eta": 0.5}
@@ -220,8 +222,16 @@ class TestMix:
         by_time = [nets["w8a8" if t >= times[1] else "float"] for t in times]
         assert np.abs(samplers.sample(by_time, x, mixed.schedule, mixed.deployment) - wanted).max() > 0, "the trap"
 
-    def test_the_same_costs_give_the_same_bytes(self, made: Made, mixed: Bundle, tmp_path: Path) -> None:
-        again = made.mix(tmp_path / "again", budget=0.75)
+    def test_the_same_costs_give_the_same_bytes_whoever_measures(
+        self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On three batches, of 2, 2 and 1 images."""
+        cluster = cluster_here(monkeypatch, mix_module)
+        options: dict[str, Any] = {"budget": 0.75, "pictures": 5, "batch": 2, "threads": 1}
+        mixed = made.mix(tmp_path / "one", **options)
+        assert not cluster.pieces
+        again = made.mix(tmp_path / "again", **options, cluster="local")
+        assert cluster.pieces == {"float, paired calls": 3}
         one, two = files(mixed.path), files(again.path)
         assert sorted(one) == sorted(two)
         assert [name for name in one if one[name] != two[name] and name != MANIFEST] == []
@@ -246,10 +256,13 @@ class TestMix:
         given: dict[str, Any] = {"conditions": {"c": rows}, "unconditional": {"c": np.zeros((1, CONTEXT), np.float32)}}
         options: dict[str, Any] = {**SMALL, "guidance": 3.0, **given}
         bundles = [compile_model(source, tmp_path / r, recipe=r, **options) for r in COSTS]
-        mixed = mix_bundles(
-            bundles, tmp_path / "m", reference=source, costs=COSTS, budget=0.75, pictures=2, threads=THREADS, **given
-        )
+        settings: dict[str, Any] = {"reference": source, "costs": COSTS, "pictures": 2, "threads": THREADS, **given}
+        mixed = mix_bundles(bundles, tmp_path / "m", budget=0.75, **settings)
+        each = mix_bundles(bundles, tmp_path / "e", budget=0.75, batch=1, **settings)
 
+        found = (one.manifest.require_mixture().choice["snr_db"] for one in (mixed, each))
+        first, second = (np.array(list(table.values()), float) for table in found)
+        np.testing.assert_allclose(first, second, atol=0.01)  # image 1 has row 1 in a batch of its own, too
         assert set(mixed.manifest.require_mixture().precisions) == set(COSTS)
         assert mixed.sample(2, threads=THREADS, **given).shape == (2, 1, 8, 8)
         with pytest.raises(InputError, match="unconditional"):
