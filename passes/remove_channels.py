@@ -36,8 +36,9 @@ from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.graph.require import shape_of
 from mezzotint.compiler.pruning.channel_order import channel_order, removals, without_channels
 from mezzotint.compiler.pruning.channel_sites import ChannelSite, channel_site, input_axis
+from mezzotint.compiler.rounding.gathering import gather_floats
 from mezzotint.compiler.rounding.gram import Unfold
-from mezzotint.compiler.rounding.layer_inputs import FloatInputs, chosen_latents, gather_floats
+from mezzotint.compiler.rounding.layer_inputs import FloatInputs, chosen_latents
 from mezzotint.compiler.rounding.matrix import check_gram, inverse_root, row_errors
 from mezzotint.runtime.arrays import Doubles, Floats
 

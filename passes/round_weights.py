@@ -35,8 +35,9 @@ least one layer, and a layer that is being rounded needs a second matrix), and a
 nearly all layers before a layer are rounded when its inputs are collected. The others of its stage are still rounded to
 nearest then.
 A weight that several layers read is rounded once, with the sum of their H, at the first of them. BLAS uses as many
-threads as its environment variables say, whatever the context says. The workers of `--cluster` round the weights of a
-stage, with as many threads of BLAS as this process has: last bits depend on them.
+threads as its environment variables say, whatever the context says. The workers of `--cluster` run the batches of a
+stage, unless `weighting` takes gradients, and round its weights, with as many threads of BLAS as this process has: last
+bits depend on them.
 
 Measured on the digits with weights of 4 bits (w8a8-steps, 8 calibration samples, 46 weights; SQNR of epsilon in dB over
 10 calls of 8 images that calibration did not see, and at the first and the last call):
@@ -74,7 +75,8 @@ from mezzotint.compiler.core.program import Plan, Program
 from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, Latents, chosen_latents, gather
+from mezzotint.compiler.rounding.gathering import gather
+from mezzotint.compiler.rounding.layer_inputs import Gathered, Inputs, Latents, chosen_latents
 from mezzotint.compiler.rounding.parts import parts_in_memory
 from mezzotint.compiler.rounding.report import RoundingReport
 from mezzotint.compiler.rounding.rounder import RoundingMethod, WeightMatrix, WeightRounder, rounded_in_order

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from ..core.pipeline import Context
 from ..core.program import Program
-from ..rounding.layer_inputs import Gathered, Latents, chosen_latents, gather_floats
+from ..rounding.gathering import gather_floats
+from ..rounding.layer_inputs import Gathered, Latents, chosen_latents
 from ..rounding.parts import parts_in_memory
 from .prunable import PrunableWeight
 

@@ -1,24 +1,19 @@
-"""The inputs of quantized layers as matrices H = X X^T, gathered by running latents through the rounded prefix.
+"""The inputs of quantized layers, their matrices H = X X^T, and the latents that they are gathered from.
 
-Latents are those of the float trajectory, kept for a few of its calls. For each stage a graph that ends at the inputs
-of its layers is run on them, next to the float graph if their difference is needed.
+Latents are those of the float trajectory, kept for a few of its calls.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
-from mezzotint.runtime import streams
 from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.sampling.guidance import Conditions
-from mezzotint.runtime.session import Level
 from mezzotint.runtime.signature import Images, Timestep
 
 from ..calibration.calibrate import follow_trajectories
@@ -29,10 +24,9 @@ from ..errors import PassError
 from ..graph.nodes import name_of
 from ..graph.ops import Layer
 from ..graph.require import shape_of
-from .gram import Extent, Gram, Unfold, choose_positions
-from .weights import QuantizedWeight, layer_name, reading_directly, weight_rows
-
-GramKey = tuple[tuple[str, Unfold], ...]
+from .column_cuts import ColumnCut, GramKey
+from .gram import Extent, Gram, Unfold
+from .weights import QuantizedWeight, layer_name, weight_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +38,9 @@ class Latents:
     batch: int
     x: Images
     conditions: Conditions
+
+    def __str__(self) -> str:
+        return f"call {self.call}, batch {self.batch}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +150,13 @@ class Gathered:
             part = slice(g * each, (g + 1) * each)
             self._shifts[id(inputs)][part] += (difference[:, g] @ rows[part].T).T @ columns[:, g]
 
+    def take(self, inputs: FloatInputs, cut: ColumnCut) -> None:
+        """Add columns of a weight's inputs."""
+        if cut.counted:
+            self.add(inputs.key, cut.columns, cut.factor)
+        if cut.difference is not None:
+            self.add_shift(inputs, inputs.rows(), cut.difference, cut.columns)
+
     def gram(self, inputs: FloatInputs) -> Floats:
         """H `[groups, d, d]`."""
         return self._grams[inputs.key].matrix()
@@ -195,115 +199,3 @@ def chosen_latents(program: Program, context: Context, calls: int) -> list[Laten
 
         follow_trajectories(program, context, denoiser, "latents of the trajectory")
     return sorted(found, key=lambda latents: (latents.call, latents.batch))
-
-
-def gather(
-    program: Program,
-    context: Context,
-    stage: Sequence[Inputs],
-    latents: Sequence[Latents],
-    *,
-    rounded: Collection[str] = (),
-    columns: int,
-    balance: bool,
-    shifts: bool,
-    step: Callable[[], None],
-) -> Gathered:
-    """Return H of every weight of a stage, from at most `columns` positions of its inputs; `step` after each batch.
-
-    `rounded` names the constants that are grid points already.
-    """
-    float_model = program.require_float_model()
-    gathered = Gathered()
-    for inputs in stage:
-        gathered.expect(inputs, shifts)
-    graph_inputs = {name_of(v) for v in program.graph.inputs}
-    taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.taps) if t not in graph_inputs]
-    float_taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.float_taps) if t not in graph_inputs]
-    with ExitStack() as sessions:
-
-        def prefix(model: ir.Model, taps: Sequence[str], level: Level) -> Executor:
-            return sessions.enter_context(
-                Executor(
-                    model,
-                    context.folder,
-                    taps=taps,
-                    threads=context.threads,
-                    level=level,
-                    spinning=False,
-                    only_taps=True,
-                )
-            )
-
-        # Convolutions in float behind quantizers that are computed exactly: a prefix may not be fused (execute.py).
-        quantized = prefix(reading_directly(program.model, rounded), taps, "basic")
-        exact = prefix(float_model, float_taps, "all") if shifts else None
-        limit = max(columns // len(latents), 1)
-        for batch in latents:
-            seed = [context.seed, batch.call, batch.batch]
-            fed = {program.signature.sample: batch.x, **batch.conditions}
-            arguments = (program.signature, batch.x, batch.timestep, batch.conditions)
-            seen = {**fed, **quantized.call(*arguments)}
-            wanted = {} if exact is None else {**fed, **exact.call(*arguments)}
-            _add_batch(gathered, stage, seen, wanted, limit, seed, balance)
-            step()
-    return gathered
-
-
-def gather_floats(
-    program: Program,
-    context: Context,
-    stage: Sequence[FloatInputs],
-    latents: Sequence[Latents],
-    *,
-    columns: int,
-    balance: bool,
-    step: Callable[[], None],
-) -> Gathered:
-    """Return H of every weight of a stage in a float graph, as `gather` does for a quantized one."""
-    gathered = Gathered()
-    for inputs in stage:
-        gathered.expect(inputs, shifts=False)
-    graph_inputs = {name_of(v) for v in program.graph.inputs}
-    taps = [t for t in dict.fromkeys(t for inputs in stage for t in inputs.taps) if t not in graph_inputs]
-    limit = max(columns // len(latents), 1)
-    with Executor(
-        program.model, context.folder, taps=taps, threads=context.threads, spinning=False, only_taps=bool(taps)
-    ) as executor:
-        for batch in latents:
-            seen = executor.call(program.signature, batch.x, batch.timestep, batch.conditions)
-            seen |= {program.signature.sample: batch.x, **batch.conditions}
-            _add_batch(gathered, stage, seen, {}, limit, [context.seed, batch.call, batch.batch], balance)
-            step()
-    return gathered
-
-
-def _add_batch(
-    gathered: Gathered,
-    stage: Sequence[FloatInputs],
-    seen: Mapping[str, Floats],
-    wanted: Mapping[str, Floats],
-    limit: int,
-    seed: Sequence[int],
-    balance: bool,
-) -> None:
-    """One batch's columns; those of a float input are cut at the same positions."""
-    added: set[GramKey] = set()
-    for inputs in stage:
-        if inputs.key in added and not wanted:
-            continue
-        rows = inputs.rows() if wanted else None
-        for tap, float_tap, unfold in zip(inputs.taps, inputs.read_as_float, inputs.unfolds, strict=True):
-            x = seen[tap]
-            rng = streams.POSITIONS.generator(*seed, zlib.crc32(tap.encode()))
-            chosen = choose_positions(unfold.positions(x.shape), limit, rng)
-            found = unfold.columns(x, chosen)
-            mean = float(np.mean(np.square(found), dtype=np.float64))
-            factor = np.float32(1 / np.sqrt(mean)) if balance and mean > 0 else np.float32(1)
-            found *= factor
-            if inputs.key not in added:
-                gathered.add(inputs.key, found, float(factor))
-            if rows is not None:
-                difference = unfold.columns(wanted[float_tap], chosen) * factor - found
-                gathered.add_shift(inputs, rows, difference, found)
-        added.add(inputs.key)

@@ -72,6 +72,10 @@ class Cluster:
             self._files[key] = self._ray.put(np.fromfile(folder / name, np.uint8))
         return keys
 
+    def drop_missing(self) -> None:
+        """Free what the object store has of files that are gone, such as those of a stage that is over."""
+        self._files = {key: reference for key, reference in self._files.items() if Path(key).exists()}
+
     def answers(
         self,
         work: Work,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class ClusterSpread:
 
         Warns where a piece was computed on another kind of processor than this one.
         """
+        self._cluster.drop_missing()
         names = tuple(sorted(file.name for file in folder.iterdir()))
         carried = self._cluster.carried(folder, names, folder_digest(folder, names))
         shared = _FolderWork(carried, names, work, self.threads)
@@ -66,7 +68,19 @@ class _FolderWork:
 
     def open(self, fetch: Fetch) -> Callable[[Any], Any]:
         place = placed_folder(self.folder, lambda folder: folder_digest(folder, self.names), fetch)
+        _keep_only(place if place != Path(self.folder.path) else None)
         return self.work.open(place, self.threads)
+
+
+_fetched: list[Path] = []  # at most one: what this worker's present work reads of the files that travelled
+
+
+def _keep_only(place: Path | None) -> None:
+    """Remove the files of the work before: a compilation has new ones for each stage, as large as the weights."""
+    for before in _fetched:
+        if before != place:
+            shutil.rmtree(before, ignore_errors=True)
+    _fetched[:] = [] if place is None else [place]
 
 
 def folder_digest(folder: Path, names: Sequence[str]) -> str:

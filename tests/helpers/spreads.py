@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mezzotint.cluster.placement import CarriedFolder, this_computer
+from mezzotint.cluster.placement import CarriedFolder, Machine, this_computer
 from mezzotint.cluster.tasks import Answer, Stamp
 
 
@@ -43,17 +43,21 @@ class ClusterHere:
 
     threads = 1
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine | None = None) -> None:
         self.pieces: dict[str, int] = {}
+        self._machine = this_computer() if machine is None else machine
 
     def carried(self, folder: Path, names: Sequence[str], digest: str) -> CarriedFolder:
         return CarriedFolder(str(folder.absolute()), digest)
+
+    def drop_missing(self) -> None:
+        pass
 
     def answers(
         self, work: Any, pieces: Sequence[Any], *, stage: str, ordered: bool = False, **_: Any
     ) -> Iterator[tuple[int, Answer]]:
         perform = pickle.loads(pickle.dumps(work)).open(lambda key: pytest.fail(f"{key} did not travel"))
-        stamp = Stamp("here", this_computer(), os.getpid(), 0.0, self.threads)
+        stamp = Stamp("here", self._machine, os.getpid(), 0.0, self.threads)
         found = {}
         for i in reversed(range(len(pieces))):
             found[i] = Answer(stamp, pickle.loads(pickle.dumps(perform(pickle.loads(pickle.dumps(pieces[i]))))))

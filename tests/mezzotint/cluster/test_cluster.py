@@ -322,7 +322,7 @@ def test_a_compilation_has_the_same_digest(
 
     What workers do is forbidden to this process.
     """
-    options = {**SMALL, "threads": 1, "calibration_samples": 10, "calibration_batch": 2}
+    options = {**SMALL, "threads": 3, "calibration_samples": 10, "calibration_batch": 2}
     options["recipe"] = Recipe("all-pieces", "", (*RECIPES["w8a8"].passes, RoundWeights(), FitNoise()))
     options["settings"] = {"observe.groups": 0, "observe.channels": "all"}
     said: list[str] = []
@@ -346,7 +346,7 @@ def test_a_compilation_has_the_same_digest(
     assert one == other and len(one) == 2
     few = compile_model(hand.exported, tmp_path / "few", **{**options, "calibration_samples": 8})
     assert few.manifest.digest != alone.manifest.digest
-    costs = [diagnose(alone, hand.exported, threads=1, cluster=where).to_json() for where in (None, nodes.address)]
+    costs = [diagnose(alone, hand.exported, threads=3, cluster=where).to_json() for where in (None, nodes.address)]
     assert costs[0] == costs[1]
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from dataclasses import replace
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mezzotint.cluster import connection
 from mezzotint.cluster.connection import check_cluster, open_cluster
+from mezzotint.cluster.driver import Cluster
 from mezzotint.cluster.ledger import ATTEMPTS, LOSSES, Ledger
 from mezzotint.cluster.pace import Pace
-from mezzotint.cluster.placement import CarriedFolder, mixed_kinds, placed_folder, this_computer
+from mezzotint.cluster.placement import CarriedFolder, cache_place, mixed_kinds, placed_folder, this_computer
 from mezzotint.cluster.record import MACHINES, MachineRecord, MixedProcessors
+from mezzotint.cluster.spread import ClusterSpread, _FolderWork, folder_digest
 from mezzotint.cluster.tasks import Stamp
 from mezzotint.runtime.errors import InputError
+from tests.helpers.spreads import ClusterHere
 from tests.test_architecture import loaded_after
 
 
@@ -141,6 +148,49 @@ class TestPlacement:
         assert facts["machines"][f"{here.host}:abcdefgh"]["features"] == ["avx2"]
         MachineRecord(tmp_path, "another").close()
         assert json.loads((tmp_path / MACHINES).read_text()) == facts
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The length of each file that a piece names."""
+
+    def open(self, folder: Path, threads: int) -> Callable[[str], int]:
+        return lambda name: (folder / name).stat().st_size
+
+
+class TestSpread:
+    def test_another_kind_of_processor_is_told_once(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"123")
+        here = this_computer()
+        for machine, warned in ((here, 0), (replace(here, host="elsewhere", features=("avx2",)), 1)):
+            spread = ClusterSpread(ClusterHere(machine))  # type: ignore[arg-type]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for _ in range(2):
+                    assert list(spread.in_order(Lengths(), tmp_path, ["a", "a"], "lengths")) == [3, 3]
+            assert [warning.category for warning in caught] == [MixedProcessors] * warned
+
+    def test_files_of_a_stage_that_is_over_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the store, when the driver's folder is gone, and on a machine that fetched them, with its next work."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        objects: dict[int, bytes] = {}
+        store = SimpleNamespace(put=lambda array: objects.setdefault(len(objects), array.tobytes()))
+        cluster = Cluster(store, 1)
+        places: list[list[str]] = []
+        for text in ("first", "second", "second"):
+            folder = tmp_path / "driver" / str(len(places))
+            folder.mkdir(parents=True)
+            (folder / "a").write_text(text)
+            cluster.drop_missing()
+            keys = cluster.stored(folder, ["a"])
+            assert list(cluster._files) == list(keys.values())
+            carried = CarriedFolder(str(folder), folder_digest(folder, ("a",)), keys)
+            shutil.rmtree(folder)
+            perform = _FolderWork(carried, ("a",), Lengths(), 1).open(lambda key: cluster._files[key])
+            assert perform("a") == len(text)
+            places.append(sorted(path.name for path in cache_place().iterdir()))
+        assert [len(names) for names in places] == [1, 1, 1]
+        assert places[0] != places[1] == places[2]
 
 
 class TestNames:
