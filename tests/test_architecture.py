@@ -139,6 +139,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/bits/configurations.py": {"scipy"},
     "compiler/correction/noise_report.py": {"scipy"},
     "compiler/correction/noise_plot.py": {"matplotlib"},
+    "compiler/core/blas_threads.py": {"scipy", "threadpoolctl"},
     "compiler/core/memory.py": {"psutil"},
     "compiler/gradients/block_fisher.py": {"torch"},
     "compiler/gradients/probed_network.py": {"torch"},

@@ -78,8 +78,9 @@ def gptq(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 
 
 def pruned(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
-    """The same with 2 of every 4 inputs of a weight removed by OBS, the others in 4 bits by GPTQ."""
-    settings = {"round_weights.method": "gptq"}
+    """The same with 2 of every 4 inputs of a weight removed by OBS, in blocks, and the others in 4 bits by GPTQ."""
+    settings = {"round_weights.method": "gptq", "prune_weights.exact_inputs": 64}
+    settings |= {"prune_weights.block": 16, "prune_weights.polish": 2}
     options: dict[str, Any] = {"recipe": "obc-compound", "settings": settings, "steps": 4}
     bundle = _sd15(args, folder, bars, gigabytes=16, minutes=60, calibration_samples=4, **options)
     _size_of_parameters(bundle, bars, 0.12)

@@ -153,7 +153,7 @@ class NoiseWork:
     """Pieces in other processes. The folder holds the program with the quantized graph in its lowered form."""
 
     context: Context
-    blas: tuple[int, ...]
+    blas: int
 
     def open(self, folder: Path, threads: int) -> Callable[[NoisePiece], Any]:
         """Return the function from a piece to its result."""

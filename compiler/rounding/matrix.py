@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg.blas import get_blas_funcs
 from scipy.linalg.lapack import get_lapack_funcs
 
 from mezzotint.runtime.arrays import Floats
@@ -179,8 +180,16 @@ def comq(
 
 
 def row_errors(difference: Matrix, gram: Matrix) -> npt.NDArray[np.float64]:
-    """E H E^T of each row of E = W - W' `[rows, d]`."""
-    errors: npt.NDArray[np.float64] = np.einsum("ij,ij->i", difference @ gram, difference, dtype=np.float64)
+    """Return E H E^T of each row of E = W - W' `[rows, d]`.
+
+    With H = L + L^T - D, L its lower triangle and D its diagonal, that is 2 E L E^T - E D E^T: the product with a
+    triangle takes half the time of that with all of H.
+    """
+    trmm = get_blas_funcs("trmm", dtype=gram.dtype)
+    turned = np.array(difference.T, gram.dtype, order="F")  # BLAS reads columns: E^T, with L^T in front
+    moved = trmm(2.0, gram.T, turned, lower=0, overwrite_b=1).T
+    moved -= difference * np.diagonal(gram)
+    errors: npt.NDArray[np.float64] = np.einsum("ij,ij->i", moved, difference, dtype=np.float64)
     return errors
 
 

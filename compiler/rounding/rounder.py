@@ -186,7 +186,7 @@ class RoundingWork:
     """Weights that other processes round, with as many threads of BLAS as in the process that hands them out."""
 
     rounder: WeightRounder
-    blas: tuple[int, ...]
+    blas: int
 
     def open(self, folder: Path, threads: int) -> Callable[[WeightMatrix], RoundedWeight]:
         """Return the function from a weight to its rounded form."""

@@ -92,7 +92,7 @@ class ProbeWork:
     """Calls that workers measure. The folder has the joint graph."""
 
     probe: CallProbe
-    blas: tuple[int, ...]
+    blas: int
 
     def open(self, folder: Path, threads: int) -> Callable[[ProbedCall], CallCosts]:
         """Return the function from a call to what the layers cost there."""

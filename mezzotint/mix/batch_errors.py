@@ -79,12 +79,10 @@ class MixWork:
     conditions: Conditions
     unconditional: Conditions
     threads: int
-    blas: tuple[int, ...]
+    blas: int
 
     @classmethod
-    def of(
-        cls, cluster: Cluster, bundles: Mapping[str, Bundle], networks: MixedNetworks, blas: tuple[int, ...]
-    ) -> MixWork:
+    def of(cls, cluster: Cluster, bundles: Mapping[str, Bundle], networks: MixedNetworks, blas: int) -> MixWork:
         """Return the work for a cluster. Raises InputError for bundles that cannot travel."""
         return cls(
             {name: CarriedBundle.of(bundle, cluster) for name, bundle in bundles.items()},
