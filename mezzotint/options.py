@@ -98,7 +98,7 @@ class CalibrationOptions:
 
     `prompts` (a text file, or "default") and `negative` make the conditions, instead of arrays. `condition_network`
     computes conditions that change from call to call, from rows among these and its own. `cluster` is one of
-    cluster/connection.py, whose workers run the sampler; the statistics are the same.
+    cluster/connection.py, whose workers compute the pieces of passes; the bundle is the same.
     """
 
     samples: int = 32

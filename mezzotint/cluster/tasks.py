@@ -66,12 +66,19 @@ class Envelope:
 
 def own_versions() -> dict[str, str]:
     """Return the versions of what decides about bytes."""
+    from importlib.metadata import version
+
     import numpy as np
 
     from mezzotint.runtime import __version__
     from mezzotint.runtime.session import running_version
 
-    return {"mezzotint": __version__, "onnxruntime": running_version(), "numpy": np.__version__}
+    return {
+        "mezzotint": __version__,
+        "onnxruntime": running_version(),
+        "numpy": np.__version__,
+        "scipy": version("scipy"),
+    }
 
 
 _opened: dict[str, tuple[int, Callable[[Any], Any]]] = {}  # at most one: another work's weights would keep its memory
