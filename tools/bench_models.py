@@ -32,13 +32,21 @@ SD15 = {
 }
 
 
-def random_model(name: str, config: dict[str, Any]) -> Callable[[], Any]:
-    """A factory for a diffusers model with seeded random weights."""
+def random_model(name: str, config: dict[str, Any], *, normal: bool = False) -> Callable[[], Any]:
+    """A factory for a diffusers model with seeded random weights.
+
+    torch draws weights evenly from a range, which no branch of low rank makes narrower. With `normal` they are drawn
+    again from normal distributions of the same variances, whose tails are nearer to those of trained weights.
+    """
     import diffusers
     import torch
 
     def build() -> Any:
         torch.manual_seed(0)
-        return getattr(diffusers, name)(**config)
+        model = getattr(diffusers, name)(**config)
+        for weight in model.parameters() if normal else ():
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=float(weight.std()))
+        return model
 
     return build

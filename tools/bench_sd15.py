@@ -88,9 +88,9 @@ def pruned(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
 
 
 def svdquant(args: argparse.Namespace, folder: Path, bars: Bars) -> None:
-    """The same with branches of low rank, found in 5 turns, and GPTQ of what is left."""
+    """The same with branches of low rank, found in 5 turns, and GPTQ of what is left; weights are normal."""
     options: dict[str, Any] = {"recipe": "svdquant", "settings": {"split_ranks.iterations": 5}, "steps": 4}
-    bundle = _sd15(args, folder, bars, gigabytes=16, minutes=60, calibration_samples=4, **options)
+    bundle = _sd15(args, folder, bars, gigabytes=16, minutes=60, normal=True, calibration_samples=4, **options)
     _size_of_parameters(bundle, bars, 0.17)
     _print_notes(bundle, "split_ranks", "round_weights")
 
@@ -117,12 +117,13 @@ def _sd15(
     minutes: float,
     latents: int = 32,
     name: str = "bundle",
+    normal: bool = False,
     **options: Any,
 ) -> Bundle:
     source = folder / "source"
     if not source.exists():
         print("writing the model with random weights", flush=True)
-        random_model("UNet2DConditionModel", SD15)().save_pretrained(source)
+        random_model("UNet2DConditionModel", SD15, normal=normal)().save_pretrained(source)
     gc.collect()  # modules hold themselves in cycles; what is left of this one is not the compiler's memory
     start = time.perf_counter()
     with PeakMemory() as memory, shown() as report:

@@ -28,7 +28,7 @@ from scipy.linalg import cholesky, eigh, solve_triangular
 from mezzotint.runtime.arrays import Floats
 
 from ..errors import PassError
-from ..rounding.matrix import Matrix
+from ..rounding.matrix import Matrix, row_errors
 
 FitWeighting = Literal["output", "inputs", "none"]
 Rounder = Callable[[Floats], Floats]
@@ -83,19 +83,17 @@ class LayerMetric:
     noise: float
     weighting: FitWeighting = "output"
 
-    def error(self, left: Matrix, residual: Matrix) -> tuple[float, Matrix]:
-        """Return (tr(left H left^T) + noise |residual|^2, left H)."""
-        moved = left @ self.gram
-        return self.weight_error(left, moved) + self.noise * float(np.vdot(residual, residual)), moved
-
-    @staticmethod
-    def weight_error(left: Matrix, moved: Matrix) -> float:
-        """Return tr(left H left^T), with left H known."""
-        return float(np.einsum("ij,ij->", left, moved, dtype=np.float64))
+    def error(self, left: Matrix, residual: Matrix, moved: Matrix | None = None) -> tuple[float, float]:
+        """Return (tr(left H left^T) + noise |residual|^2, the first term), with `moved` = left H where it is known."""
+        if moved is None:
+            alone = float(row_errors(left, self.gram).sum())
+        else:
+            alone = float(np.einsum("ij,ij->", left, moved, dtype=np.float64))
+        return alone + self.noise * float(np.vdot(residual, residual)), alone
 
     def power(self, weight: Matrix) -> float:
         """Return the squared outputs of a weight, and never 0."""
-        return max(self.error(weight, weight * 0)[0], 1e-30)
+        return max(float(row_errors(weight, self.gram).sum()), 1e-30)
 
 
 def alternated(
@@ -110,8 +108,8 @@ def alternated(
     checked = fit.checked
     power = metric.power(weight[checked])
     left = weight - rounder(weight)
-    whole, moved = metric.error(left[checked], weight[checked])
-    best, alone = whole, metric.weight_error(left[checked], moved)
+    whole, alone = metric.error(left[checked], weight[checked])
+    best = whole
     branch, done = None, 0
     for found in fit.rounds(rank, rounder):
         done += 1
@@ -160,12 +158,13 @@ class _Fit:
         moved = None  # target H
         while True:
             branch = self.fitted(target, moved, rank)
-            residual = weight - branch.product
+            taken = branch.product
+            residual = weight - taken
             left = residual - rounder(residual)
-            error, product = metric.error(left[self.checked], residual[self.checked])
-            yield _Round(branch, error, metric.weight_error(left[self.checked], product))
-            target = left + branch.product  # W - Q
-            if self._diagonal is None:
+            product = left @ metric.gram if self._diagonal is None else None
+            yield _Round(branch, *metric.error(left[self.checked], residual[self.checked], product))
+            target = left + taken  # W - Q
+            if product is not None:
                 moved = product + branch.up @ (branch.down @ metric.gram)
 
     def fitted(self, target: Matrix, moved: Matrix | None, rank: int) -> Branch:

@@ -7,7 +7,9 @@ nearest   rint(w / s): the optimum if H is diagonal.
 gptq      (arXiv 2210.17323) column after column; later columns compensate the error of each. With
           U^T U = H^-1, U upper triangular, and e = (w_i - s q_i) / U_ii:  w_j -= e U_ij for all j > i. Columns with
           much input go first (`order`), while many columns are left to compensate. Updates go to a block of
-          columns at once, to the rest when the block is done.
+          columns at once, to the rest when the block is done. It is computed without the inverse: with
+          R = U^-1, H = R R^T, and the final errors E = w - s q, column j has to round
+          w_j + (sum over i < j of E_i R_ij) / R_jj, the nearest plane of a lattice (arXiv 2507.18553).
 gptaq     (arXiv 2504.02692) gptq that also compensates the error of the quantized inputs X against the float inputs
           X_f: min ||W X_f - W' X||^2, with D = (X_f - X) X^T. The paper adds, column by column, the part of
           W D that later columns can carry; here the least squares target W + alpha W D H^-1 is computed at once, which
@@ -22,10 +24,11 @@ Weights outside a mask `kept` `[rows, d]` were pruned: gptq, comq and obq give t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import cho_solve
 from scipy.linalg.blas import get_blas_funcs
 from scipy.linalg.lapack import get_lapack_funcs
 
@@ -41,20 +44,45 @@ LARGEST_DAMP = 1.0
 FIRST_RAISE = 1e-4
 
 
-@dataclass(frozen=True, eq=False)
 class Root:
-    """U `[d, d]`, upper triangular, U^T U = (H + damp mean(diag H) I)^-1 with rows and columns in `order`.
+    """R `[d, d]`, upper triangular, R R^T = H + damp mean(diag H) I with rows and columns in `order`, and U = R^-1.
 
-    `lower` is the output of LAPACK: U with rows and columns reversed.
+    One of both is held, as LAPACK has it: with rows and columns reversed. The other one takes its place when it is
+    asked for.
     """
 
-    lower: Matrix
-    order: ColumnOrder
-    damp: float
+    def __init__(self, factor: Matrix, order: ColumnOrder, damp: float) -> None:
+        self.order, self.damp = order, damp
+        self._lower, self._is_inverse = factor, False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._lower.dtype
 
     @property
     def upper(self) -> Matrix:
-        return self.lower[::-1, ::-1]
+        """U, with U^T U the inverse of H."""
+        return self._held(inverse=True)[::-1, ::-1]
+
+    @property
+    def factor(self) -> Matrix:
+        """R."""
+        return self._held(inverse=False)[::-1, ::-1]
+
+    def solved(self, rows: Matrix) -> Matrix:
+        """Return rows H^-1 `[rows, d]` for rows and columns in `order`."""
+        lower = self._held(inverse=False)
+        found: Matrix = cho_solve((lower, True), rows[:, ::-1].T, check_finite=False).T[:, ::-1]
+        return found
+
+    def _held(self, *, inverse: bool) -> Matrix:
+        if inverse != self._is_inverse:
+            trtri = get_lapack_funcs("trtri", dtype=self._lower.dtype)
+            self._lower, failed = trtri(self._lower, lower=1, overwrite_c=1)
+            if failed:
+                raise PassError("the products of a layer's inputs have no inverse", hint="raise round_weights.damp")
+            self._is_inverse = inverse
+        return self._lower
 
 
 def check_gram(gram: Matrix, where: str) -> None:
@@ -79,7 +107,7 @@ def inverse_root(gram: Matrix, order: ColumnOrder, damp: float, where: str) -> R
     With P the reversal and L L^T = P H P, R = P L P is upper triangular and H = R R^T; so U = R^-1 = P L^-1 P, and
     the inverse itself is never made. Where the factorization fails the damping is raised tenfold.
     """
-    potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=gram.dtype)
+    potrf = get_lapack_funcs("potrf", dtype=gram.dtype)
     mean = float(np.diagonal(gram).mean(dtype=np.float64))
     turned = order[::-1]
     work = np.empty_like(gram)
@@ -88,10 +116,8 @@ def inverse_root(gram: Matrix, order: ColumnOrder, damp: float, where: str) -> R
             np.take(gram[row], turned, out=work[i])
         np.einsum("ii->i", work)[...] += damp * mean
         factor, failed = potrf(work.T, lower=1, clean=1, overwrite_a=1)
-        if not failed:
-            inverse, failed = trtri(factor, lower=1, overwrite_c=1)
-            if not failed and np.isfinite(np.diagonal(inverse)).all():
-                return Root(inverse, order, damp)
+        if not failed and np.isfinite(1 / np.diagonal(factor)).all():
+            return Root(factor, order, damp)
         damp = max(10 * damp, FIRST_RAISE)
         if damp > LARGEST_DAMP:
             raise PassError(
@@ -110,32 +136,33 @@ def nearest(weight: Matrix, scale: Floats, grid: Grid) -> Floats:
 def gptq(weight: Matrix, root: Root, scale: Floats, grid: Grid, *, block: int, kept: Kept | None = None) -> Floats:
     """Integers `[rows, d]`, as float32."""
     held = None if kept is None else np.ascontiguousarray(kept.T[root.order])
-    turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)  # a column of weights lies together
+    factor = root.factor
+    turned = np.ascontiguousarray(weight.T[root.order], dtype=factor.dtype)  # a column of weights lies together
+    passed = np.zeros_like(turned)  # what the columns before have to be made up for
     integers = np.empty(turned.shape, np.float32)
     step = scale.astype(turned.dtype)
     for start in range(0, len(turned), block):
         stop = min(start + block, len(turned))
-        rows = np.ascontiguousarray(root.upper[start:stop, start:])
+        rows = np.ascontiguousarray(factor[start:stop, start:])
         errors = np.empty((stop - start, turned.shape[1]), turned.dtype)
         for i in range(stop - start):
-            column = turned[start + i]
+            column = turned[start + i] + passed[start + i] / rows[i, i]
             rounded = round_on(column / step, grid, 0)
             if held is not None:
                 rounded *= held[start + i]
             integers[start + i] = rounded
-            errors[i] = (column - step * rounded) / rows[i, i]
-            turned[start + i + 1 : stop] -= rows[i, i + 1 : stop - start, None] * errors[i]
+            errors[i] = turned[start + i] - step * rounded
+            passed[start + i + 1 : stop] += rows[i, i + 1 : stop - start, None] * errors[i]
         if stop < len(turned):
-            turned[stop:] -= rows[:, stop - start :].T @ errors
+            passed[stop:] += rows[:, stop - start :].T @ errors
     return in_place_of(integers, root.order)
 
 
 def shifted_target(weight: Matrix, shift: Matrix, root: Root, alpha: float) -> Matrix:
     """W + alpha (W D) H^-1 `[rows, d]`, from shift = W D `[rows, d]`."""
-    turned = root.order[::-1]
-    moved = (shift[:, turned].astype(root.lower.dtype) @ root.lower.T) @ root.lower
-    target = np.array(weight, dtype=root.lower.dtype)
-    target[:, turned] += alpha * moved
+    kind = root.dtype
+    target = np.array(weight, dtype=kind)
+    target[:, root.order] += alpha * root.solved(shift[:, root.order].astype(kind))
     return target
 
 

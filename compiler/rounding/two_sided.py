@@ -61,7 +61,7 @@ def two_sided(
     weight: Matrix, root: Root, feedback: RowFeedback, scale: Floats, grid: Grid, *, kept: Kept | None = None
 ) -> Floats:
     """Return integers `[rows, d]`, as float32."""
-    dtype, row_order = root.lower.dtype, feedback.order
+    dtype, row_order = root.dtype, feedback.order
     upper, sides = root.upper, feedback.unit.astype(dtype)
     target = np.ascontiguousarray(weight[np.ix_(row_order, root.order)], dtype=dtype)
     held = None if kept is None else kept[np.ix_(row_order, root.order)]

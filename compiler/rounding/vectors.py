@@ -24,8 +24,8 @@ def vector_order(gram: Matrix, size: int, sort: bool) -> ColumnOrder:
 
 def gptq_vectors(weight: Matrix, root: Root, scale: Floats, grid: Vectors, *, block: int) -> Floats:
     """Integers `[rows, d]`, as float32. `root` has an order of vector_order."""
-    size, table = grid.table.shape[1], grid.table.astype(root.lower.dtype)
-    turned = np.ascontiguousarray(weight.T[root.order], dtype=root.lower.dtype)
+    size, table = grid.table.shape[1], grid.table.astype(root.dtype)
+    turned = np.ascontiguousarray(weight.T[root.order], dtype=root.dtype)
     integers = np.empty(turned.shape, np.float32)
     step = scale.astype(turned.dtype)[:, None]
     block = max(block // size, 1) * size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,17 @@ class KindCheck:
     largest_difference: float
     expected_sqnr_db: float | None
     warning: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine,
+            "against": self.against,
+            "timestep": self.timestep,
+            "sqnr_db": self.sqnr_db,
+            "largest_difference": self.largest_difference,
+            "expected_sqnr_db": self.expected_sqnr_db,
+            "warning": self.warning,
+        }
 
 
 class MachineRecord:
@@ -130,7 +141,7 @@ class MachineRecord:
         machines = {name: machine.to_json() for name, machine in sorted(self._machines.items())}
         facts: dict[str, Any] = {"layout": MACHINES_LAYOUT, "run": self._run, "machines": machines}
         if self._checks:
-            facts["checks"] = {kind: asdict(check) for kind, check in sorted(self._checks.items())}
+            facts["checks"] = {kind: check.to_json() for kind, check in sorted(self._checks.items())}
         facts["pieces"] = pieces
         self._save(json.dumps(facts, indent=1) + "\n")
         self._unwritten, self._written = False, time.monotonic()

@@ -36,6 +36,7 @@ def code() -> str:
 def test_options_exist(page: Path) -> None:
     """Of `mezzotint`, as docs/commands.md lists them, or of the command line of another tool."""
     foreign = {"--extensions", "--node_data_paths", "--update-golden", "--local-dir", "--head", "--address"}
+    foreign |= set(re.findall(r'"(--[a-z][\w-]+)"', text(ROOT / "tools/experiment.py")))
     options = set(re.findall(r"--[a-z][\w-]+", text(page)))
     assert options - foreign <= set(re.findall(r"--[a-z][\w-]+", text(DOCS / "commands.md")))
 

@@ -76,7 +76,7 @@ def test_the_probe_sees_open_ended_options() -> None:
 
 def test_compile_has_the_options_of_the_function() -> None:
     whole = {"components", "control_images"}  # of a pipeline, which compile_pipeline takes
-    objects = {"export", "progress", "condition_network"}  # what no command line can say
+    objects = {"progress", "condition_network"}  # what no command line can say
     assert command_names(app.compile_, RENAMED) - whole == names(compile_model) - objects
 
 

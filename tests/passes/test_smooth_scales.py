@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -240,6 +241,13 @@ def test_equal_channels_are_left_alone(context: Context) -> None:
     assert after.history[-1].note == "0 of 1 values scaled; left alone: 1 gains too little"
 
 
+def contents(program: Program) -> tuple[str, dict[str, bytes]]:
+    """The text of a graph without the places of its stored weights, and the bytes of its constants."""
+    constants = {name: value.const_value for name, value in program.graph.initializers.items()}
+    found = {name: tensor.tobytes() for name, tensor in constants.items() if tensor is not None}
+    return re.sub(r'"offset": "\d+"', "", golden.to_text(program.model)), found
+
+
 def test_the_tiny_denoiser_stays_exact(context: Context) -> None:
     """Every value that has sites or a Mul, whatever it gains; run by the pipeline against the graph before it."""
     program = pipeline.run_passes(tiny_program(), [*FAST, INPUTS], context)
@@ -247,7 +255,7 @@ def test_the_tiny_denoiser_stays_exact(context: Context) -> None:
     after = pipeline.run_passes(program, [step], context)
     assert after.history[-1].note.startswith("12 of 12 values scaled (1 linear, 10 run_time, 1 value), ")
     again = pipeline.run_passes(program, [step], context)
-    assert golden.to_text(after.model) == golden.to_text(again.model)
+    assert contents(after) == contents(again)
 
 
 def test_a_factor_that_is_one_percent_off_is_refused(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
