@@ -48,7 +48,7 @@ Measured on the digits with weights of 4 bits (w8a8-steps, 8 calibration samples
 (gptaq with the scales `output` too). The layers' own error falls to 14 % of nearest's, with comq to 21 %; scales that
 fit one layer's calibration inputs better do not help after gptq. With 32 calibration samples and 50 steps, images of
 w8a8-steps with 4-bit weights go from 30.9 to 40.9 dB, epsilon from 29.6 to 34.2. One layer of 11,520 inputs and 1280
-outputs takes 43 seconds of one core and 1.6 GB after its statistics, which take 1.3 seconds for 1024 columns. The
+outputs takes 16 seconds of one core and 1.6 GB after its statistics, which take 1.3 seconds for 1024 columns. The
 Stable Diffusion 1.5 configuration (256 weights, up to 23,040 inputs) takes 35 minutes of two cores for four samples at
 four calls; the whole compilation peaks at 11.9 GB.
 

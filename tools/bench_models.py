@@ -46,7 +46,7 @@ def random_model(name: str, config: dict[str, Any], *, normal: bool = False) -> 
         model = getattr(diffusers, name)(**config)
         for weight in model.parameters() if normal else ():
             if weight.ndim > 1:
-                torch.nn.init.normal_(weight, std=float(weight.std()))
+                torch.nn.init.normal_(weight, std=float(weight.detach().std()))
         return model
 
     return build
