@@ -49,8 +49,8 @@ Measured on the digits with weights of 4 bits (w8a8-steps, 8 calibration samples
 fit one layer's calibration inputs better do not help after gptq. With 32 calibration samples and 50 steps, images of
 w8a8-steps with 4-bit weights go from 30.9 to 40.9 dB, epsilon from 29.6 to 34.2. One layer of 11,520 inputs and 1280
 outputs takes 16 seconds of one core and 1.6 GB after its statistics, which take 1.3 seconds for 1024 columns. The
-Stable Diffusion 1.5 configuration (256 weights, up to 23,040 inputs) takes 35 minutes of two cores for four samples at
-four calls; the whole compilation peaks at 11.9 GB.
+Stable Diffusion 1.5 configuration (272 weights, up to 23,040 inputs) takes 18 minutes of two cores for four samples at
+four calls; the whole compilation, with branches of low rank, peaks at 12.6 GB.
 
 With `weighting`, static activations and 20 calls (epsilon; PSNR of 32 images, median and p10; dB):
 
