@@ -6,8 +6,9 @@
 The name cannot be guessed, and the folder is created by this process and readable by its user only. The process holds a
 lock on `owner.json` for as long as it lives. A killed process leaves its folder; the next stage in the same place
 removes it if all of this is true: the token is the one in the name, the folder is of this user, this machine, this boot
-and this container (by its process namespace) made it, that process has ended, and nothing holds the lock. Any other
-folder is left alone, whatever its name is.
+and this container (by its process namespace) made it, that process has ended, and nothing holds the lock. A process
+that was killed before it wrote its owner's file left nothing in the folder, which is removed as well: a living process
+that was about to write there makes another one. Any other folder is left alone, whatever its name is.
 """
 
 from __future__ import annotations
@@ -98,12 +99,11 @@ def partial_folder(target: Path) -> Iterator[Path]:
     for what cannot be written, InputError for a file that cannot be read meanwhile.
     """
     made: list[Path] = []
-    folder = target.parent / f"{PREFIX}{secrets.token_hex(8)}"
+    folder = target.parent
     try:
         _make_folders(target.parent, made)
         remove_leftovers(target.parent)
-        folder.mkdir(mode=0o700)
-        with _owned(folder, target.name):
+        with _owned(target) as folder:
             yield folder
     except OSError as error:
         raise disk_error(error, target, folder) from error
@@ -165,6 +165,7 @@ def remove_leftovers(place: Path) -> None:
 
 
 def _remove_leftover(folder: Path) -> None:
+    _remove_empty(folder)
     with _ended_owner(folder) as owner:
         if owner is not None:
             _restore(folder, folder.parent / owner.target)
@@ -184,16 +185,54 @@ def _restore(folder: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _owned(folder: Path, target: str) -> Iterator[None]:
-    """Write the owner's file and hold its lock. At the end, remove the folder: the owner's file last."""
-    file = os.open(folder / OWNER, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o600)
+def _owned(target: Path) -> Iterator[Path]:
+    """Make a folder for a target, and hold the lock of its owner's file. At the end, remove it: that file last."""
+    begun = None
+    while begun is None:
+        begun = _begun(target)
+    folder, file = begun
     try:
-        _lock(file)
-        owner = Owner.of_this_process(folder.name.removeprefix(PREFIX), target)
-        os.write(file, json.dumps(asdict(owner)).encode())
-        yield
+        yield folder
     finally:
         _remove(folder, file)
+
+
+def _begun(target: Path) -> tuple[Path, int] | None:
+    """Return a new folder and its owner's file, None where another process removed it while it was empty."""
+    token = secrets.token_hex(8)
+    folder = target.parent / f"{PREFIX}{token}"
+    folder.mkdir(mode=0o700)
+    file = None
+    try:
+        file = os.open(folder / OWNER, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        _lock(file)
+        os.write(file, json.dumps(asdict(Owner.of_this_process(token, target.name))).encode())
+        if not os.path.samestat(os.fstat(file), (folder / OWNER).stat()):
+            raise FileNotFoundError(folder)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.exists():
+            if file is not None:
+                os.close(file)
+            return None
+        _remove(folder, file)
+        raise
+    return folder, file
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder of a process that was killed before it wrote its owner's file: nothing else may be in it."""
+    with contextlib.suppress(OSError):
+        if fcntl is None or folder.lstat().st_uid != os.getuid():
+            return
+        if [entry.name for entry in folder.iterdir()] == [OWNER]:
+            file = os.open(folder / OWNER, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if not _lock(file) or os.fstat(file).st_size:
+                    return
+                (folder / OWNER).unlink()
+            finally:
+                os.close(file)
+        folder.rmdir()
 
 
 @contextlib.contextmanager

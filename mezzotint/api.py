@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.compiler.acceptance.accept import AcceptanceLimits, accept
-from mezzotint.compiler.bundle.staging import check_target_file, staged, staged_file
+from mezzotint.compiler.bundle.staging import staged, staged_file
 from mezzotint.compiler.bundle.writer import Compilation, save_model, write_bundle
 from mezzotint.compiler.calibration.calibrate import check_conditions
 from mezzotint.compiler.calibration.conditions import sizes_of_rows
@@ -169,8 +169,6 @@ def compile_with(
     """Do the work of `compile_model`, for its options as one value."""
     if options.calibration.cluster is not None:
         check_cluster(options.calibration.cluster)
-    if options.output.export is not None:
-        check_target_file(Path(options.output.export), force=options.output.force)
     with opened_cache(options.calibration.cache) as cache:
         _write_compiled(model, target, options, cache, threads, device, progress)
     compiled = open_bundle(target, verify=False)  # its files were hashed while they were written

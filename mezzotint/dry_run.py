@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mezzotint.compiler.bundle.staging import check_target_file
 from mezzotint.compiler.core.pipeline import CPU
 
 from .io.sources import FolderSource, ModelSource, ModuleSource
@@ -15,8 +14,6 @@ from .prepared import prepare
 
 def plan_compile(model: str, output: Path, options: CompileOptions, device: str = CPU) -> dict[str, Any]:
     """Return the steps of a compilation as plain data. Raises what the compilation raises before its first pass."""
-    if options.output.export is not None:
-        check_target_file(Path(options.output.export), force=options.output.force)
     prepared = prepare(model, output, options, device)
     source, recipe, deployment = prepared.source, prepared.recipe, prepared.deployment
     calls = deployment.calls

@@ -14,5 +14,10 @@ CallProgress = Callable[[int, int], None]
 """`(network calls done, total)`: progress of one known stage."""
 
 
+def part_of_stage(progress: Progress, index: int, count: int, stage: str | None = None) -> Progress:
+    """Return the progress of one of `count` equal parts of a stage; `stage` is its name where the part has another."""
+    return lambda name, done, total: progress(stage or name, index * total + done, count * total)
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""

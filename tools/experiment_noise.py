@@ -23,7 +23,9 @@ import numpy as np
 
 from mezzotint import compile_model, open_bundle
 from mezzotint.cluster.placement import Fetch
-from mezzotint.frechet import CLASSIFIER, FeatureNet, Features, Moments, frechet_distance, network_digest
+from mezzotint.evaluate.feature_sums import DrawnMoments, draw_counts
+from mezzotint.evaluate.metrics import frechet_draws, interval_ends
+from mezzotint.frechet import CLASSIFIER, FeatureNet, Features, network_digest
 from mezzotint.io.files import replacing
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.progress import shown
@@ -38,7 +40,7 @@ from mezzotint.runtime.session import Denoiser, running_version
 from mezzotint.runtime.signature import Images, Predict
 from mezzotint.runtime.streams import BOOTSTRAP
 from tools.experiment_file import NoiseExperiment, NoisySampler, place_models
-from tools.experiment_results import RESAMPLES, Interval, Panel, Results, Table, ends, over_seeds
+from tools.experiment_results import RESAMPLES, Interval, Panel, Results, Table, over_seeds
 from tools.leaderboard_model import FloatModel
 from tools.leaderboard_recipes import chosen_options
 from tools.pieces import Job, fill
@@ -225,18 +227,11 @@ def _batch(net: Predict, bundle: Bundle, correction: Correction | None, first: i
 
 def _frechet(one: Features, other: Features) -> tuple[float, Doubles]:
     """Return the distance and draws of it. Raises InputError for fewer images than features."""
-
-    def distance(rows: Any) -> float:
-        both = Moments(), Moments()
-        for moments, features in zip(both, (one, other), strict=True):
-            moments.add(features[rows])
-        return frechet_distance(*both)
-
-    rng, n = BOOTSTRAP.generator(0), len(one)
-    value = distance(slice(None))
-    draws = np.array([distance(rng.integers(n, size=n)) for _ in range(FRECHET_DRAWS)], np.float64)
-    middle = float(np.median(draws))
-    return value, draws * (value / middle) if middle > 0 else draws
+    counts = draw_counts(len(one), FRECHET_DRAWS, seed=0)
+    both = DrawnMoments(counts), DrawnMoments(counts)
+    for moments, features in zip(both, (one, other), strict=True):
+        moments.add(features)
+    return frechet_draws(*both)
 
 
 def measure_noise(
@@ -294,6 +289,7 @@ def results_of(experiment: NoiseExperiment, groups: dict[tuple[str, int, str], l
 def _mean_distance(rows: Sequence[NoiseRow]) -> Interval:
     rng = BOOTSTRAP.generator(0)
     seeds = rng.integers(len(rows), size=(RESAMPLES, len(rows)))
-    which = rng.integers(FRECHET_DRAWS, size=seeds.shape)
-    draws = np.array([row.frechet_draws for row in rows], np.float64)[seeds, which].mean(axis=1)
-    return Interval(float(np.mean([row.frechet for row in rows])), *ends(draws))
+    known = np.array([row.frechet_draws for row in rows], np.float64)
+    which = rng.integers(known.shape[1], size=seeds.shape)
+    draws = known[seeds, which].mean(axis=1)
+    return Interval(float(np.mean([row.frechet for row in rows])), *interval_ends(draws))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mezzotint.evaluate.metrics import interval_ends
 from mezzotint.runtime.arrays import Doubles
 from mezzotint.runtime.streams import BOOTSTRAP
 
@@ -48,15 +49,7 @@ def over_seeds(values: Sequence[Doubles], statistic: Callable[[Doubles], Any]) -
     for _ in range(RESAMPLES):
         seeds = [values[i] for i in rng.integers(len(values), size=len(values))]
         draws.append(statistic(np.concatenate([own[rng.integers(len(own), size=len(own))] for own in seeds])))
-    return Interval(float(statistic(np.concatenate(list(values)))), *ends(np.array(draws, np.float64)))
-
-
-def ends(draws: Doubles) -> tuple[float, float]:
-    """Return the ends of an interval of 95 %. They are draws, and not between two: some may be infinite."""
-    return (
-        float(np.quantile(draws, 0.025, method="lower")),
-        float(np.quantile(draws, 0.975, method="higher")),
-    )
+    return Interval(float(statistic(np.concatenate(list(values)))), *interval_ends(np.array(draws, np.float64)))
 
 
 @dataclass(frozen=True)

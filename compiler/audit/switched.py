@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mezzotint.runtime.session import Level
 from mezzotint.runtime.signature import Images, Signature, Timestep
 
-from ..core.execute import Executor, feeds
+from ..core.execute import Executor, NetworkSession, feeds
 from ..core.pipeline import Context
 from .side_by_side import PairedLayer, SideBySide
 from .suggestions import Facts
@@ -26,8 +26,8 @@ class SwitchedNetwork:
     `switched` are the layers to quantize in the next call, `values` the taps of the last one.
     """
 
-    def __init__(self, groups: Mapping[str, PairedLayer], signature: Signature, executor: Executor) -> None:
-        self.groups, self._signature, self._executor = groups, signature, executor
+    def __init__(self, groups: Mapping[str, PairedLayer], signature: Signature, session: NetworkSession) -> None:
+        self.groups, self._signature, self._session = groups, signature, session
         self.taps = {name: group.taps for name, group in groups.items()}
         self.switched: Sequence[str] = ()
         self.values: dict[str, npt.NDArray[Any]] = {}
@@ -40,9 +40,9 @@ class SwitchedNetwork:
         return cls(compared.layers, signature, executor)
 
     def __call__(self, x: Images, t: Timestep, **conditions: npt.NDArray[Any]) -> Images:
-        inputs = feeds(self._executor.inputs, self._signature, x, t, conditions)
+        inputs = feeds(self._session.inputs, self._signature, x, t, conditions)
         inputs |= {self.groups[name].switch: np.array(True) for name in self.switched}
-        self.values = self._executor.run(inputs)
+        self.values = self._session.run(inputs)
         return np.asarray(self.values[self._signature.output], np.float32)
 
     def note(self, facts: Mapping[str, Facts], call: int) -> None:
@@ -70,7 +70,7 @@ class SwitchedNetwork:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._executor.close()
+        self._session.close()
 
 
 def joint_taps(compared: SideBySide) -> list[str]:

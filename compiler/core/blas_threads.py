@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from mezzotint.runtime.errors import MezzotintWarning
@@ -49,7 +50,9 @@ def with_blas_threads(wanted: int) -> Iterator[None]:
         yield
 
 
+@cache
 def _openblas() -> Any:
+    """Return the copies of numpy and of scipy; what is loaded later, such as torch's, is no part of these sums."""
     import scipy.linalg  # noqa: F401  loads both copies
     from threadpoolctl import ThreadpoolController
 

@@ -36,7 +36,7 @@ class Spread(Protocol):
     ) -> Iterator[Any]:
         """Yield the results of pieces in their order. Workers have the files of `folder`, which must not change.
 
-        Progress is told in `unit`; None tells none, where the caller does.
+        Progress counts in `unit`; with None there is none, because the caller reports its own.
         """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,51 @@ from ..graph.nodes import name_of, remove_dead
 
 Feeds = Mapping[str, AnyArray]
 """Arrays by the names of graph inputs."""
+_Session = TypeVar("_Session", bound="NetworkSession")
 
 
-class Executor:
+class NetworkSession:
+    """A session on the file of a graph that returns the graph's outputs. A context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        graph: ir.Graph | None = None,
+        *,
+        threads: int | None = None,
+        level: Level = "all",
+        spinning: bool = True,
+    ) -> None:
+        """Open the file of `graph`, which is read where it is not given."""
+        graph = graph or ir.load(path).graph
+        self.outputs = [name_of(v) for v in graph.outputs]
+        self.inputs = {name_of(v): v for v in graph.inputs}
+        self._session = open_session(path, threads=threads, level=level, spinning=spinning)
+
+    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """Return all outputs of one call, by name."""
+        return dict(zip(self.outputs, self._session.run(self.outputs, dict(feeds)), strict=True))
+
+    def call(
+        self, signature: Signature, x: npt.NDArray[np.float32], t: Timestep, conditions: Feeds | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return all outputs of one network call, `x` float32 `[batch, C, H, W]` at timestep `t`, by name."""
+        return self.run(feeds(self.inputs, signature, x, t, conditions))
+
+    def close(self) -> None:
+        """Free the session."""
+        del self._session
+
+    def __enter__(self: _Session) -> _Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Executor(NetworkSession):
     """A session on a graph that also returns chosen values. A context manager, because it writes files.
 
     taps       names of values to return besides the graph's outputs. onnxruntime has to compute them as such, so a
@@ -45,50 +87,14 @@ class Executor:
         spinning: bool = True,
         only_taps: bool = False,
     ) -> None:
-        self._taps = tuple(taps)
-        self._path = write_network(model, folder, taps=self._taps, only_taps=only_taps)
-        self.outputs = [] if only_taps else [name_of(v) for v in model.graph.outputs]
-        self.inputs = {name_of(v): v for v in model.graph.inputs}
-        self._session = open_session(self._path, threads=threads, level=level, spinning=spinning)
-        self._lasts = False
-
-    @classmethod
-    def on_file(
-        cls, path: Path, *, threads: int | None = None, level: Level = "all", spinning: bool = True
-    ) -> Executor:
-        """Return a session on a file of `write_network` that returns all outputs. Closing it leaves the file."""
-        graph = ir.load(path).graph
-        executor = cls.__new__(cls)
-        executor._taps, executor._path, executor._lasts = (), path, True
-        executor.outputs = [name_of(v) for v in graph.outputs]
-        executor.inputs = {name_of(v): v for v in graph.inputs}
-        executor._session = open_session(path, threads=threads, level=level, spinning=spinning)
-        return executor
-
-    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """Return all outputs and taps of one call, by name."""
-        names = list(dict.fromkeys([*self.outputs, *self._taps]))
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
-
-    def call(
-        self, signature: Signature, x: npt.NDArray[np.float32], t: Timestep, conditions: Feeds | None = None
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Return all outputs and taps of one network call, `x` float32 `[batch, C, H, W]` at timestep `t`, by name."""
-        return self.run(feeds(self.inputs, signature, x, t, conditions))
+        self._path = write_network(model, folder, taps=taps, only_taps=only_taps)
+        super().__init__(self._path, model.graph, threads=threads, level=level, spinning=spinning)
+        self.outputs = list(dict.fromkeys([*([] if only_taps else self.outputs), *taps]))
 
     def close(self) -> None:
         """Free the session and remove its files."""
-        del self._session
-        if not self._lasts:
-            store.discard(self._path)
-
-    def __enter__(self) -> Executor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().close()
+        store.discard(self._path)
 
 
 def write_network(

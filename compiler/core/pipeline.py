@@ -237,6 +237,7 @@ def _run_one(program: Program, step: Pass, context: Context, checker: verify.Exa
     nodes = program.graph.num_nodes()
     with PeakMemory() as memory:
         clone = replace(program, model=program.model.clone(), note="")
+        store.settle(clone.model, context.folder)  # statistics name a graph by the places of its weights
         after = step.run(clone, context)
         store.settle(after.model, context.folder)
         verify.structure(after, step.name, before=program)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mezzotint.runtime.arrays import Floats
-from mezzotint.runtime.progress import Progress
+from mezzotint.runtime.progress import part_of_stage
 from mezzotint.runtime.sampling.correction import Correction
 from mezzotint.runtime.sampling.guidance import Conditions
 from mezzotint.runtime.sampling.noise_fit import NoiseFit, StateFit
@@ -28,7 +28,7 @@ from ..calibration.calibrate import follow_trajectories, guided_output
 from ..core import snapshot
 from ..core.blas_threads import blas_threads_for_workers, with_blas_threads
 from ..core.context import Context
-from ..core.execute import Executor
+from ..core.execute import Executor, NetworkSession
 from ..core.program import Program
 from ..lowering.lower import lower
 from .noise_report import Places, chosen_values
@@ -43,8 +43,8 @@ class NoiseNetworks:
 
     program: Program
     context: Context
-    exact: Executor
-    quantized: Executor
+    exact: NetworkSession
+    quantized: NetworkSession
 
     def follow(self, seed: int, span: Span, see: Callable[[StepInfo, Images], None]) -> None:
         """Call both networks along a float trajectory; `see` gets each call and its quantized output."""
@@ -74,7 +74,7 @@ class NoiseNetworks:
         follow_trajectories(self.program, context, denoiser, "fit_noise", keep, table, [span])
         return np.concatenate(drawn)
 
-    def _call(self, network: Executor, x: Images, t: Timestep, conditions: Conditions) -> Images:
+    def _call(self, network: NetworkSession, x: Images, t: Timestep, conditions: Conditions) -> Images:
         signature = self.program.signature
         return np.asarray(network.call(signature, x, t, conditions)[signature.output], np.float32)
 
@@ -162,8 +162,8 @@ class NoiseWork:
         networks = NoiseNetworks(
             program,
             context,
-            Executor.on_file(folder / "float.onnx", threads=threads),
-            Executor.on_file(folder / "program.onnx", threads=threads),
+            NetworkSession(folder / "float.onnx", threads=threads),
+            NetworkSession(folder / "program.onnx", threads=threads),
         )
 
         def perform(piece: NoisePiece) -> Any:
@@ -199,16 +199,11 @@ class NoiseRuns:
             yield from context.spread.in_order(work, self._folder, pieces, stage, unit="batches")
             return
         for i, piece in enumerate(pieces):
-            told = replace(context, progress=_part_of(context.progress, stage, i, len(pieces)))
-            yield piece.perform(replace(self._networks, context=told))
+            part = replace(context, progress=part_of_stage(context.progress, i, len(pieces), stage))
+            yield piece.perform(replace(self._networks, context=part))
 
     def __enter__(self) -> NoiseRuns:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._held.close()
-
-
-def _part_of(progress: Progress, stage: str, index: int, count: int) -> Progress:
-    """Return the progress of one of `count` equal parts of a stage."""
-    return lambda _, done, total: progress(stage, index * total + done, count * total)

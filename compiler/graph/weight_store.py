@@ -58,7 +58,7 @@ def kept(array: npt.NDArray[Any], name: str, folder: Path) -> ir.TensorProtocol:
 def settle(model: ir.Model, folder: Path) -> None:
     """Append the large constants that are in memory to the stored weights, and refer to them there.
 
-    Otherwise each session on the graph would write them to a file of its own.
+    Otherwise each session on the graph would write them to a file of its own. Types below a byte stay: they are packed.
     """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value

@@ -197,8 +197,8 @@ class _Fit:
             root: Matrix | float = np.sqrt(sums)
             values = target * (diagonal / sums) + self._weight * (self._noise / sums)
         else:
-            kept, root = diagonal / (diagonal + self._noise), 1.0  # one factor for all inputs turns no vector
-            values = target * kept + self._weight * (1 - kept)
+            root, share = 1.0, diagonal / (diagonal + self._noise)  # one factor for all inputs turns no vector
+            values = target * share + self._weight * (1 - share)
         scaled = values * root
         if self._wide:
             return self._right(scaled, lambda rows: rows / root, rank)

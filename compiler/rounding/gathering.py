@@ -17,7 +17,7 @@ import onnx_ir as ir
 from mezzotint.runtime.session import Level
 from mezzotint.runtime.signature import Signature
 
-from ..core.execute import Executor, write_network
+from ..core.execute import Executor, NetworkSession, write_network
 from ..core.pipeline import Context
 from ..core.program import Program
 from ..graph.nodes import name_of
@@ -41,7 +41,7 @@ class GatherWork:
     balance: bool
     shifts: bool
 
-    def cuts(self, quantized: Executor, exact: Executor | None, batch: Latents) -> Iterator[ColumnCut]:
+    def cuts(self, quantized: NetworkSession, exact: NetworkSession | None, batch: Latents) -> Iterator[ColumnCut]:
         """Yield the columns of a batch of latents, from prefixes of both graphs."""
         fed = {self.signature.sample: batch.x, **batch.conditions}
         arguments = (self.signature, batch.x, batch.timestep, batch.conditions)
@@ -53,8 +53,8 @@ class GatherWork:
     def open(self, folder: Path, threads: int) -> Callable[[Latents], list[ColumnCut]]:
         """Return the function from a batch to its columns. The folder has the prefixes."""
 
-        def prefix(stem: str) -> Executor:
-            return Executor.on_file(folder / f"{stem}.onnx", threads=threads, level=_LEVELS[stem], spinning=False)
+        def prefix(stem: str) -> NetworkSession:
+            return NetworkSession(folder / f"{stem}.onnx", threads=threads, level=_LEVELS[stem], spinning=False)
 
         quantized, exact = prefix(_QUANTIZED), prefix(_FLOAT) if self.shifts else None
         return lambda batch: list(self.cuts(quantized, exact, batch))

@@ -132,7 +132,7 @@ def _start(ray: Any, spec: str, threads: int, folder: str | None) -> None:
 
 
 def _knock(spec: str) -> None:
-    """Raise OSError where nobody listens at HOST:PORT: Ray itself tries for minutes."""
+    """Raise OSError where HOST:PORT refuses a connection: Ray itself tries for minutes."""
     host, _, port = spec.removeprefix("ray://").rpartition(":")
     if host:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()

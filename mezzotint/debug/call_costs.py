@@ -12,7 +12,7 @@ from mezzotint.compiler.audit.suggestions import Facts
 from mezzotint.compiler.audit.switched import JOINT_LEVEL, SwitchedNetwork, joint_taps
 from mezzotint.compiler.core.blas_threads import blas_threads_for_workers, with_blas_threads
 from mezzotint.compiler.core.context import Context
-from mezzotint.compiler.core.execute import Executor, write_network
+from mezzotint.compiler.core.execute import NetworkSession, write_network
 from mezzotint.runtime.compare import StepSQNR
 from mezzotint.runtime.progress import Progress, silent
 from mezzotint.runtime.sampling.condition_network import ConditionNetwork
@@ -21,6 +21,7 @@ from mezzotint.runtime.sampling.guidance import Conditions, predictor
 from mezzotint.runtime.signature import Images, Signature, Timestep
 
 LAYERS_STAGE = "layers, one by one"
+JOINT = "joint"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,17 +97,14 @@ class ProbeWork:
 
     def open(self, folder: Path, threads: int) -> Callable[[ProbedCall], CallCosts]:
         """Return the function from a call to what the layers cost there."""
-        executor = Executor.on_file(folder / JOINT, threads=threads, level=JOINT_LEVEL)
-        network = SwitchedNetwork(self.probe.groups, self.probe.signature, executor)
+        session = NetworkSession(folder / f"{JOINT}.onnx", threads=threads, level=JOINT_LEVEL)
+        network = SwitchedNetwork(self.probe.groups, self.probe.signature, session)
 
         def measure(call: ProbedCall) -> CallCosts:
             with with_blas_threads(self.blas):
                 return self.probe.measure(network, call)
 
         return measure
-
-
-JOINT = "joint.onnx"
 
 
 def costs_of_calls(
@@ -121,7 +119,7 @@ def costs_of_calls(
     blas = None if context.spread is None else blas_threads_for_workers("debug")
     if context.spread is not None and blas is not None:
         with tempfile.TemporaryDirectory(dir=context.folder) as folder:
-            write_network(compared.model, Path(folder), Path(JOINT).stem, taps=joint_taps(compared))
+            write_network(compared.model, Path(folder), JOINT, taps=joint_taps(compared))
             yield from context.spread.in_order(ProbeWork(probe, blas), Path(folder), calls, LAYERS_STAGE, unit="calls")
         return
     each = len(probe.groups) + 1

@@ -43,8 +43,9 @@ def measure_images(
         elsewhere = [number for number, shard in enumerate(shards) if not keep or shard.load() is None]
         features = None if extractor is None else extractor.name
         distant = measured_on_cluster(cluster, sampler, run, elsewhere, features, keep, progress)
+    lacking = frozenset(elsewhere)
     for number, shard in enumerate(shards):
-        if number in elsewhere:
+        if number in lacking:
             totals.add(next(distant))
             continue
         pairs = shard.load() if keep else None

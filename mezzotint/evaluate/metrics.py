@@ -123,7 +123,7 @@ def interval(statistic: Statistic, n: int, resamples: int, seed: int) -> tuple[f
 
     Its ends are draws, not interpolated: between infinite draws there is nothing to interpolate.
     """
-    return _ends(_draws(statistic, n, resamples, seed))
+    return interval_ends(_draws(statistic, n, resamples, seed))
 
 
 def _draws(statistic: Statistic, n: int, resamples: int, seed: int) -> Doubles:
@@ -131,7 +131,8 @@ def _draws(statistic: Statistic, n: int, resamples: int, seed: int) -> Doubles:
     return np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)], np.float64)
 
 
-def _ends(draws: Doubles) -> tuple[float, float]:
+def interval_ends(draws: Doubles) -> tuple[float, float]:
+    """Return the ends of the interval at `LEVEL`; NaN for draws that have one."""
     if np.isnan(draws).any():
         return math.nan, math.nan
     tail = (1 - LEVEL) / 2
@@ -220,24 +221,30 @@ def _of(values: npt.NDArray[Any] | None, function: Callable[[npt.NDArray[Any]], 
     return None if values is None else lambda rows: float(function(values[rows]))
 
 
+def frechet_draws(one: DrawnMoments, other: DrawnMoments) -> tuple[float, Doubles]:
+    """Return the Frechet distance, and that of each draw, scaled so that their median is the distance.
+
+    Raises InputError for fewer images than features.
+    """
+    value = frechet_distance(one.whole(), other.whole())
+    draws = np.array([frechet_distance(one.draw(i), other.draw(i)) for i in range(one.draws)], np.float64)
+    middle = float(np.median(draws)) if len(draws) else 0.0
+    return value, draws * (value / middle) if middle > 0 else draws
+
+
 def _frechet(one: DrawnMoments, other: DrawnMoments) -> Metric:
     try:
-        value = frechet_distance(one.whole(), other.whole())
+        value, draws = frechet_draws(one, other)
     except InputError as refused:
         return Metric(None, why=f"{refused.what}; {refused.hint}" if refused.hint else refused.what)
-    if not one.draws:
-        return Metric(value)
-    draws = np.array([frechet_distance(one.draw(i), other.draw(i)) for i in range(one.draws)], np.float64)
-    middle = float(np.median(draws))
-    low, high = _ends(draws * (value / middle) if middle > 0 else draws)
-    return Metric(value, low, high, one.draws)
+    return Metric(value, *interval_ends(draws), len(draws)) if len(draws) else Metric(value)
 
 
 def _score(classes: DrawnClasses) -> Metric:
     value, *draws = classes.scores()
     if not draws:
         return Metric(float(value))
-    return Metric(float(value), *_ends(np.array(draws)), len(draws))
+    return Metric(float(value), *interval_ends(np.array(draws)), len(draws))
 
 
 def _share(points: Features, manifold: Features, resamples: int, seed: int) -> Metric:

@@ -11,7 +11,7 @@ import numpy as np
 from mezzotint.compiler.core.blas_threads import with_blas_threads
 from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.compare import StepSQNR
-from mezzotint.runtime.progress import Progress, silent
+from mezzotint.runtime.progress import Progress, part_of_stage, silent
 from mezzotint.runtime.sampling.guidance import Conditions, checked_rows, rows_in_turn
 from mezzotint.runtime.sampling.samplers import StepInfo
 from mezzotint.runtime.sampling.steps import noise_of
@@ -127,12 +127,8 @@ def summed_errors(
         answers = cluster.answers(work, spans, stage=PAIRED_STAGE, unit="batches", ordered=True, progress=progress)
         results = (answer.result for _, answer in answers)
     else:
-        results = (networks.errors(span, _part(progress, i, len(spans))) for i, span in enumerate(spans))
+        results = (networks.errors(span, part_of_stage(progress, i, len(spans))) for i, span in enumerate(spans))
     for errors in results:
         for name, error in errors.items():
             total[name] = total[name] + error
     return total
-
-
-def _part(progress: Progress, index: int, count: int) -> Progress:
-    return lambda stage, done, total: progress(stage, index * total + done, count * total)

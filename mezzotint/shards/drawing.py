@@ -122,7 +122,8 @@ def draw_on_cluster(
     """Draw shards on the workers of a cluster, and write each of them here when it comes; workers write to URLs.
 
     `machines.json` says which machine drew which shard, and what each other kind of processor predicts at a fixed
-    call: a kind on which the bundle is inaccurate is told. Raises the refusal of a worker, and ClusterError.
+    call. There is a warning of a kind on which the bundle is inaccurate. Raises the refusal of a worker, and
+    ClusterError.
     """
     url = run.where if isinstance(run, ObjectRun) else None
     record, judge = run.record(), KindJudge(bundle, options, cluster.threads)

@@ -242,7 +242,7 @@ def test_pictures_are_those_of_the_loop(program: Program, context: Context) -> N
     assert set(found) >= {"none", "slope", "bias", "both"}
 
 
-def test_the_report_is_told_and_the_same_whoever_runs_the_networks(
+def test_the_report_is_complete_and_the_same_whoever_runs_the_networks(
     program: Program, context: Context, tmp_path: Path
 ) -> None:
     few, workers = replace(context, batch=3, samples=7), Backwards()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,6 +241,52 @@ class TestLeftovers:
         for target in ("**", "[a-z]*", "b"):
             write(tmp_path / target, "new")
         assert before.items() <= files(tmp_path).items()
+
+    @unix
+    @pytest.mark.parametrize("at", ["open", "write"])
+    def test_a_stage_of_a_process_killed_at_its_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    ) -> None:
+        """Nothing is in it yet."""
+
+        class Killed(BaseException):
+            pass
+
+        def killed(*args: Any) -> int:
+            if at == "write":
+                os.close(args[0])  # with its lock, as the system does
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, at, killed)
+            with pytest.raises(Killed), stages.partial_folder(tmp_path / "b"):
+                pass
+        (left,) = tmp_path.iterdir()
+        assert [file.name for file in left.iterdir()] == ([] if at == "open" else [OWNER])
+        write(tmp_path / "b", "new")
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+    @unix
+    @pytest.mark.parametrize("at", ["open", "write"])
+    def test_a_process_whose_empty_stage_was_removed_makes_another(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    ) -> None:
+        real = getattr(os, at)
+        taken: list[Path] = []
+
+        def taken_away(*args: Any, **more: Any) -> Any:
+            if not taken:
+                taken.extend(tmp_path.iterdir())
+                for folder in taken:
+                    shutil.rmtree(folder)
+            return real(*args, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, at, taken_away)
+            begun = stages._begun(tmp_path / "b")
+        assert len(taken) == 1 and begun is None and not list(tmp_path.iterdir())
+        write(tmp_path / "b", "new")
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
     @unix
     def test_a_lock_keeps_a_stage(self, tmp_path: Path) -> None:

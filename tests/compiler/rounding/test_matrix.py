@@ -352,3 +352,36 @@ def test_the_refitted_scale_is_the_best_one(seed: int) -> None:
     for factor in (0.99, 1.01):
         worse = error_of(weight, q, gram, (found * factor).astype(np.float32))
         assert (best[1:] < worse[1:]).all()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_errors_of_rows_are_those_of_the_whole_matrix(kind: type) -> None:
+    """By both triangles, for rows in any order of memory; H whose diagonal stands out, for a part without it shows."""
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((9, 30))
+    gram: npt.NDArray[np.floating] = (x @ x.T + np.diag(np.arange(9.0) * 5)).astype(kind)
+    for difference in (
+        rng.standard_normal((4, 9)),
+        np.asfortranarray(rng.standard_normal((5, 9))),
+        np.ones((8, 9))[::2],
+    ):
+        rows: npt.NDArray[np.floating] = difference.astype(kind)
+        wanted = [row @ gram.astype(np.float64) @ row for row in difference.astype(kind).astype(np.float64)]
+        np.testing.assert_allclose(row_errors(rows, gram), wanted, rtol=1e-5 if kind is np.float32 else 1e-12)
+        np.testing.assert_array_equal(rows, difference.astype(kind))
+
+
+def test_a_root_is_held_in_either_form() -> None:
+    """The factor and its inverse take each other's place, and rows are solved by the factor."""
+    rng = np.random.default_rng(12)
+    x = rng.standard_normal((7, 40))
+    gram, root = x @ x.T, root_of(x @ x.T, 0.02)
+    here = damped(gram, 0.02)[np.ix_(root.order, root.order)]
+    factor = root.factor.copy()
+    np.testing.assert_allclose(factor @ factor.T, here, rtol=1e-10)
+    assert (np.tril(factor, -1) == 0).all()
+    np.testing.assert_allclose(root.upper @ factor, np.eye(7), atol=1e-12)
+    np.testing.assert_allclose(root.upper.T @ root.upper, np.linalg.inv(here), rtol=1e-8)
+    np.testing.assert_allclose(root.factor, factor, rtol=1e-10, atol=1e-12)
+    rows = rng.standard_normal((3, 7))
+    np.testing.assert_allclose(root.solved(rows), rows @ np.linalg.inv(here), rtol=1e-8)

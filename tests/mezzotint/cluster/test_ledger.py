@@ -159,7 +159,7 @@ class Lengths:
 
 
 class TestSpread:
-    def test_another_kind_of_processor_is_told_once(self, tmp_path: Path) -> None:
+    def test_there_is_one_warning_of_another_kind_of_processor(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(b"123")
         here = this_computer()
         for machine, warned in ((here, 0), (replace(here, host="elsewhere", features=("avx2",)), 1)):
@@ -215,7 +215,7 @@ class TestNames:
         assert "numpy" in loaded and not loaded & {"ray", "s3fs", "fsspec", "aiobotocore"}
 
 
-def test_an_address_where_nobody_listens_is_an_answer_at_once() -> None:
+def test_an_address_that_refuses_is_an_answer_at_once() -> None:
     started = time.monotonic()
     with pytest.raises(InputError, match="no cluster answers"), open_cluster("127.0.0.1:1"):
         pass

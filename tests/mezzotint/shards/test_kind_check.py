@@ -81,23 +81,25 @@ def test_each_kind_makes_the_fixed_call_once(hand: Compiled, tmp_path: Path, mon
     assert len(calls) == 1 and again["checks"] == facts["checks"] and len(again["pieces"]) == 8
 
 
-def test_a_kind_with_other_kernels_is_told(hand: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its error and that of the accepted file add up; what stays above the limit is noted and not told."""
+def test_there_is_a_warning_of_a_kind_with_other_kernels(
+    hand: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error and that of the accepted file add up; there is no warning above the limit."""
     rng = np.random.default_rng(0)
-    for share, is_told in ((0.01, False), (0.5, True)):
+    for share, is_warned in ((0.01, False), (0.5, True)):
 
         def elsewhere(*args: Any, share: float = share) -> Any:
             t, x = kind_check.fixed_call(*args)
             return t, x + np.float32(share * x.std()) * rng.standard_normal(x.shape).astype(np.float32)
 
         monkeypatch.setattr(drawing, "fixed_call", elsewhere)
-        with pytest.warns() as told:
+        with pytest.warns() as caught:
             facts = draw(hand, tmp_path / str(share), monkeypatch, range(2))
-        words = [str(warning.message) for warning in told if warning.category is InaccurateProcessor]
+        words = [str(warning.message) for warning in caught if warning.category is InaccurateProcessor]
         check = facts["checks"][FOREIGN.kind]
         assert check["sqnr_db"] == pytest.approx(-20 * np.log10(share), abs=2) and check["largest_difference"] > 0
-        assert check["expected_sqnr_db"] <= check["sqnr_db"] and bool(check["warning"]) == is_told
-        assert len(words) == int(is_told) and all("below the 15 dB of --min-sqnr" in word for word in words)
+        assert check["expected_sqnr_db"] <= check["sqnr_db"] and bool(check["warning"]) == is_warned
+        assert len(words) == int(is_warned) and all("below the 15 dB of --min-sqnr" in word for word in words)
 
 
 def test_values_that_are_not_finite_are_refused(
