@@ -221,8 +221,10 @@ def _begun(target: Path) -> tuple[Path, int] | None:
 
 def _remove_empty(folder: Path) -> None:
     """Remove the folder of a process that was killed before it wrote its owner's file: nothing else may be in it."""
+    if fcntl is None:  # no lock says that a process lives
+        return
     with contextlib.suppress(OSError):
-        if fcntl is None or folder.lstat().st_uid != os.getuid():
+        if folder.lstat().st_uid != os.getuid():
             return
         if [entry.name for entry in folder.iterdir()] == [OWNER]:
             file = os.open(folder / OWNER, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
