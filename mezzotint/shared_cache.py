@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mezzotint.compiler.core.cache import Cache
+from mezzotint.runtime.errors import InputError
 
 from .io.objects import ObjectFolder, is_url
 
@@ -16,11 +17,13 @@ from .io.objects import ObjectFolder, is_url
 def opened_cache(place: str | Path | None) -> Iterator[Cache | None]:
     """Yield the cache at a place. What is taken from a URL lies in a temporary folder meanwhile.
 
-    Raises InputError for a URL that cannot be opened.
+    Raises InputError for a URL that cannot be opened, and for a file in the place of a folder.
     """
     if place is None:
         yield None
     elif not is_url(str(place)):
+        if Path(place).exists() and not Path(place).is_dir():
+            raise InputError("the cache is no folder", where=str(place), hint="give a folder, which is made if need be")
         yield Cache(Path(place).absolute())
     else:
         with TemporaryDirectory(prefix="mezzotint-cache-") as folder:

@@ -24,11 +24,15 @@ def is_url(text: str) -> bool:
 class ObjectFolder:
     """The objects below a URL, by names relative to it.
 
-    Raises InputError for a URL whose library is missing or that has no protocol of fsspec.
+    Raises InputError for a URL whose library is missing or that has no protocol of fsspec, and for file://, whose files
+    are not whole at once as objects are.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        if self.url.startswith(("file:", "local:")):
+            path = self.url.partition("://")[2]
+            raise InputError("this names files of this machine, and no object store", where=url, hint=f"give {path}")
         try:
             from fsspec.core import url_to_fs
 

@@ -55,5 +55,16 @@ def test_compilations_share_statistics_below_a_url(hand: Compiled, tmp_path: Pat
     objects.write(arrays, b"damaged")
     with pytest.raises(StatsError, match="cannot be read"):
         compile_model(hand.exported, tmp_path / "c", recipe="w8a8", cache=url, **SMALL)
-    with pytest.raises(InputError, match="object store cannot be opened"), opened_cache("nosuch://place"):
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("nosuch://place", "object store cannot be opened"),
+        ("file:///tmp/cache", "names files of this machine"),
+        (__file__, "the cache is no folder"),
+    ],
+)
+def test_places_that_are_no_cache(place: str, words: str) -> None:
+    with pytest.raises(InputError, match=words), opened_cache(place):
         pass
