@@ -70,8 +70,9 @@ from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
+from mezzotint.compiler.training.block_data import LossWatcher
 from mezzotint.compiler.training.training_pass import TrainingPass
-from mezzotint.compiler.training.units import GraphUnit, find_units, quantizers_of_units
+from mezzotint.compiler.training.units import UnitToTrain, find_units, quantizers_of_units
 from mezzotint.runtime.bundle.training import TrainedUnit
 
 
@@ -81,6 +82,8 @@ class LearnScales(TrainingPass):
 
     - `what`: quantizers of `activations`, of `weights`, or `both` together.
     - `through`: the unit whose outputs are compared: `layer`, `block`, or the whole `network`.
+    - `behind`: a unit reads what the `trained` units before it compute, or what the graph computed at the `start` of
+      the pass. Then units do not know each other, and workers train them at once.
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, the share by which a step moves the ends of a
       grid at first (it falls to 0), and samples in a step.
     - `weight_steps`: how far an iteration moves the weights of these scales at first, in steps of their grids; it falls
@@ -99,6 +102,7 @@ class LearnScales(TrainingPass):
 
     what: Literal["activations", "weights", "both"] = "activations"
     through: Literal["layer", "block", "network"] = "block"
+    behind: Literal["trained", "start"] = "trained"
     iterations: int = 300
     learning_rate: float = 1e-2
     batch: int = 8
@@ -137,9 +141,10 @@ class LearnScales(TrainingPass):
 
     def run(self, program: Program, context: Context) -> Program:
         plan = self.plan_of(program)
-        from mezzotint.compiler.training.fit_scales import ScaleFit
+        from mezzotint.compiler.training.fit_scales import ScaleTrainer
         from mezzotint.compiler.training.unit_batches import Annealing
         from mezzotint.compiler.training.unit_cache import UnitCache
+        from mezzotint.compiler.training.units_in_turn import UnitsInTurn
 
         if self.form == "network" and not plan.groups:
             raise RecipeError(
@@ -152,8 +157,7 @@ class LearnScales(TrainingPass):
         latents = chosen_latents(program, few, self.calls)
         decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         numbers = (self.iterations, self.learning_rate, 0.0, self.batch)
-        fit = ScaleFit(
-            context,
+        trainer = ScaleTrainer(
             latents,
             Annealing(*numbers, inner=self.inner, precision=self.precision),
             self.zero_points and program.free_zero_points,
@@ -161,19 +165,18 @@ class LearnScales(TrainingPass):
             self.weight_steps,
             min(self.mixed, self.batch),
             self.name,
-            UnitCache(program, context, {"pass": self.name, **decisive}),
         )
-        total = len(latents) + self.iterations
-        before, fits = program, []
-        for unit, names in chosen:
-            step = self.watcher(context.progress, unit.name, total)
-            program, trained = fit.train(program, unit, names, step)
-            fits.append(trained)
-        after = replace(program, training=(*program.training, *fits))
-        return self.judged(before, after, context, self.held_out, _note(fits, left))
+        cache = UnitCache(program, context, {"pass": self.name, **decisive}, apart=self.behind == "start")
 
-    def _chosen(self, program: Program) -> tuple[list[tuple[GraphUnit, list[str]]], int]:
-        """Return the units to train, each with the names of its quantizers, and the number of those without a unit.
+        def watch(unit: UnitToTrain) -> LossWatcher:
+            return self.watcher(context.progress, unit.name, len(latents) + self.iterations)
+
+        learned, fits = UnitsInTurn(context, trainer, chosen, cache, watch).trained(program, self.behind)
+        after = replace(learned, training=(*learned.training, *fits))
+        return self.judged(program, after, context, self.held_out, _note(fits, left))
+
+    def _chosen(self, program: Program) -> tuple[list[UnitToTrain], int]:
+        """Return the units to train, each with its quantizers, and the number of quantizers without a unit.
 
         Raise RecipeError for a pattern that matches no unit.
         """
@@ -182,7 +185,7 @@ class LearnScales(TrainingPass):
         owned, left = quantizers_of_units(program.graph, units, weights=weights, activations=activations)
         trained = [unit for unit in units if unit.name in owned]
         chosen = self.matching(trained, self.units, "quantizers to train")
-        return [(unit, owned[unit.name]) for unit in chosen], left
+        return [UnitToTrain(unit.name, unit.computed, quantizers=tuple(owned[unit.name])) for unit in chosen], left
 
 
 def _note(fits: Sequence[TrainedUnit], left: int) -> str:

@@ -44,8 +44,9 @@ with the first of these. Blocks take 4.5 minutes on the digits (19 units) and 40
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -55,11 +56,11 @@ from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.nodes import name_of
-from mezzotint.compiler.graph.ops import layers
-from mezzotint.compiler.rounding.layer_inputs import Inputs, chosen_latents
+from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights
+from mezzotint.compiler.training.block_data import LossWatcher
 from mezzotint.compiler.training.training_pass import TrainingPass
-from mezzotint.compiler.training.units import GraphUnit, find_units, quantizers_of_units, time_unit
+from mezzotint.compiler.training.units import GraphUnit, UnitToTrain, find_units, quantizers_of_units, time_unit
 from mezzotint.runtime.bundle.training import TrainedUnit
 
 
@@ -68,6 +69,8 @@ class Reconstruct(TrainingPass):
     """Weights rounded by training, layer by layer or block by block.
 
     - `unit`: `layer` (AdaRound) or `block` (BRECQ).
+    - `behind`: a unit reads what the `trained` units before it compute, or what the graph computed at the `start` of
+      the pass. Then units do not know each other, and workers train them at once.
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, their learning rate, and samples in a step.
     - `regularization`: weight of the term that drives weights to the grid, beside a loss that is 1 at the start.
     - `calls`, `samples`: as above.
@@ -85,6 +88,7 @@ class Reconstruct(TrainingPass):
     """
 
     unit: Literal["layer", "block"] = "block"
+    behind: Literal["trained", "start"] = "trained"
     iterations: int = 300
     learning_rate: float = 0.15
     regularization: float = 100.0
@@ -112,61 +116,70 @@ class Reconstruct(TrainingPass):
 
     def run(self, program: Program, context: Context) -> Program:
         self.plan_of(program)
-        from mezzotint.compiler.training.rounding_of_unit import ReconstructionUnit, learn_rounding
+        from mezzotint.compiler.training.rounding_of_unit import RoundingTrainer
         from mezzotint.compiler.training.unit_batches import Annealing
         from mezzotint.compiler.training.unit_cache import UnitCache
+        from mezzotint.compiler.training.units_in_turn import UnitsInTurn
 
-        chosen, branch, left = self._chosen(program)
+        chosen, left = self._chosen(program)
         few = replace(context, samples=min(self.samples, context.samples))
         latents = chosen_latents(program, few, self.calls)
         numbers = (self.iterations, self.learning_rate, self.regularization, self.batch)
         schedule = Annealing(
             *numbers, inner=self.inner, drop=self.drop, precision=self.precision, scale_shares=self.scale_shares
         )
-        decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
-        cache = UnitCache(program, context, {"pass": self.name, **decisive})
         fisher = None
         if self.curvature == "fisher":
-            from mezzotint.compiler.gradients.block_fisher import fisher_source
+            from mezzotint.compiler.gradients.block_fisher import measure_fishers
 
-            fisher = fisher_source(program, few, self.rank)
-        quantizers: dict[str, list[str]] = {}
-        if self.scale_shares:
-            quantizers, _ = quantizers_of_units(program.graph, chosen, weights=False, activations=True)
-        before, fits = program, []
-        for part in chosen:
-            timely = part is branch
-            total = (len(program.deployment.timesteps) if timely else len(latents)) + self.iterations
-            step = self.watcher(context.progress, part.name, total)
-            # A unit that was written changed the graph: its weights are looked up again.
-            weights = tuple(self._weights(program, part, branch))
-            scales = tuple(quantizers.get(part.name, ()))
-            unit = ReconstructionUnit(part.name, part.computed, weights, timely, scales)
-            program, fit = learn_rounding(program, context, unit, latents, schedule, self.name, cache, step, fisher)
-            fits.append(fit)
-        after = replace(program, training=(*program.training, *fits))
-        return self.judged(before, after, context, self.held_out, _note(fits, left))
+            fisher = partial(measure_fishers, rank=self.rank)
+        trainer = RoundingTrainer(latents, schedule, self.name, fisher)
+        decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
+        cache = UnitCache(program, context, {"pass": self.name, **decisive}, apart=self.behind == "start")
 
-    def _chosen(self, program: Program) -> tuple[list[GraphUnit], GraphUnit | None, int]:
-        """Return the units to train, the time branch, and the number of weights in no unit.
+        def watch(unit: UnitToTrain) -> LossWatcher:
+            batches = len(program.deployment.timesteps) if unit.timely else len(latents)
+            return self.watcher(context.progress, unit.name, batches + self.iterations)
+
+        rounded, fits = UnitsInTurn(context, trainer, chosen, cache, watch).trained(program, self.behind)
+        after = replace(rounded, training=(*rounded.training, *fits))
+        return self.judged(program, after, context, self.held_out, _note(fits, left))
+
+    def _chosen(self, program: Program) -> tuple[list[UnitToTrain], int]:
+        """Return the units to train, the time branch first, and the number of weights in no unit.
 
         A weight that several units read is in none. Raise RecipeError for a pattern that matches no unit.
         """
         branch = time_unit(program)
         units = [*([branch] if branch else []), *find_units(program, self.unit)]
-        parts = [(unit, list(self._weights(program, unit, branch))) for unit in units]
+        parts = [(unit, self._weights(program, unit, branch)) for unit in units]
         trained = [unit for unit, weights in parts if weights]
         left = len(find_weights(program.graph)) - sum(len(weights) for _, weights in parts)
-        return self.matching(trained, self.units, "quantized weights"), branch, left
+        chosen = self.matching(trained, self.units, "quantized weights")
+        quantizers: dict[str, list[str]] = {}
+        if self.scale_shares:
+            quantizers, _ = quantizers_of_units(program.graph, chosen, weights=False, activations=True)
+        weights_of = {unit.name: weights for unit, weights in parts}
+        return [
+            UnitToTrain(
+                unit.name,
+                unit.computed,
+                weights=tuple(weights_of[unit.name]),
+                quantizers=tuple(quantizers.get(unit.name, ())),
+                timely=unit is branch,
+            )
+            for unit in chosen
+        ], left
 
-    def _weights(self, program: Program, unit: GraphUnit, branch: GraphUnit | None) -> Iterator[Inputs]:
-        """Yield the weights whose readers are all in a unit. Those of the time branch are in no other unit."""
-        floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
+    def _weights(self, program: Program, unit: GraphUnit, branch: GraphUnit | None) -> list[str]:
+        """Return the weights whose readers are all in a unit. Those of the time branch are in no other unit."""
+        found = []
         for weight in find_weights(program.graph):
             readers = {name_of(node.outputs[0]) for node in weight.readers}
             timely = branch is not None and readers <= branch.computed
             if readers <= unit.computed and timely == (unit is branch):
-                yield Inputs.of(weight, floats, self.name)
+                found.append(weight.name)
+        return found
 
 
 def _note(fits: Sequence[TrainedUnit], left: int) -> str:

@@ -76,10 +76,11 @@ ARROWS = {
     "mezzotint/debug": "bench cluster text",
     "mezzotint/evaluate": "bench cluster frechet io shards text",
     "mezzotint/mix": "bench cluster evaluate io shards",
+    "mezzotint/sweep": "bench cluster evaluate shards text",
     "mezzotint/inspect": "bench debug io text",
     "mezzotint/interchange": "bench debug io",
     "mezzotint/web": "bench inspect io",
-    "mezzotint/cli": ". bench debug evaluate inspect interchange io mix pipeline prompts shards text web",
+    "mezzotint/cli": ". bench debug evaluate inspect interchange io mix pipeline prompts shards sweep text web",
 }
 
 # Top folder -> the libraries that every file of it may import, beside the standard library.

@@ -32,11 +32,19 @@ class Spread(Protocol):
     def threads(self) -> int: ...
 
     def in_order(
-        self, work: PieceWork, folder: Path, pieces: Sequence[Any], stage: str, *, unit: str | None = "pieces"
+        self,
+        work: PieceWork,
+        folder: Path,
+        pieces: Sequence[Any],
+        stage: str,
+        *,
+        unit: str | None = "pieces",
+        gpus: float = 0,
     ) -> Iterator[Any]:
         """Yield the results of pieces in their order. Workers have the files of `folder`, which must not change.
 
-        Progress counts in `unit`; with None there is none, because the caller reports its own.
+        Each piece asks for so many `gpus`, and finds them from the first on. Progress counts in `unit`; with None there
+        is none, because the caller reports its own.
         """
 
 

@@ -33,24 +33,24 @@ from ..core.program import Program
 from ..graph.nodes import name_of
 from ..graph.topology import dependents
 from ..rounding.layer_inputs import Latents
-from ..training.fisher_loss import BlockFisher, Fishers, FisherSource
+from ..training.fisher_loss import BlockFisher, Fishers
 from ..training.subgraph import Subgraph
 from .probed_network import ProbedNetwork, gradients, project
 
 
-def fisher_source(program: Program, context: Context, rank: int) -> FisherSource:
-    """Return the function that measures F of the outputs of a block. `program` is that before anything is trained."""
-
-    def measure(part: Subgraph, latents: Sequence[Latents], device: torch.device) -> Fishers:
-        return measure_fishers(program, context, part, latents, rank, device)
-
-    return measure
-
-
 def measure_fishers(
-    program: Program, context: Context, part: Subgraph, latents: Sequence[Latents], rank: int, device: torch.device
+    program: Program,
+    context: Context,
+    part: Subgraph,
+    latents: Sequence[Latents],
+    device: torch.device,
+    *,
+    rank: int,
 ) -> Fishers:
-    """Return F of each output of a block that depends on the sample and has a row for each of them."""
+    """Return F of each output of a block that depends on the sample and has a row for each of them.
+
+    It depends on the float graph of the program alone, and so not on what was trained before.
+    """
     model = program.require_float_model()
     computed = {name_of(value) for node in model.graph for value in node.outputs}
     moving = dependents(model.graph, [program.signature.sample])

@@ -8,9 +8,14 @@ the order of removal is exact with all later columns free (compiler/pruning/gree
 Columns before the block stay as they are: `polished` of compiler/pruning/restoration.py takes up what that costs. How
 many weights each block loses is decided first, by w_p^2 / G_pp of the whole layer (SparseGPT, arXiv 2301.00774, gives
 all of its blocks the same share and takes the cheapest weights at once, without an order).
+
+The changes of LAZY columns reach all columns behind them by one product: block by block, each of these would go through
+memory as often as there are blocks (1280 x 11,520 in blocks of 16, two threads: 18 s, and 11 s).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +25,8 @@ from ..rounding.downdated import at_once
 from ..rounding.matrix import Kept, Matrix, Root
 from .greedy import removed, trace
 from .patterns import PruningPattern
+
+LAZY = 256  # columns
 
 
 def swept(weight: Matrix, root: Root, count: int, pattern: PruningPattern, width: int) -> tuple[Kept, Matrix]:
@@ -32,6 +39,24 @@ def swept(weight: Matrix, root: Root, count: int, pattern: PruningPattern, width
     kept = np.ones(weight.shape, bool)
     blocks = _blocks(weight.shape[1], width, pattern.unit)
     counts = _shares(values, upper, blocks, count, pattern)
+    lazy = max(LAZY // width, 1)
+    for start in range(0, len(blocks), lazy):
+        together = slice(start, start + lazy)
+        _sweep(values, kept, upper, blocks[together], counts[together], pattern)
+    return kept, values
+
+
+def _sweep(
+    values: Matrix,
+    kept: Kept,
+    upper: Matrix,
+    blocks: Sequence[slice],
+    counts: npt.NDArray[np.int64],
+    pattern: PruningPattern,
+) -> None:
+    """Prune successive blocks, in place; the columns behind all of them change once."""
+    first, stop = blocks[0].start, blocks[-1].stop
+    changes = np.empty((len(values), stop - first), values.dtype)
     for part, wanted in zip(blocks, counts, strict=True):
         corner = np.ascontiguousarray(upper[part, part])
         inverse = corner.T @ corner
@@ -44,10 +69,11 @@ def swept(weight: Matrix, root: Root, count: int, pattern: PruningPattern, width
             mask = removed(block, inverse, wanted, pattern)
             factors = _factors(block, inverse, mask)
             found, passed = np.where(mask, block - factors @ inverse, 0), factors @ corner.T
-        if part.stop < weight.shape[1]:
-            values[:, part.stop :] -= passed @ upper[part, part.stop :]
+        near = slice(part.stop, stop)
+        values[:, near] -= passed @ upper[part, near]
         values[:, part], kept[:, part] = found, mask
-    return kept, values
+        changes[:, part.start - first : part.stop - first] = passed
+    values[:, stop:] -= changes @ upper[first:stop, stop:]
 
 
 def _blocks(inputs: int, width: int, unit: int) -> list[slice]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.pipeline import Context
+from ..core.program import Program
 from ..rounding.layer_inputs import Latents
 from .subgraph import Subgraph
 
@@ -33,4 +35,5 @@ class BlockFisher:
 Fishers = Mapping[str, BlockFisher]
 """F of outputs of a block, by their names in its graph. An output without one counts by its mean square."""
 
-FisherSource = Callable[[Subgraph, Sequence[Latents], torch.device], Fishers]
+FisherSource = Callable[[Program, Context, Subgraph, Sequence[Latents], torch.device], Fishers]
+"""Measures F of the outputs of a block that was cut out of a program."""

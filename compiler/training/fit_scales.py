@@ -37,22 +37,22 @@ from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer
 from ..torch_graph.write_back import plan_grids, write_back
 from .array_files import ArrayFiles
-from .block_data import Batch, LossWatcher, record
+from .block_data import LossWatcher, record
 from .fit_rounding import curve_of
 from .learned_scales import LearnedScales, RowNetworks, learned_grids
 from .movements import Movements, Rates
 from .moving_weights import MovingWeights
 from .range_networks import RangeNetworks
-from .subgraph import Subgraph, cut_out
+from .subgraph import Subgraph, cut_out_unit
 from .torch_device import training_device
 from .unit_batches import Annealing, Batches
-from .unit_cache import Learned, UnitCache
-from .units import GraphUnit
+from .unit_cache import Learned
+from .units import UnitToTrain
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleFit:
-    """How units are trained by one run of a pass, whose name is `by`.
+class ScaleTrainer:
+    """How the scales of units are trained by one run of a pass, whose name is `by`.
 
     zero_points   learn the zero points of unsigned grids too
     networks      learn tables as networks of the timestep, else row by row
@@ -60,7 +60,6 @@ class ScaleFit:
     mixed         calls whose samples are in a step, at most as many as samples
     """
 
-    context: Context
     latents: Sequence[Latents]
     schedule: Annealing
     zero_points: bool
@@ -68,83 +67,70 @@ class ScaleFit:
     weight_steps: float
     mixed: int
     by: str
-    cache: UnitCache
 
     def train(
-        self, program: Program, unit: GraphUnit, names: Sequence[str], step: LossWatcher
-    ) -> tuple[Program, TrainedUnit]:
-        """Train the quantizers of these names in a unit; return the program, with new scales if better, and the fit.
+        self, program: Program, context: Context, unit: UnitToTrain, step: LossWatcher
+    ) -> tuple[TrainedUnit, Learned]:
+        """Return the fit of a unit's quantizers, and what it learned, which is empty where the start is better.
 
-        A unit that the cache has is not trained again. `step` is called after each batch of the data and each
-        iteration. Raise PassError for a loss that is not finite.
+        `step` is called after each batch of the data and each iteration. Raise PassError for a loss that is not finite.
         """
-        float_graph = program.require_float_model().graph
-        floats = {name_of(v) for node in float_graph for v in node.outputs}
-        of_layers = {name_of(layer.output) for layer in layers(float_graph) if layer.weight is not None}
-        part = cut_out(program.model, unit.computed, program.signature, floats, unit.name, of_layers)
+        part = cut_out_unit(program, unit)
         inner = self.schedule.inner > 0
-        graph = to_torch(part.model, taps=[name for name, _ in part.inner] if inner else ())
+        graph = self._torch(program, part)
+        with ArrayFiles(context.folder) as files, training_device(context) as device:
+            graph = graph.to(device)
+            data = record(program, context, part, self.latents, unit.name, step, files, inner=inner)
+            movements = self._movements(program, context, part, graph, unit.quantizers)
+            batches = Batches(graph, part, program.signature, data, self.schedule, 0, self.mixed, movements=movements)
+            start, scale = batches.mean_errors()
+            if scale == 0:  # the unit computes what the float graph does
+                return TrainedUnit(unit.name, self.by, 0.0, 0.0, 0.0, (), kept=False), {}
+            losses = self._descend(batches, movements, scale, unit.name, context.seed, step)
+            arrays = batches.settle()
+            end, _ = batches.mean_errors()
+        kept = end < start
+        return TrainedUnit(unit.name, self.by, start, end, end, curve_of(losses), kept), arrays if kept else {}
+
+    def written(self, program: Program, context: Context, unit: UnitToTrain, learned: Learned) -> Program:
+        """Return the program with the scales and weights that a unit learned."""
+        graph = self._torch(program, cut_out_unit(program, unit))
+        graph.module.load_state_dict({key: torch.from_numpy(array) for key, array in learned.items()}, strict=False)
+        return write_back(program, graph, context.folder, self.by)
+
+    def _torch(self, program: Program, part: Subgraph) -> TorchGraph:
+        graph = to_torch(part.model, taps=[name for name, _ in part.inner] if self.schedule.inner else ())
         plan_grids(program, graph)
         graph.module.requires_grad_(False)  # only the offsets are trained
-        known = self.cache.load(unit.name, unit.computed)
-        if known is None:
-            with ArrayFiles(self.context.folder) as files, training_device(self.context) as device:
-                graph = graph.to(device)
-                data = record(program, self.context, part, self.latents, unit.name, step, files, inner=inner)
-                fit, arrays = self._fit(program, unit.name, names, part, graph, data, step)
-            self.cache.keep(unit.name, unit.computed, fit, arrays)
-        else:
-            fit, arrays = known
-            graph.module.load_state_dict({key: torch.from_numpy(array) for key, array in arrays.items()}, strict=False)
-        return (write_back(program, graph, self.context.folder, self.by) if fit.kept else program), fit
+        return graph
 
-    def _fit(
-        self,
-        program: Program,
-        unit: str,
-        names: Sequence[str],
-        part: Subgraph,
-        graph: TorchGraph,
-        data: Sequence[Batch],
-        step: LossWatcher,
-    ) -> tuple[TrainedUnit, Learned]:
-        """Train what moves in the torch module; return the fit, and what changed if it is better."""
-        movements = self._movements(program, part, graph, names)
-        batches = Batches(graph, part, program.signature, data, self.schedule, 0, self.mixed, movements=movements)
-        start, scale = batches.mean_errors()
-        if scale == 0:  # the unit computes what the float graph does
-            return TrainedUnit(unit, self.by, 0.0, 0.0, 0.0, (), kept=False), {}
-        losses = self._descend(batches, movements, scale, unit, step)
-        arrays = batches.settle()
-        end, _ = batches.mean_errors()
-        kept = end < start
-        return TrainedUnit(unit, self.by, start, end, end, curve_of(losses), kept), arrays if kept else {}
-
-    def _movements(self, program: Program, part: Subgraph, graph: TorchGraph, names: Sequence[str]) -> Movements:
+    def _movements(
+        self, program: Program, context: Context, part: Subgraph, graph: TorchGraph, names: Sequence[str]
+    ) -> Movements:
         """Return the scales of these quantizers, and the weights that they round if weights move."""
         weights, integers = None, rounded_weights(part.model.graph, graph, names)
         if self.weight_steps:
             floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
             own = [w for w in find_weights(program.graph) if w.quantize.name in names]
             moving = [Inputs.of(weight, floats, self.by) for weight in own]
-            rng = streams.ADAPTERS.generator(self.context.seed)  # of no adapters here
+            rng = streams.ADAPTERS.generator(context.seed)  # of no adapters here
             weights = MovingWeights(program, graph, moving, moving="all", floats=False, rank=1, rng=rng)
             integers = {}
         groups = program.require_plan().groups
         row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
         seen = {row_of[call.timestep] for call in self.latents if call.timestep in row_of}
         grids = learned_grids(graph, names, integers, self.zero_points)
-        networks = _networks(program, self.context) if self.networks else None
+        networks = _networks(program, context) if self.networks else None
         learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
         return Movements(weights, learned, Rates(self.weight_steps, 0.0, self.schedule.learning_rate), row_of)
 
     def _descend(
-        self, batches: Batches, movements: Movements, scale: float, unit: str, step: LossWatcher
+        self, batches: Batches, movements: Movements, scale: float, unit: str, seed: int, step: LossWatcher
     ) -> list[float]:
         """Train what moves; return the losses relative to the error of the start."""
         optimizer = torch.optim.Adam(movements.groups)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.schedule.iterations)
-        rng = streams.TRAINING_BATCHES.generator(self.context.seed, zlib.crc32(unit.encode()))
+        rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(unit.encode()))
         losses: list[float] = []
         for iteration in range(self.schedule.iterations):
             loss = batches.loss(rng) / scale

@@ -1,4 +1,4 @@
-"""One layer or block of a program: cut out, trained, and its weights written back."""
+"""The rounding of one layer or block of a program: cut out, trained, and its weights written back."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..errors import PassError
 from ..graph.nodes import is_constant, is_op, name_of, numpy_of
 from ..graph.ops import layers
 from ..rounding.layer_inputs import Inputs, Latents
+from ..rounding.weights import find_weights
 from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.quantizers import Quantizer, SoftRounding
 from ..torch_graph.write_back import plan_grids, write_back
@@ -27,57 +28,38 @@ from .fisher_loss import FisherSource
 from .fit_rounding import fit_rounding
 from .learned_scales import LearnedScales, learned_grids
 from .movements import Movements, Rates
-from .subgraph import Subgraph, cut_out
+from .subgraph import Subgraph, cut_out_unit
 from .torch_device import training_device
 from .unit_batches import Annealing, Batches
-from .unit_cache import UnitCache
+from .unit_cache import Learned
+from .units import UnitToTrain
 
 
 @dataclass(frozen=True, eq=False)
-class ReconstructionUnit:
-    """A part of the graph that is trained as one: its name, what its nodes compute, and its weights.
+class RoundingTrainer:
+    """How the rounding of units' weights is trained by one run of a pass, whose name is `by`.
 
-    `computed` are the names of the first outputs of its nodes. `timely` says that all of it depends on the timestep
-    alone: its data are all deployed timesteps, and a step of its fit takes several of them. `quantizers` are the names
-    of the QuantizeLinear nodes of activations whose scales are learned with the weights.
+    `fisher` measures what weights errors of the outputs; the time branch, which no sample reaches, has none. Scales of
+    a unit's quantizers move with its weights.
     """
 
-    name: str
-    computed: frozenset[str]
-    weights: tuple[Inputs, ...]
-    timely: bool = False
-    quantizers: tuple[str, ...] = ()
+    latents: Sequence[Latents]
+    schedule: Annealing
+    by: str
+    fisher: FisherSource | None = None
 
+    def train(
+        self, program: Program, context: Context, unit: UnitToTrain, step: LossWatcher
+    ) -> tuple[TrainedUnit, Learned]:
+        """Return the fit of a unit's rounding, and what it learned, which is empty where the start is better.
 
-def learn_rounding(
-    program: Program,
-    context: Context,
-    unit: ReconstructionUnit,
-    latents: Sequence[Latents],
-    schedule: Annealing,
-    by: str,
-    cache: UnitCache,
-    step: LossWatcher,
-    fisher: FisherSource | None = None,
-) -> tuple[Program, TrainedUnit]:
-    """Train the rounding of a unit's weights; return the program, with the hard rounding if it is better, and the fit.
-
-    A unit that the cache has is not trained again. `fisher` measures what weights errors of the outputs (not those of
-    the time branch, which no sample reaches). `step` is called after each batch of the data and each iteration.
-    """
-    float_graph = program.require_float_model().graph
-    floats = {name_of(v) for node in float_graph for v in node.outputs}
-    of_layers = {name_of(layer.output) for layer in layers(float_graph) if layer.weight is not None}
-    part = cut_out(program.model, unit.computed, program.signature, floats, unit.name, of_layers)
-    known = cache.load(unit.name, unit.computed)
-    graph = to_torch(part.model, taps=[name for name, _ in part.inner] if schedule.inner else ())
-    plan_grids(program, graph)
-    graph.module.requires_grad_(False)  # only the variables of the rounding are trained
-    rounders = {name_of(w.weight.quantize.outputs[0]): _soften(graph, w) for w in unit.weights}
-    if known is None:
+        `step` is called after each batch of the data and each iteration. Raise PassError for a loss that is not finite.
+        """
+        schedule = self.schedule
+        part = cut_out_unit(program, unit)
+        graph, rounders = self._softened(program, part, unit)
+        latents = _at_every_timestep(program, self.latents[0]) if unit.timely else self.latents
         mixed = dict(part.floats) if schedule.drop else {}
-        if unit.timely:
-            latents = _at_every_timestep(program, latents[0])
         with ArrayFiles(context.folder) as files, training_device(context) as device:
             graph = graph.to(device)
             inner = schedule.inner > 0
@@ -87,24 +69,36 @@ def learn_rounding(
                 _drop_elements(part, graph, schedule.drop, seeds)
             seed, calls = int(seeds.integers(2**31)), schedule.batch if unit.timely else 1
             moving = _scales(program, graph, unit.quantizers, latents, schedule) if unit.quantizers else None
-            fishers = fisher(part, latents, device) if fisher and not unit.timely else None
+            measured = self.fisher is not None and not unit.timely
+            fishers = self.fisher(program, context, part, latents, device) if self.fisher and measured else None
             batches = Batches(
                 graph, part, program.signature, data, schedule, seed, calls, movements=moving, fishers=fishers
             )
-            fit, arrays = fit_rounding(batches, rounders, schedule, context.seed, unit.name, by, step)
-        cache.keep(unit.name, unit.computed, fit, arrays)
-    else:
-        fit, arrays = known
+            return fit_rounding(batches, rounders, schedule, context.seed, unit.name, self.by, step)
+
+    def written(self, program: Program, context: Context, unit: UnitToTrain, learned: Learned) -> Program:
+        """Return the program with the weights and scales that a unit learned."""
+        graph, rounders = self._softened(program, cut_out_unit(program, unit), unit)
         for name, rounder in rounders.items():
-            if name in arrays:
-                rounder.choose(arrays[name])
-        scales = {name: torch.from_numpy(array) for name, array in arrays.items() if name not in rounders}
+            if name in learned:
+                rounder.choose(learned[name])
+        scales = {name: torch.from_numpy(array) for name, array in learned.items() if name not in rounders}
         graph.module.load_state_dict(scales, strict=False)
-    if not fit.kept:
-        return program, fit
-    trained = {w.weight.quantize.name or "": rounders[name_of(w.weight.quantize.outputs[0])] for w in unit.weights}
-    written = replace(graph, quantizers={**graph.quantizers, **trained})
-    return write_back(program, written, context.folder, by), fit
+        return write_back(program, graph, context.folder, self.by)
+
+    def _softened(
+        self, program: Program, part: Subgraph, unit: UnitToTrain
+    ) -> tuple[TorchGraph, dict[str, SoftRounding]]:
+        """Return a unit in torch, and the soft rounding of its weights by the values that their quantizers compute."""
+        graph = to_torch(part.model, taps=[name for name, _ in part.inner] if self.schedule.inner else ())
+        plan_grids(program, graph)
+        graph.module.requires_grad_(False)  # only the variables of the rounding are trained
+        floats = {layer.name: layer for layer in layers(program.require_float_model().graph)}
+        own = [Inputs.of(w, floats, self.by) for w in find_weights(program.graph) if w.name in unit.weights]
+        soft = {w.weight.quantize: _soften(graph, w) for w in own}
+        trained = {node.name or "": rounder for node, rounder in soft.items()}
+        by_value = {name_of(node.outputs[0]): rounder for node, rounder in soft.items()}
+        return replace(graph, quantizers={**graph.quantizers, **trained}), by_value
 
 
 def _scales(

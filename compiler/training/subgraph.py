@@ -9,11 +9,13 @@ import onnx_ir as ir
 
 from mezzotint.runtime.signature import Signature
 
+from ..core.program import Program
 from ..errors import PassError
 from ..graph.nodes import consumers, is_op, name_of, remove_dead
-from ..graph.ops import MOVERS
+from ..graph.ops import MOVERS, layers
 from ..graph.topology import dependents
 from ..lowering.qdq import dequantizer, quantizer_chain
+from .units import GraphUnit
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,14 @@ class Subgraph:
     targets: tuple[str, ...]
     inner: tuple[tuple[str, str], ...] = ()
     floats: tuple[tuple[str, str], ...] = ()
+
+
+def cut_out_unit(program: Program, unit: GraphUnit) -> Subgraph:
+    """Return a unit of a program behind insert_qdq, with what its layers compute in the float graph."""
+    float_graph = program.require_float_model().graph
+    floats = {name_of(v) for node in float_graph for v in node.outputs}
+    of_layers = {name_of(layer.output) for layer in layers(float_graph) if layer.weight is not None}
+    return cut_out(program.model, unit.computed, program.signature, floats, unit.name, of_layers)
 
 
 def cut_out(

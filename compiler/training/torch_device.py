@@ -40,6 +40,11 @@ def find_device(name: str) -> torch.device:
     raise InputError(f"the device {name!r} is not there: {what}", where="--device", hint=hint)
 
 
+def torch_threads(context: Context) -> int:
+    """Return the number of threads that torch trains with in a context."""
+    return context.threads or torch.get_num_threads()
+
+
 @contextmanager
 def training_device(context: Context) -> Iterator[torch.device]:
     """Give torch the threads of a context, and yield its device; settings of torch are as before afterwards.
@@ -48,7 +53,7 @@ def training_device(context: Context) -> Iterator[torch.device]:
     """
     device = find_device(context.device)
     threads, short = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(context.threads or threads)
+    torch.set_num_threads(torch_threads(context))
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield device

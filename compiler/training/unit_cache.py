@@ -2,8 +2,8 @@
 
 An entry is the folder `unit-<key>` (compiler/core/cache.py). The key of a unit is a digest of the program, its
 calibration and its float graph, of the options of the fit, of torch's version and device, of the units that were
-trained before it and what came out, and of the unit itself. So a unit from the cache is the one that training
-would give.
+trained before it and what came out, where it reads what those compute, and of the unit itself. So a unit from the cache
+is the one that training would give.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ Learned = Mapping[str, npt.NDArray[Any]]
 
 
 class UnitCache:
-    """The trained units of one run of a pass, in their order. Without a cache it keeps nothing."""
+    """The trained units of one run of a pass, in their order. Without a cache it keeps nothing.
 
-    def __init__(self, program: Program, context: Context, options: Mapping[str, Any]) -> None:
+    With `apart` no unit reads what another one learned.
+    """
+
+    def __init__(self, program: Program, context: Context, options: Mapping[str, Any], *, apart: bool = False) -> None:
         self._cache = context.cache
+        self._apart = apart
         self._key = "" if context.cache is None else training_key(program, context, UNIT.layout, options)
 
     def load(self, unit: str, computed: frozenset[str]) -> tuple[TrainedUnit, Learned] | None:
@@ -66,6 +70,8 @@ class UnitCache:
 
     def _advance(self, unit: str, learned: Learned) -> None:
         """Let the keys of later units depend on what this one changed in the graph."""
+        if self._apart:
+            return
         for name, array in sorted(learned.items()):
             digest_of_array = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
             self._key = _digest(self._key, unit, name, digest_of_array)

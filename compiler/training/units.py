@@ -30,12 +30,26 @@ NETWORK = "the network"
 TIME = "the time branch"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class GraphUnit:
     """A part that is trained as one: `computed` are the names of the first outputs of its nodes."""
 
     name: str
     computed: frozenset[str]
+
+
+@dataclass(frozen=True)
+class UnitToTrain(GraphUnit):
+    """A unit with what is trained in it, as plain values: a graph behind other trained units has the same names.
+
+    `weights` are the names of quantized weights, `quantizers` those of QuantizeLinear nodes whose scales are learned.
+    `timely` says that all of it depends on the timestep alone: its data are all deployed timesteps, and a step of its
+    fit takes several of them.
+    """
+
+    weights: tuple[str, ...] = ()
+    quantizers: tuple[str, ...] = ()
+    timely: bool = False
 
 
 def find_units(program: Program, through: Through) -> list[GraphUnit]:

@@ -164,12 +164,7 @@ def run_bench(
         check_float_model(float_model)
     net = bundle.denoiser(threads)
     batch = batch or net.fixed_batch or 1
-    if net.fixed_batch not in (None, batch):
-        raise InputError(
-            f"the batch size {net.fixed_batch} is written into the graph, it cannot run {batch}",
-            where=str(bundle.path),
-            hint=f"leave --batch out, or give --batch {net.fixed_batch}",
-        )
+    check_batch(net, batch, bundle)
     conditions = make_conditions(net, bundle, batch)
     rows = {name: array for name, (array, _) in conditions.items()}
     inputs = {bundle.signature.sample: f"float32 {[batch, *bundle.sample_shape]}, random normal"}
@@ -190,6 +185,16 @@ def run_bench(
         results = runs.timed(results, others)
     breakdown = profile(bundle, batch, rows, threads, repeats)
     return Bench(*shared, mine, slow, breakdown, folder_bytes(float_model), fidelity, tuple(results))
+
+
+def check_batch(net: Denoiser, batch: int, bundle: Bundle) -> None:
+    """Raise InputError where another batch size is written into the graph."""
+    if net.fixed_batch not in (None, batch):
+        raise InputError(
+            f"the batch size {net.fixed_batch} is written into the graph, it cannot run {batch}",
+            where=str(bundle.path),
+            hint=f"leave --batch out, or give --batch {net.fixed_batch}",
+        )
 
 
 def make_conditions(net: Denoiser, bundle: Bundle, batch: int) -> dict[str, tuple[npt.NDArray[Any], str]]:

@@ -26,7 +26,8 @@ from ..io.children import PACKAGE
 from .entry import Start, enter
 from .ledger import ATTEMPTS, ClusterError, Ledger
 from .pace import Pace
-from .placement import CarriedFolder
+from .placement import CarriedFolder, Place
+from .ray_library import pinned
 from .tasks import Answer, Envelope, Work, own_versions
 
 AHEAD = 2  # pieces handed out for each worker: one runs, one waits
@@ -55,6 +56,19 @@ class Cluster:
                 hint=f"ask for at most {max(cores, default=0)}",
             )
         return sum(count // self.threads for count in cores)
+
+    def places(self) -> list[Place]:
+        """Return every machine, by its name: a piece that is put there has all of its cores.
+
+        Of several nodes on one machine it is that with the most cores.
+        """
+        found: dict[str, Place] = {}
+        for node in self._ray.nodes():
+            cores = int(node["Resources"].get("CPU", 0))
+            host = str(node["NodeManagerHostname"])
+            if node["Alive"] and cores > (found[host].cores if host in found else 0):
+                found[host] = Place(host, str(node["NodeID"]), cores)
+        return [place for _, place in sorted(found.items())]
 
     def carried(self, folder: Path, names: Sequence[str], digest: str) -> CarriedFolder:
         """Return a folder for workers. Its files go to the object store where the cluster has other machines."""
@@ -86,11 +100,13 @@ class Cluster:
         unit: str = "pieces",
         ordered: bool = False,
         gpus: float = 0,
+        places: Sequence[Place] | None = None,
         progress: Progress = silent,
     ) -> Iterator[tuple[int, Answer]]:
         """Yield (index of the piece, its answer) for each piece that has a result.
 
         `sizes` weigh the pieces in the `progress` of `stage`, in `unit`. `gpus` is the number that each piece asks for.
+        With `places` each piece runs at its own, alone there.
         Raises the refusal of a piece, and ClusterError in the end for pieces that were given up.
         """
         envelope = Envelope(pickle.dumps(work), own_versions(), dict(self._files))
@@ -103,7 +119,7 @@ class Cluster:
         try:
             while not ledger.is_over:
                 while len(run.running) < width and (piece := ledger.take()) is not None:
-                    run.submit(piece, pieces[piece])
+                    run.submit(piece, pieces[piece], None if places is None else places[piece])
                 piece, answer, error, lost = run.next()
                 if answer is None:
                     ledger.failed(piece, error, lost=lost)
@@ -145,13 +161,17 @@ class _Run:
         self._key = hashlib.sha256(envelope.work).hexdigest()
         self._work = ray.put(envelope)
         ray.cloudpickle.register_pickle_by_value(sys.modules[enter.__module__])
-        self._enter = ray.remote(enter).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
+        self._enter = ray.remote(enter)
+        self._asked: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus, "max_retries": 0}
         self._start = start
         self.running: dict[Any, int] = {}
 
-    def submit(self, index: int, piece: Any) -> None:
-        """Hand out a piece."""
-        sent = self._enter.remote(tuple(self._start), self._key, [self._work], pickle.dumps(piece))
+    def submit(self, index: int, piece: Any, place: Place | None = None) -> None:
+        """Hand out a piece, to a place with all of its cores or to any worker."""
+        asked = self._asked
+        if place is not None:
+            asked = {**asked, "num_cpus": place.cores, "scheduling_strategy": pinned(place.node)}
+        sent = self._enter.options(**asked).remote(tuple(self._start), self._key, [self._work], pickle.dumps(piece))
         self.running[sent] = index
 
     def next(self) -> tuple[int, Answer | None, str, bool]:

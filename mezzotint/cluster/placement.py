@@ -53,6 +53,15 @@ class Machine:
         }
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a piece is alone: a machine, its node of the cluster, and the cores that the cluster has there."""
+
+    host: str
+    node: str
+    cores: int
+
+
 @cache
 def this_computer() -> Machine:
     """Return the facts of the machine that this process runs on."""

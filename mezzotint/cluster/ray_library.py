@@ -21,3 +21,9 @@ def ray_library() -> Any:
             where="--cluster",
             hint="pip install 'mezzotint[cluster]'",
         ) from error
+
+
+def pinned(node: str) -> Any:
+    """Return the strategy that lets a task run on this node and nowhere else."""
+    strategies = import_module("ray.util.scheduling_strategies")
+    return strategies.NodeAffinitySchedulingStrategy(node, soft=False)

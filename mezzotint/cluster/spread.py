@@ -32,7 +32,14 @@ class ClusterSpread:
         return self._cluster.threads
 
     def in_order(
-        self, work: PieceWork, folder: Path, pieces: Sequence[Any], stage: str, *, unit: str | None = "pieces"
+        self,
+        work: PieceWork,
+        folder: Path,
+        pieces: Sequence[Any],
+        stage: str,
+        *,
+        unit: str | None = "pieces",
+        gpus: float = 0,
     ) -> Iterator[Any]:
         """Yield the results of pieces in their order. Raises the refusal of a piece, and ClusterError.
 
@@ -44,7 +51,7 @@ class ClusterSpread:
         shared = _FolderWork(carried, names, work, self.threads)
         progress = silent if unit is None else self._progress
         for _, answer in self._cluster.answers(
-            shared, pieces, stage=stage, unit=unit or "pieces", ordered=True, progress=progress
+            shared, pieces, stage=stage, unit=unit or "pieces", ordered=True, gpus=gpus, progress=progress
         ):
             self._warn_of(answer.stamp.machine)
             yield answer.result

@@ -28,7 +28,14 @@ class Backwards:
         self.pieces: dict[str, int] = {}
 
     def in_order(
-        self, work: Any, folder: Path, pieces: Sequence[Any], stage: str, *, unit: str | None = "pieces"
+        self,
+        work: Any,
+        folder: Path,
+        pieces: Sequence[Any],
+        stage: str,
+        *,
+        unit: str | None = "pieces",
+        gpus: float = 0,
     ) -> Iterator[Any]:
         results = {}
         for i in reversed(range(len(pieces))):

@@ -80,7 +80,7 @@ def test_it_is_that_of_the_network_and_moves_the_fit(tmp_path: Path) -> None:
     unit = next(unit for unit in find_units(program, "layer") if unit.name == "down")
     part = cut_out(program.model, unit.computed, program.signature, floats, unit.name)
     latents = chosen_latents(program, here, 1)
-    (found,) = measure_fishers(program, here, part, latents, 2, HOST).values()
+    (found,) = measure_fishers(program, here, part, latents, HOST, rank=2).values()
     network = ProbedNetwork(program, model, HOST, taps=part.targets)
     total = np.zeros(found.rest.shape[0])
     for batch in latents:

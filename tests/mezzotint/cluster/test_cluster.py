@@ -30,19 +30,24 @@ from mezzotint import compile_model, open_bundle, read_shards, sample_to_folder
 from mezzotint.cluster.connection import open_cluster
 from mezzotint.cluster.driver import Cluster
 from mezzotint.cluster.ledger import ClusterError
-from mezzotint.cluster.placement import CarriedFolder, cache_place
+from mezzotint.cluster.placement import CarriedFolder, Place, cache_place, this_computer
+from mezzotint.cluster.ray_library import ray_library
 from mezzotint.cluster.record import MACHINES
 from mezzotint.compiler.core.pipeline import Recipe
 from mezzotint.compiler.correction.noise_runs import NoiseNetworks
 from mezzotint.compiler.rounding.rounder import WeightRounder
+from mezzotint.compiler.training.rounding_of_unit import RoundingTrainer
 from mezzotint.debug.diagnose import diagnose
 from mezzotint.evaluate.run import evaluate_bundle
 from mezzotint.io.objects import ObjectFolder
 from mezzotint.passes.fit_noise import FitNoise
 from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.reconstruct import Reconstruct
 from mezzotint.passes.round_weights import RoundWeights
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
 from mezzotint.shards.drawing import CarriedBundle
+from mezzotint.sweep.points import SweepPoints
+from mezzotint.sweep.sweep import SweepTimer, run_sweep
 from tests.helpers.cluster_work import Square, Surroundings
 from tests.helpers.feature_nets import feature_net
 from tests.helpers.models import SMALL, Cli, Compiled
@@ -323,11 +328,13 @@ def test_a_compilation_has_the_same_digest(
     What workers do is forbidden to this process.
     """
     options = {**SMALL, "threads": 3, "calibration_samples": 10, "calibration_batch": 2}
-    options["recipe"] = Recipe("all-pieces", "", (*RECIPES["w8a8"].passes, RoundWeights(), FitNoise()))
+    training = Reconstruct(unit="layer", behind="start", iterations=3, calls=2, samples=2, held_out=0)
+    options["recipe"] = Recipe("all-pieces", "", (*RECIPES["w8a8"].passes, RoundWeights(), training, FitNoise()))
     options["settings"] = {"observe.groups": 0, "observe.channels": "all"}
     said: list[str] = []
     alone = compile_model(hand.exported, tmp_path / "alone", **options, cache=tmp_path / "c1")
     with monkeypatch.context() as patch:
+        patch.setattr(RoundingTrainer, "train", lambda *_: pytest.fail("it was trained here"))
         patch.setattr(WeightRounder, "round", lambda self, weight: pytest.fail("it was rounded here"))
         patch.setattr(NoiseNetworks, "follow", lambda *_: pytest.fail("it was followed here"))
         spread = compile_model(
@@ -341,13 +348,18 @@ def test_a_compilation_has_the_same_digest(
 
     assert any(line.startswith("observe | ") and line.endswith("5 of 5") for line in said), said
     assert spread.manifest.digest == alone.manifest.digest
-    assert "gptq: 2 of 2 weights" in alone.manifest.history[-2].note and alone.manifest.noise
+    assert "gptq: 2 of 2 weights" in alone.manifest.history[-3].note and alone.manifest.noise
+    assert spread.manifest.training == alone.manifest.training and len(alone.manifest.training) == 2
     one, other = ({file.name: file.read_bytes() for file in tmp_path.glob(f"{c}/*/*")} for c in ("c1", "c2"))
-    assert one == other and len(one) == 2
+    assert one == other and len(one) == 4
     few = compile_model(hand.exported, tmp_path / "few", **{**options, "calibration_samples": 8})
     assert few.manifest.digest != alone.manifest.digest
     costs = [diagnose(alone, hand.exported, threads=3, cluster=where).to_json() for where in (None, nodes.address)]
     assert costs[0] == costs[1]
+
+    timer = SweepTimer(SweepPoints((1, 2), (1,)), repeats=1, rounds=1)
+    (swept,) = run_sweep(alone, timer, float_model=hand.exported, cluster=nodes.address)
+    assert swept.machine == this_computer() and [call.batch for call in swept.calls] == [1, 2]
 
 
 @pytest.mark.usefixtures("cluster")
@@ -387,6 +399,12 @@ def test_a_lost_machine(nodes: Any, cluster: Cluster, tmp_path: Path) -> None:
     """A node dies with the piece that it works on; it is done again on another one."""
     second = _second_node(nodes)
     homes: dict[int, str] = {}
+    assert [place.cores for place in cluster.places()] == [CORES], "two nodes of one machine are one place"
+    one, other = (Place("", node["NodeID"], CORES) for node in ray_library().nodes() if node["Alive"])
+    (tmp_path / "pinned").mkdir()
+    places = [one, other, other] * 2
+    pinned = cluster.answers(Square(str(tmp_path / "pinned")), range(6), stage="square", places=places)
+    assert {piece: answer.stamp.node for piece, answer in pinned} == {i: place.node for i, place in enumerate(places)}
     lost = ""
     with open_cluster(nodes.address, CORES) as opened:  # one piece at a time on each node
         work = Square(str(tmp_path), delays=(0.2,), threads=CORES)

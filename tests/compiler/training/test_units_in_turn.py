@@ -1,0 +1,111 @@
+"""Units that are trained from the start of the pass: in any order, on any worker, and each known by its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.cache import Cache
+from mezzotint.compiler.core.pipeline import Context, Pass
+from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.training import units_in_turn
+from mezzotint.passes.learn_scales import LearnScales
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
+from mezzotint.passes.reconstruct import Reconstruct
+from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.progress import DETAIL
+from tests.helpers.spreads import Backwards
+from tests.helpers.tiny import context_in, tiny_program
+
+QUICK: dict[str, Any] = {"held_out": 0, "iterations": 6, "calls": 2, "samples": 2, "batch": 2}
+ROUNDING: dict[str, Any] = {**QUICK, "unit": "layer", "learning_rate": 0.3, "drop": 0.2, "curvature": "fisher"}
+TRAININGS = ("reconstruct", "learn_scales")
+
+
+def training(name: str, **options: Any) -> Pass:
+    if name == "reconstruct":
+        return Reconstruct(**{**ROUNDING, **options})
+    return LearnScales(**{**QUICK, "through": "layer", **options})
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """The tiny denoiser, with weights and activations of 4 bits."""
+    narrow = {"choose_scales.weight_bits": 4, "choose_scales.activation_bits": 4}
+    steps = with_options(RECIPES["w8a8"], narrow).passes
+    return pipeline.run_passes(tiny_program(steps=3), steps, context_in(tmp_path_factory.mktemp("program")))
+
+
+def after(step: Pass, program: Program, context: Context, **parts: Any) -> Program:
+    return pipeline.run_passes(program, [step], replace(context, threads=1, **parts))
+
+
+def constants(program: Program) -> dict[str, Any]:
+    return {name: numpy_of(value) for name, value in program.graph.initializers.items()}
+
+
+def assert_same(one: Program, other: Program) -> None:
+    a, b = constants(one), constants(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_workers_train_the_same_units(name: str, program: Program, context: Context) -> None:
+    step = training(name, behind="start")
+    here = after(step, program, context)
+    spread = Backwards()
+    there = after(step, program, context, spread=spread)
+    assert spread.pieces == {name: len(here.training)} and len(here.training) > 2
+    assert there.training == here.training and there.history[-1].note == here.history[-1].note
+    assert_same(there, here)
+    assert any(fit.kept for fit in here.training)
+
+    turns = Backwards()
+    behind = after(training(name), program, context, spread=turns)
+    assert turns.pieces == {}, "a unit that reads what another one learned waits for it"
+    first, *others = zip(here.training, behind.training, strict=True)
+    assert first[0] == first[1], "nothing is trained before the first unit"
+    assert any(apart.start != later.start for apart, later in others)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_each_unit_is_known_by_itself(name: str, program: Program, context: Context, tmp_path: Path) -> None:
+    """A cache of some units, in whatever order they were trained, serves them all."""
+    seen: list[str] = []
+    cached: dict[str, Any] = {"cache": Cache(tmp_path / "cache"), "progress": lambda stage, *_: seen.append(stage)}
+
+    def trained() -> set[str]:
+        units = {stage.partition(DETAIL)[0].removeprefix(f"{name}: ") for stage in seen if f"{name}: " in stage}
+        seen.clear()
+        return units
+
+    whole = after(training(name, behind="start"), program, context)
+    units = [fit.unit for fit in whole.training]
+    some: Sequence[str] = (units[-1], units[1])
+    after(training(name, behind="start", units=some), program, context, **cached)
+    assert trained() == set(some)
+    spread = Backwards()
+    again = after(training(name, behind="start"), program, context, spread=spread, **cached)
+    assert spread.pieces == {name: len(units) - len(some)}
+    assert again.training == whole.training
+    assert_same(again, whole)
+    assert_same(after(training(name, behind="start"), program, context, **cached), whole)
+    assert trained() == set()
+
+
+def test_another_torch_is_refused(program: Program, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver asks for its version first, the worker for its own then."""
+    versions = iter(["2.13.0", "2.12.1"])
+    monkeypatch.setattr(units_in_turn, "version", lambda package: next(versions))
+    with pytest.raises(InputError, match=r"has torch 2\.12\.1, and the driver 2\.13\.0"):
+        after(Reconstruct(**ROUNDING, behind="start"), program, context, spread=Backwards())
