@@ -66,6 +66,8 @@ class Distill(TrainingPass):
     - `iterations`, `batch`: steps of Adam, and samples in a step.
     - `weight_steps`, `float_shares`, `scale_shares`: how far an iteration moves quantized weights at first, in steps of
       their grids, and float weights and the ends of grids, in shares of their size. All fall to 0.
+    - `level_steps`: the same of the levels of weights that move, in their mean distances; 0 leaves them where
+      choose_levels put them.
     - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
@@ -85,6 +87,7 @@ class Distill(TrainingPass):
     weight_steps: float = 3e-3
     float_shares: float = 3e-4
     scale_shares: float = 1e-2
+    level_steps: float = 0.0
     batch: int = 8
     unroll: int = 1
     blocks: float = 0.0
@@ -100,7 +103,10 @@ class Distill(TrainingPass):
             self, "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
         )
         require_positive(self, "held_out", "checks", *(() if self.minutes is None else ("minutes",)))
-        require_not_negative(self, "blocks", "relations")
+        require_not_negative(self, "blocks", "relations", "level_steps")
+        if self.level_steps and self.weights == "none":
+            hint = "let weights move too, or set distill.level_steps to 0"
+            raise RecipeError("levels move with their weights, which stay", where=self.name, hint=hint)
         if not 0 < self.critical <= 1:
             hint = "choose a share of the rows, above 0 and at most 1"
             raise RecipeError(f"{self.name}.critical is {self.critical}", where=self.name, hint=hint)

@@ -33,7 +33,8 @@ class Quantizer(nn.Module):
     written. The gradients of both parameters are multiplied by 1 / sqrt(n qmax), as LSQ does, where n is the number of
     elements that share a scale; with tables, of those of one sample.
 
-    `use_levels` puts a codebook in the place of the integers: round(v) is then the nearest level.
+    `use_levels` puts a codebook in the place of the integers: round(v) is then the nearest level. Its gradient reaches
+    the level, too, where levels are trained (compiler/training/learned_levels.py).
     """
 
     qmin: torch.Tensor
@@ -150,8 +151,11 @@ class Quantizer(nn.Module):
             x = x.to(self.scale.dtype)  # autocast computes in 16 bits; the grid is that of float32
         scale, zero, low, high = self.parameters_for(x, row)
         v = x / scale
-        through = v if self.levels is None else torch.clamp(v, low, high)  # the nearest level is inside already
-        q = torch.clamp(with_gradient_of(self.nearest(v), through) + zero, low, high)
+        if self.levels is None:
+            q = torch.clamp(with_gradient_of(self.nearest(v), v) + zero, low, high)
+        else:  # the nearest level is inside of the grid, and has a gradient of its own where levels are trained
+            through = torch.clamp(v, low, high)
+            q = self.nearest(v) + (through - through.detach())
         quantized = (q - zero) * scale
         if self.training and self.drop_probability > 0:
             chance = torch.rand(x.shape, generator=self.drop_generator, device=x.device)

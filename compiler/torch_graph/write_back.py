@@ -200,7 +200,7 @@ class _Writer:
             trained = _array(part.hard(), name)
         else:
             trained = _array(self.trained.weights[name], name) if name in self.trained.weights else old
-        before = self.before.get(node)
+        before = self.before.get(node) if quantizer.levels is None else None
         if before is not None and all(map(np.array_equal, (trained, scale, zero), (old, *before))):
             return old
         axis, rank = quantizer.axis, old.ndim
@@ -214,7 +214,7 @@ class _Writer:
             planned = self.program.require_plan().quantizers[site]
             lowest, highest = ends(planned.grid, axis, rank)
             uniform = planned.levels is not None and levels is None
-            if uniform or np.any(q < lowest) or np.any(q > highest):
+            if uniform or (levels is None and (np.any(q < lowest) or np.any(q > highest))):
                 raise PassError(
                     "a trained weight is not on the grid of the plan", where=str(site), hint="call plan_grids first"
                 )
@@ -310,7 +310,7 @@ def _quantizer(part: torch.nn.Module) -> Quantizer:
 
 
 def _same(a: Planned, b: Planned) -> bool:
-    return np.array_equal(a.scale, b.scale) and np.array_equal(a.zero_point, b.zero_point)
+    return all(np.array_equal(getattr(a, part), getattr(b, part)) for part in ("scale", "zero_point", "levels"))
 
 
 def _array(tensor: torch.Tensor, name: str) -> _Array:

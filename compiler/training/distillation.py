@@ -23,6 +23,7 @@ from .array_files import ArrayFiles
 from .block_data import LossWatcher
 from .fit_network import NetworkResult, fit_network
 from .fit_rounding import curve_of
+from .learned_levels import LearnedLevels
 from .learned_scales import LearnedScales, learned_grids
 from .movements import Movements, Rates
 from .moving_weights import Moving, MovingWeights
@@ -108,10 +109,13 @@ class Distillation:
         )
         groups = program.require_plan().groups
         row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
-        of_weights = [i.weight.quantize.name or "" for i in moves.quantized] if moves.scales == "both" else []
+        names = [inputs.weight.quantize.name or "" for inputs in moves.quantized]
+        of_weights = names if moves.scales == "both" else []
         scales = None if moves.scales == "none" else _scales(program, graph, of_weights)
-        rates = Rates(self.fit.weight_steps, self.fit.float_shares, self.fit.scale_shares)
-        return Movements(weights, scales, rates, row_of)
+        fit = self.fit
+        rates = Rates(fit.weight_steps, fit.float_shares, fit.scale_shares, fit.level_steps)
+        levels = LearnedLevels(graph, names) if fit.level_steps else None
+        return Movements(weights, scales, rates, row_of, levels)
 
     def _cache(self, program: Program) -> CheckCache:
         cache = self.context.cache

@@ -12,6 +12,7 @@ import torch
 
 from mezzotint.runtime.signature import Timestep
 
+from .learned_levels import LearnedLevels
 from .learned_scales import LearnedScales
 from .moving_weights import MovingWeights
 
@@ -25,15 +26,17 @@ class Rates:
     weight_steps  quantized weights, in steps of their grids
     float_shares  other weights, in shares of their size
     scale_shares  the ends of grids, in shares of their size
+    level_steps   levels of codebooks, in their mean distances
     """
 
     weight_steps: float
     float_shares: float
     scale_shares: float
+    level_steps: float = 0.0
 
 
 class Movements:
-    """Weights and scales that move, and what an optimizer trains of them, in `groups` with their rates.
+    """Weights, scales and levels that move, and what an optimizer trains of them, in `groups` with their rates.
 
     `row_of` are the rows of tables by timestep.
     """
@@ -44,11 +47,13 @@ class Movements:
         scales: LearnedScales | None,
         rates: Rates,
         row_of: Mapping[Timestep, int] = MappingProxyType({}),
+        levels: LearnedLevels | None = None,
     ) -> None:
-        self._weights, self._scales, self._row_of = weights, scales, row_of
+        self._weights, self._scales, self._row_of, self._levels = weights, scales, row_of, levels
         moving = [] if weights is None else weights.parameter_groups(rates.weight_steps, rates.float_shares)
         learned = [] if scales is None else scales.parameter_groups(rates.scale_shares)
-        self.groups: list[dict[str, Any]] = [*moving, *learned]
+        tables = [] if levels is None else levels.parameter_groups(rates.level_steps)
+        self.groups: list[dict[str, Any]] = [*moving, *learned, *tables]
         self.variables = [v for group in self.groups for v in group["params"]]
 
     def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
@@ -57,10 +62,13 @@ class Movements:
         return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the moved weights, which all calls of one step share."""
-        return {} if self._weights is None else self._weights.values()
+        """Return the moved weights and levels, which all calls of one step share."""
+        weights = {} if self._weights is None else self._weights.values()
+        return weights if self._levels is None else weights | self._levels.values()
 
     def settle(self) -> dict[str, npt.NDArray[Any]]:
-        """Write everything into the module; return what was written by the names of its parameters."""
+        """Write everything into the module; return what was written by the names of its parameters, without levels."""
+        if self._levels is not None:
+            self._levels.settle()
         weights = {} if self._weights is None else self._weights.settle()
         return weights | ({} if self._scales is None else self._scales.settle())

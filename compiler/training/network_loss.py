@@ -43,6 +43,7 @@ class NetworkFit:
     iterations    steps of Adam
     weight_steps  how far one of them moves a quantized weight at first, in steps of its grid
     float_shares, scale_shares  how far it moves other weights, and the ends of grids, in shares of their size
+    level_steps   how far it moves levels of codebooks at first, in their mean distances
     batch         samples in a step, of one stretch of the trajectory
     unroll        calls in a row whose errors add up
     blocks, relations  weights of the errors of block outputs and of their relations, beside the loss of 1
@@ -57,6 +58,7 @@ class NetworkFit:
     weight_steps: float
     float_shares: float
     scale_shares: float
+    level_steps: float
     batch: int
     unroll: int
     blocks: float

@@ -98,6 +98,36 @@ DISTILLED = (
         baseline="neuqi",
         claim="w2a8",
     ),
+    Recipe(
+        "pv-tuning",
+        "ganq with weights of 2 bits, whose codes and levels are trained together against the float network's "
+        "predictions",
+        static(
+            observe=Observe(channels="inputs"),
+            scales=ChooseScales(weight_bits=2),
+            plan=(ChooseLevels(),),
+            behind=(RoundWeights(refits=4), replace(PUBLISHED_FIT, level_steps=1e-2)),
+        ),
+        paper="PV-Tuning, arXiv 2405.14852 (a table of levels for each output channel in place of additive vectors; "
+        "codes by straight-through gradients in each step, not in a subspace in turns; 1000 steps of 8 samples)",
+        baseline="ganq",
+        claim="w2a8",
+    ),
+    Recipe(
+        "dgms",
+        "w8a8 with weights of 3 bits on levels by k-means for each layer, which are trained with the weights against "
+        "the float network's predictions",
+        static(
+            observe=Observe(channels="inputs"),
+            scales=ChooseScales(weight_bits=3),
+            plan=(ChooseLevels(tables="tensor"),),
+            behind=(replace(PUBLISHED_FIT, level_steps=1e-2),),
+        ),
+        paper="DGMS, arXiv 2112.15131 (nearest levels with straight-through gradients in place of a mixture of normal "
+        "distributions that hardens; int8 levels; 1000 steps of 8 samples)",
+        baseline="w8a8",
+        claim="w3a8",
+    ),
     against_w8a8(
         "mpq-dm",
         "w4a8",
