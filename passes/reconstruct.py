@@ -59,6 +59,7 @@ from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training.block_data import LossWatcher
+from mezzotint.compiler.training.joined_units import capacity_of, joined_by_capacity
 from mezzotint.compiler.training.training_pass import TrainingPass
 from mezzotint.compiler.training.units import GraphUnit, UnitToTrain, find_units, quantizers_of_units, time_unit
 from mezzotint.runtime.bundle.training import TrainedUnit
@@ -69,6 +70,8 @@ class Reconstruct(TrainingPass):
     """Weights rounded by training, layer by layer or block by block.
 
     - `unit`: `layer` (AdaRound) or `block` (BRECQ).
+    - `joined`: how many pairs of neighbouring units are trained as one, those whose weights differ most in bits (MRECG;
+      compiler/training/joined_units.py).
     - `behind`: a unit reads what the `trained` units before it compute, or what the graph computed at the `start` of
       the pass. Then units do not know each other, and workers train them at once.
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, their learning rate, and samples in a step.
@@ -88,6 +91,7 @@ class Reconstruct(TrainingPass):
     """
 
     unit: Literal["layer", "block"] = "block"
+    joined: int = 0
     behind: Literal["trained", "start"] = "trained"
     iterations: int = 300
     learning_rate: float = 0.15
@@ -108,7 +112,7 @@ class Reconstruct(TrainingPass):
 
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "learning_rate", "regularization", "batch", "calls", "samples", "rank")
-        require_not_negative(self, "inner", "held_out", "scale_shares")
+        require_not_negative(self, "inner", "held_out", "scale_shares", "joined")
         if not 0 <= self.drop < 1:
             raise RecipeError(
                 f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"
@@ -151,7 +155,11 @@ class Reconstruct(TrainingPass):
         A weight that several units read is in none. Raise RecipeError for a pattern that matches no unit.
         """
         branch = time_unit(program)
-        units = [*([branch] if branch else []), *find_units(program, self.unit)]
+        units = find_units(program, self.unit)
+        if self.joined:
+            units = [unit for unit in units if self._weights(program, unit, branch)]
+            units = joined_by_capacity(units, [capacity_of(unit, program) for unit in units], self.joined)
+        units = [*([branch] if branch else []), *units]
         parts = [(unit, self._weights(program, unit, branch)) for unit in units]
         trained = [unit for unit, weights in parts if weights]
         left = len(find_weights(program.graph)) - sum(len(weights) for _, weights in parts)

@@ -75,6 +75,15 @@ TRAINED = (
         static(behind=(Reconstruct(held_out=0), _ACTIVATIONS)),
     ),
     Recipe(
+        "mrecg",
+        "brecq with the three pairs of neighbouring blocks trained as one whose weights differ most in bits",
+        static(behind=(Reconstruct(joined=3, held_out=0), _ACTIVATIONS)),
+        paper="MRECG, arXiv 2303.11906 (blocks by their capacities, without the factor of strides; three pairs; "
+        "reconstruction as in BRECQ)",
+        baseline="brecq",
+        claim="w4a8",
+    ),
+    Recipe(
         "fima-q",
         "brecq with errors of blocks weighted by the Fisher matrix of their outputs, a diagonal and a part of low rank",
         static(behind=(_FISHER, _ACTIVATIONS)),

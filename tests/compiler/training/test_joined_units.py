@@ -1,0 +1,68 @@
+"""Neighbouring units that are trained as one where their capacities differ most."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mezzotint.compiler.core import pipeline
+from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.rounding.weights import find_weights
+from mezzotint.compiler.training.joined_units import capacity_of, joined_by_capacity
+from mezzotint.compiler.training.units import NETWORK, GraphUnit, find_units
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
+from mezzotint.passes.reconstruct import Reconstruct
+from tests.helpers.tiny import tiny_program
+
+UNITS = [GraphUnit(name, frozenset(name)) for name in "abcde"]
+
+
+@pytest.mark.parametrize(
+    ("capacities", "pairs", "wanted"),
+    [
+        ([1, 1, 9, 8, 1], 0, "a b c d e"),
+        ([1, 1, 9, 8, 1], 1, "a b+c d e"),
+        ([1, 1, 9, 8, 1], 2, "a b+c d+e"),
+        ([1, 5, 1, 1, 2], 2, "a+b+c d e"),
+        ([4, 4, 4, 4, 4], 2, "a+b+c d e"),
+        ([1, 2, 3, 4, 5], 4, "a+b+c+d+e"),
+    ],
+)
+def test_the_largest_differences_are_joined(capacities: list[float], pairs: int, wanted: str) -> None:
+    found = joined_by_capacity(UNITS, capacities, pairs)
+    assert " ".join(unit.name.replace(" ", "") for unit in found) == wanted
+    for unit in found:
+        assert unit.computed == frozenset(unit.name) - set("+ ")
+
+
+def test_more_pairs_than_there_are() -> None:
+    with pytest.raises(RecipeError, match="5 units have 4 pairs of neighbours, and 5 are to be joined"):
+        joined_by_capacity(UNITS, [1] * 5, 5)
+    with pytest.raises(RecipeError, match="0 units have 0 pairs"):
+        joined_by_capacity([], [], 1)
+
+
+def test_blocks_of_a_network(context: Context) -> None:
+    """Capacities are bits, and a joined unit trains the weights of both."""
+    widths: dict[str, Any] = {"choose_scales.weight_bits": 4}
+    program = pipeline.run_passes(tiny_program(steps=2), with_options(RECIPES["w8a8"], widths).passes, context)
+    weights = find_weights(program.graph)
+    (whole,) = find_units(program, "network")
+    assert whole.name == NETWORK and capacity_of(whole, program) == 4 * sum(w.rows().size for w in weights)
+    blocks = [unit for unit in find_units(program, "block") if capacity_of(unit, program)]
+    capacities = [capacity_of(unit, program) for unit in blocks]
+    largest = int(np.argmax(np.abs(np.diff(capacities))))
+
+    options: dict[str, Any] = {"held_out": 0, "iterations": 2, "calls": 1, "samples": 1}
+    one = replace(context, threads=1)
+    after = pipeline.run_passes(program, [Reconstruct(joined=1, **options)], one)
+    names = [fit.unit for fit in after.training]
+    assert names[largest] == f"{blocks[largest].name} + {blocks[largest + 1].name}"
+    assert len(names) == len(blocks) - 1
+    with pytest.raises(RecipeError, match="are to be joined"):
+        pipeline.run_passes(program, [Reconstruct(joined=len(blocks), **options)], one)
