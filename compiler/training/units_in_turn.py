@@ -79,8 +79,7 @@ class UnitsInTurn:
         known = {unit.name for unit in self.units if self.cache.load(unit.name, unit.computed) is not None}
         new = self._computed(program, [unit for unit in self.units if unit.name not in known])
         for unit in self.units:
-            found = self.cache.load(unit.name, unit.computed) if unit.name in known else None
-            yield found or self._keep(unit, next(new))
+            yield self._after(program, unit) if unit.name in known else self._keep(unit, next(new))
 
     def _computed(self, program: Program, units: Sequence[UnitToTrain]) -> Iterator[Fit]:
         """Yield new fits; workers compute them where the context has some."""
