@@ -44,9 +44,12 @@ def _kind(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
         return f"int{facts[0]}", facts[1]
     for node, _ in value.uses():  # packed values, which index a table after a Cast: compiler/lowering/packing.py
         readers = node.outputs[0].uses() if is_op(node, "Cast") and value.dtype == ir.DataType.UINT8 else ()
+        if any(is_op(reader, "Add") for reader, _ in readers):  # two values (compiler/lowering/pair_packing.py)
+            return "int4", 2 * tensor.size
         tables = [reader.inputs[0] for reader, index in readers if is_op(reader, "Gather") and index == 1]
         if tables and tables[0] is not None and tables[0].const_value is not None:
-            if tables[0].dtype == ir.DataType.UINT8:  # a bit for each value (compiler/lowering/sparse_packing.py)
+            # A bit for each value (compiler/lowering/sparse_packing.py), or a nibble for four (pair_packing.py).
+            if tables[0].dtype in (ir.DataType.UINT8, ir.DataType.INT32):
                 return "mask", 8 * tensor.size
             count = int(tables[0].const_value.shape.numpy()[1])
             return f"int{8 // count}", tensor.size * count

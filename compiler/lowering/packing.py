@@ -11,6 +11,7 @@ onnxruntime computes these once, when a session is built, and the kernels get th
     float32, exact in half          FLOAT16 -> Cast(FLOAT)
     table of integers               INT8 or INT16, less the middle of each column -> Cast -> Add(middle)
     weight with many zeros          a bit for each value, and the others (sparse_packing.py)
+    the same, large, 2:4, 4 bits    pairs of places and of values (pair_packing.py)
 
 The values alone decide, not the plan; `store_half` makes float constants exact in half. Measured on onnxruntime 1.31.1
 and 1.23.2: all of these are folded, before QLinearConv, MatMulIntegerToFloat and in QDQ form; for weights of 2560 x
@@ -20,13 +21,15 @@ the table. Three bits are stored in four, five to seven in eight; a codebook (ch
 Building a session takes more time and memory, because onnxruntime frees folded constants at the end, and the allocator
 may keep their memory. Ten weights of 14.7 M integers in a separate file: int8 0.3 s and 227 MB at most; INT4 0.9 s and
 261 MB (1.31.1) or 389 (1.23.2); two bits 1.4 s and 543 to 565 MB; as float32 they are 590 MB. Calls cost the same, to
-the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 1.02 of the time (batch 8 and 1).
+the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 1.02 of the time (batch 8 and 1). Zeros
+are left out of MOST_SPARSE values at most, because each value takes 25 bytes when a session is built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -39,9 +42,11 @@ from ..graph.nodes import Builder, Names, name_of, numpy_of
 from ..graph.scopes import CONSTANTS_SCOPE
 from .codes import BITS_OF_BYTES, Coded, coded, unpacked
 from .packable import SMALLEST_SAVING, integer_weights, is_float_weight, is_half, is_table
+from .pair_packing import PairForm, unpack_pairs
 from .sparse_packing import SparseForm, Store, unpack_sparse
 
 INT4_OPSET, INT4_IR = 21, 10
+MOST_SPARSE = 1 << 27  # values of all constants whose zeros are left out one by one
 CODES_COST = 2048  # of the nodes that unpack codes
 _NARROW = (np.int8, np.uint8, np.int16)
 
@@ -123,7 +128,7 @@ class _Packer:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
         self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS_SCOPE)
-        self._count = 0
+        self._count = self._unpacked = 0
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
 
     def weight(self, value: ir.Value, axis: int, *, whole: bool = False) -> None:
@@ -139,13 +144,16 @@ class _Packer:
             if (by_code := coded(q, axis)) is not None and by_code.nbytes + CODES_COST <= size:
                 self._replace(value, self._decoded(by_code, q.shape, axis, stem))
                 return
-        if groups[0][0] == 8 and (whole or SparseForm.of(q, 8) is None):
+        if groups[0][0] == 8 and (whole or self._sparse_form(q, 8) is None):
             return
         parts = []
         for bits, rows in groups:
             part = q if len(groups) == 1 else np.take(q, rows, axis)
-            form = None if whole else SparseForm.of(part, bits)
-            if form is None:
+            pairs = PairForm.of(part) if bits == 4 and not whole else None
+            form = None if whole or pairs is not None else self._sparse_form(part, bits)
+            if pairs is not None:
+                parts.append(unpack_pairs(pairs, self.build, self._once, self._short_stem()))
+            elif form is None:
                 parts.append(self._stored(bits, f"{stem}_int{bits}", part))
             else:
                 parts.append(self._sparse(form, partial(self._stored, bits)))
@@ -154,15 +162,24 @@ class _Packer:
     def floats(self, value: ir.Value) -> None:
         """Store a float constant in half precision where it is exact, and by its values that are not 0 if few are."""
         half = is_half(value)
-        form = SparseForm.of(numpy_of(value), 16 if half else 32) if is_float_weight(value) else None
+        form = self._sparse_form(numpy_of(value), 16 if half else 32) if is_float_weight(value) else None
         if form is not None:
             self._replace(value, self._sparse(form, self._in_half if half else self.build.constant))
         elif half:
             self._replace(value, self._in_half(name_of(value), numpy_of(value)))
 
+    def _sparse_form(self, array: npt.NDArray[Any], bits: int) -> SparseForm | None:
+        """Return the form of a constant without its zeros, None where it is no smaller or too much has one already."""
+        return None if self._unpacked + array.size > MOST_SPARSE else SparseForm.of(array, bits)
+
     def _sparse(self, form: SparseForm, stored: Store) -> ir.Value:
-        self._count += 1  # a dozen nodes: the name of the weight in each would be a large part of a small file
-        return unpack_sparse(form, self.build, stored, self._once, f"z{self._count}")
+        self._unpacked += prod(form.shape)
+        return unpack_sparse(form, self.build, stored, self._once, self._short_stem())
+
+    def _short_stem(self) -> str:
+        """Return a name for a dozen nodes: that of the weight in each would be a large part of a small file."""
+        self._count += 1
+        return f"z{self._count}"
 
     def _in_half(self, stem: str, array: npt.NDArray[Any]) -> ir.Value:
         """Store an array in half precision, and return it in float32."""

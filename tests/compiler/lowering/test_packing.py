@@ -16,7 +16,7 @@ from mezzotint.compiler.bundle import writer
 from mezzotint.compiler.bundle.writer import save_model
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of
-from mezzotint.compiler.lowering import packing
+from mezzotint.compiler.lowering import packing, pair_packing
 from mezzotint.compiler.lowering.codes import code_facts
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import open_session
@@ -195,24 +195,31 @@ def test_any_number_of_integers(
     np.testing.assert_array_equal(unpacked_by_onnxruntime(narrow, tmp_path_factory.mktemp("odd")), q)
 
 
-def test_the_oldest_onnxruntime_builds_the_same_kernels(tmp_path: Path) -> None:
-    """In 4 bits, in 2, by rows, by code and sparse: the kernel runs, no unpacking node is left, the numbers agree."""
+def test_the_oldest_onnxruntime_builds_the_same_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 4 bits, in 2, by rows, by code, sparse, 2:4: the kernel runs, no unpacking node is left, the numbers agree."""
+    monkeypatch.setattr(pair_packing, "LARGE", 1)
     models, wanted = {}, {}
     for form in FORMS:
         sparse = integers(form, 8)
         sparse[np.random.default_rng(1).random(sparse.shape) < 0.7] = 0
+        axis = 0 if form.startswith("matmul") else 1
+        pairs = np.concatenate([integers(form, 4)] * 4, axis)
+        np.moveaxis(pairs, axis, 0)[::2] = 0
         weights = {
             "4": integers(form, 4),
             "2": integers(form, 2, 5),
             "codes": by_code(form, 15 if form.endswith("qdq") else 8, own=form[0] != "c"),
             "sparse": sparse,
+            "pairs": pairs,
         }
         for case, q in weights.items():
             name = f"{form}-{case}"
             plain = layer(form, q)
             wanted[name] = run(plain, tmp_path, f"{name}-plain")
             models[name] = tmp_path / f"{name}.onnx"
-            save_model(packed(plain), models[name])
+            small = packed(plain)
+            assert any(value.endswith("_pairs") for value in small.graph.initializers) == (case == "pairs")
+            save_model(small, models[name])
             (x,) = plain.graph.inputs
             shape = x.shape.numpy() if x.shape is not None else ()
             np.savez(models[name].with_suffix(".npz"), x=np.random.default_rng(1).normal(size=shape).astype("f4") * 2)
