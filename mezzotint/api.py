@@ -123,12 +123,12 @@ def compile_model(
     with the configuration of a checkpoint of one file (.safetensors).
     `export` is a path for the imported float graph. `cache` is a folder, or a URL of fsspec, of calibration statistics:
     compilations that calibrate on the same graph in the same way measure once. With `cluster`, "local" or an address
-    (cluster/connection.py), its workers compute the pieces of observe, round_weights and fit_noise, with the same
-    result. `license` is the model's, for the bundle's card. `device` is where passes train: "cpu", "cuda" or "cuda:N";
-    all else runs on the CPU, and one that no pass of the recipe would use is refused. The finished file is run beside
-    the float model before the bundle is written, for about `acceptance_seconds` at most. Where the SQNR of the
-    prediction is below `min_sqnr` dB at a group of timesteps, a `LowFidelity` warning names the worst layers and what
-    helps; with `strict` this is an error.
+    (cluster/connection.py), its workers compute the pieces of observe, round_weights, fit_noise, and of reconstruct and
+    learn_scales from the start of the pass, with the same result. `license` is the model's, for the bundle's card.
+    `device` is where passes train: "cpu", "cuda" or "cuda:N"; all else runs on the CPU, and one that no pass of the
+    recipe would use is refused. The finished file is run beside the float model before the bundle is written, for
+    about `acceptance_seconds` at most. Where the SQNR of the prediction is below `min_sqnr` dB at a group of
+    timesteps, a `LowFidelity` warning names the worst layers and what helps; with `strict` this is an error.
     `progress` is a function of (stage, done, total); `mezzotint.progress.auto()` shows bars in a terminal and lines in
     a notebook.
 

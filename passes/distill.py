@@ -107,6 +107,9 @@ class Distill(TrainingPass):
         if self.level_steps and self.weights == "none":
             hint = "let weights move too, or set distill.level_steps to 0"
             raise RecipeError("levels move with their weights, which stay", where=self.name, hint=hint)
+        if self.level_steps and self.critical < 1:
+            hint = "set distill.critical to 1, or distill.level_steps to 0"
+            raise RecipeError("levels are those of all rows, and some rows stay", where=self.name, hint=hint)
         if not 0 < self.critical <= 1:
             hint = "choose a share of the rows, above 0 and at most 1"
             raise RecipeError(f"{self.name}.critical is {self.critical}", where=self.name, hint=hint)
@@ -114,7 +117,10 @@ class Distill(TrainingPass):
             raise RecipeError("nothing moves", where=self.name, hint="let weights, floats or scales move")
 
     def run(self, program: Program, context: Context) -> Program:
-        self.plan_of(program)
+        plan = self.plan_of(program)
+        if self.level_steps and all(quantizer.levels is None for quantizer in plan.quantizers.values()):
+            hint = "choose_levels gives levels to weights of 2 to 4 bits: --set choose_scales.weight_bits=3; or set "
+            raise RecipeError("no weight has levels to train", where=self.name, hint=f"{hint}distill.level_steps to 0")
         from mezzotint.compiler.training.distillation import Distillation, Moves, network_calls
         from mezzotint.compiler.training.network_loss import NetworkFit
 

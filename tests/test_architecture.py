@@ -171,6 +171,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/training/unit_batches.py": {"torch"},
     "compiler/training/rounding_of_unit.py": {"torch"},
     "compiler/training/fit_scales.py": {"torch"},
+    "compiler/training/learned_levels.py": {"torch"},
     "compiler/training/learned_scales.py": {"torch"},
     "compiler/training/range_networks.py": {"torch"},
     "compiler/training/torch_device.py": {"torch"},

@@ -8,9 +8,10 @@
 The operations that unpack them read constants alone, so that onnxruntime computes them once, when it builds a session
 (measured on 1.23.2 and 1.32.0):
 
-    Cast(INT32) [-> Gather(bits of a byte) -> Mul(2^k) -> ReduceSum] -> Gather(table) -> Reshape
+    Cast(INT32) [-> Add(256 k) -> Gather(2^k times the bits of a byte) -> ReduceSum] -> Gather(table) -> Reshape
 
-Rows with tables of their own use GatherElements in the last step.
+Rows with tables of their own use GatherElements in the last step. onnxruntime frees all of this when the session is
+built: 4 bytes for a weight whose codes are whole (4 bits, or 8), else 4 bytes for each bit of a code and 7 more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..graph.nodes import Builder, consumers, is_constant, is_op
 CODE_BITS = 4
 _CHUNK = 1 << 20  # weights whose integers are counted at once
 _BYTE = 8
+_UNPACKING = ("Cast", "Add", "Gather", "GatherElements", "ReduceSum", "Reshape", "Slice")
 VECTOR_SIZES = (2, 4)
 _WORDS = {2: np.uint16, 4: np.uint32}
 _LOOK_FIRST = 1 << 14  # vectors that are counted before all others
@@ -112,7 +114,7 @@ def code_facts(value: ir.Value) -> tuple[int, int] | None:
     bits = 4 if value.dtype == ir.DataType.UINT4 else int(value.shape.numpy()[-1]) if len(value.shape) == 2 else 8
     number = value.shape.numpy()[0] * (_BYTE if len(value.shape) == 2 else 1)
     node = next((node for node, _ in value.uses() if is_op(node, "Cast")), None)
-    while node is not None and is_op(node, "Cast", "Gather", "GatherElements", "Mul", "ReduceSum", "Reshape", "Slice"):
+    while node is not None and is_op(node, *_UNPACKING):
         table = node.inputs[0]
         if is_op(node, "Gather", "GatherElements") and is_constant(table) and table is not None:
             tensor = table.const_value
@@ -128,7 +130,7 @@ def code_facts(value: ir.Value) -> tuple[int, int] | None:
 def unpacked(
     build: Builder,
     once: Once,
-    once_table: Callable[[], ir.Value],
+    once_table: Callable[[int], ir.Value],
     weight: Coded,
     shape: tuple[int, ...],
     axis: int,
@@ -138,8 +140,9 @@ def unpacked(
 ) -> ir.Value:
     """Write the codes and the nodes that unpack them. Return the int8 weight of this shape.
 
-    `once_table` gives BITS_OF_BYTES as int32. Codes are stored `whole`, as UINT4, or bit by bit. Names of what a
-    session folds are short: they are most of the bytes that a small weight adds.
+    `once_table` gives BITS_OF_BYTES times 2^k for k below the bits of a code, int32 `[256 bits, 8]`. Codes are stored
+    `whole`, as UINT4, or bit by bit. Names of what a session folds are short: they are most of the bytes that a small
+    weight adds.
     """
     count, bits = weight.codes.size, weight.bits
     int8, int32 = ir.DataType.INT8, ir.DataType.INT32
@@ -158,10 +161,10 @@ def unpacked(
     else:
         stored = build.constant(f"{stem}_codes", _planes(weight.codes.reshape(-1), bits))
         index = build.op("Cast", [stored], "code_bytes", dtype=int32, attributes={"to": int(int32)})
-        looked_up = build.op("Gather", [once_table(), index], "code_bits", dtype=int32)
         if bits > 1:
-            powers = once("code_powers", (bits,), lambda: np.left_shift(1, np.arange(bits, dtype=np.int32))[:, None])
-            looked_up = build.op("Mul", [looked_up, powers], "code_parts", dtype=int32)
+            starts = once("code_starts", (bits,), lambda: 256 * np.arange(bits, dtype=np.int32))
+            index = build.op("Add", [index, starts], "code_places", dtype=int32)
+        looked_up = build.op("Gather", [once_table(bits), index], "code_bits", dtype=int32)
         codes = build.op("ReduceSum", [looked_up, numbers(1)], "code_index", dtype=int32, attributes={"keepdims": 0})
         if count % _BYTE:
             codes = build.op("Reshape", [codes, numbers(-1)], "code_flat", dtype=int32)

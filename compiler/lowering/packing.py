@@ -22,12 +22,14 @@ Building a session takes more time and memory, because onnxruntime frees folded 
 may keep their memory. Ten weights of 14.7 M integers in a separate file: int8 0.3 s and 227 MB at most; INT4 0.9 s and
 261 MB (1.31.1) or 389 (1.23.2); two bits 1.4 s and 543 to 565 MB; as float32 they are 590 MB. Calls cost the same, to
 the bit: digits, W4A8, INT4 against int8 storage, 2 threads, in turns: 0.99 and 1.02 of the time (batch 8 and 1). Zeros
-are left out of MOST_SPARSE values at most, because each value takes 25 bytes when a session is built.
+are left out of MOST_SPARSE values at most, because each value takes 25 bytes when a session is built; codes behind the
+first MOST_BITWISE are whole, in 4 bits or 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, Literal
@@ -47,6 +49,7 @@ from .sparse_packing import SparseForm, Store, unpack_sparse
 
 INT4_OPSET, INT4_IR = 21, 10
 MOST_SPARSE = 1 << 27  # values of all constants whose zeros are left out one by one
+MOST_BITWISE = 1 << 28  # codes of all constants that are stored bit by bit
 CODES_COST = 2048  # of the nodes that unpack codes
 _NARROW = (np.int8, np.uint8, np.int16)
 
@@ -128,7 +131,7 @@ class _Packer:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
         self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS_SCOPE)
-        self._count = self._unpacked = 0
+        self._count = self._unpacked = self._bitwise = 0
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
 
     def weight(self, value: ir.Value, axis: int, *, whole: bool = False) -> None:
@@ -240,18 +243,28 @@ class _Packer:
 
     def _decoded(self, weight: Coded, shape: tuple[int, ...], axis: int, stem: str) -> ir.Value:
         """Int8 integers that are stored by code."""
-        whole = weight.bits == 4 and self.model.opset_imports.get("", 0) >= INT4_OPSET
+        int4 = self.model.opset_imports.get("", 0) >= INT4_OPSET
+        if weight.bits not in (4, 8):
+            self._bitwise += weight.codes.size
+            if self._bitwise > MOST_BITWISE:
+                weight = replace(weight, bits=4 if weight.bits < 4 and int4 else 8)
+        whole = weight.bits == 4 and int4
         if whole:
             self.model.ir_version = max(self.model.ir_version or 0, INT4_IR)
+        return unpacked(self.build, self._once, self._bits_table, weight, shape, axis, stem, whole=whole)
 
-        def table() -> ir.Value:
-            key: tuple[str, tuple[int, ...]] = "unpack_codes_int32", ()
-            if key not in self._shared:
-                narrow = self.build.constant("unpack_codes", BITS_OF_BYTES)
-                self._shared[key] = self._cast(narrow, ir.DataType.INT32, key[0])
-            return self._shared[key]
-
-        return unpacked(self.build, self._once, table, weight, shape, axis, stem, whole=whole)
+    def _bits_table(self, bits: int) -> ir.Value:
+        """Return the bits of each byte, int32, times 2^k for each k below `bits`: `[256 bits, 8]`."""
+        integer = ir.DataType.INT32
+        key: tuple[str, tuple[int, ...]] = "unpack_codes_int32", ()
+        if key not in self._shared:
+            self._shared[key] = self._cast(self.build.constant("unpack_codes", BITS_OF_BYTES), integer, key[0])
+        if bits > 1 and (key[0], (bits,)) not in self._shared:
+            powers = self._once("code_powers", (bits,), lambda: (1 << np.arange(bits, dtype=np.int32))[:, None, None])
+            product = self.build.op("Mul", [self._shared[key], powers], f"{key[0]}_{bits}", dtype=integer)
+            rows = self._vector(256 * bits, 8)
+            self._shared[key[0], (bits,)] = self.build.op("Reshape", [product, rows], f"bits_{bits}", dtype=integer)
+        return self._shared[key[0], (bits,) if bits > 1 else ()]
 
     def _joined(
         self, parts: Sequence[ir.Value], members: Sequence[npt.NDArray[np.int64]], axis: int, stem: str

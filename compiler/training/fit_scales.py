@@ -95,7 +95,7 @@ class ScaleTrainer:
     def written(self, program: Program, context: Context, unit: UnitToTrain, learned: Learned) -> Program:
         """Return the program with the scales and weights that a unit learned."""
         graph = self._torch(program, cut_out_unit(program, unit))
-        graph.module.load_state_dict({key: torch.from_numpy(array) for key, array in learned.items()}, strict=False)
+        graph.module.load_state_dict({key: torch.tensor(array) for key, array in learned.items()}, strict=False)
         return write_back(program, graph, context.folder, self.by)
 
     def _torch(self, program: Program, part: Subgraph) -> TorchGraph:

@@ -16,6 +16,7 @@ from ..core.program import Program
 from ..errors import RecipeError
 from ..graph.nodes import name_of
 from ..graph.ops import layers
+from ..rounding.layer_inputs import Inputs
 from ..rounding.weights import find_weights
 from .units import GraphUnit
 
@@ -27,8 +28,8 @@ def capacity_of(unit: GraphUnit, program: Program) -> float:
     total = 0.0
     for weight in find_weights(program.graph):
         if {name_of(node.outputs[0]) for node in weight.readers} <= unit.computed:
-            quantizer = plan.of(name_of(floats[weight.name].weight), weight.name)
-            widths = weight.format.bits if quantizer is None else quantizer.bits
+            quantizer = plan.of(Inputs.of(weight, floats, "reconstruct").float_weights[0], weight.name)
+            widths: float = weight.format.bits if quantizer is None else quantizer.bits
             if quantizer is not None and quantizer.row_bits is not None:
                 widths = float(np.mean(quantizer.row_bits))
             total += weight.rows().size * widths
@@ -41,10 +42,11 @@ def joined_by_capacity(units: Sequence[GraphUnit], capacities: Sequence[float], 
     Units of two chosen pairs become one of three. Raise RecipeError where there are fewer neighbours.
     """
     if pairs > max(len(units) - 1, 0):
+        most = max(len(units) - 1, 0)
         raise RecipeError(
-            f"{len(units)} units have {max(len(units) - 1, 0)} pairs of neighbours, and {pairs} are to be joined",
+            f"{pairs} pairs of neighbouring units are to be joined, and there are {most}",
             where="reconstruct.joined",
-            hint="join fewer",
+            hint=f"set reconstruct.joined to {most} or less",
         )
     differences = [abs(a - b) for a, b in pairwise(capacities)]
     chosen = set(sorted(range(len(differences)), key=lambda i: (-differences[i], i))[:pairs])

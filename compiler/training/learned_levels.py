@@ -18,29 +18,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PassError
-from ..torch_graph.convert import HOST, TorchGraph
+from ..scales.codebooks import LARGEST_LEVEL
+from ..torch_graph.convert import TorchGraph
 from ..torch_graph.quantizers import Quantizer, with_gradient_of
-
-LARGEST_LEVEL = 127
 
 
 class LearnedLevels:
-    """The offsets of the levels of quantizers, by the names of their nodes; those without a codebook are left out.
-
-    Raise PassError where none has one.
-    """
+    """The offsets of the levels of quantizers, by the names of their nodes; those without a codebook are left out."""
 
     def __init__(self, graph: TorchGraph, names: Sequence[str]) -> None:
         paths = {module: path for path, module in graph.module.named_modules()}
         modules = dict.fromkeys(graph.quantizers[name] for name in names)
         self._parts = [(paths[m], m) for m in modules if isinstance(m, Quantizer) and m.levels is not None]
-        if not self._parts:
-            raise PassError("no weight that moves has levels", hint="put choose_levels in front of insert_qdq")
         self._starts = [m.levels.clone() for _, m in self._parts if m.levels is not None]
         self._gaps = [_gap(levels) for levels in self._starts]
-        device = self._starts[0].device if self._starts else HOST
-        self.offsets = [nn.Parameter(torch.zeros_like(levels, device=device)) for levels in self._starts]
+        self.offsets = [nn.Parameter(torch.zeros_like(levels)) for levels in self._starts]
 
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """Return what an optimizer trains; `rate` is how far a step moves a level, in mean distances."""

@@ -82,7 +82,7 @@ class RoundingTrainer:
         for name, rounder in rounders.items():
             if name in learned:
                 rounder.choose(learned[name])
-        scales = {name: torch.from_numpy(array) for name, array in learned.items() if name not in rounders}
+        scales = {name: torch.tensor(array) for name, array in learned.items() if name not in rounders}
         graph.module.load_state_dict(scales, strict=False)
         return write_back(program, graph, context.folder, self.by)
 

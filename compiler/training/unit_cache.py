@@ -25,7 +25,9 @@ from ..core.cache import EntryForm
 from ..core.pipeline import CPU, Context
 from ..core.program import Plan, Program
 from ..core.program_key import program_key
+from ..errors import StatsError
 from ..graph.nodes import digest
+from .units import UnitToTrain
 
 UNIT = EntryForm("unit", "what a trained unit learned", layout=2)
 Learned = Mapping[str, npt.NDArray[Any]]
@@ -43,17 +45,23 @@ class UnitCache:
         self._apart = apart
         self._key = "" if context.cache is None else training_key(program, context, UNIT.layout, options)
 
-    def load(self, unit: str, computed: frozenset[str]) -> tuple[TrainedUnit, Learned] | None:
+    def load(self, unit: UnitToTrain) -> tuple[TrainedUnit, Learned] | None:
         """Return the fit of a unit that was trained behind the same units, and what it learned, or None.
 
-        Raises StatsError for an entry that cannot be read.
+        Raises StatsError for an entry that cannot be read, and for that of another unit.
         """
-        if self._cache is None or (known := self._cache.load(UNIT, self._name(unit, computed), _read)) is None:
+        if self._cache is None or (known := self._cache.load(UNIT, self._name(unit), _read)) is None:
             return None
+        if known[0].unit != unit.name:
+            raise StatsError(
+                f"the entry of the unit {unit.name!r} is that of {known[0].unit!r}",
+                where=self._name(unit),
+                hint="delete this entry of the cache",
+            )
         self._advance(unit, known[1])
         return known
 
-    def keep(self, unit: str, computed: frozenset[str], fit: TrainedUnit, learned: Learned) -> None:
+    def keep(self, unit: UnitToTrain, fit: TrainedUnit, learned: Learned) -> None:
         """Write the fit of a unit and what it learned, which is empty where the unit kept its start."""
         if self._cache is not None:
 
@@ -62,19 +70,20 @@ class UnitCache:
                 (folder / UNIT.arrays).write_bytes(save(arrays))
                 return fit.to_json()
 
-            self._cache.keep(UNIT, self._name(unit, computed), write)
+            self._cache.keep(UNIT, self._name(unit), write)
             self._advance(unit, learned)
 
-    def _name(self, unit: str, computed: frozenset[str]) -> str:
-        return f"unit-{_digest(self._key, unit, *sorted(computed))[:32]}"
+    def _name(self, unit: UnitToTrain) -> str:
+        trained = [str(unit.timely), *unit.weights, "", *unit.quantizers]
+        return f"unit-{_digest(self._key, unit.name, *sorted(unit.computed), '', *trained)[:32]}"
 
-    def _advance(self, unit: str, learned: Learned) -> None:
+    def _advance(self, unit: UnitToTrain, learned: Learned) -> None:
         """Let the keys of later units depend on what this one changed in the graph."""
         if self._apart:
             return
         for name, array in sorted(learned.items()):
             digest_of_array = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-            self._key = _digest(self._key, unit, name, digest_of_array)
+            self._key = _digest(self._key, unit.name, name, digest_of_array)
 
 
 def _read(data: Any, folder: Path) -> tuple[TrainedUnit, Learned]:

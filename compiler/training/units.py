@@ -51,6 +51,9 @@ class UnitToTrain(GraphUnit):
     quantizers: tuple[str, ...] = ()
     timely: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def find_units(program: Program, through: Through) -> list[GraphUnit]:
     """Return the layers with weights, the blocks, or the whole network, in the order of the graph."""

@@ -8,12 +8,15 @@ the others then, so each unit is a piece of work that another process or machine
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
+from mezzotint.runtime.arrays import Floats
 from mezzotint.runtime.bundle.training import TrainedUnit
 from mezzotint.runtime.errors import InputError
 
@@ -21,6 +24,7 @@ from ..core.blas_threads import blas_threads_for_workers, with_blas_threads
 from ..core.pipeline import CPU, Context
 from ..core.program import Program
 from ..core.snapshot import load_program, save_program
+from ..rounding.weights import find_weights
 from .block_data import LossWatcher
 from .unit_cache import Learned, UnitCache
 from .units import UnitToTrain
@@ -59,24 +63,27 @@ class UnitsInTurn:
         """Return the program with the units that got better, and the fits of all. Those in the cache are known."""
         fits = []
         apart = self._apart(program) if behind == "start" else None
+        scales = _scales_of_weights(program)
         for unit in self.units:
             fit, learned = self._after(program, unit) if apart is None else next(apart)
+            if apart is not None and fit.kept and not _has_scales(program, unit, scales):
+                fit = replace(fit, kept=False)  # another unit's bias took room: the integers are those of another grid
             fits.append(fit)
             if fit.kept:
                 program = self.trainer.written(program, self.context, unit, learned)
         return program, fits
 
     def _after(self, program: Program, unit: UnitToTrain) -> Fit:
-        known = self.cache.load(unit.name, unit.computed)
+        known = self.cache.load(unit)
         return known or self._keep(unit, self.trainer.train(program, self.context, unit, self.watch(unit)))
 
     def _keep(self, unit: UnitToTrain, found: Fit) -> Fit:
-        self.cache.keep(unit.name, unit.computed, *found)
+        self.cache.keep(unit, *found)
         return found
 
     def _apart(self, program: Program) -> Iterator[Fit]:
         """Yield the fits of all units of one program, in their order."""
-        known = {unit.name for unit in self.units if self.cache.load(unit.name, unit.computed) is not None}
+        known = {unit.name for unit in self.units if self.cache.load(unit) is not None}
         new = self._computed(program, [unit for unit in self.units if unit.name not in known])
         for unit in self.units:
             yield self._after(program, unit) if unit.name in known else self._keep(unit, next(new))
@@ -127,6 +134,16 @@ class UnitWork:
                 return self.trainer.train(program, context, unit, _ignored)
 
         return trained
+
+
+def _scales_of_weights(program: Program) -> dict[str, Floats]:
+    return {weight.name: weight.scale() for weight in find_weights(program.graph)}
+
+
+def _has_scales(program: Program, unit: UnitToTrain, scales: Mapping[str, Floats]) -> bool:
+    """Return whether the weights of a unit have these scales."""
+    now = _scales_of_weights(program) if unit.weights else {}
+    return all(np.array_equal(now[name], scales[name]) for name in unit.weights)
 
 
 def _ignored(loss: float | None = None) -> None:

@@ -164,7 +164,7 @@ def run_bench(
         check_float_model(float_model)
     net = bundle.denoiser(threads)
     batch = batch or net.fixed_batch or 1
-    check_batch(net, batch, bundle)
+    check_batch(net, batch, bundle, "--batch ")
     conditions = make_conditions(net, bundle, batch)
     rows = {name: array for name, (array, _) in conditions.items()}
     inputs = {bundle.signature.sample: f"float32 {[batch, *bundle.sample_shape]}, random normal"}
@@ -187,13 +187,13 @@ def run_bench(
     return Bench(*shared, mine, slow, breakdown, folder_bytes(float_model), fidelity, tuple(results))
 
 
-def check_batch(net: Denoiser, batch: int, bundle: Bundle) -> None:
-    """Raise InputError where another batch size is written into the graph."""
+def check_batch(net: Denoiser, batch: int, bundle: Bundle, option: str) -> None:
+    """Raise InputError where another batch size is written into the graph; `option` is what it was given by."""
     if net.fixed_batch not in (None, batch):
         raise InputError(
             f"the batch size {net.fixed_batch} is written into the graph, it cannot run {batch}",
             where=str(bundle.path),
-            hint=f"leave --batch out, or give --batch {net.fixed_batch}",
+            hint=f"leave {option.rstrip(' =')} out, or give {option}{net.fixed_batch}",
         )
 
 

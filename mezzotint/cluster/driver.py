@@ -65,10 +65,10 @@ class Cluster:
         found: dict[str, Place] = {}
         for node in self._ray.nodes():
             cores = int(node["Resources"].get("CPU", 0))
-            host = str(node["NodeManagerHostname"])
-            if node["Alive"] and cores > (found[host].cores if host in found else 0):
-                found[host] = Place(host, str(node["NodeID"]), cores)
-        return [place for _, place in sorted(found.items())]
+            address = str(node["NodeManagerAddress"])  # machines may share a name
+            if node["Alive"] and cores > (found[address].cores if address in found else 0):
+                found[address] = Place(str(node["NodeManagerHostname"]), str(node["NodeID"]), cores)
+        return sorted(found.values(), key=lambda place: (place.host, place.node))
 
     def carried(self, folder: Path, names: Sequence[str], digest: str) -> CarriedFolder:
         """Return a folder for workers. Its files go to the object store where the cluster has other machines."""
@@ -127,7 +127,8 @@ class Cluster:
                 if answer.refusal is not None:
                     raise answer.refusal
                 ledger.done(piece)
-                pace.done(piece, answer.stamp.seconds)
+                cores = self.threads if places is None else places[piece].cores
+                pace.done(piece, answer.stamp.seconds * cores / self.threads)
                 if not ordered:
                     yield piece, answer
                     continue

@@ -20,7 +20,7 @@ class Pace:
         progress(stage, 0, self._total)
 
     def done(self, piece: int, seconds: float) -> None:
-        """Note a piece that took so many seconds of its worker."""
+        """Note a piece that took so many seconds of its worker, times its cores as a share of the usual number."""
         self._done += self._sizes[piece]
         self._busy += seconds
         self._progress(f"{self._stage}{DETAIL}{self.text()}", self._done, self._total)

@@ -15,16 +15,19 @@ _MOST = {"batch": bounds.MOST_BATCH, "threads": bounds.MOST_THREADS}
 
 @dataclass(frozen=True)
 class SweepPoints:
-    """Every pair of a batch size, the samples of one call, and a number of threads."""
+    """Every pair of a batch size, the rows of one call, and a number of threads.
 
-    batches: tuple[int, ...]
+    Without `batches` it is the graph's own batch size, or 1.
+    """
+
+    batches: tuple[int, ...] | None
     threads: tuple[int, ...]
 
     @classmethod
     def parse(cls, texts: Sequence[str], *, batch: int | None, threads: int) -> SweepPoints:
         """Return the points of texts such as `batch=1,2,4` and `threads=1,2`.
 
-        Where a text is missing there is one number, `batch` or 1, or `threads`. Raises InputError.
+        Where a text is missing there is one number, `batch` or `threads`. Raises InputError.
         """
         found: dict[str, tuple[int, ...]] = {}
         for text in texts:
@@ -36,8 +39,10 @@ class SweepPoints:
                     hint="give batch=1,2,4 and threads=1,2, each once",
                 )
             found[name] = _numbers(text, numbers, _MOST[name])
-        points = cls(found.get("batch", (batch or 1,)), found.get("threads", (threads,)))
-        if (count := len(points.batches) * len(points.threads)) > MOST_CALLS_OF_SWEEP:
+        if batch is not None and "batch" in found:
+            raise InputError("batch sizes are given twice", where="--batch", hint="leave out --batch")
+        points = cls(found.get("batch", None if batch is None else (batch,)), found.get("threads", (threads,)))
+        if (count := len(points.batches or (1,)) * len(points.threads)) > MOST_CALLS_OF_SWEEP:
             raise InputError(
                 f"the sweep has {count} points", where="--sweep", hint=f"give at most {MOST_CALLS_OF_SWEEP}"
             )

@@ -11,7 +11,8 @@ from .sweep import MachineSweep, SweptCall
 def print_sweep(found: Sequence[MachineSweep], calls: int) -> None:
     """Print the sweeps of machines; each time is the median of so many calls."""
     for sweep in found:
-        machine, engine = sweep.machine, sweep.usage.text()
+        machine, usage = sweep.machine, sweep.usage
+        engine = f"{usage.engine} ({usage.library})"
         title = f"{machine.host}: {machine.processor}, {machine.cores} cores, {engine}, median of {calls} calls"
         columns = ["threads", "batch", "one call, ms", "samples/s"]
         timed = any(call.floating is not None for call in sweep.calls)

@@ -300,6 +300,22 @@ def test_a_codebook_gives_the_same_numbers_from_the_same_kernel(
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("opset", [17, 21])
+def test_codes_above_a_limit_are_whole(opset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit a session would take four bytes for each bit."""
+    monkeypatch.setattr(packing, "CODES_COST", -(1 << 20))
+    q = by_code("gemm_qdq", 8, own=True)
+    plain = layer("gemm_qdq", q, opset)
+    small = packed(plain)
+    assert code_facts(small.graph.initializers["w_codes"]) == (3, q.size)
+    monkeypatch.setattr(packing, "MOST_BITWISE", q.size - 1)
+    whole = packed(plain)
+    assert code_facts(whole.graph.initializers["w_codes"]) == (4 if opset == 21 else 8, q.size)
+    found = [run(model, tmp_path, name)[0] for name, model in (("p", plain), ("s", small), ("w", whole))]
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+
+
 @pytest.mark.parametrize(("form", "size", "count"), [("conv", 2, 64), ("matmul", 2, 16), ("gemm_qdq", 4, 200)])
 def test_vectors_give_the_same_numbers_from_the_same_kernel(form: str, size: int, count: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(size)

@@ -41,9 +41,9 @@ def test_the_largest_differences_are_joined(capacities: list[float], pairs: int,
 
 
 def test_more_pairs_than_there_are() -> None:
-    with pytest.raises(RecipeError, match="5 units have 4 pairs of neighbours, and 5 are to be joined"):
+    with pytest.raises(RecipeError, match="5 pairs of neighbouring units are to be joined, and there are 4"):
         joined_by_capacity(UNITS, [1] * 5, 5)
-    with pytest.raises(RecipeError, match="0 units have 0 pairs"):
+    with pytest.raises(RecipeError, match="and there are 0"):
         joined_by_capacity([], [], 1)
 
 

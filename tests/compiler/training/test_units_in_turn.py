@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from mezzotint.cluster.driver import Cluster
+from mezzotint.cluster.ledger import ClusterError
+from mezzotint.cluster.spread import ClusterSpread
+from mezzotint.cluster.tasks import Answer
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.cache import Cache
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
+from mezzotint.compiler.errors import StatsError
 from mezzotint.compiler.graph.nodes import numpy_of
+from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training import units_in_turn
+from mezzotint.compiler.training.rounding_of_unit import RoundingTrainer
 from mezzotint.passes.learn_scales import LearnScales
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.reconstruct import Reconstruct
 from mezzotint.runtime.errors import InputError
 from mezzotint.runtime.progress import DETAIL
-from tests.helpers.spreads import Backwards
+from tests.helpers.spreads import Backwards, ClusterHere
 from tests.helpers.tiny import context_in, tiny_program
 
 QUICK: dict[str, Any] = {"held_out": 0, "iterations": 6, "calls": 2, "samples": 2, "batch": 2}
@@ -109,3 +118,53 @@ def test_another_torch_is_refused(program: Program, context: Context, monkeypatc
     monkeypatch.setattr(units_in_turn, "version", lambda package: next(versions))
     with pytest.raises(InputError, match=r"has torch 2\.12\.1, and the driver 2\.13\.0"):
         after(Reconstruct(**ROUNDING, behind="start"), program, context, spread=Backwards())
+
+
+def test_a_unit_that_fails_gives_no_other_its_fit(
+    program: Program, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept behind it would be the fit of its neighbour. The same command goes on with what is right."""
+    whole = after(Reconstruct(**ROUNDING, behind="start"), program, context)
+    cluster = ClusterHere()
+    real = cluster.answers
+
+    def failing(work: Any, pieces: Sequence[Any], **how: Any) -> Iterator[tuple[int, Answer]]:
+        yield from ((index, answer) for index, answer in real(work, pieces, **how) if index != 1)
+        raise ClusterError("reconstruct failed 3 times")
+
+    monkeypatch.setattr(cluster, "answers", failing)
+    spread, cache = ClusterSpread(cast(Cluster, cluster)), Cache(tmp_path / "cache")
+    with pytest.raises(ClusterError):
+        after(Reconstruct(**ROUNDING, behind="start"), program, context, spread=spread, cache=cache)
+    assert len(list((tmp_path / "cache").glob("unit-*"))) == 1
+    again = after(Reconstruct(**ROUNDING, behind="start"), program, context, cache=cache)
+    assert again.training == whole.training
+    assert_same(again, whole)
+
+    one, other, *_ = sorted((tmp_path / "cache").glob("unit-*"))
+    shutil.rmtree(one)
+    shutil.copytree(other, one)
+    with pytest.raises(StatsError, match=r"the entry of the unit .* is that of"):
+        after(Reconstruct(**ROUNDING, behind="start"), program, context, cache=cache)
+
+
+def test_integers_of_another_grid_are_not_written(
+    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a unit before it raised the scale of its weight, a unit keeps its start."""
+    step = Reconstruct(**ROUNDING, behind="start")
+    plain = after(step, program, context)
+    kept = [fit.unit for fit in plain.training if fit.kept]
+    real = RoundingTrainer.written
+
+    def raising(self: RoundingTrainer, before: Program, *rest: Any) -> Program:
+        found = real(self, before, *rest)
+        (weight,) = (weight for weight in find_weights(found.graph) if weight.name == kept[1])
+        scale = weight.quantize.inputs[1]
+        assert scale is not None
+        scale.const_value = ir.tensor(numpy_of(scale) * 1.5, name=scale.name)
+        return found
+
+    monkeypatch.setattr(RoundingTrainer, "written", raising)
+    fits = {fit.unit: fit.kept for fit in after(step, program, context).training}
+    assert fits[kept[0]] and not fits[kept[1]]
