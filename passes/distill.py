@@ -32,6 +32,14 @@ percentile, dB):
     4000 iterations, weight_steps 1e-3             34.9    34.4 / 27.1
     three calls in a row, 300 iterations           33.5    34.9 / 27.2    (48 images)
 
+Levels that move with the weights gain little (mnist-onnx, 32 images; epsilon, PSNR median / 10th percentile, dB):
+
+    ganq, 2 bits                                   18.1    14.1 / 11.0
+    pv-tuning, 400 iterations, level_steps 0       22.6    23.7 / 17.9
+    level_steps 1e-3, 3e-3, 1e-2                   22.7, 22.6, 21.0    22.1, 22.4, 20.7 / 16.2, 17.6, 16.0
+    dgms, 3 bits, 300 iterations, level_steps 0    23.8    26.4 / 20.1
+    level_steps 3e-3                               23.9    26.1 / 20.6
+
 Few images judge badly: 16 of them threw away what 48 keep. Long fits want small steps: docs/explanation/training.md.
 
 With `minutes`, the first iterations are timed, and the fit has as many as fit into that time; the note has the number.

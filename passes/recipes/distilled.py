@@ -106,7 +106,7 @@ DISTILLED = (
             observe=Observe(channels="inputs"),
             scales=ChooseScales(weight_bits=2),
             plan=(ChooseLevels(),),
-            behind=(RoundWeights(refits=4), replace(PUBLISHED_FIT, level_steps=1e-2)),
+            behind=(RoundWeights(refits=4), replace(PUBLISHED_FIT, level_steps=1e-3)),
         ),
         paper="PV-Tuning, arXiv 2405.14852 (a table of levels for each output channel in place of additive vectors; "
         "codes by straight-through gradients in each step, not in a subspace in turns; 1000 steps of 8 samples)",
@@ -121,7 +121,7 @@ DISTILLED = (
             observe=Observe(channels="inputs"),
             scales=ChooseScales(weight_bits=3),
             plan=(ChooseLevels(tables="tensor"),),
-            behind=(replace(PUBLISHED_FIT, level_steps=1e-2),),
+            behind=(replace(PUBLISHED_FIT, level_steps=3e-3),),
         ),
         paper="DGMS, arXiv 2112.15131 (nearest levels with straight-through gradients in place of a mixture of normal "
         "distributions that hardens; int8 levels; 1000 steps of 8 samples)",
