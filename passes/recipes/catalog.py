@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mezzotint.compiler.core.pipeline import Recipe
+from mezzotint.compiler.core.pipeline import Pass, Recipe
 
 from ..assign_bits import AssignBits
 from ..center_tokens import CenterTokens
@@ -31,6 +31,13 @@ CONSTANT_SCALES = (
     CleanQdq(),
     RoundWeights(),
 )
+
+
+def four_bits(rounding: RoundWeights) -> tuple[Pass, ...]:
+    """Return the passes of w4a8 with this rounding of weights."""
+    mixed = AssignBits(mean_bits=4.15, parts=10, islands=ISLANDS)
+    return stepwise(weight_bits=4, plan=(mixed,), behind=(rounding, StoreHalf(scales=True)))
+
 
 OURS = (
     Recipe("float", "the float model, faster: exact rewrites only", EXACT_FLOAT),
@@ -73,14 +80,19 @@ OURS = (
         "w4a8",
         "w8a8-steps with weights of 4 bits, stored in half a byte each, and of 8 bits for the few channels that need "
         "them, rounded against their inputs (GPTQ)",
-        stepwise(
-            weight_bits=4,
-            plan=(AssignBits(mean_bits=4.15, parts=10, islands=ISLANDS),),
-            behind=(RoundWeights(), StoreHalf(scales=True)),
-        ),
+        four_bits(RoundWeights()),
         paper="GPTQ, arXiv 2210.17323; HAWQ-V3, arXiv 2011.10680 (integer program); MPQ-DM, arXiv 2412.11549 (widths "
         "by channel); TDQ, arXiv 2306.02316",
         baseline="w8a8-steps",
+        claim="w4a8",
+    ),
+    Recipe(
+        "w4a8-yaqa",
+        "w4a8 with feedback of rounding errors between output channels as well, by gradients of epsilon, which needs "
+        "torch",
+        four_bits(RoundWeights(weighting="yaqa")),
+        paper="YAQA, arXiv 2505.22988, with the recipe w4a8 around it",
+        baseline="w4a8",
         claim="w4a8",
     ),
 )
