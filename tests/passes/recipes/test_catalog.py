@@ -141,6 +141,7 @@ def test_islands_are_those_of_the_passes() -> None:
         "w8a8-tokens": four,
         "w8a8-constant": four,
         "w4a8": four,
+        "w4a8-yaqa": four,
         "w4a4": four,
         "w4a8-best": four,
         "w6a6-best": four,
