@@ -5,6 +5,7 @@ It is started in a folder with modules that must not be imported.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -287,8 +288,11 @@ class TestShards:
 def _a_worker_of(nodes: Any) -> list[int]:
     """The number of one process that performs a piece; none if there is none just now."""
     raylets = [info.process.pid for node in nodes.list_all_nodes() for info in node.all_processes["raylet"]]
-    children = [child for raylet in raylets for child in psutil.Process(raylet).children()]
-    return [child.pid for child in children if child.name() == "ray::enter" and child.status() != "zombie"][:1]
+    for child in (child for raylet in raylets for child in psutil.Process(raylet).children()):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+            if child.name() == "ray::enter" and child.status() != "zombie":
+                return [child.pid]
+    return []
 
 
 @pytest.mark.usefixtures("cluster")
