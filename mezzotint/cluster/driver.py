@@ -8,6 +8,10 @@ Results come in the order of completion, or with `ordered` in the order of the p
 there are workers are handed out, so memory holds that many results. A piece that fails is tried again elsewhere; after
 three failures it is given up, the others go on, and `answers` raises ClusterError in the end. An error of Mezzotint is
 a refusal, which every process would raise: it ends the run at once.
+
+What is in flight then goes on until it is done, or the connection ends. It is not cancelled: Ray 2.60 aborts the
+process of a driver that cancels a task just as a worker gets it (its check "Tried to complete task that was not
+pending").
 """
 
 from __future__ import annotations
@@ -99,6 +103,7 @@ class Cluster:
         sizes: Sequence[int] | None = None,
         unit: str = "pieces",
         ordered: bool = False,
+        needs_all: bool = False,
         gpus: float = 0,
         places: Sequence[Place] | None = None,
         progress: Progress = silent,
@@ -106,8 +111,9 @@ class Cluster:
         """Yield (index of the piece, its answer) for each piece that has a result.
 
         `sizes` weigh the pieces in the `progress` of `stage`, in `unit`. `gpus` is the number that each piece asks for.
-        With `places` each piece runs at its own, alone there.
-        Raises the refusal of a piece, and ClusterError in the end for pieces that were given up.
+        With `places` each piece runs at its own, alone there. Raises the refusal of a piece, and ClusterError for
+        pieces that were given up: in the end, or behind the results before the first of them where the caller, who
+        takes them `ordered`, `needs_all`.
         """
         envelope = Envelope(pickle.dumps(work), own_versions(), dict(self._files))
         run = _Run(self._ray, self.threads, gpus, envelope, self._start)
@@ -116,41 +122,39 @@ class Cluster:
         pace = Pace(sizes or [1] * len(pieces), unit, stage, self.threads, progress)
         kept: dict[int, Answer] = {}
         following = 0
-        try:
-            while not ledger.is_over:
-                while len(run.running) < width and (piece := ledger.take()) is not None:
-                    run.submit(piece, pieces[piece], None if places is None else places[piece])
-                piece, answer, error, lost = run.next()
-                if answer is None:
-                    ledger.failed(piece, error, lost=lost)
-                    continue
-                if answer.refusal is not None:
-                    raise answer.refusal
+        while not ledger.is_over:
+            while len(run.running) < width and (piece := ledger.take()) is not None:
+                run.submit(piece, pieces[piece], None if places is None else places[piece])
+            piece, answer, error, lost = run.next()
+            if answer is None:
+                ledger.failed(piece, error, lost=lost)
+            elif answer.refusal is not None:
+                raise answer.refusal
+            else:
                 ledger.done(piece)
                 cores = self.threads if places is None else places[piece].cores
                 pace.done(piece, answer.stamp.seconds * cores / self.threads)
-                if not ordered:
+                if ordered:
+                    kept[piece] = answer
+                else:
                     yield piece, answer
-                    continue
-                kept[piece] = answer
-                while following in kept or following in ledger.failures:
-                    if following in kept:
-                        yield following, kept.pop(following)
-                    following += 1
-            yield from sorted(kept.items())
-        finally:
-            run.cancel()
+            while following in kept or following in ledger.failures:
+                if following in kept:
+                    yield following, kept.pop(following)
+                elif needs_all:
+                    raise _given_up(stage, pieces, ledger)
+                following += 1
         if ledger.failures:
-            raise _given_up(stage, pieces, ledger)
+            raise _given_up(stage, pieces, ledger, "the other pieces are done; ")
 
 
-def _given_up(stage: str, pieces: Sequence[Any], ledger: Ledger) -> ClusterError:
+def _given_up(stage: str, pieces: Sequence[Any], ledger: Ledger, done: str = "") -> ClusterError:
     lines = [f"{stage} {pieces[piece]}: {error}" for piece, error in sorted(ledger.failures.items())]
     more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
     return ClusterError(
         f"{len(lines)} of {len(pieces)} pieces failed {ATTEMPTS} times: {'; '.join(lines[:5])}{more}",
         where="--cluster",
-        hint="the other pieces are done; run the command again when the cause is gone",
+        hint=f"{done}run the command again when the cause is gone",
     )
 
 
@@ -189,9 +193,3 @@ class _Run:
             return index, None, f"its machine was lost ({type(error).__name__})", True
         except errors.RayError as error:
             return index, None, f"its worker ended ({type(error).__name__})", False
-
-    def cancel(self) -> None:
-        """Stop what still runs."""
-        for reference in self.running:
-            self._ray.cancel(reference, force=True)
-        self.running.clear()

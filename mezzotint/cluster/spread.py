@@ -41,24 +41,19 @@ class ClusterSpread:
         unit: str | None = "pieces",
         gpus: float = 0,
     ) -> Iterator[Any]:
-        """Yield the results of pieces in their order. Raises the refusal of a piece, and ClusterError.
+        """Yield the results of pieces in their order. Raises the refusal of a piece, and ClusterError for one given up.
 
-        Behind a piece that was given up nothing is yielded: the next result would be taken for that piece's. Warns
-        where a piece was computed on another kind of processor than this one.
+        Warns where a piece was computed on another kind of processor than this one.
         """
         self._cluster.drop_missing()
         names = tuple(sorted(file.name for file in folder.iterdir()))
         carried = self._cluster.carried(folder, names, folder_digest(folder, names))
         shared = _FolderWork(carried, names, work, self.threads)
         progress = silent if unit is None else self._progress
-        following = 0
-        for index, answer in self._cluster.answers(
-            shared, pieces, stage=stage, unit=unit or "pieces", ordered=True, gpus=gpus, progress=progress
-        ):
-            if index == following:
-                self._warn_of(answer.stamp.machine)
-                yield answer.result
-                following += 1
+        how: dict[str, Any] = {"stage": stage, "unit": unit or "pieces", "gpus": gpus, "progress": progress}
+        for _, answer in self._cluster.answers(shared, pieces, ordered=True, needs_all=True, **how):
+            self._warn_of(answer.stamp.machine)
+            yield answer.result
 
     def _warn_of(self, machine: Machine) -> None:
         here = this_computer()

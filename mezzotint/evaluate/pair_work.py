@@ -108,8 +108,8 @@ def measured_on_cluster(
     work = PairWork.of(cluster, sampler, run, features, keep)
     sizes = [PairShard(run, number).stop - PairShard(run, number).first for number in missing]
     record = run.record() if keep else None
-    stage = "pairs of images"
-    answers = cluster.answers(work, missing, stage=stage, sizes=sizes, unit="pairs", ordered=True, progress=progress)
+    how: dict[str, Any] = {"stage": "pairs of images", "sizes": sizes, "unit": "pairs", "progress": progress}
+    answers = cluster.answers(work, missing, ordered=True, needs_all=not keep, **how)
     try:
         for i, answer in answers:
             file, numbers = answer.result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -124,7 +125,8 @@ def summed_errors(
     total = {name: StepSQNR() for name in networks.nets}
     if spread is not None:
         cluster, work = spread
-        answers = cluster.answers(work, spans, stage=PAIRED_STAGE, unit="batches", ordered=True, progress=progress)
+        how: dict[str, Any] = {"stage": PAIRED_STAGE, "unit": "batches", "progress": progress}
+        answers = cluster.answers(work, spans, ordered=True, needs_all=True, **how)
         results = (answer.result for _, answer in answers)
     else:
         results = (networks.errors(span, part_of_stage(progress, i, len(spans))) for i, span in enumerate(spans))

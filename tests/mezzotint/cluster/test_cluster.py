@@ -152,11 +152,30 @@ class TestPieces:
         assert "square 5: its worker ended (WorkerCrashedError)" in caught.value.what
         assert [len(list(tmp_path.glob(f"{i}-*"))) for i in (0, 1, 3, 5)] == [1, 2, 3, 3]
 
-    def test_a_refusal_ends_the_run_as_it_is(self, cluster: Cluster, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="piece 2 cannot be") as caught:
-            squares(cluster, Square(str(tmp_path), refused=(2,)), 500)
+    def test_where_all_are_needed_nothing_comes_behind_a_gap(self, cluster: Cluster, tmp_path: Path) -> None:
+        """Neither the result of a later piece in the place of the failed one, nor work that nothing would use."""
+        found: list[int] = []
+        options: dict[str, Any] = {"stage": "square", "ordered": True, "needs_all": True}
+        with pytest.raises(ClusterError, match="square 3: OSError: no luck with 3") as caught:
+            for piece, answer in cluster.answers(Square(str(tmp_path), failing=(3,)), range(500), **options):
+                assert answer.result == piece**2
+                found.append(piece)
+        assert found == [0, 1, 2]
+        assert caught.value.hint == "run the command again when the cause is gone"
+        assert len(list(tmp_path.iterdir())) < 400
+
+    def test_a_refusal_ends_the_run_as_it_is(
+        self, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ray ends the process of a driver that cancels a task at the wrong moment.
+
+        Every piece from the third on is refused: one alone may wait for a worker that starts, while others do the rest.
+        """
+        monkeypatch.setattr(ray_library(), "cancel", lambda *_, **__: pytest.fail("a task was cancelled"))
+        with pytest.raises(InputError, match=r"piece \d+ cannot be") as caught:
+            squares(cluster, Square(str(tmp_path), refused=tuple(range(2, 500))), 500)
         assert (caught.value.where, caught.value.hint) == ("here", "leave it out")
-        assert len(list(tmp_path.iterdir())) < 400, "no more pieces are handed out"
+        assert len(list(tmp_path.iterdir())) < 100, "no more pieces are handed out"
 
     def test_more_threads_than_any_machine_has(self, nodes: Any, cluster: Cluster, tmp_path: Path) -> None:
         with open_cluster(nodes.address, CORES + 1) as opened, pytest.raises(InputError, match="has 8 cores"):
