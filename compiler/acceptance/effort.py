@@ -13,7 +13,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from ..core.program import Plan, Program
+from ..core.program import Program
 from ..graph.constant_folding import infer_shapes
 from ..graph.ops import Layer, layers
 
@@ -67,9 +67,8 @@ def _note(less: str, budget: float) -> str:
 def call_groups(program: Program) -> tuple[tuple[int, int], ...]:
     """Return (first, last) of groups of calls: those of one row of the tables, or ten even ones without tables."""
     calls = program.deployment.calls
-    rows = (program.plan or Plan()).groups
-    if rows and len(set(rows)) <= MOST_GROUPS:
-        row_of = dict(zip(program.deployment.timesteps, rows, strict=True))
+    row_of = program.row_of
+    if row_of and len(set(row_of.values())) <= MOST_GROUPS:
         starts = [i for i, t in enumerate(calls) if i == 0 or row_of[t] != row_of[calls[i - 1]]]
     else:
         count = min(MOST_GROUPS, len(calls))

@@ -229,6 +229,12 @@ class Program:
     def graph(self) -> ir.Graph:
         return self.model.graph
 
+    @property
+    def row_of(self) -> dict[Timestep, int]:
+        """Return the row of the tables of each timestep of the deployment; empty without tables."""
+        groups = () if self.plan is None else self.plan.groups
+        return dict(zip(self.deployment.timesteps, groups, strict=True)) if groups else {}
+
     def with_model(self, model: ir.Model, note: str = "") -> Program:
         """Return this program with another graph. The note, one line of the history, says what the pass did."""
         return replace(self, model=model, note=note or self.note)

@@ -107,15 +107,13 @@ class Distillation:
             rng=rng,
             critical=moves.critical,
         )
-        groups = program.require_plan().groups
-        row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
         names = [inputs.weight.quantize.name or "" for inputs in moves.quantized]
         of_weights = names if moves.scales == "both" else []
         scales = None if moves.scales == "none" else _scales(program, graph, of_weights)
         fit = self.fit
         rates = Rates(fit.weight_steps, fit.float_shares, fit.scale_shares, fit.level_steps)
         levels = LearnedLevels(graph, names) if fit.level_steps else None
-        return Movements(weights, scales, rates, row_of, levels)
+        return Movements(weights, scales, rates, program.row_of, levels)
 
     def _cache(self, program: Program) -> CheckCache:
         cache = self.context.cache
@@ -143,7 +141,7 @@ def _scales(program: Program, graph: TorchGraph, of_weights: Sequence[str]) -> L
     """
     names = [n.name for n in program.graph if is_op(n, "QuantizeLinear") and not is_constant(n.inputs[0]) and n.name]
     grids = learned_grids(graph, [*names, *of_weights], {}, zero_points=program.free_zero_points)
-    rows = max(program.require_plan().groups, default=-1) + 1
+    rows = max(program.row_of.values(), default=-1) + 1
     return LearnedScales(grids, rows, range(rows))
 
 

@@ -116,12 +116,11 @@ class ScaleTrainer:
             rng = streams.ADAPTERS.generator(context.seed)  # of no adapters here
             weights = MovingWeights(program, graph, moving, moving="all", floats=False, rank=1, rng=rng)
             integers = {}
-        groups = program.require_plan().groups
-        row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
+        row_of = program.row_of
         seen = {row_of[call.timestep] for call in self.latents if call.timestep in row_of}
         grids = learned_grids(graph, names, integers, self.zero_points)
         networks = _networks(program, context) if self.networks else None
-        learned = LearnedScales(grids, max(groups, default=-1) + 1, seen, networks)
+        learned = LearnedScales(grids, max(row_of.values(), default=-1) + 1, seen, networks)
         return Movements(weights, learned, Rates(self.weight_steps, 0.0, self.schedule.learning_rate), row_of)
 
     def _descend(
@@ -151,8 +150,8 @@ class ScaleTrainer:
 
 def _networks(program: Program, context: Context) -> RowNetworks:
     """Return what makes networks of the timesteps of the tables' rows: a row of several calls has their mean."""
-    groups, timesteps = program.require_plan().groups, program.deployment.timesteps
-    rows = [[t for t, group in zip(timesteps, groups, strict=True) if group == row] for row in range(max(groups) + 1)]
+    row_of = program.row_of
+    rows = [[t for t, own in row_of.items() if own == row] for row in range(max(row_of.values()) + 1)]
     means = [float(np.mean(row)) for row in rows]
     span = float(program.schedule.num_train_timesteps)
     return lambda quantizers: RangeNetworks(quantizers, means, span, context.seed)

@@ -105,10 +105,9 @@ def _scales(
     program: Program, graph: TorchGraph, names: Sequence[str], latents: Sequence[Latents], schedule: Annealing
 ) -> Movements:
     """Return the scales of these quantizers, which move with the rounding."""
-    groups = program.require_plan().groups
-    row_of = dict(zip(program.deployment.timesteps, groups, strict=True)) if groups else {}
+    row_of = program.row_of
     seen = {row_of[call.timestep] for call in latents if call.timestep in row_of}
-    learned = LearnedScales(learned_grids(graph, names, {}, False), max(groups, default=-1) + 1, seen)
+    learned = LearnedScales(learned_grids(graph, names, {}, False), max(row_of.values(), default=-1) + 1, seen)
     return Movements(None, learned, Rates(0.0, 0.0, schedule.scale_shares), row_of)
 
 
