@@ -12,9 +12,8 @@ from mezzotint.runtime.sampling.guidance import Conditions
 
 from ..bench.reference import ReferenceModel
 from ..cluster.driver import Cluster
-from ..cluster.placement import CarriedFolder, Fetch, placed_folder
-from ..frechet import network_digest
-from ..shards.drawing import CarriedBundle
+from ..cluster.placement import Fetch
+from ..shards.carried import CarriedBundle, CarriedNetwork
 from ..shards.run import Run
 from .extractors import open_extractor
 from .pair_numbers import PairMeasure, ShardNumbers
@@ -22,24 +21,6 @@ from .shards import PairSampler, PairShard
 
 Result = tuple[bytes, ShardNumbers]
 """The shard's file, empty where it is not kept, and its numbers."""
-
-
-@dataclass(frozen=True)
-class CarriedNetwork:
-    """An ONNX file for workers, with the weights in `<name>.data` beside it if there are any."""
-
-    folder: CarriedFolder
-    name: str
-
-    @classmethod
-    def of(cls, cluster: Cluster, file: Path) -> CarriedNetwork:
-        """Return a file for the workers of a cluster."""
-        names = [name for name in (file.name, f"{file.name}.data") if file.with_name(name).is_file()]
-        return cls(cluster.carried(file.absolute().parent, names, network_digest(file)), file.name)
-
-    def place(self, fetch: Fetch) -> Path:
-        """Return the file on this machine."""
-        return placed_folder(self.folder, lambda place: network_digest(place / self.name), fetch) / self.name
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ class PairWork:
 
     def open(self, fetch: Fetch) -> Callable[[int], Result]:
         """Return the function from the number of a shard to its result."""
-        bundle, run = self.bundle.open(fetch), Run(Path(), self.settings)
+        bundle, run = self.bundle.open(fetch, self.threads), Run(Path(), self.settings)
         reference = ReferenceModel(bundle, self.reference.place(fetch), threads=self.threads)
         given = self.correction, self.conditions, self.unconditional
         sampler = PairSampler(bundle, reference, self.settings["seed"], self.batch, self.threads, *given)

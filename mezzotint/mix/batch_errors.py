@@ -23,8 +23,7 @@ from ..bench.pairs import parallel_run
 from ..bench.reference import ReferenceModel
 from ..cluster.driver import Cluster
 from ..cluster.placement import Fetch
-from ..evaluate.pair_work import CarriedNetwork
-from ..shards.drawing import CarriedBundle
+from ..shards.carried import CarriedBundle, CarriedNetwork
 
 PAIRED_STAGE = "float, paired calls"
 Errors = dict[str, StepSQNR]
@@ -97,7 +96,7 @@ class MixWork:
 
     def open(self, fetch: Fetch) -> Callable[[ImageSpan], Errors]:
         """Return the function from a batch to its errors."""
-        bundles = {name: carried.open(fetch) for name, carried in self.bundles.items()}
+        bundles = {name: carried.open(fetch, self.threads) for name, carried in self.bundles.items()}
         one = next(iter(bundles.values()))
         networks = MixedNetworks(
             one,

@@ -9,18 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint.runtime.bundle.bundle import Bundle, open_bundle
-from mezzotint.runtime.bundle.file_checks import read_manifest
-from mezzotint.runtime.bundle.layout import MANIFEST
-from mezzotint.runtime.engine import Engine
-from mezzotint.runtime.errors import InputError
+from mezzotint.runtime.bundle.bundle import Bundle
 from mezzotint.runtime.progress import Progress
 from mezzotint.runtime.sampling.options import SamplingOptions
 from mezzotint.runtime.signature import Images
 
 from ..cluster.driver import Cluster
-from ..cluster.placement import CarriedFolder, Fetch, placed_folder, this_computer
+from ..cluster.placement import Fetch, this_computer
 from ..cluster.record import machine_name
+from .carried import CarriedBundle
 from .files import Shard
 from .kind_check import KindJudge, fixed_call
 from .objects import ObjectRun, run_at
@@ -51,31 +48,6 @@ def draw_shard(
 
 
 @dataclass(frozen=True)
-class CarriedBundle:
-    """A bundle for workers: its folder and the engine that it runs on."""
-
-    folder: CarriedFolder
-    engine: Engine
-
-    @classmethod
-    def of(cls, bundle: Bundle, cluster: Cluster) -> CarriedBundle:
-        """Return the bundle for the workers of a cluster. Raises InputError for one that cannot travel."""
-        if bundle.condition_network is not None:
-            raise InputError(
-                "a bundle whose conditions another network computes cannot be drawn on a cluster",
-                where=str(bundle.path),
-                hint="draw it on one machine, without --cluster",
-            )
-        names = [*bundle.manifest.files, MANIFEST]
-        return cls(cluster.carried(bundle.path, names, bundle.manifest.digest), bundle.engine)
-
-    def open(self, fetch: Fetch) -> Bundle:
-        """Return the bundle on this machine. Every file is hashed: the driver has checked those of this digest."""
-        folder = placed_folder(self.folder, lambda place: read_manifest(place / MANIFEST).digest, fetch)
-        return open_bundle(folder).on(self.engine)
-
-
-@dataclass(frozen=True)
 class DrawnShard:
     """The files of a shard by name, None where the worker wrote them; and the fixed call, where it was asked for."""
 
@@ -100,7 +72,7 @@ class ShardWork:
 
     def open(self, fetch: Fetch) -> Callable[[int], DrawnShard]:
         """Return the function from the number of a shard to its files by name. Raises as `fixed_call`."""
-        bundle, run = self.bundle.open(fetch), run_at(self.url or Path(), self.settings)
+        bundle, run = self.bundle.open(fetch, self.threads), run_at(self.url or Path(), self.settings)
         is_known = this_computer().kind in self.known
         calls = [] if is_known else [fixed_call(bundle, self.options, self.threads)[1]]
 

@@ -24,8 +24,8 @@ from ..bench.reference import check_float_model
 from ..cluster.connection import check_cluster, open_cluster
 from ..cluster.ledger import ClusterError
 from ..cluster.placement import Fetch, Machine, this_computer
-from ..evaluate.pair_work import CarriedNetwork
-from ..shards.drawing import GPU_ENGINES, CarriedBundle
+from ..shards.carried import CarriedBundle, CarriedNetwork
+from ..shards.drawing import GPU_ENGINES
 from .points import SweepPoints
 
 STAGE = "sweep"
@@ -122,7 +122,7 @@ class SweepWork:
 
     def open(self, fetch: Fetch) -> Callable[[str], MachineSweep]:
         """Return the function that measures this machine."""
-        bundle = self.bundle.open(fetch)
+        bundle = self.bundle.open(fetch, self.threads)
         float_model = None if self.reference is None else self.reference.place(fetch)
         return lambda machine: self.timer.measure(bundle, float_model)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from ..component import ComponentNetwork
 from ..errors import BundleError
 from ..json_text import read_json
-from ..sampling.condition_network import ConditionNetwork, Conditions
+from ..sampling.condition_network import ConditionNetwork, Conditions, OpenedFolder
 from ..signature import Images
 from .file_checks import check_file, file_sha256
 from .json_fields import Fields
@@ -32,6 +33,7 @@ from .manifest_entries import FileEntry
 SAMPLE, TIMESTEP, CONTROL = "sample", "timestep", "controlnet_cond"
 SHARED_ROWS = ("encoder_hidden_states", "text_embeds", "time_ids")
 """Conditions of a U-Net that a ControlNet may read, too."""
+CONTROLNET_CONFIG = "config.json"
 DOWN, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 
 
@@ -94,13 +96,23 @@ def open_controlnet(
 ) -> ConditionNetwork:
     """Return the ControlNet of a component's folder, see `controlnet_conditions`. Raises BundleError for others."""
     place = Path(folder)
-    parts = [place / name for name in ("model.onnx", "model.onnx.data") if (place / name).is_file()]
-    if not parts or parts[0].name != "model.onnx":
-        raise BundleError(
-            "there is no model.onnx", where=str(place), hint="give the controlnet/ of a compiled pipeline"
-        )
+    *parts, _ = files_of_controlnet(place)
     digest = " ".join(file_sha256(part) for part in parts)
-    return controlnet_conditions(parts[0], _config(place), digest, rows=rows, scale=scale, threads=threads)
+    network = controlnet_conditions(parts[0], _config(place), digest, rows=rows, scale=scale, threads=threads)
+    return replace(network, opened_from=OpenedFolder(place, scale))
+
+
+def files_of_controlnet(folder: Path) -> list[Path]:
+    """Return the files of a component's folder: the graph, its weights if they are apart, the configuration.
+
+    Raises BundleError where there is no graph.
+    """
+    if not (folder / "model.onnx").is_file():
+        raise BundleError(
+            "there is no model.onnx", where=str(folder), hint="give the controlnet/ of a compiled pipeline"
+        )
+    weights = folder / "model.onnx.data"
+    return [folder / "model.onnx", *([weights] if weights.is_file() else []), folder / CONTROLNET_CONFIG]
 
 
 def pipeline_controlnet(folder: Path, *, verify: bool = True) -> ConditionNetwork | None:
@@ -116,11 +128,13 @@ def pipeline_controlnet(folder: Path, *, verify: bool = True) -> ConditionNetwor
     for name, entry in ours.items():
         check_file(folder, name, entry, verify)
     digest = " ".join(entry.sha256 for _, entry in sorted(ours.items()))
-    return controlnet_conditions(folder / CONTROLNET / "model.onnx", _config(folder / CONTROLNET), digest)
+    place = folder / CONTROLNET
+    network = controlnet_conditions(place / "model.onnx", _config(place), digest)
+    return replace(network, opened_from=OpenedFolder(place, 1.0))
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
+    file = folder / CONTROLNET_CONFIG
     config = read_json(file, "the configuration of the ControlNet", BundleError)
     sizes = ("block_out_channels", "layers_per_block")
     if not isinstance(config, dict) or any(not config.get(key) for key in sizes):

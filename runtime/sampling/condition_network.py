@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,14 @@ Compute = Callable[[Images, Timestep, Conditions], Conditions]
 """`(sample float32 [B, ...], training timestep, rows [B, ...] by name) -> conditions [B, ...] by name`."""
 
 
+@dataclass(frozen=True)
+class OpenedFolder:
+    """Where another process opens the same network: a component's folder, and what multiplies the outputs."""
+
+    folder: Path
+    scale: float
+
+
 @dataclass(frozen=True, eq=False)
 class ConditionNetwork:
     """A network that computes conditions of a denoiser.
@@ -38,6 +47,7 @@ class ConditionNetwork:
     own       fixed conditions that it alone reads
     rows      arrays `[rows, ...]` of `own`, which images take in turn; a caller may give others
     digest    what tells it from other networks: caches and the settings of runs keep it
+    opened_from   the folder that it was opened from; None for a function of this process
 
     The last call is kept, because two networks that are compared are called with the same sample one after the other.
     """
@@ -48,6 +58,7 @@ class ConditionNetwork:
     own: tuple[str, ...] = ()
     rows: Conditions = field(default_factory=dict)
     digest: str = ""
+    opened_from: OpenedFolder | None = None
     _last: list[tuple[Images, Timestep, Conditions, Conditions]] = field(default_factory=list, init=False, repr=False)
 
     def with_rows(self, rows: Conditions) -> ConditionNetwork:

@@ -46,7 +46,8 @@ from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.reconstruct import Reconstruct
 from mezzotint.passes.round_weights import RoundWeights
 from mezzotint.runtime.errors import InputError, TimestepNotDeployed
-from mezzotint.shards.drawing import CarriedBundle
+from mezzotint.runtime.sampling.condition_network import ConditionNetwork
+from mezzotint.shards.carried import CarriedBundle
 from mezzotint.sweep.points import SweepPoints
 from mezzotint.sweep.sweep import SweepTimer, run_sweep
 from tests.helpers.cluster_work import Square, Surroundings
@@ -299,8 +300,8 @@ class TestShards:
 
     def test_a_bundle_that_cannot_travel(self, hand: Compiled, nodes: Any, tmp_path: Path) -> None:
         fed = copy.copy(hand.bundle)
-        fed.condition_network = object()  # type: ignore[assignment]
-        with pytest.raises(InputError, match="another network computes"), open_cluster(nodes.address) as opened:
+        fed.condition_network = ConditionNetwork(lambda x, t, rows: {"context": x}, ("context",))
+        with pytest.raises(InputError, match="a function of this process"), open_cluster(nodes.address) as opened:
             CarriedBundle.of(fed, opened)
 
 

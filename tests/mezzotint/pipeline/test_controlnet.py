@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import tempfile
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -17,6 +20,8 @@ import torch
 from PIL import Image
 
 from mezzotint import open_bundle
+from mezzotint.cluster.driver import Cluster
+from mezzotint.cluster.placement import CarriedFolder
 from mezzotint.compiler.errors import ConditionError, ModelError
 from mezzotint.diffusers import load
 from mezzotint.pipeline.control_images import control_images, line_drawing, read_control
@@ -27,6 +32,7 @@ from mezzotint.runtime.bundle.controlnet import MIDDLE, open_controlnet
 from mezzotint.runtime.bundle.pipeline import PipelineFolder
 from mezzotint.runtime.errors import BundleError, CompileWarning, InputError
 from mezzotint.runtime.sampling.samplers import initial_noise
+from mezzotint.shards.carried import CarriedBundle
 from mezzotint.whole import ComponentOptions, compile_pipeline
 from tests.helpers import pipelines
 from tests.helpers.models import Cli
@@ -108,6 +114,38 @@ def test_the_loop_of_the_bundle_draws_the_same(controlled: PipelineFolder, own: 
         bundle.sample(1, conditions=rows, unconditional={"encoder_hidden_states": empty})
     with pytest.raises(InputError, match=MIDDLE):
         open_bundle(controlled.path / "unet").sample(1, conditions=rows, unconditional=rows)
+
+
+@pytest.mark.parametrize("shared_disk", [True, False])
+def test_workers_of_a_cluster_draw_the_same(
+    controlled: PipelineFolder, own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_disk: bool
+) -> None:
+    """The ControlNet travels with the bundle, through the object store where the disk is another one."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with torch.no_grad():
+        prompt, empty = (t.numpy() for t in own.encode_prompt(CALL["prompt"], "cpu", 1, True))
+    rows: dict[str, Any] = {
+        "conditions": {"encoder_hidden_states": prompt},
+        "unconditional": {"encoder_hidden_states": empty},
+    }
+    network = open_controlnet(controlled.path / "controlnet", rows={"controlnet_cond": IMAGES}, scale=0.5, threads=1)
+    fed = open_bundle(controlled.path).fed_by(network)
+    stored: dict[str, bytes] = {}
+
+    class Elsewhere:
+        """What a cluster does with a folder."""
+
+        def carried(self, folder: Path, names: Sequence[str], digest: str) -> CarriedFolder:
+            if shared_disk:
+                return CarriedFolder(str(folder), digest)
+            stored.update({f"{folder}/{name}": (folder / name).read_bytes() for name in names})
+            return CarriedFolder("/nowhere", digest, {name: f"{folder}/{name}" for name in names})
+
+    carried = pickle.loads(pickle.dumps(CarriedBundle.of(fed, cast(Cluster, Elsewhere()))))
+    opened = carried.open(stored.__getitem__, 1)
+    assert (opened.path == fed.path) == shared_disk
+    np.testing.assert_array_equal(opened.sample(2, seed=4, threads=1, **rows), fed.sample(2, seed=4, threads=1, **rows))
 
 
 def test_the_manifest_and_the_card_have_the_controlnet(controlled: PipelineFolder) -> None:
