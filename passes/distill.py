@@ -40,6 +40,13 @@ Levels that move with the weights gain little (mnist-onnx, 32 images; epsilon, P
     dgms, 3 bits, 300 iterations, level_steps 0    23.8    26.4 / 20.1
     level_steps 3e-3                               23.9    26.1 / 20.6
 
+Branches that fade gain nothing (64 images):
+
+    mnist-onnx, qvgen at W4A4, branch_rank 32      17.3    22.0 / 17.2
+    branch_rank 0                                  17.4    22.3 / 18.0
+    digits, w4a4, branch_rank 32                   21.6    30.0 / 22.4
+    branch_rank 0                                  21.6    30.7 / 21.7
+
 Few images judge badly: 16 of them threw away what 48 keep. Long fits want small steps: docs/explanation/training.md.
 
 With `minutes`, the first iterations are timed, and the fit has as many as fit into that time; the note has the number.
@@ -76,6 +83,8 @@ class Distill(TrainingPass):
       their grids, and float weights and the ends of grids, in shares of their size. All fall to 0.
     - `level_steps`: the same of the levels of weights that move, in their mean distances; 0 leaves them where
       choose_levels put them.
+    - `branch_rank`: the rank of a float branch beside each weight that moves, which fades in the first half of the fit
+      (QVGen; compiler/training/fading_branches.py). 0 means none.
     - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
@@ -96,6 +105,7 @@ class Distill(TrainingPass):
     float_shares: float = 3e-4
     scale_shares: float = 1e-2
     level_steps: float = 0.0
+    branch_rank: int = 0
     batch: int = 8
     unroll: int = 1
     blocks: float = 0.0
@@ -111,10 +121,13 @@ class Distill(TrainingPass):
             self, "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
         )
         require_positive(self, "held_out", "checks", *(() if self.minutes is None else ("minutes",)))
-        require_not_negative(self, "blocks", "relations", "level_steps")
+        require_not_negative(self, "blocks", "relations", "level_steps", "branch_rank")
         if self.level_steps and self.weights == "none":
             hint = "let weights move too, or set distill.level_steps to 0"
             raise RecipeError("levels move with their weights, which stay", where=self.name, hint=hint)
+        if self.branch_rank and self.weights == "none":
+            hint = "let weights move too, or set distill.branch_rank to 0"
+            raise RecipeError("branches fade beside weights that move, and all stay", where=self.name, hint=hint)
         if self.level_steps and self.critical < 1:
             hint = "set distill.critical to 1, or distill.level_steps to 0"
             raise RecipeError("levels are those of all rows, and some rows stay", where=self.name, hint=hint)
@@ -135,7 +148,7 @@ class Distill(TrainingPass):
         own = {field.name: getattr(self, field.name) for field in fields(NetworkFit)}
         fit = NetworkFit(**{**own, "unroll": min(self.unroll, len(program.deployment.calls))})
         chosen = self._chosen(program)
-        moves = Moves(self.weights, tuple(chosen), self.floats, self.scales, self.rank, self.critical)
+        moves = Moves(self.weights, tuple(chosen), self.floats, self.scales, self.rank, self.critical, self.branch_rank)
         before = replace(program, model=program.model.clone())
         total = network_calls(program, context, fit) + self.iterations
         step = self.watcher(context.progress, "the network", total)

@@ -21,6 +21,7 @@ from ..torch_graph.convert import TorchGraph, to_torch
 from ..torch_graph.write_back import plan_grids, write_back
 from .array_files import ArrayFiles
 from .block_data import LossWatcher
+from .fading_branches import FadingBranches
 from .fit_network import NetworkResult, fit_network
 from .fit_rounding import curve_of
 from .learned_levels import LearnedLevels
@@ -42,7 +43,7 @@ MovingScales = Literal["activations", "both", "none"]
 class Moves:
     """What moves: the quantized weights of these inputs and how, float weights, and the scales of quantizers.
 
-    `critical` is the share of a quantized weight's rows that move.
+    `critical` is the share of a quantized weight's rows that move, `branch_rank` the rank of what fades beside it.
     """
 
     weights: Moving
@@ -51,6 +52,7 @@ class Moves:
     scales: MovingScales
     rank: int
     critical: float
+    branch_rank: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,8 @@ class Distillation:
         fit = self.fit
         rates = Rates(fit.weight_steps, fit.float_shares, fit.scale_shares, fit.level_steps)
         levels = LearnedLevels(graph, names) if fit.level_steps else None
-        return Movements(weights, scales, rates, program.row_of, levels)
+        branches = FadingBranches(graph, moves.quantized, moves.branch_rank) if moves.branch_rank else None
+        return Movements(weights, scales, rates, program.row_of, levels, branches)
 
     def _cache(self, program: Program) -> CheckCache:
         cache = self.context.cache

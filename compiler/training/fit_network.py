@@ -67,7 +67,7 @@ def fit_network(
         state.judge(loss.image_db(movements, step))
         if fit.minutes is not None:
             left = 60 * fit.minutes - fit.checks * (time.monotonic() - begun)
-            affordable = int(left / _seconds(lambda: loss.draw(movements, _batches(seed, 0)), movements))
+            affordable = int(left / _seconds(lambda: loss.draw(movements, _batches(seed, 0), 0.0), movements))
             state.iterations = max(min(fit.iterations, affordable), fit.checks)
         cache.keep(state)
     checks = np.rint(np.linspace(0, state.iterations, fit.checks + 1)[1:]).astype(int).tolist()
@@ -75,7 +75,7 @@ def fit_network(
         rising = min(1.0, (iteration + 1) / (FIRST_SHARE * state.iterations + 1))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rising * 0.5 * (1 + cos(pi * iteration / state.iterations))
-        current = loss.draw(movements, _batches(seed, iteration))
+        current = loss.draw(movements, _batches(seed, iteration), iteration / state.iterations)
         state.losses.append(float(current.detach().exp()))
         if not np.isfinite(state.losses[-1]):
             raise PassError(

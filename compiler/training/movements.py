@@ -12,6 +12,7 @@ import torch
 
 from mezzotint.runtime.signature import Timestep
 
+from .fading_branches import FadingBranches
 from .learned_levels import LearnedLevels
 from .learned_scales import LearnedScales
 from .moving_weights import MovingWeights
@@ -23,7 +24,7 @@ Moved = Mapping[str, torch.Tensor]
 class Rates:
     """How far an iteration moves each kind at first.
 
-    weight_steps  quantized weights, in steps of their grids
+    weight_steps  quantized weights, and branches beside them, in steps of their grids
     float_shares  other weights, in shares of their size
     scale_shares  the ends of grids, in shares of their size
     level_steps   levels of codebooks, in their mean distances
@@ -36,7 +37,7 @@ class Rates:
 
 
 class Movements:
-    """Weights, scales and levels that move, and what an optimizer trains of them, in `groups` with their rates.
+    """Weights, scales, levels and branches that move, and what an optimizer trains of them, in `groups` with rates.
 
     `row_of` are the rows of tables by timestep.
     """
@@ -48,12 +49,15 @@ class Movements:
         rates: Rates,
         row_of: Mapping[Timestep, int] = MappingProxyType({}),
         levels: LearnedLevels | None = None,
+        branches: FadingBranches | None = None,
     ) -> None:
         self._weights, self._scales, self._row_of, self._levels = weights, scales, row_of, levels
+        self._branches = branches
         moving = [] if weights is None else weights.parameter_groups(rates.weight_steps, rates.float_shares)
         learned = [] if scales is None else scales.parameter_groups(rates.scale_shares)
         tables = [] if levels is None else levels.parameter_groups(rates.level_steps)
-        self.groups: list[dict[str, Any]] = [*moving, *learned, *tables]
+        beside = [] if branches is None else branches.parameter_groups(rates.weight_steps)
+        self.groups: list[dict[str, Any]] = [*moving, *learned, *tables, *beside]
         self.variables = [v for group in self.groups for v in group["params"]]
 
     def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
@@ -61,10 +65,14 @@ class Movements:
         values = dict(self.weights() if weights is None else weights)
         return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return the moved weights and levels, which all calls of one step share."""
+    def weights(self, share: float = 1.0) -> dict[str, torch.Tensor]:
+        """Return the moved weights and levels, which all calls of one step share.
+
+        `share` is how much of the fit is done; at 1 they are what is written, without branches.
+        """
         weights = {} if self._weights is None else self._weights.values()
-        return weights if self._levels is None else weights | self._levels.values()
+        weights |= {} if self._levels is None else self._levels.values()
+        return weights if self._branches is None else weights | self._branches.values(share)
 
     def settle(self) -> dict[str, npt.NDArray[Any]]:
         """Write everything into the module; return what was written by the names of its parameters, without levels."""

@@ -99,13 +99,13 @@ class NetworkLoss:
         if not all(np.isfinite(self._at_start)):
             raise PassError("the quantized network predicts numbers that are not finite", hint="look at `debug`")
 
-    def draw(self, movements: Movements, rng: np.random.Generator) -> torch.Tensor:
-        """Return the loss of some samples of a batch, at one stretch of the trajectory."""
+    def draw(self, movements: Movements, rng: np.random.Generator, share: float) -> torch.Tensor:
+        """Return the loss of some samples of a batch at a stretch of the trajectory, with a `share` of the fit done."""
         batch = self._trajectories[int(rng.integers(len(self._trajectories)))]
         first = int(rng.integers(self._starts))
         begin = int(rng.integers(max(batch.samples - self._schedule.batch, 0) + 1))
         samples = slice(begin, begin + self._schedule.batch)
-        weights = movements.weights()
+        weights = movements.weights(share)
         loss = self._error(movements, weights, batch, first, samples) - self._at_start[first]
         if self._teacher is None:
             return loss

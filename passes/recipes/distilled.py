@@ -98,6 +98,15 @@ DISTILLED = (
         baseline="neuqi",
         claim="w2a8",
     ),
+    against_w8a8(
+        "qvgen",
+        "w4a4",
+        "QVGen, arXiv 2505.11497 (components of a branch keep the order of the start, where it decomposes the branch "
+        "anew in each phase; static scales; 1000 steps of 8 samples)",
+        "w8a8 with weights and all scales trained against the float network's predictions, at first with a float "
+        "branch of rank 32 beside each weight, which fades",
+        static(behind=(replace(PUBLISHED_FIT, scales="both", branch_rank=32),)),
+    ),
     Recipe(
         "pv-tuning",
         "ganq with weights of 2 bits, whose codes and levels are trained together against the float network's "
