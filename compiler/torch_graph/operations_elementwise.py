@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from .dtypes import torch_dtype
+from .quantizers import with_gradient_of
 from .values import Operand, TorchFunction, tensor, together
 
 
@@ -170,8 +171,9 @@ def Ceil(x: Operand) -> torch.Tensor:
 
 
 def Round(x: Operand) -> torch.Tensor:
-    """Halves go to the even neighbour, in torch as in ONNX."""
-    return torch.round(tensor(x))
+    """Halves go to the even neighbour, in torch as in ONNX. Gradients pass unchanged, as in quantizers."""
+    value = tensor(x)
+    return with_gradient_of(torch.round(value), value)
 
 
 def Sigmoid(x: Operand) -> torch.Tensor:
@@ -197,6 +199,10 @@ def Relu(x: Operand) -> torch.Tensor:
 
 def LeakyRelu(x: Operand, *, alpha: float = 0.01) -> torch.Tensor:
     return functional.leaky_relu(tensor(x), alpha)
+
+
+def ThresholdedRelu(x: Operand, *, alpha: float = 1.0) -> torch.Tensor:
+    return functional.threshold(tensor(x), alpha, 0.0)
 
 
 def PRelu(x: Operand, slope: Operand) -> torch.Tensor:
@@ -234,5 +240,5 @@ ELEMENTWISE_OPERATIONS: tuple[TorchFunction, ...] = (
     *(Add, Sub, Mul, Div, Mod, Pow, Sum, Max, Min, Clip, Where, Cast, CastLike, Identity),
     *(Equal, Greater, GreaterOrEqual, Less, LessOrEqual, And, Or, Not),
     *(Neg, Abs, Sign, Sqrt, Reciprocal, Exp, Log, Sin, Cos, Tanh, Erf, Floor, Ceil, Round),
-    *(Sigmoid, HardSigmoid, HardSwish, Swish, Relu, LeakyRelu, PRelu, Elu, Softplus, Mish, Gelu),
+    *(Sigmoid, HardSigmoid, HardSwish, Swish, Relu, LeakyRelu, ThresholdedRelu, PRelu, Elu, Softplus, Mish, Gelu),
 )

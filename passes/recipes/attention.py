@@ -8,8 +8,10 @@ from ..balance_heads import BalanceHeads
 from ..center_attention import CenterAttention
 from ..correct_softmax import CorrectSoftmax
 from ..delay_softmax import DelaySoftmax
+from ..learn_scales import LearnScales
 from ..log_attention import LogAttention
 from ..observe import Observe
+from ..reconstruct import Reconstruct
 from ..reparameterize_norms import ReparameterizeNorms
 from .parts import UNFUSED, against_w8a8, static
 
@@ -49,6 +51,21 @@ ATTENTION = (
         static(Observe(channels="inputs"), ReparameterizeNorms(), behind=(LogAttention(),)),
         paper="RepQ-ViT, arXiv 2212.08254 (powers as integers of 8 bits)",
         baseline="repq",
+        claim="w4a4",
+    ),
+    Recipe(
+        "repquant",
+        "repq-vit with both ends of the grids of activations learned, then weights whose rounding is learned, against "
+        "the outputs of each block",
+        static(
+            Observe(channels="inputs"),
+            ReparameterizeNorms(),
+            behind=(LearnScales(iterations=100, held_out=0), LogAttention(), Reconstruct(held_out=0)),
+        ),
+        paper="RepQuant, arXiv 2402.05628 (channels behind norms share the two learned ends, which the paper clips one "
+        "by one before it merges them, and all other activations learn theirs too; weights are reconstructed as in "
+        "BRECQ, by blocks; 100 and 300 steps of a block; powers as integers of 8 bits)",
+        baseline="repq-vit",
         claim="w4a4",
     ),
     against_w8a8(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mezzotint.compiler.audit.fusion import audit_fusion
 from mezzotint.compiler.bundle.writer import save_model
@@ -17,6 +18,7 @@ from mezzotint.compiler.core.program import Plan, Program, Quantizer, Site
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.graph.nodes import counts
 from mezzotint.compiler.lowering.lower import lower
+from mezzotint.compiler.torch_graph.convert import to_torch
 from mezzotint.passes.delay_softmax import DelaySoftmax
 from mezzotint.passes.log_attention import LogAttention
 from tests.conftest import Check
@@ -103,3 +105,14 @@ def test_float_attention_stays(context: Context) -> None:
     before = quantized_attention(attention_program(), context, islands=("mix",))
     after = pipeline.run_passes(before, [LogAttention()], context)
     assert after.history[-1].note == "no weights of an attention are quantized"
+
+
+def test_gradients_reach_the_queries_through_the_powers(context: Context) -> None:
+    """Training behind this pass moves the layers in front of the softmax, too (repquant)."""
+    after = quantized_attention(attention_program(), context, bits=4, behind=(LogAttention(),))
+    graph = to_torch(after.model, signature=after.signature)
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((2, *after.shape)).astype(np.float32))
+    (epsilon,) = graph.module(x, torch.zeros(2, dtype=torch.int64))
+    epsilon.square().sum().backward()
+    sizes = [graph.weights[name].grad for name in ("q_w", "k_w", "v_w")]
+    assert all(grad is not None and float(grad.abs().max()) > 1e-3 for grad in sizes)

@@ -60,6 +60,8 @@ CASES: list[Case] = [
     ("Div", [X, positive(3, 5)], {}),
     ("MultiHeadAttention", [normal(2, 3, 8), normal(2, 4, 8), normal(2, 4, 8)], {"num_heads": 2, "scale": 0.7}),
     ("Pow", [positive(2, 3), positive(3)], {}),
+    ("ThresholdedRelu", [np.array([[-2, 0.1], [0.3, 3]], np.float32)], {"alpha": 0.2}),
+    ("ThresholdedRelu", [np.array([[-2, 0.5], [1.5, 3]], np.float32)], {}),
     ("PRelu", [apart(2, 3, 2), positive(3, 1)], {}),
     ("Gelu", [X], {}),
     ("Gelu", [X], {"approximate": "tanh"}),
@@ -199,6 +201,14 @@ def test_values_and_gradients(op: str, given: list[Array | None], attributes: di
 @pytest.mark.parametrize(("op", "given", "attributes"), EXACT, ids=[case[0] for case in EXACT])
 def test_values(op: str, given: list[Array | None], attributes: dict[str, Any], tmp_path: Path) -> None:
     compare(op, given, attributes, tmp_path)
+
+
+def test_rounding_passes_gradients_on() -> None:
+    x = torch.tensor([-1.5, 0.2, 2.5], requires_grad=True)
+    rounded = TORCH_OPERATIONS["Round"](x)
+    assert rounded.tolist() == [-2, 0, 2]
+    rounded.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * rounded.detach())
 
 
 def test_operations_of_later_opsets() -> None:
