@@ -62,7 +62,7 @@ from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training.block_data import LossWatcher
-from mezzotint.compiler.training.joined_units import capacity_of, joined_by_capacity
+from mezzotint.compiler.training.joined_units import joined_units, ties_by_capacity
 from mezzotint.compiler.training.training_pass import TrainingPass
 from mezzotint.compiler.training.units import GraphUnit, UnitToTrain, find_units, quantizers_of_units, time_unit
 from mezzotint.runtime.bundle.training import TrainedUnit
@@ -161,7 +161,7 @@ class Reconstruct(TrainingPass):
         units = find_units(program, self.unit)
         if self.joined:
             units = [unit for unit in units if self._weights(program, unit, branch)]
-            units = joined_by_capacity(units, [capacity_of(unit, program) for unit in units], self.joined)
+            units = joined_units(units, ties_by_capacity(units, program), self.joined, program.graph)
         units = [*([branch] if branch else []), *units]
         parts = [(unit, self._weights(program, unit, branch)) for unit in units]
         trained = [unit for unit, weights in parts if weights]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -59,6 +59,21 @@ def dependents(graph: ir.Graph, inputs: Iterable[str]) -> set[str]:
     keys = [f"v:{name}" for name in inputs if f"v:{name}" in g]
     found = {key for start in keys for key in (start, *nx.descendants(g, start))}
     return {key.removeprefix("v:") for key in found if key.startswith("v:")}
+
+
+def on_the_way(graph: ir.Graph, values: Collection[str]) -> set[str]:
+    """Return the first outputs of the nodes through which the contents of one of these values reach another.
+
+    A node that computes one of the values is among them if another of the values reaches it.
+    """
+    g = digraph(graph)
+    g.remove_nodes_from([key for key, data in g.nodes(data=True) if "node" in data and is_op(data["node"], "Shape")])
+    keys = [f"v:{name}" for name in values if f"v:{name}" in g]
+    g.add_edges_from(("start", key) for key in keys)
+    g.add_edges_from((key, "end") for key in keys)
+    behind = nx.descendants(g, "start") if keys else set()
+    before = nx.ancestors(g, "end") if keys else set()
+    return {name_of(g.nodes[key]["node"].outputs[0]) for key in behind & before if key.startswith("n:")}
 
 
 def time_branch(graph: ir.Graph, signature: Signature) -> TimeBranch:

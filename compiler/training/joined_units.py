@@ -1,8 +1,11 @@
-"""Neighbouring units that are reconstructed as one, where their capacities differ most.
+"""Neighbouring units that are reconstructed as one, where something ties them most.
 
 MRECG (arXiv 2303.11906) observes that the error of reconstruction swings up where a unit has far less capacity than the
 one before it, and that units which are reconstructed together do not swing. The capacity of a unit is the bits of its
-quantized weights, and of all pairs of neighbours those with the largest squared differences are joined.
+quantized weights, and a pair of neighbours is tied by the difference of its capacities.
+
+What lies on the way from one of the units to the next, such as an activation function or the concatenation of a
+shortcut, belongs to the joined unit: otherwise the second would not read what the first computes in the fit.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import onnx_ir as ir
 
 from ..core.program import Program
 from ..errors import RecipeError
 from ..graph.nodes import name_of
 from ..graph.ops import layers
+from ..graph.topology import on_the_way
 from ..rounding.layer_inputs import Inputs
 from ..rounding.weights import find_weights
 from .units import GraphUnit
@@ -36,24 +41,35 @@ def capacity_of(unit: GraphUnit, program: Program) -> float:
     return total
 
 
-def joined_by_capacity(units: Sequence[GraphUnit], capacities: Sequence[float], pairs: int) -> list[GraphUnit]:
-    """Return the units in their order, with the `pairs` of neighbours joined whose capacities differ most.
+def ties_by_capacity(units: Sequence[GraphUnit], program: Program) -> list[float]:
+    """Return the difference of capacities of each pair of neighbours."""
+    return [abs(a - b) for a, b in pairwise(capacity_of(unit, program) for unit in units)]
+
+
+def joined_units(units: Sequence[GraphUnit], ties: Sequence[float], pairs: int, graph: ir.Graph) -> list[GraphUnit]:
+    """Return the units in their order, with the `pairs` of neighbours joined that are tied most.
 
     Units of two chosen pairs become one of three. Raise RecipeError where there are fewer neighbours.
     """
-    if pairs > max(len(units) - 1, 0):
-        most = max(len(units) - 1, 0)
+    if pairs > len(ties):
         raise RecipeError(
-            f"{pairs} pairs of neighbouring units are to be joined, and there are {most}",
+            f"{pairs} pairs of neighbouring units are to be joined, and there are {len(ties)}",
             where="reconstruct.joined",
-            hint=f"set reconstruct.joined to {most} or less",
+            hint=f"set reconstruct.joined to {len(ties)} or less",
         )
-    differences = [abs(a - b) for a, b in pairwise(capacities)]
-    chosen = set(sorted(range(len(differences)), key=lambda i: (-differences[i], i))[:pairs])
-    found: list[GraphUnit] = []
+    chosen = sorted(range(len(ties)), key=lambda i: (-ties[i], i))[:pairs]
+    parts: list[list[GraphUnit]] = []
     for i, unit in enumerate(units):
         if i - 1 in chosen:
-            before = found.pop()
-            unit = GraphUnit(f"{before.name} + {unit.name}", before.computed | unit.computed)
-        found.append(unit)
-    return found
+            parts[-1].append(unit)
+        else:
+            parts.append([unit])
+    return [united(part, graph) for part in parts]
+
+
+def united(units: Sequence[GraphUnit], graph: ir.Graph) -> GraphUnit:
+    """Return these units of a graph as one, with what lies on the way between them."""
+    if len(units) == 1:
+        return units[0]
+    computed = frozenset[str]().union(*(unit.computed for unit in units))
+    return GraphUnit(" + ".join(unit.name for unit in units), computed | on_the_way(graph, computed))

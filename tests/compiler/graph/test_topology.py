@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.graph.constant_folding import infer_shapes
-from mezzotint.compiler.graph.topology import time_branch
+from mezzotint.compiler.graph.topology import on_the_way, time_branch
 from tests.helpers.tiny import SIGNATURE, tiny_model
 
 HEAD = """<ir_version: 10, opset_import: ["" : 21]>
@@ -119,3 +119,25 @@ def test_a_planted_reader_moves_the_frontier() -> None:
     check_frontier({"double"}, body.format(reader="double"))
     with pytest.raises(AssertionError):
         check_frontier({"double"}, body.format(reader="number"))
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [("a d", "b c d"), ("a c", "b c"), ("a d b", "b c d"), ("a", ""), ("e d", ""), ("a sized", ""), ("a no_such", "")],
+)
+def test_nodes_on_the_way(values: str, wanted: str) -> None:
+    """Of a value to another one of the set; sizes lead nowhere, and neither do nodes beside the way."""
+    body = """
+        a = Mul (sample, one)
+        b = Sigmoid (a)
+        beside = Sigmoid (a)
+        c = Add (b, one)
+        d = Mul (c, a)
+        e = Sigmoid (sample)
+        sizes = Shape (a)
+        sized = Reshape (sample, sizes)
+        f = Add (d, e)
+        g = Add (f, beside)
+        epsilon = Add (g, sized)"""
+    model = ir.from_onnx_text(f"{HEAD} <float one = {{1}}> {{ {body} }}")
+    assert on_the_way(model.graph, values.split()) == set(wanted.split())

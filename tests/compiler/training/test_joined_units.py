@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.rounding.weights import find_weights
-from mezzotint.compiler.training.joined_units import capacity_of, joined_by_capacity
+from mezzotint.compiler.training.joined_units import capacity_of, joined_units, ties_by_capacity, united
+from mezzotint.compiler.training.subgraph import cut_out_unit
 from mezzotint.compiler.training.units import NETWORK, GraphUnit, find_units
 from mezzotint.passes.recipes.catalog import RECIPES
 from mezzotint.passes.recipes.files import with_options
@@ -20,21 +22,22 @@ from mezzotint.passes.reconstruct import Reconstruct
 from tests.helpers.tiny import tiny_program
 
 UNITS = [GraphUnit(name, frozenset(name)) for name in "abcde"]
+EMPTY = ir.Graph([], [], nodes=[])
 
 
 @pytest.mark.parametrize(
-    ("capacities", "pairs", "wanted"),
+    ("ties", "pairs", "wanted"),
     [
-        ([1, 1, 9, 8, 1], 0, "a b c d e"),
-        ([1, 1, 9, 8, 1], 1, "a b+c d e"),
-        ([1, 1, 9, 8, 1], 2, "a b+c d+e"),
-        ([1, 5, 1, 1, 2], 2, "a+b+c d e"),
-        ([4, 4, 4, 4, 4], 2, "a+b+c d e"),
-        ([1, 2, 3, 4, 5], 4, "a+b+c+d+e"),
+        ([0, 8, 1, 7], 0, "a b c d e"),
+        ([0, 8, 1, 7], 1, "a b+c d e"),
+        ([0, 8, 1, 7], 2, "a b+c d+e"),
+        ([4, 4, 0, 1], 2, "a+b+c d e"),
+        ([0, 0, 0, 0], 2, "a+b+c d e"),
+        ([1, 1, 1, 1], 4, "a+b+c+d+e"),
     ],
 )
-def test_the_largest_differences_are_joined(capacities: list[float], pairs: int, wanted: str) -> None:
-    found = joined_by_capacity(UNITS, capacities, pairs)
+def test_the_strongest_ties_are_joined(ties: list[float], pairs: int, wanted: str) -> None:
+    found = joined_units(UNITS, ties, pairs, EMPTY)
     assert " ".join(unit.name.replace(" ", "") for unit in found) == wanted
     for unit in found:
         assert unit.computed == frozenset(unit.name) - set("+ ")
@@ -42,13 +45,13 @@ def test_the_largest_differences_are_joined(capacities: list[float], pairs: int,
 
 def test_more_pairs_than_there_are() -> None:
     with pytest.raises(RecipeError, match="5 pairs of neighbouring units are to be joined, and there are 4"):
-        joined_by_capacity(UNITS, [1] * 5, 5)
+        joined_units(UNITS, [1] * 4, 5, EMPTY)
     with pytest.raises(RecipeError, match="and there are 0"):
-        joined_by_capacity([], [], 1)
+        joined_units([], [], 1, EMPTY)
 
 
 def test_blocks_of_a_network(context: Context) -> None:
-    """Capacities are bits, and a joined unit trains the weights of both."""
+    """Capacities are bits, and a joined unit trains the weights of both, with what lies between them."""
     widths: dict[str, Any] = {"choose_scales.weight_bits": 4}
     program = pipeline.run_passes(tiny_program(steps=2), with_options(RECIPES["w8a8"], widths).passes, context)
     weights = find_weights(program.graph)
@@ -56,7 +59,12 @@ def test_blocks_of_a_network(context: Context) -> None:
     assert whole.name == NETWORK and capacity_of(whole, program) == 4 * sum(w.rows().size for w in weights)
     blocks = [unit for unit in find_units(program, "block") if capacity_of(unit, program)]
     capacities = [capacity_of(unit, program) for unit in blocks]
-    largest = int(np.argmax(np.abs(np.diff(capacities))))
+    ties = ties_by_capacity(blocks, program)
+    np.testing.assert_allclose(ties, np.abs(np.diff(capacities)))
+    largest = int(np.argmax(ties))
+    pair = [unit for unit in blocks if unit.name in ("down", "up")]
+    part = cut_out_unit(program, united(pair, program.graph))
+    assert len(pair) == 2 and part.inputs == cut_out_unit(program, pair[0]).inputs, "the Resize between them is inside"
 
     options: dict[str, Any] = {"held_out": 0, "iterations": 2, "calls": 1, "samples": 1}
     one = replace(context, threads=1)
