@@ -64,6 +64,7 @@ from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training.block_data import LossWatcher
 from mezzotint.compiler.training.joined_units import joined_units, ties_by_capacity
 from mezzotint.compiler.training.training_pass import TrainingPass
+from mezzotint.compiler.training.unit_entropies import ties_by_entropy
 from mezzotint.compiler.training.units import GraphUnit, UnitToTrain, find_units, quantizers_of_units, time_unit
 from mezzotint.runtime.bundle.training import TrainedUnit
 
@@ -73,8 +74,11 @@ class Reconstruct(TrainingPass):
     """Weights rounded by training, layer by layer or block by block.
 
     - `unit`: `layer` (AdaRound) or `block` (BRECQ).
-    - `joined`: how many pairs of neighbouring units are trained as one, those whose weights differ most in bits (MRECG;
-      compiler/training/joined_units.py).
+    - `joined`: how many pairs of neighbouring units are trained as one, with what lies between them
+      (compiler/training/joined_units.py).
+    - `joined_by`: they are those whose weights differ most in bits (`capacity`: MRECG), or those of whose activations
+      the first unit's have the highest `entropy` (Q-VLM).
+    - `joined_most`: a joined unit is of at most so many; 0 has no bound.
     - `behind`: a unit reads what the `trained` units before it compute, or what the graph computed at the `start` of
       the pass. Then units do not know each other, and workers train them at once.
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, their learning rate, and samples in a step.
@@ -95,6 +99,8 @@ class Reconstruct(TrainingPass):
 
     unit: Literal["layer", "block"] = "block"
     joined: int = 0
+    joined_by: Literal["capacity", "entropy"] = "capacity"
+    joined_most: int = 0
     behind: Literal["trained", "start"] = "trained"
     iterations: int = 300
     learning_rate: float = 0.15
@@ -115,7 +121,7 @@ class Reconstruct(TrainingPass):
 
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "learning_rate", "regularization", "batch", "calls", "samples", "rank")
-        require_not_negative(self, "inner", "held_out", "scale_shares", "joined")
+        require_not_negative(self, "inner", "held_out", "scale_shares", "joined", "joined_most")
         if not 0 <= self.drop < 1:
             raise RecipeError(
                 f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"
@@ -161,7 +167,8 @@ class Reconstruct(TrainingPass):
         units = find_units(program, self.unit)
         if self.joined:
             units = [unit for unit in units if self._weights(program, unit, branch)]
-            units = joined_units(units, ties_by_capacity(units, program), self.joined, program.graph)
+            ties = (ties_by_entropy if self.joined_by == "entropy" else ties_by_capacity)(units, program)
+            units = joined_units(units, ties, self.joined, program.graph, self.joined_most)
         units = [*([branch] if branch else []), *units]
         parts = [(unit, self._weights(program, unit, branch)) for unit in units]
         trained = [unit for unit, weights in parts if weights]

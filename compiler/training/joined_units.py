@@ -2,7 +2,8 @@
 
 MRECG (arXiv 2303.11906) observes that the error of reconstruction swings up where a unit has far less capacity than the
 one before it, and that units which are reconstructed together do not swing. The capacity of a unit is the bits of its
-quantized weights, and a pair of neighbours is tied by the difference of its capacities.
+quantized weights, and a pair of neighbours is tied by the difference of its capacities. Q-VLM ties it by the entropy of
+activations (compiler/training/unit_entropies.py).
 
 What lies on the way from one of the units to the next, such as an activation function or the concatenation of a
 shortcut, belongs to the joined unit: otherwise the second would not read what the first computes in the fit.
@@ -10,7 +11,7 @@ shortcut, belongs to the joined unit: otherwise the second would not read what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -46,18 +47,25 @@ def ties_by_capacity(units: Sequence[GraphUnit], program: Program) -> list[float
     return [abs(a - b) for a, b in pairwise(capacity_of(unit, program) for unit in units)]
 
 
-def joined_units(units: Sequence[GraphUnit], ties: Sequence[float], pairs: int, graph: ir.Graph) -> list[GraphUnit]:
+def joined_units(
+    units: Sequence[GraphUnit], ties: Sequence[float], pairs: int, graph: ir.Graph, most: int = 0
+) -> list[GraphUnit]:
     """Return the units in their order, with the `pairs` of neighbours joined that are tied most.
 
-    Units of two chosen pairs become one of three. Raise RecipeError where there are fewer neighbours.
+    Units of two chosen pairs become one of three. Where `most` is not 0, a pair that would make one of more than `most`
+    units is passed over. Raise RecipeError where there are fewer pairs.
     """
-    if pairs > len(ties):
+    chosen: set[int] = set()
+    for i in sorted(range(len(ties)), key=lambda i: (-ties[i], i)):
+        if not most or _length(chosen, i) <= most:
+            chosen.update([i] if len(chosen) < pairs else [])
+    if pairs > len(chosen):
+        bound = f" with at most {most} units in one" if most else ""
         raise RecipeError(
-            f"{pairs} pairs of neighbouring units are to be joined, and there are {len(ties)}",
+            f"{pairs} pairs of neighbouring units are to be joined, and there are {len(chosen)}{bound}",
             where="reconstruct.joined",
-            hint=f"set reconstruct.joined to {len(ties)} or less",
+            hint=f"set reconstruct.joined to {len(chosen)} or less",
         )
-    chosen = sorted(range(len(ties)), key=lambda i: (-ties[i], i))[:pairs]
     parts: list[list[GraphUnit]] = []
     for i, unit in enumerate(units):
         if i - 1 in chosen:
@@ -65,6 +73,16 @@ def joined_units(units: Sequence[GraphUnit], ties: Sequence[float], pairs: int, 
         else:
             parts.append([unit])
     return [united(part, graph) for part in parts]
+
+
+def _length(chosen: Collection[int], pair: int) -> int:
+    """Return how many units the one would have that a pair is in, if it were chosen too."""
+    first, last = pair, pair
+    while first - 1 in chosen:
+        first -= 1
+    while last + 1 in chosen:
+        last += 1
+    return last - first + 2
 
 
 def united(units: Sequence[GraphUnit], graph: ir.Graph) -> GraphUnit:

@@ -84,6 +84,17 @@ TRAINED = (
         claim="w4a8",
     ),
     Recipe(
+        "q-vlm",
+        "brecq with the blocks that read the activations of highest entropy trained together with the next, at most "
+        "three at once",
+        static(behind=(Reconstruct(joined=3, joined_by="entropy", joined_most=3, held_out=0), _ACTIVATIONS)),
+        paper="Q-VLM, arXiv 2410.08119 (its partition into blocks: the three pairs of highest entropy in place of a "
+        "threshold, entropies of all values of an activation; reconstruction as in BRECQ, not its search of ranges; "
+        "nothing of a vision encoder)",
+        baseline="brecq",
+        claim="w4a4",
+    ),
+    Recipe(
         "fima-q",
         "brecq with errors of blocks weighted by the Fisher matrix of their outputs, a diagonal and a part of low rank",
         static(behind=(_FISHER, _ACTIVATIONS)),

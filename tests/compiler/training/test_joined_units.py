@@ -43,11 +43,28 @@ def test_the_strongest_ties_are_joined(ties: list[float], pairs: int, wanted: st
         assert unit.computed == frozenset(unit.name) - set("+ ")
 
 
+@pytest.mark.parametrize(
+    ("ties", "pairs", "most", "wanted"),
+    [
+        ([4, 3, 2, 1], 2, 3, "a+b+c d e"),
+        ([4, 3, 2, 1], 3, 3, "a+b+c d+e"),
+        ([4, 3, 2, 1], 2, 2, "a+b c+d e"),
+        ([3, 4, 3, 1], 3, 4, "a+b+c+d e"),
+        ([1, 4, 4, 1], 2, 3, "a b+c+d e"),
+    ],
+)
+def test_no_unit_is_longer_than_the_bound(ties: list[float], pairs: int, most: int, wanted: str) -> None:
+    found = joined_units(UNITS, ties, pairs, EMPTY, most)
+    assert " ".join(unit.name.replace(" ", "") for unit in found) == wanted
+
+
 def test_more_pairs_than_there_are() -> None:
     with pytest.raises(RecipeError, match="5 pairs of neighbouring units are to be joined, and there are 4"):
         joined_units(UNITS, [1] * 4, 5, EMPTY)
     with pytest.raises(RecipeError, match="and there are 0"):
         joined_units([], [], 1, EMPTY)
+    with pytest.raises(RecipeError, match=r"3 pairs .* there are 2 with at most 2 units in one"):
+        joined_units(UNITS, [1] * 4, 3, EMPTY, 2)
 
 
 def test_blocks_of_a_network(context: Context) -> None:
