@@ -158,6 +158,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/torch_graph/pairs.py": {"torch"},
     "compiler/torch_graph/parity.py": {"torch"},
     "compiler/torch_graph/quantizers.py": {"torch"},
+    "compiler/torch_graph/soft_rounding.py": {"torch"},
     "compiler/torch_graph/values.py": {"torch"},
     "compiler/training/distillation.py": {"torch"},
     "compiler/training/fisher_loss.py": {"torch"},

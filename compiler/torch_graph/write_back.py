@@ -35,7 +35,8 @@ from ..lowering.bias_room import make_room
 from ..lowering.qdq import quantizer_chain
 from ..scales.timetable import table_part
 from .convert import TorchGraph
-from .quantizers import Quantizer, SoftRounding
+from .quantizers import Quantizer
+from .soft_rounding import SoftRounding, quantizer_within
 
 _Array = npt.NDArray[Any]
 
@@ -123,7 +124,7 @@ class _Writer:
         new: dict[ir.Value, _Array] = {}
         written: dict[tuple[ir.Value, int | None], _Array] = {}
         for node, quantize in self._pairs():
-            quantizer = _quantizer(self.modules[quantize])
+            quantizer = quantizer_within(self.modules[quantize])
             trained = (quantizer.scales(), quantizer.zero_points())
             for parameter, tensor, old in zip(inputs(node, 3)[1:], trained, _parameters(node), strict=True):
                 holder, columns, _ = table_part(parameter)
@@ -193,7 +194,7 @@ class _Writer:
 
     def _grid_points(self, node: ir.Node, part: torch.nn.Module, sites: dict[Site, Site]) -> Floats:
         """Return a weight on the grid of the written scale. An untrained weight with its old scale stays."""
-        value, quantizer = inputs(node, 1)[0], _quantizer(part)
+        value, quantizer = inputs(node, 1)[0], quantizer_within(part)
         old, (scale, zero) = numpy_of(value), _parameters(node)
         name = self.copied.get(value, name_of(value))
         if isinstance(part, SoftRounding):
@@ -236,7 +237,7 @@ class _Writer:
                     by=by,
                 )
                 if old.levels is not None and node in self.modules:
-                    new = replace(new, levels=_quantizer(self.modules[node]).levels_at(scale))
+                    new = replace(new, levels=quantizer_within(self.modules[node]).levels_at(scale))
                 if _same(old, new):
                     continue
                 # Layers that shared a quantizer have different ones where room was made for the bias of one.
@@ -300,13 +301,6 @@ def _parameters(node: ir.Node) -> tuple[_Array, _Array]:
         tables[0] if columns == slice(None) and tables[0].ndim < 2 else tables[0][:, columns],
         tables[1] if places == slice(None) and tables[1].ndim < 2 else tables[1][:, places],
     )
-
-
-def _quantizer(part: torch.nn.Module) -> Quantizer:
-    quantizer = part.quantizer if isinstance(part, SoftRounding) else part
-    if not isinstance(quantizer, Quantizer):
-        raise PassError(f"a {type(part).__name__} stands for a quantizer", hint="use a Quantizer or a SoftRounding")
-    return quantizer
 
 
 def _same(a: Planned, b: Planned) -> bool:

@@ -30,7 +30,7 @@ from mezzotint.runtime import streams
 from mezzotint.runtime.bundle.training import TrainedUnit
 
 from ..errors import PassError
-from ..torch_graph.quantizers import SoftRounding
+from ..torch_graph.soft_rounding import SoftRounding
 from .block_data import LossWatcher
 from .unit_batches import Annealing, Batches
 from .unit_cache import Learned

@@ -20,7 +20,8 @@ from ..graph.ops import layers
 from ..rounding.layer_inputs import Inputs, Latents
 from ..rounding.weights import find_weights
 from ..torch_graph.convert import TorchGraph, to_torch
-from ..torch_graph.quantizers import Quantizer, SoftRounding
+from ..torch_graph.quantizers import Quantizer
+from ..torch_graph.soft_rounding import SoftRounding
 from ..torch_graph.write_back import plan_grids, write_back
 from .array_files import ArrayFiles
 from .block_data import LossWatcher, record

@@ -12,7 +12,8 @@ from torch.func import vmap
 
 from mezzotint.compiler.core.formats import Format, Grid, Levels, RowFormats, dequantize, quantize, scale_for_range
 from mezzotint.compiler.errors import PassError
-from mezzotint.compiler.torch_graph.quantizers import Quantizer, SoftRounding
+from mezzotint.compiler.torch_graph.quantizers import Quantizer
+from mezzotint.compiler.torch_graph.soft_rounding import SoftRounding
 
 SAMPLES, CHANNELS, ROWS = 3, 6, 4
 SHAPES = {2: (SAMPLES, CHANNELS), 3: (SAMPLES, 5, CHANNELS), 4: (SAMPLES, CHANNELS, 7, 5)}

@@ -21,7 +21,8 @@ from mezzotint.compiler.lowering.lower import lower
 from mezzotint.compiler.lowering.qdq import fold_weights
 from mezzotint.compiler.torch_graph.convert import TorchGraph, to_torch
 from mezzotint.compiler.torch_graph.parity import value_gaps
-from mezzotint.compiler.torch_graph.quantizers import Quantizer, SoftRounding
+from mezzotint.compiler.torch_graph.quantizers import Quantizer
+from mezzotint.compiler.torch_graph.soft_rounding import SoftRounding
 from mezzotint.compiler.torch_graph.write_back import plan_grids, write_back
 from mezzotint.passes.recipes.files import load_recipe
 from tests.helpers.tiny import context_in, tiny_program
