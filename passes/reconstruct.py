@@ -62,7 +62,7 @@ from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.rounding.layer_inputs import chosen_latents
 from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training.block_data import LossWatcher
-from mezzotint.compiler.training.joined_units import joined_units, ties_by_capacity
+from mezzotint.compiler.training.joined_units import joined_units, ties_by_capacity, windows_of
 from mezzotint.compiler.training.training_pass import TrainingPass
 from mezzotint.compiler.training.unit_entropies import ties_by_entropy
 from mezzotint.compiler.training.units import GraphUnit, UnitToTrain, find_units, quantizers_of_units, time_unit
@@ -79,6 +79,8 @@ class Reconstruct(TrainingPass):
     - `joined_by`: they are those whose weights differ most in bits (`capacity`: MRECG), or those of whose activations
       the first unit's have the highest `entropy` (Q-VLM).
     - `joined_most`: a joined unit is of at most so many; 0 has no bound.
+    - `window`: how many neighbouring units are trained together, in windows that each begin one unit further, from the
+      rounding that the window before left (CBQ).
     - `behind`: a unit reads what the `trained` units before it compute, or what the graph computed at the `start` of
       the pass. Then units do not know each other, and workers train them at once.
     - `iterations`, `learning_rate`, `batch`: steps of Adam for a unit, their learning rate, and samples in a step.
@@ -87,6 +89,7 @@ class Reconstruct(TrainingPass):
     - `drop`: the probability with which an element of an activation is not quantized in a step of the fit (QDrop).
     - `scale_shares`: how far an iteration moves the ends of the grids of a unit's activations at first, in shares of
       their size; it falls to 0. 0 leaves them alone: learn_scales learns them behind the weights.
+    - `low_rank`: the rank of the product that moves the variables of a weight's rounding (CBQ); 0 moves each alone.
     - `curvature`: `fisher` weights errors of the outputs by their Fisher matrix, a diagonal and a part of rank `rank`
       (FIMA-Q; compiler/gradients/block_fisher.py); `none` counts all elements equally.
     - `inner`: weight of the errors of the layers inside a block beside that of its outputs (EDA-DM).
@@ -101,6 +104,7 @@ class Reconstruct(TrainingPass):
     joined: int = 0
     joined_by: Literal["capacity", "entropy"] = "capacity"
     joined_most: int = 0
+    window: int = 1
     behind: Literal["trained", "start"] = "trained"
     iterations: int = 300
     learning_rate: float = 0.15
@@ -110,6 +114,7 @@ class Reconstruct(TrainingPass):
     samples: int = 16
     drop: float = 0.0
     scale_shares: float = 0.0
+    low_rank: int = 0
     inner: float = 0.0
     curvature: Literal["none", "fisher"] = "none"
     rank: int = 4
@@ -120,8 +125,17 @@ class Reconstruct(TrainingPass):
     gives: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
     def __post_init__(self) -> None:
-        require_positive(self, "iterations", "learning_rate", "regularization", "batch", "calls", "samples", "rank")
-        require_not_negative(self, "inner", "held_out", "scale_shares", "joined", "joined_most")
+        require_positive(
+            self, "iterations", "learning_rate", "regularization", "batch", "calls", "samples", "rank", "window"
+        )
+        require_not_negative(self, "inner", "held_out", "scale_shares", "joined", "joined_most", "low_rank")
+        if self.window > 1 and self.behind == "start":
+            raise RecipeError(
+                f"windows of {self.window} units start at the rounding that the one before left, and "
+                "reconstruct.behind is start",
+                where=self.name,
+                hint="set reconstruct.behind to trained",
+            )
         if not 0 <= self.drop < 1:
             raise RecipeError(
                 f"reconstruct.drop is {self.drop}", where=self.name, hint="choose a probability from 0 to less than 1"
@@ -146,7 +160,7 @@ class Reconstruct(TrainingPass):
             from mezzotint.compiler.gradients.block_fisher import measure_fishers
 
             fisher = partial(measure_fishers, rank=self.rank)
-        trainer = RoundingTrainer(latents, schedule, self.name, fisher)
+        trainer = RoundingTrainer(latents, schedule, self.name, fisher, self.low_rank)
         decisive = {name: value for name, value in self.options().items() if name not in ("units", "held_out")}
         cache = UnitCache(program, context, {"pass": self.name, **decisive}, apart=self.behind == "start")
 
@@ -165,18 +179,20 @@ class Reconstruct(TrainingPass):
         """
         branch = time_unit(program)
         units = find_units(program, self.unit)
-        if self.joined:
+        if self.joined or self.window > 1:
             units = [unit for unit in units if self._weights(program, unit, branch)]
+        if self.joined:
             ties = (ties_by_entropy if self.joined_by == "entropy" else ties_by_capacity)(units, program)
             units = joined_units(units, ties, self.joined, program.graph, self.joined_most)
+        units = windows_of(units, self.window, program.graph) if self.window > 1 else units
         units = [*([branch] if branch else []), *units]
         parts = [(unit, self._weights(program, unit, branch)) for unit in units]
         trained = [unit for unit, weights in parts if weights]
-        left = len(find_weights(program.graph)) - sum(len(weights) for _, weights in parts)
+        left = len(find_weights(program.graph)) - len({weight for _, weights in parts for weight in weights})
         chosen = self.matching(trained, self.units, "quantized weights")
         quantizers: dict[str, list[str]] = {}
         if self.scale_shares:
-            quantizers, _ = quantizers_of_units(program.graph, chosen, weights=False, activations=True)
+            quantizers, _ = quantizers_of_units(program.graph, trained, weights=False, activations=True)
         weights_of = {unit.name: weights for unit, weights in parts}
         return [
             UnitToTrain(

@@ -84,7 +84,8 @@ INPUT_NOISE = Stream("input noise", (0xA, 0xDD))
 CONFIGURATIONS = Stream("configurations", (0x5E,))
 """The random configurations of a search; place: (round, number of the configuration)."""
 ADAPTERS = Stream("adapters", (0xA, 0xDA))
-"""The first values of low-rank adapters of weights."""
+"""The first values of low-rank adapters of weights; of low-rank roundings, with the place (crc32 of the unit's name,
+crc32 of the weight's)."""
 BOOTSTRAP = Stream("bootstrap")
 """Resamples of images for intervals of metrics; seed: that of the metrics. Shares its key with place 0 of
 RANGE_NETWORKS."""

@@ -24,6 +24,9 @@ class SoftRounding(nn.Module):
     step; weights beyond the grid start at its end. `integers` are another method's choice (GPTQ): h starts on their
     side, between the fraction and the integer as `pull` says. An integer that is not next to the float weight stays,
     and its neighbour towards the float weight is the other choice.
+
+    Behind `use_low_rank`, V = V_0 + A B with the start V_0, and the two factors alone are trained (CBQ's LoRA-Rounding,
+    arXiv 2312.07950). Far fewer numbers are trained then, and the weights of a layer move together.
     """
 
     STRETCH, SHIFT = 1.2, 0.1
@@ -57,6 +60,29 @@ class SoftRounding(nn.Module):
             self.register_buffer("base", base)
             share = (h.clamp(self.EDGE, 1 - self.EDGE) + self.SHIFT) / self.STRETCH
             self.v = nn.Parameter(torch.logit(share))
+        self.a: nn.Parameter | None = None
+        self.b: nn.Parameter | None = None
+
+    def use_low_rank(self, rank: int, rng: np.random.Generator) -> None:
+        """Train a product of this rank beside the start: A `[rows, rank]` random, B `[rank, columns]` 0 at first.
+
+        Rows are along the weight's first axis. A has the variance 1 / rank, so that a step of B moves V as far as one
+        of its own would.
+        """
+        rows = self.v.shape[0]
+        columns = self.v.numel() // rows
+        start = rng.standard_normal((rows, rank)) / np.sqrt(rank)
+        self.v.requires_grad_(False)
+        self.a = nn.Parameter(torch.as_tensor(start, dtype=self.v.dtype, device=self.v.device))
+        self.b = nn.Parameter(torch.zeros((rank, columns), dtype=self.v.dtype, device=self.v.device))
+
+    def variables(self) -> list[nn.Parameter]:
+        """Return what is trained: V, or the two factors."""
+        return [self.v] if self.a is None or self.b is None else [self.a, self.b]
+
+    def logits(self) -> torch.Tensor:
+        """Return V."""
+        return self.v if self.a is None or self.b is None else self.v + (self.a @ self.b).reshape(self.v.shape)
 
     def forward(self, weight: torch.Tensor | None = None, row: torch.Tensor | None = None) -> torch.Tensor:
         """Return the soft weights."""
@@ -64,7 +90,7 @@ class SoftRounding(nn.Module):
 
     def fractions(self) -> torch.Tensor:
         """Return h(V): 0 is the lower grid point, 1 the upper."""
-        return torch.clamp(self.STRETCH * torch.sigmoid(self.v) - self.SHIFT, 0, 1)
+        return torch.clamp(self.STRETCH * torch.sigmoid(self.logits()) - self.SHIFT, 0, 1)
 
     def regularizer(self, beta: float) -> torch.Tensor:
         """Return the sum of 1 - |2h - 1|^beta, which is 0 where every weight is on the grid."""
@@ -73,25 +99,27 @@ class SoftRounding(nn.Module):
     @torch.no_grad()
     def ups(self) -> npt.NDArray[np.bool_]:
         """Return which weights round up."""
-        up: npt.NDArray[np.bool_] = (self.v >= 0).cpu().numpy()
+        up: npt.NDArray[np.bool_] = (self.logits() >= 0).cpu().numpy()
         return up
 
     @torch.no_grad()
     def choose(self, ups: npt.NDArray[np.bool_]) -> None:
-        """Move every h to its end: 1 for the weights that round up, 0 for the others."""
+        """Move every h to its end: 1 for the weights that round up, 0 for the others; factors become 0."""
         up = torch.from_numpy(np.array(ups)).to(self.v.device)
         self.v.copy_(torch.where(up, self.END, -self.END))
+        if self.b is not None:
+            self.b.zero_()
 
     @torch.no_grad()
     def hard(self) -> torch.Tensor:
         """Return the weights on the nearer grid points."""
-        return self._weights((self.v >= 0).to(self.v.dtype))
+        return self._weights((self.logits() >= 0).to(self.v.dtype))
 
     @torch.no_grad()
     def integers(self) -> torch.Tensor:
         """Return the integers of the nearer grid points, as floats of the weight's shape."""
         _, zero, low, high = self.quantizer.parameters_for(self.base)
-        return torch.clamp(self.base + (self.v >= 0).to(self.v.dtype) * self.gap + zero, low, high)
+        return torch.clamp(self.base + (self.logits() >= 0).to(self.v.dtype) * self.gap + zero, low, high)
 
     def _weights(self, fractions: torch.Tensor) -> torch.Tensor:
         scale, zero, low, high = self.quantizer.parameters_for(self.base)

@@ -54,19 +54,19 @@ def fit_rounding(
     after each iteration. Raise PassError for a loss that is not finite.
     """
     modules = list(rounders.values())
-    variables = [module.v for module in modules]
-    soft_start = [v.detach().clone() for v in variables]
+    variables = [variable for module in modules for variable in module.variables()]
+    soft_start = [module.v.detach().clone() for module in modules]
     _harden(modules)
     start, scale = batches.mean_errors()
     if scale == 0:  # the unit computes what the float graph does
         return TrainedUnit(unit, by, 0.0, 0.0, 0.0, (), kept=False), {}
     with torch.no_grad():
-        for v, soft in zip(variables, soft_start, strict=True):
-            v.copy_(soft)
+        for module, soft in zip(modules, soft_start, strict=True):
+            module.v.copy_(soft)
     groups = [] if batches.movements is None else batches.movements.groups
     optimizer = torch.optim.Adam([{"params": variables, "lr": schedule.learning_rate}, *groups])
     rng = streams.TRAINING_BATCHES.generator(seed, zlib.crc32(unit.encode()))
-    weights = sum(v.numel() for v in variables)
+    weights = sum(module.v.numel() for module in modules)
     losses = []
     for iteration in range(schedule.iterations):
         for group in optimizer.param_groups[1:]:

@@ -1,9 +1,12 @@
-"""Neighbouring units that are reconstructed as one, where something ties them most.
+"""Neighbouring units that are reconstructed as one: where something ties them most, or in windows that overlap.
 
 MRECG (arXiv 2303.11906) observes that the error of reconstruction swings up where a unit has far less capacity than the
 one before it, and that units which are reconstructed together do not swing. The capacity of a unit is the bits of its
 quantized weights, and a pair of neighbours is tied by the difference of its capacities. Q-VLM ties it by the entropy of
 activations (compiler/training/unit_entropies.py).
+
+CBQ (arXiv 2312.07950) reconstructs windows of neighbours that overlap: each starts at the rounding that the one before
+it left, and a unit is trained with those in front of it and with those behind it.
 
 What lies on the way from one of the units to the next, such as an activation function or the concatenation of a
 shortcut, belongs to the joined unit: otherwise the second would not read what the first computes in the fit.
@@ -73,6 +76,12 @@ def joined_units(
         else:
             parts.append([unit])
     return [united(part, graph) for part in parts]
+
+
+def windows_of(units: Sequence[GraphUnit], size: int, graph: ir.Graph) -> list[GraphUnit]:
+    """Return all runs of `size` neighbours, one for each place to begin; one of all units where there are fewer."""
+    count = max(len(units) - size + 1, min(len(units), 1))
+    return [united(units[i : i + size], graph) for i in range(count)]
 
 
 def _length(chosen: Collection[int], pair: int) -> int:

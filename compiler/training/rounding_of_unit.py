@@ -41,13 +41,15 @@ class RoundingTrainer:
     """How the rounding of units' weights is trained by one run of a pass, whose name is `by`.
 
     `fisher` measures what weights errors of the outputs; the time branch, which no sample reaches, has none. Scales of
-    a unit's quantizers move with its weights.
+    a unit's quantizers move with its weights. With a `low_rank` other than 0 the variables of a weight's rounding move
+    by a product of that rank.
     """
 
     latents: Sequence[Latents]
     schedule: Annealing
     by: str
     fisher: FisherSource | None = None
+    low_rank: int = 0
 
     def train(
         self, program: Program, context: Context, unit: UnitToTrain, step: LossWatcher
@@ -59,6 +61,10 @@ class RoundingTrainer:
         schedule = self.schedule
         part = cut_out_unit(program, unit)
         graph, rounders = self._softened(program, part, unit)
+        if self.low_rank:
+            for name, rounder in rounders.items():
+                place = (zlib.crc32(unit.name.encode()), zlib.crc32(name.encode()))
+                rounder.use_low_rank(self.low_rank, streams.ADAPTERS.generator(context.seed, *place))
         latents = _at_every_timestep(program, self.latents[0]) if unit.timely else self.latents
         mixed = dict(part.floats) if schedule.drop else {}
         with ArrayFiles(context.folder) as files, training_device(context) as device:

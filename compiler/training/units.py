@@ -80,7 +80,10 @@ def time_unit(program: Program) -> GraphUnit | None:
 def quantizers_of_units(
     graph: ir.Graph, units: Sequence[GraphUnit], *, weights: bool, activations: bool
 ) -> tuple[dict[str, list[str]], int]:
-    """Return the names of the QuantizeLinear nodes of each unit, by its name, and the number that belong to none."""
+    """Return the names of the QuantizeLinear nodes of each unit, by its name, and the number that belong to none.
+
+    Where units overlap, the last one that computes a value counts.
+    """
     unit_of = {name: unit.name for unit in units for name in unit.computed}
     chosen = [
         node

@@ -27,6 +27,7 @@ from ..split_shortcuts import SplitShortcuts
 from .parts import EVERY_CALL, EXACT, NOISY, against_w8a8, static
 
 _FISHER = Reconstruct(curvature="fisher", learning_rate=0.03, regularization=10.0, held_out=0)
+_WINDOWS = Reconstruct(window=2, low_rank=5, learning_rate=0.03, regularization=1.0, scale_shares=1e-3, held_out=0)
 _ACTIVATIONS = LearnScales(zero_points=False, iterations=100, held_out=0)
 _Q_DIFFUSION = static(SplitShortcuts(), behind=(Reconstruct(held_out=0), _ACTIVATIONS))
 
@@ -93,6 +94,18 @@ TRAINED = (
         "nothing of a vision encoder)",
         baseline="brecq",
         claim="w4a4",
+    ),
+    Recipe(
+        "cbq",
+        "brecq in windows of two blocks, each from the rounding that the window before left, with roundings that move "
+        "by a product of rank 5 and scales of activations trained with them",
+        static(behind=(_WINDOWS,)),
+        paper="CBQ, arXiv 2312.07950 (its windows, of two blocks that overlap by one, and LoRA-Rounding of rank 5 from "
+        "the fractions of the weights, with a hundredth of brecq's regularization and a fifth of its learning rate, "
+        "since a product moves weights together; 300 steps of a window; mean squares without its KL divergence; scales "
+        "of weights stay, those of activations move in the last window that has them; outliers are not preprocessed)",
+        baseline="brecq",
+        claim="w4a8",
     ),
     Recipe(
         "fima-q",

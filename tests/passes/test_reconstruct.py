@@ -102,6 +102,23 @@ def test_scales_of_activations_are_learned_with_the_weights(program: Program, co
     np.testing.assert_equal(one, two)
 
 
+def test_a_window_starts_where_the_one_before_it_ended(program: Program, context: Context) -> None:
+    """Trained one by one, in two runs of the pass, they learn the same; roundings of low rank are learned, too."""
+    first, second = "down + up", "up + shortcut .. b2_conv2"
+    options: dict[str, Any] = {"unit": "block", "window": 2, "low_rank": 3, "scale_shares": 0.01}
+    options |= {"learning_rate": 0.05, "regularization": 1.0}
+    both = trained(program, context, **options, units=(first, second))
+    one = trained(program, context, **options, units=(first,))
+    two = trained(one, context, **options, units=(second,))
+    alone = trained(program, context, **options, units=(second,))
+    assert both.training == two.training and both.training[0].kept
+    assert both.training[1].start != alone.training[0].start
+    for a, b in zip(find_weights(both.graph), find_weights(two.graph), strict=True):
+        np.testing.assert_array_equal(a.rows(), b.rows())
+    with pytest.raises(RecipeError, match=r"reconstruct\.behind is start"):
+        Reconstruct(window=2, behind="start")
+
+
 def test_a_fit_that_does_not_help_keeps_the_start(program: Program, context: Context) -> None:
     after = trained(program, context, iterations=1, learning_rate=1e-9, units=(find_weights(program.graph)[0].name,))
     assert "0 of 1 units better; error 100% of the start's" in after.history[-1].note

@@ -42,6 +42,8 @@ def places(stream: streams.Stream) -> Iterator[tuple[int, ...]]:
         yield from product(range(12), range(6), (1, 12, 14, 0x9F2B6C31))
     elif stream in (streams.TRAINING_BATCHES, streams.DROPPED_ELEMENTS):
         yield from ((crc,) for crc in (12, 14, 0x9F2B6C31))
+    elif stream is streams.ADAPTERS:
+        yield from ((), *product((12, 0x9F2B6C31), (14, 0x51C0FFEE)))
     else:
         yield ()
 

@@ -241,6 +241,26 @@ def test_soft_rounding_starts_from_given_integers(pull: float) -> None:
     assert ((soft.integers() - chosen).abs() == 1).all() and soft.integers().abs().max() <= 7
 
 
+def test_soft_rounding_moves_by_a_product_of_low_rank() -> None:
+    soft, _, chosen, _ = rounding(0.5)
+    before, start = soft.v.detach().clone(), soft().detach()
+    assert [id(v) for v in soft.variables()] == [id(soft.v)]
+    soft.use_low_rank(2, np.random.default_rng(0))
+    a, b = soft.variables()
+    assert (a.shape, b.shape) == ((CHANNELS, 2), (2, 15)) and torch.equal(soft(), start), "the product is 0 at first"
+    (soft() ** 2).sum().backward()
+    assert soft.v.grad is None and b.grad is not None and (b.grad != 0).all()
+    with torch.no_grad():
+        b.copy_(torch.randn(2, 15))
+    moved = before + torch.einsum("cr,rn->cn", a, b).reshape(before.shape)
+    torch.testing.assert_close(soft.logits(), moved)
+    torch.testing.assert_close(soft.fractions(), torch.clamp(1.2 * torch.sigmoid(moved) - 0.1, 0, 1))
+    assert np.array_equal(soft.ups(), moved.detach() >= 0) and not torch.equal(soft.integers(), chosen)
+    ups, hard = soft.ups(), soft.hard()
+    soft.choose(ups)
+    assert torch.equal(soft(), hard) and torch.equal(soft.hard(), hard) and np.array_equal(soft.ups(), ups)
+
+
 def test_gradient_of_soft_rounding() -> None:
     soft = rounding()[0].double()
     weights = torch.randn(soft.v.shape, dtype=torch.float64)

@@ -13,7 +13,7 @@ from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.rounding.weights import find_weights
-from mezzotint.compiler.training.joined_units import capacity_of, joined_units, ties_by_capacity, united
+from mezzotint.compiler.training.joined_units import capacity_of, joined_units, ties_by_capacity, united, windows_of
 from mezzotint.compiler.training.subgraph import cut_out_unit
 from mezzotint.compiler.training.units import NETWORK, GraphUnit, find_units
 from mezzotint.passes.recipes.catalog import RECIPES
@@ -56,6 +56,14 @@ def test_the_strongest_ties_are_joined(ties: list[float], pairs: int, wanted: st
 def test_no_unit_is_longer_than_the_bound(ties: list[float], pairs: int, most: int, wanted: str) -> None:
     found = joined_units(UNITS, ties, pairs, EMPTY, most)
     assert " ".join(unit.name.replace(" ", "") for unit in found) == wanted
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [(1, "a b c d e"), (2, "a+b b+c c+d d+e"), (4, "a+b+c+d b+c+d+e"), (9, "a+b+c+d+e")]
+)
+def test_windows_overlap(size: int, wanted: str) -> None:
+    assert " ".join(unit.name.replace(" ", "") for unit in windows_of(UNITS, size, EMPTY)) == wanted
+    assert windows_of([], size, EMPTY) == []
 
 
 def test_more_pairs_than_there_are() -> None:
