@@ -1,4 +1,4 @@
-"""choose_levels: give weights of 2 to 4 bits a codebook of 2^bits levels in place of a uniform grid.
+"""choose_levels: give weights of 1 to 4 bits a codebook of 2^bits levels in place of a uniform grid.
 
 The levels are int8 integers, so that a weight is s l with l of its row's table: the kernels compute with int8 as they
 do without, at the same speed, and what is saved is the file. It stores codes of `bits` bits and the tables, and unpacks
@@ -11,20 +11,24 @@ the diagonal of GPTQ's H, but for the borders of images. Methods:
 - `kmeans`: the best levels on the int8 grid, by dynamic programming (compiler/scales/kmeans.py). With `tables` row each
   output channel has a table, as in GANQ (arXiv 2501.12956); with tensor all of a weight share one, and the scales of
   rows and the table are fitted in turns.
-- `normal`: those for normally distributed weights, as in HIGGS (arXiv 2411.17525).
+- `normal`: those for normally distributed weights, as in HIGGS (arXiv 2411.17525). With 1 bit they are signs, and the
+  scale of a row is the weighted mean of |w|.
 - `float`: the values of a small float format, as in FP4DiT (arXiv 2503.15465): 4 bits E2M1, E1M2 or E3M0, 3 bits E2M0
   or E1M1; `form` names it, or best takes the one of least error for each weight. A format of b bits has 2^b - 1 values.
 - `log`: two logarithmic grids, for the negative and the positive weights of a row, as in LRQ-DiT (arXiv 2508.03485).
-  eta and the share of the magnitudes below the end are searched for each row.
+  eta and the share of the magnitudes below the end are searched for each row. It needs 2 bits.
 - `affine`: equally spaced levels with a scale and a zero point for each row, as in NeUQI (arXiv 2505.17595;
   compiler/scales/affine_levels.py).
 - `vectors`: 2^(bits size) vectors of `size` neighbouring inputs for each weight, by weighted k-means, as in GPTVQ
   (arXiv 2402.15319); `bits size` is at most 8 (compiler/scales/vector_codebooks.py). A weight whose number of inputs
-  `size` does not divide keeps its grid. `nearest`, `gptq` and `gptaq` round to vectors (compiler/rounding/vectors.py).
+  `size` does not divide keeps its grid, or has levels by kmeans where it has 1 bit. `nearest`, `gptq` and `gptaq`
+  round to vectors (compiler/rounding/vectors.py).
 
 `normal` and `float` have one table for all weights; the scale of a row is searched among 29 fractions of its largest
-magnitude (compiler/rounding/row_scales.py). compiler/scales/codebooks.py has the formulas.
+magnitude, and with 1 bit fitted to the codes (compiler/rounding/row_scales.py). compiler/scales/codebooks.py has the
+formulas.
 
+A uniform grid of 1 bit has the point 0 alone, so that the note compares the levels of 1 bit with weights of 0.
 A table of a row costs 2^bits bytes: at 3 bits 2 % of a row of 1,152 inputs, 30 % of one of 72. Weights whose channels
 have different widths (assign_bits), and weights of more bits, keep their uniform grids.
 
@@ -47,7 +51,7 @@ So 3 bits of kmeans with gptq beat 4 bits to nearest on mnist-onnx; on the digit
 of the images. 16 images tell differences of some dB apart, not less.
 
 Errors: StatsError if the graph changed after observe, or if inputs were not measured by channel; RecipeError for a
-float format of another width, and for vectors of too many bits.
+float format of another width, for vectors of too many bits, and for logarithmic levels of 1 bit.
 """
 
 from __future__ import annotations
@@ -75,7 +79,7 @@ VECTOR_BITS = 8  # of the code of a vector
 
 @dataclass(frozen=True)
 class ChooseLevels(Pass):
-    """Codebooks for weights of 2 to 4 bits.
+    """Codebooks for weights of 1 to 4 bits.
 
     - `method`, `tables` (of kmeans), `form` (of float), `size` (of vectors): as above.
     - `weighted`: errors are weighted by the inputs, which observe.channels=inputs measures; otherwise their weights are
@@ -107,7 +111,7 @@ class ChooseLevels(Pass):
                 readers.setdefault(own if own in plan.quantizers else Site(own.value), []).append(layer)
         chosen = {site: q for site in readers if (q := plan.quantizers.get(site)) is not None and _narrow(q)}
         if not chosen:
-            warning = f"{self.name}: no weight has 2 to {LEVEL_BITS} bits, so that none got a codebook"
+            warning = f"{self.name}: no weight has 1 to {LEVEL_BITS} bits, so that none got a codebook"
             hint = "--set choose_scales.weight_bits=3"
             return replace(program, warnings=(*program.warnings, f"{warning}; {hint}"), note="no narrow weights")
         quantizers, shares = dict(plan.quantizers), []
@@ -127,7 +131,7 @@ class ChooseLevels(Pass):
         weight, axis = required(first.weight, "the weight", first.node), required(quantizer.axis, "an axis", first.node)
         rows = weight_rows(weight, axis)
         importance = input_importance(readers, rows.shape[1], stats if self.weighted else None, self.name)
-        bits = quantizer.format.bits
+        bits, method = quantizer.format.bits, self.method
         if self.method == "vectors":
             if bits * self.size > VECTOR_BITS:
                 raise RecipeError(
@@ -136,8 +140,10 @@ class ChooseLevels(Pass):
                     hint="set choose_levels.size to 2, or fewer bits",
                 )
             if rows.shape[1] % self.size:
-                return quantizer, 1.0
-        fit = LevelFit(self.method, self.tables, self.form, self.size)
+                if bits > 1:
+                    return quantizer, 1.0
+                method = "kmeans"
+        fit = LevelFit(method, self.tables, self.form, self.size)
         new = fit.quantizer(quantizer, rows, importance, self.name, first.name)
         old = np.broadcast_to(quantizer.scale.reshape(-1), len(rows))
         before = sum(level_errors(rows, old, quantizer.grid, importance))

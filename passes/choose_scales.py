@@ -9,7 +9,8 @@
   writes 8 bits whatever its inputs have, so that 256 levels cost nothing where the inputs have 16.
 - Weights (int8, symmetric, per output channel): from the tensor, by `minmax` or `mse`, the same search on |w| for each
   channel (compiler/scales/weights.py). Without `per_channel` the channels of a weight have one scale in common, as in
-  DFQ (arXiv 1906.04721). Layers for which split_ranks chose a width have that one.
+  DFQ (arXiv 1906.04721). Layers for which split_ranks chose a width have that one. Weights of 1 bit have no grid: a
+  recipe with them needs choose_levels.
 - Products of two activations, and layers of the prompt, stay in float where an input has fewer than `levels` levels up
   to its typical value: a loud channel or token takes the others (compiler/scales/loud_layers.py). The plan's islands
   say which.
@@ -18,7 +19,8 @@
 
 Every range contains 0.
 
-Errors: StatsError if the graph changed after observe, or a value was not measured.
+Errors: StatsError if the graph changed after observe, or a value was not measured; RecipeError for weights of 1 bit
+without choose_levels behind.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from mezzotint.compiler.graph.ops import Layer, layers, transposed_layer
 from mezzotint.compiler.scales.loud_layers import loud_layers
 from mezzotint.compiler.scales.ranges import RangeMethod, check_percentile, range_of
 from mezzotint.compiler.scales.weights import WeightMethod, weight_format, weight_quantizer
+from mezzotint.runtime.sampling.deployment import Deployment
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
 
@@ -49,7 +52,8 @@ class ChooseScales(Pass):
     - `percentile`: in percent; used by the method `percentile` only.
     - `per_channel`: a scale for each output channel of a weight, otherwise one for the whole weight.
     - `activation_bits`, `weight_bits`: widths in bits. The file stores weights of 2 bits in 2, of 3 and 4 bits in 4,
-      and of 5 to 8 bits in 8. Activations in "float" leave weights alone to quantize: a small file, and float kernels.
+      and of 5 to 8 bits in 8, and those with levels (1 bit has no others) in the bits of a code. Activations in "float"
+      leave weights alone to quantize: a small file, and float kernels.
     - `output_bits`: the width of outputs of convolutions that no layer reads directly.
     - `symmetric`: the activations that have zero point 0 and a signed grid: none, factors of products of two
       activations, or all. `--target` chooses.
@@ -61,7 +65,7 @@ class ChooseScales(Pass):
     weights: WeightMethod = "mse"
     percentile: float = 99.999
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, "float"] = 8
-    weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    weight_bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 8
     output_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     per_channel: bool = True
     symmetric: Literal["none", "products", "all"] = "none"
@@ -75,6 +79,15 @@ class ChooseScales(Pass):
         check_percentile(self.percentile, self.name)
         if not 0 <= self.levels <= 127:
             raise RecipeError(f"{self.name}.levels is {self.levels}", where=self.name, hint="choose 0 to 127")
+
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        behind = passes[list(passes).index(self) :]
+        if self.weight_bits == 1 and not any(step.name == "choose_levels" for step in behind):
+            raise RecipeError(
+                "weights of 1 bit have no uniform grid, and no pass gives them levels",
+                where=f"{self.name}.weight_bits",
+                hint="put choose_levels behind choose_scales, as the recipe ganq does, or choose 2 bits or more",
+            )
 
     def for_target(self, target: Target, passes: Sequence[Pass]) -> ChooseScales:
         """Return this pass with the symmetric activations that a target demands, beside those that it has already."""

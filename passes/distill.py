@@ -140,7 +140,7 @@ class Distill(TrainingPass):
     def run(self, program: Program, context: Context) -> Program:
         plan = self.plan_of(program)
         if self.level_steps and all(quantizer.levels is None for quantizer in plan.quantizers.values()):
-            hint = "choose_levels gives levels to weights of 2 to 4 bits: --set choose_scales.weight_bits=3; or set "
+            hint = "choose_levels gives levels to weights of 1 to 4 bits: --set choose_scales.weight_bits=3; or set "
             raise RecipeError("no weight has levels to train", where=self.name, hint=f"{hint}distill.level_steps to 0")
         from mezzotint.compiler.training.distillation import Distillation, Moves, network_calls
         from mezzotint.compiler.training.network_loss import NetworkFit

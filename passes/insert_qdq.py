@@ -33,7 +33,7 @@ and operators without an integer kernel. A role that no layer has is a warning o
 A bias that would not fit into int32 raises the scale of its weight, or, where that costs too much, keeps the layer in
 float (compiler/lowering/bias_room.py).
 
-Errors: RecipeError if the lowering cannot express the plan's tables.
+Errors: RecipeError if the lowering cannot express the plan's tables, and for a weight of 1 bit without levels.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from mezzotint.compiler.graph.nodes import (
 from mezzotint.compiler.graph.ops import Layer, float_reason, layers, time_table, transposed_layer
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.lowering.bias_room import Room, make_room
-from mezzotint.compiler.lowering.limits import check_passes, check_tables, lowering_for
+from mezzotint.compiler.lowering.limits import check_passes, check_tables, check_widths, lowering_for
 from mezzotint.compiler.lowering.quantizer_nodes import pair_nodes, table_rows
 from mezzotint.compiler.scales.timetable import deployed_rows
 from mezzotint.compiler.scales.weights import rounded_weight
@@ -176,10 +176,11 @@ class InsertQdq(Pass):
         check_passes(self.lowering, {step.name: step.options() for step in before}, self.name)
 
     def _check_lowering(self, every_layer: list[Layer], plan: Plan) -> None:
-        """Raise RecipeError if the lowering cannot express the plan's tables.
+        """Raise RecipeError if the lowering cannot express the plan's tables, or a weight of 1 bit has no levels.
 
         With `qdq` a convolution with a table would stay in float without a warning.
         """
+        check_widths(plan, self.name)
         tables = [q for q in plan.quantizers.values() if q.table]
         check_tables(
             self.lowering,

@@ -25,6 +25,7 @@ WIDTHS: dict[str, tuple[int, int | str]] = {
     "w4a8": (4, 8),
     "w3a8": (3, 8),
     "w2a8": (2, 8),
+    "w1a8": (1, 8),
     "w4a6": (4, 6),
     "w4a4": (4, 4),
     "w4a16": (4, "float"),  # weight-only

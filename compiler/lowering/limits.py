@@ -1,4 +1,4 @@
-"""What a lowering cannot express: tables that only other lowerings have."""
+"""What a lowering cannot express: tables that only other lowerings have, and weights without a grid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from mezzotint.runtime.targets import ONNXRUNTIME, Target
 
-from ..core.program import Lowering
+from ..core.program import Lowering, Plan
 from ..errors import RecipeError
 
 MOST_GAIN = 30.2
@@ -47,6 +47,17 @@ def lowering_for(target: Target, lowering: Lowering, before: Mapping[str, Mappin
         )
     check_passes("constant", before, where)
     return "constant"
+
+
+def check_widths(plan: Plan, where: str) -> None:
+    """Raise RecipeError for a weight of 1 bit without levels: its uniform grid has the point 0 alone."""
+    for site, quantizer in plan.quantizers.items():
+        if quantizer.uniform and quantizer.format.bits < 2:
+            raise RecipeError(
+                f"the weight {site.value!r} has 1 bit, and no levels",
+                where=where,
+                hint="put choose_levels behind choose_scales, or choose more bits: --set choose_scales.weight_bits=2",
+            )
 
 
 def check_tables(

@@ -16,9 +16,9 @@ from ..core.program import Quantizer
 from ..errors import RecipeError
 from ..scales import kmeans
 from ..scales.affine_levels import affine_levels
-from ..scales.codebooks import FLOAT_FORMS, float_levels, normal_levels, twin_log_levels
+from ..scales.codebooks import FLOAT_FORMS, SIGNS, float_levels, normal_levels, twin_log_levels
 from ..scales.vector_codebooks import vector_table
-from .row_scales import search
+from .row_scales import in_turns, search
 
 LevelMethod = Literal["kmeans", "normal", "float", "log", "affine", "vectors"]
 LevelTables = Literal["row", "tensor"]
@@ -69,16 +69,23 @@ class LevelFit:
             table = self._shared(rows, scale, each, count)
             for _ in range(TURNS - 1):
                 grid = Vectors(table) if self.method == "vectors" else Levels(table)
-                scale = _searched(rows, scale, grid, importance)
+                scale = _searched(rows, scale, grid, importance, bits)
                 table = self._shared(rows, scale, each, count)
             return table, scale
         if self.method == "log":
+            if bits == 1:
+                hint = "set choose_levels.method to normal or kmeans, or choose 2 bits or more"
+                raise RecipeError("two logarithmic grids of 1 bit have one level each", where=where, hint=hint)
             return _best_log(rows, importance, bits)
         if self.method == "affine":
             found = [affine_levels(rows[p], h, bits) for p, h in _parts(rows, importance)]
             return np.concatenate([table for table, _ in found]), np.concatenate([scale for _, scale in found])
-        tables = [normal_levels(bits)] if self.method == "normal" else self._float_tables(bits, where)
-        fitted = [(table, _searched(rows, kmeans.own_scales(rows), Levels(table), importance)) for table in tables]
+        own = kmeans.own_scales(rows)
+        if self.method == "normal":
+            tables = [SIGNS if bits == 1 else normal_levels(bits)]
+        else:
+            tables = self._float_tables(bits, where)
+        fitted = [(table, _searched(rows, own, Levels(table), importance, bits)) for table in tables]
         return min(fitted, key=lambda one: sum(level_errors(rows, one[1], Levels(one[0]), importance)))
 
     def _shared(self, rows: Floats, scale: Floats, importance: Floats, count: int) -> _Table:
@@ -105,8 +112,12 @@ def _parts(rows: Floats, importance: Floats) -> Iterator[tuple[slice, Floats]]:
         yield slice(g * each, (g + 1) * each), h
 
 
-def _searched(rows: Floats, scale: Floats, grid: Grid, importance: Floats) -> Floats:
-    found = [search(rows[p], scale[p], grid, h) for p, h in _parts(rows, importance)]
+def _searched(rows: Floats, scale: Floats, grid: Grid, importance: Floats, bits: int) -> Floats:
+    """Return the best scale of each row, for a grid that all rows share. That of 1 bit lies below the searched ones."""
+    found = []
+    for part, h in _parts(rows, importance):
+        best = search(rows[part], scale[part], grid, h)
+        found.append(in_turns(rows[part], best, grid, h) if bits == 1 else best)
     return np.concatenate(found)
 
 

@@ -6,6 +6,9 @@ float     every value of a small float format with a sign, in units of its small
           E2M1 is 0, 1, 2, 3, 4, 6, 8, 12. No code stands for infinity or NaN
 twin log  (LRQ-DiT, arXiv 2508.03485) each sign has half of the levels, equally spaced in log2(|w| + eta)
 
+signs     -64 and 64, the normal levels of 1 bit. Processors without VNNI sum pairs of products in 16 bits, which
+          2 x 255 x 64 does not exceed
+
 The scale of a row turns levels into weights; the largest level of `normal` is 127, to 0.4 % of it exact.
 """
 
@@ -28,6 +31,9 @@ FLOAT_FORMS: Mapping[int, Mapping[str, tuple[int, int]]] = {
 
 _TOLERANCE = 1e-12
 _Levels = npt.NDArray[np.int8]
+
+SIGNS: _Levels = np.array([-64, 64], np.int8)
+"""The levels of signs; with the scale mean |w| / 64 they are the best symmetric pair for a row."""
 
 
 def normal_grid(count: int) -> Doubles:

@@ -3,6 +3,9 @@
 minmax  the largest magnitude of the channel
 mse     the share of it, in 21 steps from 1 to 0.6, with the least squared error of rounding and clipping together (the
         shrink search that Q-Diffusion and PTQD inherit from BRECQ, with p = 2)
+
+A symmetric grid of 1 bit has the point 0 alone. Weights of 1 bit wait for their levels (choose_levels) with the scale
+that puts the largest magnitude of a channel on 127.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ CACHE_BYTES = 1 << 17  # of the rows that are searched together: their steps sta
 
 
 def weight_format(bits: int) -> Format:
-    """Return the format of weights of that many bits, 2 to 8."""
+    """Return the format of weights of that many bits, 1 to 8."""
     return INT8 if bits == 8 else Format(bits, signed=True, symmetric=True)
 
 
@@ -41,14 +44,14 @@ def weight_quantizer(
     weight = np.moveaxis(numpy_of(required(layer.weight, "the weight", layer.node)), axis, 0)
     rows = weight.reshape(len(weight) if per_channel else 1, -1)
     limit = np.broadcast_to(row_limits(rows, fmt, method), len(weight))
-    scale, zero = scale_for_range(-limit, limit, fmt)
+    scale, zero = scale_for_range(-limit, limit, fmt if fmt.bits > 1 else INT8)
     return Quantizer(fmt, scale, zero, by, axis=axis)
 
 
 def row_limits(rows: npt.NDArray[np.float32], fmt: Format, method: WeightMethod) -> npt.NDArray[np.float32]:
     """Return the magnitude `[rows]` that each row of `[rows, inputs]` is cut off at: its grid ends there."""
     limit: npt.NDArray[np.float32] = np.abs(rows).max(axis=1)
-    return limit * _best_shrinks(rows, limit, fmt) if method == "mse" else limit
+    return limit * _best_shrinks(rows, limit, fmt) if method == "mse" and fmt.bits > 1 else limit
 
 
 def rounded_weight(weight: npt.NDArray[np.float32], quantizer: Quantizer) -> Floats:

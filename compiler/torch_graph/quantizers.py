@@ -34,8 +34,9 @@ class Quantizer(nn.Module):
     elements that share a scale; with tables, of those of one sample.
 
     `use_levels` puts a codebook in the place of the integers: round(v) is then the nearest level. Its gradient reaches
-    the level, too, where levels are trained (compiler/training/learned_levels.py). `beside` is added to what is on the
-    grid, while a network is trained (fading_branches.py).
+    the level, too, where levels are trained (compiler/training/learned_levels.py). Weights beyond the outer levels have
+    no gradient; where a row has two levels, and half of its weights lie beyond them, this begins half their distance
+    further out. `beside` is added to what is on the grid, while a network is trained (fading_branches.py).
     """
 
     qmin: torch.Tensor
@@ -157,7 +158,8 @@ class Quantizer(nn.Module):
         if self.levels is None:
             q = torch.clamp(with_gradient_of(self.nearest(v), v) + zero, low, high)
         else:  # the nearest level is inside of the grid, and has a gradient of its own where levels are trained
-            through = torch.clamp(v, low, high)
+            beyond = (high - low) / 2 if self.levels.shape[-1] == 2 else torch.zeros_like(low)
+            through = torch.clamp(v, low - beyond, high + beyond)
             q = self.nearest(v) + (through - through.detach())
         quantized = (q - zero) * scale
         if self.training and self.drop_probability > 0:

@@ -14,17 +14,21 @@ from mezzotint.compiler.core.formats import INT8, Format
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.nodes import name_of, numpy_of
+from mezzotint.compiler.lowering.codes import coded
+from mezzotint.compiler.rounding.level_fits import level_errors
 from mezzotint.compiler.rounding.weights import find_weights, layer_name
 from mezzotint.passes.choose_levels import ChooseLevels
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
 from mezzotint.passes.observe import Observe
+from mezzotint.passes.recipes.catalog import RECIPES
+from mezzotint.passes.recipes.files import with_options
 from mezzotint.passes.round_weights import RoundWeights
 from tests.helpers.tiny import context_in, tiny_program
 
-THREE = ChooseScales(weight_bits=3)
+ONE, THREE = ChooseScales(weight_bits=1), ChooseScales(weight_bits=3)
 Chosen = Literal["kmeans", "normal", "float", "log", "affine"]
 
 
@@ -69,11 +73,59 @@ def test_each_weight_has_the_levels_of_its_bits(observed: Program, context: Cont
         assert all(q.levels is not None and q.levels.ndim == 1 for q in weights(shared).values())
 
 
+@pytest.mark.parametrize("method", ["normal", "kmeans", "affine"])
+def test_weights_of_1_bit_have_two_levels(observed: Program, context: Context, method: Chosen) -> None:
+    """Signs have the scale mean |w|; levels of their own are no worse, and on average better."""
+    after = pipeline.run_passes(observed, [ONE, ChooseLevels(method, weighted=False)], context)
+    constants = {name: numpy_of(value) for name, value in observed.graph.initializers.items()}
+    better = 0
+    for name, quantizer in weights(after).items():
+        assert quantizer.levels is not None and quantizer.levels.shape[-1] == 2 and quantizer.bits == 1
+        rows = np.moveaxis(constants[name], quantizer.axis or 0, 0).reshape(len(quantizer.scale), -1)
+        size = np.abs(rows).mean(axis=1)
+        if method == "normal":
+            assert quantizer.levels.tolist() == [-64, 64]
+            np.testing.assert_allclose(64 * quantizer.scale, size, rtol=1e-5)
+        elif method == "kmeans":
+            found = level_errors(rows, quantizer.scale, quantizer.grid, np.ones((1, rows.shape[1]), np.float32))
+            signs = np.square(np.abs(rows) - size[:, None]).sum(axis=1)
+            assert (found < 1.02 * signs).all()  # levels are whole steps of the int8 grid
+            better += int((found < 0.97 * signs).sum())
+    assert better or method != "kmeans"
+
+
+def test_vectors_of_1_bit(observed: Program, context: Context) -> None:
+    after = pipeline.run_passes(observed, [ONE, ChooseLevels("vectors"), InsertQdq()], context)
+    for name, quantizer in weights(after).items():
+        assert quantizer.bits == 1 and (quantizer.vectors is None) == (name == "in_w"), "27 inputs: two levels"
+
+
+def test_one_bit_is_stored_in_one(observed: Program, context: Context) -> None:
+    program = pipeline.run_passes(observed, [ONE, ChooseLevels(), InsertQdq()], context)
+    after = pipeline.run_passes(program, [RoundWeights(calls=2, samples=2, refits=1)], context)
+    on_levels(after)
+    for weight in find_weights(after.graph):
+        q = np.rint(weight.rows() / weight.scale()[:, None]).astype(np.int8)
+        by_code = coded(q, 0)
+        assert by_code is not None and by_code.bits == 1 and by_code.table.shape == (len(q), 2)
+
+
+def test_one_bit_without_levels_is_refused(observed: Program, context: Context) -> None:
+    recipe = with_options(RECIPES["gptq"], {"choose_scales.weight_bits": 1})
+    with pytest.raises(RecipeError, match="weights of 1 bit have no uniform grid"):
+        recipe.check(observed.deployment)
+    with_options(RECIPES["ganq"], {"choose_scales.weight_bits": 1}).check(observed.deployment)
+    with pytest.raises(RecipeError, match="has 1 bit, and no levels"):
+        pipeline.run_passes(observed, [ONE, InsertQdq()], context)
+    with pytest.raises(RecipeError, match="have one level each"):
+        pipeline.run_passes(observed, [ONE, ChooseLevels("log")], context)
+
+
 def test_wide_weights_and_mixed_rows_stay(observed: Program, context: Context) -> None:
     plain = pipeline.run_passes(observed, [ChooseScales()], context)
     after = pipeline.run_passes(plain, [ChooseLevels()], context)
     assert after.require_plan().quantizers == plain.require_plan().quantizers
-    assert "no weight has 2 to 4 bits" in after.warnings[-1]
+    assert "no weight has 1 to 4 bits" in after.warnings[-1]
     three = pipeline.run_passes(observed, [THREE], context)
     name, quantizer = next(iter(weights(three).items()))
     bits = np.full(quantizer.scale.shape, 3, np.int8)

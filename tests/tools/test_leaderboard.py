@@ -275,7 +275,7 @@ def test_rows_of_another_shape_are_measured_anew(tmp_path: Path) -> None:
 
 
 def test_a_width_sets_every_pass_that_has_one() -> None:
-    assert set(WIDTHS) == {"w8a8", "w6a6", "w4a8", "w3a8", "w2a8", "w4a6", "w4a4", "w4a16"}
+    assert set(WIDTHS) == {"w8a8", "w6a6", "w4a8", "w3a8", "w2a8", "w1a8", "w4a6", "w4a4", "w4a16"}
     options = [p.options() for p in at_width(RECIPES["w8a8"], "w4a6").passes if p.name == "choose_scales"]
     assert [(o["weight_bits"], o["activation_bits"]) for o in options] == [(4, 6)]
     weight_only = {p.name: p.options() for p in at_width(RECIPES["q-diffusion"], "w4a16").passes}

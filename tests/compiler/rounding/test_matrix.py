@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mezzotint.compiler.core.formats import INT8, Format
+from mezzotint.compiler.core.formats import INT8, Format, Levels
 from mezzotint.compiler.errors import PassError
 from mezzotint.compiler.rounding import downdated
 from mezzotint.compiler.rounding.exact import obq
@@ -27,7 +27,7 @@ from mezzotint.compiler.rounding.matrix import (
     row_errors,
     shifted_target,
 )
-from mezzotint.compiler.rounding.row_scales import refit, search
+from mezzotint.compiler.rounding.row_scales import in_turns, refit, search
 from mezzotint.runtime.arrays import Floats
 
 Wide = npt.NDArray[np.float64]
@@ -385,3 +385,26 @@ def test_a_root_is_held_in_either_form() -> None:
     np.testing.assert_allclose(root.factor, factor, rtol=1e-10, atol=1e-12)
     rows = rng.standard_normal((3, 7))
     np.testing.assert_allclose(root.solved(rows), rows @ np.linalg.inv(here), rtol=1e-8)
+
+
+def test_scales_in_turns_are_those_of_least_error() -> None:
+    """For signs the weighted mean of |w|; for other levels no turn is worse, and the last scale fits its codes."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 40)).astype(np.float32)
+    weight[3] = 0
+    h = rng.uniform(0.1, 5, 40).astype(np.float32)
+    first = np.full(4, 0.02, np.float32)
+    signs = in_turns(weight, first, Levels(np.array([-64, 64], np.int8)), h)
+    np.testing.assert_allclose(64 * signs[:3], (np.abs(weight[:3]) @ h) / h.sum(), rtol=1e-5)
+    assert signs[3] == first[3], "any scale is as good for a row of zeros"
+
+    grid = Levels(np.array([-100, -20, 30, 110], np.int8))
+    found = in_turns(weight, first, grid, h)
+
+    def error(scale: Floats) -> Wide:
+        difference = weight - scale[:, None] * nearest(weight, scale, grid)
+        return np.asarray((np.square(difference) * h).sum(axis=1)[:3])
+
+    assert (error(found) <= error(first)).all()
+    for near in (0.999, 1.001):
+        assert (error(found) <= error((found * near).astype(np.float32)) + 1e-6).all()
