@@ -43,7 +43,7 @@ from mezzotint.compiler.graph.attention import attention_of
 from mezzotint.compiler.graph.nodes import Names, name_of, remove_dead
 from mezzotint.compiler.graph.score_products import score_products
 from mezzotint.compiler.rescaling.scaling import Factors
-from mezzotint.compiler.rescaling.search import Bits
+from mezzotint.compiler.rescaling.search import Bits, WeightBits
 from mezzotint.compiler.rescaling.sites import Pair, RescalingSite, find_pairs, find_sites, rescale_pair, rescale_site
 from mezzotint.compiler.rescaling.smoothing import Evidence, GroupedWeight, Widths, tamed
 from mezzotint.runtime.sampling.guidance import Conditions
@@ -69,7 +69,7 @@ class BalanceHeads(GraphPass):
     products: bool = True
     values: bool = True
     center: bool = False
-    weight_bits: Bits = 8
+    weight_bits: WeightBits = 8
     activation_bits: Bits = 8
     gain: float = 1.0
 

@@ -6,7 +6,9 @@ amax_k is the largest magnitude of channel k over the calls of the whole deploym
 largest magnitudes (`mean`). wmax_k is the largest magnitude of the weights that multiply it, in all layers that read
 the value. alpha = 1 gives all channels the same range, alpha = 0 all columns of the weights. With `form` log the one
 candidate is s_k = amax_k / log2(2 + amax_k), amax_k relative to the mean over the channels, as in FPTQ (arXiv
-2308.15987): loud channels are brought down to the logarithm of what they were, and the others hardly move.
+2308.15987): loud channels are brought down to the logarithm of what they were, and the others hardly move. With `form`
+signs it is s_k = 1 / b_k, where a b^T is the best approximation of rank 1 of |W|, as in OneBit (arXiv 2402.11295;
+compiler/rescaling/rank_one.py): W s has rows of nearly one magnitude, the best that weights of 1 bit can have.
 
 Sources: SmoothQuant (arXiv 2211.10438), with one alpha for the whole model; DiTAS (arXiv 2409.07756), which takes the
 maxima over all steps of the sampler and searches alpha for each layer; the first step of SVDQuant (arXiv 2411.05007) is
@@ -33,6 +35,7 @@ from typing import Literal
 import numpy as np
 
 from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.rescaling.rank_one import input_vector
 from mezzotint.compiler.rescaling.scaling import Factors
 from mezzotint.compiler.rescaling.search import ScaledInputs, Tally
 from mezzotint.compiler.rescaling.smoothing import Evidence, GroupedWeight, powers_of_two, tamed
@@ -46,14 +49,14 @@ class SmoothScales(ScaledInputs):
     """Smoothing factors; the other options are those of ScaledInputs (compiler/rescaling/search.py).
 
     - `alphas`: the values that are tried for each activation; one number serves all of them.
-    - `aggregate`: `max` or `mean`, and `form`: `power` of alphas or `log`, as above.
+    - `aggregate`: `max` or `mean`, and `form`: `power` of alphas, `log` or `signs`, as above.
     - `power_of_two`: round the factors to powers of two, so that x / s and W s are exact in float32.
     """
 
     alphas: tuple[float, ...] | float = GRID
     aggregate: Literal["max", "mean"] = "max"
     power_of_two: bool = False
-    form: Literal["power", "log"] = "power"
+    form: Literal["power", "log", "signs"] = "power"
 
     def __post_init__(self) -> None:
         if not self._alphas or not all(0 <= alpha <= 1 for alpha in self._alphas):
@@ -71,15 +74,18 @@ class SmoothScales(ScaledInputs):
         together = np.max if self.aggregate == "max" else np.mean
         loud = _floored(together(evidence.peaks, axis=0))
         heavy = _floored(evidence.weight_peaks)
-        if self.form == "log":
+        if self.form == "signs":
+            candidates = {"1": tamed(1 / input_vector(weights))}
+        elif self.form == "log":
             candidates = {"1": tamed(loud / np.log2(2 + loud / loud.mean()))}
         else:
             candidates = {f"{alpha:g}": tamed(loud**alpha / heavy ** (1 - alpha)) for alpha in self._alphas}
         return {name: powers_of_two(s) for name, s in candidates.items()} if self.power_of_two else candidates
 
     def describe(self, tally: Tally) -> str:
-        if self.form == "log":
-            return "logarithmic factors" if tally.choices else ""
+        if self.form != "power":
+            words = {"log": "logarithmic factors", "signs": "factors of rank 1"}
+            return words[self.form] if tally.choices else ""
         return f"alpha {np.median([float(c) for c in tally.choices]):g} in the middle" if tally.choices else ""
 
 

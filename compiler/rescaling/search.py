@@ -30,6 +30,7 @@ from .sites import RescalingSite, find_sites, rescale_site
 from .smoothing import Evidence, GroupedWeight, Widths
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
+WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8]
 NO_PLACE, NO_AXIS = "no rescaling is exact", "its channels were measured along another axis"
 
 
@@ -42,7 +43,7 @@ class ScaledInputs(GraphPass):
     range (choose_scales.weights is mse). Layers that stay in float on purpose do not count, and get no Mul.
     """
 
-    weight_bits: Bits = 8
+    weight_bits: WeightBits = 8
     activation_bits: Bits = 8
     timed: bool = True
     clipped: bool = True

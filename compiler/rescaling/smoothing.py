@@ -11,6 +11,9 @@ It is compared relative to the signal P = sum_k m_k ||W||^2_k, summed over the l
 from the channels' extremes: with `timed` the mean of D^2 over the calls, else one step for all of them. Nothing raw is
 kept, and a weight is read once; of its rows at most `rows` are really rounded.
 
+Weights of 1 bit are signs with the scale of their row that is best for these m_k / s_k^2: ||round(W s) - W s||^2_k is
+then the sum of (|W s| - a)^2, and a the mean of |W s| weighted by m_k / s_k^2.
+
 Padding is not seen (its zeros have no error), nor is clipping: both versions are judged by their extremes.
 """
 
@@ -92,7 +95,9 @@ class Reader:
 
     def noise(self, factors: Factors, step_square: float) -> float:
         """E(s) / P for factors `[C]`, where the mean square of the activation's step is D^2."""
-        rounding = float((self._mean_squares / factors**2) @ self._rounded(factors))
+        powers = self._mean_squares / factors**2
+        errors = self._signs(factors, powers) if self._widths.weight_bits == 1 else self._rounded(factors)
+        rounding = float(powers @ errors)
         activation = float(np.minimum(step_square / 12 * factors**2, self._mean_squares) @ self._norms)
         return (rounding + activation) / self._signal
 
@@ -116,6 +121,17 @@ class Reader:
             better = sums.sum(axis=2) < least.sum(axis=2)
             least[better] = sums[better]
         return np.asarray(least.sum(axis=1) * self._each).reshape(-1)
+
+
+    def _signs(self, factors: Factors, powers: Factors) -> Factors:
+        """The squared error `[C]` of the signs of the weights times the factors, each row with its own scale."""
+        groups, _, channels, taps = self._rows.shape
+        rows = np.abs(self._rows * factors.reshape(groups, 1, channels, 1))
+        each = powers.reshape(groups, channels)
+        total = np.maximum(taps * each.sum(axis=1), 1e-300)[:, None]
+        scale = np.einsum("grct,gc->gr", rows, each, dtype=np.float64) / total
+        error = np.square(rows - scale[:, :, None, None]).sum(axis=(1, 3))
+        return np.asarray(error * self._each).reshape(-1)
 
 
 class Evidence:

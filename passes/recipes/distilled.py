@@ -19,6 +19,7 @@ from ..learn_scales import LearnScales
 from ..observe import Observe
 from ..reconstruct import Reconstruct
 from ..round_weights import RoundWeights
+from ..smooth_scales import SmoothScales
 from ..store_half import StoreHalf
 from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
@@ -121,6 +122,24 @@ DISTILLED = (
         "codes by straight-through gradients in each step, not in a subspace in turns; 1000 steps of 8 samples)",
         baseline="ganq",
         claim="w2a8",
+    ),
+    Recipe(
+        "onebit",
+        "weights of 1 bit, their signs, with a number for each output channel and one for each input channel, trained "
+        "together against the float network's predictions",
+        static(
+            BY_CHANNEL,
+            SmoothScales(form="signs", weight_bits=1, gain=-100.0, run_time=True, run_time_gain=-100.0, timed=False),
+            observe=Observe(channels="inputs"),
+            scales=ChooseScales(weight_bits=1),
+            plan=(ChooseLevels(method="normal"),),
+            behind=(replace(PUBLISHED_FIT, scales="both"),),
+        ),
+        paper="OneBit, arXiv 2402.11295 (numbers of inputs in the norm or layer in front where they have a place there, "
+        "else as a product at run time, and for convolutions by channel; those of outputs by least error at the "
+        "layer's inputs; the loss is that of the prediction alone; activations of 8 bits; 1000 steps of 8 samples)",
+        baseline="ganq",
+        claim="w1a8",
     ),
     Recipe(
         "dgms",

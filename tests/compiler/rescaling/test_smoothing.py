@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from mezzotint.compiler.core.formats import Format, dequantize, quantize, scale_for_range
 from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.rescaling.rank_one import input_vector, rank_one
 from mezzotint.compiler.rescaling.smoothing import (
     COARSE_SHRINKS,
     Evidence,
@@ -77,6 +78,11 @@ def slow_noise(
     rounding = activation = signal = 0.0
     for row in sorted({r for r, _, _ in every}):
         mine = [(c, w * factors[c]) for r, c, w in every if r == row]
+        if widths.weight_bits == 1:
+            power = [squares[c] / factors[c] ** 2 for c, _ in mine]
+            size = sum(p * abs(w) for p, (_, w) in zip(power, mine, strict=True)) / sum(power)
+            rounding += sum(p * (abs(w) - size) ** 2 for p, (_, w) in zip(power, mine, strict=True))
+            continue
         limit = max(abs(w) for _, w in mine)
         tried = []
         for shrink in COARSE_SHRINKS if widths.clipped else (1.0,):
@@ -106,7 +112,7 @@ def made_up(calls: int = 3, seed: int = 5) -> tuple[npt.NDArray[np.float64], npt
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("widths", [Widths(4, 8), Widths(6, 6, timed=False), Widths(3, 8, clipped=False)])
+@pytest.mark.parametrize("widths", [Widths(4, 8), Widths(6, 6, timed=False), Widths(3, 8, clipped=False), Widths(1, 8)])
 def test_the_expected_noise_is_that_of_slow_loops(case: str, widths: Widths) -> None:
     array = random_weight(case)
     extremes, squares = made_up()
@@ -300,3 +306,42 @@ def test_dilation_of_many_rows_is_that_of_its_blocks() -> None:
     parts = [dilation([weights_of("matmul", array[:, i : i + 70])], symmetric=True) for i in range(0, 700, 70)]
     np.testing.assert_array_equal(whole, np.min(parts, axis=0))
     assert whole[2] > 10
+
+
+def test_rank_one_is_the_largest_singular_value() -> None:
+    """OneBit's SVID: by numpy's SVD, and with the least error beside vectors that are off by a little."""
+    rng = np.random.default_rng(0)
+    matrix = np.abs(rng.standard_normal((7, 5))) * np.exp(rng.standard_normal(5))
+    a, b = rank_one(matrix)
+    left, sizes, right = np.linalg.svd(matrix)
+    np.testing.assert_allclose(np.outer(a, b), sizes[0] * np.outer(left[:, 0], right[0]), rtol=1e-6)
+    assert (a > 0).all() and (b > 0).all() and np.linalg.norm(b) == pytest.approx(1)
+    mean = np.outer(matrix.mean(axis=1), matrix.mean(axis=0)) / matrix.mean()
+    assert np.square(matrix - np.outer(a, b)).sum() < np.square(matrix - mean).sum()
+    assert not np.any(rank_one(np.zeros((3, 2)))[0])
+
+
+@pytest.mark.parametrize("case", ["conv", "grouped", "matmul", "turned"])
+def test_the_vector_of_the_inputs_is_that_of_the_mean_magnitudes(case: str) -> None:
+    array = random_weight(case)
+    means = np.zeros((9 if case == "grouped" else 5, CHANNELS))
+    for row, channel, weight in entries(case, array):
+        means[row, channel] += abs(weight) / (9 if case in ("conv", "grouped") else 1)
+    found = input_vector([weights_of(case, array)])
+    for channels in [[0, 1], [2, 3], [4, 5]] if case == "grouped" else [list(range(6))]:
+        part = means[means[:, channels].any(axis=1)][:, channels]
+        want = np.abs(np.linalg.svd(part)[2][0])
+        np.testing.assert_allclose(found[channels], want / np.exp(np.log(want).mean()), rtol=1e-5)
+
+
+def test_layers_that_read_one_value_share_the_vector() -> None:
+    first, second = random_weight("turned", 1), random_weight("turned", 2)
+    found = input_vector([weights_of("turned", first), weights_of("turned", second)])
+    want = np.abs(np.linalg.svd(np.abs(np.concatenate([first, second])).astype(np.float64))[2][0])
+    np.testing.assert_allclose(found, want / np.exp(np.log(want).mean()), rtol=1e-5)
+    silent = first.copy()
+    silent[:, 3] = 0
+    assert 0 < input_vector([weights_of("turned", silent)])[3] < 1e-3
+    assert (
+        input_vector([weights_of("conv", random_weight("conv")), weights_of("grouped", random_weight("grouped"))]) == 1
+    ).all()
