@@ -23,10 +23,14 @@ the diagonal of GPTQ's H, but for the borders of images. Methods:
   (arXiv 2402.15319); `bits size` is at most 8 (compiler/scales/vector_codebooks.py). A weight whose number of inputs
   `size` does not divide keeps its grid, or has levels by kmeans where it has 1 bit. `nearest`, `gptq` and `gptaq`
   round to vectors (compiler/rounding/vectors.py).
+- `pyramid`: the integer points of `size` neighbouring inputs whose magnitudes sum to K, as in pyramid vector
+  quantization (arXiv 2410.16926), for the largest K that codes of `bits size` bits have room for; with `nested` those
+  of K - 2, K - 4 .. too, for groups of smaller magnitude. All weights have one table (compiler/scales/pyramids.py).
+  Else as `vectors`.
 
-`normal` and `float` have one table for all weights; the scale of a row is searched among 29 fractions of its largest
-magnitude, and with 1 bit fitted to the codes (compiler/rounding/row_scales.py). compiler/scales/codebooks.py has the
-formulas.
+`normal`, `float` and `pyramid` have one table for all weights; the scale of a row is searched among 29 fractions of its
+largest magnitude, and with 1 bit or pyramids fitted to the codes (compiler/rounding/row_scales.py).
+compiler/scales/codebooks.py has the formulas.
 
 A uniform grid of 1 bit has the point 0 alone, so that the note compares the levels of 1 bit with weights of 0.
 A table of a row costs 2^bits bytes: at 3 bits 2 % of a row of 1,152 inputs, 30 % of one of 72. Weights whose channels
@@ -70,7 +74,14 @@ from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.graph.ops import Layer, layers
 from mezzotint.compiler.graph.require import required
 from mezzotint.compiler.rescaling.importance import input_importance
-from mezzotint.compiler.rounding.level_fits import FloatForm, LevelFit, LevelMethod, LevelTables, level_errors
+from mezzotint.compiler.rounding.level_fits import (
+    OF_VECTORS,
+    FloatForm,
+    LevelFit,
+    LevelMethod,
+    LevelTables,
+    level_errors,
+)
 from mezzotint.compiler.rounding.weights import weight_rows
 
 LEVEL_BITS = 4
@@ -81,7 +92,7 @@ VECTOR_BITS = 8  # of the code of a vector
 class ChooseLevels(Pass):
     """Codebooks for weights of 1 to 4 bits.
 
-    - `method`, `tables` (of kmeans), `form` (of float), `size` (of vectors): as above.
+    - `method`, `tables` (of kmeans), `form` (of float), `size` (of vectors and pyramids), `nested`: as above.
     - `weighted`: errors are weighted by the inputs, which observe.channels=inputs measures; otherwise their weights are
       equal.
     """
@@ -90,6 +101,7 @@ class ChooseLevels(Pass):
     tables: LevelTables = "row"
     form: FloatForm = "best"
     size: Literal[2, 4] = 2
+    nested: bool = True
     weighted: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan"})
@@ -132,7 +144,7 @@ class ChooseLevels(Pass):
         rows = weight_rows(weight, axis)
         importance = input_importance(readers, rows.shape[1], stats if self.weighted else None, self.name)
         bits, method = quantizer.format.bits, self.method
-        if self.method == "vectors":
+        if self.method in OF_VECTORS:
             if bits * self.size > VECTOR_BITS:
                 raise RecipeError(
                     f"a code of {self.size} weights of {bits} bits has more than {VECTOR_BITS} bits",
@@ -143,7 +155,7 @@ class ChooseLevels(Pass):
                 if bits > 1:
                     return quantizer, 1.0
                 method = "kmeans"
-        fit = LevelFit(method, self.tables, self.form, self.size)
+        fit = LevelFit(method, self.tables, self.form, self.size, self.nested)
         new = fit.quantizer(quantizer, rows, importance, self.name, first.name)
         old = np.broadcast_to(quantizer.scale.reshape(-1), len(rows))
         before = sum(level_errors(rows, old, quantizer.grid, importance))

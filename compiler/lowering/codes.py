@@ -3,7 +3,8 @@
     codes     4 bits: UINT4. Others, and opsets without it: `[m, bits]` bytes, eight weights to a row; bit i of byte k
               is bit k of the code of weight i
     table     int8 `[levels]` for the whole weight, or `[rows, levels]` for its output channels; of vectors of
-              neighbouring inputs, `[vectors, size]`, where a code is that of a vector and has up to 8 bits
+              neighbouring inputs, `[vectors, size]`, where a code is that of a vector and has up to 8 bits. A weight
+              whose vectors are all in the table of one before has that table
 
 The operations that unpack them read constants alone, so that onnxruntime computes them once, when it builds a session
 (measured on 1.23.2 and 1.32.0):
@@ -59,6 +60,16 @@ class Coded:
     def nbytes(self) -> int:
         """Return the bytes of the packed codes and of the table."""
         return -(-self.codes.size // _BYTE) * self.bits + self.table.nbytes
+
+    def on(self, other: Coded) -> Coded | None:
+        """Return vectors by the codes of another weight's table, if it has all of them and its codes as many bits."""
+        if (self.size, self.bits) != (other.size, other.bits) or self.size == 1:
+            return None
+        own, theirs = (each.table.view(_WORDS[self.size])[:, 0] for each in (self, other))  # ascending
+        places = np.minimum(np.searchsorted(theirs, own), len(theirs) - 1)
+        if not np.array_equal(theirs[places], own):
+            return None
+        return Coded(places[self.codes].astype(np.uint8), other.table, self.bits, self.size)
 
 
 def coded(q: Integers, axis: int) -> Coded | None:
@@ -137,12 +148,13 @@ def unpacked(
     stem: str,
     *,
     whole: bool,
+    levels: ir.Value | None = None,
 ) -> ir.Value:
     """Write the codes and the nodes that unpack them. Return the int8 weight of this shape.
 
-    `once_table` gives BITS_OF_BYTES times 2^k for k below the bits of a code, int32 `[256 bits, 8]`. Codes are stored
-    `whole`, as UINT4, or bit by bit. Names of what a session folds are short: they are most of the bytes that a small
-    weight adds.
+    `levels` is the table where it is written already. `once_table` gives BITS_OF_BYTES times 2^k for k below the bits
+    of a code, int32 `[256 bits, 8]`. Codes are stored `whole`, as UINT4, or bit by bit. Names of what a session folds
+    are short: they are most of the bytes that a small weight adds.
     """
     count, bits = weight.codes.size, weight.bits
     int8, int32 = ir.DataType.INT8, ir.DataType.INT32
@@ -169,7 +181,7 @@ def unpacked(
         if count % _BYTE:
             codes = build.op("Reshape", [codes, numbers(-1)], "code_flat", dtype=int32)
             codes = build.op("Slice", [codes, numbers(0), numbers(count)], "code_cut", dtype=int32)
-    levels = build.constant(f"{stem}_levels", weight.table)
+    levels = build.constant(f"{stem}_levels", weight.table) if levels is None else levels
     turned = (shape[axis], *(n for i, n in enumerate(shape) if i != axis))
     if weight.table.ndim == 1 or weight.size > 1:
         values = build.op("Gather", [levels, codes], "code_values", dtype=int8)

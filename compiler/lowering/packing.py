@@ -133,6 +133,7 @@ class _Packer:
         self.build = Builder(self.graph, Names(self.graph), before=self.graph[0], scope=CONSTANTS_SCOPE)
         self._count = self._unpacked = self._bitwise = 0
         self._shared: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+        self._vectors: list[tuple[Coded, ir.Value]] = []  # weights that brought a table of vectors
 
     def weight(self, value: ir.Value, axis: int, *, whole: bool = False) -> None:
         """Store a weight by output channels, each in the bits that its values need; a `whole` one in INT4 only."""
@@ -251,7 +252,15 @@ class _Packer:
         whole = weight.bits == 4 and int4
         if whole:
             self.model.ir_version = max(self.model.ir_version or 0, INT4_IR)
-        return unpacked(self.build, self._once, self._bits_table, weight, shape, axis, stem, whole=whole)
+        levels = None
+        if weight.size > 1:
+            found = ((weight.on(other), table) for other, table in self._vectors)
+            same = next(((by_code, table) for by_code, table in found if by_code is not None), None)
+            weight, levels = same or (weight, self.build.constant(f"{stem}_levels", weight.table))
+            if same is None:
+                self._vectors.append((weight, levels))
+        once, table_of = self._once, self._bits_table
+        return unpacked(self.build, once, table_of, weight, shape, axis, stem, whole=whole, levels=levels)
 
     def _bits_table(self, bits: int) -> ir.Value:
         """Return the bits of each byte, int32, times 2^k for each k below `bits`: `[256 bits, 8]`."""

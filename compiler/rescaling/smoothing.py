@@ -122,7 +122,6 @@ class Reader:
             least[better] = sums[better]
         return np.asarray(least.sum(axis=1) * self._each).reshape(-1)
 
-
     def _signs(self, factors: Factors, powers: Factors) -> Factors:
         """The squared error `[C]` of the signs of the weights times the factors, each row with its own scale."""
         groups, _, channels, taps = self._rows.shape

@@ -17,10 +17,12 @@ from ..errors import RecipeError
 from ..scales import kmeans
 from ..scales.affine_levels import affine_levels
 from ..scales.codebooks import FLOAT_FORMS, SIGNS, float_levels, normal_levels, twin_log_levels
+from ..scales.pyramids import pyramid_table
 from ..scales.vector_codebooks import vector_table
 from .row_scales import in_turns, search
 
-LevelMethod = Literal["kmeans", "normal", "float", "log", "affine", "vectors"]
+LevelMethod = Literal["kmeans", "normal", "float", "log", "affine", "vectors", "pyramid"]
+OF_VECTORS: tuple[LevelMethod, ...] = ("vectors", "pyramid")
 LevelTables = Literal["row", "tensor"]
 FloatForm = Literal["best", "e2m1", "e1m2", "e3m0", "e2m0", "e1m1"]
 LOG_ETAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
@@ -41,11 +43,12 @@ class LevelFit:
     tables: LevelTables = "row"
     form: FloatForm = "best"
     size: int = 2
+    nested: bool = True
 
     def quantizer(self, old: Quantizer, rows: Floats, importance: Floats, by: str, where: str) -> Quantizer:
         """Return a weight's quantizer `old` with a codebook of as many bits, fitted to its rows `[rows, d]`."""
         table, scale = self.fit(rows, importance, old.format.bits, where)
-        vectors = self.method == "vectors"
+        vectors = self.method in OF_VECTORS
         return replace(
             old,
             format=INT8,
@@ -57,7 +60,7 @@ class LevelFit:
         )
 
     def fit(self, rows: Floats, importance: Floats, bits: int, where: str) -> tuple[_Table, Floats]:
-        """Return levels `[count]` or `[rows, count]`, and scales `[rows]`."""
+        """Return levels `[count]` or `[rows, count]`, or vectors `[count, size]`, and scales `[rows]`."""
         count = 1 << bits
         if self.method == "kmeans" and self.tables == "row":
             scale = kmeans.own_scales(rows)
@@ -69,7 +72,7 @@ class LevelFit:
             table = self._shared(rows, scale, each, count)
             for _ in range(TURNS - 1):
                 grid = Vectors(table) if self.method == "vectors" else Levels(table)
-                scale = _searched(rows, scale, grid, importance, bits)
+                scale = _searched(rows, scale, grid, importance, fitted=bits == 1)
                 table = self._shared(rows, scale, each, count)
             return table, scale
         if self.method == "log":
@@ -81,11 +84,14 @@ class LevelFit:
             found = [affine_levels(rows[p], h, bits) for p, h in _parts(rows, importance)]
             return np.concatenate([table for table, _ in found]), np.concatenate([scale for _, scale in found])
         own = kmeans.own_scales(rows)
+        if self.method == "pyramid":
+            table = pyramid_table(self.size, bits * self.size, self.nested)
+            return table, _searched(rows, own, Vectors(table), importance, fitted=True)
         if self.method == "normal":
             tables = [SIGNS if bits == 1 else normal_levels(bits)]
         else:
             tables = self._float_tables(bits, where)
-        fitted = [(table, _searched(rows, own, Levels(table), importance, bits)) for table in tables]
+        fitted = [(table, _searched(rows, own, Levels(table), importance, fitted=bits == 1)) for table in tables]
         return min(fitted, key=lambda one: sum(level_errors(rows, one[1], Levels(one[0]), importance)))
 
     def _shared(self, rows: Floats, scale: Floats, importance: Floats, count: int) -> _Table:
@@ -112,12 +118,15 @@ def _parts(rows: Floats, importance: Floats) -> Iterator[tuple[slice, Floats]]:
         yield slice(g * each, (g + 1) * each), h
 
 
-def _searched(rows: Floats, scale: Floats, grid: Grid, importance: Floats, bits: int) -> Floats:
-    """Return the best scale of each row, for a grid that all rows share. That of 1 bit lies below the searched ones."""
+def _searched(rows: Floats, scale: Floats, grid: Grid, importance: Floats, *, fitted: bool) -> Floats:
+    """Return the best scale of each row, for a grid that all rows share.
+
+    It is `fitted` behind the search where it may lie outside: below for 1 bit, above for pyramids.
+    """
     found = []
     for part, h in _parts(rows, importance):
         best = search(rows[part], scale[part], grid, h)
-        found.append(in_turns(rows[part], best, grid, h) if bits == 1 else best)
+        found.append(in_turns(rows[part], best, grid, h) if fitted else best)
     return np.concatenate(found)
 
 

@@ -4,9 +4,9 @@ search    among a list of fractions of the largest magnitude, and the present sc
           sum_i h_i (w_i - s q_i)^2; h = 1 (mean square) or the diagonal of H = X X^T (the layer's output, as if inputs
           were uncorrelated). OBC and GPTQ search in the same way, on 100 points and with the power 2.4.
 refit     with q fixed, E(s) = (w - s q) H (w - s q)^T is a parabola: s = (w H q) / (q H q).
-turns     q to nearest and s = (sum h w q) / (sum h q^2) in turns, until s stays; none of them raises the error that
-          `search` has. For levels -l and l, whose q does not depend on s, the first one gives the best scale,
-          (sum h |w|) / (l sum h).
+turns     q to nearest and s = (sum h w q) / (sum h q^2) in turns, until s stays; a row keeps its scale where they raise
+          the error of `search` (nearest vectors know no h). For levels -l and l, whose q does not depend on s, the
+          first turn gives the best scale, (sum h |w|) / (l sum h).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..core.formats import SMALLEST_SCALE, Grid, Levels, Vectors, ends, of_rows,
 from .matrix import Matrix
 
 SCALE_FACTORS = np.linspace(1.0, 0.3, 29)
-MOST_TURNS = 20
+MOST_TURNS = 8
 CACHED = 1 << 16  # weights whose scales are searched at once
 
 
@@ -43,7 +43,7 @@ def _search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Fl
 
 
 def in_turns(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Floats:
-    """Return a scale for each row `[rows]`, from `scale` on; a row whose next scale is not positive keeps its own."""
+    """Return a scale for each row `[rows]`, from `scale` on; a row whose next one is not positive keeps its own."""
     new = scale.astype(np.float64)
     for _ in range(MOST_TURNS):
         old = new
@@ -53,7 +53,9 @@ def in_turns(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> F
         new = np.where(fits, np.maximum(product / np.where(square > 0, square, 1.0), SMALLEST_SCALE), old)
         if np.allclose(new, old, rtol=1e-6, atol=0):
             break
-    return new.astype(np.float32)
+    fitted = new.astype(np.float32)
+    better = _error(weight, fitted, grid, importance) <= _error(weight, scale, grid, importance)
+    return np.where(better, fitted, scale)
 
 
 def refit(weight: Matrix, integers: Floats, gram: Matrix, scale: Floats) -> Floats:

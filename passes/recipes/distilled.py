@@ -135,9 +135,9 @@ DISTILLED = (
             plan=(ChooseLevels(method="normal"),),
             behind=(replace(PUBLISHED_FIT, scales="both"),),
         ),
-        paper="OneBit, arXiv 2402.11295 (numbers of inputs in the norm or layer in front where they have a place there, "
-        "else as a product at run time, and for convolutions by channel; those of outputs by least error at the "
-        "layer's inputs; the loss is that of the prediction alone; activations of 8 bits; 1000 steps of 8 samples)",
+        paper="OneBit, arXiv 2402.11295 (numbers of inputs in the norm or layer in front where they have a place, "
+        "else as a product at run time, for convolutions by channel; those of outputs by least error at the layer's "
+        "inputs; the loss is that of the prediction alone; activations of 8 bits; 1000 steps of 8 samples)",
         baseline="ganq",
         claim="w1a8",
     ),

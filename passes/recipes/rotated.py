@@ -51,4 +51,21 @@ ROTATED = (
         baseline="gptq",
         claim="w3a8",
     ),
+    Recipe(
+        "pyramid-vq",
+        "gptq on rotated channels with weights of 2 bits, four inputs at once rounded to integer points whose "
+        "magnitudes sum to 4, 2 or 0",
+        static(
+            RotateChannels(),
+            observe=Observe(channels="inputs"),
+            scales=ChooseScales(weight_bits=2),
+            plan=(ChooseLevels(method="pyramid", size=4),),
+            behind=(RoundWeights(),),
+        ),
+        paper="Pyramid Vector Quantization for LLMs, arXiv 2410.16926 (groups of 4 inputs; nested pyramids in place of "
+        "a magnitude for each group; a scale for each row, by least error; GPTQ by vectors; activations of 8 bits; "
+        "convolutions as they are)",
+        baseline="ganq",
+        claim="w2a8",
+    ),
 )

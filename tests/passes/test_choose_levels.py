@@ -194,6 +194,24 @@ def test_pairs_of_inputs_are_rounded_together(observed: Program, context: Contex
         assert quantizer.entry(Site(name)).vectors == (None if name == "in_w" else (64, 2))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_pyramids_are_one_table_for_all_weights(observed: Program, context: Context, nested: bool) -> None:
+    chosen = ChooseLevels("pyramid", size=4, nested=nested)
+    program = pipeline.run_passes(observed, [ChooseScales(weight_bits=2), chosen, InsertQdq()], context)
+    after = pipeline.run_passes(program, [RoundWeights(calls=2, samples=2)], context) if nested else program
+    if nested:
+        assert int(after.history[-1].note.split("outputs ")[1].partition("%")[0]) < 95
+    rounded = 0
+    for weight in find_weights(after.graph):
+        planned = after.require_plan().of(name_of(weight.value).removesuffix("_rows"))
+        assert planned is not None and planned.vectors is not None and planned.bits == 2
+        q = np.rint(weight.rows() / weight.scale()[:, None] / 31).astype(int)
+        sums = set(np.abs(q).reshape(-1, 4).sum(axis=1).tolist())
+        assert sums <= ({0, 2, 4} if nested else {4}) and 4 in sums
+        rounded += 1
+    assert rounded > 5
+
+
 def test_snapshots_keep_the_levels(inserted: Program, tmp_path: Path) -> None:
     snapshot.save_program(inserted, tmp_path)
     loaded, _ = snapshot.load_program(tmp_path)

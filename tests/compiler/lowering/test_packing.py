@@ -17,7 +17,7 @@ from mezzotint.compiler.bundle.writer import save_model
 from mezzotint.compiler.graph import weight_store as store
 from mezzotint.compiler.graph.nodes import name_of
 from mezzotint.compiler.lowering import packing, pair_packing
-from mezzotint.compiler.lowering.codes import code_facts
+from mezzotint.compiler.lowering.codes import code_facts, coded
 from mezzotint.runtime.arrays import AnyArray
 from mezzotint.runtime.session import open_session
 from tests.compiler.audit.test_versions import OLDEST, OLDEST_FOLDER, build_and_run
@@ -332,3 +332,19 @@ def test_vectors_give_the_same_numbers_from_the_same_kernel(form: str, size: int
     got, same = run(narrow, tmp_path, "narrow")
     assert operations[kernel(form)] == 1 and same == operations
     np.testing.assert_array_equal(got, want)
+
+
+def test_vectors_of_another_weight_need_no_second_table() -> None:
+    rng = np.random.default_rng(0)
+    table = np.unique(rng.integers(-127, 128, (200, 4)).astype(np.int8), axis=0)
+    first, second = (table[np.arange(800) % count].reshape(40, 80) for count in (200, 150))
+    own, other = coded(first, 0), coded(second, 0)
+    assert own is not None and other is not None and (own.size, own.bits) == (other.size, other.bits) == (4, 8)
+    shared = other.on(own)
+    assert shared is not None and shared.table is own.table
+    np.testing.assert_array_equal(shared.table[shared.codes].reshape(second.shape), second)
+    assert own.on(other) is None, "it lacks some vectors"
+    third = second.copy()
+    third[0, 0] ^= 1
+    by_code = coded(third, 0)
+    assert by_code is not None and by_code.on(own) is None
