@@ -43,6 +43,9 @@ is more pessimistic with parts (31.1 predicted for 35.8). Kernels are the same, 
 Median and p10 of 32 images by w4a8, against the recipe without this pass: digits 41.4 and 32.8 dB against 38.6 and
 31.0, mnist-onnx 32.7 and 24.1 against 31.7 and 22.7.
 
+With `levels`, a method of choose_levels, weights of up to 4 bits are judged on the levels of that method and get them,
+each of its width; 1 bit needs them. Tables of levels are not in the budget of `mean_bits`.
+
 With `floats` a layer may stay in float, and the error of its activations is measured as well, with the scales of this
 plan: then the pass belongs behind all passes that make scales. `activation_widths` also allows activations of fewer
 bits (simulated on 8-bit kernels, so they save no time), under a budget of `bops`.
@@ -78,9 +81,13 @@ from mezzotint.compiler.bits.units import (
 )
 from mezzotint.compiler.core.execute import Feeds
 from mezzotint.compiler.core.pipeline import Context, Pass
-from mezzotint.compiler.core.program import Plan, Program
+from mezzotint.compiler.core.program import Plan, Program, Quantizer
 from mezzotint.compiler.errors import RecipeError
+from mezzotint.compiler.graph.ops import Layer
 from mezzotint.compiler.graph.require import required
+from mezzotint.compiler.rescaling.importance import input_importance
+from mezzotint.compiler.rounding.level_fits import LevelFit
+from mezzotint.compiler.rounding.weights import weight_rows
 from mezzotint.compiler.scales.weights import WeightMethod
 from mezzotint.compiler.training.torch_check import device_is_there, require_torch
 from mezzotint.runtime.arrays import AnyArray
@@ -94,8 +101,9 @@ class AssignBits(Pass):
     - `mean_bits`, `size`, `latency`, `bops`: the budget. `islands`: as in insert_qdq; they stay in float.
     - `calls`, `samples`: the profile uses so many calls of the deployment, evenly spaced, and images.
     - `weighting`: `relative` counts every call equally, `absolute` by the power of epsilon there.
-    - `weights`: as in choose_scales. `splits`, `length` (calls of an image): of mixdq. `spread`, `probes`: of hawq,
-      which adds probes until the standard error of each trace is that share of it, or there are so many.
+    - `weights`: as in choose_scales. `levels`: as above, or null for uniform grids.
+    - `splits`, `length` (calls of an image): of mixdq. `spread`, `probes`: of hawq, which adds probes until the
+      standard error of each trace is that share of it, or there are so many.
     """
 
     mean_bits: float | None = None
@@ -119,6 +127,7 @@ class AssignBits(Pass):
     spread: float = 0.1
     parts: int = 1
     order: ChannelOrder = "error"
+    levels: Literal["kmeans", "normal", "affine"] | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"stats", "plan"})
     before: ClassVar[frozenset[str]] = frozenset({"qdq"})
@@ -154,10 +163,24 @@ class AssignBits(Pass):
         if self.size is not None and self.parts > 1:
             budget = replace(budget, base=budget.base + 8 * joined_bytes(units))
         budget.check(self.name)
-        quantizers = WeightQuantizers(plan, self.weights, self.name)
+        quantizers = WeightQuantizers(plan, self.weights, self.name, self._fits(program, units))
         search = _Search(self, program, context, units, choices, budget, quantizers)
         chosen, note = search.run()
         return replace(program, plan=replace(chosen, islands={**kept, **chosen.islands}), note=note)
+
+    def _fits(self, program: Program, units: Sequence[Unit]) -> Callable[[Layer, Quantizer], Quantizer] | None:
+        """Return the function that gives a weight's quantizer levels, or None without them."""
+        if self.levels is None:
+            return None
+        stats, fit = program.require_stats(), LevelFit(self.levels)
+        readers = {layer.name: unit.layers for unit in units for layer in unit.layers}
+
+        def fitted(layer: Layer, quantizer: Quantizer) -> Quantizer:
+            rows = weight_rows(layer.require_weight(), layer.require_weight_axis())
+            importance = input_importance(readers[layer.name], rows.shape[1], stats, self.name)
+            return fit.quantizer(quantizer, rows, importance, self.name, layer.name)
+
+        return fitted
 
     def _choices(self, unit: Unit) -> list[BitChoice]:
         widths = self.widths if unit.weight is not None else (8,)

@@ -65,6 +65,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from mezzotint.compiler.bits.units import LEVEL_BITS
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Stats
@@ -84,7 +85,6 @@ from mezzotint.compiler.rounding.level_fits import (
 )
 from mezzotint.compiler.rounding.weights import weight_rows
 
-LEVEL_BITS = 4
 VECTOR_BITS = 8  # of the code of a vector
 
 

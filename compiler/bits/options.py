@@ -32,7 +32,14 @@ def check_options(step: Pass) -> None:
         )
     for kind in kinds:
         _require(step, kind, getattr(step, kind) > 0, "choose above 0")
-    require_widths(step, "widths", "activation_widths")
+    require_widths(step, "widths", least=1)
+    require_widths(step, "activation_widths")
+    if 1 in o.widths and o.levels is None:
+        raise RecipeError(
+            "weights of 1 bit have no uniform grid",
+            where=f"{step.name}.widths",
+            hint="give weights levels: --set assign_bits.levels=kmeans, or choose 2 bits or more",
+        )
     for option in ("calls", "samples", "splits", "length", "parts", "probes"):
         _require(step, option, getattr(step, option) >= 1, "choose 1 or more")
     _require(step, "spread", 0 < o.spread < np.inf, "choose above 0, such as 0.1")
@@ -52,6 +59,7 @@ def check_options(step: Pass) -> None:
             hint="choose a budget of bops",
         )
     alone = {
+        "levels, which all channels of a weight have in one number": o.levels is not None,
         "a budget of latency, which widths do not change": o.latency is not None,
         "layers in float, which have no parts": o.floats,
         "narrower activations, which a layer has once": o.activation_widths != (8,),

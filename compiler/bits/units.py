@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -23,6 +23,7 @@ from ..graph.require import shape_of
 from ..scales.weights import WeightMethod, rounded_weight, weight_format, weight_quantizer
 
 FLOAT_BITS = 32
+LEVEL_BITS = 4  # of the widest weight with a codebook
 RowBits = npt.NDArray[np.int8]
 
 
@@ -154,20 +155,35 @@ def with_macs(units: Sequence[Unit], program: Program, context: Context) -> list
 
 
 class WeightQuantizers:
-    """The quantizers of weights at any width, cached. The plan's own quantizer is used if it has that width."""
+    """The quantizers of weights at any width, cached. The plan's own quantizer is used if it has that width.
 
-    def __init__(self, plan: Plan, method: WeightMethod, by: str) -> None:
-        self.plan, self.method, self.by = plan, method, by
+    `with_levels` gives quantizers of up to LEVEL_BITS a codebook of as many bits.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        method: WeightMethod,
+        by: str,
+        with_levels: Callable[[Layer, Quantizer], Quantizer] | None = None,
+    ) -> None:
+        self.plan, self.method, self.by, self._with_levels = plan, method, by, with_levels
         self._made: dict[tuple[str, int], Quantizer] = {}
 
     def __call__(self, layer: Layer, bits: int) -> Quantizer:
         own = self.plan.of(name_of(layer.weight), layer.name)
-        if own is not None and _has_width(own, bits) and own.axis == layer.weight_axis:
+        if own is not None and self.keeps(own, bits) and own.axis == layer.weight_axis:
             return own
         if (layer.name, bits) not in self._made:
             made = weight_quantizer(layer, weight_format(bits), self.method, self.by)
+            if self._with_levels is not None and bits <= LEVEL_BITS:
+                made = self._with_levels(layer, made)
             self._made[layer.name, bits] = made
         return self._made[layer.name, bits]
+
+    def keeps(self, own: Quantizer, bits: int) -> bool:
+        """Return whether a weight keeps its quantizer at this width."""
+        return _has_width(own, bits) and (self._with_levels is None or bits > LEVEL_BITS)
 
     def by_row(self, layer: Layer, bits: RowBits) -> Quantizer:
         """That of a weight whose output channels have these widths `[channels]`, each with its scale at its own."""
@@ -233,7 +249,7 @@ def with_choices(units: Sequence[Unit], chosen: Sequence[BitChoice], quantizers:
                     continue
                 if bits is not None:
                     quantized[site] = quantizers.by_row(layer, bits)
-                elif not _has_width(own, choice.weight):
+                elif not quantizers.keeps(own, choice.weight):
                     quantized[site] = quantizers(layer, choice.weight)
     return replace(plan, quantizers=quantized, islands=islands)
 

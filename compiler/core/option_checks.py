@@ -24,10 +24,10 @@ def require_not_negative(step: Pass, *options: str) -> None:
             raise RecipeError(f"{step.name}.{option} is {value}", where=step.name, hint="choose 0 or a positive number")
 
 
-def require_widths(step: Pass, *options: str) -> None:
-    """Raise RecipeError for an option of a pass that does not name different widths from 2 to 8 bits."""
+def require_widths(step: Pass, *options: str, least: int = 2) -> None:
+    """Raise RecipeError for an option of a pass that does not name different widths from `least` to 8 bits."""
     for option in options:
         widths = getattr(step, option)
-        if not widths or len(set(widths)) < len(widths) or not all(2 <= bits <= 8 for bits in widths):
-            hint = "choose different widths from 2 to 8"
+        if not widths or len(set(widths)) < len(widths) or not all(least <= bits <= 8 for bits in widths):
+            hint = f"choose different widths from {least} to 8"
             raise RecipeError(f"{step.name}.{option} is {widths}", where=step.name, hint=hint)

@@ -124,6 +124,21 @@ DISTILLED = (
         claim="w2a8",
     ),
     Recipe(
+        "bitsfusion",
+        "pv-tuning with 1 to 3 bits for each layer, 1.99 on average, by the error that its levels make in epsilon",
+        static(
+            observe=Observe(channels="inputs"),
+            scales=ChooseScales(weight_bits=2),
+            plan=(AssignBits(mean_bits=1.99, widths=(1, 2, 3), levels="kmeans"),),
+            behind=(RoundWeights(refits=4), replace(PUBLISHED_FIT, level_steps=1e-3)),
+        ),
+        paper="BitsFusion, arXiv 2406.04333 (levels by k-means for each row in place of its balanced integers, whose "
+        "additional level would cost a bit of each code here; widths by an integer program over errors of epsilon; "
+        "codes by GPTQ; one phase of training, at equally likely calls; 1000 steps of 8 samples)",
+        baseline="pv-tuning",
+        claim="w2a8",
+    ),
+    Recipe(
         "onebit",
         "weights of 1 bit, their signs, with a number for each output channel and one for each input channel, trained "
         "together against the float network's predictions",

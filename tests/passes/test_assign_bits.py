@@ -44,7 +44,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 @pytest.fixture(scope="module")
 def planned(here: Context) -> Program:
-    return pipeline.run_passes(tiny_program(), [Normalize(), Observe(), ChooseScales()], here)
+    return pipeline.run_passes(tiny_program(), [Normalize(), Observe(channels="inputs"), ChooseScales()], here)
 
 
 def assigned(program: Program, context: Context, **options: Any) -> Program:
@@ -86,6 +86,28 @@ def test_the_budget_is_kept_and_spent(planned: Program, here: Context, options: 
     assert curve[0][0] == 4 and curve[-1][0] == 8
     four, eight = report["uniform"]
     assert four["measured_sqnr_db"] < report["chosen"]["measured_sqnr_db"] < eight["measured_sqnr_db"]
+
+
+def test_widths_of_1_to_3_bits_with_levels(planned: Program, here: Context) -> None:
+    after = assigned(planned, here, mean_bits=1.99, widths=(1, 2, 3), levels="kmeans")
+    plan, total, spent = after.require_plan(), 0, 0
+    bits: set[int] = set()
+    for layer in layers(after.graph):
+        quantizer = plan.of(name_of(layer.weight), layer.name) if layer.weight is not None else None
+        if quantizer is not None and layer.name not in plan.islands:
+            assert quantizer.levels is not None and quantizer.levels.shape == (
+                len(quantizer.scale),
+                1 << quantizer.bits,
+            )
+            size = numpy_of(layer.weight).size if layer.weight is not None else 0
+            bits, total, spent = bits | {quantizer.bits}, total + size, spent + quantizer.bits * size
+    report = report_of(after)
+    assert bits == {1, 2, 3} and 1.7 < spent / total <= 1.99
+    assert report["chosen"]["mean_bits"] == pytest.approx(spent / total)
+    one, two, three = (uniform["measured_sqnr_db"] for uniform in report["uniform"])
+    assert one < two < three, "levels are what is measured: a uniform grid of 1 bit would leave nothing"
+    assert one > 0
+    pipeline.run_passes(after, [InsertQdq()], here)
 
 
 def check_additive(report: Any, off_db: float = 0.0) -> None:
@@ -233,6 +255,8 @@ def test_only_what_changes_gets_another_quantizer(planned: Program, here: Contex
         ({"widths": []}, "widths is"),
         ({"widths": [4, 4]}, "widths is"),
         ({"activation_widths": [1]}, "activation_widths is"),
+        ({"widths": [1, 2]}, "weights of 1 bit have no uniform grid"),
+        ({"parts": 2, "levels": "kmeans"}, "do not go with levels"),
         ({"calls": 0}, "calls is 0"),
         ({"samples": 0}, "samples is 0"),
         ({"splits": 0}, "splits is 0"),
