@@ -47,6 +47,12 @@ Branches that fade gain nothing (64 images):
     digits, w4a4, branch_rank 32                   21.6    30.0 / 22.4
     branch_rank 0                                  21.6    30.7 / 21.7
 
+From signs, on mnist-onnx too; products at run time gain nothing there:
+
+    ganq, 1 bit                                     9.3    12.0 / 10.7
+    onebit, 200 iterations                         12.8    14.5 / 12.4
+    inputs scaled only where that is exact         12.8    14.6 / 12.8
+
 Few images judge badly: 16 of them threw away what 48 keep. Long fits want small steps: docs/explanation/training.md.
 
 With `minutes`, the first iterations are timed, and the fit has as many as fit into that time; the note has the number.
