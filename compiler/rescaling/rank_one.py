@@ -18,15 +18,15 @@ from mezzotint.runtime.arrays import Doubles
 from .scaling import Factors
 from .smoothing import GroupedWeight
 
-TURNS = 500
+MOST_PRODUCTS = 500
 CLOSE = 1e-10
-FLOOR = 1e-5  # of the largest number of b: an input without weights would have 0
+SMALLEST_FACTOR = 1e-5  # of the largest number of b: an input without weights would have 0
 
 
 def rank_one(matrix: Doubles) -> tuple[Doubles, Doubles]:
     """Return a `[rows]` and b `[columns]`, |b| = 1, with the least sum of (matrix - a b^T)^2; no number is negative."""
     b = np.full(matrix.shape[1], matrix.shape[1] ** -0.5)
-    for _ in range(TURNS):
+    for _ in range(MOST_PRODUCTS):
         new = matrix.T @ (matrix @ b)
         length = float(np.linalg.norm(new))
         if not length:
@@ -51,6 +51,6 @@ def input_vector(weights: list[GroupedWeight]) -> Factors:
     for group in range(groups.pop()):
         means = [np.abs(weight.array[group]).mean(axis=2, dtype=np.float64) for weight in weights]
         _, b = rank_one(np.concatenate(means))
-        b = np.maximum(b, FLOOR * max(float(b.max()), 1e-30))
+        b = np.maximum(b, SMALLEST_FACTOR * max(float(b.max()), 1e-30))
         found.append(b / np.exp(np.mean(np.log(b))))
     return np.concatenate(found)

@@ -19,7 +19,7 @@ from ..scales.affine_levels import affine_levels
 from ..scales.codebooks import FLOAT_FORMS, SIGNS, float_levels, normal_levels, twin_log_levels
 from ..scales.pyramids import pyramid_table
 from ..scales.vector_codebooks import vector_table
-from .row_scales import in_turns, search
+from .row_scales import scales_in_turns, search
 
 LevelMethod = Literal["kmeans", "normal", "float", "log", "affine", "vectors", "pyramid"]
 OF_VECTORS: tuple[LevelMethod, ...] = ("vectors", "pyramid")
@@ -126,7 +126,7 @@ def _searched(rows: Floats, scale: Floats, grid: Grid, importance: Floats, *, fi
     found = []
     for part, h in _parts(rows, importance):
         best = search(rows[part], scale[part], grid, h)
-        found.append(in_turns(rows[part], best, grid, h) if fitted else best)
+        found.append(scales_in_turns(rows[part], best, grid, h) if fitted else best)
     return np.concatenate(found)
 
 

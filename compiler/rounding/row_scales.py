@@ -42,7 +42,7 @@ def _search(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Fl
     return best
 
 
-def in_turns(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Floats:
+def scales_in_turns(weight: Matrix, scale: Floats, grid: Grid, importance: Matrix) -> Floats:
     """Return a scale for each row `[rows]`, from `scale` on; a row whose next one is not positive keeps its own."""
     new = scale.astype(np.float64)
     for _ in range(MOST_TURNS):

@@ -15,7 +15,7 @@ from tests.helpers.models import SMALL, THREADS
 from tests.helpers.old_unet import OLD_CONVS, OLD_NORMS, old_unet
 
 LEAST = 8.0  # dB of epsilon at the recipe's own widths; the weights are random, and there are 8 channels
-BARS = {"magnitude-prune": 4.0}  # what others are compared with
+BARS = {"magnitude-prune": 4.0, "onebit": 1.0}  # what others are compared with; signs, before they are trained
 INTEGER = 4  # convolutions that are next to neither end
 ITERATIONS = 3
 FEW = {

@@ -27,7 +27,7 @@ from mezzotint.compiler.rounding.matrix import (
     row_errors,
     shifted_target,
 )
-from mezzotint.compiler.rounding.row_scales import in_turns, refit, search
+from mezzotint.compiler.rounding.row_scales import refit, scales_in_turns, search
 from mezzotint.runtime.arrays import Floats
 
 Wide = npt.NDArray[np.float64]
@@ -394,12 +394,12 @@ def test_scales_in_turns_are_those_of_least_error() -> None:
     weight[3] = 0
     h = rng.uniform(0.1, 5, 40).astype(np.float32)
     first = np.full(4, 0.02, np.float32)
-    signs = in_turns(weight, first, Levels(np.array([-64, 64], np.int8)), h)
+    signs = scales_in_turns(weight, first, Levels(np.array([-64, 64], np.int8)), h)
     np.testing.assert_allclose(64 * signs[:3], (np.abs(weight[:3]) @ h) / h.sum(), rtol=1e-5)
     assert signs[3] == first[3], "any scale is as good for a row of zeros"
 
     grid = Levels(np.array([-100, -20, 30, 110], np.int8))
-    found = in_turns(weight, first, grid, h)
+    found = scales_in_turns(weight, first, grid, h)
 
     def error(scale: Floats) -> Wide:
         difference = weight - scale[:, None] * nearest(weight, scale, grid)
