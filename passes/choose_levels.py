@@ -75,7 +75,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from mezzotint.compiler.bits.units import LEVEL_BITS
 from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program, Quantizer, Site
 from mezzotint.compiler.core.stats import Stats
@@ -94,6 +93,7 @@ from mezzotint.compiler.rounding.level_fits import (
     level_errors,
 )
 from mezzotint.compiler.rounding.weights import weight_rows
+from mezzotint.compiler.scales.codebooks import LEVEL_BITS
 
 VECTOR_BITS = 8  # of the code of a vector
 

@@ -89,8 +89,8 @@ class Distill(TrainingPass):
       their grids, and float weights and the ends of grids, in shares of their size. All fall to 0.
     - `level_steps`: the same of the levels of weights that move, in their mean distances; 0 leaves them where
       choose_levels put them.
-    - `branch_rank`: the rank of a float branch beside each weight that moves, which fades in the first half of the fit
-      (QVGen; compiler/training/fading_branches.py). 0 means none.
+    - `branch_rank`: the rank of a float branch that is added to each weight that moves, and fades in the first half of
+      the fit (QVGen; compiler/training/fading_branches.py). 0 means none.
     - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
@@ -133,7 +133,7 @@ class Distill(TrainingPass):
             raise RecipeError("levels move with their weights, which stay", where=self.name, hint=hint)
         if self.branch_rank and self.weights == "none":
             hint = "let weights move too, or set distill.branch_rank to 0"
-            raise RecipeError("branches fade beside weights that move, and all stay", where=self.name, hint=hint)
+            raise RecipeError("branches are added to weights that move, and all stay", where=self.name, hint=hint)
         if self.level_steps and self.critical < 1:
             hint = "set distill.critical to 1, or distill.level_steps to 0"
             raise RecipeError("levels are those of all rows, and some rows stay", where=self.name, hint=hint)

@@ -59,7 +59,7 @@ def check_options(step: Pass) -> None:
             hint="choose a budget of bops",
         )
     alone = {
-        "levels, which all channels of a weight have in one number": o.levels is not None,
+        "levels, of which all channels of a weight have the same number": o.levels is not None,
         "a budget of latency, which widths do not change": o.latency is not None,
         "layers in float, which have no parts": o.floats,
         "narrower activations, which a layer has once": o.activation_widths != (8,),

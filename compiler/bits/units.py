@@ -20,10 +20,10 @@ from ..core.program import Plan, Program, Quantizer, Site
 from ..graph.nodes import Builder, Names, name_of, numpy_of
 from ..graph.ops import Layer, float_reason, layers
 from ..graph.require import shape_of
+from ..scales.codebooks import LEVEL_BITS
 from ..scales.weights import WeightMethod, rounded_weight, weight_format, weight_quantizer
 
 FLOAT_BITS = 32
-LEVEL_BITS = 4  # of the widest weight with a codebook
 RowBits = npt.NDArray[np.int8]
 
 

@@ -4,7 +4,7 @@ search    among a list of fractions of the largest magnitude, and the present sc
           sum_i h_i (w_i - s q_i)^2; h = 1 (mean square) or the diagonal of H = X X^T (the layer's output, as if inputs
           were uncorrelated). OBC and GPTQ search in the same way, on 100 points and with the power 2.4.
 refit     with q fixed, E(s) = (w - s q) H (w - s q)^T is a parabola: s = (w H q) / (q H q).
-turns     q to nearest and s = (sum h w q) / (sum h q^2) in turns, until s stays; a row keeps its scale where they raise
+in turns  q to nearest and s = (sum h w q) / (sum h q^2) in turns, until s stays; a row keeps its scale where they raise
           the error of `search` (nearest vectors know no h). For levels -l and l, whose q does not depend on s, the
           first turn gives the best scale, (sum h |w|) / (l sum h).
 """

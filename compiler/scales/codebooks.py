@@ -23,6 +23,7 @@ import numpy.typing as npt
 from mezzotint.runtime.arrays import Doubles, Floats
 
 LARGEST_LEVEL = 127
+LEVEL_BITS = 4  # of the widest weight with a codebook
 FLOAT_FORMS: Mapping[int, Mapping[str, tuple[int, int]]] = {
     3: {"e2m0": (2, 0), "e1m1": (1, 1)},
     4: {"e2m1": (2, 1), "e1m2": (1, 2), "e3m0": (3, 0)},

@@ -36,13 +36,13 @@ class Quantizer(nn.Module):
     `use_levels` puts a codebook in the place of the integers: round(v) is then the nearest level. Its gradient reaches
     the level, too, where levels are trained (compiler/training/learned_levels.py). Weights beyond the outer levels have
     no gradient; where a row has two levels, and half of its weights lie beyond them, this begins half their distance
-    further out. `beside` is added to what is on the grid, while a network is trained (fading_branches.py).
+    further out. `branch` is added to what is on the grid, while a network is trained (fading_branches.py).
     """
 
     qmin: torch.Tensor
     qmax: torch.Tensor
     levels: torch.Tensor | None
-    beside: torch.Tensor | None
+    branch: torch.Tensor | None
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Quantizer(nn.Module):
         self.register_buffer("qmin", torch.as_tensor(qmin, dtype=dtype).clone())
         self.register_buffer("qmax", torch.as_tensor(qmax, dtype=dtype).clone())
         self.register_buffer("levels", None, persistent=False)
-        self.register_buffer("beside", None, persistent=False)
+        self.register_buffer("branch", None, persistent=False)
         self.drop_probability = 0.0
         self.drop_generator: torch.Generator | None = None
 
@@ -146,7 +146,7 @@ class Quantizer(nn.Module):
         return self._shaped(end, v.ndim, end.ndim > 0)
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the values of `x` on the grid, and what is `beside` them.
+        """Return the values of `x` on the grid, plus the `branch`.
 
         `row` (int64) selects the row of a table: a scalar or `[1]` for all of `x`, or `[B]`, one for each sample along
         the first axis of `x`.
@@ -165,7 +165,7 @@ class Quantizer(nn.Module):
         if self.training and self.drop_probability > 0:
             chance = torch.rand(x.shape, generator=self.drop_generator, device=x.device)
             quantized = torch.where(chance < self.drop_probability, x, quantized)
-        return quantized if self.beside is None else quantized + self.beside
+        return quantized if self.branch is None else quantized + self.branch
 
     @torch.no_grad()
     def integers(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:

@@ -43,7 +43,7 @@ MovingScales = Literal["activations", "both", "none"]
 class Moves:
     """What moves: the quantized weights of these inputs and how, float weights, and the scales of quantizers.
 
-    `critical` is the share of a quantized weight's rows that move, `branch_rank` the rank of what fades beside it.
+    `critical` is the share of a quantized weight's rows that move, `branch_rank` the rank of the branch that fades.
     """
 
     weights: Moving

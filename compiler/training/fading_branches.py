@@ -1,16 +1,16 @@
-"""Float branches of low rank beside quantized weights while a network is trained, which fade until they are gone.
+"""Float branches of low rank that are added to quantized weights while a network is trained, and fade to nothing.
 
-Few bits round much away, and gradients through such weights say little. QVGen (arXiv 2505.11497) lets a branch carry a
-part of what was rounded away, and makes its rank smaller and smaller while the weights take over. With a share u of the
-fit done, a layer multiplies with
+A network of few bits has large errors, whose gradients train it badly. QVGen (arXiv 2505.11497) lets a branch carry a
+part of what was rounded away, and lowers its rank while the weights take over. When a share u of the fit is done, a
+layer multiplies with
 
     w = Q(v) + s (A diag(g(u)) B)      A = U sqrt(S), B = sqrt(S) V^T of the rank r of (w_0 - Q(w_0)) / s at the start
 
 where Q(v) is the moving weight on its grid, and s its scale at the start (of a codebook, times the mean distance of its
-levels). A and B are trained too. The fit up to GONE
-has phases of equal length; in each the half of the components that are left with the smaller singular values fades,
-g_k = (1 + cos(pi p)) / 2 at the share p of the phase, so r becomes r/2, r/4, .. 1, 0. Components keep the order of the
-start, where QVGen decomposes A B anew for each phase. Behind GONE, and where images judge, there is no branch.
+levels). A and B are trained too. The fit up to GONE has phases of equal length. In each of them one half of the
+components fades, that of the smaller singular values: g_k = (1 + cos(pi p)) / 2 at the share p of the phase, and the
+rank falls from r to r/2, r/4, .. 1, 0. Components keep the order of the start, where QVGen decomposes A B again for
+each phase. Behind GONE, and in the images that judge, there is no branch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from ..graph.nodes import name_of, numpy_of
 from ..rounding.layer_inputs import Inputs
 from ..torch_graph.convert import TorchGraph
-from ..torch_graph.quantizers import Quantizer
+from ..torch_graph.soft_rounding import quantizer_within
 
 GONE = 0.5
 """The share of the fit behind which no branch is left: the weights settle alone."""
@@ -36,22 +36,19 @@ class FadingBranches:
 
     def __init__(self, graph: TorchGraph, quantized: Sequence[Inputs], rank: int) -> None:
         paths = {module: path for path, module in graph.module.named_modules()}
-        self._rank = rank
         self._units: dict[str, torch.Tensor] = {}
         self._factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for inputs in quantized:
-            part, weight = graph.quantizers[inputs.weight.quantize.name or ""], name_of(inputs.weight.value)
-            if not isinstance(part, Quantizer):
-                continue
+            part = quantizer_within(graph.quantizers[inputs.weight.quantize.name or ""])
             with torch.no_grad():
-                parameter = graph.weights[weight]
+                parameter = graph.weights[name_of(inputs.weight.value)]
                 unit = part.parameters_for(parameter)[0] * part.mean_gap(parameter.ndim)
                 floats = torch.tensor(numpy_of(inputs.floats), dtype=parameter.dtype, device=parameter.device)
                 lost = ((floats - part(parameter)) / unit).reshape(len(floats), -1)
                 left, values, right = torch.linalg.svd(lost, full_matrices=False)
                 root = values[:rank].sqrt()
-                part.beside = torch.zeros_like(parameter)
-            path = f"{paths[part]}.beside"
+                part.branch = torch.zeros((), device=parameter.device)
+            path = f"{paths[part]}.branch"
             self._units[path] = unit.expand_as(parameter)
             self._factors[path] = nn.Parameter(left[:, :rank] * root), nn.Parameter(root[:, None] * right[:rank])
 
@@ -79,9 +76,6 @@ def strengths(rank: int, share: float) -> list[float]:
         ranks.append(ranks[-1] // 2)
     phases = len(ranks) - 1
     done = min(share / GONE, 1.0) * phases
-    phase = min(int(done), phases - 1) if phases else 0
-    if not phases:
-        return []
+    phase = min(int(done), phases - 1)
     fading = (1 + cos(pi * (done - phase))) / 2
-    before, behind = ranks[phase], ranks[phase + 1]
-    return [1.0 if k < behind else fading if k < before else 0.0 for k in range(rank)]
+    return [1.0 if k < ranks[phase + 1] else fading if k < ranks[phase] else 0.0 for k in range(rank)]

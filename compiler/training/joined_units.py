@@ -60,8 +60,8 @@ def joined_units(
     """
     chosen: set[int] = set()
     for i in sorted(range(len(ties)), key=lambda i: (-ties[i], i)):
-        if not most or _length(chosen, i) <= most:
-            chosen.update([i] if len(chosen) < pairs else [])
+        if len(chosen) < pairs and (not most or _length(chosen, i) <= most):
+            chosen.add(i)
     if pairs > len(chosen):
         bound = f" with at most {most} units in one" if most else ""
         raise RecipeError(

@@ -24,7 +24,7 @@ Moved = Mapping[str, torch.Tensor]
 class Rates:
     """How far an iteration moves each kind at first.
 
-    weight_steps  quantized weights, and branches beside them, in steps of their grids
+    weight_steps  quantized weights, and the branches that are added to them, in steps of their grids
     float_shares  other weights, in shares of their size
     scale_shares  the ends of grids, in shares of their size
     level_steps   levels of codebooks, in their mean distances
@@ -56,8 +56,8 @@ class Movements:
         moving = [] if weights is None else weights.parameter_groups(rates.weight_steps, rates.float_shares)
         learned = [] if scales is None else scales.parameter_groups(rates.scale_shares)
         tables = [] if levels is None else levels.parameter_groups(rates.level_steps)
-        beside = [] if branches is None else branches.parameter_groups(rates.weight_steps)
-        self.groups: list[dict[str, Any]] = [*moving, *learned, *tables, *beside]
+        added = [] if branches is None else branches.parameter_groups(rates.weight_steps)
+        self.groups: list[dict[str, Any]] = [*moving, *learned, *tables, *added]
         self.variables = [v for group in self.groups for v in group["params"]]
 
     def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:

@@ -23,6 +23,8 @@ from ..smooth_scales import SmoothScales
 from ..store_half import StoreHalf
 from .parts import BY_CHANNEL, EVERY_CALL, FAST, against_w8a8, static, stepwise
 
+ALWAYS = -100.0
+"""dB: the factors of inputs belong to the method, whatever is expected of them."""
 PUBLISHED_FIT = Distill(iterations=1000)
 LONG_FIT = Distill(iterations=2000, minutes=25.0)
 BLOCK_FIT = LearnScales(what="both", weight_steps=3e-3, mixed=4, iterations=1000, calls=100, held_out=0)
@@ -105,7 +107,7 @@ DISTILLED = (
         "QVGen, arXiv 2505.11497 (components of a branch keep the order of the start, where it decomposes the branch "
         "anew in each phase; static scales; 1000 steps of 8 samples)",
         "w8a8 with weights and all scales trained against the float network's predictions, at first with a float "
-        "branch of rank 32 beside each weight, which fades",
+        "branch of rank 32 added to each weight, which fades",
         static(behind=(replace(PUBLISHED_FIT, scales="both", branch_rank=32),)),
     ),
     Recipe(
@@ -144,7 +146,7 @@ DISTILLED = (
         "together against the float network's predictions",
         static(
             BY_CHANNEL,
-            SmoothScales(form="signs", weight_bits=1, gain=-100.0, run_time=True, run_time_gain=-100.0, timed=False),
+            SmoothScales(form="signs", weight_bits=1, gain=ALWAYS, run_time=True, run_time_gain=ALWAYS, timed=False),
             observe=Observe(channels="inputs"),
             scales=ChooseScales(weight_bits=1),
             plan=(ChooseLevels(method="normal"),),

@@ -1,4 +1,4 @@
-"""Branches beside quantized weights: what they carry at the start, how they fade, and that nothing of them is left."""
+"""Branches that are added to quantized weights: what they carry at the start, how they fade, and that they go."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def converted(of: Program, rank: int) -> tuple[TorchGraph, FadingBranches, list[
     for one in inputs:
         part = graph.quantizers[one.weight.quantize.name or ""]
         assert isinstance(part, Quantizer)
-        found.append((f"{paths[part]}.beside", part, one))
+        found.append((f"{paths[part]}.branch", part, one))
     return graph, branches, found
 
 
@@ -68,7 +68,7 @@ def test_a_branch_carries_the_largest_part_of_what_was_rounded_away(program: Pro
             scale = part.parameters_for(parameter)[0]
             lost = ((floats - part(parameter)) / scale).detach().reshape(len(floats), -1)
             sizes = torch.linalg.svdvals(lost)
-            with_branch = functional_call(part, {"beside": values[path]}, (parameter,))
+            with_branch = functional_call(part, {"branch": values[path]}, (parameter,))
             left = ((floats - with_branch) / scale).detach().square().sum().sqrt()
             assert float(left) == pytest.approx(float(sizes[rank:].square().sum().sqrt()), abs=1e-3), path
 
@@ -97,7 +97,7 @@ def test_training_with_a_branch_starts_nearer_and_writes_integers_alone(
 
 
 def test_a_branch_needs_weights_that_move() -> None:
-    with pytest.raises(RecipeError, match="branches fade beside weights that move"):
+    with pytest.raises(RecipeError, match="branches are added to weights that move"):
         Distill(weights="none", branch_rank=4)
 
 
@@ -105,7 +105,8 @@ def test_factors_get_gradients(program: Program) -> None:  # noqa: F811
     _, branches, found = converted(program, 2)
     path, part, _ = found[0]
     (group,) = branches.parameter_groups(0.01)
-    functional_call(part, {"beside": branches.values(0.0)[path]}, (part.beside,)).square().sum().backward()
+    branch = branches.values(0.0)[path]
+    functional_call(part, {"branch": branch}, (torch.zeros_like(branch),)).square().sum().backward()
     left, right = group["params"][:2]
     assert left.grad is not None and right.grad is not None
     assert left.grad.abs().sum() > 0 and right.grad.abs().sum() > 0

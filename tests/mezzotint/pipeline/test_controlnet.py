@@ -120,7 +120,10 @@ def test_the_loop_of_the_bundle_draws_the_same(controlled: PipelineFolder, own: 
 def test_workers_of_a_cluster_draw_the_same(
     controlled: PipelineFolder, own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_disk: bool
 ) -> None:
-    """The ControlNet travels with the bundle, through the object store where the disk is another one."""
+    """The ControlNet travels with the bundle, through the object store where the disk is another one.
+
+    It is that of the pipeline's folder, whose threads are not given, or one that was opened with a scale.
+    """
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with torch.no_grad():
@@ -129,8 +132,11 @@ def test_workers_of_a_cluster_draw_the_same(
         "conditions": {"encoder_hidden_states": prompt},
         "unconditional": {"encoder_hidden_states": empty},
     }
-    network = open_controlnet(controlled.path / "controlnet", rows={"controlnet_cond": IMAGES}, scale=0.5, threads=1)
-    fed = open_bundle(controlled.path).fed_by(network)
+    own_rows = {"controlnet_cond": IMAGES}
+    whole = open_bundle(controlled.path)
+    assert whole.condition_network is not None
+    halved = open_controlnet(controlled.path / "controlnet", rows=own_rows, scale=0.5, threads=1)
+    fed = whole.fed_by(whole.condition_network.with_rows(own_rows) if shared_disk else halved)
     stored: dict[str, bytes] = {}
 
     class Elsewhere:
