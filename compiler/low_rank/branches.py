@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ from ..graph.ops import BRANCH, Layer
 from ..graph.require import inputs, producer, shape_of
 from .residual import Branch
 
-KERNEL_ATTRIBUTES = ("strides", "pads", "dilations", "kernel_shape", "auto_pad")
+_DEFAULTS = {"strides": 1, "dilations": 1, "pads": 0}  # of each axis; the shape of the kernel is that of the weight
 
 
 def obstacle(layer: Layer) -> str | None:
@@ -65,7 +66,7 @@ def _beside(graph: ir.Graph, names: Names, layer: Layer, parts: Sequence[ir.Valu
     node = layer.node
     build = Builder(graph, names, after=layer.bias_add or node)
     out = node.outputs[0]
-    kernel = {k: a.value for k, a in node.attributes.items() if k in KERNEL_ATTRIBUTES} if layer.kind == "conv" else {}
+    kernel = _kernel_of(node) if layer.kind == "conv" else {}
     op = "Conv" if layer.kind == "conv" else "MatMul"
     narrow = None
     if out.shape is not None:
@@ -83,6 +84,16 @@ def _beside(graph: ir.Graph, names: Names, layer: Layer, parts: Sequence[ir.Valu
         )
         producer(made).metadata_props[BRANCH] = layer.name
     add_beside(graph, names, layer, build, made)
+
+
+def _kernel_of(node: ir.Node) -> dict[str, Any]:
+    """Return how a convolution moves over its input, without what is so by default: a file has a branch for each layer."""
+    chosen = {name: node.attributes[name].value for name in (*_DEFAULTS, "auto_pad") if name in node.attributes}
+    return {name: value for name, value in chosen.items() if not _is_default(name, value)}
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return value == "NOTSET" if name == "auto_pad" else all(number == _DEFAULTS[name] for number in value)
 
 
 def _constant(build: Builder, preferred: str, array: Floats, folder: Path) -> ir.Value:

@@ -123,7 +123,7 @@ def _fold_weight(graph: ir.Graph, quantize_node: ir.Node) -> None:
 
 
 def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, index: int) -> None:
-    """Write the float bias of an integer layer as int32 with scale x_scale * w_scale."""
+    """Write the float bias of an integer layer as int32 with scale x_scale * w_scale; no zero point means 0."""
     bias = holder.inputs[index]
     x, w = dequantizer(layer.inputs[0]), dequantizer(layer.inputs[1])
     if bias is None or not is_constant(bias) or x is None or w is None:
@@ -147,7 +147,6 @@ def _lower_bias(graph: ir.Graph, names: Names, layer: ir.Node, holder: ir.Node, 
             [
                 build.constant(f"{stem}_int32", integers.astype(np.int32)),
                 build.constant(f"{stem}_scale", scale),
-                build.constant(f"{stem}_zero", np.zeros(scale.shape, np.int32)),
             ],
             f"{stem}_dequantized",
             like=bias,
