@@ -139,9 +139,9 @@ def worst(report: Any) -> str:
 
 @pytest.mark.parametrize("score", ["sqnr", "hawq"])
 def test_a_planted_sensitive_layer_is_found(planned: Program, here: Context, score: str) -> None:
-    plain = assigned(planned, here, mean_bits=5.0, score=score)
+    plain = assigned(planned, here, mean_bits=5.0, score=score, probes=4)
     assert worst(report_of(plain)) != "b1_conv2"
-    after = assigned(coarse(planned, "b1_w2", 10.0), here, mean_bits=5.0, score=score)
+    after = assigned(coarse(planned, "b1_w2", 10.0), here, mean_bits=5.0, score=score, probes=4)
     assert worst(report_of(after)) == "b1_conv2" and widths(after)["b1_conv2"][0] == 8
 
 

@@ -97,7 +97,9 @@ def mean_bits(program: Program) -> float:
     return float(sum(sizes[n] * bits.mean() for n, bits in row_bits(program).items()) / sum(sizes.values()))
 
 
-@pytest.mark.parametrize("options", [{}, {"score": "hawq"}, {"scope": "layer"}, {"order": "kurtosis"}, {"parts": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "hawq", "probes": 4}, {"scope": "layer"}, {"order": "kurtosis"}, {"parts": 3}]
+)
 def test_the_budget_is_kept_and_told(planned: Program, here: Context, options: dict[str, Any]) -> None:
     after = pipeline.run_passes(planned, [AssignBits(**{**ROWS, **options})], here)
     report = report_of(after)
