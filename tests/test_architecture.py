@@ -55,7 +55,7 @@ ARROWS = {
     "compiler/shortcuts": "calibration core graph rescaling scales",
     "compiler/correction": ". calibration core graph lowering scales",
     "compiler/rounding": ". calibration core graph lowering scales",
-    "compiler/pruning": ". bits core graph rounding",
+    "compiler/pruning": ". bits core graph rounding scales",
     "compiler/training": ". calibration core correction graph lowering rounding scales torch_graph",
     "compiler/torch_graph": ". core graph lowering scales",
     "compiler/bundle": ". audit core correction graph lowering",

@@ -87,7 +87,7 @@ def _beside(graph: ir.Graph, names: Names, layer: Layer, parts: Sequence[ir.Valu
 
 
 def _kernel_of(node: ir.Node) -> dict[str, Any]:
-    """Return how a convolution moves over its input, without what is so by default: a file has a branch for each layer."""
+    """Return how a convolution moves over its input, without what is so by default."""
     chosen = {name: node.attributes[name].value for name in (*_DEFAULTS, "auto_pad") if name in node.attributes}
     return {name: value for name, value in chosen.items() if not _is_default(name, value)}
 

@@ -44,6 +44,15 @@ def weight_quantizer(
     weight = np.moveaxis(numpy_of(required(layer.weight, "the weight", layer.node)), axis, 0)
     rows = weight.reshape(len(weight) if per_channel else 1, -1)
     limit = np.broadcast_to(row_limits(rows, fmt, method), len(weight))
+    return _symmetric(limit, fmt, by, axis)
+
+
+def rows_quantizer(rows: npt.NDArray[np.float32], fmt: Format, method: WeightMethod, by: str, axis: int) -> Quantizer:
+    """Return the quantizer of a weight whose rows are given, `[outputs, inputs]`; `axis` is that of its outputs."""
+    return _symmetric(row_limits(rows, fmt, method), fmt, by, axis)
+
+
+def _symmetric(limit: npt.NDArray[np.float32], fmt: Format, by: str, axis: int) -> Quantizer:
     scale, zero = scale_for_range(-limit, limit, fmt if fmt.bits > 1 else INT8)
     return Quantizer(fmt, scale, zero, by, axis=axis)
 

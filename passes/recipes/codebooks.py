@@ -81,6 +81,20 @@ CODEBOOKS = (
         static(observe=_MEASURED, plan=(SearchFormats(formats=("uniform", "float")),)),
     ),
     Recipe(
+        "apq",
+        "w8a8 with weights of 4 or 8 bits, dense or with up to three quarters of zeros, 4 bits on average, pruned and "
+        "rounded against their inputs, found by images of random configurations and a regression",
+        static(
+            observe=_MEASURED,
+            plan=(SearchFormats(widths=(4, 8), formats=("uniform",), sparsities=(0.375, 0.5, 0.625, 0.75)),),
+        ),
+        paper="APQ, arXiv 2006.08509 (pruning of single weights and widths in one space; the architecture is given; a "
+        "regression over the layers' own errors in place of its network, which predicts accuracy; OBS and GPTQ for "
+        "each choice)",
+        baseline="gptq",
+        claim="w4a8",
+    ),
+    Recipe(
         "gptvq",
         "gptq with weights of 3 bits, rounded in pairs of inputs to a table of 64 vectors for each weight",
         static(observe=_MEASURED, scales=_THREE, plan=(ChooseLevels(method="vectors"),), behind=(RoundWeights(),)),

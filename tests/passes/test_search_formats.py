@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mezzotint.compiler.bits.configurations import SearchState
@@ -9,8 +10,13 @@ from mezzotint.compiler.core import pipeline
 from mezzotint.compiler.core.pipeline import Context
 from mezzotint.compiler.core.program import Program, Site
 from mezzotint.compiler.errors import RecipeError, StatsError
-from mezzotint.compiler.graph.nodes import name_of
+from mezzotint.compiler.graph.nodes import name_of, numpy_of
 from mezzotint.compiler.graph.ops import layers
+from mezzotint.compiler.pruning.compressed import InputNumbers, compressed_weights
+from mezzotint.compiler.pruning.patterns import PruningPattern
+from mezzotint.compiler.pruning.prunable import find_prunable
+from mezzotint.compiler.pruning.weight_inputs import WeightInputs
+from mezzotint.compiler.scales.weights import rounded_weight
 from mezzotint.passes.choose_scales import ChooseScales
 from mezzotint.passes.insert_qdq import InsertQdq
 from mezzotint.passes.normalize import Normalize
@@ -67,8 +73,54 @@ def test_what_cannot_be_done_is_refused(planned: Program, context: Context) -> N
         SearchFormats(widths=(8,), formats=("kmeans",))
     with pytest.raises(RecipeError, match="formats is"):
         SearchFormats(formats=("posit",))  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="sparsities are those of uniform weights"):
+        SearchFormats(sparsities=(0.5,))
+    with pytest.raises(RecipeError, match="a sparsity is 1"):
+        SearchFormats(formats=("uniform",), sparsities=(0.5, 1.0))
     with pytest.raises(RecipeError, match=r"the smallest configuration has 3\.000 bits a weight"):
         pipeline.run_passes(planned, [SearchFormats(mean_bits=2.5, formats=("uniform",))], context)
     plain = pipeline.run_passes(tiny_program(), [Normalize(), Observe(), ChooseScales()], context)
     with pytest.raises(StatsError, match="not measured by channel"):
         pipeline.run_passes(plain, [SearchFormats()], context)
+
+
+def test_the_file_has_the_pruned_weights_that_were_measured(planned: Program, context: Context) -> None:
+    search = SearchFormats(
+        mean_bits=4.2, widths=(4, 8), formats=("uniform",), sparsities=(0.5, 0.75), configurations=6, rounds=2, length=2
+    )
+    after = pipeline.run_passes(planned, [search], context)
+    assert " zeros" in after.history[-1].note
+    plan, found = after.require_plan(), set()
+    for layer in (
+        layer for layer in layers(after.graph) if layer.weight is not None and layer.name not in plan.islands
+    ):
+        name, weight = name_of(layer.weight), numpy_of(layer.require_weight())
+        quantizer = plan.quantizers[Site(name)]
+        assert quantizer.by == search.name
+        np.testing.assert_allclose(rounded_weight(weight, quantizer), weight, atol=1e-6 * float(np.abs(weight).max()))
+        found.add(round(float(np.mean(weight == 0)), 1))
+    assert len(found) > 1 and max(found) >= 0.5
+
+
+def test_each_form_of_a_weight_has_the_error_that_its_inputs_say(planned: Program, context: Context) -> None:
+    """rho by its formula, written out: tr((W - W'') H (W - W'')^T) / tr(W H W^T)."""
+    islands = ("first", "last")
+    forms = compressed_weights(planned, context, (4, 8), (0.0, 0.5), islands, "here")
+    weights, _ = find_prunable(planned, islands, PruningPattern("unstructured"), "here")
+    for weight, gathered in WeightInputs.of(planned, context, InputNumbers()).each(weights, "here"):
+        every = {(form.bits, form.sparsity): form for form in forms.pop(name_of(weight.inputs.floats))}
+        assert set(every) == {(4, 0.0), (8, 0.0), (4, 0.5), (8, 0.5)}
+        (gram,), dense = gathered.gram(weight.inputs), weight.inputs.rows()
+        power = np.trace(dense @ gram @ dense.T)
+        for form in every.values():
+            rows = np.moveaxis(form.values(), weight.inputs.axis, 0).reshape(dense.shape)
+            error = np.trace((dense - rows) @ gram @ (dense - rows).T) / power
+            assert form.share == pytest.approx(error, rel=1e-3)
+        assert every[8, 0.0].share < every[4, 0.0].share and every[8, 0.0].share < every[8, 0.5].share
+        plain = rounded_weight(numpy_of(weight.inputs.floats), every[4, 0.0].quantizer)
+        moved = dense - np.moveaxis(plain, weight.inputs.axis, 0).reshape(dense.shape)
+        assert every[4, 0.0].share <= np.trace(moved @ gram @ moved.T) / power
+        assert every[8, 0.5].bits_in_file == 8 * round(dense.size / 2) + dense.size
+        assert every[8, 0.0].bits_in_file == 8 * dense.size
+        assert np.mean(every[4, 0.5].values() == 0) >= 0.5
+    assert not forms
