@@ -26,6 +26,7 @@ from ..errors import PassError, RecipeError
 from .matrix import FIRST_RAISE, LARGEST_DAMP, ColumnOrder, Kept, Matrix, Root, in_place_of, input_order, row_errors
 
 TILE = 64
+BETWEEN_ROWS = ("yaqa", "scores")  # weightings whose H_O gptq goes through
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +108,8 @@ def check_weighting(step: str, method: str, weighting: str, refits: int) -> None
     """Raise RecipeError for a weighting of H that does not go with a method of rounding."""
     reasons = {
         "gptaq, whose shift of inputs has no weights": weighting != "none" and method == "gptaq",
-        f"{method}: only gptq goes through rows in turn": weighting == "yaqa" and method not in ("gptq", "gptaq"),
-        "levels that are fitted for each row alone": weighting == "yaqa" and refits > 0,
+        f"{method}: only gptq goes through rows in turn": weighting in BETWEEN_ROWS and method not in ("gptq", "gptaq"),
+        "levels that are fitted for each row alone": weighting in BETWEEN_ROWS and refits > 0,
     }
     for reason in (why for why, wrong in reasons.items() if wrong):
         raise RecipeError(

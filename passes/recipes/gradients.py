@@ -2,7 +2,8 @@
 
 Their papers are about language models and take the gradients of a cross entropy. Here they are those of random
 projections of epsilon, whose products have the Gauss-Newton matrix of its error as their mean
-(compiler/gradients/probed_network.py). All start from gptq, as their papers do, with weights of 2 to 4 bits.
+(compiler/gradients/probed_network.py). All start from gptq, as their papers do, with weights of 2 to 4 bits. `aespa`
+takes what attention computes in place of gradients.
 """
 
 from __future__ import annotations
@@ -38,6 +39,15 @@ GRADIENTS = (
         static(behind=(RoundWeights(weighting="yaqa"),)),
         paper="YAQA, arXiv 2505.22988 (its sketch B with one projection of epsilon for each batch; uniform levels, "
         "without its incoherence processing)",
+        baseline="gptq",
+        claim="w4a8",
+    ),
+    Recipe(
+        "aespa",
+        "gptq in which errors of queries, keys and values count by what attention makes of them",
+        static(behind=(RoundWeights(weighting="scores"),)),
+        paper="aespa, arXiv 2402.08958 (its objectives of queries, keys and values, in GPTQ with feedback along both "
+        "sides in place of learned rounding; projections that a norm or a rotation follows keep their own H)",
         baseline="gptq",
         claim="w4a8",
     ),
