@@ -83,7 +83,8 @@ class Distill(TrainingPass):
     - `kinds`: the layers whose weights move, of `conv` and `linear`.
     - `floats`: biases, tables of biases, and factors and offsets of norms move.
     - `scales`: the scales that are learned: of `activations`, of `both` activations and the weights that move, or
-      `none`.
+      `none`. With `statistics` those of activations are, and those of the weights that move follow the mean magnitudes
+      of their rows (OFQ; compiler/training/steady_weights.py).
     - `iterations`, `batch`: steps of Adam, and samples in a step.
     - `weight_steps`, `float_shares`, `scale_shares`: how far an iteration moves quantized weights at first, in steps of
       their grids, and float weights and the ends of grids, in shares of their size. All fall to 0.
@@ -91,6 +92,8 @@ class Distill(TrainingPass):
       choose_levels put them.
     - `branch_rank`: the rank of a float branch that is added to each weight that moves, and fades in the first half of
       the fit (QVGen; compiler/training/fading_branches.py). 0 means none.
+    - `boundary`: in the last quarter of the fit, quantized weights move only where they are so near to the threshold
+      between two integers, in steps of their grids (OFQ's annealing). 0 means that all move.
     - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
@@ -103,7 +106,7 @@ class Distill(TrainingPass):
     weights: Literal["all", "adapters", "none"] = "all"
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
     floats: bool = True
-    scales: Literal["activations", "both", "none"] = "none"
+    scales: Literal["activations", "both", "statistics", "none"] = "none"
     rank: int = 32
     critical: float = 1.0
     iterations: int = 1000
@@ -112,6 +115,7 @@ class Distill(TrainingPass):
     scale_shares: float = 1e-2
     level_steps: float = 0.0
     branch_rank: int = 0
+    boundary: float = 0.0
     batch: int = 8
     unroll: int = 1
     blocks: float = 0.0
@@ -127,13 +131,22 @@ class Distill(TrainingPass):
             self, "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
         )
         require_positive(self, "held_out", "checks", *(() if self.minutes is None else ("minutes",)))
-        require_not_negative(self, "blocks", "relations", "level_steps", "branch_rank")
+        require_not_negative(self, "blocks", "relations", "level_steps", "branch_rank", "boundary")
         if self.level_steps and self.weights == "none":
             hint = "let weights move too, or set distill.level_steps to 0"
             raise RecipeError("levels move with their weights, which stay", where=self.name, hint=hint)
         if self.branch_rank and self.weights == "none":
             hint = "let weights move too, or set distill.branch_rank to 0"
             raise RecipeError("branches are added to weights that move, and all stay", where=self.name, hint=hint)
+        if self.scales == "statistics" and self.weights == "none":
+            hint = "let weights move too, or choose distill.scales=activations"
+            raise RecipeError("scales follow weights that move, and all stay", where=self.name, hint=hint)
+        if self.boundary and self.weights != "all":
+            hint = "choose distill.weights=all, or set distill.boundary to 0"
+            raise RecipeError("weights stay one by one, which adapters and none cannot", where=self.name, hint=hint)
+        if self.boundary and self.level_steps:
+            hint = "set distill.level_steps or distill.boundary to 0"
+            raise RecipeError("thresholds are those of levels that stay", where=self.name, hint=hint)
         if self.level_steps and self.critical < 1:
             hint = "set distill.critical to 1, or distill.level_steps to 0"
             raise RecipeError("levels are those of all rows, and some rows stay", where=self.name, hint=hint)
@@ -154,7 +167,8 @@ class Distill(TrainingPass):
         own = {field.name: getattr(self, field.name) for field in fields(NetworkFit)}
         fit = NetworkFit(**{**own, "unroll": min(self.unroll, len(program.deployment.calls))})
         chosen = self._chosen(program)
-        moves = Moves(self.weights, tuple(chosen), self.floats, self.scales, self.rank, self.critical, self.branch_rank)
+        own = {name: getattr(self, name) for name in ("weights", "floats", "scales", "rank", "critical", "branch_rank")}
+        moves = Moves(quantized=tuple(chosen), **own, boundary=self.boundary)
         before = replace(program, model=program.model.clone())
         total = network_calls(program, context, fit) + self.iterations
         step = self.watcher(context.progress, "the network", total)

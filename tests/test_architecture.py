@@ -176,6 +176,8 @@ DOORS: dict[str, set[str]] = {
     "compiler/training/learned_levels.py": {"torch"},
     "compiler/training/learned_scales.py": {"torch"},
     "compiler/training/range_networks.py": {"torch"},
+    "compiler/training/restraints.py": {"torch"},
+    "compiler/training/steady_weights.py": {"torch"},
     "compiler/training/torch_device.py": {"torch"},
     "compiler/torch_graph/write_back.py": {"torch"},
     "compiler/stages.py": {"psutil"},

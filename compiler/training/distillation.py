@@ -30,20 +30,25 @@ from .movements import Movements, Rates
 from .moving_weights import Moving, MovingWeights
 from .network_loss import NetworkFit, NetworkLoss
 from .network_state import CHECK, CheckCache
+from .steady_weights import StatisticalScales, SureWeights
 from .torch_device import training_device
 from .trajectories import TorchDenoiser, float_trajectories
 from .unit_cache import training_key
 from .units import NETWORK
 
-MovingScales = Literal["activations", "both", "none"]
-"""Which scales are learned: those of activations, or those of the weights that move too (LSQ, arXiv 1902.08153)."""
+MovingScales = Literal["activations", "both", "statistics", "none"]
+"""Which scales are learned: those of activations, or those of the weights that move too (LSQ, arXiv 1902.08153).
+
+With `statistics` those of activations are, and those of weights follow their mean magnitudes (steady_weights.py).
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Moves:
     """What moves: the quantized weights of these inputs and how, float weights, and the scales of quantizers.
 
-    `critical` is the share of a quantized weight's rows that move, `branch_rank` the rank of the branch that fades.
+    `critical` is the share of a quantized weight's rows that move, `branch_rank` the rank of the branch that fades, and
+    `boundary` how near to a threshold weights move in the last phase, in steps of their grids; 0 means all.
     """
 
     weights: Moving
@@ -53,6 +58,7 @@ class Moves:
     rank: int
     critical: float
     branch_rank: int = 0
+    boundary: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +122,9 @@ class Distillation:
         rates = Rates(fit.weight_steps, fit.float_shares, fit.scale_shares, fit.level_steps)
         levels = LearnedLevels(graph, names) if fit.level_steps else None
         branches = FadingBranches(graph, moves.quantized, moves.branch_rank) if moves.branch_rank else None
-        return Movements(weights, scales, rates, program.row_of, levels, branches)
+        statistics = StatisticalScales(graph, weights.quantized) if moves.scales == "statistics" else None
+        sure = [SureWeights(graph, weights.quantized, moves.boundary)] if moves.boundary else []
+        return Movements(weights, scales, rates, program.row_of, levels, branches, statistics, sure)
 
     def _cache(self, program: Program) -> CheckCache:
         cache = self.context.cache

@@ -61,7 +61,7 @@ def fit_network(
     begun = time.monotonic()
     optimizer = torch.optim.Adam(movements.groups, betas=(0.9, 0.99))
     rates = [group["lr"] for group in optimizer.param_groups]
-    state = FitState(movements.variables, optimizer, fit.iterations)
+    state = FitState(movements.variables, optimizer, fit.iterations, movements.memory())
     loss.measure_start(movements, step)
     if not cache.restore(state):
         state.judge(loss.image_db(movements, step))
@@ -85,6 +85,7 @@ def fit_network(
             )
         optimizer.zero_grad()
         current.backward()
+        movements.restrain(optimizer, iteration / state.iterations)
         optimizer.step()
         step(state.losses[-1])
         if iteration + 1 in checks:

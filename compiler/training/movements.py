@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,8 @@ from .fading_branches import FadingBranches
 from .learned_levels import LearnedLevels
 from .learned_scales import LearnedScales
 from .moving_weights import MovingWeights
+from .restraints import Restraint
+from .steady_weights import StatisticalScales
 
 Moved = Mapping[str, torch.Tensor]
 
@@ -39,7 +41,8 @@ class Rates:
 class Movements:
     """Weights, scales, levels and branches that move, and what an optimizer trains of them, in `groups` with rates.
 
-    `row_of` are the rows of tables by timestep.
+    `row_of` are the rows of tables by timestep, `statistics` the scales of weights that follow them, and `restraints`
+    keep variables where they are.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class Movements:
         row_of: Mapping[Timestep, int] = MappingProxyType({}),
         levels: LearnedLevels | None = None,
         branches: FadingBranches | None = None,
+        statistics: StatisticalScales | None = None,
+        restraints: Sequence[Restraint] = (),
     ) -> None:
         self._weights, self._scales, self._row_of, self._levels = weights, scales, row_of, levels
-        self._branches = branches
+        self._branches, self._statistics, self._restraints = branches, statistics, restraints
         moving = [] if weights is None else weights.parameter_groups(rates.weight_steps, rates.float_shares)
         learned = [] if scales is None else scales.parameter_groups(rates.scale_shares)
         tables = [] if levels is None else levels.parameter_groups(rates.level_steps)
@@ -60,10 +65,15 @@ class Movements:
         self.groups: list[dict[str, Any]] = [*moving, *learned, *tables, *added]
         self.variables = [v for group in self.groups for v in group["params"]]
 
-    def at(self, t: Timestep, weights: Moved | None = None) -> dict[str, torch.Tensor]:
-        """Return what takes the places of the module's parameters in a call; `weights` may be computed already."""
+    def at(self, t: Timestep | None, weights: Moved | None = None) -> dict[str, torch.Tensor]:
+        """Return what takes the places of the module's parameters in a call; `weights` may be computed already.
+
+        Without a timestep it leaves out the tables.
+        """
         values = dict(self.weights() if weights is None else weights)
-        return values if self._scales is None else values | self._scales.of_row(self._row_of.get(t))
+        return (
+            values if self._scales is None else values | self._scales.of_row(None if t is None else self._row_of.get(t))
+        )
 
     def weights(self, share: float = 1.0) -> dict[str, torch.Tensor]:
         """Return the moved weights and levels, which all calls of one step share.
@@ -71,12 +81,26 @@ class Movements:
         `share` is how much of the fit is done; at 1 they are what is written, without branches.
         """
         weights = {} if self._weights is None else self._weights.values()
+        weights |= {} if self._statistics is None else self._statistics.values(weights)
         weights |= {} if self._levels is None else self._levels.values()
         return weights if self._branches is None else weights | self._branches.values(share)
+
+    def restrain(self, optimizer: torch.optim.Optimizer, share: float) -> None:
+        """Stop variables before a step of the optimizer, with a `share` of the fit done."""
+        values = self.at(None) if self._restraints else {}
+        for restraint in self._restraints:
+            restraint.restrain(optimizer, values, share)
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """Return what restraints need when a stopped fit goes on, by the number of each and its name of it."""
+        each = enumerate(restraint.memory() for restraint in self._restraints)
+        return {f"{k}.{name}": tensor for k, tensors in each for name, tensor in tensors.items()}
 
     def settle(self) -> dict[str, npt.NDArray[Any]]:
         """Write everything into the module; return what was written by the names of its parameters, without levels."""
         if self._levels is not None:
             self._levels.settle()
+        if self._statistics is not None and self._weights is not None:
+            self._statistics.settle(self._weights.values())
         weights = {} if self._weights is None else self._weights.settle()
         return weights | ({} if self._scales is None else self._scales.settle())

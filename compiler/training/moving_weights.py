@@ -46,14 +46,15 @@ Moving = Literal["all", "adapters", "none"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Moving:
-    """One parameter of the module at `path`: w_0, and the unit of its offset."""
+class MovingWeight:
+    """One parameter of the module at `path`: w_0, the unit of its offset, and its quantizer or None."""
 
     path: str
     parameter: nn.Parameter
     start: torch.Tensor
     unit: torch.Tensor
     offsets: tuple[nn.Parameter, ...]
+    quantizer: Quantizer | None = None
 
     def value(self) -> torch.Tensor:
         if len(self.offsets) == 1:
@@ -63,7 +64,10 @@ class _Moving:
 
 
 class MovingWeights:
-    """The weights of a torch graph that move; `values` are the tensors that take their places."""
+    """The weights of a torch graph that move; `values` are the tensors that take their places.
+
+    `quantized` are those that quantizers round.
+    """
 
     def __init__(
         self,
@@ -79,24 +83,24 @@ class MovingWeights:
     ) -> None:
         paths = {id(parameter): path for path, parameter in graph.module.named_parameters()}
         self._critical = critical
-        self._quantized = [] if moving == "none" else [self._of(graph, i, paths, moving, rank, rng) for i in quantized]
+        self.quantized = [] if moving == "none" else [self._of(graph, i, paths, moving, rank, rng) for i in quantized]
         self._floats = list(_float_weights(program, graph, paths)) if floats else []
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return the moved weights by the paths of the module's parameters."""
-        return {weight.path: weight.value() for weight in (*self._quantized, *self._floats)}
+        return {weight.path: weight.value() for weight in (*self.quantized, *self._floats)}
 
     def parameter_groups(self, steps: float, shares: float) -> list[dict[str, Any]]:
         """Return what an optimizer trains: quantized weights move by `steps`, the others by `shares`, an iteration."""
-        both = ((self._quantized, steps), (self._floats, shares))
+        both = ((self.quantized, steps), (self._floats, shares))
         return [{"params": [o for w in weights for o in w.offsets], "lr": rate} for weights, rate in both if weights]
 
     @torch.no_grad()
     def settle(self) -> dict[str, npt.NDArray[Any]]:
         """Write the moved weights into the module; return them by the names of its parameters."""
-        for weight in (*self._quantized, *self._floats):
+        for weight in (*self.quantized, *self._floats):
             weight.parameter.copy_(weight.value())
-        return {w.path: w.parameter.detach().cpu().numpy() for w in (*self._quantized, *self._floats)}
+        return {w.path: w.parameter.detach().cpu().numpy() for w in (*self.quantized, *self._floats)}
 
     def _of(
         self,
@@ -106,7 +110,7 @@ class MovingWeights:
         moving: Moving,
         rank: int,
         rng: np.random.Generator,
-    ) -> _Moving:
+    ) -> MovingWeight:
         weight = inputs.weight
         quantizer, parameter = graph.quantizers[weight.quantize.name or ""], graph.weights.get(name_of(weight.value))
         if not isinstance(quantizer, Quantizer) or parameter is None:
@@ -128,7 +132,7 @@ class MovingWeights:
             right = rng.standard_normal((r, shape[1]), dtype=np.float32) / np.float32(np.sqrt(r))
             factors = torch.zeros(shape[0], r), torch.from_numpy(right)
             offsets = tuple(nn.Parameter(factor.to(start.device)) for factor in factors)
-        return _Moving(paths[id(parameter)], parameter, start, unit, offsets)
+        return MovingWeight(paths[id(parameter)], parameter, start, unit, offsets, quantizer)
 
 
 def _critical_rows(floats: torch.Tensor, axis: int, share: float) -> torch.Tensor:
@@ -139,7 +143,7 @@ def _critical_rows(floats: torch.Tensor, axis: int, share: float) -> torch.Tenso
     return mask.reshape([-1 if d == axis % floats.ndim else 1 for d in range(floats.ndim)])
 
 
-def _float_weights(program: Program, graph: TorchGraph, paths: Mapping[int, str]) -> list[_Moving]:
+def _float_weights(program: Program, graph: TorchGraph, paths: Mapping[int, str]) -> list[MovingWeight]:
     """Return the weights that no quantizer rounds and that no layer multiplies with."""
     fixed = _multiplied(program)
     found = []
@@ -148,7 +152,8 @@ def _float_weights(program: Program, graph: TorchGraph, paths: Mapping[int, str]
             continue
         start = parameter.detach().clone()
         rms = start.square().mean().sqrt().clamp_min(SMALLEST_RMS)
-        found.append(_Moving(paths[id(parameter)], parameter, start, rms, (nn.Parameter(torch.zeros_like(start)),)))
+        offsets = (nn.Parameter(torch.zeros_like(start)),)
+        found.append(MovingWeight(paths[id(parameter)], parameter, start, rms, offsets))
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ CHECK = EntryForm("check", "the state of a training", layout=1)
 class FitState:
     """The variables, what Adam remembers of them, and what the fit found so far.
 
-    `iterations` is how many the fit has in all, `kept` the number of the check with the best images.
+    `iterations` is how many the fit has in all, `kept` the number of the check with the best images, and `memory` the
+    tensors of restraints, which are written in place.
     """
 
     def __init__(
@@ -25,8 +27,9 @@ class FitState:
         variables: Sequence[torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         iterations: int,
+        memory: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        self._variables, self._optimizer = variables, optimizer
+        self._variables, self._optimizer, self._memory = variables, optimizer, memory
         self.iterations = iterations
         self.losses: list[float] = []
         self.image_db: list[float] = []
@@ -50,12 +53,13 @@ class FitState:
         return {"losses": self.losses, "image_db": self.image_db, "kept": self.kept, "iterations": self.iterations}
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """Return the variables, the best ones, and what Adam remembers, on the CPU."""
+        """Return the variables, the best ones, what Adam remembers, and what restraints do, on the CPU."""
         found = {f"variable.{i}": v.detach() for i, v in enumerate(self._variables)}
         found |= {f"best.{i}": v for i, v in enumerate(self._best)}
         for i, variable in enumerate(self._variables):
             remembered = self._optimizer.state.get(variable, {})
             found |= {f"adam.{i}.{name}": value for name, value in remembered.items()}
+        found |= {f"memory.{name}": tensor for name, tensor in self._memory.items()}
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
     @torch.no_grad()
@@ -64,6 +68,8 @@ class FitState:
         self.losses, self.image_db = list(data["losses"]), list(data["image_db"])
         self.kept, self.iterations = int(data["kept"]), int(data["iterations"])
         self._best = [arrays[f"best.{i}"] for i in range(len(self._variables))]
+        for name, tensor in self._memory.items():
+            tensor.copy_(arrays[f"memory.{name}"])
         for i, variable in enumerate(self._variables):
             variable.copy_(arrays[f"variable.{i}"])
             names = [key.rsplit(".", 1)[1] for key in arrays if key.startswith(f"adam.{i}.")]

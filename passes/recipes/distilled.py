@@ -111,6 +111,17 @@ DISTILLED = (
         static(behind=(replace(PUBLISHED_FIT, scales="both", branch_rank=32),)),
     ),
     Recipe(
+        "ofq",
+        "w8a8 with weights and the scales of activations trained against the float network's predictions; scales of "
+        "weights follow mean magnitudes, and in the last quarter of the fit only weights near a threshold move",
+        static(behind=(replace(PUBLISHED_FIT, scales="statistics", boundary=0.005),)),
+        paper="OFQ, arXiv 2302.02210 (scales keep the ratio to the mean magnitude that they have at the start, not 2 "
+        "on a grid without 0; one scale for each output channel in place of each head; without its "
+        "reparameterization of queries and keys; annealing is the last quarter of one fit; 1000 steps of 8 samples)",
+        baseline="lsq",
+        claim="w4a4",
+    ),
+    Recipe(
         "pv-tuning",
         "ganq with weights of 2 bits, whose codes and levels are trained together against the float network's "
         "predictions",
