@@ -94,6 +94,8 @@ class Distill(TrainingPass):
       the fit (QVGen; compiler/training/fading_branches.py). 0 means none.
     - `boundary`: in the last quarter of the fit, quantized weights move only where they are so near to the threshold
       between two integers, in steps of their grids (OFQ's annealing). 0 means that all move.
+    - `freeze_below`, `freeze_window`: learned scales whose gradients changed their sign in a smaller share of so many
+      iterations are frozen for the next ones (GAQAT; compiler/training/steady_scales.py). 0 freezes none.
     - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
@@ -116,6 +118,8 @@ class Distill(TrainingPass):
     level_steps: float = 0.0
     branch_rank: int = 0
     boundary: float = 0.0
+    freeze_below: float = 0.0
+    freeze_window: int = 20
     batch: int = 8
     unroll: int = 1
     blocks: float = 0.0
@@ -131,7 +135,7 @@ class Distill(TrainingPass):
             self, "rank", "iterations", "weight_steps", "float_shares", "scale_shares", "batch", "unroll", "samples"
         )
         require_positive(self, "held_out", "checks", *(() if self.minutes is None else ("minutes",)))
-        require_not_negative(self, "blocks", "relations", "level_steps", "branch_rank", "boundary")
+        require_not_negative(self, "blocks", "relations", "level_steps", "branch_rank", "boundary", "freeze_below")
         if self.level_steps and self.weights == "none":
             hint = "let weights move too, or set distill.level_steps to 0"
             raise RecipeError("levels move with their weights, which stay", where=self.name, hint=hint)
@@ -150,6 +154,13 @@ class Distill(TrainingPass):
         if self.level_steps and self.critical < 1:
             hint = "set distill.critical to 1, or distill.level_steps to 0"
             raise RecipeError("levels are those of all rows, and some rows stay", where=self.name, hint=hint)
+        if self.freeze_below > 1 or self.freeze_window < 2:
+            wrong = "freeze_below" if self.freeze_below > 1 else "freeze_window"
+            hint = "choose a share of at most 1, and a window of 2 iterations or more"
+            raise RecipeError(f"{self.name}.{wrong} is {getattr(self, wrong)}", where=self.name, hint=hint)
+        if self.freeze_below and self.scales == "none":
+            hint = "choose distill.scales=both, or set distill.freeze_below to 0"
+            raise RecipeError("no scale is learned that could be frozen", where=self.name, hint=hint)
         if not 0 < self.critical <= 1:
             hint = "choose a share of the rows, above 0 and at most 1"
             raise RecipeError(f"{self.name}.critical is {self.critical}", where=self.name, hint=hint)
@@ -167,8 +178,8 @@ class Distill(TrainingPass):
         own = {field.name: getattr(self, field.name) for field in fields(NetworkFit)}
         fit = NetworkFit(**{**own, "unroll": min(self.unroll, len(program.deployment.calls))})
         chosen = self._chosen(program)
-        own = {name: getattr(self, name) for name in ("weights", "floats", "scales", "rank", "critical", "branch_rank")}
-        moves = Moves(quantized=tuple(chosen), **own, boundary=self.boundary)
+        moving = {field.name: getattr(self, field.name) for field in fields(Moves) if field.name != "quantized"}
+        moves = Moves(quantized=tuple(chosen), **moving)
         before = replace(program, model=program.model.clone())
         total = network_calls(program, context, fit) + self.iterations
         step = self.watcher(context.progress, "the network", total)

@@ -177,6 +177,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/training/learned_scales.py": {"torch"},
     "compiler/training/range_networks.py": {"torch"},
     "compiler/training/restraints.py": {"torch"},
+    "compiler/training/steady_scales.py": {"torch"},
     "compiler/training/steady_weights.py": {"torch"},
     "compiler/training/torch_device.py": {"torch"},
     "compiler/torch_graph/write_back.py": {"torch"},

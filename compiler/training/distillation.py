@@ -30,6 +30,8 @@ from .movements import Movements, Rates
 from .moving_weights import Moving, MovingWeights
 from .network_loss import NetworkFit, NetworkLoss
 from .network_state import CHECK, CheckCache
+from .restraints import Restraint
+from .steady_scales import OrderlyScales
 from .steady_weights import StatisticalScales, SureWeights
 from .torch_device import training_device
 from .trajectories import TorchDenoiser, float_trajectories
@@ -48,7 +50,8 @@ class Moves:
     """What moves: the quantized weights of these inputs and how, float weights, and the scales of quantizers.
 
     `critical` is the share of a quantized weight's rows that move, `branch_rank` the rank of the branch that fades, and
-    `boundary` how near to a threshold weights move in the last phase, in steps of their grids; 0 means all.
+    `boundary` how near to a threshold weights move in the last phase, in steps of their grids; 0 means all. Scales
+    whose disorder was below `freeze_below` in a `freeze_window` are frozen in the next one.
     """
 
     weights: Moving
@@ -59,6 +62,8 @@ class Moves:
     critical: float
     branch_rank: int = 0
     boundary: float = 0.0
+    freeze_below: float = 0.0
+    freeze_window: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +128,19 @@ class Distillation:
         levels = LearnedLevels(graph, names) if fit.level_steps else None
         branches = FadingBranches(graph, moves.quantized, moves.branch_rank) if moves.branch_rank else None
         statistics = StatisticalScales(graph, weights.quantized) if moves.scales == "statistics" else None
-        sure = [SureWeights(graph, weights.quantized, moves.boundary)] if moves.boundary else []
-        return Movements(weights, scales, rates, program.row_of, levels, branches, statistics, sure)
+        restraints = self._restraints(graph, weights, scales)
+        return Movements(weights, scales, rates, program.row_of, levels, branches, statistics, restraints)
+
+    def _restraints(
+        self, graph: TorchGraph, weights: MovingWeights, scales: LearnedScales | None
+    ) -> Sequence[Restraint]:
+        moves, found = self.moves, list[Restraint]()
+        if moves.boundary:
+            found.append(SureWeights(graph, weights.quantized, moves.boundary))
+        if moves.freeze_below and scales is not None:
+            variables = [v for group in scales.parameter_groups(1.0) for v in group["params"]]
+            found.append(OrderlyScales(variables, moves.freeze_window, moves.freeze_below))
+        return found
 
     def _cache(self, program: Program) -> CheckCache:
         cache = self.context.cache

@@ -122,6 +122,16 @@ DISTILLED = (
         claim="w4a4",
     ),
     Recipe(
+        "gaqat",
+        "w8a8 with weights and all scales trained against the float network's predictions; scales whose gradients "
+        "changed their sign in less than 30 % of 20 iterations are frozen for the next 20",
+        static(behind=(replace(PUBLISHED_FIT, scales="both", freeze_below=0.3),)),
+        paper="GAQAT, arXiv 2412.05551 (the freezing of scales alone, without gradients of flatness and its domains; a "
+        "frozen scale stays; the window and the share are ours; 1000 steps of 8 samples)",
+        baseline="lsq",
+        claim="w4a4",
+    ),
+    Recipe(
         "pv-tuning",
         "ganq with weights of 2 bits, whose codes and levels are trained together against the float network's "
         "predictions",

@@ -185,7 +185,8 @@ def test_the_fit_has_as_many_iterations_as_fit_into_the_minutes(program: Program
 def test_a_fit_that_was_stopped_goes_on_behind_its_last_check(
     program: Program, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = trained(program, context, branch_rank=2)
+    options = {"branch_rank": 2, "scales": "both", "freeze_below": 0.6, "freeze_window": 7}
+    whole = trained(program, context, **options)
     cached = replace(context, cache=Cache(tmp_path / "cache"))
     seen = 0
 
@@ -196,17 +197,17 @@ def test_a_fit_that_was_stopped_goes_on_behind_its_last_check(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trained(program, replace(cached, progress=stop), branch_rank=2)
+        trained(program, replace(cached, progress=stop), **options)
     assert sorted(p.name[-2:] for p in (tmp_path / "cache").iterdir()) == ["-0", "-1"]
 
     losses: list[int] = []
     monkeypatch.setattr(network_loss.NetworkLoss, "draw", _counted(network_loss.NetworkLoss.draw, losses))
-    resumed = trained(program, cached, branch_rank=2)
+    resumed = trained(program, cached, **options)
     assert len(losses) == 20
     assert resumed.training == whole.training
     for (name, a), b in zip(constants(whole).items(), constants(resumed).values(), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
-    trained(program, cached, branch_rank=2, float_shares=4e-3)
+    trained(program, cached, **options, float_shares=4e-3)
     assert len(losses) == 60, "other options train anew"
 
 
