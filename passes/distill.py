@@ -96,6 +96,10 @@ class Distill(TrainingPass):
       between two integers, in steps of their grids (OFQ's annealing). 0 means that all move.
     - `freeze_below`, `freeze_window`: learned scales whose gradients changed their sign in a smaller share of so many
       iterations are frozen for the next ones (GAQAT; compiler/training/steady_scales.py). 0 freezes none.
+    - `nested`: weights move so that their integers serve all of `nested_widths`, of 2 to 8 bits. Those of fewer bits
+      are those of the most bits, `cut` to the leading ones or `rounded` again (compiler/training/nested_widths.py). The
+      file has the width of the plan. `nested_shares` are those of the widths in the loss and in the images that
+      judge; empty means equal ones.
     - `unroll`: calls of the sampler in a row whose errors add up in the loss, at most all of them.
     - `blocks`, `relations`: weights of the errors inside of the network beside that of its output, which is 1.
     - `samples`, `held_out`: images whose trajectories are trained on, and others that judge.
@@ -120,6 +124,9 @@ class Distill(TrainingPass):
     boundary: float = 0.0
     freeze_below: float = 0.0
     freeze_window: int = 20
+    nested: Literal["none", "cut", "rounded"] = "none"
+    nested_widths: tuple[int, ...] = (8, 4, 2)
+    nested_shares: tuple[float, ...] = ()
     batch: int = 8
     unroll: int = 1
     blocks: float = 0.0
@@ -161,11 +168,30 @@ class Distill(TrainingPass):
         if self.freeze_below and self.scales == "none":
             hint = "choose distill.scales=both, or set distill.freeze_below to 0"
             raise RecipeError("no scale is learned that could be frozen", where=self.name, hint=hint)
+        self._check_nested()
         if not 0 < self.critical <= 1:
             hint = "choose a share of the rows, above 0 and at most 1"
             raise RecipeError(f"{self.name}.critical is {self.critical}", where=self.name, hint=hint)
         if self.weights == "none" and not self.floats and self.scales == "none":
             raise RecipeError("nothing moves", where=self.name, hint="let weights, floats or scales move")
+
+    def _check_nested(self) -> None:
+        widths, shares = self.nested_widths, self.nested_shares or (1.0,) * len(self.nested_widths)
+        if not widths or len({*widths}) < len(widths) or not all(2 <= width <= 8 for width in widths):
+            hint = "choose different widths of 2 to 8 bits, such as [8, 4, 2]"
+            raise RecipeError(f"{self.name}.nested_widths is {[*widths]}", where=self.name, hint=hint)
+        if len(shares) != len(widths) or not all(share > 0 for share in shares):
+            hint = f"give {len(widths)} numbers above 0, one for each of {self.name}.nested_widths, or none"
+            raise RecipeError(f"{self.name}.nested_shares is {[*shares]}", where=self.name, hint=hint)
+        others = ("level_steps", "boundary", "branch_rank", "blocks", "relations")
+        if self.nested == "none":
+            return
+        if self.weights == "none":
+            hint = f"let weights move too, or set {self.name}.nested to none"
+            raise RecipeError("integers of nested widths are those of weights that move", where=self.name, hint=hint)
+        if used := [name for name in others if getattr(self, name)]:
+            hint = f"set {self.name}.{used[0]} to 0, or {self.name}.nested to none"
+            raise RecipeError(f"{used[0]} is that of one width, and there are several", where=self.name, hint=hint)
 
     def run(self, program: Program, context: Context) -> Program:
         plan = self.plan_of(program)
@@ -178,10 +204,13 @@ class Distill(TrainingPass):
         own = {field.name: getattr(self, field.name) for field in fields(NetworkFit)}
         fit = NetworkFit(**{**own, "unroll": min(self.unroll, len(program.deployment.calls))})
         chosen = self._chosen(program)
-        moving = {field.name: getattr(self, field.name) for field in fields(Moves) if field.name != "quantized"}
-        moves = Moves(quantized=tuple(chosen), **moving)
+        moving = {f.name: getattr(self, f.name) for f in fields(Moves) if f.name not in ("quantized", "nested_shares")}
+        shares = self.nested_shares or (1.0,) * len(self.nested_widths)
+        by_width = {width: share / sum(shares) for width, share in zip(self.nested_widths, shares, strict=True)}
+        moves = Moves(quantized=tuple(chosen), **moving, nested_shares=by_width)
         before = replace(program, model=program.model.clone())
-        total = network_calls(program, context, fit) + self.iterations
+        nested = self.nested != "none"
+        total = network_calls(program, context, fit, len(by_width) if nested else 1) + self.iterations
         step = self.watcher(context.progress, "the network", total)
         after, result = Distillation(context, moves, fit, self.name, self.options()).train(program, step)
         note = (
@@ -190,6 +219,11 @@ class Distill(TrainingPass):
         )
         if result.iterations < self.iterations:
             note += f"; {result.iterations} of {self.iterations} iterations fit into {self.minutes:g} minutes"
+        if nested:
+            widest = max(self.nested_widths)
+            return after.noted(
+                f"{note}, the mean of {len(by_width)} widths; integers are those of {widest} bits, {self.nested}"
+            )
         if result.kept == 0:
             return replace(before, training=after.training).noted(f"{note}; nothing is written")
         return self.judged(before, after, context, self.held_out, note)

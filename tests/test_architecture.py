@@ -165,6 +165,7 @@ DOORS: dict[str, set[str]] = {
     "compiler/training/fit_network.py": {"torch"},
     "compiler/training/movements.py": {"torch"},
     "compiler/training/network_loss.py": {"torch"},
+    "compiler/training/nested_widths.py": {"torch"},
     "compiler/training/network_state.py": {"torch", "safetensors"},
     "compiler/training/moving_weights.py": {"torch"},
     "compiler/training/trajectories.py": {"torch"},

@@ -37,12 +37,15 @@ class Quantizer(nn.Module):
     the level, too, where levels are trained (compiler/training/learned_levels.py). Weights beyond the outer levels have
     no gradient; where a row has two levels, and half of its weights lie beyond them, this begins half their distance
     further out. `branch` is added to what is on the grid, while a network is trained (fading_branches.py).
+
+    `nest` rounds to a finer grid first, whose steps are those of this one over `finer` (nested_widths.py).
     """
 
     qmin: torch.Tensor
     qmax: torch.Tensor
     levels: torch.Tensor | None
     branch: torch.Tensor | None
+    finer: torch.Tensor | None
 
     def __init__(
         self,
@@ -71,6 +74,8 @@ class Quantizer(nn.Module):
         self.register_buffer("qmax", torch.as_tensor(qmax, dtype=dtype).clone())
         self.register_buffer("levels", None, persistent=False)
         self.register_buffer("branch", None, persistent=False)
+        self.register_buffer("finer", None, persistent=False)
+        self.cut = False
         self.drop_probability = 0.0
         self.drop_generator: torch.Generator | None = None
 
@@ -80,6 +85,10 @@ class Quantizer(nn.Module):
             raise PassError("only a weight on a symmetric grid has a codebook", hint="leave levels to weights")
         self.levels = torch.as_tensor(table.astype(np.float32), dtype=self.qmin.dtype, device=self.qmin.device)
         self.qmin, self.qmax = self.levels[..., 0].clone(), self.levels[..., -1].clone()
+
+    def nest(self, finer: float, *, cut: bool) -> None:
+        """Round to steps of 1 / `finer` first, and round or cut that to this grid."""
+        self.finer, self.cut = torch.full_like(self.qmin.max(), finer), cut
 
     @torch.no_grad()
     def levels_at(self, scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int8] | None:
@@ -101,6 +110,9 @@ class Quantizer(nn.Module):
 
     def nearest(self, v: torch.Tensor) -> torch.Tensor:
         """Return the nearest integers, or levels, of values in units of the scale; the grid's ends are not applied."""
+        if self.finer is not None:
+            coarse = torch.round(v * self.finer) / self.finer
+            return torch.trunc(coarse) if self.cut else torch.round(coarse)
         if self.levels is None:
             return torch.round(v)
         middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2

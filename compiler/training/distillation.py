@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -28,6 +28,7 @@ from .learned_levels import LearnedLevels
 from .learned_scales import LearnedScales, learned_grids
 from .movements import Movements, Rates
 from .moving_weights import Moving, MovingWeights
+from .nested_widths import NestedWidths, Nesting
 from .network_loss import NetworkFit, NetworkLoss
 from .network_state import CHECK, CheckCache
 from .restraints import Restraint
@@ -51,7 +52,8 @@ class Moves:
 
     `critical` is the share of a quantized weight's rows that move, `branch_rank` the rank of the branch that fades, and
     `boundary` how near to a threshold weights move in the last phase, in steps of their grids; 0 means all. Scales
-    whose disorder was below `freeze_below` in a `freeze_window` are frozen in the next one.
+    whose disorder was below `freeze_below` in a `freeze_window` are frozen in the next one. `nested` is the way to
+    integers of lower widths, and `nested_shares` the share of each width in the loss.
     """
 
     weights: Moving
@@ -64,6 +66,8 @@ class Moves:
     boundary: float = 0.0
     freeze_below: float = 0.0
     freeze_window: int = 1
+    nested: Nesting = "none"
+    nested_shares: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +102,7 @@ class Distillation:
             loss = NetworkLoss(denoiser, teacher, solver, trained_on, judging, fit)
             result = fit_network(loss, movements, fit, context.seed, self.by, self._cache(program), step)
             movements.settle()
-        kept = result.kept > 0
+        kept = result.kept > 0 or self.moves.nested != "none"  # the nested integers of the start are new ones, too
         written = write_back(program, graph, context.folder, self.by) if kept else program
         # Errors are those of images here: a ratio of them is 10 ** (difference in dB / 10).
         start, end = (10 ** (-result.image_db[k] / 10) for k in (0, result.kept))
@@ -110,6 +114,9 @@ class Distillation:
 
     def _movements(self, program: Program, graph: TorchGraph) -> Movements:
         moves, rng = self.moves, streams.ADAPTERS.generator(self.context.seed)
+        nested = None
+        if moves.nested != "none":
+            nested = NestedWidths(graph, moves.quantized, moves.nested, moves.nested_shares)
         weights = MovingWeights(
             program,
             graph,
@@ -119,6 +126,7 @@ class Distillation:
             rank=moves.rank,
             rng=rng,
             critical=moves.critical,
+            nested=nested,
         )
         names = [inputs.weight.quantize.name or "" for inputs in moves.quantized]
         of_weights = names if moves.scales == "both" else []
@@ -129,7 +137,7 @@ class Distillation:
         branches = FadingBranches(graph, moves.quantized, moves.branch_rank) if moves.branch_rank else None
         statistics = StatisticalScales(graph, weights.quantized) if moves.scales == "statistics" else None
         restraints = self._restraints(graph, weights, scales)
-        return Movements(weights, scales, rates, program.row_of, levels, branches, statistics, restraints)
+        return Movements(weights, scales, rates, program.row_of, levels, branches, statistics, restraints, nested)
 
     def _restraints(
         self, graph: TorchGraph, weights: MovingWeights, scales: LearnedScales | None
@@ -148,11 +156,14 @@ class Distillation:
         return CheckCache(cache, key, self.fit.checks)
 
 
-def network_calls(program: Program, context: Context, fit: NetworkFit) -> int:
-    """Return the number of network calls beside the iterations: trajectories, the errors at the start, and images."""
+def network_calls(program: Program, context: Context, fit: NetworkFit, widths: int) -> int:
+    """Return the number of network calls beside the iterations: trajectories, the errors at the start, and images.
+
+    The last two are those of each of so many `widths`.
+    """
     calls = len(program.deployment.calls)
     batches, judging = (-(-count // context.batch) for count in (fit.samples, fit.held_out))
-    return calls * (batches + judging * (fit.checks + 2) + 1)
+    return calls * (batches + judging * (1 + widths * (fit.checks + 1)) + widths)
 
 
 def _torch_graph(program: Program, model: ir.Model, taps: Sequence[str]) -> TorchGraph:

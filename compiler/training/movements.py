@@ -16,6 +16,7 @@ from .fading_branches import FadingBranches
 from .learned_levels import LearnedLevels
 from .learned_scales import LearnedScales
 from .moving_weights import MovingWeights
+from .nested_widths import NestedWidths
 from .restraints import Restraint
 from .steady_weights import StatisticalScales
 
@@ -42,7 +43,7 @@ class Movements:
     """Weights, scales, levels and branches that move, and what an optimizer trains of them, in `groups` with rates.
 
     `row_of` are the rows of tables by timestep, `statistics` the scales of weights that follow them, and `restraints`
-    keep variables where they are.
+    keep variables where they are. `widths` are those of the loss with their shares; None is the width that is written.
     """
 
     def __init__(
@@ -55,9 +56,13 @@ class Movements:
         branches: FadingBranches | None = None,
         statistics: StatisticalScales | None = None,
         restraints: Sequence[Restraint] = (),
+        nested: NestedWidths | None = None,
     ) -> None:
         self._weights, self._scales, self._row_of, self._levels = weights, scales, row_of, levels
         self._branches, self._statistics, self._restraints = branches, statistics, restraints
+        self._nested = nested
+        one: dict[int | None, float] = {None: 1.0}
+        self.widths = one if nested is None else nested.shares
         moving = [] if weights is None else weights.parameter_groups(rates.weight_steps, rates.float_shares)
         learned = [] if scales is None else scales.parameter_groups(rates.scale_shares)
         tables = [] if levels is None else levels.parameter_groups(rates.level_steps)
@@ -65,15 +70,15 @@ class Movements:
         self.groups: list[dict[str, Any]] = [*moving, *learned, *tables, *added]
         self.variables = [v for group in self.groups for v in group["params"]]
 
-    def at(self, t: Timestep | None, weights: Moved | None = None) -> dict[str, torch.Tensor]:
+    def at(self, t: Timestep | None, weights: Moved | None = None, width: int | None = None) -> dict[str, torch.Tensor]:
         """Return what takes the places of the module's parameters in a call; `weights` may be computed already.
 
-        Without a timestep it leaves out the tables.
+        Without a timestep it leaves out the tables. `width` is one of `widths`.
         """
         values = dict(self.weights() if weights is None else weights)
-        return (
-            values if self._scales is None else values | self._scales.of_row(None if t is None else self._row_of.get(t))
-        )
+        if self._scales is not None:
+            values |= self._scales.of_row(None if t is None else self._row_of.get(t))
+        return values if self._nested is None or width is None else self._nested.at(width, values)
 
     def weights(self, share: float = 1.0) -> dict[str, torch.Tensor]:
         """Return the moved weights and levels, which all calls of one step share.
@@ -103,4 +108,7 @@ class Movements:
         if self._statistics is not None and self._weights is not None:
             self._statistics.settle(self._weights.values())
         weights = {} if self._weights is None else self._weights.settle()
-        return weights | ({} if self._scales is None else self._scales.settle())
+        weights |= {} if self._scales is None else self._scales.settle()
+        if self._nested is not None:
+            self._nested.settle()
+        return weights

@@ -9,7 +9,8 @@ to, with a straight-through gradient:
 s is the scale that the weight has at the start (of a codebook, times the mean distance of its levels); a step of its
 size is what EfficientDM calls scale-aware. The start w_0 is the float weight, moved into the cell of the integer that
 the graph has, CELL of a step around it: behind round_weights the rounding is that of GPTQ, and the elements that GPTQ
-rounded the other way are near their boundary.
+rounded the other way are near their boundary. With nested widths (nested_widths.py) it is the float weight itself, and
+s the scale of the middle width.
 
 With a share `critical` below 1, only so many rows (output channels) of each quantized weight move, those of the largest
 mean magnitude (EfQAT, arXiv 2411.11038). The others keep their integers.
@@ -37,6 +38,7 @@ from ..graph.ops import layers
 from ..rounding.layer_inputs import Inputs
 from ..torch_graph.convert import TorchGraph
 from ..torch_graph.quantizers import Quantizer
+from .nested_widths import NestedWidths
 
 CELL = 0.45
 SMALLEST_RMS = 1e-3
@@ -80,9 +82,10 @@ class MovingWeights:
         rank: int,
         rng: np.random.Generator,
         critical: float = 1.0,
+        nested: NestedWidths | None = None,
     ) -> None:
         paths = {id(parameter): path for path, parameter in graph.module.named_parameters()}
-        self._critical = critical
+        self._critical, self._nested = critical, nested
         self.quantized = [] if moving == "none" else [self._of(graph, i, paths, moving, rank, rng) for i in quantized]
         self._floats = list(_float_weights(program, graph, paths)) if floats else []
 
@@ -122,7 +125,10 @@ class MovingWeights:
             v = floats / scale
             _, gap = quantizer.around(v, zero, integers)
             start = torch.clamp(v, integers - CELL * gap, integers + CELL * gap) * scale
-            unit = (scale * quantizer.mean_gap(start.ndim)).detach().expand_as(start)
+            step = quantizer.mean_gap(start.ndim)
+            if self._nested is not None:
+                start, step = floats, step * self._nested.step(quantizer)
+            unit = (scale * step).detach().expand_as(start)
             if self._critical < 1:
                 unit = unit * _critical_rows(floats, weight.axis, self._critical)
         shape = (start.shape[0], start[0].numel())

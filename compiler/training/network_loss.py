@@ -9,13 +9,15 @@ move images the most. So the loss is that of images, a logarithm, which no call 
 where x' is the float sampler's latent `unroll` calls later: with one call that is the error of its prediction, and with
 several the errors of successive calls add up in it as they do in images. e_i, the error of call i at the start, makes
 the loss 0 there; it has no gradient. Further terms compare the outputs of blocks in the same way, and relations between
-positions in them. Images of held-out noise judge (fit_network.py).
+positions in them. Weights with nested widths (nested_widths.py) have the mean of the losses of all widths, weighted by
+their shares, and so have the images of held-out noise that judge (fit_network.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import log
 
 import numpy as np
@@ -86,17 +88,19 @@ class NetworkLoss:
         self._trained, self._device = denoiser.computing_in(schedule.precision), denoiser.device
         self._trajectories, self._held_out = trajectories, held_out
         self._starts = len(solver.steps) - schedule.unroll + 1
-        self._at_start: list[float] = []
+        self._at_start: dict[int | None, list[float]] = {}
 
     @torch.no_grad()
     def measure_start(self, movements: Movements, step: LossWatcher) -> None:
         """Measure the loss of each stretch on the first batch. Raise PassError if it is not finite."""
         batch, weights = self._trajectories[0], movements.weights()
         every = slice(0, min(batch.samples, self._schedule.batch))
-        for first in range(self._starts):
-            self._at_start.append(float(self._error(movements, weights, batch, first, every)))
-            step()
-        if not all(np.isfinite(self._at_start)):
+        for width in movements.widths:
+            errors = self._at_start[width] = list[float]()
+            for first in range(self._starts):
+                errors.append(float(self._error(movements, weights, batch, first, every, width)))
+                step()
+        if not np.isfinite([*self._at_start.values()]).all():
             raise PassError("the quantized network predicts numbers that are not finite", hint="look at `debug`")
 
     def draw(self, movements: Movements, rng: np.random.Generator, share: float) -> torch.Tensor:
@@ -106,34 +110,49 @@ class NetworkLoss:
         begin = int(rng.integers(max(batch.samples - self._schedule.batch, 0) + 1))
         samples = slice(begin, begin + self._schedule.batch)
         weights = movements.weights(share)
-        loss = self._error(movements, weights, batch, first, samples) - self._at_start[first]
+        loss = torch.zeros((), device=self._device)
+        for width, share in movements.widths.items():
+            error = self._error(movements, weights, batch, first, samples, width)
+            loss = loss + share * (error - self._at_start[width][first])
         if self._teacher is None:
             return loss
         return loss + self._inside(movements, weights, batch, first, samples)
 
     @torch.no_grad()
     def image_db(self, movements: Movements, step: LossWatcher) -> float:
-        """Return the mean PSNR of images of held-out noise (peak 2), behind the quantized network, in dB."""
-        weights, found = movements.weights(), list[float]()
-        for batch in self._held_out:
+        """Return the mean PSNR of images of held-out noise (peak 2), behind the quantized network, in dB.
 
-            def predict(x: torch.Tensor, t: Timestep, rows: Conditions = batch.conditions) -> torch.Tensor:
+        With several widths it is the mean of theirs, weighted by their shares.
+        """
+        weights, found, shares = movements.weights(), list[float](), list[float]()
+        for batch, (width, share) in product(self._held_out, movements.widths.items()):
+
+            def predict(
+                x: torch.Tensor, t: Timestep, rows: Conditions = batch.conditions, width: int | None = width
+            ) -> torch.Tensor:
                 step()
-                return self._denoiser(x, t, rows, movements.at(t, weights))[0]
+                return self._denoiser(x, t, rows, movements.at(t, weights, width))[0]
 
             images = unroll(predict, self._solver, batch, 0, len(self._solver.steps), slice(None), self._device)
             exact = batch.states[-1]["x"].to(self._device)
             errors = (images.clamp(-1, 1) - exact.clamp(-1, 1)).square().flatten(1).mean(1).clamp_min(1e-12)
             found += (10 * torch.log10(4 / errors)).tolist()
-        return float(np.mean(found))
+            shares += [share] * len(errors)
+        return float(np.average(found, weights=shares))
 
     def _error(
-        self, movements: Movements, weights: Moved, batch: Trajectory, first: int, samples: slice
+        self,
+        movements: Movements,
+        weights: Moved,
+        batch: Trajectory,
+        first: int,
+        samples: slice,
+        width: int | None,
     ) -> torch.Tensor:
         rows = _rows(batch.conditions, samples, batch.samples)
 
         def predict(x: torch.Tensor, t: Timestep) -> torch.Tensor:
-            return self._trained(x, t, rows, movements.at(t, weights))[0]
+            return self._trained(x, t, rows, movements.at(t, weights, width))[0]
 
         if self._schedule.unroll == 1:
             out = predict(batch.states[first]["x"][samples].to(self._device), self._solver.steps[first].timestep)

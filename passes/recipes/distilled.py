@@ -132,6 +132,29 @@ DISTILLED = (
         claim="w4a4",
     ),
     Recipe(
+        "matryoshka",
+        "w8a8 with 4-bit weights, trained so that the integers of 8 bits, rounded to 4 and 2, are good at each of the "
+        "three widths; the error with 2 bits counts ten times as much as the others",
+        static(
+            scales=ChooseScales(weight_bits=4),
+            behind=(replace(PUBLISHED_FIT, scales="activations", nested="rounded", nested_shares=(0.1, 0.1, 1.0)),),
+        ),
+        paper="Matryoshka quantization, arXiv 2502.06786 (symmetric grids; scales of weights are those of the largest "
+        "magnitudes at the start; the loss is a logarithm; a file has one width; 1000 steps of 8 samples)",
+        baseline="lsq",
+        claim="w2a8",
+    ),
+    Recipe(
+        "double-rounding",
+        "w8a8 with 4-bit weights, trained with all scales so that the integers of 8 bits, rounded a second time to 4 "
+        "and 2 bits, are good at each of the three widths",
+        static(scales=ChooseScales(weight_bits=4), behind=(replace(PUBLISHED_FIT, scales="both", nested="rounded"),)),
+        paper="Double Rounding, arXiv 2502.01199 (symmetric grids without a zero point of weights; all widths have one "
+        "learning rate of scales; without mixed widths; a file has one width; 1000 steps of 8 samples)",
+        baseline="lsq",
+        claim="w4a8",
+    ),
+    Recipe(
         "pv-tuning",
         "ganq with weights of 2 bits, whose codes and levels are trained together against the float network's "
         "predictions",
