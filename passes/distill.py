@@ -220,10 +220,8 @@ class Distill(TrainingPass):
         if result.iterations < self.iterations:
             note += f"; {result.iterations} of {self.iterations} iterations fit into {self.minutes:g} minutes"
         if nested:
-            widest = max(self.nested_widths)
-            return after.noted(
-                f"{note}, the mean of {len(by_width)} widths; integers are those of {widest} bits, {self.nested}"
-            )
+            widest = f"integers are those of {max(self.nested_widths)} bits, {self.nested}"
+            return after.noted(f"{note}, the mean of {len(by_width)} widths by their shares; {widest}")
         if result.kept == 0:
             return replace(before, training=after.training).noted(f"{note}; nothing is written")
         return self.judged(before, after, context, self.held_out, note)

@@ -10,7 +10,7 @@ s is the scale that the weight has at the start (of a codebook, times the mean d
 size is what EfficientDM calls scale-aware. The start w_0 is the float weight, moved into the cell of the integer that
 the graph has, CELL of a step around it: behind round_weights the rounding is that of GPTQ, and the elements that GPTQ
 rounded the other way are near their boundary. With nested widths (nested_widths.py) it is the float weight itself, and
-s the scale of the middle width.
+s the scale of the width that counts most.
 
 With a share `critical` below 1, only so many rows (output channels) of each quantized weight move, those of the largest
 mean magnitude (EfQAT, arXiv 2411.11038). The others keep their integers.

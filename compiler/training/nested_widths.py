@@ -10,8 +10,9 @@ Rounding (arXiv 2502.01199) both round a second time; all that is cut is nearer 
 all widths, weighted by their shares.
 
 At the start s is the largest magnitude of a row over 2^(W-1) - 1, whatever width is written, and weights move in steps
-of the middle width. So files of all widths come from the same training, and the integers of one are those of another,
-rounded or cut. Only a row whose scale is raised to make room for its bias (write_back.py) is an exception.
+of the width with the largest share (the middle one of several). So files of all widths come from the same training, and
+the integers of one are those of another, rounded or cut. Only a row whose scale is raised to make room for its bias
+(write_back.py) is an exception.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class NestedWidths:
     ) -> None:
         self.shares: Mapping[int | None, float] = dict(shares.items())
         self.widest = max(shares)
-        self._middle = sorted(shares)[len(shares) // 2]
+        loudest = sorted(width for width, share in shares.items() if share == max(shares.values()))
+        self._unit = loudest[len(loudest) // 2]
         paths = {module: path for path, module in graph.module.named_modules()}
         members: dict[Quantizer, list[Inputs]] = defaultdict(list)
         for inputs in quantized:
@@ -78,9 +80,9 @@ class NestedWidths:
                 part.scale.copy_(widest.clamp_min(float(SMALLEST_SCALE)) * 2.0 ** (self.widest - bits))
 
     def step(self, part: Quantizer) -> float:
-        """Return the step of the middle width, in those of the width that a quantizer writes."""
+        """Return the step of the width that counts most, in those of the width that a quantizer writes."""
         bits = next(nested.bits for nested in self._parts if nested.part is part)
-        return 2.0 ** (bits - self._middle)
+        return 2.0 ** (bits - self._unit)
 
     def at(self, width: int, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the values that take the places of the module's own, with those of quantizers at this width."""
