@@ -111,9 +111,9 @@ class NetworkLoss:
         samples = slice(begin, begin + self._schedule.batch)
         weights = movements.weights(share)
         loss = torch.zeros((), device=self._device)
-        for width, share in movements.widths.items():
+        for width, counts in movements.widths.items():
             error = self._error(movements, weights, batch, first, samples, width)
-            loss = loss + share * (error - self._at_start[width][first])
+            loss = loss + counts * (error - self._at_start[width][first])
         if self._teacher is None:
             return loss
         return loss + self._inside(movements, weights, batch, first, samples)
