@@ -182,15 +182,15 @@ def unpacked(
             codes = build.op("Reshape", [codes, numbers(-1)], "code_flat", dtype=int32)
             codes = build.op("Slice", [codes, numbers(0), numbers(count)], "code_cut", dtype=int32)
     levels = build.constant(f"{stem}_levels", weight.table) if levels is None else levels
-    turned = (shape[axis], *(n for i, n in enumerate(shape) if i != axis))
+    by_rows = weight.size > 1 or weight.table.ndim == 2
+    turned = (shape[axis], *(n for i, n in enumerate(shape) if i != axis)) if by_rows else shape
     if weight.table.ndim == 1 or weight.size > 1:
         values = build.op("Gather", [levels, codes], "code_values", dtype=int8)
-        turned = shape if weight.size == 1 else turned
     else:
         codes = build.op("Reshape", [codes, numbers(*weight.codes.shape)], "code_rows", dtype=int32)
         values = build.op("GatherElements", [levels, codes], "code_values", dtype=int8, attributes={"axis": 1})
     values = build.op("Reshape", [values, numbers(*turned)], "code_weight", dtype=int8, shape=ir.Shape(turned))
-    if turned != shape:
+    if by_rows and axis:  # whatever the sizes: those of a square weight do not say that it is turned
         back = [i + (i < axis) for i in range(len(shape))]
         back[axis] = 0
         values = build.op(

@@ -300,6 +300,26 @@ def test_a_codebook_gives_the_same_numbers_from_the_same_kernel(
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("form", ["matmul", "matmul_qdq", "gemm_qdq"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_codes_of_a_square_weight_are_those_of_its_output_channels(form: str, size: int, tmp_path: Path) -> None:
+    """Nothing in the shape of a square weight says that its codes are turned."""
+    rng, side = np.random.default_rng(size), 128
+    if size == 1:
+        tables = [rng.choice(np.arange(-127, 128), 4, replace=False) for _ in range(side)]
+        q = np.stack([rng.choice(table, side) for table in tables])
+    else:
+        vectors = rng.integers(-127, 128, (64, size))
+        q = vectors[rng.integers(0, 64, (side, side // size))].reshape(side, side)
+    q = q.astype(np.int8)
+    plain = layer(form, q.T.copy() if form.startswith("matmul") else q)
+    narrow = packed(plain)
+    assert "w_codes" in narrow.graph.initializers
+    want, _ = run(plain, tmp_path, "plain")
+    got, _ = run(narrow, tmp_path, "narrow")
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("opset", [17, 21])
 def test_codes_above_a_limit_are_whole(opset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit a session would take four bytes for each bit."""
