@@ -48,12 +48,11 @@ median and 10th percentile, and SQNR of epsilon; the size of mnist-onnx's file i
     4 bits kmeans, gptq, refits 4   30.6 (24.5), 26.2    487
     3 bits uniform, gptq            17.7 (13.4), 22.2    450
     3 bits kmeans, nearest           8.7 (7.7),  15.0    395
-    3 bits kmeans, gptq             23.8 (18.2), 23.5    395          19.9 (14.9), 24.5
-    3 bits kmeans, gptq, refits 4   19.7 (14.8), 24.1    395          20.1 (15.0), 24.9
+    3 bits kmeans, gptq             23.8 (18.2), 23.5    395          30.4 (23.3), 25.5
+    3 bits kmeans, gptq, refits 4   19.7 (14.8), 24.1    395          29.9 (23.4), 26.1
 
-So 3 bits of kmeans with gptq beat 4 bits to nearest on mnist-onnx; on the digits they do in epsilon only, and lose 8 dB
-of the images. 16 images tell differences of some dB apart, not less. With 16 calibration samples and 32 images of
-mnist-onnx:
+So 3 bits of kmeans with gptq beat 4 bits to nearest on both. 16 images tell differences of some dB apart, not less.
+With 16 calibration samples and 32 images of mnist-onnx:
 
     2 bits kmeans, gptq, refits 4 (ganq)          14.1 (11.0), 18.1
     2 bits vectors of 2, gptq (gptvq)             18.0 (13.5), 16.4
