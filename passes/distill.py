@@ -53,6 +53,36 @@ From signs, on mnist-onnx too; products at run time gain nothing there:
     onebit, 200 iterations                         12.8    14.5 / 12.4
     inputs scaled only where that is exact         12.8    14.6 / 12.8
 
+Scales that follow mean magnitudes gain no images, and scales that are frozen lose some (W4A4, 200 iterations, 32
+images; mnist-onnx, and digits):
+
+    lsq                                            15.7    19.9 / 16.2    17.4    21.4 / 14.7
+    both kinds of scales learned                   16.2    20.0 / 17.5    17.1    22.2 / 17.5
+    ofq                                            16.3    19.0 / 15.9    16.4    22.1 / 17.7
+    gaqat                                          13.9    18.5 / 14.8    16.1    18.8 / 14.7
+
+This state of ofq is one before its annealing, which gains a little where the last one is kept (mnist-onnx, one check):
+
+    ofq                                            16.6    19.8 / 15.9
+    boundary 0                                     16.5    19.3 / 15.3
+    both kinds of scales learned, boundary 0       16.5    19.3 / 17.2
+
+Nested widths are better than what 8 bits are rounded to. At 4 bits double-rounding gains images and loses epsilon
+against a training of its own, at 2 bits matryoshka gains both (mnist-onnx, 4 and 2 bits, 100 iterations, 32 images):
+
+    8 bits trained alone, rounded to fewer         19.8    16.6 / 12.8     6.6    10.0 /  8.7
+    lsq, trained at the width                      24.5    22.6 / 17.3    12.7    10.4 /  9.7
+    both kinds of scales, trained at the width     24.7    22.7 / 17.5    13.5    13.3 / 11.7
+    double-rounding                                22.9    23.9 / 18.6     8.9    11.8 / 10.2
+    double-rounding, nested=cut                    20.4    17.2 / 14.4    10.1    12.1 / 11.4
+    matryoshka                                     16.9    12.4 / 10.8    15.8    13.7 / 12.1
+
+On the digits, 40 iterations are too few to make the mean of three widths better than at the start, which is written (4
+bits; matryoshka was not measured there):
+
+    both kinds of scales, trained at the width     25.7    32.7 / 23.0
+    double-rounding                                24.3    25.9 / 21.1
+
 Few images judge badly: 16 of them threw away what 48 keep. Long fits want small steps: docs/explanation/training.md.
 
 With `minutes`, the first iterations are timed, and the fit has as many as fit into that time; the note has the number.
@@ -61,17 +91,19 @@ With `minutes`, the first iterations are timed, and the fit has as many as fit i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from mezzotint.compiler.core.option_checks import require_not_negative, require_positive
-from mezzotint.compiler.core.pipeline import Context
+from mezzotint.compiler.core.pipeline import Context, Pass
 from mezzotint.compiler.core.program import Program
 from mezzotint.compiler.errors import RecipeError
 from mezzotint.compiler.graph.ops import layers
 from mezzotint.compiler.rounding.layer_inputs import Inputs
 from mezzotint.compiler.rounding.weights import find_weights
 from mezzotint.compiler.training.training_pass import TrainingPass
+from mezzotint.runtime.sampling.deployment import Deployment
 
 
 @dataclass(frozen=True)
@@ -176,22 +208,38 @@ class Distill(TrainingPass):
             raise RecipeError("nothing moves", where=self.name, hint="let weights, floats or scales move")
 
     def _check_nested(self) -> None:
-        widths, shares = self.nested_widths, self.nested_shares or (1.0,) * len(self.nested_widths)
+        widths = self.nested_widths
         if not widths or len({*widths}) < len(widths) or not all(2 <= width <= 8 for width in widths):
             hint = "choose different widths of 2 to 8 bits, such as [8, 4, 2]"
             raise RecipeError(f"{self.name}.nested_widths is {[*widths]}", where=self.name, hint=hint)
-        if len(shares) != len(widths) or not all(share > 0 for share in shares):
-            hint = f"give {len(widths)} numbers above 0, one for each of {self.name}.nested_widths, or none"
-            raise RecipeError(f"{self.name}.nested_shares is {[*shares]}", where=self.name, hint=hint)
-        others = ("level_steps", "boundary", "branch_rank", "blocks", "relations")
+        if not all(share > 0 for share in self.nested_shares):
+            hint = f"give a number above 0 for each of {self.name}.nested_widths, or none"
+            raise RecipeError(f"{self.name}.nested_shares is {[*self.nested_shares]}", where=self.name, hint=hint)
         if self.nested == "none":
             return
         if self.weights == "none":
             hint = f"let weights move too, or set {self.name}.nested to none"
             raise RecipeError("integers of nested widths are those of weights that move", where=self.name, hint=hint)
+        others = ("level_steps", "boundary", "branch_rank", "blocks", "relations")
         if used := [name for name in others if getattr(self, name)]:
             hint = f"set {self.name}.{used[0]} to 0, or {self.name}.nested to none"
             raise RecipeError(f"{used[0]} is that of one width, and there are several", where=self.name, hint=hint)
+
+    def check(self, passes: Sequence[Pass], deployment: Deployment) -> None:
+        super().check(passes, deployment)
+        self._shares_of_widths()  # here, so that both options can be set one after the other
+
+    def _shares_of_widths(self) -> dict[int, float]:
+        """Return the share of each nested width; they sum to 1. Raise RecipeError where one has none."""
+        widths, shares = self.nested_widths, self.nested_shares or (1.0,) * len(self.nested_widths)
+        if len(shares) != len(widths):
+            hint = f"give {len(widths)} numbers, or none"
+            raise RecipeError(
+                f"{self.name}.nested_widths has {len(widths)} widths, and nested_shares {len(shares)} shares",
+                where=self.name,
+                hint=hint,
+            )
+        return {width: share / sum(shares) for width, share in zip(widths, shares, strict=True)}
 
     def run(self, program: Program, context: Context) -> Program:
         plan = self.plan_of(program)
@@ -205,8 +253,7 @@ class Distill(TrainingPass):
         fit = NetworkFit(**{**own, "unroll": min(self.unroll, len(program.deployment.calls))})
         chosen = self._chosen(program)
         moving = {f.name: getattr(self, f.name) for f in fields(Moves) if f.name not in ("quantized", "nested_shares")}
-        shares = self.nested_shares or (1.0,) * len(self.nested_widths)
-        by_width = {width: share / sum(shares) for width, share in zip(self.nested_widths, shares, strict=True)}
+        by_width = self._shares_of_widths()
         moves = Moves(quantized=tuple(chosen), **moving, nested_shares=by_width)
         before = replace(program, model=program.model.clone())
         nested = self.nested != "none"

@@ -96,7 +96,7 @@ def test_more_bits_than_the_widest_are_refused(programs: dict[int, Program], con
     [
         ({"nested_widths": (8, 8)}, r"nested_widths is \[8, 8\]"),
         ({"nested_widths": (1,)}, r"nested_widths is \[1\]"),
-        ({"nested_shares": (1.0,)}, "nested_shares is"),
+        ({"nested_shares": (1.0, -1.0, 1.0)}, r"nested_shares is \[1.0, -1.0, 1.0\]"),
         ({"nested": "cut", "weights": "none"}, "those of weights that move"),
         ({"nested": "cut", "blocks": 1.0}, "blocks is that of one width"),
     ],
@@ -104,3 +104,10 @@ def test_more_bits_than_the_widest_are_refused(programs: dict[int, Program], con
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Distill(**options)
+
+
+def test_each_width_has_a_share(programs: dict[int, Program]) -> None:
+    """Before anything runs, and not before both options are set."""
+    fit = Distill(nested="cut", nested_shares=(1.0,))
+    with pytest.raises(RecipeError, match="3 widths, and nested_shares 1 shares"):
+        fit.check((), programs[8].deployment)
