@@ -67,8 +67,9 @@ This state of ofq is one before its annealing, which gains a little where the la
     boundary 0                                     16.5    19.3 / 15.3
     both kinds of scales learned, boundary 0       16.5    19.3 / 17.2
 
-Nested widths are better than what 8 bits are rounded to. At 4 bits double-rounding gains images and loses epsilon
-against a training of its own, at 2 bits matryoshka gains both (mnist-onnx, 4 and 2 bits, 100 iterations, 32 images):
+Nested widths are better than what 8 bits are rounded to, but for matryoshka's 4 bits. At 4 bits double-rounding gains
+images and loses epsilon against a training of its own, at 2 bits matryoshka gains both (mnist-onnx, 4 and 2 bits, 100
+iterations, 32 images):
 
     8 bits trained alone, rounded to fewer         19.8    16.6 / 12.8     6.6    10.0 /  8.7
     lsq, trained at the width                      24.5    22.6 / 17.3    12.7    10.4 /  9.7
